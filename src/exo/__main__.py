@@ -1,0 +1,5 @@
+"""``python -m exo``."""
+
+from exo.cli import main
+
+main()

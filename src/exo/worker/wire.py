@@ -1,0 +1,73 @@
+"""Framing: one JSON object a line, in both directions."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO, NoReturn
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from exo.worker.messages import COMMANDS, EVENTS, Command, Event, Failed, Message
+
+_ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
+
+
+def encode(message: Message) -> bytes:
+    """The message as one line."""
+    return message.model_dump_json().encode() + b"\n"
+
+
+def decode_event(line: bytes) -> Event:
+    """Raises ``ValidationError`` for anything that is not one whole event."""
+    return EVENTS.validate_json(line)
+
+
+def take_protocol_stream() -> BinaryIO:
+    """A private copy of standard output for the protocol, after pointing descriptor 1 at standard error.
+
+    So a library that prints cannot corrupt the stream. Called once, first thing in a runner.
+    """
+    protocol = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    return protocol
+
+
+def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
+    """Commands until the stream closes.
+
+    A line that is no valid command is yielded as the failure of the request it names; one that names no request
+    concerns nobody and is reported on standard error.
+    """
+    for line in stream:
+        try:
+            yield COMMANDS.validate_json(line)
+        except ValidationError as error:
+            param, message = describe(error)
+            if (request := _request_id(line)) is not None:
+                yield Failed(id=request, code="invalid_request", message=message, param=param)
+            else:
+                print(f"ignored a line that is no command: {message}", file=sys.stderr, flush=True)
+
+
+def _request_id(line: bytes) -> str | None:
+    try:
+        value = _ANY_JSON.validate_json(line)
+    except ValidationError:
+        return None
+    found = value.get("id") if isinstance(value, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def describe(error: ValidationError) -> tuple[str, str]:
+    """Field, and a sentence with field, reason and value, of a validation error's first finding."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    value = json.dumps(first["input"], default=str)
+    return field, f"{field}: {first['msg']} (got {value if len(value) <= 80 else value[:77] + '...'})"
+
+
+def exit_now(code: int) -> NoReturn:
+    """Leaves without running destructors: an engine's own threads and libraries may not survive them."""
+    sys.stderr.flush()
+    os._exit(code)
