@@ -59,11 +59,13 @@ class Text(Message):
 class Load(Message):
     """The first command. ``table`` is the card's table for this runner, unread by the server.
 
-    ``directories`` are searched in order for the model's files, each also under ``model_id`` with "/" as "--".
+    ``backend`` is the card backend that the router chose; a runner that cannot serve by it fails. ``directories`` are
+    searched in order for the model's files, each also under ``model_id`` with "/" as "--".
     """
 
     type: Literal["load"] = "load"
     model_id: str
+    backend: str
     table: Mapping[str, JsonValue] = {}
     directories: tuple[str, ...] = ()
 

@@ -1,0 +1,124 @@
+"""The llama.cpp runner as a program: ``python -m exo.worker.runner_cuda`` (the contract) or ``… --probe``.
+
+Three threads: this one reads and checks commands, the engine's owns the llama.cpp context, the emitter's makes text and
+writes. They share queues and nothing else.
+"""
+
+import sys
+import threading
+import traceback
+from types import TracebackType
+
+from exo.worker.messages import Cancel, Command, Failed, Generate, Load, Shutdown, Status
+from exo.worker.runner_cuda.admission import admit
+from exo.worker.runner_cuda.devices import probe
+from exo.worker.runner_cuda.emitter import Accepted, Emitter
+from exo.worker.runner_cuda.engine import Engine, Leave, Stop
+from exo.worker.runner_cuda.llama import EngineError
+from exo.worker.runner_cuda.loading import Loaded, load
+from exo.worker.runner_cuda.options import LoadError
+from exo.worker.runner_cuda.scheduler import Scheduler
+from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.wire import exit_now, read_commands, take_protocol_stream
+
+
+class Runner:
+    """Takes commands in the reading thread and runs the engine in its own."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self._emitter = emitter
+        self._thread: threading.Thread | None = None
+        self._ready: tuple[Engine, Loaded] | None = None
+
+    def take(self, command: Command | Failed) -> None:
+        """Acts on one command, or passes on why a line was none. ``Shutdown`` does not return."""
+        match command:
+            case Load():
+                self._start(command)
+            case Generate():
+                self._generate(command)
+            case Cancel():
+                if self._ready is not None:
+                    self._ready[0].commands.put(Leave(command.id, told=False))
+            case Shutdown():
+                self._shut_down()
+            case Failed():
+                self._emitter.put(command)
+
+    def _start(self, command: Load) -> None:
+        if self._thread is not None:
+            self._emitter.put(Failed(code="invalid_request", message="a model is loaded already"))
+            return
+        self._thread = threading.Thread(target=self._run_engine, args=(command,), name="engine", daemon=True)
+        self._thread.start()
+
+    def _generate(self, request: Generate) -> None:
+        if self._ready is None:
+            message = "the model is not loaded yet"
+            self._emitter.put(Failed(id=request.id, code="invalid_request", message=message))
+            return
+        engine, loaded = self._ready
+        match admit(request, loaded.tokenizer, loaded.context.n_ctx):
+            case Failed() as refusal:
+                self._emitter.put(refusal)
+            case Sequence() as sequence:
+                self._emitter.put(Accepted(request.id, sequence.n_prompt, request.stop))
+                engine.commands.put(sequence)
+
+    def _run_engine(self, command: Load) -> None:
+        """The engine's thread. An engine that fails takes the process with it: nothing it computes can be trusted."""
+        try:
+            loaded = load(command, self._emitter.put)
+            scheduler = Scheduler(loaded.capabilities.slots, loaded.budget, loaded.chunk, loaded.context.trim)
+            engine = Engine(loaded.context, scheduler, loaded.tokenizer, self._emitter)
+            self._emitter.bytes_of = loaded.tokenizer.bytes_of
+            self._emitter.stop_engine = lambda request: engine.commands.put(Leave(request, told=True))
+            self._emitter.load = engine.load
+            self._ready = engine, loaded
+            self._emitter.put(Status(state="Ready", capabilities=loaded.capabilities))
+            engine.run()
+            loaded.free()
+        except LoadError as error:
+            self._fail(Failed(code=error.code, message=str(error)))
+        except EngineError as error:
+            self._fail(Failed(code="engine_error", message=str(error)))
+
+    def _fail(self, failure: Failed) -> None:
+        self._emitter.put(failure)
+        self._emitter.close()
+        exit_now(1)
+
+    def _shut_down(self) -> None:
+        self._emitter.put(Status(state="ShuttingDown"))
+        if self._ready is not None and self._thread is not None:
+            self._ready[0].commands.put(Stop())
+            self._thread.join()
+        self._emitter.put(Status(state="Shutdown"))
+        self._emitter.close()
+        exit_now(0)
+
+
+def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """A thread that fails takes the process with it; the server then deals with what was in flight."""
+    traceback.print_exception(kind, error, trace)
+    exit_now(1)
+
+
+def main() -> None:
+    """Serves standard input until it closes: then nobody is left to serve, so the process ends at once."""
+    if sys.argv[1:] == ["--probe"]:
+        print(probe().model_dump_json())
+        return
+    threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.excepthook = _die
+    emitter = Emitter(take_protocol_stream())
+    emitter.start()
+    emitter.put(Status(state="Idle"))
+    runner = Runner(emitter)
+    for command in read_commands(sys.stdin.buffer):
+        runner.take(command)
+    exit_now(0)
+
+
+if __name__ == "__main__":
+    main()

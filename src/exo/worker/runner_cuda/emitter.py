@@ -1,0 +1,179 @@
+"""Makes text, stop strings and JSON out of tokens, in a thread of its own, while the engine computes the next step.
+
+The emitter is the only writer of the protocol stream and the only one that ends a request, which is what makes every
+request end exactly once.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import BinaryIO
+
+from exo.worker.messages import (
+    Delta,
+    Deltas,
+    Failed,
+    Finished,
+    FinishReason,
+    Heartbeat,
+    Message,
+    PrefillProgress,
+    Usage,
+)
+from exo.worker.text import TextStream
+from exo.worker.wire import encode
+
+HEARTBEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request was found valid and queued."""
+
+    id: str
+    n_prompt: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One new token; ``reason`` if the engine ended the sequence with it."""
+
+    id: str
+    token: int
+    reason: FinishReason | None
+    is_eog: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """What one step brought: cells reused by sequences that began, prompt tokens computed, and new tokens."""
+
+    cached: list[tuple[str, int]]
+    processed: list[tuple[str, int]]
+    sampled: list[Sampled]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The engine has let go of a request that was cancelled."""
+
+    id: str
+
+
+Item = Accepted | StepDone | Cancelled | Message
+
+
+@dataclass(slots=True)
+class Output:
+    """What one request has produced so far."""
+
+    text: TextStream
+    n_prompt: int
+    n_cached: int = 0
+    n_tokens: int = 0
+
+    def usage(self) -> Usage:
+        """Token counts up to now."""
+        return Usage(prompt_tokens=self.n_prompt, completion_tokens=self.n_tokens, cached_tokens=self.n_cached)
+
+
+@dataclass(slots=True)
+class Emitter:
+    """``put`` takes items from any thread; ``close`` writes what is queued and ends the thread."""
+
+    protocol: BinaryIO
+    bytes_of: Callable[[int], bytes] = field(init=False)
+    """Set before the first request is accepted, when the tokenizer exists."""
+    stop_engine: Callable[[str], None] = field(init=False)
+    """Told the id of a request that a stop string ended while the engine went on."""
+    load: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+    """Steps, active and waiting sequences, for the heartbeat."""
+    _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
+    _outputs: dict[str, Output] = field(default_factory=dict[str, Output])
+    _thread: threading.Thread = field(init=False)
+
+    def start(self) -> None:
+        """Begins writing."""
+        self._thread = threading.Thread(target=self._run, name="emitter", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Item) -> None:
+        """Queues an item; never blocks."""
+        self._queue.put(item)
+
+    def close(self) -> None:
+        """Writes everything queued, then ends the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        beat = time.monotonic() + HEARTBEAT_SECONDS
+        while True:
+            try:
+                item = self._queue.get(timeout=max(0.0, beat - time.monotonic()))
+            except Empty:
+                steps, active, waiting = self.load()
+                self._write([Heartbeat(steps=steps, active=active, waiting=waiting)])
+                beat = time.monotonic() + HEARTBEAT_SECONDS
+                continue
+            if item is None:
+                return
+            self._write(self._messages(item))
+
+    def _write(self, messages: list[Message]) -> None:
+        if messages:
+            self.protocol.write(b"".join(map(encode, messages)))
+
+    def _messages(self, item: Item) -> list[Message]:
+        match item:
+            case Accepted():
+                self._outputs[item.id] = Output(TextStream(item.stop), item.n_prompt)
+                return [PrefillProgress(id=item.id, processed=0, total=item.n_prompt)]
+            case StepDone():
+                return self._step(item)
+            case Cancelled():
+                return self._finish(item.id, "cancelled")
+            case Failed(id=str(request)):
+                self._outputs.pop(request, None)
+                return [item]
+            case _:
+                return [item]
+
+    def _step(self, step: StepDone) -> list[Message]:
+        for request, cached in step.cached:
+            if request in self._outputs:
+                self._outputs[request].n_cached = cached
+        messages: list[Message] = [
+            PrefillProgress(id=request, processed=processed, total=self._outputs[request].n_prompt)
+            for request, processed in step.processed
+            if request in self._outputs
+        ]
+        deltas: list[Delta] = []
+        ends: list[Message] = []
+        for sampled in step.sampled:
+            output = self._outputs.get(sampled.id)
+            if output is None:
+                continue
+            output.n_tokens += 1
+            text = "" if sampled.is_eog else output.text.push(self.bytes_of(sampled.token))
+            deltas.append(Delta(id=sampled.id, tokens=(sampled.token,), text=text))
+            if output.text.stopped_by is not None:
+                if sampled.reason is None:
+                    self.stop_engine(sampled.id)
+                ends += self._finish(sampled.id, "stop")
+            elif sampled.reason is not None:
+                ends += self._finish(sampled.id, sampled.reason)
+        if deltas:
+            messages.append(Deltas(items=tuple(deltas)))
+        return messages + ends
+
+    def _finish(self, request: str, reason: FinishReason) -> list[Message]:
+        output = self._outputs.pop(request, None)
+        if output is None:
+            return []
+        text = output.text.finish()
+        stop = output.text.stopped_by
+        return [Finished(id=request, reason="stop" if stop else reason, usage=output.usage(), text=text, stop=stop)]

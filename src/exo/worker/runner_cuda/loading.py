@@ -1,0 +1,107 @@
+"""From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from exo.worker.messages import Capabilities, Load, Status
+from exo.worker.runner_cuda.devices import ENGINE, gpu_devices, physical_cores
+from exo.worker.runner_cuda.llama import Context, Log, Model, engine_version
+from exo.worker.runner_cuda.options import CudaOptions, LoadError, find_model
+from exo.worker.runner_cuda.tokenizer import Tokenizer
+from exo.worker.wire import describe
+
+DEFAULT_CONTEXT = 4096
+CPU_CHUNK = 128
+"""Prompt tokens per step on a CPU: few enough that a cancelled prompt is gone within a second."""
+GPU_CHUNK, GPU_BUDGET = 512, 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to generate. ``budget`` and ``chunk`` are prompt tokens per step, in all and of one prompt."""
+
+    model: Model
+    context: Context
+    tokenizer: Tokenizer
+    capabilities: Capabilities
+    budget: int
+    chunk: int
+
+    def free(self) -> None:
+        """Context first: it borrows from the model."""
+        self.context.free()
+        self.model.free()
+
+
+def load(command: Load, report: Callable[[Status], None]) -> Loaded:
+    """Loads and warms up, reporting the way there. Raises LoadError."""
+    log = Log()
+    options = read_options(command)
+    path = find_model(options, command.model_id, command.directories)
+    on_gpu = options.n_gpu_layers != 0
+    report(Status(state="Loading"))
+    last = -1
+
+    def progress(done: float) -> None:
+        nonlocal last
+        percent = int(done * 100)
+        if percent > last:
+            last = percent
+            report(Status(state="Loading", layers_loaded=percent, total_layers=100))
+
+    model = Model(path, options, progress, log)
+    report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
+    chunk = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+    budget = max(chunk, options.n_batch or (GPU_BUDGET if on_gpu else CPU_CHUNK))
+    n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
+    try:
+        context = Context(model, options, n_ctx, budget + options.slots, chunk, log)
+    except LoadError:
+        model.free()
+        raise
+    report(Status(state="WarmingUp"))
+    _warm_up(context)
+    tokenizer = Tokenizer(model)
+    capabilities = Capabilities(
+        engine=ENGINE,
+        engine_version=engine_version(),
+        backend=command.backend,
+        devices=tuple(device.name for device in gpu_devices()) if on_gpu else ("CPU",),
+        context_length=context.n_ctx,
+        slots=options.slots,
+        vocabulary=model.n_vocab,
+        model_bytes=model.size_bytes,
+        chat_template=options.chat_template or model.chat_template(),
+        bos_token=tokenizer.text_of(tokenizer.bos),
+        eos_token=tokenizer.text_of(tokenizer.eos),
+        special_tokens=tokenizer.special_texts,
+    )
+    return Loaded(model, context, tokenizer, capabilities, budget, chunk)
+
+
+def read_options(command: Load) -> CudaOptions:
+    """The card's table, validated and made to fit the backend that was chosen. Raises LoadError naming the key."""
+    try:
+        options = CudaOptions.model_validate(command.table)
+    except ValidationError as error:
+        raise LoadError("model_load_failed", f"model card, [cuda] {describe(error)[1]}") from error
+    updates: dict[str, object] = {"threads": options.threads or physical_cores()}
+    if command.backend == "LlamaCppCpu":
+        updates["n_gpu_layers"] = 0
+    elif command.backend != "LlamaCppCuda":
+        raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
+    elif not gpu_devices():
+        raise LoadError("model_load_failed", "LlamaCppCuda was asked for, but llama.cpp sees no CUDA device here")
+    return options.model_copy(update=updates)
+
+
+def _warm_up(context: Context) -> None:
+    """One token through the model, so that weights are paged in and kernels are built before the first request."""
+    batch = context.batch
+    batch.tokens[0] = batch.positions[0] = batch.slots[0] = 0
+    batch.outputs[0] = 1
+    context.decode(1)
+    context.logits(1)
+    context.trim(0, 0)

@@ -1,0 +1,98 @@
+"""The card's ``[cuda]`` table, validated by the runner that it is for, and the model file that it names."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+
+class LoadError(Exception):
+    """The model cannot be loaded; ``code`` is one of ``messages.ErrorCode``."""
+
+    def __init__(self, code: Literal["model_not_found", "model_load_failed", "out_of_memory"], message: str) -> None:
+        super().__init__(message)
+        self.code: Literal["model_not_found", "model_load_failed", "out_of_memory"] = code
+
+
+class CudaOptions(BaseModel):
+    """Keys of ``[cuda]``. Counts are tokens unless said otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    path: str | None = None
+    """A GGUF file; relative to the card's directory or a models directory."""
+    repo: str | None = None
+    file: str | None = None
+    """File name or pattern inside ``repo``; of a split GGUF, the first part."""
+    n_gpu_layers: int = Field(default=-1, ge=-1)
+    """Layers kept on the GPU; -1 is all of them."""
+    n_ctx: int | None = Field(default=None, ge=256, le=1 << 24)
+    """Context of each slot; by default what the model was trained with, at most 4,096."""
+    slots: int = Field(default=4, ge=1, le=256)
+    """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``."""
+    n_batch: int | None = Field(default=None, ge=32, le=1 << 16)
+    """Prompt tokens per step, over all prompts; by default 2,048 on a GPU and 128 on a CPU."""
+    n_ubatch: int | None = Field(default=None, ge=32, le=1 << 16)
+    """Prompt tokens of one prompt per step, the size that the graph is built for; by default 512, on a CPU 128."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of the CPU part; by default the number of physical cores."""
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    cache_type_k: CacheType = "f16"
+    cache_type_v: CacheType = "f16"
+    split_mode: Literal["none", "layer", "row", "tensor"] = "layer"
+    tensor_split: tuple[float, ...] | None = Field(default=None, strict=False)
+    main_gpu: int = Field(default=0, ge=0)
+    chat_template: str | None = None
+    """Jinja source that replaces the file's own template."""
+
+    @model_validator(mode="after")
+    def _names_one_file(self) -> "CudaOptions":
+        if (self.path is None) == (self.file is None):
+            raise ValueError("give either path, or repo and file")
+        if self.file is not None and self.repo is None:
+            raise ValueError("file needs repo")
+        return self
+
+
+def find_model(options: CudaOptions, model_id: str, directories: Sequence[str]) -> Path:
+    """The GGUF to load.
+
+    Raises LoadError: nothing found (``model_not_found``, naming where it was looked for), or what was found is not a
+    GGUF (``model_load_failed``).
+    """
+    places = list(_places(options, model_id, directories))
+    found = next((path for path in places if path.is_file()), None)
+    if found is None and options.file is not None:
+        found = next(iter(sorted(p for place in places for p in place.parent.glob(place.name) if p.is_file())), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in places)
+        raise LoadError("model_not_found", f"no model file for {model_id}: looked for {looked}")
+    _check_magic(found)
+    return found
+
+
+def _places(options: CudaOptions, model_id: str, directories: Sequence[str]) -> Iterator[Path]:
+    if options.path is not None:
+        path = Path(options.path).expanduser()
+        if path.is_absolute():
+            yield path
+            return
+    name = options.path or options.file or ""
+    folders = [model_id.replace("/", "--"), *([options.repo.replace("/", "--")] if options.repo else [])]
+    for directory in directories:
+        for folder in (*folders, "."):
+            yield Path(os.path.normpath(Path(directory) / folder / name))
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise LoadError("model_load_failed", f"{path} cannot be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise LoadError("model_load_failed", f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")

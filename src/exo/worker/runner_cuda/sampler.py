@@ -1,0 +1,181 @@
+"""Chooses tokens from views of the logits, by the semantics of ``messages.SamplingParams``.
+
+Everything is exact, and nothing but the two full-vocabulary cases (no top-k; top-p alone) costs more than one pass for
+the maximum: the sampling of large vocabularies is what slows other llama.cpp servers down.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from exo.worker.messages import SamplingParams
+from exo.worker.randomness import uniform
+
+Row = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.intp]
+Weights = npt.NDArray[np.float64]
+
+BLOCK = 512
+"""Tokens per block: block maxima of a 262,144-token row are 512 numbers, small enough to sort for nothing."""
+
+
+class NotFinite(Exception):  # noqa: N818 -- it names what the logits are
+    """The row's largest logit is NaN or infinite: the computation went wrong for this sequence."""
+
+
+@dataclass(slots=True)
+class Sampler:
+    """The choices of one sequence. ``seen`` and ``counts`` are kept only where a penalty asks for them."""
+
+    params: SamplingParams
+    forbidden: Sequence[int] = ()
+    """Token ids that are never chosen (end-of-generation ids under ``ignore_eos``)."""
+    seen: set[int] = field(default_factory=set[int])
+    """Distinct tokens of prompt and output."""
+    counts: dict[int, int] = field(default_factory=dict[int, int])
+    """Occurrences in the output."""
+    _bias_ids: Ids = field(init=False)
+    _bias: Row = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._bias_ids = np.fromiter(self.params.logit_bias.keys(), np.intp)
+        self._bias = np.fromiter(self.params.logit_bias.values(), np.float32)
+
+    def accept_prompt(self, tokens: Collection[int]) -> None:
+        """Remembers the prompt for the repetition penalty."""
+        if self.params.repetition_penalty != 1.0:
+            self.seen.update(tokens)
+
+    def accept(self, token: int) -> None:
+        """Remembers an output token for the penalties."""
+        if self.params.repetition_penalty != 1.0:
+            self.seen.add(token)
+        if self.params.presence_penalty or self.params.frequency_penalty:
+            self.counts[token] = self.counts.get(token, 0) + 1
+
+    def choose(self, row: Row, position: int) -> int:
+        """The token at ``position`` from its logits, shape (n_vocab,), which are changed in place.
+
+        Raises NotFinite.
+        """
+        self._adjust(row)
+        if self.params.temperature == 0:
+            return _greedy(row)
+        ids, weights = self._candidates(row)
+        return _draw(ids, weights, uniform(self.params.seed, position))
+
+    def _adjust(self, row: Row) -> None:
+        params = self.params
+        if self.seen:
+            ids = np.fromiter(self.seen, np.intp)
+            found = row[ids]
+            row[ids] = np.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
+        if self.counts:
+            ids = np.fromiter(self.counts.keys(), np.intp)
+            times = np.fromiter(self.counts.values(), np.float32)
+            row[ids] -= params.presence_penalty + params.frequency_penalty * times
+        if self._bias_ids.size:
+            row[self._bias_ids] += self._bias
+        if self.forbidden:
+            row[np.asarray(self.forbidden, np.intp)] = -np.inf
+
+    def _candidates(self, row: Row) -> tuple[Ids | None, Weights | Row]:
+        """Kept token ids in ascending order (None: all of them) and their unnormalised probabilities."""
+        params = self.params
+        top = row.max()
+        if not np.isfinite(top):
+            raise NotFinite
+        if 0 < params.top_k < row.size:
+            ids = _top_k(row, params.top_k)
+            weights = np.exp((row[ids].astype(np.float64) - top) / params.temperature)
+        elif params.min_p > 0:
+            # A weight is at least min_p exactly where the logit is at least top + T ln(min_p); the slack keeps
+            # rounding from dropping a token that the exact comparison below would keep.
+            ids = np.flatnonzero(row >= top + params.temperature * np.log(params.min_p) - 1e-3)
+            weights = np.exp((row[ids].astype(np.float64) - top) / params.temperature)
+        else:
+            ids = None
+            weights = np.exp((row - top) * np.float32(1.0 / params.temperature))
+        if ids is not None and params.min_p > 0:
+            kept = weights >= params.min_p
+            ids, weights = ids[kept], weights[kept]
+        if params.top_p < 1:
+            ids, weights = _top_p(ids, weights, params.top_p)
+        return ids, weights
+
+
+def _greedy(row: Row) -> int:
+    token = int(row.argmax())
+    if not np.isfinite(row[token]):
+        raise NotFinite
+    return token
+
+
+def _top_k(row: Row, k: int) -> Ids:
+    """Ids, ascending, of the k largest logits and of all equals of the k-th.
+
+    Where there are at least k blocks, the k-th largest block maximum is a lower bound of the k-th largest logit, since
+    each of k blocks holds at least one logit that large. So only the few blocks reaching it are looked at.
+    """
+    whole = row.size // BLOCK
+    if k <= whole:
+        blocks = row[: whole * BLOCK].reshape(whole, BLOCK)
+        maxima = blocks.max(axis=1)
+        bound = np.partition(maxima, whole - k)[whole - k]
+        reaching = np.flatnonzero(maxima >= bound)
+        within, columns = np.nonzero(blocks[reaching] >= bound)
+        tail = np.flatnonzero(row[whole * BLOCK :] >= bound) + whole * BLOCK
+        ids = np.concatenate((reaching[within] * BLOCK + columns, tail))
+    else:
+        ids = np.arange(row.size)
+    if ids.size > k:
+        values = row[ids]
+        ids = ids[values >= np.partition(values, ids.size - k)[ids.size - k]]
+    return ids
+
+
+def _top_p(ids: Ids | None, weights: Weights | Row, top_p: float) -> tuple[Ids, Weights | Row]:
+    """The smallest set of the heaviest whose share reaches ``top_p``; of equals at the border the lowest ids.
+
+    Weights under (1 - top_p) / n of the total are outside whatever their order: n of them together weigh less than what
+    may be left out. That leaves little to sort.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    near = np.flatnonzero(weights >= total * (1.0 - top_p) / weights.size * (1.0 - 1e-6))
+    order = near[np.argsort(-weights[near], kind="stable")]
+    reached = np.cumsum(weights[order], dtype=np.float64)
+    kept = np.sort(order[: _first(reached, top_p * total) + 1])
+    return (kept if ids is None else ids[kept]), weights[kept]
+
+
+def _draw(ids: Ids | None, weights: Weights | Row, number: float) -> int:
+    """Inverse of the distribution function, in order of token id, at ``number`` in [0, 1).
+
+    The order by id makes the choice stable against small differences between logits, which an order by probability
+    would turn into another token.
+    """
+    if ids is None and weights.size > 4 * BLOCK:
+        return _draw_in_blocks(weights, number)
+    running = np.cumsum(weights, dtype=np.float64)
+    index = min(_first(running, number * running[-1], above=True), weights.size - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _draw_in_blocks(weights: Weights | Row, number: float) -> int:
+    """``_draw`` over a whole vocabulary: the block first, then the token inside it."""
+    whole = weights.size // BLOCK
+    sums = weights[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1, dtype=np.float64)
+    running: Weights = np.cumsum(np.append(sums, weights[whole * BLOCK :].sum(dtype=np.float64)))
+    target = number * running[-1]
+    block = min(_first(running, target, above=True), whole)
+    inside = weights[block * BLOCK : (block + 1) * BLOCK]
+    before = running[block - 1] if block else 0.0
+    index = _first(np.cumsum(inside, dtype=np.float64), target - before, above=True)
+    return block * BLOCK + min(index, max(inside.size - 1, 0))
+
+
+def _first(running: Weights, target: float, *, above: bool = False) -> int:
+    """Index of the first running sum that reaches ``target``, or exceeds it."""
+    return int(running.searchsorted(target, side="right" if above else "left"))

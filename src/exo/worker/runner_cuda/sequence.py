@@ -1,0 +1,49 @@
+"""One request's sequence inside the engine."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from exo.worker.runner_cuda.sampler import Sampler
+
+
+class Phase(Enum):
+    """Where a sequence stands. Only ``Scheduler`` moves it, along ``NEXT``."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.PREFILL, Phase.DONE}),
+    Phase.PREFILL: frozenset({Phase.DECODE, Phase.DONE}),
+    Phase.DECODE: frozenset({Phase.DONE}),
+    Phase.DONE: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens known and tokens computed.
+
+    Invariant: ``tokens[:n_computed]`` are in the KV cache of ``slot``; while decoding exactly the last token is not.
+    """
+
+    id: str
+    tokens: list[int]
+    """Prompt, then output."""
+    n_prompt: int
+    n_limit: int
+    """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
+    sampler: Sampler
+    stops_at_eog: bool = True
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    n_computed: int = 0
+
+    def move(self, phase: Phase) -> None:
+        """Enters ``phase``. Raises ValueError for a transition that is not in ``NEXT``."""
+        if phase not in NEXT[self.phase]:
+            raise ValueError(f"sequence {self.id} cannot go from {self.phase.value} to {phase.value}")
+        self.phase = phase

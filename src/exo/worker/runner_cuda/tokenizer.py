@@ -1,0 +1,85 @@
+"""Text to token ids and token ids to bytes, through the vocabulary in the GGUF. Safe to call from any thread."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cached_property
+
+import llama_cpp
+
+from exo.worker.messages import Text
+from exo.worker.runner_cuda.llama import Model
+
+
+class Tokenizer:
+    """Encodes prompts and looks up the bytes of tokens, each looked up once."""
+
+    def __init__(self, model: Model) -> None:
+        self._vocab = model.vocab
+        self.n_vocab = model.n_vocab
+        self._bytes: dict[int, bytes] = {}
+        self._eog: dict[int, bool] = {}
+        self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))  # pyright: ignore[reportArgumentType]
+        self.eos = int(llama_cpp.llama_vocab_eos(self._vocab))  # pyright: ignore[reportArgumentType]
+        self.adds_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+
+    def encode(self, parts: Sequence[Text]) -> list[int]:
+        """Token ids of a prompt, with BOS in front if the model wants one and the text does not begin with it."""
+        tokens = [token for part in parts if part.text for token in self._encode(part.text, part.special)]
+        if self.adds_bos and tokens[:1] != [self.bos]:
+            tokens.insert(0, self.bos)
+        return tokens
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        data = text.encode()
+        size = len(data) + 8
+        while True:
+            buffer = (llama_cpp.llama_token * size)()
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, special)
+            if count >= 0:
+                return buffer[:count]
+            size = -count
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to the text; nothing for control tokens."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._piece(token, special=False)
+        return known
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a token ends generation."""
+        known = self._eog.get(token)
+        if known is None:
+            known = self._eog[token] = llama_cpp.llama_vocab_is_eog(self._vocab, token)
+        return known
+
+    @cached_property
+    def eog_tokens(self) -> tuple[int, ...]:
+        """Every token that ends generation."""
+        return tuple(token for token in range(self.n_vocab) if self.is_eog(token))
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts of the control tokens, which only text marked special may contain.
+
+        User-defined tokens are not among them: llama.cpp finds those in any text.
+        """
+        wanted = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        texts: list[str] = []
+        for token in range(self.n_vocab):
+            if llama_cpp.llama_vocab_get_attr(self._vocab, token) & wanted:
+                texts.append(llama_cpp.llama_vocab_get_text(self._vocab, token).decode(errors="replace"))
+        return tuple(texts)
+
+    def text_of(self, token: int) -> str:
+        """A token's text, control tokens included; empty for a token that the model does not have."""
+        return "" if token < 0 else self._piece(token, special=True).decode(errors="replace")
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
