@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from exo.worker.runner_cuda.sequence import Phase, Sequence
 from exo.worker.runner_cuda.slot import Slot
 
+WORTH_REUSING = 16
+"""Tokens in a slot's cache that make up for leaving the lowest slot free: every prompt shares BOS and some words."""
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -128,9 +131,14 @@ class Scheduler:
         return started
 
     def _choose_slot(self, sequence: Sequence) -> Slot | None:
-        """The free slot that holds most of the prompt; among equals the lowest, so that slots in use stay dense."""
+        """The free slot that holds most of the prompt, if it holds much; else the lowest, to keep slots in use dense."""
         free = [slot for slot in self.slots if slot.sequence is None]
-        return max(free, key=lambda slot: (slot.common_prefix(sequence.tokens), -slot.id), default=None)
+
+        def worth(slot: Slot) -> tuple[int, int]:
+            shared = slot.common_prefix(sequence.tokens)
+            return (shared if shared >= WORTH_REUSING else 0, -slot.id)
+
+        return max(free, key=worth, default=None)
 
     def _prefill_chunks(self) -> list[Chunk]:
         chunks: list[Chunk] = []

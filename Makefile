@@ -1,0 +1,34 @@
+# Every target sets up what it needs. Options: PYTHON=python3.12  CUDA=0|1|auto  CUDA_ARCHS="89-real;90-real"
+PYTHON ?= python3
+CUDA ?= auto
+CUDA_ARCHS ?=
+SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
+BIN = .venv/bin
+
+.PHONY: run test check demo-model llama setup setup-dev clean
+
+run: setup demo-model  ## serve on 127.0.0.1:52415 and show a first answer
+	@$(BIN)/python scripts/first_answer.py
+
+test: setup-dev demo-model  ## all tests
+	$(BIN)/python -m pytest
+
+check: setup-dev  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest tests/test_imports.py
+
+demo-model: setup  ## fetch and assemble the demo model
+	@$(BIN)/python scripts/demo_model.py
+
+llama: setup  ## build llama.cpp for this machine
+
+setup:
+	@$(SETUP)
+
+setup-dev:
+	@$(SETUP) --dev
+
+clean:  ## remove the virtual environment and caches of this checkout
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -1,0 +1,119 @@
+"""The sampler against the definition in ``messages.SamplingParams``, written out plainly over the whole vocabulary."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exo.worker.messages import SamplingParams
+from exo.worker.randomness import uniform
+from exo.worker.runner_cuda.sampler import BLOCK, NotFinite, Row, Sampler
+
+SIZES = st.sampled_from([5, 300, BLOCK, 3 * BLOCK + 7, 9000])
+
+
+def logits(size: int, seed: int, spread: float = 3.0) -> Row:
+    return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
+
+
+def by_definition(row: Row, params: SamplingParams, position: int) -> int:
+    scores = row.astype(np.float64)
+    if params.temperature == 0:
+        return int(scores.argmax())
+    kept = np.ones(scores.size, bool)
+    if 0 < params.top_k < scores.size:
+        kept &= scores >= np.sort(scores)[-params.top_k]
+    weights = np.where(kept, np.exp((scores - scores.max()) / params.temperature), 0.0)
+    if params.min_p:
+        weights[weights < params.min_p] = 0.0
+    if params.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        reached = np.cumsum(weights[order]) / weights.sum()
+        weights[order[int(np.argmax(reached >= params.top_p)) + 1 :]] = 0.0
+    running = np.cumsum(weights)
+    return int(np.argmax(running > uniform(params.seed, position) * running[-1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    SIZES,
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    st.sampled_from([0, 1, 2, 40, 200]),
+    st.sampled_from([1.0, 0.95, 0.5, 1e-6]),
+    st.sampled_from([0.0, 0.05, 1.0]),
+)
+def test_every_choice_is_the_defined_one(
+    size: int, seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    row = logits(size, seed)
+    sampler = Sampler(params)
+    for position in range(8):
+        assert sampler.choose(row.copy(), position) == by_definition(row, params, position)
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    row = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    sampler = Sampler(SamplingParams(seed=3))
+    counts = np.bincount([sampler.choose(row.copy(), position) for position in range(20_000)], minlength=4)
+    assert np.abs(counts / 20_000 - [0.5, 0.3, 0.15, 0.05]).max() < 0.01
+
+
+def test_greedy_takes_the_lowest_id_among_equals() -> None:
+    row = np.zeros(2000, np.float32)
+    row[[700, 1500]] = 4
+    assert Sampler(SamplingParams(seed=0, temperature=0)).choose(row, 0) == 700
+
+
+def test_top_k_keeps_equals_of_the_last_one() -> None:
+    row = np.full(5000, -10, np.float32)
+    row[[10, 2000, 4000]] = 1
+    chosen = {Sampler(SamplingParams(seed=seed, top_k=2)).choose(row.copy(), 0) for seed in range(200)}
+    assert chosen == {10, 2000, 4000}
+
+
+def test_repetition_penalty_counts_prompt_and_output_and_pulls_both_signs_down() -> None:
+    row = np.array([2.0, 1.9, -1.0, -1.05], np.float32)
+    sampler = Sampler(SamplingParams(seed=0, temperature=0, repetition_penalty=1.2))
+    sampler.accept_prompt([0])
+    assert sampler.choose(row.copy(), 1) == 1
+    sampler.accept(1)
+    assert sampler.choose(row.copy(), 2) == 0
+    adjusted = row.copy()
+    sampler.accept(2)
+    sampler.choose(adjusted, 3)
+    np.testing.assert_allclose(adjusted, [2.0 / 1.2, 1.9 / 1.2, -1.0 * 1.2, -1.05], rtol=1e-6)
+
+
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+    sampler = Sampler(SamplingParams(seed=0, temperature=0, presence_penalty=0.5, frequency_penalty=0.25))
+    sampler.accept_prompt([0, 0, 0])
+    for token in (1, 1, 2):
+        sampler.accept(token)
+    row = np.zeros(4, np.float32)
+    sampler.choose(row, 6)
+    assert row.tolist() == [0.0, -1.0, -0.75, 0.0]
+
+
+def test_logit_bias_forces_and_forbids() -> None:
+    row = logits(1000, 1)
+    best = int(row.argmax())
+    forced = Sampler(SamplingParams(seed=0, logit_bias={17: 100.0}))
+    assert {forced.choose(row.copy(), position) for position in range(50)} == {17}
+    banned = Sampler(SamplingParams(seed=0, temperature=0, logit_bias={best: -100.0}))
+    assert banned.choose(row.copy(), 0) != best
+
+
+def test_forbidden_tokens_are_never_chosen() -> None:
+    row = np.zeros(8, np.float32)
+    sampler = Sampler(SamplingParams(seed=0), forbidden=[0, 1, 2, 3, 4, 5, 6])
+    assert {sampler.choose(row.copy(), position) for position in range(50)} == {7}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_reported(temperature: float) -> None:
+    row = logits(1000, 1)
+    row[5] = np.nan
+    with pytest.raises(NotFinite):
+        Sampler(SamplingParams(seed=0, temperature=temperature)).choose(row, 0)

@@ -1,0 +1,47 @@
+import io
+
+import pytest
+from pydantic import ValidationError
+
+from exo.worker.messages import Cancel, Delta, Deltas, Failed, Heartbeat, SamplingParams
+from exo.worker.wire import decode_event, encode, read_commands
+
+
+def test_messages_survive_the_wire_one_a_line() -> None:
+    event = Deltas(items=(Delta(id="a", tokens=(1, 2), text="line\nbreak é😀\u2028"),))
+    line = encode(event)
+    assert line.count(b"\n") == 1
+    assert decode_event(line) == event
+
+
+def test_unknown_fields_and_types_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        decode_event(b'{"type":"heartbeat","steps":1,"active":0,"waiting":0,"more":1}')
+    with pytest.raises(ValidationError):
+        decode_event(b'{"type":"something"}')
+
+
+def test_a_bad_command_fails_the_request_it_names_and_no_other(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = b'{"type":"generate","id":"x","prompt":[1],"sampling":{"temperature":-1,"seed":0}}\nrubbish\n' + encode(
+        Cancel(id="y")
+    )
+    first, second = read_commands(io.BytesIO(lines))
+    assert isinstance(first, Failed)
+    assert (first.id, first.code) == ("x", "invalid_request")
+    assert "temperature" in first.message
+    assert "-1" in first.message
+    assert second == Cancel(id="y")
+    assert "no command" in capfd.readouterr().err
+
+
+def test_no_number_that_json_cannot_carry_gets_in() -> None:
+    with pytest.raises(ValidationError):
+        SamplingParams(seed=1, temperature=float("nan"))
+    with pytest.raises(ValidationError):
+        SamplingParams(seed=1, top_p=float("inf"))
+
+
+def test_messages_cannot_be_changed() -> None:
+    beat = Heartbeat(steps=1, active=0, waiting=0)
+    with pytest.raises(ValidationError):
+        beat.steps = 2  # pyright: ignore[reportAttributeAccessIssue]
