@@ -132,7 +132,10 @@ RunnerState = Literal[
 
 
 class Status(Message):
-    """The runner's own state, in upstream's names. ``capabilities`` come with "Ready", and only then."""
+    """The runner's own state, in upstream's names. ``capabilities`` come with the first "Ready", and only then.
+
+    "Running" while a request is in flight, "Ready" again when none is.
+    """
 
     type: Literal["status"] = "status"
     state: RunnerState

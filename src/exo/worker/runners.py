@@ -5,14 +5,23 @@ of its table in a model card.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+Need = Literal["grammar", "logprobs", "embeddings", "vision"]
+"""What a request may need beyond plain generation; ``Capabilities`` has a field of the same name for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerSpec:
-    """How to start a runner (``python -m module``) and which card backends it serves, named as upstream names them."""
+    """How to start a runner (``python -m module``) and which card backends it serves, named as upstream names them.
+
+    ``features`` are what the runner can do with a suitable model. They answer for a model until it is loaded; then its
+    ``Capabilities`` do. No two runners serve the same backend.
+    """
 
     module: str
     backends: tuple[str, ...]
+    features: frozenset[Need] = frozenset()
 
 
 RUNNERS: dict[str, RunnerSpec] = {

@@ -20,6 +20,7 @@ from exo.worker.messages import (
     Heartbeat,
     Message,
     PrefillProgress,
+    Status,
     Usage,
 )
 from exo.worker.text import TextStream
@@ -93,6 +94,7 @@ class Emitter:
     """Steps, active and waiting sequences, for the heartbeat."""
     _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
     _outputs: dict[str, Output] = field(default_factory=dict[str, Output])
+    _leaving: bool = False
     _thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -130,14 +132,17 @@ class Emitter:
     def _messages(self, item: Item) -> list[Message]:
         match item:
             case Accepted():
+                begins: list[Message] = [] if self._outputs else [Status(state="Running")]
                 self._outputs[item.id] = Output(TextStream(item.stop), item.n_prompt)
-                return [PrefillProgress(id=item.id, processed=0, total=item.n_prompt)]
+                return [*begins, PrefillProgress(id=item.id, processed=0, total=item.n_prompt)]
             case StepDone():
                 return self._step(item)
             case Cancelled():
                 return self._finish(item.id, "cancelled")
             case Failed(id=str(request)):
-                self._outputs.pop(request, None)
+                return self._end(request, item)
+            case Status(state="ShuttingDown"):
+                self._leaving = True
                 return [item]
             case _:
                 return [item]
@@ -171,9 +176,19 @@ class Emitter:
         return messages + ends
 
     def _finish(self, request: str, reason: FinishReason) -> list[Message]:
-        output = self._outputs.pop(request, None)
+        output = self._outputs.get(request)
         if output is None:
             return []
         text = output.text.finish()
         stop = output.text.stopped_by
-        return [Finished(id=request, reason="stop" if stop else reason, usage=output.usage(), text=text, stop=stop)]
+        usage = output.usage()
+        return self._end(
+            request, Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop)
+        )
+
+    def _end(self, request: str, terminal: Finished | Failed) -> list[Message]:
+        """The one place where a request ends. A refusal ends one that was never accepted."""
+        accepted = self._outputs.pop(request, None) is not None
+        if not accepted or self._outputs or self._leaving:
+            return [terminal]
+        return [terminal, Status(state="Ready")]

@@ -24,7 +24,7 @@ class CudaOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     path: str | None = None
-    """A GGUF file; relative to the card's directory or a models directory."""
+    """A GGUF file; a relative path is looked for in the models directories."""
     repo: str | None = None
     file: str | None = None
     """File name or pattern inside ``repo``; of a split GGUF, the first part."""

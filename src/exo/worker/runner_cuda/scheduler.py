@@ -131,7 +131,7 @@ class Scheduler:
         return started
 
     def _choose_slot(self, sequence: Sequence) -> Slot | None:
-        """The free slot that holds most of the prompt, if it holds much; else the lowest, to keep slots in use dense."""
+        """The free slot that holds most of the prompt, if it holds much; else the lowest, so that slots stay dense."""
         free = [slot for slot in self.slots if slot.sequence is None]
 
         def worth(slot: Slot) -> tuple[int, int]:

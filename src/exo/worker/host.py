@@ -1,0 +1,127 @@
+"""What this machine has, found out by asking: processors, memory, NVIDIA devices, and what each runner can do here."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import anyio
+import psutil
+from anyio.to_thread import run_sync
+from pydantic import ValidationError
+
+from exo.worker.messages import Probe
+from exo.worker.runners import RUNNERS
+
+PROBE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class NvidiaDevice:
+    """One device as the driver sees it, whether or not an engine can use it. Memory in bytes."""
+
+    name: str
+    compute_capability: str
+    """Major and minor number, such as "9.0"."""
+    memory_total: int
+    memory_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One machine at one moment. Memory in bytes."""
+
+    system: str
+    machine: str
+    cpu_count: int
+    memory_total: int
+    memory_available: int
+    nvidia_devices: tuple[NvidiaDevice, ...]
+    """Empty where there is no NVIDIA driver, or none that answers."""
+    probes: Mapping[str, Probe]
+    """By runner name, one for each runner."""
+
+
+def probe_commands() -> dict[str, tuple[str, ...]]:
+    """The command by which each runner tells what it can do here, by runner name."""
+    return {name: (sys.executable, "-m", spec.module, "--probe") for name, spec in RUNNERS.items()}
+
+
+async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadline: float = PROBE_SECONDS) -> Host:
+    """Asks the driver and every runner, all at once; the engines are imported by the runners' probes, never here.
+
+    A probe that says nothing usable within ``deadline`` seconds is killed and counts as not installed, with a note that
+    says why. ``commands`` defaults to ``probe_commands()``.
+    """
+    probes: dict[str, Probe] = {}
+    devices: list[NvidiaDevice] = []
+
+    async def ask_runner(name: str, command: Sequence[str]) -> None:
+        probes[name] = await _probe(name, command, deadline)
+
+    async def ask_driver() -> None:
+        with anyio.move_on_after(deadline):
+            devices.extend(await run_sync(_nvidia_devices, abandon_on_cancel=True))
+
+    commands = probe_commands() if commands is None else commands
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask_driver)
+        for name, command in commands.items():
+            tasks.start_soon(ask_runner, name, command)
+    memory = psutil.virtual_memory()
+    return Host(
+        system=platform.system(),
+        machine=platform.machine(),
+        cpu_count=os.cpu_count() or 1,
+        memory_total=memory.total,
+        memory_available=memory.available,
+        nvidia_devices=tuple(devices),
+        probes={name: probes[name] for name in commands},
+    )
+
+
+async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
+    def unusable(why: str) -> Probe:
+        return Probe(installed=False, engine=name, notes=(f"the probe of runner {name} {why}",))
+
+    try:
+        with anyio.fail_after(deadline):
+            done = await anyio.run_process(command, stdin=subprocess.DEVNULL, check=False)
+    except TimeoutError:
+        return unusable(f"did not answer within {deadline:g} s")
+    except OSError as error:
+        return unusable(f"did not start: {error}")
+    try:
+        return Probe.model_validate_json(done.stdout)
+    except ValidationError:
+        said = (done.stderr.decode(errors="replace").strip() or "nothing on standard error").splitlines()[-1]
+        ended = f"ended with status {done.returncode} and without an answer" if done.returncode else "gave no answer"
+        return unusable(f"{ended}: {said[:500]}")
+
+
+def _nvidia_devices() -> tuple[NvidiaDevice, ...]:
+    """Devices through NVML; none where the driver is absent or fails, which is a normal answer."""
+    nvml = import_module("pynvml")  # it ships no types, so a plain import would not check
+    try:
+        nvml.nvmlInit()
+        try:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+            return tuple(_nvidia_device(nvml, handle) for handle in handles)
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError:
+        return ()
+
+
+def _nvidia_device(nvml: ModuleType, handle: object) -> NvidiaDevice:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except nvml.NVMLError_NotSupported:  # a device that shares the processors' memory
+        total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    return NvidiaDevice(str(nvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", total, free)

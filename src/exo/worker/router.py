@@ -1,0 +1,196 @@
+"""The router: a pure function from what is asked and what there is to a runner, with an explanation.
+
+In order: the request's own wish, the card's ``runner``, the card's ``backends`` in their order, what the host really
+has, what the request needs, and what is live, healthy and least loaded. Every step only narrows what the one before it
+left, so a request's wish never overrules the card.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from exo.models.card import ModelCard
+from exo.worker.host import Host
+from exo.worker.messages import Capabilities, RunnerState
+from exo.worker.runners import RUNNERS, Need
+
+RefusalCode = Literal["model_not_found", "runner_not_found", "runner_unavailable", "unsupported_parameter"]
+
+NEEDS: tuple[Need, ...] = get_args(Need)
+_READY: tuple[RunnerState, ...] = ("Ready", "Running")
+_GONE: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
+
+
+class Wish(NamedTuple):
+    """What the ``model`` of a request asks for: a card by name and perhaps a runner."""
+
+    name: str
+    runner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRunner:
+    """A runner process that has been started. Counts are requests, except ``slots``, which is 0 until it is known."""
+
+    runner: str
+    instance: str
+    """Unique among the live runners."""
+    model_id: str
+    state: RunnerState
+    slots: int
+    active: int
+    waiting: int
+    capabilities: Capabilities | None
+    """None until the model is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes. ``instance`` is None where a runner is yet to be started."""
+
+    runner: str
+    instance: str | None
+    backend: str
+    reason: str
+    """One sentence for the user, in printable ASCII so that it fits a header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request goes nowhere. ``param`` is the request's parameter at fault."""
+
+    code: RefusalCode
+    message: str
+    param: str
+
+
+def parse_model(model: str) -> Wish:
+    """Splits "gemma-3-270m@cuda" at its last "@"; without one, any runner will do."""
+    name, at, runner = model.rpartition("@")
+    return Wish(name, runner) if at else Wish(model, None)
+
+
+def model_not_found(name: str, suggestions: Sequence[str] = ()) -> Refusal:
+    """The refusal of a name that finds no card."""
+    hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
+    return Refusal("model_not_found", f"no model card is called {name!r}{hint}", "model")
+
+
+def route(
+    wish: str | None, card: ModelCard, host: Host, live: Iterable[LiveRunner], needs: Mapping[Need, str]
+) -> Route | Refusal:
+    """Picks the runner for a request.
+
+    ``wish`` is the runner that the request names, if any. ``needs`` maps what the request needs to the parameter that
+    asks for it. The order of ``live`` does not matter.
+    """
+    if wish is not None and wish not in RUNNERS:
+        return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
+    mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
+    verdicts = [_judge(backend, wish, card, host, mine, needs) for backend in card.backends]
+    chosen = next((verdict for verdict in verdicts if verdict.hurdle is None), None)
+    if chosen is None:
+        return _refuse(wish, card, host, verdicts, needs)
+    able = [each for each in mine if each.runner == chosen.runner and not _lacking(_offer(each), needs)]
+    passed_over = [each for each in verdicts[: verdicts.index(chosen)] if each.hurdle != "excluded"]
+    return Route(
+        runner=chosen.runner,
+        instance=min(able, key=_rank).instance if able else None,
+        backend=chosen.backend,
+        reason=_explain(wish, card, chosen, passed_over),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What speaks against a backend: ``why`` goes on from the backend's name, as in "... has no device here"."""
+
+    backend: str
+    runner: str
+    """The runner that serves it; empty if none does."""
+    hurdle: Literal["excluded", "unserved", "host", "needs"] | None = None
+    why: str = "is available"
+    need: Need | None = None
+
+
+def _judge(
+    backend: str, wish: str | None, card: ModelCard, host: Host, mine: Sequence[LiveRunner], needs: Mapping[Need, str]
+) -> _Verdict:
+    runner = next((name for name, spec in RUNNERS.items() if backend in spec.backends), "")
+    if wish not in (None, runner) or card.runner not in ("auto", runner):
+        return _Verdict(backend, runner, "excluded", "is not for the runner asked for")
+    if not runner:
+        return _Verdict(backend, runner, "unserved", "is served by no runner of this version")
+    probe = host.probes.get(runner)
+    if probe is None or not probe.installed:
+        return _Verdict(backend, runner, "host", f"needs runner {runner}, which is not installed here")
+    if backend not in probe.backends:
+        return _Verdict(backend, runner, "host", "has no device here")
+    # What the model can do in an instance that has loaded it, it could do in one that is yet to be started.
+    offers = [_offer(each) for each in mine if each.runner == runner and each.capabilities is not None]
+    lacking = min(_lacking(offer, needs) for offer in offers or [RUNNERS[runner].features])
+    if lacking:
+        return _Verdict(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0])
+    return _Verdict(backend, runner)
+
+
+def _offer(each: LiveRunner) -> frozenset[Need]:
+    """What a live runner can do; until its model is loaded, what runners of its kind can do."""
+    if each.capabilities is None:
+        return RUNNERS[each.runner].features
+    return frozenset(need for need in NEEDS if getattr(each.capabilities, need))
+
+
+def _lacking(offer: frozenset[Need], needs: Mapping[Need, str]) -> list[Need]:
+    return [need for need in NEEDS if need in needs and need not in offer]
+
+
+def _rank(each: LiveRunner) -> tuple[bool, float, str]:
+    """Ready before loading, then by requests for each slot; the instance's name only makes the order total."""
+    return each.state not in _READY, (each.active + each.waiting) / max(each.slots, 1), each.instance
+
+
+def _explain(wish: str | None, card: ModelCard, chosen: _Verdict, passed_over: Sequence[_Verdict]) -> str:
+    first, *others = (*passed_over, chosen)
+    if wish is not None:
+        opening = f"request asks for runner {wish}; {first.backend} {first.why}"
+    elif card.runner != "auto":
+        opening = f"card asks for runner {card.runner}; {first.backend} {first.why}"
+    else:
+        opening = f"card prefers {first.backend}, which {first.why}"
+    if not others:
+        return opening
+    between = "".join(f"; {each.backend} {each.why}" for each in others[:-1])
+    return f"{opening}{between}; {chosen.backend} is next and available"
+
+
+def _refuse(
+    wish: str | None, card: ModelCard, host: Host, verdicts: Sequence[_Verdict], needs: Mapping[Need, str]
+) -> Refusal:
+    """Speaks of the backends that got furthest: those that lack a feature, or a device, or are ruled out."""
+    asked = wish or (card.runner if card.runner != "auto" else None)
+    subject = f"runner {asked} cannot" if asked else "no runner can"
+    tried = "; ".join(f"{each.backend} {each.why}" for each in verdicts if each.hurdle != "excluded")
+    need: Need | None = next((each.need for each in verdicts if each.need is not None), None)
+    if need is not None:
+        param = needs[need]
+        message = f"parameter {param!r} needs {need}, and {subject} do that for {card.model_id} here: {tried}"
+        return Refusal("unsupported_parameter", message, param)
+    absent = dict.fromkeys(each.runner for each in verdicts if each.hurdle == "host")
+    if absent:
+        probes = [host.probes[runner] for runner in absent if runner in host.probes]
+        notes = "".join(f"; {note}" for probe in probes for note in probe.notes)
+        remedies = "".join(f"; to mend it: {probe.remedy}" for probe in probes if probe.remedy)
+        return Refusal("runner_unavailable", f"{subject} serve {card.model_id} here: {tried}{notes}{remedies}", "model")
+    return Refusal("runner_unavailable", _why_excluded(wish, card), "model")
+
+
+def _why_excluded(wish: str | None, card: ModelCard) -> str:
+    backends = ", ".join(card.backends)
+    if wish is None:
+        known = ", ".join(backend for spec in RUNNERS.values() for backend in spec.backends)
+        return f"no runner serves any backend of {card.model_id}, which are {backends}; runners serve {known}"
+    if card.runner not in ("auto", wish):
+        return f"the card of {card.model_id} asks for runner {card.runner}, so runner {wish} may not serve it"
+    served = ", ".join(RUNNERS[wish].backends)
+    return f"runner {wish} serves {served}, and the card of {card.model_id} lists only {backends}"

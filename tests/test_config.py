@@ -1,0 +1,114 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from exo.config import Settings, SettingsError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which nothing is set but HOME."""
+    for name in list(os.environ):
+        if name.startswith(("EXO_", "XDG_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_defaults_are_local_and_upstreams(home: Path) -> None:
+    settings = Settings.load()
+    assert (settings.host, settings.port) == ("127.0.0.1", 52415)
+    assert settings.models_directory == home / ".local/share/exo/models"
+    assert settings.models_directories == (settings.models_directory,)
+    assert settings.cards_directory == home / ".local/share/exo/custom_model_cards"
+    assert settings.log_directory == home / ".cache/exo/exo_log/runner_log"
+
+
+def test_flag_beats_environment_beats_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EXO_HOST", "0.0.0.0")
+    monkeypatch.setenv("EXO_PORT", "8000")
+    monkeypatch.setenv("EXO_DEFAULT_MODELS_DIR", str(tmp_path / "environment"))
+    assert (Settings.load().host, Settings.load().port) == ("0.0.0.0", 8000)
+    assert Settings.load().models_directory == tmp_path / "environment"
+    settings = Settings.load(host="::1", port=9000, models_directory=tmp_path / "flag")
+    assert (settings.host, settings.port) == ("::1", 9000)
+    assert settings.models_directories == (tmp_path / "flag",)
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Settings.load()
+    for name in ("EXO_HOST", "EXO_PORT", "EXO_HOME", "EXO_DEFAULT_MODELS_DIR", "EXO_MODELS_DIRS", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, "")
+    assert Settings.load() == before
+
+
+def test_models_are_searched_read_only_first_then_default_then_others(
+    monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setenv("EXO_MODELS_READ_ONLY_DIRS", "/mnt/a:~/b:")
+    monkeypatch.setenv("EXO_MODELS_DIRS", "/mnt/c:/mnt/a")
+    default = home / ".local/share/exo/models"
+    assert Settings.load().models_directories == (Path("/mnt/a"), home / "b", default, Path("/mnt/c"))
+
+
+def test_xdg_directories_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    settings = Settings.load()
+    assert settings.models_directory == Path("/data/exo/models")
+    assert settings.log_directory == Path("/cache/exo/exo_log/runner_log")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(".elsewhere", "HOME/.elsewhere"), ("/exo", "/exo"), ("~/x", "HOME/x")]
+)
+def test_exo_home_holds_everything(monkeypatch: pytest.MonkeyPatch, home: Path, value: str, expected: str) -> None:
+    monkeypatch.setenv("EXO_HOME", value)
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    settings = Settings.load()
+    root = Path(expected.replace("HOME", str(home)))
+    assert settings.models_directory == root / "models"
+    assert settings.cards_directory == root / "custom_model_cards"
+    assert settings.log_directory == root / "exo_log/runner_log"
+
+
+def test_relative_directories_hold_wherever_a_runner_is_started(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.chdir(home)
+    assert Settings.load(models_directory="models").models_directory == home / "models"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("EXO_PORT", "http", "0 to 65535"),
+        ("EXO_PORT", "65536", "0 to 65535"),
+        ("EXO_PORT", "-1", "0 to 65535"),
+        ("EXO_PORT", "9" * 5000, "0 to 65535"),
+        ("EXO_HOST", "http://localhost", "host name or address"),
+        ("XDG_DATA_HOME", "data", "absolute"),
+        ("EXO_MODELS_DIRS", "~nobody-of-this-name/models", "home directory"),
+        ("EXO_HOME", __file__, "directory"),
+        ("EXO_MODELS_READ_ONLY_DIRS", f"/mnt:{__file__}", "directory"),
+    ],
+)
+def test_a_bad_variable_is_named_with_value_and_remedy(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as error:
+        Settings.load()
+    message = str(error.value)
+    assert message.startswith(f"{variable}: ")
+    assert expected in message
+    assert value.split(":")[-1] in message
+
+
+def test_a_bad_flag_is_named_even_where_the_variable_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXO_PORT", "8000")
+    with pytest.raises(SettingsError, match=r"^--port: .*70000"):
+        Settings.load(port=70000)
+    with pytest.raises(SettingsError, match=r"^--host: "):
+        Settings.load(host="")
+    with pytest.raises(SettingsError, match=r"^--models-dir: "):
+        Settings.load(models_directory="")

@@ -1,0 +1,357 @@
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exo.models.card import UPSTREAM_BACKENDS, ModelCard
+from exo.worker.host import Host
+from exo.worker.messages import Capabilities, Probe, RunnerState
+from exo.worker.router import NEEDS, LiveRunner, Refusal, Route, Wish, model_not_found, parse_model, route
+from exo.worker.runners import RUNNERS, Need, RunnerSpec
+
+REAL = dict(RUNNERS)
+SPECS = {
+    "cuda": RunnerSpec("exo.worker.runner_cuda", ("LlamaCppCuda", "LlamaCppCpu")),
+    "mlx": RunnerSpec("exo.worker.runner_mlx", ("MlxMetal", "MlxCuda", "MlxCpu"), frozenset({"logprobs"})),
+    "abacus": RunnerSpec("exo.worker.runner_abacus", ("AbacusWood",), frozenset({"grammar", "logprobs"})),
+}
+BACKENDS = sorted({*UPSTREAM_BACKENDS, *(name for spec in SPECS.values() for name in spec.backends)})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def runners() -> Iterator[None]:
+    """A table of several runners, since with one there is little to decide."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, spec in SPECS.items():
+            patch.setitem(RUNNERS, name, spec)
+        yield
+
+
+def make_card(backends: Sequence[str] = ("LlamaCppCuda", "LlamaCppCpu"), runner: str = "auto") -> ModelCard:
+    return ModelCard.from_toml(
+        f"""
+        model_id = "me/model"
+        runner = "{runner}"
+        backends = {list(backends)}
+        n_layers = 2
+        hidden_size = 64
+        supports_tensor = false
+        tasks = ["TextGeneration"]
+        storage_size = {{ in_bytes = 1000 }}
+        """
+    )
+
+
+def make_host(*backends: str, missing: Sequence[str] = ()) -> Host:
+    """A host with these backends, on which the runners ``missing`` are not installed."""
+    probes = {
+        name: Probe(installed=False, engine=name, notes=(f"no {name} library",), remedy=f"install {name}")
+        if name in missing
+        else Probe(installed=True, engine=name, backends=tuple(each for each in spec.backends if each in backends))
+        for name, spec in SPECS.items()
+    }
+    return Host("Linux", "x86_64", 2, 1 << 30, 1 << 29, (), probes)
+
+
+def able(*needs: Need, backend: str = "LlamaCppCpu") -> Capabilities:
+    return Capabilities(
+        engine="llama.cpp",
+        engine_version="1",
+        backend=backend,
+        context_length=4096,
+        slots=4,
+        vocabulary=1000,
+        grammar="grammar" in needs,
+        logprobs="logprobs" in needs,
+        embeddings="embeddings" in needs,
+        vision="vision" in needs,
+    )
+
+
+LIVE = LiveRunner("cuda", "cuda-1", "me/model", "Ready", slots=4, active=0, waiting=0, capabilities=able())
+
+
+def routed(
+    card: ModelCard,
+    host: Host,
+    *live: LiveRunner,
+    wish: str | None = None,
+    needs: Mapping[Need, str] | None = None,
+) -> Route:
+    answer = route(wish, card, host, live, needs or {})
+    assert isinstance(answer, Route), answer
+    return answer
+
+
+def refused(
+    card: ModelCard,
+    host: Host,
+    *live: LiveRunner,
+    wish: str | None = None,
+    needs: Mapping[Need, str] | None = None,
+) -> Refusal:
+    answer = route(wish, card, host, live, needs or {})
+    assert isinstance(answer, Refusal), answer
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("model", "wish"),
+    [
+        ("gemma-3-270m@cuda", Wish("gemma-3-270m", "cuda")),
+        ("google/gemma-3-270m", Wish("google/gemma-3-270m", None)),
+        ("a@b@mlx", Wish("a@b", "mlx")),
+        ("model@", Wish("model", "")),
+        ("", Wish("", None)),
+    ],
+)
+def test_a_models_name_may_carry_a_runner(model: str, wish: Wish) -> None:
+    assert parse_model(model) == wish
+
+
+def test_no_backend_is_served_by_two_runners() -> None:
+    served = [backend for spec in REAL.values() for backend in spec.backends]
+    assert len(served) == len(set(served))
+
+
+def test_the_cards_first_backend_is_taken_where_the_host_has_it() -> None:
+    answer = routed(make_card(), make_host("LlamaCppCuda", "LlamaCppCpu"))
+    assert answer == Route("cuda", None, "LlamaCppCuda", "card prefers LlamaCppCuda, which is available")
+
+
+def test_the_next_backend_is_taken_where_the_first_has_no_device() -> None:
+    answer = routed(make_card(), make_host("LlamaCppCpu"))
+    reason = "card prefers LlamaCppCuda, which has no device here; LlamaCppCpu is next and available"
+    assert answer == Route("cuda", None, "LlamaCppCpu", reason)
+
+
+def test_every_backend_passed_over_is_explained() -> None:
+    card = make_card(["Vllm", "MlxCuda", "LlamaCppCuda", "LlamaCppCpu"])
+    assert routed(card, make_host("LlamaCppCpu", missing=["mlx"])).reason == (
+        "card prefers Vllm, which is served by no runner of this version; "
+        "MlxCuda needs runner mlx, which is not installed here; "
+        "LlamaCppCuda has no device here; LlamaCppCpu is next and available"
+    )
+
+
+def test_the_requests_wish_passes_over_the_cards_order() -> None:
+    card = make_card(["MlxCpu", "LlamaCppCuda", "LlamaCppCpu"])
+    answer = routed(card, make_host("MlxCpu", "LlamaCppCpu"), wish="cuda")
+    assert (answer.runner, answer.backend) == ("cuda", "LlamaCppCpu")
+    assert answer.reason == (
+        "request asks for runner cuda; LlamaCppCuda has no device here; LlamaCppCpu is next and available"
+    )
+
+
+def test_the_cards_flag_decides_between_its_backends() -> None:
+    answer = routed(make_card(["MlxCpu", "LlamaCppCpu"], runner="cuda"), make_host("MlxCpu", "LlamaCppCpu"))
+    assert answer == Route("cuda", None, "LlamaCppCpu", "card asks for runner cuda; LlamaCppCpu is available")
+
+
+@pytest.mark.parametrize("wish", ["tpu", "", "CUDA"])
+def test_a_wish_for_an_unknown_runner_names_the_known_ones(wish: str) -> None:
+    answer = refused(make_card(), make_host("LlamaCppCpu"), wish=wish)
+    assert (answer.code, answer.param) == ("runner_not_found", "model")
+    assert answer.message == f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}"
+
+
+def test_a_wish_does_not_overrule_the_card() -> None:
+    host = make_host("MlxCpu", "LlamaCppCpu")
+    by_flag = refused(make_card(["MlxCpu", "LlamaCppCpu"], runner="cuda"), host, wish="mlx")
+    assert by_flag.code == "runner_unavailable"
+    assert by_flag.message == "the card of me/model asks for runner cuda, so runner mlx may not serve it"
+    by_backends = refused(make_card(), host, wish="mlx")
+    assert by_backends.code == "runner_unavailable"
+    assert "lists only LlamaCppCuda, LlamaCppCpu" in by_backends.message
+
+
+def test_a_card_of_backends_without_runner_names_what_is_served() -> None:
+    answer = refused(make_card(["Vllm"]), make_host("LlamaCppCpu"))
+    assert answer.code == "runner_unavailable"
+    assert "me/model, which are Vllm" in answer.message
+    assert "LlamaCppCuda" in answer.message
+
+
+def test_a_host_without_engine_is_told_the_remedy() -> None:
+    answer = refused(make_card(), make_host(missing=["cuda"]))
+    assert (answer.code, answer.param) == ("runner_unavailable", "model")
+    assert answer.message == (
+        "no runner can serve me/model here: LlamaCppCuda needs runner cuda, which is not installed here; "
+        "LlamaCppCpu needs runner cuda, which is not installed here; no cuda library; to mend it: install cuda"
+    )
+
+
+def test_a_refused_wish_does_not_claim_that_no_other_runner_could() -> None:
+    card = make_card(["MlxCpu", "LlamaCppCpu"])
+    answer = refused(card, make_host("LlamaCppCpu", missing=["mlx"]), wish="mlx")
+    assert answer.message.startswith("runner mlx cannot serve me/model here: MlxCpu needs runner mlx, which")
+    assert "LlamaCppCpu" not in answer.message
+
+
+def test_a_feature_that_nothing_supports_is_refused_by_parameter() -> None:
+    needs: dict[Need, str] = {"logprobs": "top_logprobs"}
+    answer = refused(make_card(), make_host("LlamaCppCpu"), needs=needs)
+    assert (answer.code, answer.param) == ("unsupported_parameter", "top_logprobs")
+    assert answer.message == (
+        "parameter 'top_logprobs' needs logprobs, and no runner can do that for me/model here: "
+        "LlamaCppCuda has no device here; LlamaCppCpu does not support logprobs"
+    )
+
+
+def test_a_feature_picks_the_runner_that_has_it() -> None:
+    answer = routed(
+        make_card(["LlamaCppCpu", "MlxCpu"]), make_host("LlamaCppCpu", "MlxCpu"), needs={"logprobs": "logprobs"}
+    )
+    assert answer.runner == "mlx"
+    assert answer.reason == "card prefers LlamaCppCpu, which does not support logprobs; MlxCpu is next and available"
+
+
+def test_what_a_loaded_model_can_do_counts_more_than_what_its_runner_can_do() -> None:
+    needs: dict[Need, str] = {"logprobs": "logprobs"}
+    host = make_host("LlamaCppCpu", "MlxCpu")
+    loaded = replace(LIVE, capabilities=able("logprobs"))
+    assert routed(make_card(), host, loaded, needs=needs).instance == "cuda-1"
+    assert refused(make_card(), host, LIVE, needs=needs).code == "unsupported_parameter"
+    assert routed(make_card(), host, replace(LIVE, instance="a"), loaded).instance == "a"
+    assert routed(make_card(), host, replace(LIVE, instance="a"), loaded, needs=needs).instance == "cuda-1"
+    unable = replace(LIVE, runner="mlx", instance="mlx-1")
+    assert refused(make_card(["MlxCpu"]), host, unable, needs=needs).param == "logprobs"
+    loading = replace(unable, state="Loading", slots=0, capabilities=None)
+    assert routed(make_card(["MlxCpu"]), host, loading, needs=needs).instance == "mlx-1"
+
+
+def test_a_live_runner_of_the_model_is_used_and_no_other() -> None:
+    host = make_host("LlamaCppCpu")
+    assert routed(make_card(), host, LIVE).instance == "cuda-1"
+    assert routed(make_card(), host, replace(LIVE, model_id="me/other")).instance is None
+    assert routed(make_card(), host, replace(LIVE, runner="mlx")).instance is None
+    gone: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
+    assert [routed(make_card(), host, replace(LIVE, state=state)).instance for state in gone] == [None] * 3
+
+
+def test_the_least_loaded_runner_is_used_and_a_ready_one_before_one_that_loads() -> None:
+    loading = replace(LIVE, instance="a", state="Loading", slots=0, capabilities=None)
+    busy = replace(LIVE, instance="b", state="Running", slots=2, active=2)
+    large = replace(LIVE, instance="c", state="Running", slots=16, active=12)
+    full = replace(LIVE, instance="d", state="Running", slots=16, active=16, waiting=40)
+    host = make_host("LlamaCppCpu")
+    assert routed(make_card(), host, loading, full, large, busy).instance == "c"
+    assert routed(make_card(), host, loading, full, busy).instance == "b"
+    assert routed(make_card(), host, full, loading).instance == "d"
+    assert routed(make_card(), host, loading).instance == "a"
+    twin = replace(busy, instance="e")
+    assert routed(make_card(), host, busy, twin) == routed(make_card(), host, twin, busy)
+
+
+def test_a_name_without_card_is_refused_with_suggestions() -> None:
+    assert model_not_found("gema", ("gemma-3-270m", "gemma-3-1b")) == Refusal(
+        "model_not_found", "no model card is called 'gema'; did you mean gemma-3-270m or gemma-3-1b?", "model"
+    )
+    assert model_not_found("xyzzy").message == "no model card is called 'xyzzy'"
+
+
+# --- properties ---
+
+
+@st.composite
+def cards(draw: st.DrawFn) -> ModelCard:
+    backends = draw(st.lists(st.sampled_from(BACKENDS), min_size=1, unique=True))
+    possible = [name for name, spec in SPECS.items() if set(spec.backends) & set(backends)]
+    return make_card(backends, draw(st.sampled_from(["auto", *possible])))
+
+
+@st.composite
+def some_hosts(draw: st.DrawFn) -> Host:
+    host = make_host(
+        *draw(st.sets(st.sampled_from(BACKENDS))), missing=sorted(draw(st.sets(st.sampled_from([*SPECS]))))
+    )
+    return replace(host, probes={name: host.probes[name] for name in draw(st.sets(st.sampled_from([*SPECS])))})
+
+
+def hosts() -> st.SearchStrategy[Host]:
+    return st.just(make_host(*BACKENDS)) | some_hosts()
+
+
+def live_runners() -> st.SearchStrategy[list[LiveRunner]]:
+    """Few distinct values, so that ties and runners that differ in one thing are common."""
+    runners = st.builds(
+        LiveRunner,
+        runner=st.sampled_from([*SPECS]),
+        instance=st.uuids().map(str),
+        model_id=st.sampled_from(["me/model", "me/model", "me/other"]),
+        state=st.sampled_from(["Ready", "Ready", *get_args(RunnerState)]),
+        slots=st.sampled_from([0, 2]),
+        active=st.integers(0, 2),
+        waiting=st.just(0),
+        capabilities=st.sampled_from([None, able(), able("logprobs"), able(*NEEDS)]),
+    )
+    return st.lists(runners, max_size=8, unique_by=lambda each: each.instance)
+
+
+wishes = st.none() | st.sampled_from([*SPECS, "tpu"])
+asked = st.dictionaries(st.sampled_from(NEEDS), st.sampled_from(["logprobs", "response_format", "input"]), max_size=2)
+
+
+@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked)
+def test_a_route_is_never_what_request_card_host_or_needs_exclude(
+    wish: str | None, card: ModelCard, host: Host, live: list[LiveRunner], needs: dict[Need, str]
+) -> None:
+    answer = route(wish, card, host, live, needs)
+    if not isinstance(answer, Route):
+        return
+    assert wish in (None, answer.runner)
+    assert card.runner in ("auto", answer.runner)
+    assert answer.backend in card.backends
+    assert answer.backend in RUNNERS[answer.runner].backends
+    assert host.probes[answer.runner].installed
+    assert answer.backend in host.probes[answer.runner].backends
+    if answer.instance is None:
+        return
+    (instance,) = [each for each in live if each.instance == answer.instance]
+    assert (instance.runner, instance.model_id) == (answer.runner, card.model_id)
+    assert instance.state not in ("Failed", "ShuttingDown", "Shutdown")
+    assert all(instance.capabilities is None or getattr(instance.capabilities, need) for need in needs)
+
+
+@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked)
+def test_every_answer_explains_itself(
+    wish: str | None, card: ModelCard, host: Host, live: list[LiveRunner], needs: dict[Need, str]
+) -> None:
+    answer = route(wish, card, host, live, needs)
+    if isinstance(answer, Route):
+        assert answer.backend in answer.reason
+        assert answer.reason.isascii()
+        assert answer.reason.isprintable()
+        assert len(answer.reason) < 1000
+    else:
+        assert answer.message
+        assert answer.param in ("model", *needs.values())
+        assert (answer.code == "unsupported_parameter") == (answer.param != "model")
+
+
+@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked, data=st.data())
+def test_the_same_question_has_the_same_answer_in_whatever_order_runners_are_listed(
+    wish: str | None, card: ModelCard, host: Host, live: list[LiveRunner], needs: dict[Need, str], data: st.DataObject
+) -> None:
+    answer = route(wish, card, host, live, needs)
+    assert route(wish, card, host, live, needs) == answer
+    assert route(wish, card, host, data.draw(st.permutations(live)), needs) == answer
+    assert route(wish, card, host, live, dict(reversed(needs.items()))) == answer
+
+
+@given(card=cards(), host=hosts(), live=live_runners())
+def test_a_model_is_refused_only_if_no_backend_of_it_is_on_the_host(
+    card: ModelCard, host: Host, live: list[LiveRunner]
+) -> None:
+    allowed = {
+        backend
+        for name, probe in host.probes.items()
+        if probe.installed and card.runner in ("auto", name)
+        for backend in probe.backends
+    }
+    usable = [backend for backend in card.backends if backend in allowed]
+    answer = route(None, card, host, live, {})
+    assert (answer.backend if isinstance(answer, Route) else None) == (usable[0] if usable else None)
