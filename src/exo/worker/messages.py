@@ -257,5 +257,27 @@ class Probe(Message):
     """The one command that mends it, or empty."""
 
 
+# --- how probable a runner finds given texts, for comparing engines: ``python -m module --score``, a ``Score`` on
+# standard input, a ``Scored`` or a ``Failed`` on standard output ---
+
+
+class Score(Message):
+    """Texts to be read through token by token, each by itself, as they stand (teacher forcing)."""
+
+    load: Load
+    prompts: tuple[tuple[Text, ...] | tuple[int, ...], ...]
+    directory: str
+    """Prompt i's log-probabilities go to ``i.npy`` in here: float32, shape (tokens, vocabulary), row j for the token
+    that follows the first j + 1."""
+
+
+class Scored(Message):
+    """The token ids that were read, and by what. ``settings`` are what rounding depends on, such as cache types."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    capabilities: Capabilities
+    settings: Mapping[str, str] = {}
+
+
 COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
 EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
