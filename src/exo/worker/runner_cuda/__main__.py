@@ -1,4 +1,4 @@
-"""The llama.cpp runner as a program: ``python -m exo.worker.runner_cuda`` (the contract) or ``… --probe``.
+"""The llama.cpp runner as a program: the contract, or with ``--probe`` or ``--score`` one answer.
 
 Three threads: this one reads and checks commands, the engine's owns the llama.cpp context, the emitter's makes text and
 writes. They share queues and nothing else.
@@ -10,6 +10,7 @@ import traceback
 from types import TracebackType
 
 from exo.worker.messages import Cancel, Command, Failed, Generate, Load, Shutdown, Status
+from exo.worker.runner_cuda import score
 from exo.worker.runner_cuda.admission import admit
 from exo.worker.runner_cuda.devices import probe
 from exo.worker.runner_cuda.emitter import Accepted, Emitter
@@ -109,6 +110,8 @@ def main() -> None:
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return
+    if sys.argv[1:] == ["--score"]:
+        exit_now(score.main(take_protocol_stream()))
     threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
     sys.excepthook = _die
     emitter = Emitter(take_protocol_stream())

@@ -7,6 +7,7 @@ their layouts change nearly every release.
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -100,6 +101,15 @@ class Model:
         llama_cpp.llama_model_free(self.handle)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The most rows of one step, of one computation graph (llama.cpp's micro-batch), and that give logits."""
+
+    step: int
+    graph: int
+    outputs: int
+
+
 class Batch:
     """One preallocated llama_batch whose arrays are written through numpy; each row belongs to exactly one sequence."""
 
@@ -130,14 +140,14 @@ class Context:
     a unified cache does not give (8.5 apart on a Q4_K_M model).
     """
 
-    def __init__(self, model: Model, options: CudaOptions, n_ctx: int, n_batch: int, n_ubatch: int, log: Log) -> None:
-        """``n_batch`` is the most rows of one step. Raises LoadError."""
+    def __init__(self, model: Model, options: CudaOptions, n_ctx: int, rows: Rows, log: Log) -> None:
+        """Raises LoadError."""
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx * options.slots
         params.n_seq_max = options.slots
-        params.n_batch = n_batch
-        params.n_ubatch = n_ubatch
-        params.n_outputs_max = options.slots
+        params.n_batch = rows.step
+        params.n_ubatch = rows.graph
+        params.n_outputs_max = rows.outputs
         params.kv_unified = False
         params.swa_full = True
         params.n_threads = params.n_threads_batch = options.threads or 1
@@ -150,7 +160,7 @@ class Context:
             raise _load_error("llama.cpp could not make a context", log)
         self.handle = handle
         self.n_ctx = llama_cpp.llama_n_ctx_seq(handle)
-        self.batch = Batch(n_batch)
+        self.batch = Batch(rows.step)
         self._n_vocab = model.n_vocab
         memory = llama_cpp.llama_get_memory(handle)
         if memory is None:

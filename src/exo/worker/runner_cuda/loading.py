@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from exo.worker.messages import Capabilities, Load, Status
 from exo.worker.runner_cuda.devices import ENGINE, gpu_devices, physical_cores
-from exo.worker.runner_cuda.llama import Context, Log, Model, engine_version
+from exo.worker.runner_cuda.llama import Context, Log, Model, Rows, engine_version
 from exo.worker.runner_cuda.options import CudaOptions, LoadError, find_model
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 from exo.worker.wire import describe
@@ -35,8 +35,8 @@ class Loaded:
         self.model.free()
 
 
-def load(command: Load, report: Callable[[Status], None]) -> Loaded:
-    """Loads and warms up, reporting the way there. Raises LoadError."""
+def load(command: Load, report: Callable[[Status], None], *, score: bool = False) -> Loaded:
+    """Loads and warms up, reporting the way there; with ``score``, every row may give logits. Raises LoadError."""
     log = Log()
     options = read_options(command)
     path = find_model(options, command.model_id, command.directories)
@@ -57,7 +57,8 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     budget = max(chunk, options.n_batch or (GPU_BUDGET if on_gpu else CPU_CHUNK))
     n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
     try:
-        context = Context(model, options, n_ctx, budget + options.slots, chunk, log)
+        rows = Rows(step=budget + options.slots, graph=chunk, outputs=budget if score else options.slots)
+        context = Context(model, options, n_ctx, rows, log)
     except LoadError:
         model.free()
         raise

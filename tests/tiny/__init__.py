@@ -1,0 +1,7 @@
+"""Tiny random models for the tests: one set of weights, written for llama.cpp and for MLX."""
+
+from .gguf_file import write_gguf
+from .mlx_folder import write_mlx
+from .shape import Shape
+
+__all__ = ["Shape", "write_gguf", "write_mlx"]
