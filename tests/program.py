@@ -66,7 +66,8 @@ class Program:
         self.failure: Failed | None = None
         self.heartbeats = 0
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +78,7 @@ class Program:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        self._reader.join()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()

@@ -1,0 +1,69 @@
+"""The events of one request on their way from the runner's pipe to whoever answers the client."""
+
+from collections import deque
+from typing import Self, final
+
+import anyio
+
+from exo.worker.messages import Delta, Failed, Finished, PrefillProgress
+
+RequestEvent = PrefillProgress | Delta | Finished | Failed
+
+_BOUND = 1024
+"""Events buffered before they are compacted."""
+
+
+@final
+class RequestEvents:
+    """An asynchronous iterator for one reader: it ends after exactly one ``Finished`` or ``Failed``.
+
+    Writing never waits, because the reader of a runner's pipe serves all its requests and must not be held up by one
+    slow client. A reader that lags gets fewer and larger deltas instead: a full buffer is compacted, so that what it
+    holds is bounded by the tokens of one sequence, that is by the model's context length, and nothing is lost.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: deque[RequestEvent] = deque()
+        self._arrived: anyio.Event | None = None
+        self._open = True
+
+    def put(self, event: RequestEvent) -> None:
+        """Adds an event. Called by the runner's process only, and not again after a terminal event."""
+        if not self._open:
+            return
+        self._buffer.append(event)
+        if self._arrived is not None:
+            self._arrived.set()
+        if len(self._buffer) >= _BOUND:
+            self._compact()
+
+    def discard(self) -> None:
+        """Drops what is buffered and whatever still comes: the reader has left."""
+        self._open = False
+        self._buffer.clear()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestEvent:
+        """Waits only while the buffer is empty; cancelling the wait loses nothing."""
+        while not self._buffer:
+            if not self._open:
+                raise StopAsyncIteration
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+        event = self._buffer.popleft()
+        if isinstance(event, Finished | Failed):
+            self._open = False
+        return event
+
+    def _compact(self) -> None:
+        """All deltas become one, and of the prefill's progress, which comes before them, the last is kept."""
+        events = tuple(self._buffer)
+        deltas = [event for event in events if isinstance(event, Delta)]
+        self._buffer.clear()
+        self._buffer.extend([event for event in events if isinstance(event, PrefillProgress)][-1:])
+        if deltas:
+            tokens = tuple(token for delta in deltas for token in delta.tokens)
+            self._buffer.append(Delta(id=deltas[0].id, tokens=tokens, text="".join(delta.text for delta in deltas)))
+        self._buffer.extend(event for event in events if isinstance(event, Finished | Failed))

@@ -1,0 +1,24 @@
+import pytest
+from pydantic import JsonValue
+
+from exo.models.card import ModelCard, StorageSize
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """The event loop that the server runs on."""
+    return "asyncio", {"use_uvloop": True}
+
+
+def fake_card(model_id: str = "fake/model", **table: JsonValue) -> ModelCard:
+    """A card whose runner_cuda is the fake runner; ``table`` is of ``fake_runner.Options``."""
+    return ModelCard(
+        model_id=model_id,
+        backends=("LlamaCppCpu",),
+        storage_size=StorageSize(in_bytes=1),
+        n_layers=1,
+        hidden_size=1,
+        supports_tensor=False,
+        tasks=("TextGeneration",),
+        engines={"cuda": table},
+    )

@@ -1,0 +1,382 @@
+"""The contract of ``exo.worker.messages``, run against every runner. A runner joins by one line in CASES."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from exo.worker.messages import Capabilities, Generate, Load
+from exo.worker.runners import RUNNERS
+from tests import fake_runner
+from tests.program import Program, Result, ask, names, runner_command
+from tests.tiny import Shape, write_gguf
+
+Table = dict[str, JsonValue]
+
+
+def gguf_table(folder: Path) -> Table:
+    """A tiny float32 model, and a context that rounds as little as llama.cpp can."""
+    path = folder / "tiny.gguf"
+    if not path.exists():
+        write_gguf(path, Shape())
+    return {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How to start a runner and what its card's table says. ``samples`` if it has a model to sample from."""
+
+    command: tuple[str, ...]
+    backend: str
+    table: Callable[[Path], Table]
+    samples: bool = True
+    slow: Table = field(default_factory=dict[str, JsonValue])
+    """What makes it slow enough for a test to step in between two tokens, where it is not slow by itself."""
+    small_chunks: Table = field(default_factory=lambda: {"n_batch": 32, "n_ubatch": 32})
+    """What makes it compute a prompt in many steps."""
+
+
+CASES = {
+    "fake": Case(
+        fake_runner.COMMAND,
+        "LlamaCppCpu",
+        lambda _: {},
+        samples=False,
+        slow={"step_seconds": 0.01},
+        small_chunks={"chunk": 32},
+    ),
+    "cuda": Case(tuple(runner_command(RUNNERS["cuda"].module)), "LlamaCppCpu", gguf_table),
+}
+SAMPLING = [name for name, case in CASES.items() if case.samples]
+
+name = names()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Starts runners of one kind and ends them with the test."""
+
+    case: Case
+    folder: Path
+    running: list[Program]
+
+    def load_command(self, **table: JsonValue) -> Load:
+        return Load(model_id="test/tiny", backend=self.case.backend, table={**self.case.table(self.folder), **table})
+
+    def bare(self) -> Program:
+        program = Program(self.case.command).__enter__()
+        self.running.append(program)
+        return program
+
+    def loaded(self, **table: JsonValue) -> Program:
+        program = self.bare()
+        program.load(self.load_command(**table))
+        return program
+
+    def slow(self, **table: JsonValue) -> Program:
+        return self.loaded(**{**self.case.slow, **table})
+
+
+@pytest.fixture(params=CASES)
+def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
+    starter = Start(CASES[request.param], folder, [])
+    yield starter
+    for program in starter.running:
+        program.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def program(request: pytest.FixtureRequest, folder: Path) -> Iterator[Program]:
+    """One loaded runner for all tests that leave it as they found it."""
+    starter = Start(CASES[request.param], folder, [])
+    yield starter.loaded(slots=4, n_ctx=512)
+    starter.running[0].__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module", params=SAMPLING)
+def sampling_program(request: pytest.FixtureRequest, folder: Path) -> Iterator[Program]:
+    starter = Start(CASES[request.param], folder, [])
+    yield starter.loaded(slots=16, n_ctx=512)
+    starter.running[0].__exit__(None, None, None)
+
+
+def one(program: Program, request: Generate) -> Result:
+    return program.generate(request)[0]
+
+
+def long_prompt(tokens: int) -> list[int]:
+    return [97 + index * index % 23 for index in range(tokens)]
+
+
+# --- starting ---
+
+
+def test_states_lead_to_ready_which_says_what_the_runner_can_do(start: Start) -> None:
+    program = start.bare()
+    capabilities = program.load(start.load_command(slots=3, n_ctx=512))
+    assert program.states[0] == "Idle"
+    assert program.states[-1] == "Ready"
+    assert {"Loading", "Loaded"} <= set(program.states)
+    assert program.states.count("Ready") == 1
+    assert (capabilities.slots, capabilities.context_length) == (3, 512)
+    assert capabilities.vocabulary > 0
+    assert capabilities.engine_version
+
+
+def test_nothing_is_accepted_before_the_model_is_loaded(start: Start) -> None:
+    program = start.bare()
+    early = next(name)
+    assert one(program, ask(early)).failed.code == "invalid_request"
+    program.load(start.load_command())
+    assert one(program, ask(next(name))).finished.reason == "length"
+
+
+def test_a_model_that_does_not_load_fails_the_runner(start: Start) -> None:
+    program = start.bare()
+    program.send(start.load_command(no_such_key=1))
+    assert program.drain() != 0
+    assert program.failure is not None
+    assert "no_such_key" in program.failure.message
+
+
+# --- one request ---
+
+
+def test_a_request_is_accepted_answered_and_ended_once(program: Program) -> None:
+    result = one(program, ask(next(name), max_tokens=12))
+    assert result.prefill[0].processed == 0
+    assert result.prefill[-1].processed == result.prefill[-1].total == result.finished.usage.prompt_tokens
+    assert len(result.tokens) == result.finished.usage.completion_tokens == 12
+    assert result.finished.reason == "length"
+    assert result.text
+    one(program, ask(next(name)))
+    assert result.after_end == []
+
+
+def test_text_and_token_ids_are_two_ways_to_give_one_prompt(program: Program) -> None:
+    letters = "once upon a time"
+    from_text = one(program, ask(next(name), letters))
+    again = one(program, ask(next(name), letters))
+    assert from_text.tokens == again.tokens
+    ids = one(program, ask(next(name), long_prompt(9)))
+    assert ids.finished.usage.prompt_tokens == 9
+
+
+def test_generation_goes_on_from_the_tokens_delivered(program: Program) -> None:
+    """What a replay relies on: prompt and delivered tokens, given as a prompt, continue with the same tokens."""
+    prompt = long_prompt(7)
+    whole = one(program, ask(next(name), prompt, max_tokens=20, temperature=0.9, seed=5))
+    for delivered in (1, 10, 19):
+        rest = one(
+            program,
+            ask(next(name), [*prompt, *whole.tokens[:delivered]], max_tokens=20 - delivered, temperature=0.9, seed=5),
+        )
+        assert whole.tokens[:delivered] + rest.tokens == whole.tokens
+
+
+def test_a_stop_string_ends_the_text_before_it_wherever_tokens_end(program: Program) -> None:
+    free = one(program, ask(next(name), max_tokens=24))
+    for start in range(2, 12):
+        stop = free.text[start : start + 4]
+        stopped = one(program, ask(next(name), max_tokens=24, stop=[stop]))
+        assert stopped.text == free.text[: free.text.index(stop)]
+        assert (stopped.finished.reason, stopped.finished.stop) == ("stop", stop)
+        assert len(stopped.tokens) == stopped.finished.usage.completion_tokens <= 24
+        assert free.tokens[: len(stopped.tokens)] == stopped.tokens
+
+
+def test_text_held_back_for_a_stop_string_that_never_comes_is_not_lost(program: Program) -> None:
+    free = one(program, ask(next(name), max_tokens=8))
+    held = one(program, ask(next(name), max_tokens=8, stop=[free.text[-2:] + "never", free.text[3:5] + "\x00"]))
+    assert held.text == free.text
+    assert held.finished.reason == "length"
+
+
+# --- limits ---
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_it_starts(program: Program) -> None:
+    refused = one(program, ask(next(name), long_prompt(512))).failed
+    assert (refused.code, refused.param) == ("context_length_exceeded", "prompt")
+    assert "512" in refused.message
+    last = one(program, ask(next(name), long_prompt(511), max_tokens=None))
+    assert (last.finished.reason, len(last.tokens)) == ("length", 1)
+
+
+def test_a_full_context_ends_generation_by_length(program: Program) -> None:
+    result = one(program, ask(next(name), long_prompt(500), max_tokens=None))
+    assert (result.finished.reason, len(result.tokens)) == ("length", 12)
+
+
+def test_refusals_name_the_field_and_disturb_nobody(program: Program) -> None:
+    good, bad_token, empty, bias, stop = islice(name, 5)
+    program.send(ask(good, max_tokens=40))
+    results = program.generate(
+        ask(bad_token, [1, 10**6]), ask(empty, [-1]), ask(bias, logit_bias={10**7: 1.0}), ask(stop, stop=[""])
+    )
+    assert [result.failed.param for result in results] == ["prompt", "prompt", "logit_bias", "stop"]
+    assert {result.failed.code for result in results} == {"invalid_request"}
+    assert "1000000" in results[0].failed.message
+    program.until(program.ended(good))
+    assert program.results[good].finished.usage.completion_tokens == 40
+
+
+def test_a_line_that_is_no_command_fails_at_most_the_request_it_names(program: Program) -> None:
+    named, unknown = islice(name, 2)
+    program.write(b"this is not JSON\n[1, 2]\n")
+    program.write(json.dumps({"type": "generate", "id": named, "prompt": "text"}).encode() + b"\n")
+    program.write(json.dumps({**json.loads(ask(unknown).model_dump_json()), "surprise": 1}).encode() + b"\n")
+    program.until(program.ended(named, unknown))
+    assert "surprise" in program.results[unknown].failed.message
+    assert one(program, ask(next(name))).finished.reason == "length"
+
+
+# --- several requests ---
+
+
+def test_more_requests_than_slots_all_finish(program: Program) -> None:
+    results = program.generate(
+        *(ask(each, f"story {index}", max_tokens=10 + index) for index, each in zip(range(13), name, strict=False))
+    )
+    assert [len(result.tokens) for result in results] == [10 + index for index in range(13)]
+
+
+def test_a_late_request_joins_running_ones(start: Start) -> None:
+    program = start.slow(slots=2, n_ctx=4096)
+    early, late = islice(name, 2)
+    program.send(ask(early, max_tokens=2000))
+    program.until(lambda: early in program.results and len(program.results[early].tokens) >= 3)
+    assert one(program, ask(late, max_tokens=5)).finished.reason == "length"
+    assert program.results[early].end is None
+
+
+def test_cancel_frees_the_slot_and_is_idempotent(start: Start) -> None:
+    program = start.slow(slots=1, n_ctx=4096)
+    running, waiting, after = islice(name, 3)
+    program.send(ask(running, max_tokens=4000), ask(waiting, max_tokens=4000))
+    program.until(lambda: running in program.results and len(program.results[running].tokens) >= 2)
+    program.cancel("nobody knows this one")
+    program.cancel(waiting)
+    program.until(program.ended(waiting))
+    assert program.results[waiting].tokens == []
+    program.cancel(running)
+    program.cancel(running)
+    program.until(program.ended(running))
+    for request in (running, waiting):
+        assert program.results[request].finished.reason == "cancelled"
+    assert len(program.results[running].tokens) == program.results[running].finished.usage.completion_tokens
+    assert one(program, ask(after)).finished.reason == "length"
+    assert program.results[running].after_end == program.results[waiting].after_end == []
+
+
+def test_cancel_takes_effect_in_the_middle_of_a_prompt(start: Start) -> None:
+    program = start.slow(slots=1, n_ctx=4096, **start.case.small_chunks)
+    request = next(name)
+    program.send(ask(request, long_prompt(3000)))
+    program.until(lambda: request in program.results and program.results[request].prefill[-1].processed > 0)
+    program.cancel(request)
+    program.until(program.ended(request))
+    result = program.results[request]
+    assert result.finished.reason == "cancelled"
+    assert result.prefill[-1].processed < 3000
+    assert result.tokens == []
+
+
+# --- randomness ---
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_among_fifteen_others(sampling_program: Program) -> None:
+    prompt = "the quick brown fox"
+    alone = one(sampling_program, ask(next(name), prompt, temperature=1.0, seed=42, max_tokens=48))
+    others = [
+        ask(each, f"{index} other words", temperature=1.3, seed=index, max_tokens=20 + 3 * index)
+        for index, each in zip(range(15), name, strict=False)
+    ]
+    crowd = sampling_program.generate(
+        *others[:7], ask(next(name), prompt, temperature=1.0, seed=42, max_tokens=48), *others[7:]
+    )
+    assert crowd[7].tokens == alone.tokens
+    different = one(sampling_program, ask(next(name), prompt, temperature=1.0, seed=43, max_tokens=48))
+    assert different.tokens != alone.tokens
+
+
+def test_greedy_is_the_same_in_every_slot(sampling_program: Program) -> None:
+    results = sampling_program.generate(*(ask(each, "same words", max_tokens=32) for each in islice(name, 16)))
+    assert len({tuple(result.tokens) for result in results}) == 1
+
+
+def test_logit_bias_forces_a_token(sampling_program: Program) -> None:
+    result = one(sampling_program, ask(next(name), temperature=1.0, logit_bias={120: 1000.0}, max_tokens=6))
+    assert result.tokens == [120] * 6
+
+
+def test_penalties_change_what_is_chosen(sampling_program: Program) -> None:
+    plain = one(sampling_program, ask(next(name), max_tokens=60))
+    varied = sampling_program.generate(
+        ask(next(name), max_tokens=60, frequency_penalty=2.0),
+        ask(next(name), max_tokens=60, presence_penalty=2.0),
+        ask(next(name), max_tokens=60, repetition_penalty=1.8),
+    )
+    assert all(len(set(result.tokens)) > len(set(plain.tokens)) for result in varied)
+
+
+def test_an_end_of_generation_token_ends_by_stop_and_can_be_ignored(sampling_program: Program) -> None:
+    capabilities = sampling_program.capabilities
+    assert isinstance(capabilities, Capabilities)
+    end = capabilities.vocabulary - 1
+    bias = {end - 2: 1000.0, end - 1: 1000.0, end: 1000.0}
+    ended = one(sampling_program, ask(next(name), logit_bias=bias, ignore_eos=False))
+    assert (ended.finished.reason, ended.text, len(ended.tokens)) == ("stop", "", 1)
+    assert ended.finished.usage.completion_tokens == 1
+    ignored = one(sampling_program, ask(next(name), logit_bias=bias, ignore_eos=True, max_tokens=5))
+    assert ignored.finished.reason == "length"
+    assert ended.tokens[0] not in ignored.tokens
+
+
+def test_a_prefix_computed_before_is_reused_without_a_trace_in_the_text(sampling_program: Program) -> None:
+    prompt = long_prompt(300)
+    first = one(sampling_program, ask(next(name), prompt, max_tokens=20))
+    again = one(sampling_program, ask(next(name), prompt, max_tokens=20))
+    longer = one(sampling_program, ask(next(name), prompt + first.tokens[:10], max_tokens=10))
+    assert again.tokens == first.tokens
+    assert longer.tokens == first.tokens[10:]
+    assert again.finished.usage.cached_tokens == 299
+    assert longer.finished.usage.cached_tokens >= 299
+
+
+# --- ending ---
+
+
+def test_shutdown_fails_what_is_in_flight_and_exits_cleanly(start: Start) -> None:
+    program = start.slow(slots=1, n_ctx=4096)
+    running, waiting = islice(name, 2)
+    program.send(ask(running, max_tokens=4000), ask(waiting))
+    program.until(lambda: running in program.results and len(program.results[running].tokens) > 0)
+    assert program.shutdown() == 0
+    assert {program.results[each].failed.code for each in (running, waiting)} == {"shutdown"}
+    assert program.states[-2:] == ["ShuttingDown", "Shutdown"]
+
+
+def test_a_runner_whose_input_closes_exits(start: Start) -> None:
+    program = start.slow(slots=1, n_ctx=4096)
+    program.send(ask(next(name), max_tokens=4000))
+    assert program.process.stdin is not None
+    program.process.stdin.close()
+    assert program.process.wait(10) is not None
+
+
+def test_heartbeats_come_while_idle_and_while_busy(start: Start) -> None:
+    program = start.slow(slots=1, n_ctx=4096)
+    program.until(lambda: program.heartbeats >= 1)
+    program.send(*(ask(next(name), max_tokens=4000) for _ in range(3)))
+    before = program.heartbeats
+    program.until(lambda: program.heartbeats >= before + 2)
