@@ -1,0 +1,87 @@
+"""OpenAI's endpoints: a body in, a generation request out, and the dialect that answers it."""
+
+import time
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+
+from exo.api.body import read_body
+from exo.api.docs import json_body
+from exo.api.generation import Conversation, Generation, GenerationRequest, Prompt
+from exo.api.openai_replies import ChatCompletion, ChatDialect, Completion, CompletionDialect, Model, ModelList
+from exo.api.openai_requests import ChatCompletionRequest, CompletionRequest, GenerationFields
+from exo.api.reply import GenerationReply
+from exo.api.services import Services
+from exo.models.card import ModelCard
+from exo.worker.messages import SamplingParams
+
+_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
+
+
+def _request(
+    body: GenerationFields, prompts: tuple[Prompt, ...], prompt_field: str, max_tokens: int | None
+) -> GenerationRequest:
+    return GenerationRequest(
+        model=body.model,
+        prompts=prompts,
+        prompt_field=prompt_field,
+        n=body.n,
+        sampling=body.model_dump(include=_SAMPLING, exclude_unset=True),
+        logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
+        seed=body.seed,
+        stop=tuple(body.stop),
+        max_tokens=max_tokens,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def chat_request(body: ChatCompletionRequest) -> GenerationRequest:
+    """What a chat completion asks for, in no dialect."""
+    messages = tuple(message.model_dump(exclude_unset=True) for message in body.messages)
+    limit = body.max_completion_tokens or body.max_tokens
+    return _request(body, (Conversation(messages),), "messages", limit)
+
+
+def completion_request(body: CompletionRequest) -> GenerationRequest:
+    """What a completion asks for, in no dialect."""
+    prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompt)
+    return _request(body, prompts, "prompt", body.max_tokens)
+
+
+def openai_routes(services: Services) -> APIRouter:
+    """Chat completions, completions and models."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    started = int(time.time())
+
+    def model(card: ModelCard) -> Model:
+        return Model(id=card.model_id, created=started, owned_by=card.model_id.partition("/")[0])
+
+    @routes.post("/chat/completions", response_model=ChatCompletion, openapi_extra=json_body(ChatCompletionRequest))
+    async def chat_completions(request: Request) -> GenerationReply:
+        """Replies to a conversation."""
+        body = await read_body(request, ChatCompletionRequest)
+        reply_id = f"chatcmpl-{uuid4().hex}"
+        generation = Generation(services, chat_request(body), reply_id)
+        dialect = ChatDialect(reply_id, include_usage=body.include_usage)
+        return GenerationReply(generation, dialect, stream=body.stream)
+
+    @routes.post("/completions", response_model=Completion, openapi_extra=json_body(CompletionRequest))
+    async def completions(request: Request) -> GenerationReply:
+        """Continues prompts, given as text or token ids."""
+        body = await read_body(request, CompletionRequest)
+        reply_id = f"cmpl-{uuid4().hex}"
+        generation = Generation(services, completion_request(body), reply_id)
+        dialect = CompletionDialect(reply_id, include_usage=body.include_usage)
+        return GenerationReply(generation, dialect, stream=body.stream)
+
+    @routes.get("/models")
+    async def list_models() -> ModelList:
+        """Every model that has a card."""
+        return ModelList(data=[model(card) for card in services.catalogue.cards.values()])
+
+    @routes.get("/models/{name:path}")
+    async def get_model(name: str) -> Model:
+        """One model, by id or alias."""
+        return model(services.card(name))
+
+    return routes

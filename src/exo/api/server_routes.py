@@ -1,0 +1,72 @@
+"""What a server says about itself: whether it runs, whether it can answer, and where it would send a request."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from exo.api.errors import ApiError
+from exo.api.services import Services
+from exo.worker.router import LiveRunner
+
+
+class Health(BaseModel):
+    """The process is up."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """A model can answer."""
+
+    status: Literal["ready"] = "ready"
+    models: list[str]
+
+
+class RouteReport(BaseModel):
+    """Where a request for ``model`` would go now. ``instance`` is null where a runner would be started."""
+
+    model: str
+    runner: str
+    instance: str | None
+    backend: str
+    reason: str
+
+
+def _why_not_ready(live: tuple[LiveRunner, ...], failures: dict[str, str]) -> str:
+    loading = [f"{each.model_id} is {each.state}" for each in live]
+    failed = [f"{model} could not be loaded: {why}" for model, why in failures.items()]
+    return "; ".join(["no model can answer yet", *(loading or ["none is being loaded"]), *failed])
+
+
+def server_routes(services: Services) -> APIRouter:
+    """Health, readiness and the router's dry run."""
+    routes = APIRouter(tags=["server"])
+
+    @routes.get("/health")
+    async def health() -> Health:
+        """Whether the process is up."""
+        return Health()
+
+    @routes.get("/ready")
+    async def ready() -> Ready:
+        """Whether a model can answer; 503 with the reason where none can."""
+        live = services.instances.live()
+        models = sorted({each.model_id for each in live if each.state in ("Ready", "Running")})
+        if not models:
+            raise ApiError(503, _why_not_ready(live, services.start_failures), code="not_ready")
+        return Ready(models=models)
+
+    @routes.get("/v1/route", tags=["server"])
+    async def route(model: str = Query(min_length=1, max_length=300)) -> RouteReport:
+        """Which runner would serve the model, and why; a refusal is the error that a request would get."""
+        card, chosen = await services.choose(model)
+        return RouteReport(
+            model=card.model_id,
+            runner=chosen.runner,
+            instance=chosen.instance,
+            backend=chosen.backend,
+            reason=chosen.reason,
+        )
+
+    return routes

@@ -1,0 +1,94 @@
+"""What the routes work with, for the life of one server."""
+
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+
+from exo.api.errors import ApiError, from_refusal
+from exo.chat.template import TemplateError, TemplateWorker
+from exo.config import Settings
+from exo.models.card import ModelCard
+from exo.models.catalogue import Catalogue
+from exo.worker.host import Host, probe_host
+from exo.worker.instances import Instances
+from exo.worker.process import RunnerError
+from exo.worker.router import Refusal, Route, model_not_found, parse_model, route
+
+log = logging.getLogger(__name__)
+
+
+class Services:
+    """The catalogue, the runners, the template worker and what is known of the host.
+
+    ``commands`` start the runners, by name, where they are not the usual ones; with ``--probe`` each tells what it can
+    do here.
+    """
+
+    def __init__(
+        self, settings: Settings, catalogue: Catalogue, commands: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.catalogue = catalogue
+        self.instances: Instances
+        """The runners; there are none but while the server is running."""
+        self.templates = TemplateWorker()
+        self.start_failures: dict[str, str] = {}
+        """Why a model that was to be loaded at the start is not, by the name it was asked for."""
+        self._settings = settings
+        self._commands = commands
+        self._host: Host | None = None
+        self._probed = anyio.Event()
+
+    @asynccontextmanager
+    async def running(self, load: Iterable[str] = ()) -> AsyncGenerator[None]:
+        """Probes the host and loads the models ``load`` in the background; ends every process on the way out."""
+        settings, commands = self._settings, self._commands
+        async with (
+            Instances(settings.models_directories, settings.log_directory, commands) as self.instances,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(self._probe)
+            for model in load:
+                tasks.start_soon(self._load, model)
+            try:
+                yield
+            finally:
+                tasks.cancel_scope.cancel()
+                await self.templates.aclose()
+
+    def card(self, name: str) -> ModelCard:
+        """The card of a model id or alias. Raises ``ApiError``."""
+        card = self.catalogue.get(name)
+        if card is None:
+            raise from_refusal(model_not_found(name, self.catalogue.suggest(name)), status=404)
+        return card
+
+    async def choose(self, model: str) -> tuple[ModelCard, Route]:
+        """The card and route of what a request calls ``model``. Waits for the host's probe. Raises ``ApiError``."""
+        wish = parse_model(model)
+        card = self.card(wish.name)
+        await self._probed.wait()
+        assert self._host is not None
+        decision = route(wish.runner, card, self._host, self.instances.live(), {})
+        if isinstance(decision, Refusal):
+            # Without a wish there is nothing about the request that its client could mend.
+            mendable = wish.runner is not None or decision.code != "runner_unavailable"
+            raise from_refusal(decision, status=400 if mendable else 503)
+        return card, decision
+
+    async def _probe(self) -> None:
+        commands = self._commands and {name: (*command, "--probe") for name, command in self._commands.items()}
+        self._host = await probe_host(commands)
+        self._probed.set()
+
+    async def _load(self, model: str) -> None:
+        """Loads a model before it is asked for, and compiles its template. A failure is logged and shown by /ready."""
+        try:
+            card, chosen = await self.choose(model)
+            capabilities = await self.instances.acquire(chosen, card).ready()
+            if capabilities.chat_template is not None:
+                await self.templates.prepare(capabilities.chat_template)
+        except (ApiError, RunnerError, TemplateError) as error:
+            log.error("%s: %s", model, error)
+            self.start_failures[model] = str(error)

@@ -1,0 +1,18 @@
+"""Server-sent events: framing only, as bytes. Source: WHATWG HTML, "Server-sent events"."""
+
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""No proxy may hold a stream back."""
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def event(data: bytes) -> bytes:
+    """One event. ``data`` is a JSON document and so holds no line break."""
+    return b"data: " + data + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A line that clients skip."""
+    return b": " + " ".join(text.split()).encode() + b"\n\n"
