@@ -113,7 +113,7 @@ def test_a_near_miss_is_suggested_and_a_far_one_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blocks", [True, False])
-def test_the_demo_cards_chat_template_speaks_gemma(blocks: bool) -> None:
+def test_the_demo_cards_chat_template_writes_a_conversation_out(blocks: bool) -> None:
     card = Catalogue.load().get(DEMO)
     assert isinstance(card, ModelCard)
     source = card.engines["cuda"]["chat_template"]
@@ -125,9 +125,7 @@ def test_the_demo_cards_chat_template_speaks_gemma(blocks: bool) -> None:
         {"role": "assistant", "content": "{{ messages }}"},
         {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "I?"}]},
     ]
-    asked = "<start_of_turn>user\nBe brief.\n\nWho\nare you?<end_of_turn>\n"
-    answered = "<start_of_turn>model\n{{ messages }}<end_of_turn>\n"
-    again = "<start_of_turn>user\nAnd I?<end_of_turn>\n<start_of_turn>model\n"
-    assert template.render(messages=messages, add_generation_prompt=True) == asked + answered + again
-    alone = template.render(messages=messages[:1], add_generation_prompt=False)
-    assert alone == "<start_of_turn>user\nBe brief.<end_of_turn>\n"
+    written = "Be brief.\n\nUser: Who\nare you?\n\nAssistant: {{ messages }}\n\nUser: And I?\n\nAssistant:"
+    assert template.render(messages=messages, add_generation_prompt=True) == written
+    alone = template.render(messages=messages[1:2], add_generation_prompt=False)
+    assert alone.endswith("briefly and correctly.\n\nUser: Who\nare you?\n\n")

@@ -1,0 +1,196 @@
+"""The command line. Nothing heavy is imported before the command that needs it runs, so that --help is instant."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from exo.config import Settings
+    from exo.models.catalogue import Catalogue
+
+app = typer.Typer(
+    name="exo",
+    help="One OpenAI-compatible endpoint over several local inference engines.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Model id or alias, perhaps with @runner, such as gemma-3-270m@cuda.")]
+Host = Annotated[str | None, typer.Option(help="Address to listen on, or where the server is. Default 127.0.0.1.")]
+Port = Annotated[str | None, typer.Option(help="Port of the server; 0 is any free one. Default 52415.")]
+ModelsDir = Annotated[Path | None, typer.Option("--models-dir", help="Where models are kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point of the ``exo`` command."""
+    app()
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Ends the command with an error on standard error. Exit code 2 is for what the user typed, 1 for the rest."""
+    err.print(f"exo: {message}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def settings_from(host: str | None = None, port: str | None = None, models_dir: Path | None = None) -> "Settings":
+    """Settings from flags and environment, or the error that names the one at fault."""
+    from exo.config import Settings, SettingsError
+
+    try:
+        return Settings.load(host=host, port=port, models_directory=models_dir)
+    except SettingsError as error:
+        fail(str(error), code=2)
+
+
+def catalogue_from(settings: "Settings") -> "Catalogue":
+    """The catalogue; what is wrong with single cards goes to standard error and stops nothing."""
+    from exo.models.catalogue import Catalogue
+
+    catalogue = Catalogue.load(settings.cards_directory)
+    for problem in catalogue.problems:
+        where = f"{problem.file}: {problem.key}" if problem.key else problem.file
+        err.print(f"exo: model card {where}: {problem.reason}", markup=False, highlight=False, soft_wrap=True)
+    return catalogue
+
+
+@app.command()
+def serve(
+    host: Host = None,
+    port: Port = None,
+    models_dir: ModelsDir = None,
+    load: Annotated[list[str] | None, typer.Option(help="Load this model at the start; may be given again.")] = None,
+) -> None:
+    """Serve models on one OpenAI-compatible endpoint until interrupted."""
+    from exo.api.server import ListenError, serve_forever
+
+    settings = settings_from(host, port, models_dir)
+    catalogue = catalogue_from(settings)
+
+    def announce(url: str) -> None:
+        out.print(f"exo is listening on {url} (API documentation: {url}/docs)", highlight=False, soft_wrap=True)
+
+    try:
+        serve_forever(settings, catalogue, load or (), announce)
+    except ListenError as error:
+        fail(str(error))
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to answer with.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")
+    ] = False,
+    host: Host = None,
+    port: Port = None,
+    models_dir: ModelsDir = None,
+) -> None:
+    """Answer one prompt, through the running server or, where there is none, a runner of its own."""
+    from exo.run import RunError, Screen, run_prompt
+
+    settings = settings_from(host, port, models_dir)
+    body: dict[str, object] = {"model": model}
+    body |= {"prompt": prompt} if raw else {"messages": [{"role": "user", "content": prompt}]}
+    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    body |= {name: value for name, value in given.items() if value is not None}
+    with err.status("starting") as status:
+
+        def show(text: str) -> None:
+            if text:
+                status.stop()
+                out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+        try:
+            run_prompt(settings, catalogue_from(settings), body, Screen(show, status.update))
+        except RunError as error:
+            status.stop()
+            fail(str(error))
+    out.print()
+
+
+@app.command("list")
+def list_models(models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
+    """List the models that have a card."""
+    catalogue = catalogue_from(settings_from(models_dir=models_dir))
+    rows = [
+        {
+            "model_id": card.model_id,
+            "aliases": list(card.aliases),
+            "family": card.family,
+            "quantization": card.quantization,
+            "size_bytes": card.storage_size.in_bytes,
+            "runner": card.runner,
+            "backends": list(card.backends),
+        }
+        for card in catalogue.cards.values()
+    ]
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("Model", "Also", "Size", "Quantization", "Runner", "Backends", box=None)
+    for column in table.columns:
+        column.overflow = "fold"
+    for card in catalogue.cards.values():
+        size = f"{card.storage_size.in_bytes / 1e9:.2f} GB"
+        also = ", ".join(card.aliases)
+        table.add_row(card.model_id, also, size, card.quantization, card.runner, ", ".join(card.backends))
+    out.print(table)
+
+
+@app.command()
+def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
+    """Say which runner would serve a model here, and why, without running anything."""
+    import anyio
+
+    from exo.worker.host import probe_host
+    from exo.worker.router import Refusal, model_not_found, parse_model
+    from exo.worker.router import route as decide
+
+    catalogue = catalogue_from(settings_from(models_dir=models_dir))
+    wish = parse_model(model)
+    card = catalogue.get(wish.name)
+    if card is None:
+        decision = model_not_found(wish.name, catalogue.suggest(wish.name))
+    else:
+        decision = decide(wish.runner, card, anyio.run(probe_host), (), {})
+    if isinstance(decision, Refusal):
+        if as_json:
+            out.print_json(json.dumps({"code": decision.code, "message": decision.message, "param": decision.param}))
+            raise typer.Exit(1)
+        fail(decision.message)
+    if as_json:
+        out.print_json(json.dumps({"runner": decision.runner, "backend": decision.backend, "reason": decision.reason}))
+        return
+    out.print(f"{model} -> runner {decision.runner}, backend {decision.backend}", highlight=False)
+    out.print(decision.reason, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, which engines work on it, and the command that mends what does not."""
+    import anyio
+
+    from exo.doctor import as_json as to_json
+    from exo.doctor import as_text, healthy
+    from exo.worker.host import probe_host
+
+    host = anyio.run(probe_host)
+    if as_json:
+        out.print_json(json.dumps(to_json(host)))
+    else:
+        for line in as_text(host):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if healthy(host) else 1)
