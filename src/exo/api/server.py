@@ -42,6 +42,7 @@ def serve_forever(
     Raises ListenError.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with listen(settings.host, settings.port) as listening:
         app = create_app(settings, catalogue, load=load)
         config = uvicorn.Config(
@@ -55,4 +56,4 @@ def serve_forever(
 
 
 def _already_handled(_number: int, _frame: FrameType | None) -> None:
-    """uvicorn raises the signal again once it has shut down; by then there is nothing left to do but to exit with 0."""
+    """Once uvicorn has shut down it raises the signal again; by then there is nothing left to do but to exit with 0."""

@@ -80,6 +80,9 @@ class Services:
     async def _probe(self) -> None:
         commands = self._commands and {name: (*command, "--probe") for name, command in self._commands.items()}
         self._host = await probe_host(commands)
+        for name, probe in self._host.probes.items():
+            for note in probe.notes:
+                log.info("runner %s: %s", name, note)
         self._probed.set()
 
     async def _load(self, model: str) -> None:

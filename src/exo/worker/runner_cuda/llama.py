@@ -15,7 +15,6 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.runner_cuda.devices import gpu_devices
 from exo.worker.runner_cuda.options import CudaOptions, LoadError
 
 Logits = npt.NDArray[np.float32]
@@ -201,10 +200,5 @@ def _load_error(what: str, log: Log) -> LoadError:
 
 
 def engine_version() -> str:
-    """The bindings' version with the devices' registry, such as "llama-cpp-python 0.3.36 (llama.cpp 0.5.0-dev)"."""
-    return f"llama-cpp-python {llama_cpp.__version__} (llama.cpp {llama_cpp.llama_version().decode()})"
-
-
-def backend_of(options: CudaOptions) -> str:
-    """The card backend that these options make use of on this host."""
-    return "LlamaCppCuda" if options.n_gpu_layers != 0 and gpu_devices() else "LlamaCppCpu"
+    """Version of llama.cpp and of its bindings, such as "0.5.0-dev+python.0.3.36"."""
+    return f"{llama_cpp.llama_version().decode()}+python.{llama_cpp.__version__}"
