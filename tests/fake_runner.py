@@ -72,8 +72,6 @@ class Options(Message):
     say_after: int | None = None
     """Tokens until ``say`` is written to the protocol stream as it stands."""
     say: str = ""
-    hang_after: int | None = None
-    """Tokens until the engine stops for good, with the process alive."""
     ignore_shutdown: bool = False
     """Also ignores the end of its input, and SIGTERM."""
     stderr_lines: int = 0
@@ -309,8 +307,6 @@ class FakeRunner:
             if options.die_with < 0:
                 os.kill(os.getpid(), -options.die_with)
             os._exit(options.die_with)
-        if options.hang_after is not None and self.tokens >= options.hang_after:
-            threading.Event().wait()
 
 
 def main() -> None:

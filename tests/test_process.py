@@ -399,6 +399,12 @@ async def test_a_runner_that_declares_itself_failed_is_ended(log: Path) -> None:
         assert await process.ended() == Failed(code="out_of_memory", message="needs 9 GB, has 8")
 
 
+async def test_a_runner_may_fail_before_it_says_anything_else(log: Path) -> None:
+    failed = Failed(code="engine_error", message="the driver is too old")
+    async with started(log, says(encode(failed), then="")) as process:
+        assert await process.ended() == failed
+
+
 async def test_helpers_that_a_dead_runner_leaves_behind_are_ended(log: Path) -> None:
     helper = "import subprocess; subprocess.Popen(['sleep', '1000']); os._exit(5)"
     async with started(log, says(IDLE, then=helper)) as process:

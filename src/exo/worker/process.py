@@ -205,24 +205,9 @@ class RunnerProcess:
         """Handles events until the runner's output ends. Returns what was wrong with them, if anything."""
         try:
             async with aclosing(child.events()) as events:
-                first: Event | None = None
-                with anyio.move_on_after(self._handshake_seconds) as handshake:
-                    first = await anext(events, None)
-                if handshake.cancelled_caught:
-                    return f"it said nothing within {self._handshake_seconds:g} seconds of its start"
-                match first:
-                    case None:
-                        return None
-                    case Status(state="Idle"):
-                        child.send(self._load)
-                    case Failed(id=None):
-                        self._on_event(first)
-                    case _:
-                        return f"its first message was {first.type!r} instead of the status Idle"
-                async for event in events:
+                await self._greet(child, events)
+                while self._status.state not in _FINAL and (event := await anext(events, None)):
                     self._on_event(event)
-                    if self._status.state in _FINAL:
-                        break
                 with anyio.move_on_after(_LAST_WORDS_SECONDS) as last_words:
                     async for event in events:
                         self._on_event(event)
@@ -231,6 +216,23 @@ class RunnerProcess:
         except ProtocolError as error:
             return str(error)
         return None
+
+    async def _greet(self, child: Child, events: AsyncGenerator[Event]) -> None:
+        """The handshake: a runner says Idle, and is told what to load. Raises ``ProtocolError``."""
+        first: Event | None = None
+        with anyio.move_on_after(self._handshake_seconds) as handshake:
+            first = await anext(events, None)
+        if handshake.cancelled_caught:
+            raise ProtocolError(f"it said nothing within {self._handshake_seconds:g} seconds of its start")
+        match first:
+            case Status(state="Idle"):
+                child.send(self._load)
+            case Failed(id=None):
+                self._on_event(first)
+            case None:
+                pass
+            case _:
+                raise ProtocolError(f"its first message was {first.type!r} instead of the status Idle")
 
     def _on_event(self, event: Event) -> None:
         match event:

@@ -1,7 +1,7 @@
 """Chooses tokens from views of the logits, by the semantics of ``messages.SamplingParams``.
 
-Everything is exact, and nothing but the two full-vocabulary cases (no top-k; top-p alone) costs more than one pass for
-the maximum: the sampling of large vocabularies is what slows other llama.cpp servers down.
+Everything is exact, and only sampling without top-k and min-p takes the exponential of a whole row: sampling from large
+vocabularies is what slows other llama.cpp servers down.
 """
 
 from collections.abc import Collection, Sequence
@@ -139,14 +139,18 @@ def _top_k(row: Row, k: int) -> Ids:
 def _top_p(ids: Ids | None, weights: Weights | Row, top_p: float) -> tuple[Ids, Weights | Row]:
     """The smallest set of the heaviest whose share reaches ``top_p``; of equals at the border the lowest ids.
 
-    Weights under (1 - top_p) / n of the total are outside whatever their order: n of them together weigh less than what
-    may be left out. That leaves little to sort.
+    The heaviest weight is 1. All tokens above a floor that together reach the share hold the set, so only they are
+    sorted; with the logits of a language model the first floor nearly always does.
     """
-    total = float(weights.sum(dtype=np.float64))
-    near = np.flatnonzero(weights >= total * (1.0 - top_p) / weights.size * (1.0 - 1e-6))
+    target = top_p * float(weights.sum(dtype=np.float64))
+    near = np.empty(0, np.intp)
+    for floor in (1e-2, 1e-4, 1e-6, 0.0):
+        near = np.flatnonzero(weights >= floor)
+        if weights[near].sum(dtype=np.float64) >= target:
+            break
     order = near[np.argsort(-weights[near], kind="stable")]
     reached = np.cumsum(weights[order], dtype=np.float64)
-    kept = np.sort(order[: _first(reached, top_p * total) + 1])
+    kept = np.sort(order[: _first(reached, target) + 1])
     return (kept if ids is None else ids[kept]), weights[kept]
 
 
