@@ -152,7 +152,7 @@ def start_time(home: Path, runs: int) -> None:
 
 
 def cancel_time(home: Path, runs: int) -> None:
-    """A model with one slot: its client leaves during a prompt of some 2,000 tokens, and the next waits for the slot."""
+    """A model with one slot, whose client leaves during a prompt of some 2,000 tokens while the next one waits."""
     cards = home / "exo" / "custom_model_cards"
     cards.mkdir(parents=True)
     built_in = Path(__file__).parent.parent / "src/exo/models/cards/gemma-3-270m.toml"

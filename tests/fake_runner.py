@@ -21,6 +21,7 @@ from typing import BinaryIO, NoReturn
 
 from pydantic import ValidationError
 
+from exo.worker.admission import refusal
 from exo.worker.messages import (
     Cancel,
     Capabilities,
@@ -227,31 +228,16 @@ class FakeRunner:
 
     def generate(self, request: Generate) -> None:
         prompt = tokenize(request.prompt)
-        if refusal := self.refusal(request, prompt):
-            self.emit(refusal)
+        if self.capabilities is None:
+            self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
+            return
+        if refused := refusal(request, prompt, self.capabilities.vocabulary, self.options.n_ctx):
+            self.emit(refused)
             return
         if not self.sequences:
             self.emit(Status(state="Running"))
         self.sequences[request.id] = FakeSequence(request, prompt, TextStream(request.stop), hash_tokens(prompt))
         self.emit(PrefillProgress(id=request.id, processed=0, total=len(prompt)))
-
-    def refusal(self, request: Generate, prompt: Sequence[int]) -> Failed | None:
-        def refused(param: str, message: str) -> Failed:
-            return Failed(id=request.id, code="invalid_request", message=f"{param}: {message}", param=param)
-
-        if self.capabilities is None:
-            return Failed(id=request.id, code="invalid_request", message="the model is not loaded yet")
-        if not prompt:
-            return refused("prompt", "it is empty; at least one token is needed")
-        for param, tokens in (("prompt", prompt), ("logit_bias", request.sampling.logit_bias)):
-            if wrong := [token for token in tokens if not 0 <= token <= EOS]:
-                return refused(param, f"token id {wrong[0]} is not in 0 to {EOS}")
-        if "" in request.stop:
-            return refused("stop", "a stop string is empty")
-        if len(prompt) >= self.options.n_ctx:
-            message = f"the prompt has {len(prompt)} tokens, but the context holds {self.options.n_ctx}"
-            return Failed(id=request.id, code="context_length_exceeded", message=message, param="prompt")
-        return None
 
     def step(self) -> None:
         time.sleep(self.options.step_seconds)

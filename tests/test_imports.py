@@ -16,7 +16,14 @@ ENGINE_HOMES = {
 }
 """`exo.models.convert` may also import engines, but only inside a function."""
 
-RUNNER_MAY_USE = {"exo.worker.messages", "exo.worker.wire", "exo.worker.text", "exo.worker.randomness"}
+RUNNER_MAY_USE = {
+    "exo.worker.messages",
+    "exo.worker.wire",
+    "exo.worker.text",
+    "exo.worker.randomness",
+    "exo.worker.admission",
+    "exo.worker.emitter",
+}
 
 MAY_NOT_IMPORT = {
     "exo.worker.messages": ("exo",),

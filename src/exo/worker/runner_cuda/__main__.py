@@ -9,15 +9,16 @@ import threading
 import traceback
 from types import TracebackType
 
+from exo.worker.admission import length_limit, refusal
+from exo.worker.emitter import Accepted, Emitter
 from exo.worker.messages import Cancel, Command, Failed, Generate, Load, Shutdown, Status
 from exo.worker.runner_cuda import score
-from exo.worker.runner_cuda.admission import admit
 from exo.worker.runner_cuda.devices import probe
-from exo.worker.runner_cuda.emitter import Accepted, Emitter
 from exo.worker.runner_cuda.engine import Engine, Leave, Stop
 from exo.worker.runner_cuda.llama import EngineError
 from exo.worker.runner_cuda.loading import Loaded, load
 from exo.worker.runner_cuda.options import LoadError
+from exo.worker.runner_cuda.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import Scheduler
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.wire import exit_now, read_commands, take_protocol_stream
@@ -59,12 +60,17 @@ class Runner:
             self._emitter.put(Failed(id=request.id, code="invalid_request", message=message))
             return
         engine, loaded = self._ready
-        match admit(request, loaded.tokenizer, loaded.context.n_ctx):
-            case Failed() as refusal:
-                self._emitter.put(refusal)
-            case Sequence() as sequence:
-                self._emitter.put(Accepted(request.id, sequence.n_prompt, request.stop))
-                engine.commands.put(sequence)
+        prompt = loaded.tokenizer.encode(request.prompt)
+        n_ctx = loaded.context.n_ctx
+        if refused := refusal(request, prompt, loaded.tokenizer.n_vocab, n_ctx):
+            self._emitter.put(refused)
+            return
+        sampler = Sampler(request.sampling, loaded.tokenizer.eog_tokens if request.ignore_eos else ())
+        sampler.accept_prompt(prompt)
+        self._emitter.put(Accepted(request.id, len(prompt), request.stop))
+        engine.commands.put(
+            Sequence(request.id, prompt, len(prompt), length_limit(request, len(prompt), n_ctx), sampler)
+        )
 
     def _run_engine(self, command: Load) -> None:
         """The engine's thread. An engine that fails takes the process with it: nothing it computes can be trusted."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from exo.worker.emitter import Cancelled, Emitter, Sampled, StepDone
 from exo.worker.messages import Failed, FinishReason
-from exo.worker.runner_cuda.emitter import Cancelled, Emitter, Sampled, StepDone
 from exo.worker.runner_cuda.llama import Context, Logits
 from exo.worker.runner_cuda.sampler import NotFinite
 from exo.worker.runner_cuda.scheduler import Scheduler, Step

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.messages import Failed, Score, Scored, Text
+from exo.worker.messages import Failed, Score, Scored
 from exo.worker.runner_cuda.llama import Context
 from exo.worker.runner_cuda.loading import Loaded, load, read_options
 from exo.worker.runner_cuda.options import LoadError
@@ -22,7 +22,7 @@ def main(protocol: BinaryIO) -> int:
     except LoadError as error:
         protocol.write(encode(Failed(code=error.code, message=str(error))))
         return 1
-    tokens = tuple(_tokens(prompt, loaded) for prompt in request.prompts)
+    tokens = tuple(tuple(loaded.tokenizer.encode(prompt)) for prompt in request.prompts)
     for index, sequence in enumerate(tokens):
         if not 0 < len(sequence) <= loaded.context.n_ctx:
             message = f"prompt {index} has {len(sequence)} tokens; 1 to {loaded.context.n_ctx} can be read"
@@ -39,11 +39,6 @@ def main(protocol: BinaryIO) -> int:
     }
     protocol.write(encode(Scored(tokens=tokens, capabilities=loaded.capabilities, settings=settings)))
     return 0
-
-
-def _tokens(prompt: tuple[Text, ...] | tuple[int, ...], loaded: Loaded) -> tuple[int, ...]:
-    texts = [part for part in prompt if isinstance(part, Text)]
-    return tuple(loaded.tokenizer.encode(texts)) if texts else tuple(part for part in prompt if isinstance(part, int))
 
 
 def log_probabilities(loaded: Loaded, tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -37,7 +37,6 @@ class Sequence:
     n_limit: int
     """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
     sampler: Sampler
-    stops_at_eog: bool = True
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_computed: int = 0

@@ -1,7 +1,6 @@
 """Text to token ids and token ids to bytes, through the vocabulary in the GGUF. Safe to call from any thread."""
 
 import ctypes
-from collections.abc import Sequence
 from functools import cached_property
 
 import llama_cpp
@@ -22,9 +21,12 @@ class Tokenizer:
         self.eos = int(llama_cpp.llama_vocab_eos(self._vocab))  # pyright: ignore[reportArgumentType]
         self.adds_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
 
-    def encode(self, parts: Sequence[Text]) -> list[int]:
-        """Token ids of a prompt, with BOS in front if the model wants one and the text does not begin with it."""
-        tokens = [token for part in parts if part.text for token in self._encode(part.text, part.special)]
+    def encode(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:
+        """Token ids of a prompt: as given, or of its text, with BOS in front if the model wants one and it lacks it."""
+        texts = [part for part in prompt if isinstance(part, Text)]
+        if not texts:
+            return [part for part in prompt if isinstance(part, int)]
+        tokens = [token for part in texts if part.text for token in self._encode(part.text, part.special)]
         if self.adds_bos and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
         return tokens
