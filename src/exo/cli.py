@@ -194,3 +194,48 @@ def doctor(as_json: AsJson = False) -> None:
         for line in as_text(host):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if healthy(host) else 1)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A GGUF file, or a folder with safetensors.")],
+    target: Annotated[Path, typer.Argument(help="The folder, or the .gguf file, to write.")],
+    dtype: Annotated[str, typer.Option(help="f32, f16 or bf16; for a GGUF also q8_0.")] = "bf16",
+    quant: Annotated[int | None, typer.Option(help="Bits of MLX's own quantisation, 4 or 8.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that exists.")] = False,
+) -> None:
+    """Convert a model between llama.cpp's GGUF and the safetensors that MLX loads."""
+    from typing import cast
+
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
+
+    from exo.models.convert import Bits, ConvertError, Dtype, Format, Progress
+    from exo.models.convert import convert as carry_over
+
+    to: Format = "gguf" if target.suffix == ".gguf" else "mlx"
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, console=err) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(progress: Progress) -> None:
+            bar.update(task, description=progress.tensor, completed=progress.done_bytes, total=progress.total_bytes)
+
+        try:
+            # What is not one of these values is refused by name.
+            report = carry_over(
+                source,
+                target,
+                to=to,
+                dtype=cast(Dtype, dtype),
+                bits=cast(Bits | None, quant),
+                overwrite=overwrite,
+                on_progress=show,
+            )
+        except (ConvertError, OSError) as error:
+            bar.stop()
+            fail(str(error))
+    size = f"{report.bytes_written / 1e9:.2f} GB"
+    out.print(f"{report.target}: {report.architecture}, {report.tensors} tensors, {size}", highlight=False)
+    if report.left_out:
+        err.print(f"left out, changing no result: {', '.join(report.left_out)}", highlight=False, soft_wrap=True)
