@@ -13,7 +13,7 @@ from exo.worker.messages import Capabilities, Generate, Load
 from exo.worker.runners import RUNNERS
 from tests import fake_runner
 from tests.program import Program, Result, ask, names, runner_command
-from tests.tiny import Shape, write_gguf
+from tests.tiny import Shape, write_gguf, write_mlx
 
 Table = dict[str, JsonValue]
 
@@ -24,6 +24,14 @@ def gguf_table(folder: Path) -> Table:
     if not path.exists():
         write_gguf(path, Shape())
     return {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+
+
+def mlx_table(folder: Path) -> Table:
+    """The same weights."""
+    path = folder / "tiny"
+    if not path.exists():
+        write_mlx(path, Shape())
+    return {"path": str(path), "dtype": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,9 @@ CASES = {
         small_chunks={"chunk": 32},
     ),
     "cuda": Case(tuple(runner_command(RUNNERS["cuda"].module)), "LlamaCppCpu", gguf_table),
+    "mlx": Case(
+        tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}
+    ),
 }
 SAMPLING = [name for name, case in CASES.items() if case.samples]
 

@@ -26,4 +26,5 @@ class RunnerSpec:
 
 RUNNERS: dict[str, RunnerSpec] = {
     "cuda": RunnerSpec("exo.worker.runner_cuda", ("LlamaCppCuda", "LlamaCppCpu")),
+    "mlx": RunnerSpec("exo.worker.runner_mlx", ("MlxMetal", "MlxCuda", "MlxCpu")),
 }

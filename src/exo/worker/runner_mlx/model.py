@@ -1,0 +1,176 @@
+"""mlx-lm's edge: the only file that touches its models, their caches and its tokenizers. Written for mlx-lm 0.32.2.
+
+Batching is our own. mlx-lm's ``BatchGenerator`` computes a chunk of every prompt in prefill per step, so that long
+prompts stall decoding; draws from one global random state, so that a seed means nothing in a batch; and cannot trim the
+caches of sliding-window models, so that these lose their prefixes. What remains of mlx-lm here are models, called with
+caches of our own (``kv_cache``), and tokenizers.
+"""
+
+import os
+import resource
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+import mlx.core as mx
+
+from exo.worker.runner_mlx.kv_cache import LayerCache
+from exo.worker.runner_mlx.options import LoadError
+
+
+@contextmanager
+def _limits_kept() -> Generator[None]:
+    """Importing mlx_lm.utils lowers RLIMIT_NOFILE, the hard limit too, which only root could raise again."""
+    set_limit = resource.setrlimit
+
+    def ignore(resource: int, limits: tuple[int, int], /) -> None: ...
+
+    resource.setrlimit = ignore
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is not in the folder is missing, and not to be fetched from anywhere
+with _limits_kept():
+    mlx_lm = import_module("mlx_lm.utils")
+
+# Both packages are typed in parts only, so a plain import would not check. What is used gets its type here.
+caches = import_module("mlx_lm.models.cache")
+_flatten: Callable[[object], list[tuple[str, mx.array]]] = import_module("mlx.utils").tree_flatten
+wait_for: Callable[..., None] = import_module("mlx.core").eval
+"""Computes arrays, given singly or in lists."""
+queue: Callable[..., None] = import_module("mlx.core").async_eval
+"""The same without waiting."""
+
+BROKEN_MODEL = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What mlx-lm and transformers raise for a folder that does not fit together; they have no error of their own."""
+
+ONE_SEQUENCE = frozenset({"gemma2"})
+"""Model types whose attention, mlx-lm's own for them, misreads the mask of several sequences."""
+
+
+class _LayerKind(Protocol):
+    """One of mlx-lm's own caches, which tells what its layer looks at. Both only of a ``RotatingKVCache``."""
+
+    keep: int
+    max_size: int
+
+
+class _Layer(Protocol):
+    def parameters(self) -> Mapping[str, object]: ...
+
+
+class _Network(Protocol):
+    """What this file relies on of mlx-lm's models."""
+
+    layers: Sequence[_Layer]
+
+    def __call__(self, inputs: mx.array, cache: Sequence[LayerCache]) -> mx.array: ...
+    def parameters(self) -> Mapping[str, object]: ...
+    def set_dtype(self, dtype: mx.Dtype) -> None: ...
+
+
+class HfTokenizer(Protocol):
+    """What ``tokenizer`` relies on of mlx-lm's wrapper and the Hugging Face tokenizer in it."""
+
+    eos_token_ids: set[int]
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    chat_template: str | Mapping[str, str] | None
+    added_tokens_decoder: Mapping[int, "AddedToken"]
+    backend_tokenizer: "_BackendTokenizer"
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: list[int]) -> str: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]: ...
+
+
+class AddedToken(Protocol):
+    """A token outside the tokenizer's model: control tokens and whatever a user added."""
+
+    content: str
+    special: bool
+
+
+class _BackendTokenizer(Protocol):
+    decoder: "_Decoder | None"
+
+
+class _Decoder(Protocol):
+    def __getstate__(self) -> bytes: ...
+
+
+class Model:
+    """A loaded network. ``windows`` are its layers' sliding windows in tokens, None where a layer sees everything."""
+
+    def __init__(self, folder: Path, dtype: str | None, on_layer: Callable[[int, int], None]) -> None:
+        """Raises LoadError. ``on_layer`` gets layers loaded and layers in all."""
+        try:
+            network, config = mlx_lm.load_model(folder, lazy=True)
+            self._network: _Network = network
+            if dtype is not None:
+                self._network.set_dtype(cast(mx.Dtype, getattr(mx, dtype)))
+            self.n_layers = len(self._network.layers)
+            for index, layer in enumerate(self._network.layers):
+                wait_for(layer.parameters())
+                on_layer(index + 1, self.n_layers)
+            wait_for(self._network.parameters())
+            self.windows = [_window(kind) for kind in caches.make_prompt_cache(network)]
+        except BROKEN_MODEL as error:
+            raise load_error(f"mlx-lm could not load {folder}", error) from error
+        self.size_bytes = sum(array.nbytes for _, array in _flatten(self._network.parameters()))
+        self.eos_token_ids = _as_list(config.get("eos_token_id"))
+
+    def forward(self, tokens: mx.array, layers: list[LayerCache]) -> mx.array:
+        """Queues one pass over tokens of shape (rows, width); logits, shape (rows, width, vocabulary)."""
+        return self._network(tokens, layers)
+
+
+def open_tokenizer(folder: Path, eos_token_ids: list[int]) -> HfTokenizer:
+    """Raises LoadError. ``eos_token_ids`` are added to those that the tokenizer's own files name."""
+    try:
+        return mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+    except BROKEN_MODEL as error:
+        raise load_error(f"mlx-lm could not load the tokenizer in {folder}", error) from error
+
+
+def keep_weights_in_memory() -> None:
+    """On Metal: asks the system not to page out what a model of the recommended size needs. Elsewhere: nothing."""
+    mlx_lm.maybe_set_recommended_wired_limit()
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """MLX has no error of its own for it."""
+    low = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in low for sign in ("unable to allocate", "out of memory", "insufficient memory", "maximum allowed buffer")
+    )
+
+
+def load_error(what: str, error: Exception) -> LoadError:
+    """With the library's own words, shortened: a strict load lists every tensor that is missing."""
+    detail = " ".join(str(error).split())
+    detail = f"{type(error).__name__}: {detail if len(detail) <= 400 else detail[:400] + '…'}"
+    return LoadError("out_of_memory" if ran_out_of_memory(error) else "model_load_failed", f"{what}: {detail}")
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [ids] if isinstance(ids, int) else ids or []
+
+
+def _window(kind: _LayerKind) -> int | None:
+    """Raises ValueError for a layer that keeps something other than the keys and values of past tokens."""
+    if type(kind) is caches.KVCache:
+        return None
+    if type(kind) is caches.RotatingKVCache and kind.keep == 0:
+        return kind.max_size
+    raise ValueError(f"a layer of this model keeps a {type(kind).__name__}, which this runner cannot batch")

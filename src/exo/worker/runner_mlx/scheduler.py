@@ -1,0 +1,172 @@
+"""Decides what the next step computes. Knows slots, sequences and budgets; touches no library."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from exo.worker.runner_mlx.sequence import Phase, Sequence
+from exo.worker.runner_mlx.slot import Slot
+
+WORTH_REUSING = 16
+"""Tokens in a slot's cache that make up for leaving the lowest slot free: every prompt shares BOS and some words."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """``sequence.tokens[start:stop]`` of a prompt, to be written into the cache."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Row:
+    """The token at ``position`` of a sequence, to be written into the cache and followed by a new one."""
+
+    sequence: Sequence
+    position: int
+
+
+@dataclass(slots=True)
+class Stale:
+    """Cells of a slot that was given away, left there by the sequence before."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Step:
+    """Prompt chunks, then at most one row of each decoding sequence in ascending order of slot."""
+
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    rows: list[Row] = field(default_factory=list[Row])
+    stale: list[Stale] = field(default_factory=list[Stale])
+    started: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    """Who entered a slot, with the tokens found cached there."""
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks or self.rows)
+
+    def processed(self) -> list[tuple[str, int]]:
+        """Prompt tokens in the cache after this step, of every sequence whose prompt it carries on."""
+        done = {chunk.sequence.id: chunk.stop for chunk in self.chunks}
+        done |= {row.sequence.id: row.position + 1 for row in self.rows if row.position + 1 == row.sequence.n_prompt}
+        return list(done.items())
+
+
+class Scheduler:
+    """Waiting requests, slots and the order in which prompts get their turn.
+
+    Every decoding sequence has a row in every step, and a prompt's last token is its first row, so that all sampling
+    happens there. What comes before it is prefilled: prompts share ``chunk`` tokens a step and are cut at multiples of
+    ``chunk``, so that how a prompt is cut does not depend on who else is there; the prompt that got a chunk goes to the
+    back of the line.
+
+    A step that is planned counts as queued; the next may be planned before its tokens are known.
+    """
+
+    def __init__(self, n_slots: int, chunk: int) -> None:
+        self.slots = [Slot(index) for index in range(n_slots)]
+        self.waiting: deque[Sequence] = deque()
+        self._prefilling: deque[Sequence] = deque()
+        self._by_id: dict[str, Sequence] = {}
+        self._chunk = chunk
+
+    @property
+    def n_active(self) -> int:
+        """Sequences in a slot."""
+        return len(self._by_id) - len(self.waiting)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_id)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence, first in, first out."""
+        self._by_id[sequence.id] = sequence
+        self.waiting.append(sequence)
+
+    def sequences(self) -> Iterable[Sequence]:
+        """All that are not done."""
+        return tuple(self._by_id.values())
+
+    def remove(self, sequence_id: str, *, reusable: bool = True) -> Sequence | None:
+        """Ends a sequence wherever it stands and frees its slot; None if it is not known.
+
+        The slot's cells stay for the next sequence to reuse, unless they are not to be trusted (``reusable``).
+        """
+        sequence = self._by_id.pop(sequence_id, None)
+        if sequence is None:
+            return None
+        if sequence.phase is Phase.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            slot = self.slots[sequence.slot]
+            slot.sequence = None
+            slot.cached = sequence.tokens[: sequence.n_queued] if reusable else []
+            slot.n_written = sequence.n_queued
+        if sequence.phase is Phase.PREFILL:
+            self._prefilling.remove(sequence)
+        sequence.move(Phase.DONE)
+        return sequence
+
+    def plan(self) -> Step:
+        """The next step, which the caller queues; empty when there is nothing to compute."""
+        step = Step()
+        self._admit(step)
+        self._prefill(step)
+        for slot in self.slots:
+            sequence = slot.sequence
+            if sequence is None or sequence.phase is not Phase.DECODE:
+                continue
+            # With this row the sequence would have n_queued + 2 tokens: its input, and the one that follows.
+            if sequence.n_queued + 2 <= sequence.n_limit:
+                step.rows.append(Row(sequence, sequence.n_queued))
+                sequence.n_queued += 1
+        return step
+
+    def _admit(self, step: Step) -> None:
+        while self.waiting and (slot := self._choose_slot(self.waiting[0])) is not None:
+            sequence = self.waiting.popleft()
+            # The last token is always computed again: its logits are what the first choice is made from.
+            reusable = min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1)
+            if reusable < slot.n_written:
+                step.stale.append(Stale(slot.id, reusable, slot.n_written))
+            slot.sequence = sequence
+            sequence.slot = slot.id
+            sequence.n_queued = reusable
+            sequence.move(Phase.PREFILL)
+            self._prefilling.append(sequence)
+            self._decode_if_prefilled(sequence)
+            step.started.append((sequence.id, reusable))
+
+    def _choose_slot(self, sequence: Sequence) -> Slot | None:
+        """The free slot that holds most of the prompt, if it holds much; else the lowest, so that slots stay dense."""
+        free = [slot for slot in self.slots if slot.sequence is None]
+
+        def worth(slot: Slot) -> tuple[int, int]:
+            shared = slot.common_prefix(sequence.tokens)
+            return (shared if shared >= WORTH_REUSING else 0, -slot.id)
+
+        return max(free, key=worth, default=None)
+
+    def _prefill(self, step: Step) -> None:
+        budget = self._chunk
+        for _ in range(len(self._prefilling)):
+            sequence = self._prefilling[0]
+            start = sequence.n_queued
+            stop = min(len(sequence.tokens) - 1, (start // self._chunk + 1) * self._chunk)
+            if stop - start > budget:
+                break
+            self._prefilling.rotate(-1)
+            budget -= stop - start
+            sequence.n_queued = stop
+            step.chunks.append(Chunk(sequence, start, stop))
+            self._decode_if_prefilled(sequence)
+
+    def _decode_if_prefilled(self, sequence: Sequence) -> None:
+        if sequence.n_queued == len(sequence.tokens) - 1:
+            self._prefilling.remove(sequence)
+            sequence.move(Phase.DECODE)

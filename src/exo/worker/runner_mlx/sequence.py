@@ -1,0 +1,52 @@
+"""One request's sequence inside the engine."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from exo.worker.messages import SamplingParams
+
+
+class Phase(Enum):
+    """Where a sequence stands. Only ``Scheduler`` moves it, along ``NEXT``."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.PREFILL, Phase.DONE}),
+    Phase.PREFILL: frozenset({Phase.DECODE, Phase.DONE}),
+    Phase.DECODE: frozenset({Phase.DONE}),
+    Phase.DONE: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens known and cells queued.
+
+    Invariant: ``n_queued`` cells of ``slot`` hold, or will hold once the steps that are queued have run, the sequence's
+    first tokens. While decoding ``n_queued`` is at most one more than the tokens known, since a step may be queued
+    whose input token only the device knows yet.
+    """
+
+    id: str
+    tokens: list[int]
+    """Prompt, then output."""
+    n_prompt: int
+    n_limit: int
+    """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
+    sampling: SamplingParams
+    forbidden: tuple[int, ...] = ()
+    """Token ids that are never chosen (end-of-generation ids under ``ignore_eos``)."""
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    n_queued: int = 0
+
+    def move(self, phase: Phase) -> None:
+        """Enters ``phase``. Raises ValueError for a transition that is not in ``NEXT``."""
+        if phase not in NEXT[self.phase]:
+            raise ValueError(f"sequence {self.id} cannot go from {self.phase.value} to {phase.value}")
+        self.phase = phase

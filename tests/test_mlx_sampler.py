@@ -1,0 +1,193 @@
+"""The MLX sampler against the definition in ``messages.SamplingParams``, written out plainly over the whole vocabulary.
+
+The sampler computes in float32, so where the definition's answer hangs on the sixth digit, either answer will do.
+"""
+
+from collections.abc import Sequence as Rows
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from exo.worker.messages import SamplingParams
+from exo.worker.randomness import uniform
+from exo.worker.runner_mlx.sampler import BLOCK, FAILED, Sampler
+from exo.worker.runner_mlx.sequence import Sequence
+
+Row = NDArray[np.float32]
+
+SLACK = 1e-5
+SIZES = st.sampled_from([5, 300, 8 * BLOCK, 8 * BLOCK + 1, 9000, 70_000])
+PARAMS = st.builds(
+    SamplingParams,
+    seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 2, 40, 200]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+)
+
+
+def logits(size: int, seed: int, spread: float = 3.0) -> Row:
+    return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
+
+
+def sequence(
+    params: SamplingParams, *, prompt: Rows[int] = (0,), output: Rows[int] = (), forbidden: tuple[int, ...] = ()
+) -> Sequence:
+    return Sequence("any", [*prompt, *output], len(prompt), 10**6, params, forbidden)
+
+
+def choose(sequences: Rows[Sequence], rows: Rows[Row], position: int = 0, unread: Rows[int] | None = None) -> list[int]:
+    """One token for each sequence."""
+    known = None if unread is None else mx.array(list(unread))
+    sampler = Sampler(sequences, rows[0].size, known)
+    return cast(list[int], sampler.choose(mx.array(np.stack(rows)), [position] * len(rows)).tolist())
+
+
+def by_definition(row: Row, params: SamplingParams, number: float) -> int:
+    scores = row.astype(np.float64)
+    if params.temperature == 0:
+        return int(scores.argmax())
+    kept = np.ones(scores.size, bool)
+    if 0 < params.top_k < scores.size:
+        kept &= scores >= np.sort(scores)[-params.top_k]
+    weights = np.where(kept, np.exp((scores - scores.max()) / params.temperature), 0.0)
+    if params.min_p:
+        weights[weights < params.min_p] = 0.0
+    if params.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        reached = np.cumsum(weights[order]) / weights.sum()
+        weights[order[int(np.argmax(reached >= params.top_p)) + 1 :]] = 0.0
+    running = np.cumsum(weights)
+    return int(np.argmax(running > number * running[-1]))
+
+
+def nearly_by_definition(row: Row, params: SamplingParams, number: float) -> set[int]:
+    """Every answer that the definition gives within the slack of its parameters."""
+    return {
+        by_definition(row, params.model_copy(update={"top_p": top_p, "min_p": min_p}), near)
+        for near in (number - SLACK, number, number + SLACK)
+        for top_p in {params.top_p * factor for factor in (1 - SLACK, 1, 1 + SLACK)}
+        for min_p in {params.min_p * factor for factor in (1 - SLACK, 1)}
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIZES, st.integers(0, 10**6), st.lists(PARAMS, min_size=1, max_size=6))
+def test_every_choice_is_the_defined_one_whatever_else_is_in_the_batch(
+    size: int, seed: int, params: list[SamplingParams]
+) -> None:
+    rows = [logits(size, seed + index) for index in range(len(params))]
+    sampler = Sampler([sequence(each) for each in params], size)
+    for position in range(4):
+        chosen = cast(list[int], sampler.choose(mx.array(np.stack(rows)), [position] * len(rows)).tolist())
+        for token, row, each in zip(chosen, rows, params, strict=True):
+            number = uniform(each.seed, position)
+            assert token == by_definition(row, each, number) or token in nearly_by_definition(row, each, number)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0.2, 0.5, 0.9]), st.sampled_from([0, 2, 5]))
+def test_equals_at_the_borders_of_top_k_and_top_p_are_kept_as_defined(
+    seed: int, levels: int, top_p: float, top_k: int
+) -> None:
+    """Few different logits, so that nearly every border runs through equal ones."""
+    row = (np.random.default_rng(seed).integers(0, levels, 300) / 2).astype(np.float32)
+    params = SamplingParams(seed=seed, top_p=top_p, top_k=top_k)
+    for position in range(4):
+        number = uniform(seed, position)
+        [token] = choose([sequence(params)], [row], position)
+        assert token == by_definition(row, params, number) or token in nearly_by_definition(row, params, number)
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    row = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    sampler = Sampler([sequence(SamplingParams(seed=seed)) for seed in range(200)], 4)
+    logits = mx.array(np.stack([row] * 200))
+    drawn = [cast(list[int], sampler.choose(logits, [position] * 200).tolist()) for position in range(100)]
+    counts = np.bincount(np.array(drawn).ravel(), minlength=4)
+    assert np.abs(counts / 20_000 - [0.5, 0.3, 0.15, 0.05]).max() < 0.01
+
+
+def test_a_large_vocabulary_s_faint_tokens_are_not_lost_in_rounding() -> None:
+    """One has half the probability, 250,000 share the rest: 2e-6 each, which float32 adds to a half 1 % off."""
+    size = 250_001
+    row = np.full(size, np.log(0.5 / (size - 1)), np.float32)
+    row[0] = np.log(0.5)
+    positions = range(100)
+    params = SamplingParams(seed=1)
+    sampler = Sampler([sequence(params)], size)
+    chosen = [cast(list[int], sampler.choose(mx.array(row[None]), [position]).tolist())[0] for position in positions]
+    expected = [by_definition(row, params, uniform(1, position)) for position in positions]
+    assert np.abs(np.array(chosen) - np.array(expected)).max() <= size * SLACK
+
+
+def test_greedy_takes_the_lowest_id_among_equals() -> None:
+    row = np.zeros(2000, np.float32)
+    row[[700, 1500]] = 4
+    assert choose([sequence(SamplingParams(seed=0, temperature=0))], [row]) == [700]
+
+
+def test_repetition_penalty_counts_prompt_and_output_and_pulls_both_signs_down() -> None:
+    rows = [np.array(values, np.float32) for values in ([2.0, 1.9, -1.0], [2.0, 1.9, -1.0], [-9, -1.0, -1.05])]
+    params = SamplingParams(seed=0, temperature=0, repetition_penalty=1.2)
+    sequences = [
+        sequence(params, prompt=[0]),
+        sequence(params, prompt=[0], output=[1]),
+        sequence(params, prompt=[0], output=[1]),
+    ]
+    assert choose(sequences, rows) == [1, 0, 2]
+
+
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+    params = SamplingParams(seed=0, temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
+    one = sequence(params, prompt=[0, 0, 0], output=[1, 1, 2])
+    # Tokens 1 and 2 lose 0.5 + 2 * 0.25 and 0.5 + 0.25, the others nothing.
+    assert choose([one], [np.array([0.10, 1.04, 0.80, 0.0], np.float32)]) == [0]
+    assert choose([one], [np.array([0.02, 1.06, 0.80, 0.0], np.float32)]) == [1]
+    assert choose([one], [np.array([0.02, 1.04, 0.80, 0.0], np.float32)]) == [2]
+
+
+def test_penalties_count_tokens_that_only_the_device_knows_and_those_just_chosen() -> None:
+    params = SamplingParams(seed=0, temperature=0, presence_penalty=1.0)
+    row = np.array([3.0, 2.9, 2.8, 2.7], np.float32)
+    sampler = Sampler([sequence(params), sequence(params, output=[0])], 4, mx.array([0, FAILED]))
+    chosen = [cast(list[int], sampler.choose(mx.array(np.stack([row, row])), [9, 9]).tolist()) for _ in range(3)]
+    assert chosen == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_logit_bias_forces_and_forbids() -> None:
+    row = logits(1000, 1)
+    best = int(row.argmax())
+    forced = sequence(SamplingParams(seed=0, logit_bias={17: 100.0}))
+    banned = sequence(SamplingParams(seed=0, temperature=0, logit_bias={best: -100.0}))
+    for position in range(20):
+        first, second = choose([forced, banned], [row, row], position)
+        assert first == 17
+        assert second != best
+
+
+def test_forbidden_tokens_are_never_chosen_even_if_biased() -> None:
+    params = SamplingParams(seed=0, logit_bias={3: 1000.0})
+    one = sequence(params, forbidden=(0, 1, 2, 3, 4, 5, 6))
+    assert {choose([one], [np.zeros(8, np.float32)], position)[0] for position in range(50)} == {7}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_fail_their_row_only(temperature: float, value: float) -> None:
+    bad, good = logits(1000, 1), logits(1000, 2)
+    bad[5] = value
+    params = SamplingParams(seed=0, temperature=temperature)
+    chosen = choose([sequence(params), sequence(params)], [bad, good])
+    assert chosen == [FAILED, by_definition(good, params, uniform(0, 0))]
+
+
+def test_a_temperature_too_small_for_float32_is_nearly_greedy() -> None:
+    row = logits(1000, 1)
+    assert choose([sequence(SamplingParams(seed=0, temperature=1e-60))], [row]) == [int(row.argmax())]

@@ -1,0 +1,216 @@
+"""The MLX runner's scheduler, which plans a step before the tokens of the one before are known."""
+
+from collections.abc import Sequence as Tokens
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exo.worker.messages import SamplingParams
+from exo.worker.runner_mlx.scheduler import Scheduler, Step
+from exo.worker.runner_mlx.sequence import Phase, Sequence
+
+
+def sequence(name: str, prompt: Tokens[int], n_limit: int = 10_000) -> Sequence:
+    return Sequence(name, list(prompt), len(prompt), n_limit, SamplingParams(seed=0))
+
+
+def finish(target: Scheduler, step: Step, token: int = 1) -> None:
+    """What the engine does with a step's tokens, once it has them."""
+    for row in step.rows:
+        if row.sequence.phase is not Phase.DONE:
+            row.sequence.tokens.append(token)
+            if len(row.sequence.tokens) >= row.sequence.n_limit:
+                target.remove(row.sequence.id)
+
+
+def advance(target: Scheduler) -> Step:
+    step = target.plan()
+    finish(target, step)
+    return step
+
+
+def chunks(step: Step) -> dict[str, tuple[int, int]]:
+    return {chunk.sequence.id: (chunk.start, chunk.stop) for chunk in step.chunks}
+
+
+def rows(step: Step) -> dict[str, int]:
+    return {row.sequence.id: row.position for row in step.rows}
+
+
+def test_a_prompt_s_last_token_is_its_first_row_in_the_step_of_its_last_chunk() -> None:
+    target = Scheduler(1, 4)
+    target.add(sequence("x", range(7)))
+    first, second, third = advance(target), advance(target), advance(target)
+    assert (chunks(first), rows(first)) == ({"x": (0, 4)}, {})
+    assert (chunks(second), rows(second)) == ({"x": (4, 6)}, {"x": 6})
+    assert (chunks(third), rows(third)) == ({}, {"x": 7})
+    assert [step.processed() for step in (first, second, third)] == [[("x", 4)], [("x", 7)], []]
+
+
+def test_decoding_sequences_are_in_every_step_while_a_long_prompt_is_prefilled() -> None:
+    target = Scheduler(2, 4)
+    target.add(sequence("short", [1, 2]))
+    advance(target)
+    target.add(sequence("long", range(21)))
+    for start in range(0, 20, 4):
+        step = advance(target)
+        assert chunks(step) == {"long": (start, start + 4)}
+        assert "short" in rows(step)
+    assert rows(advance(target)).keys() == {"short", "long"}
+
+
+def test_waiting_prompts_take_turns() -> None:
+    target = Scheduler(3, 4)
+    for name in "abc":
+        target.add(sequence(name, [ord(name), *range(11)]))
+    assert [next(iter(chunks(advance(target)))) for _ in range(6)] == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_how_a_prompt_is_cut_does_not_depend_on_the_others() -> None:
+    alone, crowded = Scheduler(4, 8), Scheduler(4, 8)
+    for target in (alone, crowded):
+        target.add(sequence("x", range(19)))
+    for name in "pqr":
+        crowded.add(sequence(name, [ord(name), *range(6)]))
+
+    def cuts(target: Scheduler) -> list[tuple[int, int]]:
+        return [step["x"] for step in (chunks(advance(target)) for _ in range(12)) if "x" in step]
+
+    assert cuts(alone) == cuts(crowded) == [(0, 8), (8, 16), (16, 18)]
+
+
+def test_short_prompts_share_a_step() -> None:
+    target = Scheduler(3, 8)
+    for name in "abc":
+        target.add(sequence(name, [ord(name), 1, 2]))
+    step = advance(target)
+    assert chunks(step) == {"a": (0, 2), "b": (0, 2), "c": (0, 2)}
+    assert rows(step) == {"a": 2, "b": 2, "c": 2}
+
+
+def test_no_row_is_planned_for_a_token_beyond_the_limit() -> None:
+    target = Scheduler(1, 8)
+    target.add(sequence("x", [1, 2], n_limit=4))
+    first, second, third = target.plan(), target.plan(), target.plan()
+    assert (rows(first), rows(second), rows(third)) == ({"x": 1}, {"x": 2}, {})
+
+
+def test_an_exact_prefix_hit_goes_straight_to_decoding() -> None:
+    prompt = range(100, 120)
+    target = Scheduler(2, 32)
+    target.add(sequence("blocker", [1]))
+    target.add(sequence("one", prompt))
+    advance(target)
+    target.remove("one")
+    target.remove("blocker")
+    target.add(sequence("same", prompt))
+    step = target.plan()
+    assert step.started == [("same", 19)]
+    assert (chunks(step), rows(step)) == ({}, {"same": 19})
+
+
+def test_a_prefix_too_short_to_matter_does_not_draw_a_request_from_the_lowest_slot() -> None:
+    target = Scheduler(2, 32)
+    target.add(sequence("blocker", [1]))
+    target.add(sequence("one", [2, 3, 4]))
+    advance(target)
+    target.remove("one")
+    target.remove("blocker")
+    target.add(sequence("like one", [2, 3, 5]))
+    assert [row.sequence.slot for row in target.plan().rows] == [0]
+
+
+def test_cells_that_are_not_to_be_trusted_are_not_reused() -> None:
+    target = Scheduler(1, 32)
+    target.add(sequence("failing", range(30)))
+    target.plan()
+    target.remove("failing", reusable=False)
+    target.add(sequence("next", range(30)))
+    step = target.plan()
+    assert step.started == [("next", 0)]
+    assert [(stale.start, stale.stop) for stale in step.stale] == [(0, 30)]
+
+
+def test_removing_frees_the_slot_at_every_phase_and_only_once() -> None:
+    target = Scheduler(1, 4)
+    waiting, running = sequence("waiting", [1]), sequence("running", range(20))
+    target.add(running)
+    advance(target)
+    target.add(waiting)
+    assert target.remove("waiting") is waiting
+    assert target.remove("running") is running
+    assert target.remove("running") is None
+    assert not target
+    assert target.slots[0].sequence is None
+
+
+def test_only_legal_transitions() -> None:
+    done = sequence("x", [1])
+    done.move(Phase.DONE)
+    with pytest.raises(ValueError, match="cannot go from done to decode"):
+        done.move(Phase.DECODE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([3, 4, 16]),
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 2), min_size=1, max_size=20), st.integers(1, 6), st.integers(0, 4), st.booleans()
+        ),
+        max_size=12,
+    ),
+)
+def test_cells_always_match_tokens(n_slots: int, chunk: int, arrivals: list[tuple[list[int], int, int, bool]]) -> None:
+    """Whatever arrives, leaves and is reused: what the cache holds is what each sequence believes it holds, nothing
+    stale lies beyond it, and the device, which runs one step behind the plan, never lacks a token.
+    """
+    cells: list[list[int]] = [[] for _ in range(n_slots)]
+    target = Scheduler(n_slots, chunk)
+
+    def run(step: Step) -> None:
+        for stale in step.stale:
+            assert len(cells[stale.slot]) == stale.stop
+            del cells[stale.slot][stale.start :]
+        for part in step.chunks:
+            held = cells[part.sequence.slot]
+            assert held == part.sequence.tokens[: part.start]
+            held += part.sequence.tokens[part.start : part.stop]
+        assert sum(part.stop - part.start for part in step.chunks) <= chunk
+        slots = [row.sequence.slot for row in step.rows]
+        assert slots == sorted(set(slots))
+        for row in step.rows:
+            held = cells[row.sequence.slot]
+            assert len(held) == row.position
+            # The token that follows is a function of those before it, so the device knows it before the host does.
+            known = row.sequence.tokens
+            held.append(known[row.position] if row.position < len(known) else follower(held))
+
+    def follower(held: list[int]) -> int:
+        return (len(held) + sum(held)) % 3
+
+    def tokens_of(step: Step) -> None:
+        for row in step.rows:
+            if row.sequence.phase is not Phase.DONE:
+                known = cells[row.sequence.slot][: row.position + 1]
+                row.sequence.tokens.append(follower(known))
+                if len(row.sequence.tokens) >= row.sequence.n_limit or row.sequence.tokens[-3:] == [2, 2, 2]:
+                    target.remove(row.sequence.id)
+
+    before: Step | None = None
+    for index, (prompt, wanted, pause, cancelled) in enumerate([*arrivals, ([0], 1, 60, False)]):
+        target.add(sequence(str(index), prompt, len(prompt) + wanted))
+        for _ in range(pause):
+            step = target.plan()
+            run(step)
+            if before is not None:
+                tokens_of(before)
+            before = step
+        if cancelled:
+            target.remove(str(index))
+    assert not target
+    for slot, held in zip(target.slots, cells, strict=True):
+        assert slot.n_written == len(held)
+        assert slot.cached == held[: len(slot.cached)]
