@@ -5,9 +5,9 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test check demo-model llama setup setup-dev clean
+.PHONY: run test check demo-model demo-mlx llama setup setup-dev clean
 
-run: setup demo-model  ## serve on 127.0.0.1:52415 and show a first answer
+run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
 test: setup-dev demo-model  ## all tests
@@ -21,6 +21,9 @@ check: setup-dev  ## format, lint, types, import rules
 
 demo-model: setup  ## fetch and assemble the demo model
 	@$(BIN)/python scripts/demo_model.py
+
+demo-mlx: demo-model  ## convert the demo model for the MLX runner
+	@$(BIN)/python scripts/demo_mlx.py
 
 llama: setup  ## build llama.cpp for this machine
 

@@ -1,4 +1,4 @@
-"""``make run``: starts the server, shows a first answer from the demo model, and goes on serving until interrupted."""
+"""``make run``: starts the server, shows first answers of the demo model on both engines, serves until interrupted."""
 
 import json
 import os
@@ -25,7 +25,8 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, "-m", "exo", "serve", "--load", MODEL])
     try:
         wait_until_ready(url, server)
-        show_answer(url)
+        show_answer(url, MODEL, max_tokens=48)
+        show_answer(url, f"{MODEL}@mlx", max_tokens=12)
         print("\n==> serving until interrupted (Ctrl-C)", flush=True)
         code = server.wait()
     except KeyboardInterrupt:
@@ -60,19 +61,20 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     sys.exit(f"no model was ready within {START_SECONDS} seconds")
 
 
-def show_answer(url: str) -> None:
+def show_answer(url: str, model: str, max_tokens: int) -> None:
     """Streams one chat completion to the screen, with its route and the way to repeat it."""
     body = {
-        "model": MODEL,
+        "model": model,
         "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 48,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "stop": ["\nUser:"],  # these are base weights, which have not learned to end a turn
         "stream": True,
     }
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as reply:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as reply:
         if reply.status_code != 200:
             sys.exit(reply.read().decode())
+        print(f"\n==> model:  {model}")
         print(f"==> runner: {reply.headers['x-exo-runner']}")
         print(f"==> route:  {reply.headers['x-exo-route']}")
         print(f"==> {QUESTION}")
