@@ -1,6 +1,6 @@
 """Output rate of a tiny model through ``exo serve`` on MLX against ``mlx_lm.server``, both over HTTP, taking turns.
 
-``python bench/mlx_server.py [PAIRS] [ARCHITECTURE]``: prints the ratio of each pair and the median, at 1 stream and at
+``python -m bench.mlx_server [PAIRS] [ARCHITECTURE]``: prints the ratio of each pair and the median, at 1 stream and at
 8. Both servers stay up throughout, load the same folder, and stream the same prompts to the same client.
 """
 
@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.tiny import Shape, write_mlx
 from tests.tiny.shape import Architecture
 
@@ -46,7 +45,7 @@ slots = 8
 
 
 @contextmanager
-def running(command: list[str], url: str, environment: dict[str, str]) -> Iterator[None]:
+def running(command: list[str], url: str, environment: dict[str, str]) -> Generator[None]:
     """A server from the moment it answers to the end of the block."""
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
@@ -84,8 +83,8 @@ async def read_stream(client: httpx.AsyncClient, url: str, model: str, prompt: s
     async with client.stream("POST", f"{url}/v1/completions", json=body) as reply:
         assert reply.status_code == 200, await reply.aread()
         async for line in reply.aiter_lines():
-            if line.startswith("data: {") and '"usage"' in line:
-                tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", tokens)
+            if line.startswith("data: {") and '"completion_tokens"' in line:
+                tokens = int(json.loads(line[6:])["usage"]["completion_tokens"])
     return tokens
 
 

@@ -29,7 +29,7 @@ def test_the_demo_card_is_found_by_id_and_alias() -> None:
     card = catalogue.cards[DEMO]
     assert catalogue.get(DEMO) is card
     assert catalogue.get("gemma-3-270m") is card
-    assert card.backends == ("LlamaCppCuda", "LlamaCppCpu")
+    assert card.backends.index("LlamaCppCpu") < card.backends.index("MlxCpu"), "MLX is slow on a CPU"
     assert card.engines["cuda"]["slots"] == 16
 
 

@@ -58,9 +58,7 @@ CASES = {
         small_chunks={"chunk": 32},
     ),
     "cuda": Case(tuple(runner_command(RUNNERS["cuda"].module)), "LlamaCppCpu", gguf_table),
-    "mlx": Case(
-        tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}
-    ),
+    "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
 }
 SAMPLING = [name for name, case in CASES.items() if case.samples]
 
