@@ -239,3 +239,42 @@ def convert(
     out.print(f"{report.target}: {report.architecture}, {report.tensors} tensors, {size}", highlight=False)
     if report.left_out:
         err.print(f"left out, changing no result: {', '.join(report.left_out)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Model id or alias.")],
+    engines: Annotated[
+        str | None, typer.Option(help="Runners, such as cuda,mlx; by default all of the card's.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt's sampled text.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw divergence over position into this file.")] = None,
+    models_dir: ModelsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show on real numbers how far two engines agree on one model."""
+    from exo.compare.comparison import CompareError
+    from exo.compare.plot import check_plot, draw
+    from exo.compare.prompts import PROMPTS, read_prompts
+    from exo.compare.run import Options
+    from exo.compare.run import compare as run_comparison
+    from exo.compare.table import show
+
+    settings = settings_from(models_dir=models_dir)
+    try:
+        if plot is not None:
+            check_plot(plot)
+        options = Options(read_prompts(prompts) if prompts else PROMPTS, tokens, seed)
+        with err.status("comparing") as status:
+            names = engines.split(",") if engines else None
+            comparison = run_comparison(settings, catalogue_from(settings), model, names, options, status.update)
+        if plot is not None:
+            draw(comparison, plot)
+    except CompareError as error:
+        fail(str(error))
+    if as_json:
+        out.print_json(comparison.model_dump_json())
+    else:
+        show(comparison, out)
