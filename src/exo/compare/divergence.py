@@ -1,0 +1,125 @@
+"""How far apart log-probabilities are. Needs NumPy, which comes with every engine.
+
+Files are memory-mapped and read row by row in float64, so memory is bounded by a few rows whatever the vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+import numpy.typing as npt
+
+from exo.compare.comparison import CompareError, Divergence, PositionDivergence
+from exo.compare.scoring import Scoring
+
+Row = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowDivergence:
+    """Of the distributions of one next token; in nats."""
+
+    max_abs: float
+    mean_abs: float
+    kl: float
+    same_top: bool
+
+
+def compare_rows(reference: Row, other: Row) -> RowDivergence:
+    """Of two rows of log-probabilities, shape (vocabulary,). A token that both rule out differs by nothing.
+
+    KL is the sum of P log(P/Q) - P + Q. For distributions the last two sum to nothing; with them every term is at least
+    0, and the rounding of the files to float32 cancels to first order, which it must where engines nearly agree.
+    """
+    with np.errstate(invalid="ignore"):  # -inf minus -inf
+        gap = np.where(reference == other, 0.0, reference - other)
+    p, q = np.exp(reference), np.exp(other)
+    kl = float(np.dot(p[p > 0], gap[p > 0]) - p.sum() + q.sum())
+    size = np.abs(gap)
+    return RowDivergence(
+        float(size.max()), float(size.mean()), max(kl, 0.0), bool(reference.argmax() == other.argmax())
+    )
+
+
+def measure(reference: Scoring, other: Scoring) -> Divergence:
+    """Over every row of both, which hold the same tokens. Raises CompareError for files that cannot be compared."""
+    width = min(reference.capabilities.vocabulary, other.capabilities.vocabulary)
+    rows: list[list[RowDivergence]] = []
+    for index, tokens in enumerate(reference.tokens):
+        one, two = _open(reference, index), _open(other, index)
+        for position in range(len(tokens)):
+            if position == len(rows):
+                rows.append([])
+            left, right = (_row(file[position], who) for file, who in ((one, reference), (two, other)))
+            rows[position].append(compare_rows(left[:width], right[:width]))
+    every = [row for at_position in rows for row in at_position]
+    return Divergence(
+        positions=len(every),
+        vocabulary=width,
+        max_abs=max(row.max_abs for row in every),
+        mean_abs=_mean([row.mean_abs for row in every]),
+        kl_mean=_mean([row.kl for row in every]),
+        kl_max=max(row.kl for row in every),
+        top1_agreement=_mean([row.same_top for row in every]),
+        by_position=tuple(_at(position, found) for position, found in enumerate(rows)),
+    )
+
+
+def negative_log_likelihood(scoring: Scoring) -> float | None:
+    """Mean over every token but the first of each text, in nats; None if there is none."""
+    found: list[float] = []
+    for index, tokens in enumerate(scoring.tokens):
+        file = _open(scoring, index)
+        found += [-float(file[position, token]) for position, token in enumerate(tokens[1:])]
+    return _mean(found) if found else None
+
+
+def row_after(scoring: Scoring, index: int, n_tokens: int) -> Row:
+    """Log-probabilities of what follows the first ``n_tokens`` of text ``index``. Raises CompareError."""
+    return _row(_open(scoring, index)[n_tokens - 1], scoring)
+
+
+def greedy_margin(row: Row, chosen: int, other: int) -> float:
+    """By how many nats the chosen token leads; infinite over a token that this engine does not have."""
+    return float(row[chosen] - row[other]) if other < row.size else inf
+
+
+def seeded_margin(row: Row, number: float, chosen: int, other: int) -> float:
+    """Probability between ``number`` in [0, 1) and the border of the chosen token's interval on the other's side.
+
+    The intervals are those of ``SamplingParams``, step 5. End-of-generation tokens, which were ruled out when the token
+    was chosen, cannot be told from a row and are taken to be improbable; the margin never exceeds the interval.
+    """
+    running = np.cumsum(np.exp(row))
+    border = running[chosen] if other > chosen else running[chosen] - np.exp(row[chosen])
+    return float(min(abs(border - number * running[-1]), np.exp(row[chosen])))
+
+
+def _open(scoring: Scoring, index: int) -> npt.NDArray[np.float32]:
+    """Shape (tokens, vocabulary)."""
+    file: npt.NDArray[np.float32] = np.load(scoring.files[index], mmap_mode="r")
+    expected = (len(scoring.tokens[index]), scoring.capabilities.vocabulary)
+    if file.shape != expected:
+        raise CompareError(f"engine {scoring.engine}: scores have shape {file.shape}, expected {expected}")
+    return file
+
+
+def _row(row: npt.NDArray[np.float32], scoring: Scoring) -> Row:
+    if np.isnan(row).any():
+        raise CompareError(f"engine {scoring.engine}: it computed a log-probability that is not a number")
+    return row.astype(np.float64)
+
+
+def _at(position: int, found: Sequence[RowDivergence]) -> PositionDivergence:
+    return PositionDivergence(
+        position=position,
+        sequences=len(found),
+        max_abs=max(row.max_abs for row in found),
+        mean_abs=_mean([row.mean_abs for row in found]),
+        kl=_mean([row.kl for row in found]),
+    )
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers, dtype=np.float64))
