@@ -168,6 +168,14 @@ def test_a_wish_does_not_overrule_the_card() -> None:
     assert "lists only LlamaCppCuda, LlamaCppCpu" in by_backends.message
 
 
+def test_a_model_that_makes_no_text_is_refused_with_what_it_is_for() -> None:
+    card = make_card().model_copy(update={"tasks": ("TextToImage",)})
+    refusal = route(None, card, make_host("LlamaCppCpu"), (), {})
+    assert isinstance(refusal, Refusal)
+    assert (refusal.code, refusal.param) == ("unsupported_task", "model")
+    assert "TextToImage" in refusal.message
+
+
 def test_a_card_of_backends_without_runner_names_what_is_served() -> None:
     answer = refused(make_card(["Vllm"]), make_host("LlamaCppCpu"))
     assert answer.code == "runner_unavailable"

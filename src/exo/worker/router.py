@@ -14,7 +14,9 @@ from exo.worker.host import Host
 from exo.worker.messages import Capabilities, RunnerState
 from exo.worker.runners import RUNNERS, Need
 
-RefusalCode = Literal["model_not_found", "runner_not_found", "runner_unavailable", "unsupported_parameter"]
+RefusalCode = Literal[
+    "model_not_found", "runner_not_found", "unsupported_task", "runner_unavailable", "unsupported_parameter"
+]
 
 NEEDS: tuple[Need, ...] = get_args(Need)
 _READY: tuple[RunnerState, ...] = ("Ready", "Running")
@@ -86,6 +88,9 @@ def route(
     """
     if wish is not None and wish not in RUNNERS:
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
+    if "TextGeneration" not in card.tasks:
+        message = f"{card.model_id} is for {', '.join(card.tasks) or 'nothing'}, and the runners generate text"
+        return Refusal("unsupported_task", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
     verdicts = [_judge(backend, wish, card, host, mine, needs) for backend in card.backends]
     chosen = next((verdict for verdict in verdicts if verdict.hurdle is None), None)
