@@ -154,7 +154,8 @@ def build_llama(arguments: list[str], cache: Path) -> None:
                 print(f"    {shown - began:4.0f} s  {text[:100]}", flush=True)
     if build.returncode:
         sys.stderr.write("".join(log.read_text(errors="replace").splitlines(keepends=True)[-40:]))
-        sys.exit(f"building {LLAMA} failed; the whole log is in {log}")
+        instead = "; CUDA=0 builds for the CPU" if target == "CUDA" else ""
+        sys.exit(f"building {LLAMA} for {target} failed; the whole log is in {log}{instead}")
 
 
 def install_exo() -> None:
