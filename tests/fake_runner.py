@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO, NoReturn
 
+import numpy as np
 from pydantic import ValidationError
 
 from exo.worker.admission import refusal
@@ -42,7 +43,7 @@ from exo.worker.messages import (
     Text,
     Usage,
 )
-from exo.worker.randomness import uniform
+from exo.worker.randomness import uniforms
 from exo.worker.text import TextStream
 from exo.worker.wire import describe, encode, read_commands, take_protocol_stream
 
@@ -96,7 +97,7 @@ class FakeSequence:
             return EOS
         sampling, choice = self.request.sampling, self.state
         if sampling.temperature > 0:
-            choice += int(uniform(sampling.seed, len(self.prompt) + self.output) * len(ALPHABET))
+            choice += int(uniforms(sampling.seed, len(self.prompt) + self.output, np.zeros(1, int))[0] * len(ALPHABET))
         return ord(ALPHABET[choice % len(ALPHABET)])
 
 

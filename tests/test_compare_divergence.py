@@ -19,7 +19,9 @@ from exo.compare.divergence import (
     seeded_margin,
 )
 from exo.compare.scoring import Scoring
-from exo.worker.messages import Capabilities
+from exo.worker.messages import Capabilities, SamplingParams
+from exo.worker.randomness import BLOCK, gumbels
+from tests.definition import by_definition
 
 
 def row(*probabilities: float) -> Row:
@@ -131,11 +133,25 @@ def test_the_margin_of_a_greedy_choice_is_its_lead() -> None:
     assert greedy_margin(row(0.6, 0.1, 0.3), 0, 3) == inf
 
 
-@pytest.mark.parametrize(
-    ("number", "chosen", "other", "margin"),
-    [(0.45, 0, 1, 0.05), (0.45, 0, 2, 0.05), (0.55, 1, 0, 0.05), (0.55, 1, 2, 0.25), (0.85, 2, 0, 0.05)],
-)
-def test_the_margin_of_a_seeded_choice_is_the_way_to_the_interval_s_border(
-    number: float, chosen: int, other: int, margin: float
-) -> None:
-    assert seeded_margin(row(0.5, 0.3, 0.2), number, chosen, other) == pytest.approx(margin)
+@pytest.mark.parametrize("size", [3, 3 * BLOCK])
+def test_the_margin_of_a_seeded_choice_is_its_lead_in_the_draw(size: int) -> None:
+    """Logits shifted by less than the margin leave the draw as it is; shifted by more, they turn it."""
+    logits = np.random.default_rng(0).normal(0, 1, size).astype(np.float32)
+    params = SamplingParams(seed=4)
+    for position in range(20):
+        (chosen,) = by_definition(logits, params, position)
+        near = by_definition(logits, params, position, slack=3.0) - {chosen}
+        for other in (token for token in near if token // BLOCK == chosen // BLOCK):
+            scores = np.log(np.exp(logits.astype(np.float64)) / np.exp(logits).sum())
+            margin = seeded_margin(scores, 4, position, chosen, other)
+            assert margin > 0
+            shifted = logits.copy()
+            shifted[other] += margin - 1e-3
+            assert other not in by_definition(shifted, params, position)
+    assert seeded_margin(row(0.5, 0.3, 0.2), 4, 0, 0, 3) == inf
+
+
+def test_the_margin_between_blocks_is_the_lead_of_the_block() -> None:
+    scores = np.log(np.full(2 * BLOCK, 1 / (2 * BLOCK)))
+    first, second = gumbels(9, 5, np.array([BLOCK, BLOCK + 1]))
+    assert seeded_margin(scores, 9, 5, 1, BLOCK + 1) == pytest.approx(first - second)

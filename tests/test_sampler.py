@@ -6,32 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exo.worker.messages import SamplingParams
-from exo.worker.randomness import uniform
-from exo.worker.runner_cuda.sampler import BLOCK, NotFinite, Row, Sampler
+from exo.worker.randomness import BLOCK
+from exo.worker.runner_cuda.sampler import NotFinite, Row, Sampler
+from tests.definition import by_definition
 
 SIZES = st.sampled_from([5, 300, BLOCK, 3 * BLOCK + 7, 9000])
 
 
 def logits(size: int, seed: int, spread: float = 3.0) -> Row:
     return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
-
-
-def by_definition(row: Row, params: SamplingParams, position: int) -> int:
-    scores = row.astype(np.float64)
-    if params.temperature == 0:
-        return int(scores.argmax())
-    kept = np.ones(scores.size, bool)
-    if 0 < params.top_k < scores.size:
-        kept &= scores >= np.sort(scores)[-params.top_k]
-    weights = np.where(kept, np.exp((scores - scores.max()) / params.temperature), 0.0)
-    if params.min_p:
-        weights[weights < params.min_p] = 0.0
-    if params.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        reached = np.cumsum(weights[order]) / weights.sum()
-        weights[order[int(np.argmax(reached >= params.top_p)) + 1 :]] = 0.0
-    running = np.cumsum(weights)
-    return int(np.argmax(running > uniform(params.seed, position) * running[-1]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -50,14 +33,17 @@ def test_every_choice_is_the_defined_one(
     row = logits(size, seed)
     sampler = Sampler(params)
     for position in range(8):
-        assert sampler.choose(row.copy(), position) == by_definition(row, params, position)
+        assert {sampler.choose(row.copy(), position)} == by_definition(row, params, position)
 
 
-def test_frequencies_follow_the_probabilities() -> None:
-    row = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    sampler = Sampler(SamplingParams(seed=3))
-    counts = np.bincount([sampler.choose(row.copy(), position) for position in range(20_000)], minlength=4)
-    assert np.abs(counts / 20_000 - [0.5, 0.3, 0.15, 0.05]).max() < 0.01
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_frequencies_follow_the_probabilities(top_k: int) -> None:
+    shares = {3: 0.5, 40: 0.3, 700: 0.15, 701: 0.05}
+    row = np.full(4 * BLOCK, -np.inf, np.float32)
+    row[list(shares)] = np.log(list(shares.values()))
+    sampler = Sampler(SamplingParams(seed=3, top_k=top_k))
+    counts = np.bincount([sampler.choose(row.copy(), position) for position in range(20_000)], minlength=702)
+    assert all(abs(counts[token] / 20_000 - share) < 0.01 for token, share in shares.items())
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:

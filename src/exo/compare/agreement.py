@@ -9,10 +9,9 @@ from exo.compare.comparison import MODES, Difference, Mode, TokenAgreement
 from exo.compare.engine import Engine
 from exo.compare.generation import Generated, Wanted
 from exo.compare.scoring import Scoring, Tokens, score
-from exo.worker.randomness import uniform
 
-NEAR_TIE: dict[Mode, float] = {"greedy": 0.1, "seeded": 0.01}
-"""The largest margin that is called a near-tie: nats, and probability."""
+NEAR_TIE = 0.1
+"""The largest margin, in nats, that is called a near-tie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +79,13 @@ def _judge(parting: Parting, scoring: Scoring, index: int, wanted: Wanted) -> Di
     if parting.mode == "greedy":
         margin = greedy_margin(row, parting.reference_token, parting.other_token)
     else:
-        number = uniform(wanted.seed_of(parting.prompt), position)
-        margin = seeded_margin(row, number, parting.reference_token, parting.other_token)
+        seed = wanted.seed_of(parting.prompt)
+        margin = seeded_margin(row, seed, position, parting.reference_token, parting.other_token)
     return Difference(
         prompt=parting.prompt,
         position=parting.position,
         reference_token=parting.reference_token,
         other_token=parting.other_token,
         margin=margin,
-        near_tie=margin <= NEAR_TIE[parting.mode],
+        near_tie=margin <= NEAR_TIE,
     )

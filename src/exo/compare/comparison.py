@@ -120,9 +120,9 @@ class Difference(_Finding):
     reference_token: int
     other_token: int
     margin: float
-    """How far the reference was from choosing the other token, when it read the text again. Greedy: the gap of the two
-    log-probabilities in nats, below 0 where reading in chunks instead of single tokens already turns the choice.
-    Seeded: the probability between the random number and the border of the chosen token's interval."""
+    """How far the reference was from choosing the other token, when it read the text again: in nats, the gap of the two
+    log-probabilities, or of the two scores of a draw; below 0 where reading in chunks instead of single tokens already
+    turns the choice."""
     near_tie: bool
     """Whether the margin is so small that a quantisation's rounding explains the difference; see ``NEAR_TIE``."""
 

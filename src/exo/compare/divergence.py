@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from exo.compare.comparison import CompareError, Divergence, PositionDivergence
 from exo.compare.scoring import Scoring
+from exo.worker.randomness import BLOCK, gumbels
 
 Row = npt.NDArray[np.float64]
 
@@ -85,15 +86,22 @@ def greedy_margin(row: Row, chosen: int, other: int) -> float:
     return float(row[chosen] - row[other]) if other < row.size else inf
 
 
-def seeded_margin(row: Row, number: float, chosen: int, other: int) -> float:
-    """Probability between ``number`` in [0, 1) and the border of the chosen token's interval on the other's side.
+def seeded_margin(row: Row, seed: int, position: int, chosen: int, other: int) -> float:
+    """By how many nats the chosen token leads in the draw of ``SamplingParams``, step 5; infinite as above.
 
-    The intervals are those of ``SamplingParams``, step 5. End-of-generation tokens, which were ruled out when the token
-    was chosen, cannot be told from a row and are taken to be improbable; the margin never exceeds the interval.
+    If the tokens are of one block, their own scores with noise; else those of their blocks. End-of-generation tokens,
+    which were ruled out when the token was chosen, cannot be told from a row and are taken to be improbable.
     """
-    running = np.cumsum(np.exp(row))
-    border = running[chosen] if other > chosen else running[chosen] - np.exp(row[chosen])
-    return float(min(abs(border - number * running[-1]), np.exp(row[chosen])))
+    if other >= row.size:
+        return inf
+    tokens = np.array([chosen, other])
+    blocks = tokens // BLOCK
+    if blocks[0] == blocks[1]:
+        scores = row[tokens] + gumbels(seed, position, tokens % BLOCK)
+    else:
+        sums = [np.exp(row[block * BLOCK : (block + 1) * BLOCK]).sum() for block in blocks]
+        scores = np.log(sums) + gumbels(seed, position, BLOCK + blocks)
+    return float(scores[0] - scores[1])
 
 
 def _open(scoring: Scoring, index: int) -> npt.NDArray[np.float32]:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exo.compare.agreement import NEAR_TIE
-from exo.compare.comparison import Comparison, Difference, EngineReport, Pair, TokenAgreement
+from exo.compare.comparison import Comparison, EngineReport, Pair, TokenAgreement
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -36,7 +36,7 @@ def _parts(comparison: Comparison) -> Iterator[RenderableType]:
             yield _differences(pair)
             yield Text(
                 f"Margin: how far {pair.reference} was from choosing the other token; a near-tie is at most "
-                f"{NEAR_TIE['greedy']} nats (greedy) or a probability of {NEAR_TIE['seeded']} (seeded)."
+                f"{NEAR_TIE} nats."
             )
 
 
@@ -110,12 +110,8 @@ def _differences(pair: Pair) -> Table:
         first = {each.prompt: each for each in reversed(found.differences)}
         for each in sorted(first.values(), key=lambda difference: difference.prompt):
             place = (str(each.prompt + 1), str(each.position), str(each.reference_token), str(each.other_token))
-            table.add_row(mode, *place, _margin(mode, each), "near-tie" if each.near_tie else "")
+            table.add_row(mode, *place, f"{each.margin:.2g} nats", "near-tie" if each.near_tie else "")
     return table
-
-
-def _margin(mode: str, difference: Difference) -> str:
-    return f"{difference.margin:.2g} nats" if mode == "greedy" else f"{difference.margin:.2g} probability"
 
 
 def _ids(tokens: tuple[int, ...]) -> str:

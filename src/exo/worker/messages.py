@@ -31,8 +31,10 @@ class SamplingParams(Message):
     3. ``temperature`` divides; 0 is greedy: the largest logit wins, the lowest id among equals.
     4. ``top_k`` largest are kept (0: all), equals of the last one included; of these, probabilities below ``min_p``
        times the largest are dropped, then the smallest set of the most probable whose sum reaches ``top_p`` is kept.
-    5. The token is the first, in order of token id, at which the running sum of the kept probabilities exceeds
-       ``uniform(seed, position)`` times their total.
+    5. Of the kept tokens one is drawn in proportion to its probability: of the blocks of 512 consecutive token ids,
+       the block b with the largest ln(sum of its probabilities) + noise(512 + b), then of its tokens the one at place i
+       with the largest ln(probability) + noise(i), where noise(j) is ``randomness.gumbels(seed, position, j)``. Among
+       equals the lowest wins.
     """
 
     temperature: float = Field(default=1.0, ge=0, le=100)

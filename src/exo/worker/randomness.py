@@ -1,9 +1,19 @@
 """Randomness keyed by (seed, position) instead of by a generator's history.
 
-A request therefore draws the same numbers alone, in a batch, after a replay and on another engine.
+A request therefore draws the same numbers alone, in a batch, after a replay and on another engine. At every position
+there are many streams of numbers, since choosing one of several tokens takes one number for each.
 """
 
+import numpy as np
+import numpy.typing as npt
+
 _MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+Numbers = npt.NDArray[np.float64]
+
+BLOCK = 512
+"""Token ids that are drawn from together; see ``messages.SamplingParams``."""
 
 
 def _mix(value: int) -> int:
@@ -13,7 +23,25 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides the token at ``position``, counted from the first prompt token."""
-    state = _mix((seed + 0x9E3779B97F4A7C15) & _MASK)
-    return (_mix((state + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+def _mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """``_mix`` of each; arrays of unsigned integers wrap around by themselves."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def uniforms(seed: int, position: int, streams: npt.NDArray[np.integer]) -> Numbers:
+    """Numbers strictly between 0 and 1, one for each stream, at ``position``, counted from the first prompt token."""
+    state = _mix((_mix((seed + _GAMMA) & _MASK) + position * _GAMMA) & _MASK)
+    bits = _mix_all(np.uint64(state) + streams.astype(np.uint64) * np.uint64(_GAMMA))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def gumbels(seed: int, position: int, streams: npt.NDArray[np.integer]) -> Numbers:
+    """Gumbel-distributed noise, -ln(-ln u), for each stream.
+
+    The index of the largest ln(w) + noise is distributed as the weights w are (Gumbel, "Statistical theory of extreme
+    values", 1954). Unlike an interval of the running sum, which every weight before it can shift, the winner changes
+    only where two candidates are as good as tied: rounding seldom makes another token of it.
+    """
+    return -np.log(-np.log(uniforms(seed, position, streams)))

@@ -11,14 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from exo.worker.messages import SamplingParams
-from exo.worker.randomness import uniform
+from exo.worker.randomness import BLOCK, gumbels
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 Weights = npt.NDArray[np.float64]
-
-BLOCK = 512
-"""Tokens per block: block maxima of a 262,144-token row are 512 numbers, small enough to sort for nothing."""
 
 
 class NotFinite(Exception):  # noqa: N818 -- it names what the logits are
@@ -64,7 +61,7 @@ class Sampler:
         if self.params.temperature == 0:
             return _greedy(row)
         ids, weights = self._candidates(row)
-        return _draw(ids, weights, uniform(self.params.seed, position))
+        return _draw(ids, weights, self.params.seed, position)
 
     def _adjust(self, row: Row) -> None:
         params = self.params
@@ -150,36 +147,29 @@ def _top_p(ids: Ids | None, weights: Weights | Row, top_p: float) -> tuple[Ids, 
             break
     order = near[np.argsort(-weights[near], kind="stable")]
     reached = np.cumsum(weights[order], dtype=np.float64)
-    kept = np.sort(order[: _first(reached, target) + 1])
+    kept = np.sort(order[: int(reached.searchsorted(target)) + 1])
     return (kept if ids is None else ids[kept]), weights[kept]
 
 
-def _draw(ids: Ids | None, weights: Weights | Row, number: float) -> int:
-    """Inverse of the distribution function, in order of token id, at ``number`` in [0, 1).
-
-    The order by id makes the choice stable against small differences between logits, which an order by probability
-    would turn into another token.
-    """
-    if ids is None and weights.size > 4 * BLOCK:
-        return _draw_in_blocks(weights, number)
-    running = np.cumsum(weights, dtype=np.float64)
-    index = min(_first(running, number * running[-1], above=True), weights.size - 1)
-    return index if ids is None else int(ids[index])
-
-
-def _draw_in_blocks(weights: Weights | Row, number: float) -> int:
-    """``_draw`` over a whole vocabulary: the block first, then the token inside it."""
-    whole = weights.size // BLOCK
-    sums = weights[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1, dtype=np.float64)
-    running: Weights = np.cumsum(np.append(sums, weights[whole * BLOCK :].sum(dtype=np.float64)))
-    target = number * running[-1]
-    block = min(_first(running, target, above=True), whole)
-    inside = weights[block * BLOCK : (block + 1) * BLOCK]
-    before = running[block - 1] if block else 0.0
-    index = _first(np.cumsum(inside, dtype=np.float64), target - before, above=True)
-    return block * BLOCK + min(index, max(inside.size - 1, 0))
+def _draw(ids: Ids | None, weights: Weights | Row, seed: int, position: int) -> int:
+    """The block of ids first, then the token in it; ``ids`` ascend, None: all of the vocabulary."""
+    if ids is None:
+        whole = weights.size // BLOCK
+        sums = weights[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1, dtype=np.float64)
+        if weights.size > whole * BLOCK:
+            sums = np.append(sums, weights[whole * BLOCK :].sum(dtype=np.float64))
+        block = _winner(sums, gumbels(seed, position, BLOCK + np.arange(sums.size)))
+        inside = weights[block * BLOCK : (block + 1) * BLOCK]
+        return block * BLOCK + _winner(inside, gumbels(seed, position, np.arange(inside.size)))
+    blocks = ids // BLOCK
+    starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+    sums = np.add.reduceat(weights, starts, dtype=np.float64)
+    first = int(starts[_winner(sums, gumbels(seed, position, BLOCK + blocks[starts]))])
+    inside = slice(first, first + int(np.count_nonzero(blocks == blocks[first])))
+    return int(ids[first + _winner(weights[inside], gumbels(seed, position, ids[inside] % BLOCK))])
 
 
-def _first(running: Weights, target: float, *, above: bool = False) -> int:
-    """Index of the first running sum that reaches ``target``, or exceeds it."""
-    return int(running.searchsorted(target, side="right" if above else "left"))
+def _winner(weights: Weights | Row, noise: Weights) -> int:
+    """Index of the largest ln(weight) + noise."""
+    with np.errstate(divide="ignore"):
+        return int((np.log(weights) + noise).argmax())

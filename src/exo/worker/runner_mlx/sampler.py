@@ -9,14 +9,15 @@ from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
-from exo.worker.randomness import uniform
+from exo.worker.randomness import BLOCK, gumbels
 from exo.worker.runner_mlx.sequence import Sequence
 
 FAILED = -1
 """In place of a token, where the row's largest logit is NaN or infinite: the computation went wrong there."""
 
-BLOCK = 64
+SUM_BLOCK = 64
 """Probabilities are summed in blocks, and blocks of these: what float32 rounds off grows with the terms of one sum."""
 
 SMALLEST = 1e-30
@@ -102,8 +103,7 @@ class Group:
             token = logits.argmax(axis=-1)
         else:
             weights = self._keep(logits, top)
-            numbers = _column(map(uniform, self._seeds, positions))
-            token = _draw(weights, numbers)
+            token = _draw(weights, _noise(self._seeds, positions, weights.shape[1]))
         token = mx.where(mx.abs(top[:, 0]) < mx.inf, token.astype(mx.int32), FAILED)
         if self._kind.penalised:
             self._accept(token)
@@ -173,24 +173,23 @@ def _top_p(logits: mx.array, weights: mx.array, largest: mx.array, heaviest: mx.
     return mx.where(kept, weights, 0.0)
 
 
-def _draw(weights: mx.array, numbers: mx.array) -> mx.array:
-    """The first id, shape (rows,), at which the running sum exceeds ``numbers``, shape (rows, 1), times the total.
+def _draw(weights: mx.array, noise: mx.array) -> mx.array:
+    """A token for each row: the block of ids first, then the token in it.
 
-    The order by id makes the choice stable against small differences between logits, which an order by probability
-    would turn into another token.
+    ``weights`` have the shape (rows, vocabulary), ``noise`` (rows, BLOCK + blocks), in order of stream.
     """
-    running = _running_sums(weights)
-    token = (running <= numbers * running[:, -1:]).sum(axis=-1)
-    # Where rounding puts the number at the very end, the last token that may be drawn.
-    return mx.minimum(token, weights.shape[1] - 1 - mx.argmax(weights[:, ::-1] > 0, axis=-1))
+    blocks = mx.unflatten(mx.pad(weights, [(0, 0), (0, -weights.shape[1] % BLOCK)]), -1, (-1, BLOCK))
+    block = (mx.log(blocks.sum(axis=-1)) + noise[:, BLOCK:]).argmax(axis=-1)
+    inside = mx.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * BLOCK + (mx.log(inside) + noise[:, :BLOCK]).argmax(axis=-1)
 
 
 def _running_sums(weights: mx.array) -> mx.array:
     """Along each row."""
     width = weights.shape[1]
-    if width <= 8 * BLOCK:
+    if width <= 8 * SUM_BLOCK:
         return mx.cumsum(weights, axis=-1)
-    blocks = mx.unflatten(mx.pad(weights, [(0, 0), (0, -width % BLOCK)]), -1, (-1, BLOCK))
+    blocks = mx.unflatten(mx.pad(weights, [(0, 0), (0, -width % SUM_BLOCK)]), -1, (-1, SUM_BLOCK))
     inside = mx.cumsum(blocks, axis=-1)
     before = mx.pad(_running_sums(inside[:, :, -1])[:, :-1], [(0, 0), (1, 0)])
     return mx.flatten(inside + before[:, :, None], 1)[:, :width]
@@ -198,6 +197,12 @@ def _running_sums(weights: mx.array) -> mx.array:
 
 def _descending(values: mx.array) -> mx.array:
     return -mx.sort(-values, axis=-1)
+
+
+def _noise(seeds: Rows[int], positions: Rows[int], n_vocab: int) -> mx.array:
+    """Shape (rows, BLOCK + blocks of the vocabulary), float32."""
+    streams = np.arange(BLOCK + -(-n_vocab // BLOCK))
+    return mx.array(np.stack([gumbels(*key, streams) for key in zip(seeds, positions, strict=True)]).astype(np.float32))
 
 
 def _column(numbers: Iterable[float]) -> mx.array:
