@@ -38,6 +38,11 @@ def without_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+TENSOR = '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
 BROKEN: dict[str, tuple[Break, str]] = {
     "config missing": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "config broken": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
@@ -52,6 +57,22 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "weights something else": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"GGUF" + bytes(100)),
         "is not a safetensors file",
+    ),
+    "weights with a deep header": (
+        lambda folder: (folder / "model.safetensors").write_bytes(header("[" * 50_000)),
+        "is not a safetensors file",
+    ),
+    "weights larger than their place": (
+        lambda folder: (folder / "model.safetensors").write_bytes(header(TENSOR.replace("[4]", "[5]")) + bytes(16)),
+        "a is F32 of shape (5,) at bytes 0 to 16",
+    ),
+    "weights at a negative place": (
+        lambda folder: (folder / "model.safetensors").write_bytes(header(TENSOR.replace("0, 16", "-16, 0"))),
+        "is not a safetensors file",
+    ),
+    "weights past a hole": (
+        lambda folder: (folder / "model.safetensors").write_bytes(header(TENSOR.replace("0, 16", "4, 20")) + bytes(20)),
+        "at bytes 4 to 20, and 0 are taken",
     ),
     "weights empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is not a safetensors file"),
     "shard missing": (

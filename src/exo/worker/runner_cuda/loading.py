@@ -1,7 +1,10 @@
 """From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -16,6 +19,8 @@ DEFAULT_CONTEXT = 4096
 CPU_CHUNK = 128
 """Prompt tokens per step on a CPU: few enough that a cancelled prompt is gone within a second."""
 GPU_CHUNK, GPU_BUDGET = 512, 2048
+_CHECK_SECONDS = 60
+"""Wall time for the check of a file's header, most of it a slow disk's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     log = Log()
     options = read_options(command)
     path = find_model(options, command.model_id, command.directories)
+    check_header(path)
     on_gpu = options.n_gpu_layers != 0
     report(Status(state="Loading"))
     last = -1
@@ -96,6 +102,20 @@ def read_options(command: Load) -> CudaOptions:
     elif not gpu_devices():
         raise LoadError("model_load_failed", "LlamaCppCuda was asked for, but llama.cpp sees no CUDA device here")
     return options.model_copy(update=updates)
+
+
+def check_header(path: Path) -> None:
+    """Has ``gguf_check`` read the file, and the others of a split model, before llama.cpp does. Raises LoadError."""
+    command = [sys.executable, "-m", "exo.worker.runner_cuda.gguf_check", str(path)]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_CHECK_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LoadError("model_load_failed", f"{path}: its header took over {_CHECK_SECONDS} s to check") from None
+    if done.returncode != 0:
+        said = done.stdout.decode(errors="replace") or f"{path}: the check of its header ended with {done.returncode}"
+        raise LoadError("model_load_failed", said)
 
 
 def _warm_up(context: Context) -> None:

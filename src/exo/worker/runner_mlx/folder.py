@@ -1,16 +1,34 @@
 """Checks a model's folder before any library reads it, so that what is wrong with it can be said in plain words."""
 
-import json
+import math
 from pathlib import Path
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
 from exo.worker.runner_mlx.options import LoadError
 
 Json = dict[str, JsonValue]
 
 _OBJECT: TypeAdapter[Json] = TypeAdapter(Json)
+_HEADER_LIMIT = 100 << 20
+"""Bytes; safetensors' own."""
+_SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
+_BYTES = {name: size for size, names in _SIZES.items() for name in names.split()}
+"""Bytes of an element, by safetensors' name of its type."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+class _Tensor(BaseModel):
+    """One entry of a safetensors header. Offsets are bytes from the header's end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_TENSORS = TypeAdapter(dict[str, _Tensor])
 
 
 def check_folder(folder: Path) -> Json:
@@ -58,21 +76,32 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Whether the file is as long as its header says: MLX would find out only while it computes.
+    """Whether the file is what its header says: MLX would find out only while it computes.
 
-    The format is eight bytes with the header's length, the header, which is a JSON object, and the tensors.
+    The format is eight bytes with the header's length, the header, which is a JSON object, and the tensors, which
+    follow each other without holes.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
-        header = file.read(length) if 0 < length <= size - 8 else b""
+        header = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
     try:
-        entries = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, AttributeError, LookupError, TypeError):
+        entries = _OBJECT.validate_json(header)
+        entries.pop("__metadata__", None)
+        tensors = _TENSORS.validate_python(entries)
+    except ValidationError:
         raise _broken(f"{path} is not a safetensors file") from None
-    if size < 8 + length + end:
-        raise _broken(f"{path} is cut short: it has {size} bytes of {8 + length + end}")
+    taken = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        if begin != taken or end - begin != math.prod(entry.shape) * _BYTES.get(entry.dtype, math.nan):
+            raise _broken(
+                f"{path} is not a safetensors file: {name} is {entry.dtype} of shape {entry.shape} at bytes {begin} to"
+                f" {end}, and {taken} are taken"
+            )
+        taken = end
+    if size < 8 + length + taken:
+        raise _broken(f"{path} is cut short: it has {size} bytes of {8 + length + taken}")
 
 
 def _broken(message: str) -> LoadError:

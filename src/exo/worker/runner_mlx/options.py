@@ -5,7 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from exo.worker.wire import describe
 
@@ -39,6 +48,16 @@ class MlxOptions(BaseModel):
     chat_template: str | None = None
     """Jinja source that replaces the folder's own template."""
 
+    @field_validator("path", "repo")
+    @classmethod
+    def _stays_inside(cls, name: str | None, info: ValidationInfo) -> str | None:
+        """Only a path that is absolute, which the card's author then means, leaves the models directories."""
+        if name is not None and (".." in Path(name).parts or "\0" in name):
+            raise ValueError("must not lead out of the models directories with '..'")
+        if name is not None and info.field_name != "path" and Path(name).is_absolute():
+            raise ValueError("must be a name, not an absolute path")
+        return name
+
     @model_validator(mode="after")
     def _names_one_folder(self) -> "MlxOptions":
         if self.path is not None and self.repo is not None:
@@ -55,7 +74,10 @@ def read_options(table: Mapping[str, JsonValue]) -> MlxOptions:
 
 
 def find_model(options: MlxOptions, model_id: str, directories: Sequence[str]) -> Path:
-    """The folder to load. Raises LoadError with code ``model_not_found``, naming where it was looked for."""
+    """The folder to load. Raises LoadError with code ``model_not_found``, naming where it was looked for.
+
+    A symbolic link is followed wherever it leads: whoever can make one in a models directory owns what is there.
+    """
     places = list(_places(options, model_id, directories))
     found = next((path for path in places if path.is_dir()), None)
     if found is None:
