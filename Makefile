@@ -5,7 +5,7 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test check demo-model demo-mlx llama setup setup-dev clean
+.PHONY: run test check demo-model demo-mlx llama faults setup setup-dev clean
 
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
@@ -26,6 +26,9 @@ demo-mlx: demo-model  ## convert the demo model for the MLX runner
 	@$(BIN)/python scripts/demo_mlx.py
 
 llama: setup  ## build llama.cpp for this machine
+
+faults: setup-dev  ## kill and stop runners under load and compare every text; FAULTS=200 RUNNER=cuda SEED=0
+	$(BIN)/python -m bench.faults $(or $(FAULTS),200) $(or $(RUNNER),cuda) $(or $(SEED),0)
 
 setup:
 	@$(SETUP)

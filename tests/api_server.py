@@ -2,14 +2,16 @@
 
 import socket
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
 
 from exo.api.app import create_app
-from exo.config import Settings
+from exo.api.connection import BoundedConnection
+from exo.api.services import Services
+from exo.config import Access, Limits, Settings
 from exo.models.card import ModelCard
 from exo.models.catalogue import Catalogue
 from tests import fake_runner
@@ -21,7 +23,14 @@ CHAT_TEMPLATE = (
 
 
 @contextmanager
-def serve(directory: Path, *cards: ModelCard, load: Iterable[str] = ()) -> Generator[str]:
+def serve(
+    directory: Path,
+    *cards: ModelCard,
+    load: Iterable[str] = (),
+    limits: Limits | None = None,
+    access: Access | None = None,
+    commands: Mapping[str, Sequence[str]] = {"cuda": fake_runner.COMMAND},
+) -> Generator[str]:
     """The server's base URL. Runners' logs are in ``directory``."""
     settings = Settings(
         host="127.0.0.1",
@@ -30,11 +39,13 @@ def serve(directory: Path, *cards: ModelCard, load: Iterable[str] = ()) -> Gener
         models_directories=(directory,),
         cards_directory=directory,
         log_directory=directory,
+        limits=limits or Limits(),
+        access=access or Access(),
     )
     catalogue = Catalogue({card.model_id: card for card in cards}, {}, ())
-    app = create_app(settings, catalogue, load=load, commands={"cuda": fake_runner.COMMAND})
+    app = create_app(settings, Services(settings, catalogue, commands), load=load)
     listening = socket.create_server(("127.0.0.1", 0))  # so that a client may connect before the server runs
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, ws="none", log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

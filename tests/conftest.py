@@ -1,7 +1,10 @@
 import pytest
+from hypothesis import settings
 from pydantic import JsonValue
 
 from exo.models.card import ModelCard, StorageSize
+
+settings.register_profile("campaign", max_examples=5000)
 
 
 @pytest.fixture

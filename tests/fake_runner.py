@@ -22,7 +22,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 from pydantic import ValidationError
 
-from exo.worker.admission import refusal
+from exo.worker.admission import length_limit, refusal, resume
 from exo.worker.messages import (
     Cancel,
     Capabilities,
@@ -71,6 +71,8 @@ class Options(Message):
     die_after: int | None = None
     """Tokens until the process ends by ``die_with``: an exit code, or minus a signal's number."""
     die_with: int = -signal.SIGKILL
+    die_at: int | None = None
+    """Like ``die_after``, by the output of one request, whoever generated it: a replay dies there again."""
     say_after: int | None = None
     """Tokens until ``say`` is written to the protocol stream as it stands."""
     say: str = ""
@@ -83,14 +85,18 @@ class Options(Message):
 
 @dataclass(slots=True)
 class FakeSequence:
-    """One request. ``state`` is the hash of prompt and output so far."""
+    """One request. ``state`` is the hash of prompt and output so far, ``output`` counts what was delivered before."""
 
     request: Generate
     prompt: list[int]
     text: TextStream
     state: int
+    output: int
     processed: int = 0
-    output: int = 0
+
+    @property
+    def prefill(self) -> int:
+        return len(self.prompt) + len(self.request.delivered)
 
     def next_token(self, options: Options) -> int:
         if self.output == options.eos_after and not self.request.ignore_eos:
@@ -99,6 +105,14 @@ class FakeSequence:
         if sampling.temperature > 0:
             choice += int(uniforms(sampling.seed, len(self.prompt) + self.output, np.zeros(1, int))[0] * len(ALPHABET))
         return ord(ALPHABET[choice % len(ALPHABET)])
+
+
+class Vocabulary:
+    def bytes_of(self, token: int) -> bytes:
+        return b"" if self.is_eog(token) else bytes([token])
+
+    def is_eog(self, token: int) -> bool:
+        return token == EOS
 
 
 def tokenize(prompt: Sequence[Text | int]) -> list[int]:
@@ -237,16 +251,22 @@ class FakeRunner:
             return
         if not self.sequences:
             self.emit(Status(state="Running"))
-        self.sequences[request.id] = FakeSequence(request, prompt, TextStream(request.stop), hash_tokens(prompt))
-        self.emit(PrefillProgress(id=request.id, processed=0, total=len(prompt)))
+        limit = length_limit(request, len(prompt), self.options.n_ctx)
+        resumed = resume(request, len(prompt), limit, Vocabulary())
+        state = hash_tokens([*prompt, *request.delivered])
+        sequence = FakeSequence(request, prompt, resumed.text, state, len(request.delivered))
+        self.sequences[request.id] = sequence
+        self.emit(PrefillProgress(id=request.id, processed=0, total=sequence.prefill))
+        if resumed.ended is not None:
+            self.finish(sequence, resumed.ended)
 
     def step(self) -> None:
         time.sleep(self.options.step_seconds)
         self.steps += 1
         running = list(self.sequences.values())[: self.options.slots]
-        prefilling = [sequence for sequence in running if sequence.processed < len(sequence.prompt)]
+        prefilling = [sequence for sequence in running if sequence.processed < sequence.prefill]
         for sequence in prefilling:
-            total = len(sequence.prompt)
+            total = sequence.prefill
             sequence.processed = min(total, sequence.processed + self.options.chunk)
             self.emit(PrefillProgress(id=sequence.request.id, processed=sequence.processed, total=total))
         deltas: list[Delta] = []
@@ -289,7 +309,9 @@ class FakeRunner:
         options = self.options
         if options.say_after is not None and self.tokens >= options.say_after:
             self.protocol.write(options.say.encode())
-        if options.die_after is not None and self.tokens >= options.die_after:
+        output = max((sequence.output for sequence in self.sequences.values()), default=0)
+        due = options.die_after is not None and self.tokens >= options.die_after
+        if due or (options.die_at is not None and output >= options.die_at):
             print("the fake runner dies as ordered", file=sys.stderr, flush=True)
             if options.die_with < 0:
                 os.kill(os.getpid(), -options.die_with)

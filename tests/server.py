@@ -51,20 +51,23 @@ def environment(home: Path) -> dict[str, str]:
 class ServeProgram:
     """Started on a free port; ended with the context. ``url`` is set when it listens."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
+    def __init__(self, home: Path, *arguments: str, fake: bool = False, **variables: str) -> None:
+        """``variables`` are added to the environment. ``fake``: with the fake runner, and no arguments."""
+        program = ("-m", "tests.fake_serve") if fake else ("-m", "exo", "serve", "--port", "0", *arguments)
         self.log = home / "serve.log"
         home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "exo", "serve", "--port", "0", *arguments],
-                env=environment(home),
+                [sys.executable, *program],
+                env={**environment(home), **variables},
+                cwd=Path(__file__).parent.parent,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert "listening on http://" in line, line + self.log.read_text()
+        assert "listening on http" in line, line + self.log.read_text()
         self.url = line.split()[4]
         self.client = httpx.Client(base_url=self.url, timeout=DEADLINE_SECONDS)
 
@@ -93,7 +96,14 @@ class ServeProgram:
             return []
 
     def runners(self) -> list[psutil.Process]:
-        return [child for child in self.children() if any("exo.worker.runner_" in part for part in child.cmdline())]
+        return [child for child in self.children() if _is_runner(child)]
 
     def complete(self, model: str, **body: object) -> httpx.Response:
         return self.client.post("/v1/completions", json={"model": model, "prompt": "once upon a time", **body})
+
+
+def _is_runner(process: psutil.Process) -> bool:
+    try:
+        return any("exo.worker.runner_" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:  # or has died, and is not reaped yet
+        return False

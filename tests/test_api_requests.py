@@ -49,7 +49,7 @@ def test_null_means_the_default(name: str) -> None:
         ("top_k", -1, "greater than or equal to 0 (got -1)"),
         ("top_k", 40.0, "integer (got 40.0)"),
         ("min_p", 1.5, "less than or equal to 1"),
-        ("repetition_penalty", 0, "greater than 0"),
+        ("repetition_penalty", 1e-40, "greater than or equal to 0.01"),
         ("presence_penalty", 3, "less than or equal to 2"),
         ("frequency_penalty", -3, "greater than or equal to -2"),
         ("max_tokens", 1.0, "integer (got 1.0)"),

@@ -128,15 +128,18 @@ def test_a_load_that_fails_late_is_an_error_in_the_stream_without_done(
 
 
 def test_a_runner_that_dies_ends_its_stream_with_an_error_and_no_done(tmp_path: Path) -> None:
-    with server(tmp_path, die_after=3) as http:
+    with server(tmp_path, die_at=3) as http:
         with stream(http, ENDLESS) as lines:
             *chunks, last = list(lines)
-        assert len(text_of(iter(chunks))) == 3
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "runner_died"
+        assert len(text_of(chunk for chunk in chunks if chunk.startswith("data: "))) == 3
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "runner_died"
+        assert "started again and again without getting further" in error["message"]
+        assert "SIGKILL" in error["message"]
+        assert "the fake runner dies as ordered" in error["message"]
         reply = http.post("/v1/completions", json={**ENDLESS, "n": 2})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "runner_died")
-        assert reply.headers["retry-after"] == "1"
-        assert http.post("/v1/completions", json={**SHORT, "max_tokens": 2}).status_code == 200
+        assert int(reply.headers["retry-after"]) >= 1
 
 
 # In what follows the model has one slot and its replies never end: a short request is answered only if the requests

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from exo.config import Settings, SettingsError
+from exo.config import Access, ApiKey, Limits, Settings, SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +112,77 @@ def test_a_bad_flag_is_named_even_where_the_variable_is_good(monkeypatch: pytest
         Settings.load(host="")
     with pytest.raises(SettingsError, match=r"^--models-dir: "):
         Settings.load(models_directory="")
+
+
+def test_limits_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().limits == Limits(max_queue=256, drain_seconds=30, stall_seconds=60)
+    monkeypatch.setenv("EXO_MAX_QUEUE", "7")
+    monkeypatch.setenv("EXO_DRAIN_TIMEOUT", "0.5")
+    monkeypatch.setenv("EXO_STALL_TIMEOUT", "9")
+    assert Settings.load().limits == Limits(max_queue=7, drain_seconds=0.5, stall_seconds=9)
+    assert Limits.load(max_queue="0", drain=2, stall="3") == Limits(max_queue=0, drain_seconds=2, stall_seconds=3)
+
+
+@pytest.mark.parametrize("variable", ["EXO_MAX_QUEUE", "EXO_DRAIN_TIMEOUT", "EXO_STALL_TIMEOUT"])
+@pytest.mark.parametrize("value", ["-1", "x", "1e9", "9999999", "nan"])
+def test_a_limit_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"{variable}.*{value}"):
+        Limits.load()
+
+
+def test_keys_are_named_or_numbered_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert Access.load().keys == ()
+    monkeypatch.setenv("EXO_API_KEY", "ci:from-the-environment")
+    assert Access.load().keys == (ApiKey("ci", "from-the-environment"),)
+    file = tmp_path / "keys"
+    file.write_text("# who has which\n\nalice:alices-key\r\nanother-key\n")
+    flags = Access.load(keys=["bob:bobs-key-"], key_file=file)
+    assert flags.keys == (ApiKey("bob", "bobs-key-"), ApiKey("alice", "alices-key"), ApiKey("key-3", "another-key"))
+    assert "alices-key" not in repr(flags)
+
+
+@pytest.mark.parametrize("key", ["", "short", "with space", "a:b:cccccccccc", "näme:secret-secret", "x" * 600, "n:"])
+def test_a_bad_key_is_refused_without_being_repeated(tmp_path: Path, key: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--api-key: expected NAME:KEY or KEY") as error:
+        Access.load(keys=[key])
+    assert not key or key not in str(error.value)
+    file = tmp_path / "keys"
+    file.write_text(f"good:good-good\n{key}\n" if key else "\n# none\n")
+    with pytest.raises(SettingsError, match=r"line 2: expected|holds no key") as error:
+        Access.load(key_file=file)
+    assert not key or key not in str(error.value)
+
+
+def test_no_name_and_no_key_may_be_given_twice(tmp_path: Path) -> None:
+    for keys in (["a:secret-one", "a:secret-two"], ["a:secret-one", "b:secret-one"]):
+        with pytest.raises(SettingsError, match="given twice") as error:
+            Access.load(keys=keys)
+        assert "secret" not in str(error.value)
+    with pytest.raises(SettingsError, match=r"^--api-key-file: .* cannot be read"):
+        Access.load(key_file=tmp_path / "none")
+
+
+def test_bad_access_flags_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^--allowed-host: .*http://x"):
+        Access.load(allowed_hosts=["http://x"])
+    with pytest.raises(SettingsError, match=r"^--cors-origin: .*page\.example"):
+        Access.load(cors_origins=["page.example"])
+    with pytest.raises(SettingsError, match=r"^--ssl-keyfile: needs"):
+        Access.load(certificate_key=tmp_path)
+    with pytest.raises(SettingsError, match=r"^--ssl-certfile: expected a file"):
+        Access.load(certificate=tmp_path / "none")
+
+
+LOCAL = ("127.0.0.1", "127.8.8.8", "::1", "localhost")
+
+
+@pytest.mark.parametrize("host", [*LOCAL, "0.0.0.0", "::", "192.168.1.5", "myhost", "localhost.evil.example"])
+def test_only_loopback_is_local(host: str) -> None:
+    assert Settings.load(host=host).is_local is (host in LOCAL)
+
+
+def test_the_url_is_https_where_there_is_a_certificate() -> None:
+    assert Settings.load(host="::1", port=1).url() == "http://[::1]:1"
+    settings = Settings.load(port=1, access=Access.load(certificate=Path(__file__)))
+    assert settings.url(5) == "https://127.0.0.1:5"

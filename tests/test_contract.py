@@ -180,16 +180,49 @@ def test_text_and_token_ids_are_two_ways_to_give_one_prompt(program: Program) ->
     assert ids.finished.usage.prompt_tokens == 9
 
 
-def test_generation_goes_on_from_the_tokens_delivered(program: Program) -> None:
-    """What a replay relies on: prompt and delivered tokens, given as a prompt, continue with the same tokens."""
-    prompt = long_prompt(7)
-    whole = one(program, ask(next(name), prompt, max_tokens=20, temperature=0.9, seed=5))
-    for delivered in (1, 10, 19):
-        rest = one(
-            program,
-            ask(next(name), [*prompt, *whole.tokens[:delivered]], max_tokens=20 - delivered, temperature=0.9, seed=5),
-        )
-        assert whole.tokens[:delivered] + rest.tokens == whole.tokens
+def goes_on_from_everywhere(program: Program, request: Generate) -> Result:
+    """What a replay relies on: cut after any number of tokens, the rest follows as if nothing had happened."""
+    (whole,) = program.generate(request)
+    assert len(whole.pieces) == len(whole.tokens)
+    cuts = range(len(whole.tokens) + 1)
+    continued = [request.model_copy(update={"id": next(name), "delivered": tuple(whole.tokens[:cut])}) for cut in cuts]
+    for cut, rest in zip(cuts, program.generate(*continued), strict=True):
+        assert whole.tokens[:cut] + rest.tokens == whole.tokens, cut
+        assert "".join(whole.pieces[:cut]) + rest.text == whole.text, cut
+        assert (rest.finished.reason, rest.finished.stop) == (whole.finished.reason, whole.finished.stop), cut
+        usage, undisturbed = rest.finished.usage, whole.finished.usage
+        assert usage.prompt_tokens == undisturbed.prompt_tokens, cut
+        assert usage.completion_tokens == undisturbed.completion_tokens, cut
+        assert usage.cached_tokens <= usage.prompt_tokens, cut
+        assert rest.prefill[0].total == usage.prompt_tokens + cut
+        assert rest.after_end == []
+    return whole
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_generation_goes_on_from_the_tokens_delivered(program: Program, temperature: float) -> None:
+    goes_on_from_everywhere(program, ask(next(name), long_prompt(7), max_tokens=20, temperature=temperature, seed=5))
+    goes_on_from_everywhere(program, ask(next(name), "words", max_tokens=20, temperature=temperature, seed=6))
+
+
+def test_a_stop_string_across_the_cut_is_found_and_what_was_held_back_is_not_lost(program: Program) -> None:
+    free = one(program, ask(next(name), max_tokens=24))
+    for start in (0, 7, 13):
+        stop = free.text[start : start + 6]
+        whole = goes_on_from_everywhere(program, ask(next(name), max_tokens=24, stop=[stop]))
+        assert whole.finished.stop == stop
+    never = [free.text[-3:] + "never", free.text[5:9] + "\x00"]
+    assert goes_on_from_everywhere(program, ask(next(name), max_tokens=24, stop=never)).text == free.text
+
+
+def test_a_context_that_the_delivered_tokens_fill_ends_by_length(program: Program) -> None:
+    whole = goes_on_from_everywhere(program, ask(next(name), long_prompt(504), max_tokens=None))
+    assert (whole.finished.reason, len(whole.tokens)) == ("length", 8)
+
+
+def test_delivered_tokens_that_the_model_does_not_have_are_refused(program: Program) -> None:
+    request = ask(next(name)).model_copy(update={"delivered": (97, 10**6)})
+    assert one(program, request).failed.param == "delivered"
 
 
 def test_a_stop_string_ends_the_text_before_it_wherever_tokens_end(program: Program) -> None:
@@ -336,6 +369,40 @@ def test_penalties_change_what_is_chosen(sampling_program: Program) -> None:
         ask(next(name), max_tokens=60, repetition_penalty=1.8),
     )
     assert all(len(set(result.tokens)) > len(set(plain.tokens)) for result in varied)
+
+
+def test_penalties_count_the_tokens_delivered(sampling_program: Program) -> None:
+    for temperature in (0.0, 1.0):
+        request = ask(
+            next(name),
+            seed=3,
+            temperature=temperature,
+            max_tokens=30,
+            repetition_penalty=1.3,
+            presence_penalty=0.7,
+            frequency_penalty=0.4,
+        )
+        goes_on_from_everywhere(sampling_program, request)
+
+
+def test_a_character_that_is_cut_in_two_is_whole_in_the_end(sampling_program: Program) -> None:
+    """Only x and bytes of é, € and 😀 may be drawn, so that characters are whole, broken and cut at random."""
+    bias = dict.fromkeys("é€😀x".encode(), 10_000.0)
+    whole = goes_on_from_everywhere(
+        sampling_program,
+        ask(next(name), max_tokens=60, temperature=50.0, seed=1, logit_bias=bias, stop=["x\ufffdxxx"]),
+    )
+    assert not whole.text.isascii()
+    assert whole.finished.usage.completion_tokens > 5
+
+
+def test_an_end_of_generation_token_delivered_ends_the_request(sampling_program: Program) -> None:
+    capabilities = sampling_program.capabilities
+    assert isinstance(capabilities, Capabilities)
+    ends = range(capabilities.vocabulary - 3, capabilities.vocabulary)
+    bias = dict.fromkeys((*range(97, 120), *ends), 10_000.0)
+    request = ask(next(name), temperature=50.0, seed=8, logit_bias=bias, ignore_eos=False, max_tokens=100)
+    assert goes_on_from_everywhere(sampling_program, request).finished.reason == "stop"
 
 
 def test_an_end_of_generation_token_ends_by_stop_and_can_be_ignored(sampling_program: Program) -> None:

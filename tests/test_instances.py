@@ -9,6 +9,7 @@ import anyio
 import psutil
 import pytest
 
+from exo.models.card import ModelCard
 from exo.worker.instances import Instances, runner_commands
 from exo.worker.messages import Failed, Finished, Load, Status
 from exo.worker.process import RunnerError, RunnerProcess
@@ -128,6 +129,59 @@ async def test_a_dead_runner_is_replaced(tmp_path: Path) -> None:
         assert second is not first
         await second.ready()
         assert await finishes(second)
+
+
+async def fail(instances: Instances, card: ModelCard) -> None:
+    """Starts a runner that fails to load. Raises ``RunnerError`` if it may not be started."""
+    process = instances.acquire(ANEW, card)
+    with pytest.raises(RunnerError, match="no such file"):
+        await process.ready()
+
+
+async def test_a_runner_that_fails_in_a_row_is_not_started_for_a_while_and_others_are(tmp_path: Path) -> None:
+    broken = fake_card("org/broken", fail_load="no such file")
+    async with opened(tmp_path) as instances:
+        for _ in range(2):
+            await fail(instances, broken)
+        with pytest.raises(RunnerError) as caught:
+            instances.acquire(ANEW, broken)
+        assert caught.value.retry_seconds is not None
+        assert caught.value.retry_seconds > 0
+        assert "failed 2 times in a row with org/broken" in str(caught.value)
+        assert "no such file" in str(caught.value)
+        well = instances.acquire(ANEW, fake_card())
+        await well.ready()
+        assert await finishes(well)
+        other = Route(runner="other", instance=None, backend="LlamaCppCpu", reason="the tests")
+        await instances.acquire(other, fake_card("org/broken")).ready()
+        assert instances.avoided("org/broken") == frozenset()
+
+
+async def test_a_runner_that_keeps_failing_is_to_be_avoided_until_it_works(tmp_path: Path) -> None:
+    broken = fake_card(fail_load="no such file")
+    async with opened(tmp_path) as instances:
+
+        async def pause_over() -> None:
+            while True:
+                try:
+                    await fail(instances, broken)
+                except RunnerError as error:
+                    await anyio.sleep(error.retry_seconds or 0)
+                else:
+                    return
+
+        for _ in range(3):
+            await pause_over()
+        assert instances.avoided("fake/model") == {"cuda"}
+        with pytest.raises(RunnerError) as caught:
+            instances.acquire(ANEW, fake_card())
+        await anyio.sleep(caught.value.retry_seconds or 0)
+        well = instances.acquire(ANEW, fake_card())
+        await well.ready()
+        assert instances.avoided("fake/model") == {"cuda"}
+        assert await finishes(well)
+        assert instances.avoided("fake/model") == frozenset()
+        assert instances.avoided("fake/other") == frozenset()
 
 
 async def test_a_successor_starts_when_the_memory_of_the_failed_runner_is_free(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import JsonValue
 
-from exo.worker.messages import Capabilities, Delta, Failed, Finished, Load, PrefillProgress, Status, Usage
-from exo.worker.process import RunnerError, RunnerProcess
+from exo.worker.messages import Capabilities, Delta, Failed, Finished, Heartbeat, Load, PrefillProgress, Status, Usage
+from exo.worker.process import Deadlines, RunnerError, RunnerProcess
 from exo.worker.request_events import RequestEvent, RequestEvents
 from exo.worker.wire import encode
 from tests.fake_runner import COMMAND, expected_text
 from tests.program import DEADLINE_SECONDS, ask
 
 PROMPT = "once upon a time"
+PATIENT = Deadlines(grace=10)
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -36,10 +37,10 @@ def log(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def started(
-    log: Path, command: Sequence[str] = COMMAND, *, handshake: float = 60, grace: float = 10, **table: JsonValue
+    log: Path, command: Sequence[str] = COMMAND, deadlines: Deadlines = PATIENT, **table: JsonValue
 ) -> AsyncGenerator[RunnerProcess]:
     load = Load(model_id="fake/model", backend="LlamaCppCpu", table=table)
-    process = RunnerProcess(command, load, log, handshake_seconds=handshake, grace_seconds=grace)
+    process = RunnerProcess(command, load, log, deadlines)
     with anyio.fail_after(DEADLINE_SECONDS):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(process.run)
@@ -50,7 +51,7 @@ async def started(
 
 @asynccontextmanager
 async def ready(log: Path, **table: JsonValue) -> AsyncGenerator[RunnerProcess]:
-    async with started(log, COMMAND, handshake=60, grace=10, **table) as process:
+    async with started(log, COMMAND, PATIENT, **table) as process:
         await process.ready()
         yield process
 
@@ -164,7 +165,7 @@ async def test_a_load_that_fails_keeps_the_runners_code_and_message(log: Path) -
 
 
 async def test_a_program_that_says_nothing_is_ended(log: Path) -> None:
-    async with started(log, script("import time; time.sleep(1000)"), handshake=0.2) as process:
+    async with started(log, script("import time; time.sleep(1000)"), Deadlines(handshake=0.2)) as process:
         with pytest.raises(RunnerError, match=r"said nothing within 0\.2 seconds") as caught:
             await process.ready()
         assert caught.value.failed.code == "runner_died"
@@ -314,7 +315,8 @@ async def test_a_killed_runner_fails_everything_pending_and_names_the_signal(log
         for events in streams:
             await anext(events)
         child().send_signal(number)
-        why = Failed(code="runner_died", message=f"the runner was killed by {number.name}")
+        hint = ", which the kernel does when memory runs out" if number == signal.SIGKILL else ""
+        why = Failed(code="runner_died", message=f"the runner was killed by {number.name}{hint}")
         for name, events in zip(("runs", "waits"), streams, strict=True):
             assert (await collect(events))[-1] == why.model_copy(update={"id": name})
         assert process.status.state == "Failed"
@@ -330,7 +332,64 @@ async def test_an_exit_is_reported_with_code_and_last_lines(log: Path) -> None:
     assert failed == Failed(id="one", code="runner_died", message=f"the runner exited with code 7; {end}")
 
 
+async def test_a_stopped_runner_is_missed_and_ended(log: Path) -> None:
+    async with started(log, COMMAND, Deadlines(serving=2), n_ctx=1 << 30) as process:
+        await process.ready()
+        async with process.generate(ask("one", max_tokens=None)) as events:
+            await anext(events)
+            child().send_signal(signal.SIGSTOP)
+            *_, last = await collect(events)
+        assert isinstance(last, Failed)
+        assert last.code == "runner_died"
+        assert "said nothing for 2 seconds" in last.message
+
+
+async def test_a_runner_that_stops_while_it_loads_is_missed_and_ended(log: Path) -> None:
+    async with started(log, says(IDLE, LOADING), Deadlines(loading=1)) as process:
+        assert "said nothing for 1 seconds" in (await process.ended()).message
+
+
+async def test_a_runner_that_beats_and_computes_nothing_is_ended(log: Path) -> None:
+    beats = (
+        f"for _ in range(1000): sys.stdout.buffer.write({BUSY!r}); sys.stdout.flush(); __import__('time').sleep(0.1)"
+    )
+    async with started(log, says(IDLE, LOADING, LOADED, READY, then=beats), Deadlines(serving=60, step=1)) as process:
+        assert "computed nothing for 1 seconds" in (await process.ended()).message
+
+
+async def test_an_idle_runner_may_compute_nothing_for_as_long_as_it_likes(log: Path) -> None:
+    deadlines = Deadlines(serving=2, step=0.01)
+    async with started(log, COMMAND, deadlines) as process:
+        await process.ready()
+        assert await answer(process, "one") == expected_text(PROMPT, 16)
+        with anyio.move_on_after(4):
+            await process.ended()
+        assert await answer(process, "two") == expected_text(PROMPT, 16)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "code", "says_plainly"),
+    [
+        ("CUDA error: out of memory\n  current device: 0", "out_of_memory", "the GPU ran out of memory"),
+        ("ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed", "out_of_memory", "the GPU ran out"),
+        ("CUDA error: an illegal memory access was encountered", "runner_died", "the GPU reported an error"),
+        ("CUDA driver version is insufficient for CUDA runtime", "runner_died", "NVIDIA driver"),
+        ("terminate called after throwing std::bad_alloc", "out_of_memory", "this machine ran out of memory"),
+    ],
+)
+async def test_errors_of_cuda_and_of_memory_are_told_plainly(
+    log: Path, stderr: str, code: str, says_plainly: str
+) -> None:
+    async with started(log, script(f"raise SystemExit({stderr!r})")) as process:
+        failed = await process.ended()
+    assert failed.code == code
+    assert failed.message.startswith("the runner exited with code 1; ")
+    assert says_plainly in failed.message
+    assert failed.message.endswith(stderr)
+
+
 IDLE = encode(Status(state="Idle"))
+BUSY = encode(Heartbeat(steps=7, active=1, waiting=0))
 LOADING = encode(Status(state="Loading"))
 LOADED = encode(Status(state="Loaded"))
 CAPABILITIES = Capabilities(engine="x", engine_version="1", backend="x", context_length=9, slots=1, vocabulary=9)
@@ -434,7 +493,7 @@ async def test_close_shuts_the_runner_down_and_fails_what_is_pending(log: Path) 
 
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_close_kills_a_runner_that_does_not_listen(log: Path, stopped: bool) -> None:
-    async with started(log, grace=0.1, n_ctx=1 << 30, ignore_shutdown=True) as process:
+    async with started(log, COMMAND, Deadlines(grace=0.1), n_ctx=1 << 30, ignore_shutdown=True) as process:
         await process.ready()
         async with process.generate(ask("one", max_tokens=None)) as events:
             await anext(events)
@@ -447,7 +506,9 @@ async def test_close_kills_a_runner_that_does_not_listen(log: Path, stopped: boo
 
 async def test_close_sends_sigterm_before_sigkill(log: Path) -> None:
     wait = "import signal\nsignal.signal(15, lambda *_: (print('took SIGTERM', file=sys.stderr), sys.exit()))\n"
-    async with started(log, says(IDLE, LOADING, then=wait + "while True: signal.pause()"), grace=1) as process:
+    async with started(
+        log, says(IDLE, LOADING, then=wait + "while True: signal.pause()"), Deadlines(grace=1)
+    ) as process:
         while process.status.state == "Idle":
             await process.status_after(process.status)
         await process.close()

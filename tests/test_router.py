@@ -363,3 +363,20 @@ def test_a_model_is_refused_only_if_no_backend_of_it_is_on_the_host(
     usable = [backend for backend in card.backends if backend in allowed]
     answer = route(None, card, host, live, {})
     assert (answer.backend if isinstance(answer, Route) else None) == (usable[0] if usable else None)
+
+
+def test_a_runner_that_keeps_failing_is_left_out_where_another_will_do() -> None:
+    card, host = make_card(("LlamaCppCuda", "LlamaCppCpu", "MlxCpu")), make_host("LlamaCppCpu", "MlxCpu")
+    moved = route(None, card, host, (), {}, {"cuda"})
+    assert isinstance(moved, Route)
+    assert (moved.runner, moved.backend) == ("mlx", "MlxCpu")
+    assert "LlamaCppCpu is left out while runner cuda keeps failing; MlxCpu is next and available" in moved.reason
+    for stays in (
+        route("cuda", card, host, (), {}, {"cuda"}),
+        route(None, make_card(), host, (), {}, {"cuda"}),
+        route(None, card, host, (), {}, {"cuda", "mlx"}),
+        route(None, card, host, (), {}, {"mlx"}),
+    ):
+        assert isinstance(stays, Route)
+        assert stays.runner == "cuda"
+        assert "keeps failing" not in stays.reason

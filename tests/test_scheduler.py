@@ -166,7 +166,7 @@ def test_cells_always_match_tokens(
         for _ in range(pause):
             step = target.plan()
             assert [c.sequence.slot for c in step.chunks] == sorted({c.sequence.slot for c in step.chunks})
-            prefill = [c for c in step.chunks if c.stop <= c.sequence.n_prompt]
+            prefill = [c for c in step.chunks if c.stop <= c.sequence.n_prefill]
             assert sum(c.stop - c.start for c in prefill) <= sizes[0]
             for chunk in step.chunks:
                 held = cells[chunk.sequence.slot]

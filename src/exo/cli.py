@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from exo.config import Settings
+    from exo.config import Access, Limits, Settings
     from exo.models.catalogue import Catalogue
 
 app = typer.Typer(
@@ -27,6 +27,13 @@ Model = Annotated[str, typer.Argument(help="Model id or alias, perhaps with @run
 Host = Annotated[str | None, typer.Option(help="Address to listen on, or where the server is. Default 127.0.0.1.")]
 Port = Annotated[str | None, typer.Option(help="Port of the server; 0 is any free one. Default 52415.")]
 ModelsDir = Annotated[Path | None, typer.Option("--models-dir", help="Where models are kept.")]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key", help="NAME:KEY or KEY; may be given again. Other users see it in the process list. EXO_API_KEY."
+    ),
+]
+ApiKeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="A file of keys, one a line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -41,12 +48,54 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
-def settings_from(host: str | None = None, port: str | None = None, models_dir: Path | None = None) -> "Settings":
+def settings_from(
+    host: str | None = None,
+    port: str | None = None,
+    models_dir: Path | None = None,
+    access: "Access | None" = None,
+    limits: "Limits | None" = None,
+) -> "Settings":
     """Settings from flags and environment, or the error that names the one at fault."""
     from exo.config import Settings, SettingsError
 
     try:
-        return Settings.load(host=host, port=port, models_directory=models_dir)
+        return Settings.load(host=host, port=port, models_directory=models_dir, access=access, limits=limits)
+    except SettingsError as error:
+        fail(str(error), code=2)
+
+
+def access_from(
+    api_key: list[str] | None,
+    api_key_file: Path | None,
+    allowed_host: list[str] | None = None,
+    cors_origin: list[str] | None = None,
+    insecure: bool = False,
+    ssl_certfile: Path | None = None,
+    ssl_keyfile: Path | None = None,
+) -> "Access":
+    """Who may use the server, from flags and environment, or the error that names the one at fault."""
+    from exo.config import Access, SettingsError
+
+    try:
+        return Access.load(
+            keys=api_key or (),
+            key_file=api_key_file,
+            allowed_hosts=allowed_host or (),
+            cors_origins=cors_origin or (),
+            insecure=insecure,
+            certificate=ssl_certfile,
+            certificate_key=ssl_keyfile,
+        )
+    except SettingsError as error:
+        fail(str(error), code=2)
+
+
+def limits_from(max_queue: str | None, drain_timeout: str | None, stall_timeout: str | None) -> "Limits":
+    """How much the server takes on, from flags and environment, or the error that names the one at fault."""
+    from exo.config import Limits, SettingsError
+
+    try:
+        return Limits.load(max_queue=max_queue, drain=drain_timeout, stall=stall_timeout)
     except SettingsError as error:
         fail(str(error), code=2)
 
@@ -68,11 +117,35 @@ def serve(
     port: Port = None,
     models_dir: ModelsDir = None,
     load: Annotated[list[str] | None, typer.Option(help="Load this model at the start; may be given again.")] = None,
+    api_key: ApiKeys = None,
+    api_key_file: ApiKeyFile = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines in without a key, where --host does.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A further host name that clients may use; * is any.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may use the server; * is any.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Serve HTTPS with this certificate.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None,
+    max_queue: Annotated[
+        str | None, typer.Option(help="Sequences of one model that may wait for a slot. Default 256.")
+    ] = None,
+    drain_timeout: Annotated[
+        str | None, typer.Option(help="Seconds that running requests have when the server is stopped. Default 30.")
+    ] = None,
+    stall_timeout: Annotated[
+        str | None, typer.Option(help="Seconds until a client that does not read is cut off. Default 60.")
+    ] = None,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
     from exo.api.server import ListenError, serve_forever
 
-    settings = settings_from(host, port, models_dir)
+    access = access_from(api_key, api_key_file, allowed_host, cors_origin, insecure, ssl_certfile, ssl_keyfile)
+    limits = limits_from(max_queue, drain_timeout, stall_timeout)
+    settings = settings_from(host, port, models_dir, access, limits)
     catalogue = catalogue_from(settings)
 
     def announce(url: str) -> None:
@@ -97,11 +170,15 @@ def run(
     host: Host = None,
     port: Port = None,
     models_dir: ModelsDir = None,
+    api_key: ApiKeys = None,
+    api_key_file: ApiKeyFile = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="The server speaks HTTPS with this certificate.")] = None,
 ) -> None:
     """Answer one prompt, through the running server or, where there is none, a runner of its own."""
     from exo.run import RunError, Screen, run_prompt
 
-    settings = settings_from(host, port, models_dir)
+    access = access_from(api_key, api_key_file, ssl_certfile=ssl_certfile)
+    settings = settings_from(host, port, models_dir, access)
     body: dict[str, object] = {"model": model}
     body |= {"prompt": prompt} if raw else {"messages": [{"role": "user", "content": prompt}]}
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}

@@ -1,16 +1,105 @@
 """Settings: a flag beats the environment, which beats the default. Nothing else in exo reads the environment."""
 
+import ipaddress
 import os
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
+_KEY_LENGTH = 8
+"""Characters that an API key has at least."""
+_KEY = re.compile(rf"(?:([A-Za-z0-9_.-]{{1,64}}):)?([!-9;-~]{{{_KEY_LENGTH},512}})")
+_HOST_PATTERN = re.compile(r"\*|[A-Za-z0-9_.-]{1,253}|[0-9a-fA-F:.]{2,45}")
+_ORIGIN_PATTERN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]{1,255}")
 
 
 class SettingsError(ValueError):
     """A flag or an environment variable has a value that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key that opens the server. ``name`` says whose it is; the key itself is in no message and no ``repr``."""
+
+    name: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM form; without a key file the key is in the certificate's."""
+
+    certificate: Path
+    key: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may use the server, and how."""
+
+    keys: tuple[ApiKey, ...] = ()
+    """None: whoever reaches the server may use it."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names by which it may be addressed besides those that are always accepted; "*" is any."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may use it besides its own; "*" is any."""
+    insecure: bool = False
+    """Whether it may listen beyond this machine without a key."""
+    tls: Tls | None = None
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        keys: Sequence[str] = (),
+        key_file: Path | None = None,
+        allowed_hosts: Sequence[str] = (),
+        cors_origins: Sequence[str] = (),
+        insecure: bool = False,
+        certificate: Path | None = None,
+        certificate_key: Path | None = None,
+    ) -> "Access":
+        """From the flags of ``exo serve``; keys that are not given so are in EXO_API_KEY. Raises SettingsError."""
+        if certificate_key is not None and certificate is None:
+            raise SettingsError("--ssl-keyfile: needs --ssl-certfile as well")
+        return cls(
+            keys=_keys(keys, key_file),
+            allowed_hosts=_all_match("--allowed-host", allowed_hosts, _HOST_PATTERN, "a host name without a port"),
+            cors_origins=_all_match("--cors-origin", cors_origins, _ORIGIN_PATTERN, "an origin: https://example.org"),
+            insecure=insecure,
+            tls=Tls(_file("--ssl-certfile", certificate), certificate_key and _file("--ssl-keyfile", certificate_key))
+            if certificate is not None
+            else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much the server takes on, and how long it waits."""
+
+    max_queue: int = 256
+    """Sequences of one model that may wait for a slot."""
+    drain_seconds: float = 30
+    """How long running requests may go on when the server is told to stop."""
+    stall_seconds: float = 60
+    """How long a client may leave what it was sent unread."""
+
+    @classmethod
+    def load(
+        cls, *, max_queue: int | str | None = None, drain: float | str | None = None, stall: float | str | None = None
+    ) -> "Limits":
+        """From the flags ``--max-queue``, ``--drain-timeout`` and ``--stall-timeout``, where given, else from
+        EXO_MAX_QUEUE, EXO_DRAIN_TIMEOUT and EXO_STALL_TIMEOUT. Times are in seconds. Raises SettingsError.
+        """
+        return cls(
+            max_queue=_count(_given("--max-queue", max_queue, "EXO_MAX_QUEUE"), cls().max_queue),
+            drain_seconds=_seconds(_given("--drain-timeout", drain, "EXO_DRAIN_TIMEOUT"), cls().drain_seconds),
+            stall_seconds=_seconds(_given("--stall-timeout", stall, "EXO_STALL_TIMEOUT"), cls().stall_seconds),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +117,19 @@ class Settings:
     """The user's own model cards."""
     log_directory: Path
     """One log file for each runner."""
+    access: Access = Access()
+    limits: Limits = Limits()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs on this machine can reach the server."""
+        return is_loopback(self.host)
+
+    def url(self, port: int | None = None) -> str:
+        """Where the server is, at ``port`` if that is known better than from the settings."""
+        scheme = "https" if self.access.tls is not None else "http"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port if port is None else port}"
 
     @classmethod
     def load(
@@ -36,6 +138,8 @@ class Settings:
         host: str | None = None,
         port: int | str | None = None,
         models_directory: Path | str | None = None,
+        access: Access | None = None,
+        limits: Limits | None = None,
     ) -> "Settings":
         """Settings from the flags ``--host``, ``--port`` and ``--models-dir``, where given, and the environment.
 
@@ -54,7 +158,17 @@ class Settings:
             models_directories=tuple(dict.fromkeys((*read_only, models, *others))),
             cards_directory=data / "custom_model_cards",
             log_directory=cache / "exo_log" / "runner_log",
+            access=access or Access.load(),
+            limits=limits or Limits.load(),
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address stands for this machine and no other."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +187,7 @@ def _variable(name: str) -> _Given | None:
     return _Given(name, value) if value else None
 
 
-def _given(flag: str, value: int | str | Path | None, variable: str) -> _Given | None:
+def _given(flag: str, value: float | str | Path | None, variable: str) -> _Given | None:
     return _variable(variable) if value is None else _Given(flag, str(value))
 
 
@@ -91,6 +205,66 @@ def _port(given: _Given | None) -> int:
     if not (given.value.isdecimal() and len(given.value) <= 5 and int(given.value) <= 65535):
         raise given.error("expected a port from 0 to 65535, where 0 is any free one")
     return int(given.value)
+
+
+def _count(given: _Given | None, default: int) -> int:
+    if given is None:
+        return default
+    if not (given.value.isdecimal() and len(given.value) <= 6):
+        raise given.error("expected a number from 0 to 999999")
+    return int(given.value)
+
+
+def _seconds(given: _Given | None, default: float) -> float:
+    if given is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", given.value):
+        raise given.error("expected seconds, such as 30 or 0.5")
+    return float(given.value)
+
+
+def _keys(flags: Sequence[str], file: Path | None) -> tuple[ApiKey, ...]:
+    """The keys of flags and file or, failing both, of the environment. A message about a key never holds it."""
+    texts = [("--api-key", text) for text in flags]
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"--api-key-file: {file} cannot be read: {error}") from error
+        found = [(f"{file}, line {at}", line) for at, line in enumerate(lines, 1) if line and not line.startswith("#")]
+        if not found:
+            raise SettingsError(f"--api-key-file: {file} holds no key; expected one a line, as NAME:KEY or KEY")
+        texts += found
+    if not texts and (variable := _variable("EXO_API_KEY")):
+        texts = [(variable.source, variable.value)]
+    keys = [_key(source, text, at) for at, (source, text) in enumerate(texts, 1)]
+    for what, values in (("name", [key.name for key in keys]), ("key", [key.key for key in keys])):
+        if len(set(values)) < len(values):
+            raise SettingsError(f"--api-key: the same {what} is given twice")
+    return tuple(keys)
+
+
+def _key(source: str, text: str, at: int) -> ApiKey:
+    match = _KEY.fullmatch(text)
+    if match is None:
+        raise SettingsError(
+            f"{source}: expected NAME:KEY or KEY, where KEY is {_KEY_LENGTH} to 512 printable ASCII characters"
+            " without a colon or space"
+        )
+    return ApiKey(match[1] or f"key-{at}", match[2])
+
+
+def _all_match(flag: str, values: Sequence[str], pattern: re.Pattern[str], expected: str) -> tuple[str, ...]:
+    for value in values:
+        if not pattern.fullmatch(value):
+            raise _Given(flag, value).error(f"expected {expected}, or *")
+    return tuple(values)
+
+
+def _file(flag: str, path: Path) -> Path:
+    if not path.is_file():
+        raise _Given(flag, str(path)).error("expected a file")
+    return path
 
 
 def _base_directory(variable: str, below_home: str) -> Path:

@@ -1,6 +1,7 @@
 """``exo run``: one prompt, through the server that is up or, where none is, with a runner of its own."""
 
 import json
+import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,31 +33,42 @@ class Screen:
 
 def run_prompt(settings: Settings, catalogue: Catalogue, body: Mapping[str, object], screen: Screen) -> None:
     """Streams the answer to a chat or completion request (OpenAI's body) to ``screen``. Raises RunError."""
-    url = f"http://{settings.host}:{settings.port}"
-    if _is_up(url):
-        _through_server(url, body, screen)
-    else:
-        anyio.run(_by_itself, settings, catalogue, body, screen, backend_options={"use_uvloop": True})
+    with _client(settings) as client:
+        if _is_up(client):
+            _through_server(client, body, screen)
+            return
+    anyio.run(_by_itself, settings, catalogue, body, screen, backend_options={"use_uvloop": True})
 
 
-def _is_up(url: str) -> bool:
+def _client(settings: Settings) -> httpx.Client:
+    """A client of the server, with the first of its keys. Its certificate is trusted, whoever signed it."""
+    tls, keys = settings.access.tls, settings.access.keys
     try:
-        return httpx.get(f"{url}/health", timeout=2).json() == {"status": "ok"}
+        trusted = ssl.create_default_context(cafile=tls.certificate) if tls else True
+    except OSError as error:
+        raise RunError(f"--ssl-certfile: {error}") from error
+    headers = {"authorization": f"Bearer {keys[0].key}"} if keys else {}
+    return httpx.Client(base_url=settings.url(), headers=headers, verify=trusted)
+
+
+def _is_up(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health", timeout=2).json() == {"status": "ok"}
     except (httpx.HTTPError, ValueError):
         return False
 
 
-def _through_server(url: str, body: Mapping[str, object], screen: Screen) -> None:
+def _through_server(client: httpx.Client, body: Mapping[str, object], screen: Screen) -> None:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     try:
         # No time limit: a large model may load for minutes, and the server says so meanwhile.
-        with httpx.stream("POST", url + path, json={**body, "stream": True}, timeout=None) as reply:
+        with client.stream("POST", path, json={**body, "stream": True}, timeout=None) as reply:
             if reply.status_code != 200:
                 raise RunError(json.loads(reply.read())["error"]["message"])
             for line in reply.iter_lines():
                 _show_line(line, screen)
     except httpx.HTTPError as error:
-        raise RunError(f"the server at {url} broke off: {error}") from error
+        raise RunError(f"the server at {client.base_url} broke off: {error}") from error
 
 
 def _show_line(line: str, screen: Screen) -> None:

@@ -1,6 +1,7 @@
 """Errors as the client sees them: OpenAI's envelope, whatever went wrong and wherever."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -35,6 +36,7 @@ class ErrorBody:
     def envelope(self) -> bytes:
         """``{"error": {"message", "type", "param", "code"}}``, as OpenAI has it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return to_json({"error": error})
 
@@ -81,11 +83,17 @@ _STATUS: Mapping[ErrorCode, int] = {
 _WORTH_A_RETRY: tuple[ErrorCode, ...] = ("runner_died", "shutdown")
 
 
-def from_failed(failed: Failed, *, prompt_field: str) -> ApiError:
-    """A runner's failure. ``prompt_field`` is what the dialect calls the contract's ``prompt``."""
+def from_failed(failed: Failed, *, prompt_field: str, retry_seconds: float | None = None) -> ApiError:
+    """A runner's failure. ``prompt_field`` is what the dialect calls the contract's ``prompt``.
+
+    With ``retry_seconds`` it is one that may be over by then.
+    """
     param = failed.param.removeprefix("sampling.") if failed.param else None
     if param == "prompt" or failed.code == "context_length_exceeded":
         param = prompt_field
+    if retry_seconds is not None:
+        headers = {"retry-after": str(math.ceil(retry_seconds))}
+        return ApiError(503, failed.message, code=failed.code, param=param, headers=headers)
     headers = {"retry-after": _RETRY_SECONDS} if failed.code in _WORTH_A_RETRY else {}
     return ApiError(_STATUS[failed.code], failed.message, code=failed.code, param=param, headers=headers)
 
@@ -93,6 +101,18 @@ def from_failed(failed: Failed, *, prompt_field: str) -> ApiError:
 def from_refusal(refusal: Refusal, *, status: int) -> ApiError:
     """The router's refusal."""
     return ApiError(status, refusal.message, code=refusal.code, param=refusal.param)
+
+
+def queue_full(model_id: str, held: int) -> ApiError:
+    """A request that a model's queue has no place for."""
+    message = f"{model_id} has {held} sequences running or waiting and takes no more for now; try again soon"
+    return ApiError(429, message, code="queue_full", headers={"retry-after": _RETRY_SECONDS})
+
+
+def shutting_down() -> ApiError:
+    """A request that came, or was still running, when the server stopped."""
+    headers = {"retry-after": _RETRY_SECONDS, "connection": "close"}
+    return ApiError(503, "the server is shutting down", code="shutdown", headers=headers)
 
 
 def from_validation(error: ValidationError) -> ApiError:

@@ -3,12 +3,15 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import anyio
 from pydantic import JsonValue
 
+from exo.api.attempts import Attempts, Runner
 from exo.api.errors import ApiError, from_failed
+from exo.api.queue import Place
 from exo.api.services import Services
 from exo.chat.literal import NoncharacterError
 from exo.chat.template import ConversationRefusedError, PromptTooLongError, TemplateError, chat_prompt
@@ -25,7 +28,9 @@ from exo.worker.messages import (
     Text,
     Usage,
 )
-from exo.worker.process import RunnerError, RunnerProcess
+from exo.worker.process import RunnerError
+from exo.worker.replay import Budget, Replay
+from exo.worker.router import Route, parse_model
 
 _SEEDS = 1 << 64
 
@@ -89,31 +94,33 @@ class Generation:
         self.id = request_id
         self.headers: Mapping[str, str] = {}
         self.routed = anyio.Event()
+        self.place: Place
+        """In the model's queue; there is one from before ``routed`` is set."""
         self._services = services
 
     async def run(self, sink: Sink) -> None:
         """Returns when every choice is finished. Cancelling it cancels them. Raises ``ApiError``."""
-        card, route = await self._services.choose(self.request.model)
+        model = self._services.card(parse_model(self.request.model).name).model_id
+        with self._services.queues.place(model, self.request.choices) as self.place:
+            await self._serve(sink)
+
+    async def _serve(self, sink: Sink) -> None:
+        attempts = Attempts(self._services, self.request.model, self._route, sink.loading)
+        try:
+            runner = await attempts.runner(Budget())
+            sequences = await self._sequences(runner.card, runner.capabilities)
+            self._services.queues.slots_changed(runner.card.model_id)
+            sink.serving(runner.card.model_id, runner.capabilities)
+            await _generate(attempts, runner, sequences, sink)
+        except RunnerError as error:
+            raise self._failed(error.failed, error.retry_seconds) from None
+
+    def _route(self, route: Route) -> None:
         self.headers = {"x-exo-runner": route.runner, "x-exo-route": route.reason}
         self.routed.set()
-        try:
-            process = self._services.instances.acquire(route, card)
-            capabilities = await self._loaded(process, sink)
-        except RunnerError as error:
-            raise self._failed(error.failed) from None
-        sequences = await self._sequences(card, capabilities)
-        sink.serving(card.model_id, capabilities)
-        if failed := await _generate(process, sequences, sink):
-            raise self._failed(failed)
 
-    def _failed(self, failed: Failed) -> ApiError:
-        return from_failed(failed, prompt_field=self.request.prompt_field)
-
-    async def _loaded(self, process: RunnerProcess, sink: Sink) -> Capabilities:
-        if process.capabilities is None:
-            async for status in process.loading():
-                await sink.loading(status)
-        return await process.ready()
+    def _failed(self, failed: Failed, retry_seconds: float | None = None) -> ApiError:
+        return from_failed(failed, prompt_field=self.request.prompt_field, retry_seconds=retry_seconds)
 
     async def _sequences(self, card: ModelCard, model: Capabilities) -> list[Generate]:
         request = self.request
@@ -183,25 +190,22 @@ def _check_token(token: int, model: Capabilities, param: str) -> None:
         raise ApiError(400, f"{param}: {accepted} (got {token})", code="invalid_value", param=param)
 
 
-async def _generate(process: RunnerProcess, sequences: list[Generate], sink: Sink) -> Failed | None:
-    """Runs all sequences at once. The first failure ends the others and is returned."""
-    failures: list[Failed] = []
+async def _generate(attempts: Attempts, runner: Runner, sequences: list[Generate], sink: Sink) -> None:
+    """Runs all sequences at once. The first failure ends the others. Raises ``RunnerError`` and ``ApiError``."""
+    failures: list[RunnerError | ApiError] = []
 
     async def follow(choice: int, sequence: Generate) -> None:
-        async with process.generate(sequence) as events:
-            async for event in events:
-                if isinstance(event, Finished) and event.reason == "cancelled":
-                    event = Failed(id=event.id, code="shutdown", message="the runner cancelled the request")
-                if isinstance(event, Failed):
-                    failures.append(event)
-                    tasks.cancel_scope.cancel()
-                    return
-                await sink.event(choice, event)
+        try:
+            await attempts.generate(runner, Replay(sequence), partial(sink.event, choice))
+        except (RunnerError, ApiError) as error:
+            failures.append(error)
+            tasks.cancel_scope.cancel()
 
     async with anyio.create_task_group() as tasks:
         for choice, sequence in enumerate(sequences):
             tasks.start_soon(follow, choice, sequence)
-    return failures[0] if failures else None
+    if failures:
+        raise failures[0]
 
 
 def total_usage(usages: Mapping[int, Usage], n: int) -> Usage:

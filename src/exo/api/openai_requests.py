@@ -164,7 +164,7 @@ class GenerationFields(RequestBody):
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the most probable tokens up to this sum.")
     top_k: int = Field(default=0, ge=0, le=1 << 31, description="Keep this many tokens; 0 keeps all.")
     min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100, description="1 is none.")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="1 is none.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(_few)] = Field(

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 GRACE_SECONDS = 1.0
 """How long a stream waits for its first event, so that an early failure still gets an HTTP status."""
 KEEP_ALIVE_SECONDS = 10.0
+PLACE_SECONDS = 0.5
+"""How soon after one place in the queue a client is told the next."""
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class GenerationReply(Response):
             if self._stream:
                 stream = _Stream(self._generation, self._dialect, send)
                 tasks.start_soon(stream.keep_alive)
+                tasks.start_soon(stream.tell_place)
                 error = await self._run(stream)
                 if error is not None and stream.abandon():
                     await respond(error.response(self._generation.headers))
@@ -163,6 +166,8 @@ class _Stream:
         self._open = False
         self._held: list[bytes] = []
         self._note = b""
+        self._place_note = b""
+        self._waiting = True
         self._quiet = True
         self._accepted: set[int] = set()
         self._usages: dict[int, Usage] = {}
@@ -181,6 +186,8 @@ class _Stream:
 
     async def event(self, choice: int, event: PrefillProgress | Delta | Finished) -> None:
         data = b""
+        if not isinstance(event, PrefillProgress) or event.processed:
+            self._waiting, self._place_note = False, b""
         if choice not in self._accepted:
             self._accepted.add(choice)
             data = self._dialect.opening(choice)
@@ -206,6 +213,18 @@ class _Stream:
             if self._quiet:
                 await self._write(sse.KEEP_ALIVE)
 
+    async def tell_place(self) -> None:
+        """Writes the place in the queue while there is no slot yet."""
+        await self._generation.routed.wait()
+        number = 0
+        while self._waiting:
+            number = await self._generation.place.number_after(number)
+            if self._waiting:
+                self._place_note = sse.comment(f"queued {number}") if number else b""
+                if self._open and number:
+                    await self._write(self._place_note)
+            await anyio.sleep(PLACE_SECONDS)
+
     def abandon(self) -> bool:
         """Whether nothing has been sent yet; then nothing will be, and another reply can take its place."""
         untouched, self._started = not self._started, True
@@ -218,6 +237,7 @@ class _Stream:
             last = self._dialect.end(total_usage(self._usages, self._generation.request.n))
         else:
             last = self._dialect.error(error)
+        self._open = False  # so that nothing else follows, however long this has to wait
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _write(self, data: bytes) -> None:
@@ -235,7 +255,7 @@ class _Stream:
             headers = {"content-type": sse.MEDIA_TYPE, **sse.HEADERS, **self._generation.headers}
             raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-            self._held.insert(0, self._note)
+            self._held.insert(0, self._note + self._place_note)
             while data := b"".join(self._held):
                 self._held.clear()
                 await self._send({"type": "http.response.body", "body": data, "more_body": True})

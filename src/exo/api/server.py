@@ -4,17 +4,23 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterable
-from types import FrameType
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 
+import anyio
 import uvicorn
 
 from exo.api.app import create_app
+from exo.api.log import OneLineFormatter
+from exo.api.services import Services
+from exo.api.stall import cutting_off_after
 from exo.config import Settings
 from exo.models.catalogue import Catalogue
 
+log = logging.getLogger(__name__)
+
 GRACEFUL_SECONDS = 5
-"""How long open connections may go on after the signal to stop."""
+"""How long the last bytes may take to reach their clients, once every request has ended."""
 
 
 class ListenError(Exception):
@@ -35,25 +41,87 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve_forever(
-    settings: Settings, catalogue: Catalogue, load: Iterable[str], on_listening: Callable[[str], None]
+    settings: Settings,
+    catalogue: Catalogue,
+    load: Iterable[str],
+    on_listening: Callable[[str], None],
+    commands: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM; every runner has then ended. ``on_listening`` gets the URL.
 
-    Raises ListenError.
+    The first signal lets the requests that are here end, within ``settings.limits.drain_seconds``, while others are
+    refused; the second ends everything at once. ``commands`` is as for ``Services``. Raises ListenError.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLineFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with listen(settings.host, settings.port) as listening:
-        app = create_app(settings, catalogue, load=load)
-        config = uvicorn.Config(
-            app, loop="uvloop", log_config=None, access_log=False, timeout_graceful_shutdown=GRACEFUL_SECONDS
+    if not (settings.is_local or settings.access.keys or settings.access.insecure):
+        raise ListenError(
+            f"{settings.host} can be reached from other machines: give a key with --api-key-file, --api-key or"
+            " EXO_API_KEY, or --insecure to let anyone in"
         )
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        on_listening(f"http://{host}:{listening.getsockname()[1]}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _already_handled)
-        uvicorn.Server(config).run(sockets=[listening])
+    with listen(settings.host, settings.port) as listening:
+        services = Services(settings, catalogue, commands)
+        app = create_app(settings, services, load=load)
+        tls = settings.access.tls
+        config = uvicorn.Config(
+            app,
+            http=cutting_off_after(settings.limits.stall_seconds),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=GRACEFUL_SECONDS,
+            ssl_certfile=tls.certificate if tls else None,
+            ssl_keyfile=tls.key if tls else None,
+        )
+        _load_tls(config)
+        url = settings.url(listening.getsockname()[1])
+        server = _Server(config)
+
+        async def serve() -> None:
+            # Outermost, so that no signal finds its default action while anything here is still to be ended.
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                on_listening(url)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(_stop_on_signal, signals, server, services, settings.limits.drain_seconds)
+                    await server.serve(sockets=[listening])
+                    if server.force_exit:
+                        await server.lifespan.shutdown()
+                    tasks.cancel_scope.cancel()
+
+        anyio.run(serve, backend_options={"use_uvloop": True})
 
 
-def _already_handled(_number: int, _frame: FrameType | None) -> None:
-    """Once uvicorn has shut down it raises the signal again; by then there is nothing left to do but to exit with 0."""
+class _Server(uvicorn.Server):
+    """Leaves the signals to us: uvicorn would close its socket at the first, and could not say why."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+async def _stop_on_signal(
+    signals: AsyncIterator[signal.Signals], server: uvicorn.Server, services: Services, drain_seconds: float
+) -> None:
+    async def drain() -> None:
+        await services.queues.drain(drain_seconds)
+        server.should_exit = True
+
+    async with anyio.create_task_group() as tasks:
+        name = (await anext(signals)).name
+        log.info("%s: taking no more requests; those that are here have %g seconds", name, drain_seconds)
+        tasks.start_soon(drain)
+        await anext(signals)
+        log.info("stopping at once")
+        services.queues.cut()
+        services.instances.kill()
+        server.should_exit = server.force_exit = True
+
+
+def _load_tls(config: uvicorn.Config) -> None:
+    """Reads the certificate before the server says that it listens."""
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ListenError(f"--ssl-certfile, --ssl-keyfile: cannot be used: {error}") from error

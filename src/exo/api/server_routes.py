@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
-from exo.api.errors import ApiError
+from exo.api.errors import ApiError, shutting_down
 from exo.api.services import Services
 from exo.worker.router import LiveRunner
 
@@ -51,6 +51,8 @@ def server_routes(services: Services) -> APIRouter:
     @routes.get("/ready")
     async def ready() -> Ready:
         """Whether a model can answer; 503 with the reason where none can."""
+        if services.queues.closed:
+            raise shutting_down()
         live = services.instances.live()
         models = sorted({each.model_id for each in live if each.state in ("Ready", "Running")})
         if not models:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from exo.api.errors import ApiError, from_refusal
+from exo.api.queue import Queues
 from exo.chat.template import TemplateError, TemplateWorker
 from exo.config import Settings
 from exo.models.card import ModelCard
@@ -32,6 +33,7 @@ class Services:
         self.catalogue = catalogue
         self.instances: Instances
         """The runners; there are none but while the server is running."""
+        self.queues = Queues(settings.limits.max_queue, self._slots)
         self.templates = TemplateWorker()
         self.start_failures: dict[str, str] = {}
         """Why a model that was to be loaded at the start is not, by the name it was asked for."""
@@ -70,12 +72,16 @@ class Services:
         card = self.card(wish.name)
         await self._probed.wait()
         assert self._host is not None
-        decision = route(wish.runner, card, self._host, self.instances.live(), {})
+        failing = self.instances.avoided(card.model_id)
+        decision = route(wish.runner, card, self._host, self.instances.live(), {}, failing)
         if isinstance(decision, Refusal):
             # Without a wish there is nothing about the request that its client could mend.
             mendable = wish.runner is not None or decision.code != "runner_unavailable"
             raise from_refusal(decision, status=400 if mendable else 503)
         return card, decision
+
+    def _slots(self, model_id: str) -> int:
+        return sum(runner.slots for runner in self.instances.live() if runner.model_id == model_id)
 
     async def _probe(self) -> None:
         commands = self._commands and {name: (*command, "--probe") for name, command in self._commands.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
+from exo.worker.admission import Resumed
 from exo.worker.messages import (
     Delta,
     Deltas,
@@ -31,11 +32,12 @@ HEARTBEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request was found valid and queued."""
+    """A request was found valid and, unless the tokens ``delivered`` before have ended it, is queued."""
 
     id: str
     n_prompt: int
-    stop: tuple[str, ...]
+    n_delivered: int
+    resumed: Resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,20 @@ class Output:
 
     text: TextStream
     n_prompt: int
+    n_delivered: int = 0
     n_cached: int = 0
     n_tokens: int = 0
+    """Generated, here or before."""
+
+    @property
+    def n_prefill(self) -> int:
+        """Tokens that are known before the first one is generated here."""
+        return self.n_prompt + self.n_delivered
 
     def usage(self) -> Usage:
         """Token counts up to now."""
-        return Usage(prompt_tokens=self.n_prompt, completion_tokens=self.n_tokens, cached_tokens=self.n_cached)
+        cached = min(self.n_cached, self.n_prompt)
+        return Usage(prompt_tokens=self.n_prompt, completion_tokens=self.n_tokens, cached_tokens=cached)
 
 
 @dataclass(slots=True)
@@ -132,9 +142,7 @@ class Emitter:
     def _messages(self, item: Item) -> list[Message]:
         match item:
             case Accepted():
-                begins: list[Message] = [] if self._outputs else [Status(state="Running")]
-                self._outputs[item.id] = Output(TextStream(item.stop), item.n_prompt)
-                return [*begins, PrefillProgress(id=item.id, processed=0, total=item.n_prompt)]
+                return self._begin(item)
             case StepDone():
                 return self._step(item)
             case Cancelled():
@@ -147,12 +155,19 @@ class Emitter:
             case _:
                 return [item]
 
+    def _begin(self, item: Accepted) -> list[Message]:
+        begins: list[Message] = [] if self._outputs else [Status(state="Running")]
+        output = Output(item.resumed.text, item.n_prompt, item.n_delivered, n_tokens=item.n_delivered)
+        self._outputs[item.id] = output
+        begins.append(PrefillProgress(id=item.id, processed=0, total=output.n_prefill))
+        return begins if item.resumed.ended is None else begins + self._finish(item.id, item.resumed.ended)
+
     def _step(self, step: StepDone) -> list[Message]:
         for request, cached in step.cached:
             if request in self._outputs:
                 self._outputs[request].n_cached = cached
         messages: list[Message] = [
-            PrefillProgress(id=request, processed=processed, total=self._outputs[request].n_prompt)
+            PrefillProgress(id=request, processed=processed, total=self._outputs[request].n_prefill)
             for request, processed in step.processed
             if request in self._outputs
         ]

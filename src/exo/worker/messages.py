@@ -41,7 +41,7 @@ class SamplingParams(Message):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     presence_penalty: float = Field(default=0.0, ge=-100, le=100)
     frequency_penalty: float = Field(default=0.0, ge=-100, le=100)
     logit_bias: Mapping[int, float] = {}
@@ -73,7 +73,12 @@ class Load(Message):
 
 
 class Generate(Message):
-    """One sequence to generate. ``prompt`` is token ids, or text that the runner tokenizes, with BOS where due."""
+    """One sequence to generate. ``prompt`` is token ids, or text that the runner tokenizes, with BOS where due.
+
+    ``delivered`` are output tokens that another runner generated before it died. This one goes on at the next position
+    as if it had generated them: they are in the context, penalties, ``max_tokens`` and ``completion_tokens`` count
+    them, and text held back stays held back. What was delivered and what follows make the undisturbed output.
+    """
 
     type: Literal["generate"] = "generate"
     id: str
@@ -83,6 +88,7 @@ class Generate(Message):
     max_tokens: int | None = Field(default=None, ge=1)
     """None: until the context is full."""
     ignore_eos: bool = False
+    delivered: tuple[int, ...] = ()
 
 
 class Cancel(Message):
@@ -147,7 +153,10 @@ class Status(Message):
 
 
 class PrefillProgress(Message):
-    """Tokens of the prompt computed so far. The first one, sent on acceptance, has ``processed`` 0."""
+    """Tokens of the prompt, and of what was delivered before, computed so far.
+
+    The first one, sent on acceptance, has ``processed`` 0.
+    """
 
     type: Literal["prefill_progress"] = "prefill_progress"
     id: str

@@ -1,14 +1,16 @@
 """One runner: a process with one loaded model, and everything that the server knows about it."""
 
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
 import anyio
 
 from exo.worker.child import Child, ProtocolError, StderrLog, spawn
+from exo.worker.diagnosis import diagnose
 from exo.worker.messages import (
     Cancel,
     Capabilities,
@@ -48,12 +50,40 @@ _LAST_WORDS_SECONDS = 2.0
 """How long a runner whose state is final may go on talking before its process is ended."""
 
 
-class RunnerError(Exception):
-    """The runner cannot serve: it did not start, could not load, died or was shut down. ``failed`` says why."""
+_LOOKS = 5
+"""How often a silence is looked at before its deadline. A server that is itself stopped for a while, as by Ctrl-Z, then
+misses one look and not the whole deadline."""
 
-    def __init__(self, failed: Failed) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds after which a runner is taken for dead."""
+
+    handshake: float = 60
+    """Until its first word."""
+    loading: float = 60
+    """Without a word while it loads: libraries that start up may hold the interpreter, and the heartbeat, for long."""
+    serving: float = 10
+    """Without a word once the model is loaded."""
+    step: float = 300
+    """Without a step while requests are active."""
+    grace: float = 5
+    """For each of the ways to end it, from the polite to the last."""
+
+
+DEADLINES = Deadlines()
+
+
+class RunnerError(Exception):
+    """The runner cannot serve: it did not start, could not load, died or was shut down. ``failed`` says why.
+
+    ``retry_seconds`` tells when to try again, where that is known to make sense.
+    """
+
+    def __init__(self, failed: Failed, retry_seconds: float | None = None) -> None:
         super().__init__(failed.message)
         self.failed = failed
+        self.retry_seconds = retry_seconds
 
 
 @final
@@ -64,14 +94,13 @@ class RunnerProcess:
     outlives every request. Everything else may be called from any task of the same event loop.
     """
 
-    def __init__(
-        self, command: Sequence[str], load: Load, log: Path, *, handshake_seconds: float = 60, grace_seconds: float = 5
-    ) -> None:
+    def __init__(self, command: Sequence[str], load: Load, log: Path, deadlines: Deadlines = DEADLINES) -> None:
         self._command = tuple(command)
         self._load = load
         self._log = log
-        self._handshake_seconds = handshake_seconds
-        self._grace_seconds = grace_seconds
+        self._deadlines = deadlines
+        self._heard = False
+        self._steps = (-1, 0.0)
         self._life = anyio.CancelScope()
         self._child: Child | None = None
         self._requests: dict[str, RequestEvents] = {}
@@ -82,6 +111,8 @@ class RunnerProcess:
         self._closing = False
         self._failure: Failed | None = None
         self._ended = anyio.Event()
+        self.proven = anyio.Event()
+        """Set with the first token that the runner computes: it loads, and it works."""
 
     @property
     def status(self) -> Status:
@@ -97,6 +128,10 @@ class RunnerProcess:
     def failure(self) -> Failed | None:
         """Why the process is gone, or None while it exists."""
         return self._failure
+
+    def died_of(self, failed: Failed) -> bool:
+        """Whether this failure of a request is the process's own, and says nothing about the request."""
+        return self._failure is not None and failed == _for_request(self._failure, failed.id)
 
     @property
     def pending(self) -> int:
@@ -161,19 +196,27 @@ class RunnerProcess:
         if self._child is not None:
             self._child.send(Shutdown())
             self._child.end_input()
-            with anyio.move_on_after(self._grace_seconds):
+            with anyio.move_on_after(self._deadlines.grace):
                 await self._ended.wait()
             if not self._ended.is_set():
                 self._child.signal(signal.SIGTERM)
-            with anyio.move_on_after(self._grace_seconds):
+            with anyio.move_on_after(self._deadlines.grace):
                 await self._ended.wait()
         self._life.cancel()
         await self._ended.wait()
 
-    async def run(self, after: Sequence["RunnerProcess"] = ()) -> None:
+    def kill(self) -> None:
+        """Ends the runner at once, with SIGKILL."""
+        self._closing = True
+        self._life.cancel()
+
+    async def run(
+        self, after: Sequence["RunnerProcess"] = (), on_end: Callable[[Failed], None] = lambda _: None
+    ) -> None:
         """The process's life. Returns when it is over, whatever ended it; cancelling it kills the process.
 
-        It begins when the processes ``after`` have ended, and the memory of their models is free.
+        It begins when the processes ``after`` have ended, and the memory of their models is free. ``on_end`` is told
+        why it is over before any request is.
         """
         failure = Failed(code="shutdown", message="the runner was shut down")
         try:
@@ -182,6 +225,7 @@ class RunnerProcess:
                     await predecessor.ended()
                 failure = await self._live()
         finally:
+            on_end(failure)
             self._end(failure)
 
     async def _live(self) -> Failed:
@@ -203,6 +247,15 @@ class RunnerProcess:
 
     async def _serve(self, child: Child) -> str | None:
         """Handles events until the runner's output ends. Returns what was wrong with them, if anything."""
+        silence: list[str] = []
+        broke: str | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._end_if_silent, child, silence)
+            broke = await self._read(child)
+            tasks.cancel_scope.cancel()
+        return next(iter(silence), broke)
+
+    async def _read(self, child: Child) -> str | None:
         try:
             async with aclosing(child.events()) as events:
                 await self._greet(child, events)
@@ -217,13 +270,34 @@ class RunnerProcess:
             return str(error)
         return None
 
+    async def _end_if_silent(self, child: Child, verdict: list[str]) -> None:
+        """Kills a runner that says nothing for too long, not even its heartbeat: it is stopped, or it hangs."""
+        look = min(self._deadlines.loading, self._deadlines.serving) / _LOOKS
+        silence, allowed = 0.0, self._deadlines.loading
+        while silence < allowed:
+            self._heard = False
+            await anyio.sleep(look)
+            silence = 0.0 if self._heard else silence + look
+            allowed = self._deadlines.loading if self._status.state in _LOADING else self._deadlines.serving
+        verdict.append(f"it said nothing for {allowed:g} seconds, not even its heartbeat")
+        child.signal(signal.SIGKILL)
+
+    def _on_heartbeat(self, beat: Heartbeat) -> None:
+        """Raises ``ProtocolError`` for a loop that has something to compute and stands still."""
+        steps, since = self._steps
+        now = anyio.current_time()
+        if beat.steps != steps or not beat.active:
+            self._steps = beat.steps, now
+        elif now - since > self._deadlines.step:
+            raise ProtocolError(f"it has computed nothing for {self._deadlines.step:g} seconds, with requests active")
+
     async def _greet(self, child: Child, events: AsyncGenerator[Event]) -> None:
         """The handshake: a runner says Idle, and is told what to load. Raises ``ProtocolError``."""
         first: Event | None = None
-        with anyio.move_on_after(self._handshake_seconds) as handshake:
+        with anyio.move_on_after(self._deadlines.handshake) as handshake:
             first = await anext(events, None)
         if handshake.cancelled_caught:
-            raise ProtocolError(f"it said nothing within {self._handshake_seconds:g} seconds of its start")
+            raise ProtocolError(f"it said nothing within {self._deadlines.handshake:g} seconds of its start")
         match first:
             case Status(state="Idle"):
                 child.send(self._load)
@@ -235,8 +309,10 @@ class RunnerProcess:
                 raise ProtocolError(f"its first message was {first.type!r} instead of the status Idle")
 
     def _on_event(self, event: Event) -> None:
+        self._heard = True
         match event:
             case Deltas(items=items):
+                self.proven.set()
                 for delta in items:
                     self._owed(delta.id).put(delta)
             case PrefillProgress(id=request):
@@ -250,7 +326,7 @@ class RunnerProcess:
             case Status():
                 self._enter(event)
             case Heartbeat():
-                pass  # nothing depends on its arrival
+                self._on_heartbeat(event)
 
     def _owed(self, request: str) -> RequestEvents:
         try:
@@ -275,8 +351,7 @@ class RunnerProcess:
             return Failed(code="shutdown", message="the runner was shut down")
         if self._last_word is not None:
             return self._last_word
-        last_lines = f"; the end of its standard error:\n{stderr}" if stderr else ""
-        return Failed(code="runner_died", message=f"the runner {how}{last_lines}")
+        return diagnose(how, stderr)
 
     def _end(self, failure: Failed) -> None:
         self._failure = failure
@@ -307,5 +382,5 @@ class _Loading(AsyncIterator[Status]):
         return status
 
 
-def _for_request(failure: Failed, request: str) -> Failed:
+def _for_request(failure: Failed, request: str | None) -> Failed:
     return failure.model_copy(update={"id": request})

@@ -5,8 +5,8 @@ has, what the request needs, and what is live, healthy and least loaded. Every s
 left, so a request's wish never overrules the card.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from exo.models.card import ModelCard
@@ -79,12 +79,18 @@ def model_not_found(name: str, suggestions: Sequence[str] = ()) -> Refusal:
 
 
 def route(
-    wish: str | None, card: ModelCard, host: Host, live: Iterable[LiveRunner], needs: Mapping[Need, str]
+    wish: str | None,
+    card: ModelCard,
+    host: Host,
+    live: Iterable[LiveRunner],
+    needs: Mapping[Need, str],
+    failing: Collection[str] = (),
 ) -> Route | Refusal:
     """Picks the runner for a request.
 
     ``wish`` is the runner that the request names, if any. ``needs`` maps what the request needs to the parameter that
-    asks for it. The order of ``live`` does not matter.
+    asks for it. The order of ``live`` does not matter. ``failing`` are runners that keep dying with this model; they
+    are chosen only where no other will do.
     """
     if wish is not None and wish not in RUNNERS:
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
@@ -93,11 +99,17 @@ def route(
         return Refusal("unsupported_task", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
     verdicts = [_judge(backend, wish, card, host, mine, needs) for backend in card.backends]
-    chosen = next((verdict for verdict in verdicts if verdict.hurdle is None), None)
-    if chosen is None:
+    possible = [verdict for verdict in verdicts if verdict.hurdle is None]
+    if not possible:
         return _refuse(wish, card, host, verdicts, needs)
+    chosen = next((verdict for verdict in possible if verdict.runner not in failing), possible[0])
     able = [each for each in mine if each.runner == chosen.runner and not _lacking(_offer(each), needs)]
-    passed_over = [each for each in verdicts[: verdicts.index(chosen)] if each.hurdle != "excluded"]
+    before = verdicts[: verdicts.index(chosen)]
+    passed_over = [
+        replace(each, why=f"is left out while runner {each.runner} keeps failing") if each.hurdle is None else each
+        for each in before
+        if each.hurdle != "excluded"
+    ]
     return Route(
         runner=chosen.runner,
         instance=min(able, key=_rank).instance if able else None,

@@ -57,7 +57,7 @@ class Engine:
             self._emitter.put(
                 StepDone(
                     cached=step.started,
-                    processed=[(c.sequence.id, c.stop) for c in step.chunks if c.stop <= c.sequence.n_prompt],
+                    processed=[(c.sequence.id, c.stop) for c in step.chunks if c.stop <= c.sequence.n_prefill],
                     sampled=sampled,
                 )
             )

@@ -5,7 +5,7 @@ The three share queues and nothing else.
 
 import threading
 
-from exo.worker.admission import length_limit, refusal
+from exo.worker.admission import length_limit, refusal, resume
 from exo.worker.emitter import Accepted, Emitter
 from exo.worker.messages import Cancel, Command, Failed, Generate, Load, Shutdown, Status
 from exo.worker.runner_cuda.engine import Engine, Leave, Stop
@@ -61,10 +61,14 @@ class Runner:
             return
         sampler = Sampler(request.sampling, loaded.tokenizer.eog_tokens if request.ignore_eos else ())
         sampler.accept_prompt(prompt)
-        self._emitter.put(Accepted(request.id, len(prompt), request.stop))
-        engine.commands.put(
-            Sequence(request.id, prompt, len(prompt), length_limit(request, len(prompt), n_ctx), sampler)
-        )
+        for token in request.delivered:
+            sampler.accept(token)
+        n_limit = length_limit(request, len(prompt), n_ctx)
+        resumed = resume(request, len(prompt), n_limit, loaded.tokenizer)
+        self._emitter.put(Accepted(request.id, len(prompt), len(request.delivered), resumed))
+        if resumed.ended is None:
+            tokens = [*prompt, *request.delivered]
+            engine.commands.put(Sequence(request.id, tokens, len(tokens), n_limit, sampler))
 
     def _run_engine(self, command: Load) -> None:
         """The engine's thread. An engine that fails takes the process with it: nothing it computes can be trusted."""

@@ -33,7 +33,8 @@ class Sequence:
     id: str
     tokens: list[int]
     """Prompt, then output."""
-    n_prompt: int
+    n_prefill: int
+    """Tokens known at the beginning: the prompt, and what another runner delivered."""
     n_limit: int
     """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
     sampler: Sampler

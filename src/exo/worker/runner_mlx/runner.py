@@ -5,7 +5,7 @@ The three share queues and nothing else.
 
 import threading
 
-from exo.worker.admission import length_limit, refusal
+from exo.worker.admission import length_limit, refusal, resume
 from exo.worker.emitter import Accepted, Emitter
 from exo.worker.messages import Cancel, Command, Failed, Generate, Load, Shutdown, Status
 from exo.worker.runner_mlx.engine import Engine, Leave, Stop
@@ -58,17 +58,20 @@ class Runner:
         if refused := refusal(request, prompt, loaded.tokenizer.n_vocab, n_ctx):
             self._emitter.put(refused)
             return
-        self._emitter.put(Accepted(request.id, len(prompt), request.stop))
-        engine.commands.put(
-            Sequence(
-                id=request.id,
-                tokens=prompt,
-                n_prompt=len(prompt),
-                n_limit=length_limit(request, len(prompt), n_ctx),
-                sampling=request.sampling,
-                forbidden=loaded.tokenizer.eog_tokens if request.ignore_eos else (),
+        n_limit = length_limit(request, len(prompt), n_ctx)
+        resumed = resume(request, len(prompt), n_limit, loaded.tokenizer)
+        self._emitter.put(Accepted(request.id, len(prompt), len(request.delivered), resumed))
+        if resumed.ended is None:
+            engine.commands.put(
+                Sequence(
+                    id=request.id,
+                    tokens=[*prompt, *request.delivered],
+                    n_prompt=len(prompt),
+                    n_limit=n_limit,
+                    sampling=request.sampling,
+                    forbidden=loaded.tokenizer.eog_tokens if request.ignore_eos else (),
+                )
             )
-        )
 
     def _run_engine(self, command: Load) -> None:
         """The engine's thread: MLX's streams belong to the thread that made them, so all of MLX happens here.

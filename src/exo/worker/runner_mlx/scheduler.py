@@ -51,9 +51,9 @@ class Step:
         return bool(self.chunks or self.rows)
 
     def processed(self) -> list[tuple[str, int]]:
-        """Prompt tokens in the cache after this step, of every sequence whose prompt it carries on."""
+        """Tokens in the cache after this step, of every sequence that is still in prefill or leaves it."""
         done = {chunk.sequence.id: chunk.stop for chunk in self.chunks}
-        done |= {row.sequence.id: row.position + 1 for row in self.rows if row.position + 1 == row.sequence.n_prompt}
+        done |= {row.sequence.id: row.position + 1 for row in self.rows if row.position + 1 == row.sequence.n_prefill}
         return list(done.items())
 
 

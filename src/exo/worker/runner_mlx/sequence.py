@@ -1,6 +1,6 @@
 """One request's sequence inside the engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from exo.worker.messages import SamplingParams
@@ -44,6 +44,11 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_queued: int = 0
+    n_prefill: int = field(init=False)
+    """Tokens known at the beginning: the prompt, and what another runner delivered."""
+
+    def __post_init__(self) -> None:
+        self.n_prefill = len(self.tokens)
 
     def move(self, phase: Phase) -> None:
         """Enters ``phase``. Raises ValueError for a transition that is not in ``NEXT``."""

@@ -1,0 +1,22 @@
+"""``exo serve`` as a program with the fake runner: ``python -m tests.fake_serve``, settings from the environment."""
+
+from exo.api.server import serve_forever
+from exo.config import Settings
+from exo.models.catalogue import Catalogue
+from tests import fake_runner
+
+
+def main() -> None:
+    settings = Settings.load(port=0)
+    catalogue = Catalogue.load(settings.cards_directory)
+    serve_forever(
+        settings,
+        catalogue,
+        (),
+        lambda url: print(f"exo is listening on {url}", flush=True),
+        commands={"cuda": fake_runner.COMMAND},
+    )
+
+
+if __name__ == "__main__":
+    main()

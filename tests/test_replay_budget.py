@@ -1,0 +1,34 @@
+from exo.worker.messages import Delta
+from exo.worker.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Budget, Replay
+from tests.program import ask
+
+
+def replays(budget: Budget, runner: str = "cuda", *, proven: bool = False) -> int:
+    """How many more deaths of a runner a request survives."""
+    return next(number for number in range(1000) if not budget.allows_replay(runner, proven=proven))
+
+
+def test_a_request_that_never_gets_a_token_is_given_up() -> None:
+    assert replays(Budget()) == FRUITLESS_REPLAYS
+
+
+def test_a_request_whose_neighbours_get_on_is_given_up_later() -> None:
+    assert replays(Budget(), proven=True) == UNLUCKY_REPLAYS > FRUITLESS_REPLAYS
+
+
+def test_a_token_and_another_engine_give_the_whole_budget_back() -> None:
+    budget = Budget()
+    replays(budget)
+    assert not budget.untouched
+    budget.progressed()
+    assert budget.untouched
+    assert replays(budget) == FRUITLESS_REPLAYS
+    assert replays(budget, "mlx") == FRUITLESS_REPLAYS
+
+
+def test_the_remainder_has_every_token_taken() -> None:
+    replay = Replay(ask("one"))
+    assert replay.remainder() == ask("one")
+    replay.take(Delta(id="one", tokens=(1, 2), text="ab"))
+    replay.take(Delta(id="one", tokens=(3,), text=""))
+    assert replay.remainder() == ask("one").model_copy(update={"delivered": (1, 2, 3)})
