@@ -14,7 +14,7 @@ from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """A request that is to end: cancelled, or (``told`` is false) already ended by a stop string."""
+    """A request that is to end: cancelled, or ended by a stop string, which its client has been ``told`` already."""
 
     id: str
     told: bool

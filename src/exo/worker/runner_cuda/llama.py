@@ -88,7 +88,6 @@ class Model:
         self.n_layers = llama_cpp.llama_model_n_layer(handle)
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
         self.size_bytes = llama_cpp.llama_model_size(handle)
-        self.is_causal_decoder = llama_cpp.llama_model_has_decoder(handle)
 
     def chat_template(self) -> str | None:
         """The file's own template, or None."""
