@@ -16,6 +16,7 @@ from exo.models.folder import store_error
 from exo.models.hub import RemoteFile, denied
 from exo.models.meter import Meter
 from exo.models.pull_error import PullError
+from exo.models.writeback import Writeback
 
 _PIECE = 1 << 18
 """Bytes that are received at once; as many are lost at most when the process is killed."""
@@ -65,7 +66,11 @@ class Download:
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            with open(os.open(self._part, flags, 0o644), "r+b", buffering=0) as part, Digest(self._file) as digest:
+            with (
+                open(os.open(self._part, flags, 0o644), "r+b", buffering=0) as part,
+                Digest(self._file) as digest,
+                Writeback(part.fileno()) as self._writeback,
+            ):
                 return self._complete(part.fileno(), digest)
         except OSError as error:
             if error.errno not in _NO_ROOM:
@@ -83,7 +88,7 @@ class Download:
                 self._try(part, digest)
             sha256, found = digest.finish()
             if found == self._file.etag:
-                os.fsync(part)
+                self._writeback.finish()
                 return sha256
             self._restart(part, digest)
             if not resumed:  # else what was there before may be at fault, as after a power cut
@@ -132,6 +137,7 @@ class Download:
                 written = 0
                 while written < len(data):
                     written += os.write(part, data[written:] if written else data)
+                self._writeback.wrote(len(data))
                 self._came(data, digest)
                 self._meter.fetched += len(data)
         if self._have < self._file.size:
