@@ -128,6 +128,22 @@ def test_the_prefix_cache_is_counted_but_not_taken_by_loading(tmp_path: Path) ->
     assert choice.host - without.host == choice.later_host - without.later_host == 100_000_000
 
 
+def test_a_filled_prefix_cache_takes_what_was_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, "cuda", Shape("llama", heads=4, kv_heads=4, head_dim=64))
+    case = load("cuda", path, n_ctx=1024, slots=2, prefix_cache_bytes=100_000_000)
+    with start("cuda") as program:
+        (choice,) = choices(program, case)
+        program.load(case)
+        process = psutil.Process(program.process.pid)
+        at_first = process.memory_info().rss
+        for at in range(60):
+            program.generate(ask(f"{at}", prompt(1000, at), max_tokens=1))
+        program.generate(Embed(id="text", prompt=tuple(prompt(1020, 7))))
+        filled = process.memory_info().rss
+    assert filled - at_first > 90_000_000
+    assert choice.host == pytest.approx(filled, rel=TOLERANCE), f"{choice.parts}; now {filled:,}"
+
+
 @pytest.mark.parametrize("runner", ["cuda", "mlx"])
 def test_an_open_context_gives_choices_that_can_be_loaded(tmp_path: Path, runner: str) -> None:
     path = write(tmp_path, runner, Shape("qwen2"))
