@@ -1,10 +1,11 @@
 """Writes a tiny model as a GGUF file for llama.cpp."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from .shape import Dtype, Shape
 from .tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, Tokenizer
@@ -34,6 +35,8 @@ _GEMMA_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
+Stored = tuple[str, NDArray[np.generic], gguf.GGMLQuantizationType]
+"""A tensor's name in the file, its values or blocks, and what they are."""
 
 
 def write_gguf(path: Path, shape: Shape) -> None:
@@ -43,11 +46,16 @@ def write_gguf(path: Path, shape: Shape) -> None:
 
 def write_tensors(path: Path, shape: Shape, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> None:
     """Write a model of this shape with a tokenizer and weights of its own."""
+    write_stored(path, shape, tokenizer, (_stored(shape, name, tensor) for name, tensor in weights.items()))
+
+
+def write_stored(path: Path, shape: Shape, tokenizer: Tokenizer, tensors: Iterable[Stored]) -> None:
+    """Write a model of this shape whose tensors are already as the file has them."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     _add_sizes(writer, shape)
     _add_tokenizer(writer, tokenizer)
-    for name, tensor in weights.items():
-        _add_tensor(writer, shape, name, tensor)
+    for name, stored, quantisation in tensors:
+        writer.add_tensor(name, stored, raw_dtype=quantisation)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,11 +97,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _add_tensor(writer: gguf.GGUFWriter, shape: Shape, name: str, tensor: Tensor) -> None:
+def _stored(shape: Shape, name: str, tensor: Tensor) -> Stored:
     converted = _convert(shape, name, tensor)
     quantisation = gguf.GGMLQuantizationType[_stored_dtype(shape, name, converted)]
-    stored = gguf.quants.quantize(converted, quantisation)
-    writer.add_tensor(_gguf_name(shape, name), stored, raw_dtype=quantisation)
+    return _gguf_name(shape, name), gguf.quants.quantize(converted, quantisation), quantisation
 
 
 def _stored_dtype(shape: Shape, name: str, tensor: Tensor) -> Dtype:
