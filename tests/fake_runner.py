@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +87,8 @@ class Options(Message):
     """Bytes that it says it will take with its first request, in addition to what the process has."""
     memory_per_token: int = 0
     """The same, for each token of the context."""
+    on_devices: Mapping[str, int] = {}
+    """Bytes that it says it takes on each device."""
     chunk: int = 256
     """Prompt tokens that one step prefills."""
     step_seconds: float = 0.0
@@ -301,7 +303,7 @@ class FakeRunner:
         def choice(n_ctx: int) -> Choice:
             later = options.memory + options.memory_per_token * n_ctx
             settings = {} if n_ctx == options.n_ctx else {"n_ctx": n_ctx}
-            return Choice(settings=settings, host=PROCESS_BYTES + later, later_host=later)
+            return Choice(settings=settings, host=PROCESS_BYTES + later, devices=options.on_devices, later_host=later)
 
         if options.n_ctx == 0:
             choices = tuple(choice(n_ctx) for n_ctx in CONTEXTS)

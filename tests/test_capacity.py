@@ -1,5 +1,7 @@
 import math
 import os
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -9,6 +11,7 @@ from exo.worker.capacity import capacity, taken
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.messages import Device, Probe
 from exo.worker.rate import WINDOW_SECONDS, Rate
+from tests.nvml import FakeDevice, fake_nvml
 
 GIB = 1 << 30
 
@@ -50,20 +53,44 @@ def test_limits_are_in_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert Limits.load(memory="4GiB", ttl=0).memory == 4 * GIB
 
 
-def test_nvidia_devices_have_what_was_free_and_metal_what_its_probe_says() -> None:
-    nvidia = (NvidiaDevice("a", "9.0", 80 * GIB, 70 * GIB), NvidiaDevice("b", "9.0", 80 * GIB, 80 * GIB))
-    assert capacity(host(nvidia=nvidia)).device == 150 * GIB
+def test_each_device_has_what_was_free_in_the_order_of_the_engines() -> None:
+    second = NvidiaDevice("a", "9.0", 80 * GIB, 70 * GIB, id="CUDA1")
+    first = NvidiaDevice("b", "9.0", 80 * GIB, 60 * GIB, id="CUDA0")
+    hidden = NvidiaDevice("c", "9.0", 80 * GIB, 80 * GIB)
+    eleventh = NvidiaDevice("d", "9.0", 80 * GIB, 50 * GIB, id="CUDA10")
+    devices = capacity(host(nvidia=(eleventh, second, hidden, first))).devices
+    assert list(devices.items()) == [("CUDA0", 60 * GIB), ("CUDA1", 70 * GIB), ("CUDA10", 50 * GIB)]
+
+
+def test_metal_has_what_its_probe_says_and_processors_are_no_device() -> None:
     metal = Device(name="M4", backend="MlxMetal", memory_total=24 * GIB)
     processors = Device(name="CPU", backend="MlxCpu", memory_total=32 * GIB)
-    assert capacity(host(devices=(metal, processors))).device == 24 * GIB
-    assert capacity(host()).device == 0
+    assert capacity(host(devices=(metal, processors))).devices == {"M4": 24 * GIB}
+    assert capacity(host()).devices == {}
 
 
-def test_what_a_process_has_is_its_resident_memory() -> None:
+def test_what_a_process_has_is_its_resident_memory_and_that_of_its_children() -> None:
     gone = 1 << 22
-    found = taken([os.getpid(), gone])
-    assert found.keys() == {os.getpid()}
-    assert found[os.getpid()].host == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        found = taken([os.getpid(), child.pid, gone])
+        alone = psutil.Process().memory_info().rss
+        child.kill()
+    assert found.keys() == {os.getpid(), child.pid}
+    assert found[child.pid].host > 0
+    assert found[os.getpid()].host == pytest.approx(alone + found[child.pid].host, rel=0.05)
+
+
+def test_what_a_process_and_its_children_have_is_told_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        ours, theirs = os.getpid(), 1
+        first = FakeDevice(0xC1, processes={ours: 5, child.pid: 7, theirs: 100})
+        hidden = FakeDevice(0x01, processes={ours: 50})
+        second = FakeDevice(0x41, processes={child.pid: 11})
+        monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(first, hidden, second))
+        found = taken([ours, child.pid], ["CUDA1", "", "CUDA0"])
+        child.kill()
+    assert found[child.pid].devices == {"CUDA1": 7, "CUDA0": 11}
+    assert found[ours].devices == {"CUDA1": 12, "CUDA0": 11}
 
 
 def test_the_rate_is_over_the_last_seconds() -> None:

@@ -6,9 +6,11 @@ import sys
 import psutil
 import pytest
 
-from exo.worker.host import probe_commands, probe_host
-from exo.worker.messages import Probe
+from exo.doctor import as_text
+from exo.worker.host import Host, NvidiaDevice, called, probe_commands, probe_host
+from exo.worker.messages import Device, Probe
 from exo.worker.runners import RUNNERS
+from tests.nvml import FakeDevice, fake_nvml
 
 ANSWER = Probe(installed=True, engine="abacus", version="1", backends=("AbacusWood",))
 
@@ -38,6 +40,43 @@ async def test_nvidia_devices_are_listed_where_there_is_a_driver_and_none_elsewh
         assert device.name
         assert 0 <= device.memory_free <= device.memory_total
         assert float(device.compute_capability) > 3
+
+
+def nvidia(address: str) -> NvidiaDevice:
+    return NvidiaDevice("H100", "9.0", 80, 70, address)
+
+
+def cuda(name: str, address: str) -> Device:
+    return Device(name=name, backend="LlamaCppCuda", address=address)
+
+
+def test_devices_are_called_what_engines_call_them_wherever_they_are_in_the_drivers_order() -> None:
+    devices = (nvidia("0000:01:00.0"), nvidia("0000:41:00.0"), nvidia("0000:c1:00.0"))
+    seen = (cuda("CUDA0", "0000:c1:00.0"), cuda("CUDA1", "0000:01:00.0"), Device(name="CPU", backend="LlamaCppCpu"))
+    with_llama = Probe(installed=True, engine="llama.cpp", devices=seen)
+    assert [each.id for each in called(devices, [ANSWER, with_llama])] == ["CUDA1", "", "CUDA0"]
+    assert [each.id for each in called(devices, [ANSWER])] == ["CUDA0", "CUDA1", "CUDA2"]
+
+
+async def test_what_the_driver_says_of_each_device_is_joined_with_what_an_engine_calls_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(FakeDevice(0x41, used=3), FakeDevice(0xC1)))
+    seen = (cuda("CUDA0", "0000:c1:00.0"), cuda("CUDA1", "0000:41:00.0"))
+    answer = Probe(installed=True, engine="llama.cpp", devices=seen).model_dump_json()
+    first, second = (await probe_host({"cuda": script(f"print({answer!r})")})).nvidia_devices
+    assert (first.id, first.address, second.id, second.address) == ("CUDA1", "0000:41:00.0", "CUDA0", "0000:c1:00.0")
+    assert first.memory_total - first.memory_free == 3
+
+
+def test_the_doctor_tells_how_much_of_each_device_is_in_use() -> None:
+    gib = 1 << 30
+    used = NvidiaDevice("H100", "9.0", 80 * gib, 50 * gib, "0000:c1:00.0", "CUDA1")
+    hidden = NvidiaDevice("A2", "8.6", 16 * gib, 16 * gib, "0000:01:00.0")
+    machine = Host("Linux", "x86_64", 8, gib, gib, (used, hidden), {})
+    first, second = [line for line in as_text(machine) if line.startswith("NVIDIA")]
+    assert first == ("NVIDIA    CUDA1: H100, compute capability 9.0, at 0000:c1:00.0, 30.0 GiB in use of 80.0 GiB")
+    assert "hidden from engines: A2" in second
 
 
 async def test_every_runner_is_asked_and_one_that_fails_harms_no_other() -> None:

@@ -1,4 +1,4 @@
-"""The account of memory by itself: random lives of many models against a plain model of what must hold."""
+"""The accounts of memory by themselves: random lives of many models against a plain model of what must hold."""
 
 import math
 from collections.abc import Callable
@@ -9,15 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.ledger import Entry, Ledger, Memory, Verdicts, need
+from exo.worker.ledger import Entry, Ledger, Verdicts
+from exo.worker.memory import Memory
 from exo.worker.messages import Choice, Estimated
 
-CAPACITY = Memory(100, 50)
+CAPACITY = Memory(100, {"CUDA0": 50, "CUDA1": 30})
 
 
-def takes(host: int, device: int = 0, *, later_host: int = 0, later_device: int = 0) -> Estimated:
-    choice = Choice(host=host, device=device, later_host=later_host, later_device=later_device)
+def takes(host: int, device: int = 0, *, later_host: int = 0, later_device: int = 0, **devices: int) -> Estimated:
+    choice = Choice(host=host, device=device, devices=devices, later_host=later_host, later_device=later_device)
     return Estimated(choices=(choice,))
+
+
+def both(host: int, first: int, second: int = 0) -> Memory:
+    return Memory(host, {"CUDA0": first, "CUDA1": second})
 
 
 @dataclass(slots=True)
@@ -153,7 +158,7 @@ def test_a_refusal_tells_both_numbers_and_the_smallest_change_of_each_setting_th
     account.ledger.enter("new", 0)
     account.ledger.estimate("new", Estimated(choices=(Choice(host=120, device=20),), remedies=remedies))
     refusal = account.ledger.settle(1).refused["new"]
-    assert (refusal.needed, refusal.room) == (Memory(120, 20), Memory(70, 50))
+    assert (refusal.needed, refusal.room) == (both(120, 20), both(70, 50, 30))
     assert refusal.message("org/new", "cuda") == (
         "org/new needs 120 bytes of memory, and at most 70 can be freed for it here; with n_ctx = 1024, or "
         'cache_type_k = "q8_0" and cache_type_v = "q8_0" in [cuda] of its card it would fit'
@@ -165,8 +170,83 @@ def test_a_refusal_without_a_remedy_says_so() -> None:
     account.ledger.enter("new", 0)
     account.ledger.estimate("new", takes(10, 60))
     message = account.ledger.settle(1).refused["new"].message("org/new", "mlx")
-    assert "needs 60 bytes of device memory, and at most 50 can be freed" in message
+    assert "needs 60 bytes of memory on CUDA0, and at most 50 can be freed" in message
     assert "no setting of [mlx] in its card would make it fit" in message
+
+
+def test_each_device_is_an_account_of_its_own() -> None:
+    account = Account()
+    account.load("first", takes(10, CUDA0=50), pinned=True)
+    account.load("second", takes(10, CUDA1=30), pinned=True)
+    assert account.ledger.free == Memory(80)
+    account.ask("third", takes(10, CUDA1=1))
+    assert account.refused == ["third"]
+
+
+def test_what_does_not_say_which_device_takes_the_first() -> None:
+    account = Account()
+    account.load("first", takes(10, 45))
+    assert account.ledger.reserved == both(10, 45)
+    account.load("named", takes(10, 2, CUDA0=3, CUDA1=4))
+    assert account.ledger.reserved == both(20, 50, 4)
+
+
+def test_who_has_nothing_of_what_is_short_stays() -> None:
+    account = Account()
+    account.load("oldest", takes(5, CUDA0=40))
+    account.load("short", takes(5, CUDA1=25))
+    account.load("newest", takes(5, CUDA0=5, CUDA1=5))
+    account.ask("new", takes(5, CUDA1=20))
+    assert account.unloaded == ["short"]
+
+
+def test_both_devices_are_freed_where_both_are_short() -> None:
+    account = Account()
+    account.load("a", takes(5, CUDA0=40))
+    account.load("b", takes(5, CUDA1=25))
+    account.ask("new", takes(5, CUDA0=20, CUDA1=20))
+    assert set(account.unloaded) == {"a", "b"}
+    assert "new" in account.granted
+
+
+def test_a_refusal_names_each_device_that_is_short_and_the_devices_on_which_it_would_fit() -> None:
+    account = Account()
+    account.load("pinned", takes(5, CUDA0=20, CUDA1=25), pinned=True)
+    remedies = (
+        Choice(settings={"n_ctx": 512}, host=5, devices={"CUDA0": 31, "CUDA1": 1}),
+        Choice(settings={"devices": ["CUDA1"]}, host=5, devices={"CUDA1": 6}),
+        Choice(settings={"devices": ["CUDA0"]}, host=5, devices={"CUDA0": 30}),
+    )
+    choice = Choice(host=5, devices={"CUDA0": 40, "CUDA1": 10})
+    account.ledger.enter("new", 0)
+    account.ledger.estimate("new", Estimated(choices=(choice,), remedies=remedies))
+    message = account.ledger.settle(1).refused["new"].message("org/new", "cuda")
+    assert message == (
+        "org/new needs 40 bytes of memory on CUDA0, and at most 30 can be freed for it and "
+        "10 bytes of memory on CUDA1, and at most 5 can be freed for it here; "
+        'with devices = ["CUDA0"] in [cuda] of its card it would fit'
+    )
+
+
+def test_a_device_that_is_not_there_has_no_memory() -> None:
+    account = Account()
+    account.ledger.enter("new", 0)
+    account.ledger.estimate("new", takes(10, CUDA7=1))
+    message = account.ledger.settle(1).refused["new"].message("org/new", "cuda")
+    assert "needs 1 bytes of memory on CUDA7, and at most 0 can be freed" in message
+
+
+def test_how_devices_share_a_model_is_chosen_by_what_is_free_and_others_go_for_the_usual_way() -> None:
+    free = Choice(settings={"tensor_split": [0.1, 0.9]}, host=5, devices={"CUDA0": 2, "CUDA1": 18})
+    usual = Choice(settings={"tensor_split": [0.6, 0.4]}, host=5, devices={"CUDA0": 12, "CUDA1": 8})
+    estimated = Estimated(choices=(free, usual), enough=1)
+    account = Account()
+    account.load("a", takes(5, CUDA0=45))
+    account.ask("new", estimated)
+    assert (account.unloaded, account.granted["new"]) == ([], free)
+    account.load("b", takes(5, CUDA1=4))
+    account.ask("again", estimated)
+    assert (account.unloaded, account.granted["again"]) == (["a"], usual)
 
 
 AUTO = Estimated(
@@ -202,25 +282,25 @@ def test_what_is_left_open_makes_do_with_less_where_others_are_pinned() -> None:
 def test_the_measured_value_replaces_the_estimate_and_keeps_what_comes_later() -> None:
     account = Account()
     account.load("a", takes(60, 20, later_host=10, later_device=5))
-    account.ledger.measure("a", 45, 12)
-    assert account.ledger.reserved == Memory(55, 17)
+    account.ledger.measure("a", 45, {"CUDA0": 12})
+    assert account.ledger.reserved == both(55, 17)
     account.ledger.measure("a", 50, None)
-    assert account.ledger.reserved == Memory(55, 17)
-    account.ledger.measure("a", 58, 18)
-    assert account.ledger.reserved == Memory(58, 18)
+    assert account.ledger.reserved == both(55, 17)
+    account.ledger.measure("a", 58, {"CUDA0": 18, "CUDA1": 3})
+    assert account.ledger.reserved == both(58, 18, 3)
 
 
 def test_devices_that_nobody_can_ask_keep_their_estimate() -> None:
     account = Account()
     account.load("a", takes(60, 20, later_device=5))
     account.ledger.measure("a", 45, None)
-    assert account.ledger.reserved == Memory(45, 20)
+    assert account.ledger.reserved == both(45, 20)
 
 
 def test_a_model_that_took_more_than_it_said_does_not_let_others_in_until_there_is_room() -> None:
     account = Account()
     account.load("a", takes(40))
-    account.ledger.measure("a", 95, 0)
+    account.ledger.measure("a", 95, {})
     account.ledger.use("a")
     account.ask("b", takes(20))
     assert "b" not in account.granted
@@ -285,7 +365,7 @@ class Lives:
                 pinned = number % 11 == 0 and not any(each.pinned for each in self.ledger)
                 keep = 3.0 if number % 5 == 0 and not pinned else math.inf
                 self.ledger.enter(f"model-{self.born}", self.now, pinned=pinned, keep=keep)
-                self.ledger.estimate(f"model-{self.born}", takes(number % 97 + 1, number // 97 % 41))
+                self.ledger.estimate(f"model-{self.born}", self.wants(number))
             case "loaded":
                 self.each(number, "loading", lambda entry: self.ledger.loaded(entry.name, self.now))
             case "measured":
@@ -307,6 +387,19 @@ class Lives:
                     self.ledger.release(self.told.pop(number % len(self.told)))
         self.settle()
 
+    def wants(self, number: int) -> Estimated:
+        """Of the processors' memory and of one device, of both, or of none."""
+        host, device = number % 97 + 1, number // 97 % 41
+        match number % 4:
+            case 0:
+                return takes(host, device)
+            case 1:
+                return takes(host, CUDA1=min(device, 30))
+            case 2:
+                return takes(host, CUDA0=device, CUDA1=device // 2)
+            case _:
+                return takes(host)
+
     def each(self, number: int, state: str, act: Callable[[Entry], None]) -> None:
         found = [each for each in self.ledger if each.state == state]
         if found:
@@ -319,7 +412,8 @@ class Lives:
 
     def measure(self, entry: Entry, number: int) -> None:
         share = (50 + number % 51) / 100
-        self.ledger.measure(entry.name, int(entry.reserved.host * share), int(entry.reserved.device * share))
+        devices = {name: int(size * share) for name, size in entry.reserved.devices.items()}
+        self.ledger.measure(entry.name, int(entry.reserved.host * share), devices)
 
     def release(self, entry: Entry) -> None:
         if entry.name in self.told:
@@ -340,7 +434,8 @@ class Lives:
             self.ledger.release(name)
         self.check_sent_away(stayed)
         self.check_line()
-        assert self.ledger.reserved.fits(CAPACITY)
+        for name, size in self.ledger.reserved.by_account().items():
+            assert 0 <= size <= CAPACITY.by_account()[name], f"too much {name} is given"
         held = sum((each.reserved for each in self.ledger if each.state in ("loading", "loaded")), Memory())
         assert held == self.ledger.reserved, "who waits holds nothing"
 
@@ -353,7 +448,7 @@ class Lives:
         coming = self.ledger.free + sum((each.reserved for each in self.ledger if each.leaving), Memory())
         first = next(each for each in self.ledger if each.state == "waiting")
         assert first.estimated is not None
-        needed = need(first.estimated.choices[0])
+        needed = self.ledger.need(first.estimated.choices[0])
         for each in sent:
             assert not needed.fits(coming - each.reserved), f"{each.name} was sent away without need"
 
@@ -362,7 +457,7 @@ class Lives:
         first = next((each for each in self.ledger if each.state == "waiting"), None)
         if first is not None and first.estimated is not None:
             leaving = sum((each.reserved for each in self.ledger if each.leaving), Memory())
-            assert need(first.estimated.choices[0]).fits(self.ledger.free + leaving)
+            assert self.ledger.need(first.estimated.choices[0]).fits(self.ledger.free + leaving)
 
     def end(self) -> None:
         """All requests end and all loads succeed, so everybody in line gets its turn; then everything is given back."""
@@ -400,7 +495,7 @@ def test_nothing_is_leaked_or_given_twice_in_ten_thousand_random_sequences() -> 
         lives.end()
 
 
-amounts = st.builds(Memory, st.integers(1, 70), st.integers(0, 40))
+amounts = st.builds(both, st.integers(1, 70), st.integers(0, 40), st.integers(0, 30))
 
 
 @given(st.lists(amounts, min_size=1, max_size=8), amounts)
@@ -408,13 +503,13 @@ def test_least_recently_used_first(held: list[Memory], wanted: Memory) -> None:
     """Whoever stays although it was used before one that goes, is not needed: its room would come on top."""
     account = Account()
     for number, amount in enumerate(held):
-        account.ask(str(number), takes(amount.host, amount.device))
+        account.ask(str(number), takes(amount.host, **amount.devices))
         if str(number) in account.granted:
             account.ledger.loaded(str(number), account.now)
     before = {entry.name: (entry.last_used, entry.reserved) for entry in account.ledger}
     account.unloaded.clear()
     free = account.ledger.free
-    account.ask("new", takes(wanted.host, wanted.device))
+    account.ask("new", takes(wanted.host, **wanted.devices))
     gone = set(account.unloaded)
     room = free + sum((before[name][1] for name in gone), Memory())
     assert wanted.fits(room)

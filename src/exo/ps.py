@@ -36,7 +36,7 @@ def show(instances: InstanceList, out: Console) -> None:
             each.model,
             each.runner,
             each.backend,
-            ", ".join(each.devices) or "-",
+            _devices(each),
             _state(each),
             slots if each.slots else "-",
             f"{each.model_bytes / 1e9:.2f} GB" if each.model_bytes else "-",
@@ -47,6 +47,13 @@ def show(instances: InstanceList, out: Console) -> None:
     out.print(table, markup=False, highlight=False)
     for line in _failures(instances, now):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _devices(instance: Instance) -> str:
+    """With what it has there, or what is kept for it until that is known."""
+    sizes = {each.device: each.reserved if each.measured is None else each.measured for each in instance.device_memory}
+    names = dict.fromkeys((*instance.devices, *sizes))
+    return ", ".join(f"{name} {sizes[name] / 1e9:.2f} GB" if name in sizes else name for name in names) or "-"
 
 
 def _state(instance: Instance) -> str:

@@ -1,7 +1,7 @@
 """From what parts of a model take, by its settings, to the ways in which it may be loaded. Pure; runners use it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pydantic import JsonValue
 
@@ -25,6 +25,10 @@ class Plan:
     """Of keys and values; None as the card has it."""
     prefix_cache_bytes: int = 0
     """Of the processors' memory, for prefixes that are in no slot any more."""
+    devices: tuple[str, ...] = ()
+    """By name; empty where the runner uses the first one or none."""
+    tensor_split: tuple[float, ...] | None = None
+    """How much goes on each of ``devices``, in proportion to the others; None: as much on each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,9 @@ class Part:
     name: str
     host: int = 0
     device: int = 0
+    """Of the first device, and below of devices by name."""
     later: bool = False
+    devices: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 Size = Callable[[Plan], Sequence[Part]]
@@ -50,6 +56,10 @@ class Open:
     """Tokens of context that the model was trained for."""
     layers: int = 0
     """With what is behind the last one counted as one more."""
+    tensor_splits: tuple[tuple[float, ...], ...] = ()
+    """Those that the devices may have, the one for whose sake others are unloaded last; empty if the card says it."""
+    devices: tuple[tuple[str, ...], ...] = ()
+    """Others that the model could be loaded on, if the card said so."""
 
 
 def estimated(plan: Plan, left: Open, size: Size, cache_types: Sequence[str] = ()) -> Estimated:
@@ -61,6 +71,7 @@ def estimated(plan: Plan, left: Open, size: Size, cache_types: Sequence[str] = (
     plans = list(_plans(plan, left))
     usual = min(USUAL, left.trained)
     enough = next((at for at, each in enumerate(plans) if each.n_ctx <= usual), 0) if left.n_ctx else 0
+    enough += max(0, len(left.tensor_splits) - 1)
     return Estimated(
         choices=tuple(_choice(_chosen(each, left), size(each)) for each in plans),
         enough=enough,
@@ -82,6 +93,12 @@ def cells(n_ctx: int) -> int:
 
 
 def _plans(plan: Plan, left: Open) -> Iterator[Plan]:
+    for each in _sizes(plan, left):
+        for tensor_split in left.tensor_splits or [plan.tensor_split]:
+            yield replace(each, tensor_split=tensor_split)
+
+
+def _sizes(plan: Plan, left: Open) -> Iterator[Plan]:
     lengths = steps(left.trained, min(SHORTEST, left.trained)) if left.n_ctx else [plan.n_ctx]
     long = [length for length in lengths if length > USUAL]
     short = [length for length in lengths if length <= USUAL] or long[-1:]
@@ -95,10 +112,14 @@ def _plans(plan: Plan, left: Open) -> Iterator[Plan]:
 
 
 def _chosen(plan: Plan, left: Open) -> dict[str, JsonValue]:
-    values = {"n_ctx": plan.n_ctx if left.n_ctx else None, "n_gpu_layers": plan.n_gpu_layers}
-    if not left.n_gpu_layers:
-        del values["n_gpu_layers"]
-    return {key: value for key, value in values.items() if value is not None}
+    values: dict[str, JsonValue] = {}
+    if left.n_ctx:
+        values["n_ctx"] = plan.n_ctx
+    if left.n_gpu_layers:
+        values["n_gpu_layers"] = plan.n_gpu_layers
+    if left.tensor_splits:
+        values["tensor_split"] = list(plan.tensor_split or ())
+    return values
 
 
 def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tuple[dict[str, JsonValue], Plan]]:
@@ -115,21 +136,43 @@ def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tu
     if plan.n_gpu_layers is not None and not left.n_gpu_layers:
         for n_gpu_layers in range(left.layers - 1, -1, -1):
             yield {"n_gpu_layers": n_gpu_layers}, replace(plan, n_gpu_layers=n_gpu_layers)
+    for names in left.devices:
+        # Of all devices the same, so that what fits now fits whenever it is loaded.
+        changes: dict[str, JsonValue] = {"devices": [*names]}
+        if len(names) > 1:
+            changes["tensor_split"] = [1 for _ in names]
+        yield changes, replace(plan, devices=names, tensor_split=None)
     least = min(plan.n_ctx, SHORTEST)
     if plan.slots > 1 and plan.n_ctx > least:
         yield {"n_ctx": least, "slots": 1}, replace(plan, n_ctx=least, slots=1)
         if plan.prefix_cache_bytes:
-            changes: dict[str, JsonValue] = {"n_ctx": least, "slots": 1, "prefix_cache_bytes": 0}
-            yield changes, replace(plan, n_ctx=least, slots=1, prefix_cache_bytes=0)
+            smallest: dict[str, JsonValue] = {"n_ctx": least, "slots": 1, "prefix_cache_bytes": 0}
+            yield smallest, replace(plan, n_ctx=least, slots=1, prefix_cache_bytes=0)
 
 
 def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part]) -> Choice:
+    later = [part for part in parts if part.later]
     names = dict.fromkeys(part.name for part in parts)
     return Choice(
         settings=settings,
         host=sum(part.host for part in parts),
         device=sum(part.device for part in parts),
-        later_host=sum(part.host for part in parts if part.later),
-        later_device=sum(part.device for part in parts if part.later),
-        parts={name: sum(max(part.host, part.device) for part in parts if part.name == name) for name in names},
+        devices=_by_device(parts),
+        later_host=sum(part.host for part in later),
+        later_device=sum(part.device for part in later),
+        later_devices=_by_device(later),
+        parts={name: sum(_size(part) for part in parts if part.name == name) for name in names},
     )
+
+
+def _by_device(parts: Sequence[Part]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in parts:
+        for name, size in part.devices.items():
+            sizes[name] = sizes.get(name, 0) + size
+    return sizes
+
+
+def _size(part: Part) -> int:
+    """Of memory that is a device's and the processors', once."""
+    return max(part.host, part.device) + sum(part.devices.values())

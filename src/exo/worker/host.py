@@ -3,10 +3,10 @@
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import anyio
@@ -18,6 +18,8 @@ from exo.worker.messages import Probe
 from exo.worker.runners import RUNNERS
 
 PROBE_SECONDS = 15.0
+TRY_SECONDS = 120.0
+"""For probes that import an engine which takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class NvidiaDevice:
     """Major and minor number, such as "9.0"."""
     memory_total: int
     memory_free: int
+    address: str = ""
+    """On the PCI bus, such as "0000:c1:00.0"."""
+    id: str = ""
+    """What engines call it, such as "CUDA0"; empty where it is hidden from them, as by CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +47,42 @@ class Host:
     memory_total: int
     memory_available: int
     nvidia_devices: tuple[NvidiaDevice, ...]
-    """Empty where there is no NVIDIA driver, or none that answers."""
+    """In the driver's order. Empty where there is no NVIDIA driver, or none that answers."""
     probes: Mapping[str, Probe]
     """By runner name, one for each runner."""
+    processor: str = ""
+    """What the processors call themselves; empty where they do not."""
 
 
-def probe_commands() -> dict[str, tuple[str, ...]]:
-    """The command by which each runner tells what it can do here, by runner name."""
-    return {name: (sys.executable, "-m", spec.module, "--probe") for name, spec in RUNNERS.items()}
+def probe_commands(*, thorough: bool = False) -> dict[str, tuple[str, ...]]:
+    """The command by which each runner tells what it can do here, by runner name.
+
+    A runner in an environment of its own looks what is installed there, and only if ``thorough`` whether that loads.
+    """
+    return {
+        name: (*spec.command, "--probe", *(("--try",) if thorough and spec.environment else ()))
+        for name, spec in RUNNERS.items()
+    }
 
 
 async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadline: float = PROBE_SECONDS) -> Host:
-    """Asks the driver and every runner, all at once; the engines are imported by the runners' probes, never here.
+    """Asks every runner, all at once, and the driver; the engines are imported by the runners' probes, never here.
 
     A probe that says nothing usable within ``deadline`` seconds is killed and counts as not installed, with a note that
     says why. ``commands`` defaults to ``probe_commands()``.
     """
     probes: dict[str, Probe] = {}
-    devices: list[NvidiaDevice] = []
 
     async def ask_runner(name: str, command: Sequence[str]) -> None:
         probes[name] = await _probe(name, command, deadline)
 
-    async def ask_driver() -> None:
-        with anyio.move_on_after(deadline):
-            devices.extend(await run_sync(_nvidia_devices, abandon_on_cancel=True))
-
     commands = probe_commands() if commands is None else commands
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(ask_driver)
         for name, command in commands.items():
             tasks.start_soon(ask_runner, name, command)
+    devices: Sequence[NvidiaDevice] = ()
+    with anyio.move_on_after(deadline):  # only now, since a probe itself takes memory on devices
+        devices = await run_sync(_nvidia_devices, abandon_on_cancel=True)
     memory = psutil.virtual_memory()
     return Host(
         system=platform.system(),
@@ -79,14 +90,35 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
         cpu_count=os.cpu_count() or 1,
         memory_total=memory.total,
         memory_available=memory.available,
-        nvidia_devices=tuple(devices),
+        nvidia_devices=called(devices, probes.values()),
         probes={name: probes[name] for name in commands},
+        processor=_processor(),
     )
+
+
+def called(devices: Iterable[NvidiaDevice], probes: Iterable[Probe]) -> tuple[NvidiaDevice, ...]:
+    """The driver's devices by the names that engines have for them, whose order is CUDA's and not the driver's.
+
+    Where no engine tells an address, there is nothing to go by but the driver's order.
+    """
+    names = {each.address: each.name for probe in probes for each in probe.devices if each.address}
+    return tuple(
+        replace(each, id=names.get(each.address, "") if names else f"CUDA{index}") for index, each in enumerate(devices)
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
     def unusable(why: str) -> Probe:
-        return Probe(installed=False, engine=name, notes=(f"the probe of runner {name} {why}",))
+        remedy = RUNNERS[name].setup if name in RUNNERS else ""
+        return Probe(installed=False, engine=name, notes=(f"the probe of runner {name} {why}",), remedy=remedy)
 
     try:
         with anyio.fail_after(deadline):
@@ -124,4 +156,6 @@ def _nvidia_device(nvml: ModuleType, handle: object) -> NvidiaDevice:
         total, free = int(memory.total), int(memory.free)
     except nvml.NVMLError_NotSupported:  # a device that shares the processors' memory
         total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
-    return NvidiaDevice(str(nvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", total, free)
+    pci = nvml.nvmlDeviceGetPciInfo(handle)
+    address = f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
+    return NvidiaDevice(str(nvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", total, free, address)

@@ -7,7 +7,8 @@ import anyio
 
 from exo.worker.conversation import ENDINGS
 from exo.worker.health import Health
-from exo.worker.ledger import Entry, Memory
+from exo.worker.ledger import Entry
+from exo.worker.memory import Memory
 from exo.worker.messages import Choice, Failed, Status
 from exo.worker.process import RunnerError, RunnerProcess
 from exo.worker.router import LiveRunner

@@ -1,40 +1,20 @@
-"""One account of memory for all runners: what each has reserved, who waits for how much, and who has to go. Pure.
+"""The accounts of memory for all runners: what each has reserved, who waits for how much, and who has to go. Pure.
 
-What holds: what is reserved is at most the capacity, but where a runner turns out to take more than its estimate; a
+There is one account of the processors' memory and one of each device's. What holds: what is reserved on each is at most
+its capacity, but where a runner turns out to take more than its estimate; a
 runner that is in use or pinned is never told to end; and whoever waits gets its memory in the order of arrival, unless
 a later one fits beside all that came before it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
 from pydantic_core import to_json
 
+from exo.worker.memory import HOST, UNKNOWN, Memory
 from exo.worker.messages import Choice, Estimated
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes of the processors' memory and of all devices together."""
-
-    host: int = 0
-    device: int = 0
-
-    def __add__(self, other: "Memory") -> "Memory":
-        return Memory(self.host + other.host, self.device + other.device)
-
-    def __sub__(self, other: "Memory") -> "Memory":
-        return Memory(self.host - other.host, self.device - other.device)
-
-    def fits(self, room: "Memory") -> bool:
-        """Whether there is room for it; what takes nothing of a kind fits even where too much of it is taken."""
-        return self.host <= max(0, room.host) and self.device <= max(0, room.device)
-
-    def at_least(self, other: "Memory") -> "Memory":
-        """The larger of both, each kind by itself."""
-        return Memory(max(self.host, other.host), max(self.device, other.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +28,10 @@ class Refusal:
 
     def message(self, model_id: str, runner: str) -> str:
         """For whoever asked for the model."""
-        kinds = (("memory", self.needed.host, self.room.host), ("device memory", self.needed.device, self.room.device))
         short = [
-            f"{needed:,} bytes of {kind}, and at most {max(0, room):,} can be freed for it"
-            for kind, needed, room in kinds
-            if needed > room
+            f"{needed:,} bytes of {'memory' if name == HOST else f'memory on {name}'}, "
+            f"and at most {room:,} can be freed for it"
+            for name, needed, room in self.needed.beyond(self.room)
         ]
         text = f"{model_id} needs {' and '.join(short)} here"
         if not self.remedies:
@@ -117,11 +96,6 @@ class Entry:
         return max(0.0, self.expires - now) if self.idle and not self.leaving else self.keep
 
 
-def need(choice: Choice) -> Memory:
-    """What a way to load takes."""
-    return Memory(choice.host, choice.device)
-
-
 @final
 class Ledger:
     """``capacity`` None: nothing is counted and everything fits."""
@@ -131,6 +105,15 @@ class Ledger:
         self._entries: dict[str, Entry] = {}
         self._line: list[Entry] = []
         """Those that wait for memory, in order of arrival."""
+
+    def need(self, choice: Choice) -> Memory:
+        """What a way to load takes."""
+        return Memory(choice.host, self._devices(choice.devices, choice.device))
+
+    def _devices(self, named: Mapping[str, int], first: int) -> dict[str, int]:
+        known = self.capacity.devices if self.capacity is not None else ()
+        name = next(iter(known), UNKNOWN)
+        return {**named, name: named.get(name, 0) + first} if first else dict(named)
 
     @property
     def reserved(self) -> Memory:
@@ -176,7 +159,7 @@ class Ledger:
         assert entry.state == "loading"
         entry.state, entry.last_used = "loaded", now
 
-    def measure(self, name: str, host: int, device: int | None) -> None:
+    def measure(self, name: str, host: int, devices: Mapping[str, int] | None) -> None:
         """What a runner that has loaded takes replaces what was estimated, but for what it will take later.
 
         The first measurement says how good the estimate was; later ones can only show that it was too small. Where
@@ -185,7 +168,7 @@ class Ledger:
         entry = self._entries[name]
         assert entry.state == "loaded"
         estimated = entry.reserved - entry.later if entry.measured is None else entry.measured
-        taken = Memory(host, estimated.device if device is None else device)
+        taken = Memory(host, estimated.devices if devices is None else devices)
         entry.reserved = (taken + entry.later) if entry.measured is None else entry.reserved.at_least(taken)
         entry.measured = taken
 
@@ -239,7 +222,7 @@ class Ledger:
                 granted[entry.name] = choice
                 self._grant(entry, choice)
             elif wanted is not None:
-                ahead += need(wanted)
+                ahead += self.need(wanted)
                 first = False
         unload = [each for each in self._entries.values() if each.leaving and each.idle and not each.ending]
         for each in unload:
@@ -249,22 +232,22 @@ class Ledger:
     def _grant(self, entry: Entry, choice: Choice) -> None:
         self._line.remove(entry)
         entry.state = "loading"
-        entry.reserved = need(choice)
-        entry.later = Memory(choice.later_host, choice.later_device)
+        entry.reserved = self.need(choice)
+        entry.later = Memory(choice.later_host, self._devices(choice.later_devices, choice.later_device))
 
     def _choice(self, estimated: Estimated, ahead: Memory) -> Choice | None:
         """The best choice, of those that are enough, for which there is memory besides what others wait for."""
         if self.capacity is None:
             return estimated.choices[0]
         room = self.free - ahead
-        return next((each for each in estimated.choices[: estimated.enough + 1] if need(each).fits(room)), None)
+        return next((each for each in estimated.choices[: estimated.enough + 1] if self.need(each).fits(room)), None)
 
     def _wanted(self, estimated: Estimated) -> Choice | None:
         """The best of those no better than enough that there could be memory for, all others gone."""
         if self.capacity is None:
             return estimated.choices[0]
         most = self._most()
-        return next((each for each in estimated.choices[estimated.enough :] if need(each).fits(most)), None)
+        return next((each for each in estimated.choices[estimated.enough :] if self.need(each).fits(most)), None)
 
     def _most(self) -> Memory:
         """What is free once all that are not pinned have gone."""
@@ -275,9 +258,9 @@ class Ledger:
         most = self._most()
         changes: dict[tuple[str, ...], Choice] = {}
         for each in estimated.remedies:
-            if need(each).fits(most):
+            if self.need(each).fits(most):
                 changes.setdefault(tuple(each.settings), each)
-        return Refusal(need(estimated.choices[-1]), most, tuple(changes.values()))
+        return Refusal(self.need(estimated.choices[-1]), most, tuple(changes.values()))
 
     def _make_room(self, estimated: Estimated) -> Choice | None:
         """Has others leave, idle ones rather than busy ones; a choice, if it turns out that one fits already."""
@@ -289,9 +272,9 @@ class Ledger:
         busy = [each for each in staying if not each.idle]
         for candidates in (idle, [*idle, *busy]):
             for choice in acceptable:
-                if need(choice).fits(free):
+                if self.need(choice).fits(free):
                     return choice
-                victims = _victims(need(choice), free + coming, candidates)
+                victims = _victims(self.need(choice), free + coming, candidates)
                 if victims is not None:
                     for each in victims:
                         each.leaving = True

@@ -198,17 +198,22 @@ class Capabilities(Message):
 class Choice(Message):
     """One way to load a model, and the bytes that it takes once the model has worked with its context full.
 
-    Bytes are of the processors' memory and of all devices together. Where both are the same memory, as on a Mac, a
-    byte counts in both.
+    Where the processors' memory and a device's are the same, as on a Mac, a byte counts in both. NVIDIA devices are
+    called by CUDA's numbers as this machine's processes see them: "CUDA0", "CUDA1".
     """
 
     settings: Mapping[str, JsonValue] = {}
     """Keys of the card's table, and the values that this way needs there."""
     host: int = Field(ge=0)
+    """Of the processors' memory."""
     device: int = Field(default=0, ge=0)
+    """Of the machine's first device, which an engine that has only one takes."""
+    devices: Mapping[str, Annotated[int, Field(ge=0)]] = {}
+    """Of devices that the runner calls by name, besides that."""
     later_host: int = Field(default=0, ge=0)
-    """Of ``host``, what is not taken by loading but with the first request that needs it."""
+    """Of ``host``, what is not taken by loading but with the first request that needs it; so the next two."""
     later_device: int = Field(default=0, ge=0)
+    later_devices: Mapping[str, Annotated[int, Field(ge=0)]] = {}
     parts: Mapping[str, int] = {}
     """What the bytes are for, such as "weights" and "KV cache"."""
 
@@ -407,6 +412,8 @@ class Device(Message):
     backend: str
     memory_total: int = 0
     memory_free: int = 0
+    address: str = ""
+    """On the PCI bus, such as "0000:c1:00.0"; empty where it has none or the engine does not tell."""
 
 
 class Probe(Message):

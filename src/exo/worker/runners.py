@@ -4,7 +4,9 @@ A runner's name is its value of the card's ``runner`` flag, the suffix ``@name``
 of its table in a model card.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Need = Literal["grammar", "logprobs", "embeddings", "rerank", "vision"]
@@ -22,6 +24,23 @@ class RunnerSpec:
     module: str
     backends: tuple[str, ...]
     features: frozenset[Need] = frozenset()
+    environment: str | None = None
+    """Of a runner whose library does not go together with the server's: the virtual environment that it runs in, a
+    folder beside the one that exo itself runs in."""
+    setup: str = ""
+    """The command that makes the environment."""
+
+    @property
+    def interpreter(self) -> str:
+        """The Python that runs it, whether it is there or not."""
+        if self.environment is None:
+            return sys.executable
+        return str(Path(sys.prefix).with_name(self.environment) / "bin" / "python")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The program that speaks the contract."""
+        return (self.interpreter, "-m", self.module)
 
 
 RUNNERS: dict[str, RunnerSpec] = {

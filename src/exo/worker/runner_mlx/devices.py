@@ -33,9 +33,9 @@ def use_backend(name: str) -> Backend:
     return backend
 
 
-def device(backend: Backend) -> Device:
+def device(backend: Backend, index: int = 0) -> Device:
     """Memory is what MLX tells: nothing on a CPU."""
-    info = mx.device_info(_kind(backend))
+    info = mx.device_info(mx.Device(_kind(backend), index))
     total = next((info[key] for key in ("memory_size", "total_memory") if key in info), 0)
     return Device(name=str(info.get("device_name", backend)), backend=backend, memory_total=int(total))
 

@@ -89,8 +89,7 @@ class Embedder:
             cache = KVCache(self.model.windows, 1, len(job.tokens))
             self._text = text = _Text(job, cache, mx.zeros(1))
         start, stop = text.done, min(text.done + self.chunk, len(text.job.tokens))
-        layers = text.cache.enter([0], [start], stop - start)
-        states = self.model.states(mx.array([text.job.tokens[start:stop]]), layers)[0].astype(mx.float32)
+        states = self.model.states(mx.array([text.job.tokens[start:stop]]), text.cache, start)[0].astype(mx.float32)
         match self.pooling:
             case "mean":  # the sum will do, as the vector's length is made 1 anyway
                 text.pooled = text.pooled + states.sum(axis=0)

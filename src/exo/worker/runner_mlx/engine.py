@@ -123,7 +123,7 @@ class Engine:
     def _queue(self, step: Step, before: Queued | None) -> Queued:
         queued = Queued(step)
         for stale in step.stale:
-            self._cache.clear(stale.slot, stale.start, stale.stop)
+            self._model.clear(self._cache, stale.slot, stale.start, stale.stop)
         for chunk in step.chunks:
             self._prefill(chunk, queued)
         if not step.rows:
@@ -141,8 +141,9 @@ class Engine:
     def _prefill(self, chunk: Chunk, queued: Queued) -> None:
         """Fills the cache. The logits are computed only where something asks for them."""
         sequence = chunk.sequence
-        layers = self._cache.enter([sequence.slot], [chunk.start], chunk.stop - chunk.start)
-        logits = self._model.forward(mx.array([sequence.tokens[chunk.start : chunk.stop]]), layers)
+        tokens = mx.array([sequence.tokens[chunk.start : chunk.stop]])
+        whole = sequence.prompt_logprobs is not None
+        logits = self._model.forward(tokens, self._cache, [sequence.slot], [chunk.start], whole=whole)
         queue(self._cache.arrays())
         if sequence.prompt_logprobs is not None:
             self._score_prompt(chunk, logits[0], sequence.prompt_logprobs, queued)
@@ -171,8 +172,8 @@ class Engine:
             tokens, unread = inputs(rows, before)
             self._sampler = Sampler(sequences, self._tokenizer.n_vocab, unread)
         positions = [row.position for row in rows]
-        layers = self._cache.enter([sequence.slot for sequence in sequences], positions, 1)
-        return self._model.forward(tokens[:, None], layers)[:, 0]
+        slots = [sequence.slot for sequence in sequences]
+        return self._model.forward(tokens[:, None], self._cache, slots, positions)[:, 0]
 
     def _choose(self, queued: Queued, logits: mx.array) -> None:
         """Queues the sampling of a step's rows, and the log-probabilities that they ask for."""

@@ -5,17 +5,18 @@ processes were measured to have (x86-64, mlx 0.32.4, Python 3.11; ``tests/test_e
 """
 
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from exo.worker.estimate import Open, Part, Plan, cells, estimated
 from exo.worker.messages import Estimate, Estimated
-from exo.worker.runner_mlx.devices import Backend, use_backend
 from exo.worker.runner_mlx.embedding import LONGEST
-from exo.worker.runner_mlx.folder import Tensor, check_folder, tensors
-from exo.worker.runner_mlx.loading import DEFAULT_CONTEXT, Json, computed_in, trained_context
-from exo.worker.runner_mlx.options import MlxOptions, find_model, read_options
+from exo.worker.runner_mlx.folder import Json, Tensor, language_config, tensors
+from exo.worker.runner_mlx.loading import Checked, check, computed_in, trained_context
+from exo.worker.runner_mlx.pipeline import own_layers
+from exo.worker.runner_mlx.sharding import Sharding
 
 _PROCESS = 102_000_000
 """Interpreter and libraries."""
@@ -25,82 +26,114 @@ _TOKENIZER = 17.5
 """Bytes in memory for each of the tokenizer's file."""
 _DEVICE_CONTEXT = 512 << 20
 """What CUDA takes for itself on a device."""
+_OF_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
-    load = command.load
-    options = read_options(load.table)
-    backend = use_backend(load.backend)
-    folder = find_model(options, load.model_id, load.directories)
-    model = _Model.of(folder, check_folder(folder), options, backend)
-    left = Open(n_ctx=load.table.get("n_ctx") == "auto", trained=model.trained)
-    plan = Plan(options.n_ctx or min(model.trained, DEFAULT_CONTEXT), options.slots)
-    return estimated(plan, left, model.size)
+    checked = check(command.load)
+    model = _Model.of(checked)
+    left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=trained_context(checked.config))
+    return estimated(Plan(checked.n_ctx, checked.options.slots), left, model.size)
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    options: MlxOptions
-    backend: Backend
-    weights: int
-    """Bytes, as they are computed with."""
+    checked: Checked
+    weights: tuple[int, ...]
+    """Bytes of each rank, as they are computed with."""
     tokenizer: int
     """Bytes of its file."""
-    cached: int
-    """Elements of one token's keys and values, in all layers."""
+    cached: tuple[int, ...]
+    """Elements of one token's keys and values in the layers, or shares of layers, of each rank."""
     width: int
     """Bytes of a number that is computed."""
     vocabulary: int
-    trained: int
 
     @classmethod
-    def of(cls, folder: Path, config: Json, options: MlxOptions, backend: Backend) -> "_Model":
+    def of(cls, checked: Checked) -> "_Model":
         """From what the folder's files say of themselves."""
-        inner = config.get("text_config")
-        sizes = {**config, **inner} if isinstance(inner, dict) else config
-
-        def number(key: str, default: int) -> int:
-            value = sizes.get(key)
-            return value if isinstance(value, int) else default
-
-        stored = tensors(folder)
-        dtype = computed_in(options, config, backend)
-        floats = Counter(tensor.dtype for tensor in stored if tensor.dtype in _FLOATS)
+        sizes = language_config(checked.config)
+        stored = tensors(checked.folder)
+        dtype = computed_in(checked.options, checked.config, checked.backend)
+        floats = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in _FLOATS)
         usual = next((name for name, _ in floats.most_common(1)), "F32")
-        heads = number("num_attention_heads", 1)
-        head_dim = number("head_dim", number("hidden_size", 1) // max(1, heads))
-        file = folder / "tokenizer.json"
+        heads = _number(sizes, "num_attention_heads", 1)
+        head_dim = _number(sizes, "head_dim", _number(sizes, "hidden_size", 1) // max(1, heads))
+        layer = 2 * _number(sizes, "num_key_value_heads", heads) * head_dim
+        layers = _number(sizes, "num_hidden_layers", 1)
+        file = checked.folder / "tokenizer.json"
         return cls(
-            options=options,
-            backend=backend,
-            weights=sum(_bytes(tensor, dtype) for tensor in stored),
+            checked=checked,
+            weights=_weights(stored, dtype, layers, checked.sharding),
             tokenizer=file.stat().st_size if file.exists() else 0,
-            cached=2 * number("num_hidden_layers", 1) * number("num_key_value_heads", heads) * head_dim,
+            cached=_cached(layer, layers, checked.sharding),
             width=_FLOATS[dtype or usual],
-            vocabulary=number("vocab_size", 0),
-            trained=trained_context(config),
+            vocabulary=_number(sizes, "vocab_size", 0),
         )
 
     def size(self, plan: Plan) -> list[Part]:
-        """What everything takes."""
-        longest = self.options.embedding_ctx or min(plan.n_ctx, LONGEST)
-        token = self.cached * self.width
-        context = _DEVICE_CONTEXT if self.backend == "MlxCuda" else 0
+        """What everything takes, in all processes."""
+        longest = self.checked.options.embedding_ctx or min(plan.n_ctx, LONGEST)
+        tokens = [self.width * each for each in self.cached]
+        ranks = len(tokens)
+        context = _DEVICE_CONTEXT if self.checked.backend == "MlxCuda" else 0
+        process = self._part("process", [context] * ranks)
+        logits = 4 * plan.slots * self.vocabulary
         return [
-            Part("process", _PROCESS, context),
+            replace(process, host=process.host + _PROCESS * ranks),
             Part("tokenizer", int(self.tokenizer * _TOKENIZER)),
             self._part("weights", self.weights),
-            self._part("KV cache", plan.slots * cells(plan.n_ctx) * token),
-            self._part("compute", _WORKSPACE + 4 * plan.slots * self.vocabulary, later=True),
-            self._part("embedding", cells(longest) * token, later=True),
+            self._part("KV cache", [plan.slots * cells(plan.n_ctx) * token for token in tokens]),
+            self._part("compute", [_WORKSPACE + logits] * ranks, later=True),
+            self._part("embedding", [cells(longest) * token for token in tokens], later=True),
         ]
 
-    def _part(self, name: str, size: int, *, later: bool = False) -> Part:
-        """Metal's memory is the processors' as well."""
-        host = 0 if self.backend == "MlxCuda" else size
-        return Part(name, host, 0 if self.backend == "MlxCpu" else size, later)
+    def _part(self, name: str, by_rank: Sequence[int], *, later: bool = False) -> Part:
+        """Each CUDA device has a rank. Metal's memory is the processors' as well."""
+        if self.checked.backend == "MlxCuda":
+            others = {f"CUDA{rank}": size for rank, size in enumerate(by_rank) if rank > 0}
+            return Part(name, 0, by_rank[0], later, others)
+        size = sum(by_rank)
+        return Part(name, size, 0 if self.checked.backend == "MlxCpu" else size, later)
+
+
+def _number(sizes: Json, key: str, default: int) -> int:
+    value = sizes.get(key)
+    return value if isinstance(value, int) else default
+
+
+def _weights(
+    stored: Mapping[str, Tensor], dtype: str | None, layers: int, sharding: Sharding | None
+) -> tuple[int, ...]:
+    """Bytes by rank. What is in no layer is on every rank, and so are a layer's vectors where its matrices are shared.
+
+    In the middle of a pipeline no rank needs more than its layers, and the first stage only the embedding.
+    """
+    if sharding is None:
+        return (sum(_bytes(tensor, dtype) for tensor in stored.values()),)
+    ranks = range(sharding.size)
+    found = [0 for _ in ranks]
+    for name, tensor in stored.items():
+        size, place = _bytes(tensor, dtype), _OF_LAYER.search(name)
+        for rank in ranks:
+            if sharding.kind == "tensor":
+                found[rank] += size // sharding.size if place is not None and len(tensor.shape) > 1 else size
+            elif place is None:
+                found[rank] += size if rank == 0 or (rank == ranks[-1] and "embed" in name) else 0
+            elif int(place[1]) in own_layers(layers, rank, sharding.size):
+                found[rank] += size
+    return tuple(found)
+
+
+def _cached(layer: int, layers: int, sharding: Sharding | None) -> tuple[int, ...]:
+    if sharding is None:
+        return (layer * layers,)
+    ranks = range(sharding.size)
+    if sharding.kind == "tensor":
+        return tuple(layer * layers // sharding.size for _ in ranks)
+    return tuple(layer * len(own_layers(layers, rank, sharding.size)) for rank in ranks)
 
 
 def _bytes(tensor: Tensor, dtype: str | None) -> int:

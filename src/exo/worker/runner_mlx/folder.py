@@ -44,9 +44,15 @@ def check_folder(folder: Path) -> Json:
     return config
 
 
-def tensors(folder: Path) -> list[Tensor]:
+def language_config(config: Json) -> Json:
+    """The language model's numbers, which models with a vision part nest."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
     """Everything in the folder's weights. Raises LoadError for a file that is not what its header says."""
-    return [tensor for file in _weights(folder) for tensor in _safetensors(file)]
+    return {name: tensor for file in _weights(folder) for name, tensor in _safetensors(file).items()}
 
 
 def _optional(folder: Path, name: str) -> list[tuple[str, Json]]:
@@ -79,7 +85,7 @@ def _weights(folder: Path) -> list[Path]:
     return found
 
 
-def _safetensors(path: Path) -> list[Tensor]:
+def _safetensors(path: Path) -> dict[str, Tensor]:
     """What the header lists, once the file is known to have it: MLX would find out only while it computes.
 
     The format is eight bytes with the header's length, the header, which is a JSON object, and the tensors, which
@@ -106,7 +112,7 @@ def _safetensors(path: Path) -> list[Tensor]:
         taken = end
     if size < 8 + length + taken:
         raise _broken(f"{path} is cut short: it has {size} bytes of {8 + length + taken}")
-    return list(found.values())
+    return found
 
 
 def _broken(message: str) -> LoadError:

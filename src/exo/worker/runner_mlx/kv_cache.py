@@ -117,6 +117,7 @@ class KVCache:
         """``windows`` has for each layer how many tokens it sees, the current one included; None is all of them."""
         self.layers = [LayerCache(self, window) for window in windows]
         self.at: Pass
+        self.n_ctx = n_ctx
         self._n_slots = n_slots
         self._n_cells = -(-n_ctx // BLOCK) * BLOCK
 

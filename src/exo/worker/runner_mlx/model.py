@@ -16,8 +16,12 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
-from exo.worker.runner_mlx.kv_cache import LayerCache
+from exo.worker.runner_mlx.folder import Json
+from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 from exo.worker.runner_mlx.options import LoadError
+from exo.worker.runner_mlx.pipeline import Body
+from exo.worker.runner_mlx.plans import Clear, Pass, TextPass
+from exo.worker.runner_mlx.sharding import Part
 
 
 @contextmanager
@@ -77,9 +81,6 @@ class _Network(Protocol):
     def set_dtype(self, dtype: mx.Dtype) -> None: ...
 
 
-_Body = Callable[[mx.array, Sequence[LayerCache]], mx.array]
-
-
 class HfTokenizer(Protocol):
     """What ``tokenizer`` relies on of mlx-lm's wrapper and the Hugging Face tokenizer in it."""
 
@@ -113,42 +114,90 @@ class _Decoder(Protocol):
 
 
 class Model:
-    """A loaded network. ``windows`` are its layers' sliding windows in tokens, None where a layer sees everything."""
+    """A loaded network. ``windows`` are its layers' sliding windows in tokens, None where a layer sees everything.
 
-    def __init__(self, folder: Path, dtype: str | None, on_layer: Callable[[int, int], None]) -> None:
+    Of one that is divided between ranks this is a ``part``; what rank 0 computes here, the others compute with it.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: str | None, on_layer: Callable[[int, int], None], part: Part | None = None
+    ) -> None:
         """Raises LoadError. ``on_layer`` gets layers loaded and layers in all."""
+        self._part = part
         try:
             network, config = mlx_lm.load_model(folder, lazy=True)
             self._network: _Network = network
             if dtype is not None:
                 self._network.set_dtype(cast(mx.Dtype, getattr(mx, dtype)))
+            self.size_bytes = sum(array.nbytes for _, array in _flatten(self._network.parameters()))
+            self.windows = [_window(kind) for kind in caches.make_prompt_cache(network)]
+            self._body = _body(self._network)
+            if part is not None:
+                part.take(network, self._body, self.windows)
             self.n_layers = len(self._network.layers)
             for index, layer in enumerate(self._network.layers):
                 wait_for(layer.parameters())
                 on_layer(index + 1, self.n_layers)
-            wait_for(self._network.parameters())
-            self.windows = [_window(kind) for kind in caches.make_prompt_cache(network)]
+            if part is None or part.has_results:
+                wait_for(self._network.parameters())
         except BROKEN_MODEL as error:
             raise load_error(f"mlx-lm could not load {folder}", error) from error
-        self._body = _body(self._network)
-        self.size_bytes = sum(array.nbytes for _, array in _flatten(self._network.parameters()))
         self.eos_token_ids = _as_list(config.get("eos_token_id"))
 
-    def forward(self, tokens: mx.array, layers: list[LayerCache]) -> mx.array:
-        """Queues one pass over tokens of shape (rows, width); logits, shape (rows, width, vocabulary)."""
-        return self._network(tokens, layers)
+    def forward(
+        self, tokens: mx.array, cache: KVCache, slots: list[int], starts: list[int], *, whole: bool = True
+    ) -> mx.array:
+        """Queues one pass over tokens of shape (rows, width); logits, shape (rows, width, vocabulary).
 
-    def has_states(self, layers: list[LayerCache]) -> bool:
-        """Whether ``states`` works for this network. Computes nothing. ``layers`` are of a cache for two tokens."""
+        The tokens are the next ones of ``slots``, in ascending order, from ``starts`` on. Without ``whole`` the pass
+        is for the cache's sake, and the logits are not to be looked at.
+        """
+        width = tokens.shape[1]
+        layers = cache.enter(slots, starts, width)
+        if self._part is None:
+            return self._network(tokens, layers)
+        self._part.tell(Pass(slots=slots, starts=starts, width=width, whole=whole))
+        logits = self._network(_shared(tokens, self._part), layers)
+        queue(self._part.computed(cache.arrays(), logits if whole else None))
+        return logits
+
+    def states(self, tokens: mx.array, cache: KVCache, start: int) -> mx.array:
+        """Queues one pass without the head over the next tokens, shape (1, width), of a text that has ``cache``.
+
+        Normed states, shape (1, width, hidden size).
+        """
+        assert self._body is not None
+        width = tokens.shape[1]
+        layers = cache.enter([0], [start], width)
+        if self._part is None:
+            return self._body(tokens, layers)
+        self._part.tell(TextPass(start=start, width=width, cells=cache.n_ctx))
+        states = self._body(_shared(tokens, self._part), layers)
+        queue(self._part.computed(cache.arrays(), states))
+        return states
+
+    def has_states(self) -> bool:
+        """Whether ``states`` works for this network. Computes nothing."""
+        layers = KVCache(self.windows, 1, 2).enter([0], [0], 2)
         try:
             return self._body is not None and self._body(mx.array([[0, 0]]), layers).shape[:2] == (1, 2)
         except BROKEN_MODEL:
             return False
 
-    def states(self, tokens: mx.array, layers: list[LayerCache]) -> mx.array:
-        """Queues one pass as ``forward`` does, without the head: normed states, shape (rows, width, hidden size)."""
-        assert self._body is not None
-        return self._body(tokens, layers)
+    def clear(self, cache: KVCache, slot: int, start: int, stop: int) -> None:
+        """``cache.clear``, on all ranks."""
+        if self._part is not None:
+            self._part.tell(Clear(slot=slot, start=start, stop=stop))
+        cache.clear(slot, start, stop)
+
+
+def divides_layers(config: Json) -> bool:
+    """Whether mlx-lm can divide the layers of a kind of model between ranks, by config.json."""
+    try:
+        network, _ = mlx_lm._get_classes(config)
+    except BROKEN_MODEL:
+        return False
+    return hasattr(network, "shard")
 
 
 def open_tokenizer(folder: Path, eos_token_ids: list[int]) -> HfTokenizer:
@@ -179,14 +228,21 @@ def load_error(what: str, error: Exception) -> LoadError:
     return LoadError("out_of_memory" if ran_out_of_memory(error) else "model_load_failed", f"{what}: {detail}")
 
 
+def _shared(tokens: mx.array, part: Part) -> mx.array:
+    """Queued by itself, and so on all ranks before all else of a pass: what a rank receives does not depend on it."""
+    shared = part.share(tokens)
+    queue(shared)
+    return shared
+
+
 def _as_list(ids: int | list[int] | None) -> list[int]:
     return [ids] if isinstance(ids, int) else ids or []
 
 
-def _body(network: object) -> _Body | None:
+def _body(network: object) -> Body | None:
     """The network without its head, where it has the name that nearly all of mlx-lm's models give it."""
     body = getattr(getattr(network, "language_model", network), "model", None)
-    return cast(_Body, body) if callable(body) else None
+    return cast(Body, body) if callable(body) else None
 
 
 def _window(kind: _LayerKind) -> int | None:

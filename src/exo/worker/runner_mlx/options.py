@@ -53,6 +53,10 @@ class MlxOptions(BaseModel):
     """How tokens' vectors become one of the text; by default as the folder's 1_Pooling/config.json says, else mean."""
     embedding_ctx: int | None = Field(default=None, ge=32, le=1 << 20)
     """The longest text to embed; by default what a slot holds, at most 2,048."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=16)
+    """Processes that divide every layer between them, by its heads; on CUDA, each on a GPU of its own."""
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=16)
+    """Processes that each have some of the layers; on CUDA, each on a GPU of its own. One of the two sizes is 1."""
 
     @field_validator("n_ctx", mode="before")
     @classmethod
@@ -69,6 +73,12 @@ class MlxOptions(BaseModel):
         if name is not None and info.field_name != "path" and Path(name).is_absolute():
             raise ValueError("must be a name, not an absolute path")
         return name
+
+    @model_validator(mode="after")
+    def _is_divided_one_way(self) -> "MlxOptions":
+        if self.tensor_parallel_size > 1 and self.pipeline_parallel_size > 1:
+            raise ValueError("one of tensor_parallel_size and pipeline_parallel_size must be 1")
+        return self
 
     @model_validator(mode="after")
     def _names_one_folder(self) -> "MlxOptions":

@@ -186,9 +186,13 @@ class Runner:
             self._ready = engine, loaded
             self._emitter.put(Status(state="Ready", capabilities=loaded.capabilities))
             engine.run()
+            if loaded.ranks is not None:
+                loaded.ranks.end()
         except LoadError as error:
             self._fail(Failed(code=error.code, message=str(error)))
         except (RuntimeError, MemoryError) as error:
+            if self._ready is not None and self._ready[1].ranks is not None:
+                self._ready[1].ranks.blame()
             code = "out_of_memory" if ran_out_of_memory(error) else "engine_error"
             self._fail(Failed(code=code, message=f"MLX failed: {error}"))
 

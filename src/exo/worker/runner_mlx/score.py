@@ -40,7 +40,7 @@ def log_probabilities(loaded: Loaded, tokens: tuple[int, ...]) -> npt.NDArray[np
     rows: list[npt.NDArray[np.float32]] = []
     for start in range(0, len(tokens), loaded.chunk):
         chunk = mx.array([tokens[start : start + loaded.chunk]])
-        logits = loaded.model.forward(chunk, loaded.cache.enter([0], [start], chunk.shape[1]))
+        logits = loaded.model.forward(chunk, loaded.cache, [0], [start])
         rows.append(_log_softmax(np.array(logits[0].astype(mx.float32), np.float32)))
     return np.concatenate(rows)
 
