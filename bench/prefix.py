@@ -1,9 +1,9 @@
-"""What the loop's three devices bring, each against the same runner without it, on one GGUF.
+"""What two of the loop's devices bring, each against the same runner without it, on one GGUF.
 
-``python bench/prefix.py MODEL.gguf shared|long|repeated [--scale S] [--repeats N]``: a stem that 4 streams share
-against stems of their own; a prompt of 4,000 tokens among 8 running streams with the step's time bounded and without;
-text that repeats itself, one stream, with drafts and without. ``--scale`` shrinks lengths, for a trial. The runner is
-driven directly, by the messages of ``exo.worker.messages``. The two kinds take turns; medians are printed.
+``python bench/prefix.py MODEL.gguf shared|long [--scale S] [--repeats N]``: a stem that 4 streams share against stems
+of their own; a prompt of 4,000 tokens among 8 running streams with the step's time bounded and without. ``--scale``
+shrinks lengths, for a trial. The runner is driven directly, by the messages of ``exo.worker.messages``. The two kinds
+take turns; medians are printed. ``bench/speculation.py`` measures guessing ahead.
 """
 
 import argparse
@@ -19,7 +19,18 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from exo.worker.messages import Deltas, Failed, Finished, Generate, Load, Message, SamplingParams, Shutdown, Status
+from exo.worker.messages import (
+    Deltas,
+    Failed,
+    Finished,
+    Generate,
+    Load,
+    Message,
+    SamplingParams,
+    Shutdown,
+    Status,
+    Text,
+)
 from exo.worker.runners import RUNNERS
 from exo.worker.wire import decode_event, encode
 
@@ -87,11 +98,11 @@ class Runner:
                         pass
                 self._changed.notify_all()
 
-    def start(self, prompt: list[int], tokens: int) -> Stream:
-        """Sends a greedy request."""
+    def start(self, prompt: list[int] | str, tokens: int) -> Stream:
+        """Sends a greedy request, of tokens or of text."""
         request = Generate(
             id=f"r{len(self._streams)}",
-            prompt=tuple(prompt),
+            prompt=(Text(text=prompt),) if isinstance(prompt, str) else tuple(prompt),
             sampling=SamplingParams(seed=0, temperature=0),
             max_tokens=tokens,
             ignore_eos=True,
@@ -163,31 +174,15 @@ def long(path: str, scale: float, repeats: int) -> dict[str, list[float]]:
     return results
 
 
-def repeated(path: str, scale: float, repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of one stream: text that repeats itself, and, for the cost, text that does not."""
-    source, results = random.Random(3), defaultdict[str, list[float]](list)
-    runners = {kind: Runner(path, slots=1, n_ctx=4096, speculate=kind) for kind in ("auto", "off")}
-    passage, length = words(source, 60), int(256 * scale)
-    for repeat in range(repeats):
-        for what, prompt in (("repeated", passage * 4), ("new", words(source, 60))):
-            for kind in ("auto", "off") if repeat % 2 else ("off", "auto"):
-                stream = runners[kind].start(prompt, length)
-                runners[kind].finish([stream])
-                results[f"{what} text, tokens/s, speculate {kind}"].append(stream.rate)
-    for runner in runners.values():
-        runner.stop()
-    return results
-
-
 def main() -> None:
-    """One of the three, and a line for each figure."""
+    """One of the two, and a line for each figure."""
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
-    parser.add_argument("what", choices=("shared", "long", "repeated"))
+    parser.add_argument("what", choices=("shared", "long"))
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    measure = {"shared": shared, "long": long, "repeated": repeated}[arguments.what]
+    measure = {"shared": shared, "long": long}[arguments.what]
     for name, values in measure(arguments.path, arguments.scale, arguments.repeats).items():
         print(f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
 

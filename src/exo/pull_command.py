@@ -12,7 +12,7 @@ from exo.exit_code import CommandError, ExitCode
 from exo.models.card import ModelCard
 from exo.models.hub import Hub
 from exo.models.meter import Progress
-from exo.models.pull import Plan, plan, pull
+from exo.models.pull import Plan, plan_source, pull
 from exo.models.pull_error import PullError, PullErrorCode
 from exo.models.purpose import needs_of
 from exo.models.selection import Source, matches
@@ -39,12 +39,15 @@ def pull_model(
     chosen = _runner(card, runner)
     hub, store = Hub(settings.hub), Store(settings.models_directories, settings.read_only_directories)
     try:
-        source = Source.of(card, chosen, quant)
+        source, draft = Source.of(card, chosen, quant), Source.of_draft(card, chosen)
         source.required_repo()
     except PullError as error:
         raise pull_failure(error) from error
     try:
-        return anyio.run(_pull, card, source, store, hub, console)
+        pulled = anyio.run(_pull, source, store, hub, console)
+        if draft is not None and draft.repo is not None:
+            anyio.run(_pull, draft, store, hub, console)
+        return pulled
     except PullError as error:
         raise pull_failure(error) from error
     except KeyboardInterrupt:
@@ -67,10 +70,10 @@ def pull_failure(error: PullError) -> CommandError:
     return CommandError(str(error), _EXIT_CODES.get(error.code, ExitCode.FAILED))
 
 
-async def _pull(card: ModelCard, source: Source, store: Store, hub: Hub, console: Console) -> tuple[Plan, OnDisk]:
+async def _pull(source: Source, store: Store, hub: Hub, console: Console) -> tuple[Plan, OnDisk]:
     with _bar(console) as bar:
         task = bar.add_task(f"asking the hub about {source.repo}", total=None, rate="")
-        planned = await plan(card, source.runner, hub, source.quant)
+        planned = await plan_source(source, hub)
         console.print(
             f"pulling {len(planned.files)} files, {planned.total:,} bytes, of {source.repo}"
             f" at {planned.revision[:12]} for runner {source.runner}",

@@ -83,29 +83,39 @@ class Pulls:
         that comes to.
         """
         try:
-            source = Source.of(card, runner)
+            sources = Source.of(card, runner), Source.of_draft(card, runner)
         except PullError:
             return  # the runner says what is wrong with its table
-        if source.repo is None or ".." in PurePosixPath(source.file or "").parts:
-            return
-        found = await run_sync(self._on_disk, source)
-        if found.state == "present":
-            return
-        if not self._settings.auto_pull:
-            raise _not_downloaded(source, found)
-        try:
-            await self.pull(card, runner, None, on_progress)
-        except PullError as error:
-            raise from_pull_error(error, param="model") from error
+        for source in sources:
+            if source is None or source.repo is None or ".." in PurePosixPath(source.file or "").parts:
+                continue
+            found = await run_sync(self._on_disk, source)
+            if found.state == "present":
+                continue
+            if not self._settings.auto_pull:
+                raise _not_downloaded(card, source, found)
+            try:
+                await self._join(source, on_progress)
+            except PullError as error:
+                raise from_pull_error(error, param="model") from error
 
     async def pull(self, card: ModelCard, runner: str, quant: str | None, on_progress: OnProgress) -> Pulled:
-        """Joins the pull of these files, or begins it. Raises PullError, and ``ApiError`` where the server stops."""
-        source = Source.of(card, runner, quant)
+        """Joins the pull of these files, or begins it, and then of the draft model's, if there is one to pull.
+
+        Raises PullError, and ``ApiError`` where the server stops.
+        """
+        draft = Source.of_draft(card, runner)
+        pulled = await self._join(Source.of(card, runner, quant), on_progress)
+        if draft is not None and draft.repo is not None:
+            await self._join(draft, on_progress)
+        return pulled
+
+    async def _join(self, source: Source, on_progress: OnProgress) -> Pulled:
         source.required_repo()
         job = self._jobs.get(source)
         if job is None:
             job = self._jobs[source] = _Job()
-            self._tasks.start_soon(self._run, job, card, source)
+            self._tasks.start_soon(self._run, job, source)
         job.waiting += 1
         try:
             return await job.follow(on_progress)
@@ -115,13 +125,13 @@ class Pulls:
                 job.scope.cancel()
                 self._forget(source, job)
 
-    async def _run(self, job: "_Job", card: ModelCard, source: Source) -> None:
+    async def _run(self, job: "_Job", source: Source) -> None:
         try:
             with job.scope:
                 hub, store = await run_sync(self._library)
-                from exo.models.pull import plan, pull
+                from exo.models.pull import plan_source, pull
 
-                planned = await plan(card, source.runner, hub, source.quant)
+                planned = await plan_source(source, hub)
                 job.pulled = Pulled(planned, await pull(planned, store, hub, partial(setattr, job, "progress")))
         except Exception as error:  # noqa: BLE001 - raised to those who wait
             job.failure = error
@@ -190,10 +200,11 @@ def pull_note(progress: Progress) -> str:
     return f"pulling {percent}%{rate}{note}"
 
 
-def _not_downloaded(source: Source, found: "OnDisk") -> ApiError:
+def _not_downloaded(card: ModelCard, source: Source, found: "OnDisk") -> ApiError:
     part = f" ({found.bytes:,} of {found.total:,} bytes are)" if found.total else ""
+    what = card.model_id if source.model_id == card.model_id else f"{source.model_id}, {card.model_id}'s draft model,"
     message = (
-        f"{source.model_id} is not on disk for runner {source.runner}{part}; "
-        f"`exo pull {source.model_id} --runner {source.runner}` fetches it, and `exo serve --auto-pull` does so unasked"
+        f"{what} is not on disk for runner {source.runner}{part}; "
+        f"`exo pull {card.model_id} --runner {source.runner}` fetches it, and `exo serve --auto-pull` does so unasked"
     )
     return ApiError(404, message, code="model_not_downloaded", param="model")

@@ -1,7 +1,7 @@
 """Model cards: one TOML file for each model, a superset of upstream exo's, so that every card of upstream's loads.
 
-Added here are ``runner``, ``aliases``, ``tool_format``, ``pinned``, ``ttl``, two tasks and one table for each runner,
-such as ``[cuda]``, which only that runner reads.
+Added here are ``runner``, ``aliases``, ``tool_format``, ``pinned``, ``ttl``, ``prefer``, two tasks and one table for
+each runner, such as ``[cuda]``, which only that runner reads.
 """
 
 import math
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, V
 from pydantic_core import PydanticCustomError
 
 from exo.worker.runners import RUNNERS
+from exo.worker.speed import Prefer
 from exo.worker.wire import describe
 
 UPSTREAM_BACKENDS = ("MlxMetal", "MlxCpu", "MlxCuda", "Vllm")
@@ -143,6 +144,9 @@ class ModelCard(_Table):
     """Never unloaded to make room for another model, nor after a time."""
     ttl: Annotated[float, Field(ge=0, le=1e9)] | Literal[-1] | None = None
     """Seconds that the model stays loaded without being used; -1 is for ever, None what the server is set to."""
+    prefer: Prefer | None = None
+    """What decides between runners that have loaded the model; None is what the server is set to, by default the
+    order of ``backends``."""
     uses_cfg: bool = False
     trust_remote_code: bool = False
     """Upstream's default is true; here code that comes with weights is never run unasked."""

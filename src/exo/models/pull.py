@@ -44,7 +44,11 @@ class Plan:
 
 async def plan(card: ModelCard, runner: str, hub: Hub, quant: str | None = None) -> Plan:
     """Asks the hub. Raises PullError, which lists the quantisations where none, or more than one, is meant."""
-    source = Source.of(card, runner, quant)
+    return await plan_source(Source.of(card, runner, quant), hub)
+
+
+async def plan_source(source: Source, hub: Hub) -> Plan:
+    """As ``plan``."""
     stop = threading.Event()
     try:
         return await anyio.to_thread.run_sync(partial(_plan, source, hub, stop), abandon_on_cancel=True)

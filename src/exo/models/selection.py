@@ -28,15 +28,19 @@ _FOLDER = (_WEIGHTS, "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merg
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-class _Table(BaseModel):
-    """The keys of a runner's table that say where its files are. The rest is for the runner alone."""
+class _Files(BaseModel):
+    """The keys of a table that say where a model's files are. The rest is for the runner alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     path: str | None = None
     repo: ModelId | None = None
     file: str | None = None
+
+
+class _Table(_Files):
     mmproj: str | None = None
+    draft: _Files | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +61,23 @@ class Source:
     @classmethod
     def of(cls, card: ModelCard, runner: str, quant: str | None = None) -> "Source":
         """What the card says. Raises PullError."""
-        if runner not in RUNNERS:
-            raise PullError("not_pullable", f"there is no runner {runner}; there are {', '.join(RUNNERS)}")
-        try:
-            table = _Table.model_validate(card.engines.get(runner, {}))
-        except ValidationError as error:
-            raise PullError("not_pullable", f"card of {card.model_id}, [{runner}] {describe(error)[1]}") from error
+        table = _table(card, runner)
         if runner == "cuda":
             return cls(card.model_id, runner, table.repo, table.path, table.file, table.mmproj, quant)
         if quant is not None:
             raise PullError("no_match", f"{runner} takes a whole repository; a quantisation is chosen for cuda only")
         return cls(card.model_id, runner, None if table.path else table.repo or card.model_id, table.path)
+
+    @classmethod
+    def of_draft(cls, card: ModelCard, runner: str) -> "Source | None":
+        """Where the draft model is that the card has for the runner, if it has one. Raises PullError.
+
+        It is a model of its own, which other cards may be for, so it lies in its own repository's folder.
+        """
+        draft = _table(card, runner).draft if runner == "cuda" else None
+        if draft is None:
+            return None
+        return cls(draft.repo or card.model_id, runner, draft.repo, draft.path, draft.file)
 
     def required_repo(self) -> str:
         """The repository to pull from. Raises PullError where the card names none."""
@@ -75,6 +85,15 @@ class Source:
             missing = f"names the path {self.path}, not a repository" if self.path else "names no repository"
             raise PullError("not_pullable", f"nothing to pull: the card of {self.model_id}, [{self.runner}], {missing}")
         return self.repo
+
+
+def _table(card: ModelCard, runner: str) -> _Table:
+    if runner not in RUNNERS:
+        raise PullError("not_pullable", f"there is no runner {runner}; there are {', '.join(RUNNERS)}")
+    try:
+        return _Table.model_validate(card.engines.get(runner, {}))
+    except ValidationError as error:
+        raise PullError("not_pullable", f"card of {card.model_id}, [{runner}] {describe(error)[1]}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,18 +23,13 @@ class _Shown(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Engine(_Shown):
-    """One runner that the card is for."""
+class Files(_Shown):
+    """Where a model's files are from, and what of them is here."""
 
-    runner: str
-    backend: str | None
-    """What it would compute on; None where it cannot serve the model here."""
-    reason: str
-    """The router's, for or against."""
     source: str | None
     """The repository, and of it the GGUF file or pattern, or the path."""
     state: Literal["present", "partial", "absent"] | None
-    """Of the files; None where the card's table for the runner is broken, which ``reason`` then tells."""
+    """None where the card's table for the runner is broken, which the engine's ``reason`` then tells."""
     bytes: int = 0
     """On disk."""
     total: int | None = None
@@ -43,6 +38,18 @@ class Engine(_Shown):
     """What the runner loads, or where a part of it is."""
     revision: str | None = None
     read_only: bool = False
+
+
+class Engine(Files):
+    """One runner that the card is for, and the model's files for it."""
+
+    runner: str
+    backend: str | None
+    """What it would compute on; None where it cannot serve the model here."""
+    reason: str
+    """The router's, for or against."""
+    draft: Files | None = None
+    """The draft model's, where the card has one."""
 
 
 class ShownModel(_Shown):
@@ -84,14 +91,16 @@ def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> Engine:
     decision = _decide(runner, card, host)
     backend, reason = (decision.backend, decision.reason) if isinstance(decision, Route) else (None, decision.message)
     try:
-        source = Source.of(card, runner)
+        source, draft = Source.of(card, runner), Source.of_draft(card, runner)
     except PullError as error:
         return Engine(runner=runner, backend=None, reason=str(error), source=None, state=None)
+    of_draft = _files(draft, store) if draft is not None else None
+    return Engine(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(_files(source, store)))
+
+
+def _files(source: Source, store: Store) -> Files:
     disk = store.on_disk(source)
-    return Engine(
-        runner=runner,
-        backend=backend,
-        reason=reason,
+    return Files(
         source=": ".join(part for part in (source.repo, source.path or source.file) if part) or None,
         state=disk.state,
         bytes=disk.bytes,
@@ -144,15 +153,18 @@ def _engine_rows(engine: Engine) -> Iterator[tuple[str, str]]:
         yield "source", engine.source
     if engine.state is not None:
         yield "on disk", _on_disk(engine)
+    if engine.draft is not None:
+        yield "draft model", engine.draft.source or "none named"
+        yield "on disk", _on_disk(engine.draft)
 
 
-def _on_disk(engine: Engine) -> str:
-    if engine.state == "absent":
+def _on_disk(files: Files) -> str:
+    if files.state == "absent":
         return "no"
-    whole = "yes" if engine.state == "present" else f"in part, {_gb(engine.bytes)} of {_gb(engine.total)}"
-    size = f", {_gb(engine.bytes)}" if engine.state == "present" else ""
-    revision = f", revision {engine.revision[:12]}" if engine.revision else ""
-    return f"{whole}{size}, {engine.path}{revision}{', read-only' if engine.read_only else ''}"
+    whole = "yes" if files.state == "present" else f"in part, {_gb(files.bytes)} of {_gb(files.total)}"
+    size = f", {_gb(files.bytes)}" if files.state == "present" else ""
+    revision = f", revision {files.revision[:12]}" if files.revision else ""
+    return f"{whole}{size}, {files.path}{revision}{', read-only' if files.read_only else ''}"
 
 
 def _gb(size: int | None) -> str:

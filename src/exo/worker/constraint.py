@@ -117,6 +117,8 @@ class Constraint:
         self._threads = threads
         self._next: Future[Mask] | None = None
         self._finished = matcher.is_stopped()
+        self.spared = False
+        """Whether the last token asked about was allowed, so that it took no mask, and the next may take none."""
 
     @property
     def finished(self) -> bool:
@@ -136,6 +138,12 @@ class Constraint:
         self.prepare()
         assert self._next is not None
         return self._next.result()
+
+    def allows(self, token: int) -> bool:
+        """What ``mask`` says of one token, without computing it unless that was begun. Raises GrammarError."""
+        begun = self._next
+        self.spared = self._matcher.validate_tokens([token]) == 1 if begun is None else bool(begun.result()[token])
+        return self.spared
 
     def accept(self, token: int) -> None:
         """Goes on past a token. Raises GrammarError if it is not allowed."""

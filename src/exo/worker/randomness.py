@@ -11,6 +11,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 Numbers = npt.NDArray[np.float64]
+Keys = npt.NDArray[np.uint64] | np.uint64
 
 BLOCK = 512
 """Token ids that are drawn from together; see ``messages.SamplingParams``."""
@@ -30,11 +31,14 @@ def _mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def key(seed: int, position: int) -> int:
+    """What the numbers at ``position``, counted from the first prompt token, are made from."""
+    return _mix((_mix((seed + _GAMMA) & _MASK) + position * _GAMMA) & _MASK)
+
+
 def uniforms(seed: int, position: int, streams: npt.NDArray[np.integer]) -> Numbers:
-    """Numbers strictly between 0 and 1, one for each stream, at ``position``, counted from the first prompt token."""
-    state = _mix((_mix((seed + _GAMMA) & _MASK) + position * _GAMMA) & _MASK)
-    bits = _mix_all(np.uint64(state) + streams.astype(np.uint64) * np.uint64(_GAMMA))
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """Numbers strictly between 0 and 1, one for each stream, at ``position``."""
+    return _keyed_uniforms(np.uint64(key(seed, position)), streams)
 
 
 def gumbels(seed: int, position: int, streams: npt.NDArray[np.integer]) -> Numbers:
@@ -44,4 +48,14 @@ def gumbels(seed: int, position: int, streams: npt.NDArray[np.integer]) -> Numbe
     values", 1954). Unlike an interval of the running sum, which every weight before it can shift, the winner changes
     only where two candidates are as good as tied: rounding seldom makes another token of it.
     """
-    return -np.log(-np.log(uniforms(seed, position, streams)))
+    return keyed_gumbels(np.uint64(key(seed, position)), streams)
+
+
+def keyed_gumbels(keys: Keys, streams: npt.NDArray[np.integer]) -> Numbers:
+    """``gumbels`` for each stream, of the same shape as ``keys``: what ``key`` gives for its seed and position."""
+    return -np.log(-np.log(_keyed_uniforms(keys, streams)))
+
+
+def _keyed_uniforms(keys: Keys, streams: npt.NDArray[np.integer]) -> Numbers:
+    bits = _mix_all(keys + streams.astype(np.uint64) * np.uint64(_GAMMA))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

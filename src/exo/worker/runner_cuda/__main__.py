@@ -12,6 +12,7 @@ from types import TracebackType
 from exo.worker.emitter import Emitter
 from exo.worker.messages import Status
 from exo.worker.runner_cuda.devices import probe
+from exo.worker.runner_cuda.huge_pages import restart_with_huge_pages
 from exo.worker.wire import exit_now, read_commands, take_protocol_stream
 
 SWITCH_SECONDS = 0.0005
@@ -30,6 +31,7 @@ def main() -> None:
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return
+    restart_with_huge_pages()
     protocol = take_protocol_stream()
     if sys.argv[1:] == ["--score"]:
         from exo.worker.runner_cuda import score

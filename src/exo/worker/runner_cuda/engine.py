@@ -1,15 +1,18 @@
 """The generate loop. One thread runs it, and no other touches the llama.cpp context."""
 
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
-from exo.worker.constraint import GrammarError, Mask, grammar_failure
-from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, StepDone
+from exo.worker.constraint import Constraint, GrammarError, Mask, grammar_failure
+from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.messages import Failed, FinishReason
+from exo.worker.runner_cuda.candidates import NotFinite, Row
 from exo.worker.runner_cuda.embedding import Embedder, Job
 from exo.worker.runner_cuda.llama import Context, Logits
-from exo.worker.runner_cuda.sampler import NotFinite, Row, score
+from exo.worker.runner_cuda.sampler import Sampler, Turn, choose, score
 from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.tokenizer import Tokenizer
@@ -25,6 +28,11 @@ class Leave:
 
 class Stop:
     """Ends the loop."""
+
+
+T = TypeVar("T")
+Reading = Generator[Turn, int | None, T]
+"""Gives turns, is sent their tokens (None: the row's logits are not finite) and ends with a ``T``."""
 
 
 class Engine:
@@ -115,26 +123,49 @@ class Engine:
         return n_outputs
 
     def _read(self, step: Step, logits: Logits, done: StepDone) -> None:
-        """What the step's rows of logits, shape (rows, n_vocab), in batch order, say; into ``done``."""
+        """What the step's rows of logits, shape (rows, n_vocab), in batch order, say; into ``done``.
+
+        One row of every sequence at a time, all of them chosen from together: whether a sequence's next row counts, and
+        how it is adjusted, the token before it decides.
+        """
         at = 0
+        readings: list[tuple[str, Reading[None]]] = []
         for chunk in step.chunks:
             rows = logits[at : at + chunk.n_scored + chunk.n_sampled]
             at += len(rows)
-            try:
-                self._read_chunk(chunk, rows, done)
-            except NotFinite:
-                message = "the model computed a logit that is not a number for this request"
-                self._fail(Failed(id=chunk.sequence.id, code="engine_error", message=message))
-            except GrammarError as error:
-                self._fail(grammar_failure(chunk.sequence.id, error))
+            readings.append((chunk.sequence.id, self._read_chunk(chunk, rows, done)))
+        tokens: list[int | None] = [None] * len(readings)
+        while readings:
+            due: list[tuple[str, Reading[None]]] = []
+            turns: list[Turn] = []
+            for (sequence_id, reading), token in zip(readings, tokens, strict=True):
+                turn = self._go_on(sequence_id, reading, token)
+                if turn is not None:
+                    due.append((sequence_id, reading))
+                    turns.append(turn)
+            readings, tokens = due, choose(turns)
+        for chunk in step.chunks:
             if chunk.draft:
                 self._scheduler.verified(chunk)
+
+    def _go_on(self, sequence_id: str, reading: Reading[None], token: int | None) -> Turn | None:
+        """The sequence's next turn, once it has the token of the last one; None: its rows are read."""
+        try:
+            return reading.send(token)
+        except StopIteration:
+            pass
+        except NotFinite:
+            message = "the model computed a logit that is not a number for this request"
+            self._fail(Failed(id=sequence_id, code="engine_error", message=message))
+        except GrammarError as error:
+            self._fail(grammar_failure(sequence_id, error))
+        return None
 
     def _fail(self, failed: Failed) -> None:
         self._scheduler.remove(failed.id or "")
         self._emitter.put(failed)
 
-    def _read_chunk(self, chunk: Chunk, rows: Logits, done: StepDone) -> None:
+    def _read_chunk(self, chunk: Chunk, rows: Logits, done: StepDone) -> Reading[None]:
         """Raises NotFinite and GrammarError."""
         sequence = chunk.sequence
         if sequence.prompt_logprobs is not None:
@@ -145,20 +176,22 @@ class Engine:
                 prompt = sequence.tokens[: sequence.n_prompt]
                 done.prompts.append(PromptScored(sequence.id, prompt, sequence.prompt_scores))
         for row, guessed in zip(rows[chunk.n_scored :], [*chunk.draft, None], strict=False):
-            sampled = self._next(sequence, row, done)
+            sampled = yield from self._next(sequence, row, done)
             if sampled is None or sampled.reason is not None or sampled.token != guessed:
                 return
 
-    def _next(self, sequence: Sequence, row: Row, done: StepDone) -> Sampled | None:
+    def _next(self, sequence: Sequence, row: Row, done: StepDone) -> Reading[Sampled | None]:
         """The next token into ``done``; None if the sequence ends without one. Raises NotFinite and GrammarError."""
         if len(sequence.tokens) >= sequence.n_limit:
             self._end(sequence, "length", done)
             return None
-        allowed = _allowed(sequence)
-        if allowed is not None and not allowed.any():
+        computed = None if sequence.logprobs is None else row.copy()
+        token = yield from _choose(sequence, row)
+        if token is None:
             self._end(sequence, "stop", done)
             return None
-        sampled = self._sample(sequence, row, allowed)
+        scores = None if computed is None else score(computed, token, sequence.logprobs or 0)
+        sampled = self._accept(sequence, token, scores)
         done.sampled.append(sampled)
         return sampled
 
@@ -166,11 +199,8 @@ class Engine:
         self._scheduler.remove(sequence.id)
         done.ended.append((sequence.id, reason))
 
-    def _sample(self, sequence: Sequence, row: Row, allowed: Mask | None) -> Sampled:
-        """The next token from its logits, which are changed. Raises NotFinite and GrammarError."""
-        computed = None if sequence.logprobs is None else row.copy()
-        token = sequence.sampler.choose(row, len(sequence.tokens), allowed)
-        scores = None if computed is None else score(computed, token, sequence.logprobs or 0)
+    def _accept(self, sequence: Sequence, token: int, scores: Scores | None) -> Sampled:
+        """Goes on past the token. Raises GrammarError."""
         sequence.tokens.append(token)
         is_eog = self._tokenizer.is_eog(token)
         reason: FinishReason | None = None
@@ -181,22 +211,41 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._scheduler.remove(sequence.id)
-        elif sequence.constraint is not None:
+        elif sequence.constraint is not None and not sequence.constraint.spared:
             sequence.constraint.prepare()
         return Sampled(sequence.id, token, reason, is_eog, scores)
 
 
-def _allowed(sequence: Sequence) -> Mask | None:
-    """What its grammar lets a sequence go on with, nothing if only an end is left, which the request ignores.
+def _choose(sequence: Sequence, row: Row) -> Reading[int | None]:
+    """The next token from its logits, which are changed; None if only an end is left, which the request ignores.
 
-    Raises GrammarError.
+    Where the grammar is asked about a chosen token, that is before any mask is computed. Raises NotFinite and
+    GrammarError.
     """
-    if sequence.constraint is None:
-        return None
-    allowed = sequence.constraint.mask()
-    if sequence.sampler.forbidden:
+    sampler, constraint = sequence.sampler, sequence.constraint
+    sampler.adjust(row)
+    turn = Turn(sampler, row, len(sequence.tokens))
+    if constraint is None:
+        return (yield from _take(turn))
+    if sampler.is_greedy and constraint.allows(token := (yield from _take(turn))):
+        return token
+    turn.allowed = _allowed(constraint, sampler)
+    return (yield from _take(turn)) if turn.allowed.any() else None
+
+
+def _take(turn: Turn) -> Reading[int]:
+    token = yield turn
+    if token is None:
+        raise NotFinite
+    return token
+
+
+def _allowed(constraint: Constraint, sampler: Sampler) -> Mask:
+    """What its grammar lets a sequence go on with. Raises GrammarError."""
+    allowed = constraint.mask()
+    if sampler.forbidden:
         allowed = allowed.copy()
-        allowed[list(sequence.sampler.forbidden)] = False
+        allowed[list(sampler.forbidden)] = False
     return allowed
 
 

@@ -4,30 +4,44 @@ Weights and KV cache are counted exactly. The rest is fitted to what runner proc
 (x86-64, llama.cpp 0.5.0-dev, Python 3.11; ``tests/test_estimate_runners.py`` measures again).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from exo.worker.estimate import Open, Part, Plan, cells, estimated
-from exo.worker.messages import Estimate, Estimated
-from exo.worker.runner_cuda.devices import gpu_devices
+from exo.worker.messages import Estimate, Estimated, Load
+from exo.worker.runner_cuda.devices import gpus
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST
 from exo.worker.runner_cuda.gguf_check import TENSOR_TYPES, parts
 from exo.worker.runner_cuda.header import Header
 from exo.worker.runner_cuda.llama import CACHE_TYPES
-from exo.worker.runner_cuda.loading import DEFAULT_CONTEXT, check_header, chunks, read_options
+from exo.worker.runner_cuda.loading import (
+    DEFAULT_CONTEXT,
+    check_header,
+    chunks,
+    draft_file,
+    draft_options,
+    read_options,
+)
 from exo.worker.runner_cuda.options import CudaOptions, find_model
+from exo.worker.runner_cuda.placement import Placement, check_architecture, chosen, elsewhere, shared_out, tensor_splits
 from exo.worker.runner_cuda.scheduler import SCORED_ROWS
 
 _PROCESS = 70_000_000
 """Interpreter and libraries."""
 _DRIVER = 350_000_000
 """What CUDA adds to that."""
-_DEVICE_CONTEXT = 512 << 20
+DEVICE_CONTEXT = 512 << 20
 """Of each device, what CUDA takes for itself."""
+_COPIES = 4
+"""Of a graph's inputs, where several devices work on batches one behind the other (GGML_SCHED_MAX_COPIES)."""
 _TOKEN = 150
 """Each token of the vocabulary."""
 _REPACKED = (2, 12, 20, 39)
 """ggml's types of matrices of which the CPU keeps a second copy, in an order that suits its instructions."""
+_Where = Sequence[Mapping[str, float]]
+"""See ``Placement.layers``."""
+_OF_DRAFT = ("vocabulary", "weights", "KV cache", "outputs", "compute")
 _SMALLER_CACHES = ("q8_0", "q4_0")
 
 
@@ -35,26 +49,54 @@ def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would: without a file, with a broken one or with wrong settings."""
     load = command.load
     options = read_options(load)
+    on_gpu = load.backend == "LlamaCppCuda"
+    present = gpus() if on_gpu else ()
+    devices = chosen(options, load.backend, present)
     path = find_model(options, load.model_id, load.directories)
     check_header(path)
-    model = _Model.of([Header.read(part) for part in parts(path)], options)
-    on_gpu = load.backend == "LlamaCppCuda"
+    headers = [Header.read(part) for part in parts(path)]
+    check_architecture(options, lambda: headers[0])
+    model = _Model.of(headers, options)
+    splits = tensor_splits(options, devices)
     left = Open(
         n_ctx=load.table.get("n_ctx") == "auto",
         n_gpu_layers=on_gpu and load.table.get("n_gpu_layers") == "auto",
         trained=model.trained,
         layers=len(model.layers) + 1,
+        tensor_splits=splits,
+        devices=elsewhere(options, devices, present),
     )
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
     n_ctx = options.n_ctx or min(model.trained, DEFAULT_CONTEXT)
-    plan = Plan(n_ctx, options.slots, wanted if on_gpu else None, prefix_cache_bytes=options.prefix_cache_bytes)
-    return estimated(plan, left, model.size, _smaller_caches(options))
+    plan = Plan(
+        n_ctx=n_ctx,
+        slots=options.slots,
+        n_gpu_layers=wanted if on_gpu else None,
+        prefix_cache_bytes=options.prefix_cache_bytes,
+        devices=tuple(each.name for each in devices),
+        tensor_split=splits[-1] if splits else options.tensor_split,
+    )
+    draft = _draft(load, options)
+
+    def size(plan: Plan) -> list[Part]:
+        return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
+
+    return estimated(plan, left, size, _smaller_caches(options))
+
+
+def _draft(load: Load, options: CudaOptions) -> "_Model | None":
+    path = draft_file(load, options)
+    if path is None or options.draft is None:
+        return None
+    return _Model.of([Header.read(part) for part in parts(path)], draft_options(options, options.draft))
 
 
 def _smaller_caches(options: CudaOptions) -> Sequence[str]:
-    """Values are only quantised where attention is computed in one go."""
+    """Values are only quantised where attention is computed in one go, and not for devices that share each layer."""
+    if options.flash_attn == "off" or options.split_mode == "tensor":
+        return ()
     largest = max(_bytes(options.cache_type_k, 1024), _bytes(options.cache_type_v, 1024))
-    return [kind for kind in _SMALLER_CACHES if options.flash_attn != "off" and _bytes(kind, 1024) < largest]
+    return [kind for kind in _SMALLER_CACHES if _bytes(kind, 1024) < largest]
 
 
 @dataclass(slots=True)
@@ -65,6 +107,10 @@ class _Layer:
     """Bytes."""
     repacked: int = 0
     """Of these, what a CPU keeps twice."""
+    copied: int = 0
+    """And what each device has whole where they share the layer."""
+    heads: int = 1
+    """Of keys and values, which devices do not divide."""
     keys: int = 0
     """Elements of one token's keys, and ``values`` of its values."""
     values: int = 0
@@ -101,6 +147,7 @@ class _Model:
             block, _, name = tensor.name.removeprefix("blk.").partition(".")
             if tensor.name.startswith("blk.") and block.isdecimal() and int(block) < len(layers):
                 layers[int(block)].weights += tensor.size
+                layers[int(block)].copied += 0 if shared_out(tensor.name) else tensor.size
                 if name.endswith(".weight") and tensor.kind in _REPACKED:
                     layers[int(block)].repacked += tensor.size
             elif tensor.name.startswith("token_embd."):
@@ -124,28 +171,50 @@ class _Model:
     def size(self, plan: Plan) -> list[Part]:
         """What everything takes."""
         n_device, on_gpu = plan.n_gpu_layers or 0, plan.n_gpu_layers is not None
-        first = max(0, len(self.layers) + 1 - n_device)
-        host, device = self.layers[:first], self.layers[first:]
-        with_host = self.embedding + sum(each.weights + each.repacked for each in host)
-        on_device = sum(each.weights for each in device)
-        if n_device:
-            on_device += self.rest + (self.embedding if self.tied else 0)
-        else:
-            with_host += self.rest
-        n_devices = max(1, len(gpu_devices())) if on_gpu else 0
+        shares = plan.tensor_split or (1.0,) * len(plan.devices)
+        placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
+        where = placement.layers(len(self.layers), n_device)
+        started = dict.fromkeys(plan.devices, DEVICE_CONTEXT)
         return [
-            Part("process", _PROCESS + (_DRIVER if on_gpu else 0), n_devices * _DEVICE_CONTEXT),
+            Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
-            Part("weights", with_host, on_device),
-            Part("KV cache", self._cache(host, plan), self._cache(device, plan)),
+            self._weights(where),
+            self._cache("KV cache", plan, where, plan.slots, plan.n_ctx),
             Part("outputs", 4 * plan.slots * self.vocabulary),
+            Part("prompt log-probabilities", 4 * SCORED_ROWS * self.vocabulary, later=True),
             Part("prefix cache", plan.prefix_cache_bytes, later=True),
-            _later("compute", self._compute(plan), on_device=n_device > 0),
-            _later("embedding", self._texts(plan), on_device=n_device > 0),
+            self._compute(plan, where),
+            *self._texts(plan, where),
         ]
 
-    def _cache(self, layers: Sequence[_Layer], plan: Plan) -> int:
-        return plan.slots * sum(cells(plan.n_ctx) * self._token(layer, plan) + layer.state for layer in layers)
+    def beside(self, plan: Plan) -> list[Part]:
+        """What a draft model takes beside the one that ``plan`` is for: no process and no caches of its own."""
+        wanted = len(self.layers) + 1 if self.options.n_gpu_layers < 0 else self.options.n_gpu_layers
+        own = replace(plan, n_gpu_layers=plan.n_gpu_layers and wanted, devices=plan.devices[:1], tensor_split=None)
+        return [replace(part, name="draft model") for part in self.size(own) if part.name in _OF_DRAFT]
+
+    def _weights(self, where: _Where) -> Part:
+        *of_layers, behind = where
+        host, devices = self.embedding, dict.fromkeys(_devices(where), 0)
+        for layer, shares in zip(self.layers, of_layers, strict=True):
+            host += 0 if shares else layer.weights + layer.repacked
+            for name, share in shares.items():
+                devices[name] += math.ceil(share * (layer.weights - layer.copied)) + layer.copied
+        host += 0 if behind else self.rest
+        for name, share in behind.items():
+            devices[name] += math.ceil(share * self.rest) + (self.embedding if self.tied else 0)
+        return Part("weights", host, devices=devices)
+
+    def _cache(self, name: str, plan: Plan, where: _Where, slots: int, n_ctx: int, *, later: bool = False) -> Part:
+        """Keys and values of so many slots. Devices that share a layer have whole heads of it."""
+        host, devices = 0, dict.fromkeys(_devices(where), 0)
+        for layer, shares in zip(self.layers, where, strict=False):
+            size = slots * (cells(n_ctx) * self._token(layer, plan) + layer.state)
+            host += 0 if shares else size
+            for device, share in shares.items():
+                whole = math.ceil(share * layer.heads) / layer.heads if layer.heads else share
+                devices[device] += math.ceil(size * whole)
+        return Part(name, host, later=later, devices=devices)
 
     def _token(self, layer: _Layer, plan: Plan) -> int:
         """Bytes of one token in one layer's cache."""
@@ -153,21 +222,35 @@ class _Model:
         kinds = (plan.cache_type, plan.cache_type) if plan.cache_type is not None else types
         return _bytes(kinds[0], layer.keys) + _bytes(kinds[1], layer.values)
 
-    def _compute(self, plan: Plan) -> int:
+    def _compute(self, plan: Plan, where: _Where) -> Part:
         """The graph's buffer: logits of all rows that give any, or one layer's activations, and the mask."""
         chunk, _ = chunks(self.options, on_gpu=bool(plan.n_gpu_layers))
-        logits = 4 * (plan.slots + SCORED_ROWS) * self.vocabulary
-        return max(logits, self._activations(chunk)) + self._attention(chunk, plan.n_ctx)
+        return self._graph("compute", where, chunk, plan.slots + SCORED_ROWS, plan.n_ctx)
 
-    def _texts(self, plan: Plan) -> int:
+    def _graph(self, name: str, where: _Where, rows: int, n_outputs: int, n_ctx: int) -> Part:
+        """Of the processors, or of each device, of which those with the end of the model compute the logits."""
+        inputs, activations = self._attention(rows, n_ctx), self._activations(rows)
+        largest = max(4 * n_outputs * self.vocabulary, activations)
+        devices = _devices(where)
+        if not devices:
+            return Part(name, largest + inputs, later=True)
+        if len(devices) > 1 and all(where) and self.options.split_mode == "layer":
+            inputs = _COPIES * (inputs + 4 * rows * self.hidden)
+        ending = where[-1]
+        sizes = {each: inputs + (largest if each in ending else activations) for each in devices}
+        return Part(name, later=True, devices=sizes)
+
+    def _texts(self, plan: Plan, where: _Where) -> list[Part]:
         """The context for texts to embed; see ``embedding``."""
         options = self.options
         chunk, _ = chunks(options, on_gpu=bool(plan.n_gpu_layers))
         longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
         rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
-        cache = cells(longest) * sum(self._token(layer, plan) for layer in self.layers)
-        logits = 4 * rows * self.vocabulary  # of every row, in the graph's buffer and in that of the results
-        return cache + max(logits, self._activations(rows)) + logits + self._attention(rows, longest)
+        return [
+            self._cache("embedding", plan, where, 1, longest, later=True),
+            self._graph("embedding", where, rows, rows, longest),
+            Part("embedding", 4 * rows * self.vocabulary, later=True),  # the results, with logits of every row
+        ]
 
     def _activations(self, rows: int) -> int:
         return 4 * rows * (4 * self.hidden + 3 * self.feed_forward)
@@ -178,13 +261,14 @@ class _Model:
         return rows * cells(n_ctx) * (6 + scores)
 
 
+def _devices(where: _Where) -> tuple[str, ...]:
+    """All that have something."""
+    return tuple(dict.fromkeys(name for shares in where for name in shares))
+
+
 def _bytes(kind: str, elements: int) -> int:
     block, size = TENSOR_TYPES[CACHE_TYPES[kind]]
     return elements // block * size
-
-
-def _later(name: str, size: int, *, on_device: bool) -> Part:
-    return Part(name, 0, size, later=True) if on_device else Part(name, size, later=True)
 
 
 def _layers(header: Header, arch: str) -> list[_Layer]:
@@ -202,4 +286,5 @@ def _layers(header: Header, arch: str) -> list[_Layer]:
     keys, values = number("attention.key_length", width) * causal, number("attention.value_length", width) * causal
     inner, state = number("ssm.inner_size", 0), number("ssm.state_size", 0)
     convolved = (number("ssm.conv_kernel", 1) - 1) * (inner + 2 * number("ssm.group_count", 0) * state)
-    return [_Layer(0, 0, each * keys, each * values, 4 * (inner * state + convolved)) for each in kv_heads]
+    kept = 4 * (inner * state + convolved)
+    return [_Layer(heads=each, keys=each * keys, values=each * values, state=kept) for each in kv_heads]

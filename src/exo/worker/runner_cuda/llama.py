@@ -6,7 +6,7 @@ their layouts change nearly every release.
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.runner_cuda.devices import Gpu
 from exo.worker.runner_cuda.options import CudaOptions, LoadError, Pooling
 
 Logits = npt.NDArray[np.float32]
@@ -60,12 +61,23 @@ class Log:
 class Model:
     """A loaded GGUF: weights and vocabulary."""
 
-    def __init__(self, path: Path, options: CudaOptions, on_progress: Callable[[float], None], log: Log) -> None:
-        """Raises LoadError with llama.cpp's own last error lines. ``on_progress`` gets the share done, 0 to 1."""
+    def __init__(
+        self,
+        path: Path,
+        options: CudaOptions,
+        devices: Sequence[Gpu],
+        on_progress: Callable[[float], None],
+        log: Log,
+    ) -> None:
+        """Raises LoadError with llama.cpp's own last error lines. ``on_progress`` gets the share done, 0 to 1.
+
+        Without ``devices`` everything is the processors'.
+        """
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = options.n_gpu_layers
-        params.split_mode = SPLIT_MODES[options.split_mode]
-        params.main_gpu = options.main_gpu
+        params.n_gpu_layers = options.n_gpu_layers if devices else 0
+        params.split_mode = SPLIT_MODES[options.split_mode if devices else "none"]
+        if not devices:  # a file's pages cannot be huge ones
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
 
         def progress(done: float, _: object) -> bool:
             on_progress(done)
@@ -73,10 +85,9 @@ class Model:
 
         callback = llama_cpp.llama_progress_callback(progress)
         params.progress_callback = callback
-        if options.n_gpu_layers == 0:
-            no_devices = (ctypes.c_void_p * 1)()
-            # The bindings declare this field as a bare pointer, which an array does not assign to.
-            params.devices = ctypes.cast(no_devices, ctypes.c_void_p)  # pyright: ignore[reportAttributeAccessIssue]
+        self._devices = (ctypes.c_void_p * (len(devices) + 1))(*(each.handle for each in devices), None)
+        # The bindings declare this field as a bare pointer, which an array does not assign to.
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore[reportAttributeAccessIssue]
         if options.tensor_split is not None:
             shares = (ctypes.c_float * llama_cpp.llama_max_devices())(*options.tensor_split)
             params.tensor_split = shares
@@ -194,6 +205,10 @@ class Context:
         address = llama_cpp.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(address, shape=(n_outputs, self._n_vocab))
 
+    def use_threads(self, one_row: int, more: int) -> None:
+        """Threads of the CPU part, for a step of one row and for steps of more."""
+        llama_cpp.llama_set_n_threads(self.handle, one_row, more)
+
     def trim(self, slot: int, length: int) -> bool:
         """Keeps the first ``length`` cells of a slot; false where this model's cache cannot be cut there."""
         return self._memory is not None and llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
@@ -285,7 +300,8 @@ def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
     """What all contexts of a model have in common."""
     params = llama_cpp.llama_context_default_params()
     params.swa_full = True
-    params.n_threads = params.n_threads_batch = options.threads or 1
+    params.n_threads = options.threads or 1
+    params.n_threads_batch = options.threads_batch or params.n_threads
     params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
     params.type_k = CACHE_TYPES[options.cache_type_k]
     params.type_v = CACHE_TYPES[options.cache_type_v]

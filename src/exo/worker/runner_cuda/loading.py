@@ -1,32 +1,39 @@
 """From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from exo.worker.messages import Capabilities, Load, Status
-from exo.worker.runner_cuda.devices import ENGINE, gpu_devices, physical_cores
+from exo.worker.runner_cuda.devices import ENGINE, Gpu, gpus, physical_cores
+from exo.worker.runner_cuda.draft_model import LITTLE, DraftModel, check_vocabulary
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.framing import Framing
 from exo.worker.runner_cuda.gguf_check import parts
 from exo.worker.runner_cuda.header import Header
 from exo.worker.runner_cuda.llama import Context, Log, Model, Rows, engine_version
-from exo.worker.runner_cuda.options import CudaOptions, LoadError, find_model
+from exo.worker.runner_cuda.options import CPU, CudaOptions, DraftOptions, LoadError, find_model
 from exo.worker.runner_cuda.pace import Pace
+from exo.worker.runner_cuda.placement import check_architecture, chosen
 from exo.worker.runner_cuda.prefix_cache import PrefixCache
 from exo.worker.runner_cuda.scheduler import SCORED_ROWS, Scheduler
+from exo.worker.runner_cuda.speculation import Speculation
+from exo.worker.runner_cuda.threads import settle
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 from exo.worker.wire import describe
 
 DEFAULT_CONTEXT = 4096
-CPU_CHUNK = 128
-"""Prompt tokens per step on a CPU: few enough that a cancelled prompt is gone within a second."""
+CPU_CHUNK, CPU_BUDGET = 128, 256
+"""Prompt tokens of one prompt and of all, per step on a CPU: few enough that a cancelled prompt is gone within a
+second."""
 GPU_CHUNK, GPU_BUDGET = 512, 2048
-CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 600, 100
+CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 280, 100
 _CHECK_SECONDS = 60
 """Wall time for the check of a file's header, most of it a slow disk's."""
 
@@ -43,9 +50,12 @@ class Loaded:
     capabilities: Capabilities
     scheduler: Scheduler
     chunk: int
+    draft: DraftModel | None
 
     def free(self) -> None:
         """Contexts first: they borrow from the model."""
+        if self.draft is not None:
+            self.draft.free()
         self.embedder.free()
         self.context.free()
         self.model.free()
@@ -55,9 +65,11 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     """Loads and warms up, reporting the way there; with ``score``, every row may give logits. Raises LoadError."""
     log = Log()
     options = read_options(command)
+    devices = chosen(options, command.backend, gpus() if command.backend == "LlamaCppCuda" else ())
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
-    on_gpu = options.n_gpu_layers != 0
+    check_architecture(options, lambda: Header.read(path))
+    on_gpu = bool(devices)
     report(Status(state="Loading"))
     last = -1
 
@@ -68,7 +80,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
             last = percent
             report(Status(state="Loading", layers_loaded=percent, total_layers=100))
 
-    model = Model(path, options, progress, log)
+    model = Model(path, options, devices, progress, log)
     report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
     chunk, budget = chunks(options, on_gpu=on_gpu)
     n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
@@ -83,12 +95,15 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     if embedder.pooling == "rank" and not any(Header.read(part).has(*RANKING_HEADS) for part in parts(path)):
         raise LoadError("model_load_failed", f"{path} has no head that ranks, and its pooling is to be rank")
     _warm_up(context, embedder, score)
+    if context.generates and not (on_gpu or score or _says_threads(command)):
+        settle(context, physical_cores(), len(os.sched_getaffinity(0)))
+    draft = None if score else _load_draft(command, options, devices, model, context, chunk, log)
     tokenizer = Tokenizer(model)
     capabilities = Capabilities(
         engine=ENGINE,
         engine_version=engine_version(),
         backend=command.backend,
-        devices=tuple(device.name for device in gpu_devices()) if on_gpu else ("CPU",),
+        devices=tuple(device.name for device in devices) or (CPU,),
         context_length=context.n_ctx if context.generates else embedder.longest,
         slots=options.slots,
         vocabulary=model.n_vocab,
@@ -105,16 +120,17 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     )
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     cache = PrefixCache(context, options.prefix_cache_bytes)
-    speculate = options.speculate if model.can_cut else "off"
-    scheduler = Scheduler(options.slots, budget, chunk, Pace(max_itl_ms / 1000), cache, speculate)
+    speculate = options.speculation if model.can_cut else "off"
+    speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
+    scheduler = Scheduler(options.slots, budget, chunk, Pace(max_itl_ms / 1000), cache, speculation)
     framing = Framing(model, tokenizer)
-    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk)
+    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft)
 
 
 def chunks(options: CudaOptions, *, on_gpu: bool) -> tuple[int, int]:
     """Prompt tokens per step, of one prompt and in all."""
     chunk = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-    return chunk, max(chunk, options.n_batch or (GPU_BUDGET if on_gpu else CPU_CHUNK))
+    return chunk, max(chunk, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET))
 
 
 def read_options(command: Load) -> CudaOptions:
@@ -128,9 +144,16 @@ def read_options(command: Load) -> CudaOptions:
         updates["n_gpu_layers"] = 0
     elif command.backend != "LlamaCppCuda":
         raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
-    elif not gpu_devices():
+    elif not gpus():
         raise LoadError("model_load_failed", "LlamaCppCuda was asked for, but llama.cpp sees no CUDA device here")
+    elif options.devices == (CPU,):
+        updates["n_gpu_layers"] = 0
     return options.model_copy(update=updates)
+
+
+def _says_threads(command: Load) -> bool:
+    """Whether the card has the number of threads."""
+    return any(command.table.get(key) is not None for key in ("threads", "threads_batch"))
 
 
 def check_header(path: Path) -> None:
@@ -157,9 +180,60 @@ def _warm_up(context: Context, embedder: Embedder, score: bool) -> None:
             raise LoadError("model_load_failed", "this model is an encoder, which gives no next token a probability")
         embedder.open()
         return
+    _decode_one(context)
+
+
+def _decode_one(context: Context) -> None:
     batch = context.batch
     batch.tokens[0] = batch.positions[0] = batch.slots[0] = 0
     batch.outputs[0] = 1
     context.decode(1)
     context.logits(1)
     context.trim(0, 0)
+
+
+def draft_file(command: Load, options: CudaOptions) -> Path | None:
+    """The draft model's file, its header checked; None where none is wanted. Raises LoadError naming the key."""
+    draft = options.draft
+    if draft is None or options.speculation == "off":
+        return None
+    with _about(draft):
+        path = find_model(draft, draft.repo or command.model_id, command.directories)
+        check_header(path)
+    return path
+
+
+def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
+    """A draft model's, as if it were loaded for itself: on one device, since it is small and waited for."""
+    return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, "split_mode": "none", "tensor_split": None})
+
+
+def _load_draft(
+    command: Load, options: CudaOptions, devices: Sequence[Gpu], target: Model, context: Context, chunk: int, log: Log
+) -> DraftModel | None:
+    """Raises LoadError naming the key."""
+    path, draft = draft_file(command, options), options.draft
+    if path is None or draft is None:
+        return None
+    own = draft_options(options, draft)
+    with _about(draft):
+        if not (context.generates and target.can_cut):
+            raise LoadError("model_load_failed", "the model cannot take tokens back, so there is no use for guesses")
+        model = Model(path, own, devices[:1] if draft.n_gpu_layers else (), lambda _: None, log)
+        check_vocabulary(model, target)
+        rows = Rows(step=max(chunk, options.slots * LITTLE), graph=chunk, outputs=options.slots)
+        guessing = Context(model, own, context.n_ctx, rows, log)
+        if not (guessing.generates and model.can_cut):
+            raise LoadError("model_load_failed", "it cannot take tokens back, as a draft model must")
+    _decode_one(guessing)
+    return DraftModel(model, guessing, options.slots, chunk, draft.max_tokens)
+
+
+@contextmanager
+def _about(draft: DraftOptions) -> Generator[None]:
+    """Errors in here are of a draft model's file."""
+    try:
+        yield
+    except LoadError as error:
+        key = "file" if draft.path is None else "path"
+        raise LoadError(error.code, f"model card, [cuda.draft] {key}: {error}") from error

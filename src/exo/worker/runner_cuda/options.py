@@ -3,13 +3,19 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling = Literal["mean", "cls", "last", "rank"]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Speculate = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=16)]
+
+
+CPU = "CPU"
+"""What stands in ``devices`` for no device at all."""
+UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
 
 
 class LoadError(Exception):
@@ -20,8 +26,8 @@ class LoadError(Exception):
         self.code: Literal["model_not_found", "model_load_failed", "out_of_memory"] = code
 
 
-class CudaOptions(BaseModel):
-    """Keys of ``[cuda]``. Counts are tokens unless said otherwise."""
+class ModelFile(BaseModel):
+    """The keys that name a GGUF."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -30,48 +36,6 @@ class CudaOptions(BaseModel):
     repo: str | None = None
     file: str | None = None
     """File name or pattern inside ``repo``; of a split GGUF, the first part."""
-    n_gpu_layers: int = Field(default=-1, ge=-1)
-    """Layers kept on the GPU; -1 is all of them, "auto" as many as there is memory for."""
-    n_ctx: int | None = Field(default=None, ge=256, le=1 << 24)
-    """Context of each slot; by default what the model was trained with, at most 4,096. "auto": as much of what it was
-    trained with as there is memory for."""
-    slots: int = Field(default=4, ge=1, le=256)
-    """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``."""
-    n_batch: int | None = Field(default=None, ge=32, le=1 << 16)
-    """Prompt tokens per step, over all prompts; by default 2,048 on a GPU and 128 on a CPU."""
-    n_ubatch: int | None = Field(default=None, ge=32, le=1 << 16)
-    """Prompt tokens of one prompt per step, the size that the graph is built for; by default 512, on a CPU 128."""
-    max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
-    """Milliseconds that a step is to take at most while prompts are computed beside running streams, as far as one
-    piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 600 on a CPU."""
-    prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """Of the host's memory, for prefixes that are in no slot any more; 0: none are kept."""
-    speculate: Speculate = "off"
-    """Tokens to guess from earlier text and verify in one step while one sequence decodes alone; "auto": as many as
-    make it faster, by the time that steps take and the share of guesses that is right. Each token is chosen as without
-    it, but rounding of several rows at once differs a little from that of one, as it does between prompt and output: on
-    quantised weights this can turn a choice between tokens that are nearly as good, and the same seed would not always
-    mean the same tokens. So it has to be asked for."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of the CPU part; by default the number of physical cores."""
-    flash_attn: Literal["auto", "on", "off"] = "auto"
-    cache_type_k: CacheType = "f16"
-    cache_type_v: CacheType = "f16"
-    split_mode: Literal["none", "layer", "row", "tensor"] = "layer"
-    tensor_split: tuple[float, ...] | None = Field(default=None, strict=False)
-    main_gpu: int = Field(default=0, ge=0)
-    chat_template: str | None = None
-    """Jinja source that replaces the file's own template."""
-    pooling: Pooling | None = None
-    """How tokens' vectors become one of the text, or with "rank" a score; by default as the file says, else mean."""
-    embedding_ctx: int | None = Field(default=None, ge=32, le=1 << 20)
-    """The longest text to embed; by default what a slot holds or an encoder was trained with, at most 2,048."""
-
-    @field_validator("n_ctx", "n_gpu_layers", mode="before")
-    @classmethod
-    def _auto_is_usual(cls, value: JsonValue, info: ValidationInfo) -> JsonValue:
-        """Whoever has an account of memory puts a number there; for others the default will do."""
-        return (-1 if info.field_name == "n_gpu_layers" else None) if value == "auto" else value
 
     @field_validator("path", "repo", "file")
     @classmethod
@@ -84,7 +48,7 @@ class CudaOptions(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _names_one_file(self) -> "CudaOptions":
+    def _names_one_file(self) -> Self:
         if (self.path is None) == (self.file is None):
             raise ValueError("give either path, or repo and file")
         if self.file is not None and self.repo is None:
@@ -92,7 +56,111 @@ class CudaOptions(BaseModel):
         return self
 
 
-def find_model(options: CudaOptions, model_id: str, directories: Sequence[str]) -> Path:
+class DraftOptions(ModelFile):
+    """Keys of ``[cuda.draft]``: a small model with the same vocabulary, whose guesses the large one verifies."""
+
+    n_gpu_layers: int = Field(default=-1, ge=-1)
+    """Layers kept on the GPU, the first of those that the model uses; -1 is all of them."""
+    max_tokens: int = Field(default=8, ge=1, le=16)
+    """Of a draft."""
+
+
+class CudaOptions(ModelFile):
+    """Keys of ``[cuda]``. Counts are tokens unless said otherwise."""
+
+    mmproj: str | None = None
+    """The projector for images, pulled with the model. This runner reads text alone and leaves it where it is."""
+    n_gpu_layers: int = Field(default=-1, ge=-1)
+    """Layers kept on the GPU; -1 is all of them, "auto" as many as there is memory for."""
+    n_ctx: int | None = Field(default=None, ge=256, le=1 << 24)
+    """Context of each slot; by default what the model was trained with, at most 4,096. "auto": as much of what it was
+    trained with as there is memory for."""
+    slots: int = Field(default=4, ge=1, le=256)
+    """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``."""
+    n_batch: int | None = Field(default=None, ge=32, le=1 << 16)
+    """Prompt tokens per step, over all prompts; by default 2,048 on a GPU and 256 on a CPU."""
+    n_ubatch: int | None = Field(default=None, ge=32, le=1 << 16)
+    """Prompt tokens of one prompt per step, the size that the graph is built for; by default 512, on a CPU 128."""
+    max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
+    """Milliseconds that a step is to take at most while prompts are computed beside running streams, as far as one
+    piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 280 on a CPU."""
+    prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
+    """Of the host's memory, for prefixes that are in no slot any more; 0: none are kept."""
+    speculate: Speculate | None = None
+    """Tokens to guess, from earlier text or by the draft model, and verify in one step while no prompt is computed.
+    "auto": as many as make it faster, by the time that steps take at this load and the share of guesses that is right;
+    "off": none, and no draft model is loaded. By default "auto" with a draft model and "off" without. Each token is
+    chosen as without a guess, but rounding of several rows at once differs a little from that of one, as it does
+    between prompt and output. On quantised weights this can turn a choice between tokens that are nearly as good (a
+    Q4_K_M model's logits were up to 1.4 apart, and 6 of 630 tokens turned), so it has to be asked for."""
+    draft: DraftOptions | None = None
+    """A draft model."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of the CPU part; by default one for each core, or without hyperthreads one less for a step of one row,
+    where that is found not to be much slower."""
+    threads_batch: int | None = Field(default=None, ge=1, le=1024)
+    """Of these, for prompts and for several sequences at a time; by default as many as ``threads``, if they are given,
+    or else as is found to be fastest."""
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    cache_type_k: CacheType = "f16"
+    cache_type_v: CacheType = "f16"
+    devices: tuple[str, ...] | None = Field(default=None, strict=False, min_length=1)
+    """The devices to use, by name, such as "CUDA1", in this order; by default all GPUs. ["CPU"]: none."""
+    split_mode: Literal["none", "layer", "row", "tensor"] = "layer"
+    """Of several devices: one of them, whole layers on each, or a share of every layer on each ("row", by an older
+    method)."""
+    tensor_split: tuple[Share, ...] | None = Field(default=None, strict=False)
+    """How much goes on each device, in proportion to the others; by default as each has memory, of "tensor" as much on
+    each."""
+    main_gpu: int = Field(default=0, ge=0)
+    """With ``split_mode`` "none", which of the devices is used, the first being 0."""
+    chat_template: str | None = None
+    """Jinja source that replaces the file's own template."""
+    pooling: Pooling | None = None
+    """How tokens' vectors become one of the text, or with "rank" a score; by default as the file says, else mean."""
+    embedding_ctx: int | None = Field(default=None, ge=32, le=1 << 20)
+    """The longest text to embed; by default what a slot holds or an encoder was trained with, at most 2,048."""
+
+    @property
+    def speculation(self) -> Speculate:
+        """``speculate``, or what it is by default."""
+        return self.speculate or ("off" if self.draft is None else "auto")
+
+    @field_validator("n_ctx", "n_gpu_layers", mode="before")
+    @classmethod
+    def _auto_is_usual(cls, value: JsonValue, info: ValidationInfo) -> JsonValue:
+        """Whoever has an account of memory puts a number there; for others the default will do."""
+        return (-1 if info.field_name == "n_gpu_layers" else None) if value == "auto" else value
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_differ(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError("must name each device once")
+        if names is not None and CPU in names and len(names) > 1:
+            raise ValueError(f'"{CPU}" means no other device, so it has to be alone')
+        return names
+
+    @model_validator(mode="after")
+    def _splits_as_llama_cpp_can(self) -> "CudaOptions":
+        """Its own rules, of which it would speak only once the weights are loaded, or never."""
+        if self.main_gpu and self.split_mode != "none":
+            raise ValueError('main_gpu chooses a device only where split_mode is "none"')
+        if self.tensor_split is not None and self.split_mode == "none":
+            raise ValueError('tensor_split is of several devices, and split_mode "none" uses one')
+        if self.tensor_split is not None and not any(self.tensor_split):
+            raise ValueError("tensor_split must have a number above 0")
+        if self.split_mode != "tensor":
+            return self
+        if self.flash_attn == "off":
+            raise ValueError('split_mode "tensor" needs flash_attn, which is "off"')
+        if not {self.cache_type_k, self.cache_type_v} <= set(UNQUANTISED):
+            given = f"{self.cache_type_k} and {self.cache_type_v}"
+            raise ValueError(f'split_mode "tensor" needs cache types of {", ".join(UNQUANTISED)}, not {given}')
+        return self
+
+
+def find_model(options: ModelFile, model_id: str, directories: Sequence[str]) -> Path:
     """The GGUF to load. Raises LoadError where there is none, naming the places that were looked at.
 
     A symbolic link is followed wherever it leads: whoever can make one in a models directory owns what is there.
@@ -107,7 +175,7 @@ def find_model(options: CudaOptions, model_id: str, directories: Sequence[str]) 
     return found
 
 
-def _places(options: CudaOptions, model_id: str, directories: Sequence[str]) -> Iterator[Path]:
+def _places(options: ModelFile, model_id: str, directories: Sequence[str]) -> Iterator[Path]:
     if options.path is not None:
         path = Path(options.path).expanduser()
         if path.is_absolute():

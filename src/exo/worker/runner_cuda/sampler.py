@@ -1,29 +1,22 @@
 """Chooses tokens from views of the logits, by the semantics of ``messages.SamplingParams``.
 
 Everything is exact, and only sampling without top-k and min-p takes the exponential of a whole row: sampling from large
-vocabularies is what slows other llama.cpp servers down.
+vocabularies is what slows other llama.cpp servers down. All rows of a step are chosen from together.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from exo.worker.emitter import Scores
 from exo.worker.messages import SamplingParams
-from exo.worker.randomness import BLOCK, gumbels
+from exo.worker.randomness import BLOCK, gumbels, key
+from exo.worker.runner_cuda.candidates import Candidates, Ids, Mask, NotFinite, Row, Weights, draw, largest, top_k
 
-Row = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.intp]
-Weights = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
-
-_LEAST = np.finfo(np.float32).min
-
-
-class NotFinite(Exception):  # noqa: N818 -- it names what the logits are
-    """The row's largest logit is NaN or infinite: the computation went wrong for this sequence."""
+_COLDEST = 1e-30
+"""In place of temperatures whose inverse is infinite in float32. The largest logit wins in either."""
 
 
 @dataclass(slots=True)
@@ -58,20 +51,28 @@ class Sampler:
         if self.params.presence_penalty or self.params.frequency_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the largest logit wins: one that is allowed then also wins among those allowed alone.
+
+        No other choice is known to be the same before and after a grammar has left tokens out: they are missing among
+        the candidates and in the sums of blocks.
+        """
+        return self.params.temperature == 0
+
     def choose(self, row: Row, position: int, allowed: Mask | None = None) -> int:
         """The token at ``position`` from its logits, shape (n_vocab,), which are changed in place.
 
         ``allowed``, of the same shape, is false for the tokens that a grammar leaves out. Raises NotFinite.
         """
-        if allowed is not None:
-            np.copyto(row, -np.inf, where=~allowed)
-        self._adjust(row)
-        if self.params.temperature == 0:
-            return _greedy(row)
-        ids, weights = self._candidates(row)
-        return _draw(ids, weights, self.params.seed, position)
+        self.adjust(row)
+        [token] = choose([Turn(self, row, position, allowed)])
+        if token is None:
+            raise NotFinite
+        return token
 
-    def _adjust(self, row: Row) -> None:
+    def adjust(self, row: Row) -> None:
+        """Penalties, bias and tokens never chosen: no more than a few places of the row are touched."""
         params = self.params
         if self.seen:
             ids = np.fromiter(self.seen, np.intp)
@@ -86,29 +87,39 @@ class Sampler:
         if self._forbidden.size:
             row[self._forbidden] = -np.inf
 
-    def _candidates(self, row: Row) -> tuple[Ids | None, Weights | Row]:
-        """Kept token ids in ascending order (None: all of them) and their unnormalised probabilities."""
-        params = self.params
-        top = row.max()
-        if not np.isfinite(top):
-            raise NotFinite
-        if 0 < params.top_k < row.size:
-            ids = _top_k(row, params.top_k)
-            weights = np.exp((row[ids].astype(np.float64) - top) / params.temperature)
-        elif params.min_p > 0:
-            # A weight is at least min_p exactly where the logit is at least top + T ln(min_p); the slack keeps
-            # rounding from dropping a token that the exact comparison below would keep.
-            ids = np.flatnonzero(row >= top + params.temperature * np.log(params.min_p) - 1e-3)
-            weights = np.exp((row[ids].astype(np.float64) - top) / params.temperature)
-        else:
-            ids = None
-            weights = np.exp((row - top) * np.float32(1.0 / params.temperature))
-        if ids is not None and params.min_p > 0:
-            kept = weights >= params.min_p
-            ids, weights = ids[kept], weights[kept]
-        if params.top_p < 1:
-            ids, weights = _top_p(ids, weights, params.top_p)
-        return ids, weights
+
+@dataclass(slots=True)
+class Turn:
+    """A token to be chosen from the adjusted logits, shape (n_vocab,), of one row."""
+
+    sampler: Sampler
+    row: Row
+    position: int
+    allowed: Mask | None = None
+    """Of the same shape: false for the tokens that a grammar leaves out."""
+
+
+def choose(turns: Sequence[Turn]) -> list[int | None]:
+    """The tokens of one step, each as if it were alone. None: the row's largest logit is NaN or infinite.
+
+    The rows are changed in place.
+    """
+    tokens: list[int | None] = [None] * len(turns)
+    drawn: dict[int, Candidates] = {}
+    for at, turn in enumerate(turns):
+        if turn.allowed is not None:
+            np.copyto(turn.row, -np.inf, where=~turn.allowed)
+        with suppress(NotFinite):
+            if turn.sampler.is_greedy:
+                tokens[at] = _greedy(turn.row)
+            elif (candidates := _candidates(turn)) is not None:
+                drawn[at] = candidates
+            else:
+                tokens[at] = _draw_from_all(turn)
+    if drawn:
+        for at, token in zip(drawn, draw(list(drawn.values())), strict=True):
+            tokens[at] = token
+    return tokens
 
 
 def score(row: Row, token: int, n_top: int) -> Scores:
@@ -116,11 +127,9 @@ def score(row: Row, token: int, n_top: int) -> Scores:
 
     The logarithm of the softmax. Raises NotFinite.
     """
-    largest = row.max()
-    if not np.isfinite(largest):
-        raise NotFinite
-    normaliser = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
-    best = _top_k(row, min(n_top, row.size)) if n_top else np.empty(0, np.intp)
+    peak = largest(row)
+    normaliser = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+    best = top_k(row, min(n_top, row.size)) if n_top else np.empty(0, np.intp)
     best = best[np.argsort(-row[best], kind="stable")][:n_top]
     top = [(int(each), float(row[each]) - normaliser) for each in best]
     return Scores(float(row[token]) - normaliser, top)
@@ -133,32 +142,32 @@ def _greedy(row: Row) -> int:
     return token
 
 
-def _top_k(row: Row, k: int) -> Ids:
-    """Ids, ascending, of the k largest logits and of all equals of the k-th.
-
-    Where there are at least k blocks, the k-th largest block maximum is a lower bound of the k-th largest logit, since
-    each of k blocks holds at least one logit that large. So only the few blocks reaching it are looked at.
-    """
-    whole = row.size // BLOCK
-    if k <= whole:
-        blocks = row[: whole * BLOCK].reshape(whole, BLOCK)
-        maxima = blocks.max(axis=1)
-        # Where fewer blocks have a token left, all tokens left are looked at.
-        bound = max(np.partition(maxima, whole - k)[whole - k], _LEAST)
-        reaching = np.flatnonzero(maxima >= bound)
-        within, columns = np.nonzero(blocks[reaching] >= bound)
-        tail = np.flatnonzero(row[whole * BLOCK :] >= bound) + whole * BLOCK
-        ids = np.concatenate((reaching[within] * BLOCK + columns, tail))
+def _candidates(turn: Turn) -> Candidates | None:
+    """The tokens among which the choice is made; None: all of them. Raises NotFinite."""
+    row, params = turn.row, turn.sampler.params
+    temperature, top_p = max(params.temperature, _COLDEST), params.top_p
+    if 0 < params.top_k < row.size:
+        ids = top_k(row, params.top_k)
+    elif params.min_p > 0:
+        # A weight is at least min_p exactly where the logit is at least top + T ln(min_p); the slack keeps rounding
+        # from dropping a token that the exact comparison would keep.
+        ids = np.flatnonzero(row >= largest(row) + temperature * np.log(params.min_p) - 1e-3)
+    elif top_p < 1:
+        ids, top_p = _top_p(_weights(row, temperature), top_p), 1.0
     else:
-        ids = np.flatnonzero(row >= _LEAST)
-    if ids.size > k:
-        values = row[ids]
-        ids = ids[values >= np.partition(values, ids.size - k)[ids.size - k]]
-    return ids
+        return None
+    return Candidates(ids, row[ids], temperature, params.min_p, top_p, key(params.seed, turn.position))
 
 
-def _top_p(ids: Ids | None, weights: Weights | Row, top_p: float) -> tuple[Ids, Weights | Row]:
-    """The smallest set of the heaviest whose share reaches ``top_p``; of equals at the border the lowest ids.
+def _weights(row: Row, temperature: float) -> Row:
+    """Unnormalised probabilities, of which the largest is 1. Raises NotFinite."""
+    weights = row - largest(row)
+    weights *= np.float32(1.0 / temperature)
+    return np.exp(weights, out=weights)
+
+
+def _top_p(weights: Row, top_p: float) -> Ids:
+    """Ids, ascending, of the smallest set of the heaviest whose share reaches ``top_p``; of equals the lowest.
 
     The heaviest weight is 1. All tokens above a floor that together reach the share hold the set, so only they are
     sorted; with the logits of a language model the first floor nearly always does.
@@ -171,26 +180,20 @@ def _top_p(ids: Ids | None, weights: Weights | Row, top_p: float) -> tuple[Ids, 
             break
     order = near[np.argsort(-weights[near], kind="stable")]
     reached = np.cumsum(weights[order], dtype=np.float64)
-    kept = np.sort(order[: int(reached.searchsorted(target)) + 1])
-    return (kept if ids is None else ids[kept]), weights[kept]
+    return np.sort(order[: int(reached.searchsorted(target)) + 1])
 
 
-def _draw(ids: Ids | None, weights: Weights | Row, seed: int, position: int) -> int:
-    """The block of ids first, then the token in it; ``ids`` ascend, None: all of the vocabulary."""
-    if ids is None:
-        whole = weights.size // BLOCK
-        sums = weights[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1, dtype=np.float64)
-        if weights.size > whole * BLOCK:
-            sums = np.append(sums, weights[whole * BLOCK :].sum(dtype=np.float64))
-        block = _winner(sums, gumbels(seed, position, BLOCK + np.arange(sums.size)))
-        inside = weights[block * BLOCK : (block + 1) * BLOCK]
-        return block * BLOCK + _winner(inside, gumbels(seed, position, np.arange(inside.size)))
-    blocks = ids // BLOCK
-    starts = np.flatnonzero(np.diff(blocks, prepend=-1))
-    sums = np.add.reduceat(weights, starts, dtype=np.float64)
-    first = int(starts[_winner(sums, gumbels(seed, position, BLOCK + blocks[starts]))])
-    inside = slice(first, first + int(np.count_nonzero(blocks == blocks[first])))
-    return int(ids[first + _winner(weights[inside], gumbels(seed, position, ids[inside] % BLOCK))])
+def _draw_from_all(turn: Turn) -> int:
+    """The block of ids first, then the token in it. Raises NotFinite."""
+    params, position = turn.sampler.params, turn.position
+    weights = _weights(turn.row, max(params.temperature, _COLDEST))
+    whole = weights.size // BLOCK
+    sums = weights[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1, dtype=np.float64)
+    if weights.size > whole * BLOCK:
+        sums = np.append(sums, weights[whole * BLOCK :].sum(dtype=np.float64))
+    block = _winner(sums, gumbels(params.seed, position, BLOCK + np.arange(sums.size)))
+    inside = weights[block * BLOCK : (block + 1) * BLOCK]
+    return block * BLOCK + _winner(inside, gumbels(params.seed, position, np.arange(inside.size)))
 
 
 def _winner(weights: Weights | Row, noise: Weights) -> int:

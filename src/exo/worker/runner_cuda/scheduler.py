@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from exo.worker.runner_cuda.draft import LONGEST, Drafter
-from exo.worker.runner_cuda.options import Speculate
 from exo.worker.runner_cuda.pace import Pace
 from exo.worker.runner_cuda.prefix_cache import Found, PrefixCache
 from exo.worker.runner_cuda.sequence import Phase, Sequence
 from exo.worker.runner_cuda.slot import Slot
+from exo.worker.runner_cuda.speculation import Speculation
 
 PIECE = 64
 """Prompts are cut at multiples of this. Which of them then does not matter, bit for bit, on a CPU: a matrix product
@@ -78,11 +77,17 @@ class Scheduler:
     cutting changes no results; the prompt that got a chunk goes to the back of the line. A prompt that is to be scored
     is cut at multiples of ``SCORED_ROWS``, and one such chunk a step is all that the context has logits for.
 
-    A sequence that decodes alone, and with no prompt beside it, may have a draft verified.
+    Sequences that decode, with no prompt beside them, may have drafts verified: ``speculation`` makes them.
     """
 
     def __init__(
-        self, n_slots: int, budget: int, chunk: int, pace: Pace, cache: PrefixCache, speculate: Speculate = "off"
+        self,
+        n_slots: int,
+        budget: int,
+        chunk: int,
+        pace: Pace,
+        cache: PrefixCache,
+        speculation: Speculation | None = None,
     ) -> None:
         self.slots = [Slot(index) for index in range(n_slots)]
         self.waiting: deque[Sequence] = deque()
@@ -93,7 +98,7 @@ class Scheduler:
         self._piece = min(PIECE, self._chunk)
         self._pace = pace
         self._cache = cache
-        self._speculate: Speculate = speculate
+        self._speculation = speculation or Speculation("off")
         self._entered = 0
 
     @property
@@ -138,8 +143,10 @@ class Scheduler:
             if slot.sequence is not None and slot.sequence.phase is Phase.DECODE
         ]
         prompts = self._prefill_chunks()
-        if len(chunks) == 1 and not prompts:
-            chunks[0].draft = self._draft(chunks[0].sequence)
+        if not prompts:
+            drafts = self._speculation.drafts([chunk.sequence for chunk in chunks])
+            for chunk, draft in zip(chunks, drafts, strict=True):
+                chunk.draft = draft
         chunks += prompts
         # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else.
         chunks.sort(key=lambda chunk: chunk.sequence.slot)
@@ -149,6 +156,8 @@ class Scheduler:
         """Records that ``step`` is in the KV cache, and how long that took."""
         n_decoding = sum(chunk.n_rows for chunk in step.chunks if chunk.sequence.phase is Phase.DECODE)
         self._pace.measured(n_decoding, step.n_rows - n_decoding, seconds)
+        if n_decoding == step.n_rows:
+            self._speculation.computed(n_decoding, seconds)
         self._cache.decoded()
         for chunk in step.chunks:
             sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
@@ -169,22 +178,10 @@ class Scheduler:
         n_true = next(
             (at for at, pair in enumerate(zip(came, chunk.draft, strict=False)) if pair[0] != pair[1]), len(came)
         )
+        self._speculation.verified(sequence, n_true, missed=n_true < len(came))
         sequence.n_computed = chunk.stop + n_true
         slot.cached += came[:n_true]
         self._cache.drop_after(slot, sequence.n_computed)
-
-    def _draft(self, sequence: Sequence) -> list[int]:
-        if self._speculate == "off":
-            return []
-        if sequence.drafter is None:
-            sequence.drafter = Drafter(sequence.n_prompt)
-        sequence.drafter.follow(sequence.tokens)
-        most = min(LONGEST, sequence.n_limit - len(sequence.tokens) - 1)
-        if self._speculate == "auto":
-            most = sequence.drafter.size(most, self._pace.decoding)
-        else:
-            most = min(most, self._speculate)
-        return sequence.drafter.draft(sequence.tokens, most)
 
     def _admit(self) -> list[tuple[str, int]]:
         """Fills the free slots, first come, first served, but for those who wait for what another computes for them."""

@@ -5,7 +5,7 @@ from enum import Enum
 
 from exo.worker.constraint import Constraint
 from exo.worker.emitter import Scores
-from exo.worker.runner_cuda.draft import Drafter
+from exo.worker.runner_cuda.draft import HOPE, Drafter, Rate
 from exo.worker.runner_cuda.sampler import Sampler
 
 
@@ -50,6 +50,8 @@ class Sequence:
     """Of the prompt's tokens from the second on, as far as they are computed."""
     drafter: Drafter | None = None
     """Made when it is first asked for a draft."""
+    draft_rate: Rate = field(default_factory=lambda: Rate(HOPE, 4.0))
+    """How often a draft model has guessed right."""
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_computed: int = 0
