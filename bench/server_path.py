@@ -1,7 +1,9 @@
 """What the server path costs: the fake runner through ``exo serve``, a bare FastAPI stream, and the runner by itself.
 
 ``python -m bench.server_path [--pairs N] [--json FILE]``. Tokens a second over 64 connections, the client included, on
-two cores; and how much later the first token comes through the server than from the runner's pipe. All take turns.
+two cores; how much later the first token comes through the server than from the runner's pipe; and the processor time
+that the server takes for each token of streams at an engine's pace, which on a CPU is taken from the engine. All take
+turns.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from statistics import median
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from bench.mlx_server import free_port, running
 from exo.bench.options import Options
 from exo.bench.prompts import Prompts
@@ -30,6 +34,8 @@ from tests.server import ServeProgram, write_card
 
 CONNECTIONS, TOKENS = 64, 512
 SINGLE_TOKENS, SINGLES = 4, 100
+PACED_STEP_SECONDS, PACED_TOKENS = 1 / 60, 300
+PACED_STREAMS = (1, 16)
 PROMISED_RATE, PROMISED_MS = 15_000, 1.0
 
 
@@ -82,16 +88,18 @@ class DirectRunner:
         return decode_event(self._process.stdout.readline())
 
 
-def options(url: str, *, connections: int, requests: int, tokens: int, seed: int) -> Options:
+def options(
+    url: str, *, connections: int, requests: int, tokens: int, seed: int, model: str = "test/fake", warmup: int = 1
+) -> Options:
     """Short prompts, all of them different; every token counted."""
     return Options(
         url=url,
-        model="test/fake",
+        model=model,
         concurrency=(connections,),
         requests=requests,
         output_tokens=tokens,
         prompt_words=10,
-        warmup=1,
+        warmup=warmup,
         seed=seed,
     )
 
@@ -124,6 +132,17 @@ def direct_ms(runner: DirectRunner, seed: int) -> float:
     return 1000 * median(runner.first_token(next(prompts)) for _ in range(SINGLES))
 
 
+def cpu_us(server: psutil.Process, url: str, streams: int, seed: int) -> float:
+    """Microseconds of the server's processor time for each token of so many streams at once."""
+    asked = options(
+        url, connections=streams, requests=streams, tokens=PACED_TOKENS, seed=seed, model="test/paced", warmup=0
+    )
+    before = server.cpu_times()
+    measured(asked)
+    after = server.cpu_times()
+    return 1e6 * (after.user + after.system - before.user - before.system) / (streams * PACED_TOKENS)
+
+
 def spread(name: str, values: Sequence[float], unit: str) -> None:
     """Prints a median and its range."""
     print(f"{name:<48}{median(values):9.2f} {unit}, {min(values):.2f} to {max(values):.2f}", flush=True)
@@ -131,11 +150,14 @@ def spread(name: str, values: Sequence[float], unit: str) -> None:
 
 def measure(pairs: int) -> dict[str, list[float]]:
     """Everything in turn, ``pairs`` times, after a first time that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in ("rate", "bare_rate", "direct_ms", "served_ms", "bare_ms")}
+    names = ("rate", "bare_rate", "direct_ms", "served_ms", "bare_ms", *(f"cpu_us_{n}" for n in PACED_STREAMS))
+    found: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as open_:
         home = Path(open_.enter_context(tempfile.TemporaryDirectory()))
         write_card(home, "fake", {"cuda": {"slots": CONNECTIONS}})
-        served = open_.enter_context(ServeProgram(home, fake=True)).url
+        write_card(home, "paced", {"cuda": {"slots": CONNECTIONS, "step_seconds": PACED_STEP_SECONDS}})
+        program = open_.enter_context(ServeProgram(home, fake=True))
+        served, server = program.url, psutil.Process(program.process.pid)
         bare = f"http://127.0.0.1:{(port := free_port())}"
         command = [sys.executable, "-m", "bench.bare_stream", str(port)]
         open_.enter_context(running(command, bare, dict(os.environ)))
@@ -147,6 +169,7 @@ def measure(pairs: int) -> dict[str, list[float]]:
                 direct_ms(runner, pair),
                 first_token_ms(served, pair),
                 first_token_ms(bare, pair),
+                *(cpu_us(server, served, streams, pair) for streams in PACED_STREAMS),
             )
             for results, value in zip(found.values(), values, strict=True):
                 results += [value] if pair else []
@@ -166,6 +189,9 @@ def show(found: dict[str, list[float]]) -> None:
     added = [served - direct for served, direct in zip(found["served_ms"], found["direct_ms"], strict=True)]
     spread(f"  added (promised {PROMISED_MS:g})", added, "ms")
     spread("first chunk of the bare FastAPI stream", found["bare_ms"], "ms")
+    for streams in PACED_STREAMS:
+        name = f"server's processor time a token, {streams} x {1 / PACED_STEP_SECONDS:g}/s"
+        spread(name, found[f"cpu_us_{streams}"], "us")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ def serve(
     limits: Limits | None = None,
     access: Access | None = None,
     commands: Mapping[str, Sequence[str]] = {"cuda": fake_runner.COMMAND},
+    speeds_file: Path | None = None,
 ) -> Generator[str]:
     """The server's base URL. Runners' logs are in ``directory``."""
     settings = Settings(
@@ -41,6 +42,7 @@ def serve(
         log_directory=directory,
         limits=limits or Limits(),
         access=access or Access(),
+        speeds_file=speeds_file,
     )
     catalogue = Catalogue({card.model_id: card for card in cards}, {}, ())
     app = create_app(settings, Services(settings, catalogue, commands), load=load)

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from pydantic import JsonValue
 
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
@@ -49,12 +50,13 @@ def test_ready_tells_what_is_loading_and_what_could_not(tmp_path: Path) -> None:
 
 
 def test_the_route_can_be_asked_for_without_running_anything(http: httpx.Client) -> None:
-    report = {
+    report: dict[str, JsonValue] = {
         "model": MODEL,
         "runner": "cuda",
         "instance": None,
         "backend": "LlamaCppCpu",
         "reason": "card prefers LlamaCppCpu, which is available",
+        "speeds": [],
     }
     assert http.get("/v1/route", params={"model": MODEL}).json() == report
     assert http.get("/ready").status_code == 503

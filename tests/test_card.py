@@ -82,6 +82,7 @@ def test_a_card_cannot_be_changed() -> None:
         ("n_layers = 2", "n_layers = 2\ncontext_length = -1", "context_length", "greater than or equal to 0"),
         ("n_layers = 2", "n_layers = 2\nruner = 'cuda'", "runer", "unknown key; accepted are .*runner"),
         ("n_layers = 2", "n_layers = 2\nrunner = 'tpu'", "runner", "accepted are auto, cuda.*tpu"),
+        ("n_layers = 2", "n_layers = 2\nprefer = 'speed'", "prefer", "latency.*throughput.*speed"),
         ("n_layers = 2", "n_layers = 2\nsampling_defaults = { top_p = 1.5 }", "sampling_defaults.top_p", "equal to 1"),
         ("n_layers = 2", "n_layers = 2\nsampling_defaults = { heat = 1 }", "sampling_defaults.heat", "not permitted"),
         ("1000", "1000.5", "storage_size.in_bytes", "valid integer"),

@@ -186,3 +186,21 @@ def test_the_url_is_https_where_there_is_a_certificate() -> None:
     assert Settings.load(host="::1", port=1).url() == "http://[::1]:1"
     settings = Settings.load(port=1, access=Access.load(certificate=Path(__file__)))
     assert settings.url(5) == "https://127.0.0.1:5"
+
+
+def test_what_is_preferred_is_latency_throughput_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().prefer is None
+    assert Settings.load(prefer="latency").prefer == "latency"
+    monkeypatch.setenv("EXO_PREFER", "throughput")
+    assert Settings.load().prefer == "throughput"
+    assert Settings.load(prefer="latency").prefer == "latency"
+    with pytest.raises(SettingsError, match=r"--prefer: expected latency or throughput \(got 'speed'\)"):
+        Settings.load(prefer="speed")
+
+
+def test_measured_speeds_are_kept_in_the_state_directory(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    assert Settings.load().speeds_file == home / ".local/state/exo/speeds.json"
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert Settings.load().speeds_file == Path("/state/exo/speeds.json")
+    monkeypatch.setenv("EXO_HOME", "/everything")
+    assert Settings.load().speeds_file == Path("/everything/speeds.json")

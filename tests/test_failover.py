@@ -22,6 +22,8 @@ if sys.argv[1:] == ["--probe"]:
 else:
     runpy.run_path({COMMAND[-1]!r}, run_name="__main__")
 """
+AS_MLX = (sys.executable, "-c", PROBES_AS_MLX)
+"""The fake runner as runner mlx of this host."""
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def card() -> ModelCard:
 
 @pytest.fixture
 def http(tmp_path: Path, card: ModelCard) -> Iterator[httpx.Client]:
-    commands = {"cuda": COMMAND, "mlx": (sys.executable, "-c", PROBES_AS_MLX)}
+    commands = {"cuda": COMMAND, "mlx": AS_MLX}
     with serve(tmp_path, card, commands=commands) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 

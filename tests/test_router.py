@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from exo.models.card import UPSTREAM_BACKENDS, ModelCard, Task
 from exo.worker.host import Host
 from exo.worker.messages import Capabilities, Probe, RunnerState
+from exo.worker.preference import Preference
 from exo.worker.router import NEEDS, LiveRunner, Refusal, Route, Wish, model_not_found, parse_model, route
 from exo.worker.runners import RUNNERS, Need, RunnerSpec
+from exo.worker.speed import Point
 
 REAL = dict(RUNNERS)
 SPECS = {
@@ -25,6 +27,8 @@ BACKENDS = sorted({*UPSTREAM_BACKENDS, *(name for spec in SPECS.values() for nam
 def runners() -> Iterator[None]:
     """A table of several runners, since with one there is little to decide."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in REAL.keys() - SPECS:
+            patch.delitem(RUNNERS, name)
         for name, spec in SPECS.items():
             patch.setitem(RUNNERS, name, spec)
         yield
@@ -288,6 +292,102 @@ def test_a_name_without_card_is_refused_with_suggestions() -> None:
     assert model_not_found("xyzzy").message == "no model card is called 'xyzzy'"
 
 
+# --- choice by load ---
+
+BOTH = ("LlamaCppCpu", "MlxCpu")
+ON_CUDA = LIVE
+ON_MLX = replace(LIVE, runner="mlx", instance="mlx-1", capabilities=able(backend="MlxCpu"))
+
+
+def preference(load: int = 1, **totals: float) -> Preference:
+    """For throughput, with what each runner makes at any load."""
+    speeds = {
+        runner: {at: Point(first=0.1, stream=total, total=total, count=3, at=0) for at in (1, 64)}
+        for runner, total in totals.items()
+    }
+    return Preference("throughput", load, speeds, {})
+
+
+def preferred(
+    *live: LiveRunner,
+    asked: Preference,
+    wish: str | None = None,
+    card: ModelCard | None = None,
+    needs: Mapping[Need, str] | None = None,
+    failing: Sequence[str] = (),
+) -> Route:
+    answer = route(wish, card or make_card(BOTH), make_host(*BOTH), live, needs or {}, failing, asked)
+    assert isinstance(answer, Route), answer
+    return answer
+
+
+def test_of_loaded_runners_the_one_that_measured_faster_is_taken_and_the_reason_has_the_figures() -> None:
+    assert preferred(ON_CUDA, ON_MLX, asked=preference(9, cuda=60, mlx=140)) == Route(
+        "mlx",
+        "mlx-1",
+        "MlxCpu",
+        "prefer throughput: of 9 at once, mlx made 140 tokens/s and cuda 60, so MlxCpu is chosen",
+        "figures",
+    )
+    assert preferred(ON_CUDA, ON_MLX, asked=preference(9, cuda=140, mlx=60)).instance == "cuda-1"
+
+
+def test_a_runner_that_lacks_measurements_is_tried_where_it_is_loaded() -> None:
+    answer = preferred(ON_CUDA, ON_MLX, asked=preference(2, cuda=60))
+    assert (answer.runner, answer.basis) == ("mlx", "trial")
+    assert answer.reason == "prefer throughput: too little is measured of mlx with 2 at once, so MlxCpu is chosen"
+
+
+@pytest.mark.parametrize("state", ["Loading", "WarmingUp", "ShuttingDown", "Failed"])
+def test_what_is_not_loaded_is_not_chosen_by_load(state: RunnerState) -> None:
+    answer = preferred(ON_CUDA, replace(ON_MLX, state=state), asked=preference(cuda=60, mlx=140))
+    assert answer == Route(
+        "cuda",
+        "cuda-1",
+        "LlamaCppCpu",
+        "card prefers LlamaCppCpu, which is available; "
+        "prefer throughput has a choice once several runners have loaded the model",
+    )
+
+
+def test_with_one_runner_to_choose_from_nothing_is_said_of_preference() -> None:
+    asked = preference(cuda=60, mlx=140)
+    wished = preferred(ON_CUDA, ON_MLX, asked=asked, wish="cuda")
+    assert wished.reason == "request asks for runner cuda; LlamaCppCpu is available"
+    flagged = preferred(ON_CUDA, ON_MLX, asked=asked, card=make_card(BOTH, runner="cuda"))
+    assert flagged.reason == "card asks for runner cuda; LlamaCppCpu is available"
+    alone = preferred(ON_CUDA, ON_MLX, asked=asked, card=make_card(["LlamaCppCuda", "LlamaCppCpu"]))
+    assert "prefer throughput" not in alone.reason
+
+
+def test_a_failing_or_incapable_runner_is_not_taken_however_fast_it_was() -> None:
+    asked = preference(cuda=140, mlx=60)
+    answer = preferred(ON_CUDA, ON_MLX, asked=asked, failing=["cuda"])
+    assert answer.runner == "mlx"
+    assert "LlamaCppCpu, which is left out while runner cuda keeps failing" in answer.reason
+    both = preferred(ON_CUDA, ON_MLX, asked=preference(cuda=60, mlx=140), failing=["cuda", "mlx"])
+    assert both.reason.endswith("mlx made 140 tokens/s and cuda 60, so MlxCpu is chosen")
+    able_mlx = replace(ON_MLX, capabilities=able("logprobs", backend="MlxCpu"))
+    assert preferred(ON_CUDA, able_mlx, asked=asked, needs={"logprobs": "logprobs"}).runner == "mlx"
+
+
+def test_what_generates_no_text_goes_by_the_cards_order() -> None:
+    vectors = [replace(each, capabilities=able("embeddings")) for each in (ON_CUDA, ON_MLX)]
+    answer = preferred(*vectors, asked=preference(cuda=60, mlx=140), needs={"embeddings": "input"})
+    assert (answer.runner, answer.reason) == ("cuda", "card prefers LlamaCppCpu, which is available")
+
+
+def test_backends_that_were_not_compared_are_explained_as_well() -> None:
+    card = make_card(["Vllm", "AbacusWood", "LlamaCppCuda", *BOTH])
+    host = make_host(*BOTH, "AbacusWood")
+    answer = route(None, card, host, [ON_CUDA, ON_MLX], {}, (), preference(cuda=60, mlx=140))
+    assert isinstance(answer, Route)
+    assert answer.reason == (
+        "prefer throughput: of 1 at once, mlx made 140 tokens/s and cuda 60, so MlxCpu is chosen; "
+        "Vllm is served by no runner of this version; AbacusWood is not loaded; LlamaCppCuda has no device here"
+    )
+
+
 # --- properties ---
 
 
@@ -330,11 +430,63 @@ wishes = st.none() | st.sampled_from([*SPECS, "tpu"])
 asked = st.dictionaries(st.sampled_from(NEEDS), st.sampled_from(["logprobs", "response_format", "input"]), max_size=2)
 
 
-@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked)
-def test_a_route_is_never_what_request_card_host_or_needs_exclude(
-    wish: str | None, card: ModelCard, host: Host, live: list[LiveRunner], needs: dict[Need, str]
+points = st.builds(
+    Point,
+    first=st.sampled_from([0.1, 1]),
+    stream=st.sampled_from([1, 100]),
+    total=st.sampled_from([10, 10.5, 100]),
+    count=st.just(3),
+    at=st.just(0),
+)
+preferences = st.none() | st.builds(
+    Preference,
+    prefer=st.sampled_from(["latency", "throughput"]),
+    load=st.integers(1, 20),
+    speeds=st.dictionaries(st.sampled_from([*SPECS]), st.dictionaries(st.sampled_from([1, 4, 16]), points)),
+    sent=st.dictionaries(st.sampled_from([*SPECS]), st.integers(0, 300)),
+    incumbent=st.sampled_from([None, *SPECS]),
+)
+failures = st.sets(st.sampled_from([*SPECS]))
+
+
+@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked, failing=failures, load=preferences)
+def test_a_preference_only_chooses_between_loaded_runners_of_which_each_would_do(
+    wish: str | None,
+    card: ModelCard,
+    host: Host,
+    live: list[LiveRunner],
+    needs: dict[Need, str],
+    failing: set[str],
+    load: Preference | None,
 ) -> None:
-    answer = route(wish, card, host, live, needs)
+    without = route(wish, card, host, live, needs, failing)
+    answer = route(wish, card, host, live, needs, failing, load)
+    if isinstance(without, Refusal) or isinstance(answer, Refusal) or load is None:
+        assert answer == without
+    elif answer.basis == "order":
+        assert replace(answer, reason=without.reason) == without
+        assert answer.reason.startswith(without.reason)
+    else:
+        assert wish is None
+        assert not {"embeddings", "rerank"} & needs.keys()
+        assert answer.instance is not None
+        alone = route(answer.runner, card, host, live, needs, failing)
+        assert isinstance(alone, Route)
+        assert (answer.instance, answer.backend) == (alone.instance, alone.backend)
+        assert next(each for each in live if each.instance == answer.instance).state in ("Ready", "Running")
+        assert without.runner in failing or answer.runner not in failing
+
+
+@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked, load=preferences)
+def test_a_route_is_never_what_request_card_host_or_needs_exclude(
+    wish: str | None,
+    card: ModelCard,
+    host: Host,
+    live: list[LiveRunner],
+    needs: dict[Need, str],
+    load: Preference | None,
+) -> None:
+    answer = route(wish, card, host, live, needs, preference=load)
     if not isinstance(answer, Route):
         return
     assert wish in (None, answer.runner)
@@ -351,11 +503,16 @@ def test_a_route_is_never_what_request_card_host_or_needs_exclude(
     assert all(instance.capabilities is None or getattr(instance.capabilities, need) for need in needs)
 
 
-@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked)
+@given(wish=wishes, card=cards(), host=hosts(), live=live_runners(), needs=asked, load=preferences)
 def test_every_answer_explains_itself(
-    wish: str | None, card: ModelCard, host: Host, live: list[LiveRunner], needs: dict[Need, str]
+    wish: str | None,
+    card: ModelCard,
+    host: Host,
+    live: list[LiveRunner],
+    needs: dict[Need, str],
+    load: Preference | None,
 ) -> None:
-    answer = route(wish, card, host, live, needs)
+    answer = route(wish, card, host, live, needs, preference=load)
     if isinstance(answer, Route):
         assert answer.backend in answer.reason
         assert answer.reason.isascii()

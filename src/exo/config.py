@@ -8,6 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
+
+Prefer = Literal["latency", "throughput"]
+"""As ``exo.worker.speed`` has it."""
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
@@ -167,6 +171,10 @@ class Settings:
     """Whether the server pulls a model that is asked for and not on disk."""
     history_file: Path | None = None
     """What was typed in `exo chat`; None keeps nothing."""
+    prefer: Prefer | None = None
+    """What decides between runners that have loaded the same model, where its card does not say; None is its order."""
+    speeds_file: Path | None = None
+    """How fast runners were; None keeps nothing."""
 
     @property
     def is_local(self) -> bool:
@@ -189,14 +197,16 @@ class Settings:
         access: Access | None = None,
         limits: Limits | None = None,
         auto_pull: bool = False,
+        prefer: str | None = None,
     ) -> "Settings":
-        """Settings from the flags ``--host``, ``--port``, ``--models-dir`` and ``--auto-pull``, where given, and the
-        environment.
+        """Settings from the flags ``--host``, ``--port``, ``--models-dir``, ``--auto-pull`` and ``--prefer``, where
+        given, and the environment.
 
         An empty environment variable counts as unset. Raises SettingsError.
         """
         data = _base_directory("XDG_DATA_HOME", ".local/share")
         cache = _base_directory("XDG_CACHE_HOME", ".cache")
+        state = _base_directory("XDG_STATE_HOME", ".local/state")
         given = _given("--models-dir", models_directory, "EXO_DEFAULT_MODELS_DIR")
         models = _directory(given) if given else data / "models"
         others = _directories("EXO_MODELS_DIRS")
@@ -214,6 +224,8 @@ class Settings:
             hub=HubAccess.load(),
             auto_pull=auto_pull or _flag(_variable("EXO_AUTO_PULL")),
             history_file=data / "chat_history",
+            prefer=_prefer(_given("--prefer", prefer, "EXO_PREFER")),
+            speeds_file=state / "speeds.json",
         )
 
 
@@ -291,6 +303,15 @@ def _flag(given: _Given | None) -> bool:
     if given is not None and value not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise given.error("expected true or false")
     return value in ("1", "true", "yes", "on")
+
+
+def _prefer(given: _Given | None) -> Prefer | None:
+    if given is None:
+        return None
+    for known in get_args(Prefer):
+        if given.value == known:
+            return known
+    raise given.error(f"expected {' or '.join(get_args(Prefer))}")
 
 
 def _keys(flags: Sequence[str], file: Path | None) -> tuple[ApiKey, ...]:

@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
 from typing import final
 
@@ -128,6 +129,7 @@ class _AllowedHosts:
         self._names = frozenset(name.lower() for name in access.allowed_hosts)
         self._any = "*" in self._names or bool(not is_local and access.keys and not access.allowed_hosts)
         self._any_address = not is_local
+        self._allows = lru_cache(maxsize=16)(self._judge)
 
     def check(self, hosts: Iterable[str]) -> None:
         """Raises DeniedError. No browser leaves the header out, so a request without one passes."""
@@ -137,7 +139,7 @@ class _AllowedHosts:
                 message = f"this server is not called {host[:200]!r}; --allowed-host gives it a further name"
                 raise _denied(403, message, "host_not_allowed")
 
-    def _allows(self, name: str) -> bool:
+    def _judge(self, name: str) -> bool:
         return self._any or name in self._names or is_loopback(name) or (self._any_address and _is_address(name))
 
 

@@ -11,6 +11,7 @@ from exo.api.answer import AnswerReply, Question, ask
 from exo.api.anthropic_replies import AnthropicReplyMessage, MessagesDialect, TokenCount
 from exo.api.anthropic_requests import CountTokensRequest, MessagesRequest
 from exo.api.body import read_body
+from exo.api.direct import DirectRoute
 from exo.api.docs import json_body
 from exo.api.generation import Generation
 from exo.api.prompts import render
@@ -42,7 +43,7 @@ async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCou
 
 def anthropic_routes(services: Services) -> APIRouter:
     """Messages, and their tokens. Any ``anthropic-version`` will do."""
-    routes = APIRouter(prefix="/v1", tags=["Anthropic"])
+    routes = APIRouter(prefix="/v1", tags=["Anthropic"], route_class=DirectRoute)
 
     @routes.post("/messages", response_model=AnthropicReplyMessage, openapi_extra=json_body(MessagesRequest))
     async def messages(request: Request) -> GenerationReply:

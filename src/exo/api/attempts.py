@@ -95,6 +95,7 @@ class Attempts:
                     await self._services.ensure_files(card, route.runner, self._pulling)
                 process = self._services.instances.acquire(route, card)
                 self._used.enter_context(self._services.instances.using(process))
+                self._services.sent(card, route)
                 if self._keep_seconds is not None:
                     self._services.instances.keep_alive(card.model_id, self._keep_seconds)
                 if process.capabilities is None:
@@ -119,10 +120,17 @@ class Attempts:
         await self._on_loading(pull_note(progress))
 
     async def generate(
-        self, runner: Runner, replay: Replay, on_event: Callable[[GenerationEvent], Awaitable[None]]
+        self,
+        runner: Runner,
+        replay: Replay,
+        on_event: Callable[[GenerationEvent], None],
+        flush: Callable[[], Awaitable[None]],
     ) -> None:
-        """Generates one sequence to its end, on as many runners as it takes. Raises as ``runner`` does."""
-        while (failed := await _generate(runner.process, replay, on_event)) is not None:
+        """Generates one sequence to its end, on as many runners as it takes. Raises as ``runner`` does.
+
+        ``flush`` is called after ``on_event`` when no further event is here yet.
+        """
+        while (failed := await _generate(runner.process, replay, on_event, flush)) is not None:
             if failed.code not in DEATHS or not runner.process.died_of(failed):
                 raise RunnerError(failed)
             if not replay.budget.allows_replay(runner.name, proven=runner.process.proven.is_set()):
@@ -149,19 +157,24 @@ def _in_words(status: Status) -> str:
 
 
 async def _generate(
-    process: RunnerProcess, replay: Replay, on_event: Callable[[GenerationEvent], Awaitable[None]]
+    process: RunnerProcess,
+    replay: Replay,
+    on_event: Callable[[GenerationEvent], None],
+    flush: Callable[[], Awaitable[None]],
 ) -> Failed | None:
     """One attempt."""
     async with process.generate(replay.remainder()) as events:
         async for event in events:
             match event:
+                case Delta() | PromptLogprobs():
+                    replay.take(event)
                 case Failed():
                     return event
                 case Finished(reason="cancelled"):
                     return Failed(id=event.id, code="shutdown", message="the runner cancelled the request")
-                case Delta() | PromptLogprobs():
-                    replay.take(event)
                 case _:
                     pass
-            await on_event(event)
+            on_event(event)
+            if not events.pending:
+                await flush()
     return None

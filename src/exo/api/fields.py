@@ -6,6 +6,7 @@ the default.
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
@@ -63,6 +64,12 @@ def _tell_refused(schema: dict[str, JsonValue], body: type["RequestBody"]) -> No
         schema["description"] = f"{schema['description']} Refused unless they ask for nothing: {names}."
 
 
+@cache
+def _names(body: type[BaseModel]) -> frozenset[str]:
+    """What clients call its fields."""
+    return frozenset(field.alias or name for name, field in body.model_fields.items())
+
+
 class RequestBody(BaseModel):
     """What all request bodies have in common."""
 
@@ -81,7 +88,7 @@ class RequestBody(BaseModel):
     def _drop_what_asks_for_nothing(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = _names(cls)
         kept: dict[str, JsonValue] = {}
         for name, value in cast(dict[str, JsonValue], data).items():
             if name in known:

@@ -1,5 +1,6 @@
 """One request from route to last token, the same for every dialect: route, load, prompt, generate."""
 
+import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Protocol
 
 import anyio
 
-from exo.api.attempts import Attempts, Runner
+from exo.api.attempts import Attempts, GenerationEvent, Runner
 from exo.api.errors import ApiError, context_too_small, from_failed
 from exo.api.prompts import Prepared, prepare
 from exo.api.queue import Place
@@ -18,12 +19,8 @@ from exo.api.services import Services
 from exo.models.card import ModelCard
 from exo.worker.messages import (
     Capabilities,
-    Delta,
     Failed,
-    Finished,
     Generate,
-    PrefillProgress,
-    PromptLogprobs,
     SamplingParams,
 )
 from exo.worker.process import RunnerError
@@ -50,7 +47,7 @@ class Serving:
 
 
 class Sink(Protocol):
-    """Where the events of a request go. A method that waits holds up one sequence and not the others."""
+    """Where the events of a request go."""
 
     async def loading(self, note: str) -> None:
         """The model is not loaded yet, or not even on disk; ``note`` says how far that is."""
@@ -60,8 +57,12 @@ class Sink(Protocol):
         """The model is loaded; comes before the first event."""
         ...
 
-    async def event(self, choice: int, event: ChoiceEvent) -> None:
+    def event(self, choice: int, event: ChoiceEvent) -> None:
         """The next event of a choice; the last is ``Ended``."""
+        ...
+
+    async def flush(self) -> None:
+        """Sends what there is. While it waits, it holds up one sequence and not the others."""
         ...
 
 
@@ -75,7 +76,7 @@ class Generation:
         self.request = request
         self.id = request_id
         self.headers: Mapping[str, str] = headers or {}
-        self.routed = anyio.Event()
+        self.routed = asyncio.Event()
         self.place: Place
         """In the model's queue; there is one from before ``routed`` is set."""
         self._services = services
@@ -147,18 +148,24 @@ async def _generate(
     """Runs all sequences at once. The first failure ends the others. Raises ``RunnerError`` and ``ApiError``."""
     failures: list[RunnerError | ApiError] = []
 
-    async def follow(choice: int, sequence: Generate) -> None:
+    def pass_on(choice: int, event: GenerationEvent) -> None:
+        sink.event(choice, readers[choice].read(event))
+
+    async def follow(choice: int) -> None:
+        await attempts.generate(runner, Replay(sequences[choice]), partial(pass_on, choice), sink.flush)
+
+    async def follow_beside_others(choice: int) -> None:
         try:
-            await attempts.generate(runner, Replay(sequence), partial(pass_on, choice))
+            await follow(choice)
         except (RunnerError, ApiError) as error:
             failures.append(error)
             tasks.cancel_scope.cancel()
 
-    async def pass_on(choice: int, event: PrefillProgress | PromptLogprobs | Delta | Finished) -> None:
-        await sink.event(choice, readers[choice].read(event))
-
+    if len(sequences) == 1:
+        await follow(0)
+        return
     async with anyio.create_task_group() as tasks:
-        for choice, sequence in enumerate(sequences):
-            tasks.start_soon(follow, choice, sequence)
+        for choice in range(len(sequences)):
+            tasks.start_soon(follow_beside_others, choice)
     if failures:
         raise failures[0]

@@ -1,5 +1,6 @@
 """What a server says about its runners: what each is, how busy it is, how often it died and why."""
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import BaseModel
@@ -15,6 +16,17 @@ class LastFailure(BaseModel):
     message: str
     at: int
     """Seconds since 1970."""
+
+
+class DeviceMemory(BaseModel):
+    """Bytes of one device's memory."""
+
+    device: str
+    """Its name, such as CUDA0."""
+    reserved: int
+    """What is kept for it on the device."""
+    measured: int | None
+    """What it has there; null until that is known."""
 
 
 class Instance(BaseModel):
@@ -50,6 +62,8 @@ class Instance(BaseModel):
     memory_measured: int | None
     """Bytes that it has; null until the model is loaded."""
     device_memory_measured: int | None
+    device_memory: list[DeviceMemory]
+    """The same for each device that it uses."""
     pinned: bool
     """Whether it stays loaded until it is told to end."""
     expires_seconds: float | None
@@ -86,10 +100,18 @@ class Instance(BaseModel):
             device_memory_reserved=report.reserved.device,
             memory_measured=report.measured.host if report.measured else None,
             device_memory_measured=report.measured.device if report.measured else None,
+            device_memory=list(_device_memory(report)),
             pinned=report.pinned,
             expires_seconds=None if report.time_left is None else round(report.time_left, 3),
             retry_seconds=round(report.pause, 3),
         )
+
+
+def _device_memory(report: Report) -> Iterator[DeviceMemory]:
+    reserved, measured = report.reserved.devices, report.measured and report.measured.devices
+    for name in dict.fromkeys((*reserved, *(measured or ()))):
+        has = None if measured is None else measured.get(name, 0)
+        yield DeviceMemory(device=name, reserved=reserved.get(name, 0), measured=has)
 
 
 class InstanceList(BaseModel):

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from exo.api.answer import AnswerReply, Question, ask
 from exo.api.body import read_body
+from exo.api.direct import DirectRoute
 from exo.api.docs import json_body
 from exo.api.errors import context_too_small
 from exo.api.generation import Generation
@@ -28,7 +29,7 @@ def served_name(services: Services, model: str) -> str:
 
 def ollama_routes(services: Services) -> APIRouter:
     """Chats and completions."""
-    routes = APIRouter(prefix="/api", tags=["Ollama"])
+    routes = APIRouter(prefix="/api", tags=["Ollama"], route_class=DirectRoute)
 
     def generation(body: OllamaGeneration, request: GenerationRequest, *, chat: bool) -> GenerationReply:
         reply_id = f"ollama-{uuid4().hex}"

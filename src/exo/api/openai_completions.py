@@ -63,7 +63,7 @@ def _logprobs(items: Iterable[TokenLogprobs], offset: int) -> tuple[CompletionLo
 
 
 def _text(parts: Iterable[Part]) -> str:
-    return "".join(part.text for part in parts if isinstance(part, Content))
+    return "".join([part.text for part in parts if isinstance(part, Content)])
 
 
 @final

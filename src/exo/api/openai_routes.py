@@ -6,6 +6,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Path, Request
 
 from exo.api.body import read_body
+from exo.api.direct import DirectRoute
 from exo.api.docs import json_body
 from exo.api.generation import Generation
 from exo.api.openai_chat import ChatCompletion, ChatDialect
@@ -75,7 +76,7 @@ def completion_request(body: CompletionRequest) -> GenerationRequest:
 
 def openai_routes(services: Services) -> APIRouter:
     """Chat completions, completions and models."""
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=DirectRoute)
     started = int(time.time())
 
     def model(card: ModelCard) -> Model:

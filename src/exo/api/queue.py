@@ -1,5 +1,6 @@
 """Who waits for a model: one bounded queue for each, and how all of them end when the server stops."""
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ class _Queue:
         self.max_waiting = max_waiting
         self.places: dict[Place, None] = {}
         self.held = 0
-        self.changed = anyio.Event()
+        self.changed = asyncio.Event()
 
     def add(self, place: Place) -> None:
         self.places[place] = None
@@ -132,7 +133,7 @@ class _Queue:
     def change(self) -> None:
         """Wakes those who watch their number. An arrival changes nobody else's."""
         self.changed.set()
-        self.changed = anyio.Event()
+        self.changed = asyncio.Event()
 
     def ahead_of(self, place: Place) -> int:
         """Sequences that came before those of ``place``."""

@@ -1,5 +1,6 @@
 """How a generation's events reach its client: as one reply or as a stream, until the client leaves."""
 
+import asyncio
 import logging
 import time
 from collections import defaultdict
@@ -22,6 +23,8 @@ from exo.worker.messages import PrefillProgress, PromptLogprobs, TokenLogprobs, 
 
 log = logging.getLogger(__name__)
 
+_QUICK_SECONDS = 0.05
+"""A reply that takes no longer needs nobody who watches its client, or the time."""
 GRACE_SECONDS = 1.0
 """How long a stream waits for its first event, so that an early failure still gets an HTTP status."""
 KEEP_ALIVE_SECONDS = 10.0
@@ -126,27 +129,42 @@ class GenerationReply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replies, as ASGI has it."""
+        over = asyncio.Event()
+        stream = _Stream(self._generation, self._dialect, send) if self._stream else None
 
-        async def respond(response: Response) -> None:
-            await response(scope, receive, send)
+        async def reply() -> None:
+            path = scope["path"]
+            response = await (self._whole(path) if stream is None else self._streamed(stream, path))
+            if response is not None:
+                await response(scope, receive, send)
+            over.set()
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(cancel_when_client_leaves, receive, tasks)
-            if self._stream:
-                stream = _Stream(self._generation, self._dialect, send)
-                tasks.start_soon(stream.keep_alive)
-                tasks.start_soon(stream.tell_place)
-                error = await self._run(stream)
-                if error is not None and stream.abandon():
-                    await respond(error.response(scope["path"], self._generation.headers))
-                else:
-                    await stream.close(error)
-            else:
-                whole = _Whole(self._dialect)
-                error = await self._run(whole)
-                headers = self._generation.headers
-                await respond(error.response(scope["path"], headers) if error else self._complete(whole))
-            tasks.cancel_scope.cancel()
+            # A task of its own is resumed for each token without all the applications around this one.
+            tasks.start_soon(reply)
+            await asyncio.sleep(0)  # it goes first
+            with anyio.move_on_after(_QUICK_SECONDS):
+                await over.wait()
+            if not over.is_set():
+                tasks.start_soon(cancel_when_client_leaves, receive, tasks)
+                if stream is not None:
+                    tasks.start_soon(stream.keep_alive)
+                    tasks.start_soon(stream.tell_place)
+                await over.wait()
+                tasks.cancel_scope.cancel()
+
+    async def _streamed(self, stream: "_Stream", path: str) -> Response | None:
+        """Streams the reply. Returns another one where an error came before anything was sent."""
+        error = await self._run(stream)
+        if error is not None and stream.abandon():
+            return error.response(path, self._generation.headers)
+        await stream.close(error)
+        return None
+
+    async def _whole(self, path: str) -> Response:
+        whole = _Whole(self._dialect)
+        error = await self._run(whole)
+        return error.response(path, self._generation.headers) if error else self._complete(whole)
 
     async def _run(self, sink: "_Stream | _Whole") -> ErrorBody | None:
         try:
@@ -179,15 +197,19 @@ class _Whole:
     def serving(self, serving: Serving) -> None:
         self.dialect.serving(serving)
 
-    async def event(self, choice: int, event: ChoiceEvent) -> None:
+    def event(self, choice: int, event: ChoiceEvent) -> None:
         if not isinstance(event, PrefillProgress):
             self.choices[choice].add(event)
+
+    async def flush(self) -> None:
+        """Nothing is sent before the end."""
 
 
 class _Stream:
     """Writes a stream. Until it is opened, what is written is held back, so that an error can still take its place.
 
-    It opens when every choice has been accepted, or when the grace is over.
+    It opens with the first output after every choice has been accepted; without any, once that has been so for a
+    moment, or when the grace is over.
     """
 
     def __init__(self, generation: Generation, dialect: Dialect, send: Send) -> None:
@@ -195,14 +217,16 @@ class _Stream:
         self._dialect = dialect
         self._send = send
         self._started = False
-        self._starting = anyio.Lock()
+        self._starting = anyio.Lock(fast_acquire=True)
         self._open = False
         self._held: list[bytes] = []
         self._note = b""
         self._place_note = b""
         self._waiting = True
+        self._speaking = False
         self._quiet = True
         self._accepted: set[int] = set()
+        self._all_accepted = asyncio.Event()
         self._usages: dict[int, Usage] = {}
 
     async def loading(self, note: str) -> None:
@@ -215,26 +239,33 @@ class _Stream:
         self._note = b""
         self._dialect.serving(serving)
 
-    async def event(self, choice: int, event: ChoiceEvent) -> None:
-        data = b""
-        if not isinstance(event, PrefillProgress) or event.processed:
+    def event(self, choice: int, event: ChoiceEvent) -> None:
+        if self._waiting and (not isinstance(event, PrefillProgress) or event.processed):
             self._waiting, self._place_note = False, b""
         if choice not in self._accepted:
             self._accepted.add(choice)
-            data = self._dialect.opening(choice, event.total if isinstance(event, PrefillProgress) else 0)
+            if len(self._accepted) == self._generation.request.choices:
+                self._all_accepted.set()
+            self._held.append(self._dialect.opening(choice, event.total if isinstance(event, PrefillProgress) else 0))
         if not isinstance(event, PrefillProgress):
-            data += self._dialect.more(choice, event)
+            self._speaking = True
+            self._held.append(self._dialect.more(choice, event))
             if isinstance(event, Ended):
                 self._usages[choice] = event.usage
-        if data:
-            await self._write(data)
-        if not self._open and len(self._accepted) == self._generation.request.choices:
+
+    async def flush(self) -> None:
+        if len(self._usages) == self._generation.request.choices:
+            return  # ``close`` comes at once, and sends what is left with its own
+        if self._open:
+            await self._send_held()
+        elif self._speaking and self._all_accepted.is_set():
             await self._start()
 
     async def keep_alive(self) -> None:
-        """Opens the stream after the grace, then fills every long silence."""
+        """Opens the stream when it is accepted, or after the grace, then fills every long silence."""
         await self._generation.routed.wait()  # the headers tell the route
-        await anyio.sleep(GRACE_SECONDS)
+        with anyio.move_on_after(GRACE_SECONDS):
+            await self._all_accepted.wait()
         await self._start()
         while True:
             self._quiet = True
@@ -267,16 +298,20 @@ class _Stream:
         else:
             last = self._dialect.error(error)
         self._open = False  # so that nothing else follows, however long this has to wait
-        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        body = b"".join((*self._held, last))
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _write(self, data: bytes) -> None:
-        if not data:
-            return
+        self._held.append(data)
         if self._open:
+            await self._send_held()
+
+    async def _send_held(self) -> None:
+        data = b"".join(self._held)
+        self._held.clear()
+        if data:
             self._quiet = False
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        else:
-            self._held.append(data)
 
     async def _start(self) -> None:
         async with self._starting:
@@ -287,7 +322,6 @@ class _Stream:
             raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": raw})
             self._held.insert(0, self._note + self._place_note)
-            while data := b"".join(self._held):
-                self._held.clear()
-                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            while any(self._held):
+                await self._send_held()
             self._open = True

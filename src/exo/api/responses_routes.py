@@ -12,6 +12,7 @@ from pydantic_core import to_json
 
 from exo.api import sse
 from exo.api.body import read_body
+from exo.api.direct import DirectRoute
 from exo.api.docs import json_body
 from exo.api.errors import ErrorBody
 from exo.api.generation import Generation, Serving
@@ -218,7 +219,7 @@ def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonV
 
 def responses_routes(services: Services) -> APIRouter:
     """Responses, and those in memory."""
-    routes = APIRouter(prefix="/v1/responses", tags=["OpenAI"])
+    routes = APIRouter(prefix="/v1/responses", tags=["OpenAI"], route_class=DirectRoute)
     store = ResponseStore()
 
     @routes.post("", response_model=ResponseBody, openapi_extra=json_body(ResponsesRequest))

@@ -14,6 +14,7 @@ from exo.api.errors import ApiError, shutting_down
 from exo.api.fields import RequestBody
 from exo.api.instances import Instance, InstanceList
 from exo.api.services import Services
+from exo.api.speeds import SpeedAtLoad, known_speeds
 from exo.worker.router import LiveRunner
 
 
@@ -38,6 +39,7 @@ class RouteReport(BaseModel):
     instance: str | None
     backend: str
     reason: str
+    speeds: list[SpeedAtLoad]
 
 
 class UnloadRequest(RequestBody):
@@ -99,13 +101,14 @@ def server_routes(services: Services) -> APIRouter:
         model: str = Query(min_length=1, max_length=300, description="A model id or alias, optionally with @runner."),
     ) -> RouteReport:
         """Which runner would serve the model, and why; a refusal is the error that a request would get."""
-        card, chosen = await services.choose(model)
+        card, chosen = await services.choose(model, arriving=1)
         return RouteReport(
             model=card.model_id,
             runner=chosen.runner,
             instance=chosen.instance,
             backend=chosen.backend,
             reason=chosen.reason,
+            speeds=known_speeds(services.speeds, card),
         )
 
     return routes

@@ -1,10 +1,12 @@
 """What the routes work with, for the life of one server."""
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
+from anyio.to_thread import run_sync
 
 from exo.api.errors import ApiError, from_refusal
 from exo.api.pulls import OnProgress, Pulls
@@ -22,8 +24,13 @@ from exo.worker.instances import Instances
 from exo.worker.process import RunnerError
 from exo.worker.router import Refusal, Route, model_not_found, parse_model, route
 from exo.worker.runners import Need
+from exo.worker.speed import Measurement
+from exo.worker.speeds import Speeds
 
 log = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 30.0
+"""Between two looks at whether there are new measurements to be kept."""
 
 
 class Services:
@@ -46,6 +53,8 @@ class Services:
         """Models on their way to the disk; there are none but while the server is running."""
         self.start_failures: dict[str, str] = {}
         """Why a model that was to be loaded at the start is not, by the name it was asked for."""
+        self.speeds = Speeds(settings.speeds_file)
+        """How fast the runners were with the models."""
         self._settings = settings
         self._commands = commands
         self._host: Host | None = None
@@ -66,17 +75,20 @@ class Services:
                 settings.log_directory,
                 commands,
                 keep_seconds=settings.limits.keep_seconds,
+                on_measured=self._measured,
             ) as self.instances,
             Pulls(settings) as self.pulls,
             anyio.create_task_group() as tasks,
         ):
             tasks.start_soon(self._probe)
+            tasks.start_soon(self._save_speeds_now_and_then)
             for model in load:
                 tasks.start_soon(self._load, model)
             try:
                 yield
             finally:
                 tasks.cancel_scope.cancel()
+                self.speeds.save(self.speeds.unsaved())
                 await self.templates.aclose()
                 await self.gbnf.aclose()
 
@@ -87,22 +99,32 @@ class Services:
             raise from_refusal(model_not_found(name, self.catalogue.suggest(name)), status=404)
         return card
 
-    async def choose(self, model: str, needs: Mapping[Need, str] | None = None) -> tuple[ModelCard, Route]:
+    async def choose(
+        self, model: str, needs: Mapping[Need, str] | None = None, arriving: int = 0
+    ) -> tuple[ModelCard, Route]:
         """The card and route of what a request calls ``model``; ``needs`` as in ``route``.
 
-        Waits for the host's probe. Raises ``ApiError``.
+        ``arriving`` are its sequences, where it has no place in the queue yet. Waits for the host's probe. Raises
+        ``ApiError``.
         """
         wish = parse_model(model)
         card = self.card(wish.name)
-        await self._probed.wait()
+        if self._host is None:
+            await self._probed.wait()
         assert self._host is not None
         failing = self.instances.avoided(card.model_id)
-        decision = route(wish.runner, card, self._host, self.instances.live(), needs or {}, failing)
+        prefer, load = card.prefer or self._settings.prefer, self._load_of(card, arriving)
+        preference = self.speeds.preference(card, prefer, load, time.time())
+        decision = route(wish.runner, card, self._host, self.instances.live(), needs or {}, failing, preference)
         if isinstance(decision, Refusal):
             # Without a wish there is nothing about the request that its client could mend.
             mendable = wish.runner is not None or decision.code != "runner_unavailable"
             raise from_refusal(decision, status=400 if mendable else 503)
         return card, decision
+
+    def sent(self, card: ModelCard, route: Route) -> None:
+        """Notes that a request went the way of a decision, for the next one."""
+        self.speeds.sent(card.model_id, route.runner, self._load_of(card), route.basis)
 
     async def ensure_files(self, card: ModelCard, runner: str, on_progress: OnProgress) -> None:
         """Before a runner is started: has its files pulled, or raises ``ApiError``. See ``Pulls.ensure``.
@@ -120,13 +142,27 @@ class Services:
         model_id = self.card(parse_model(model).name).model_id
         return await self.instances.unload(model_id, self._settings.limits.drain_seconds) > 0
 
+    def _load_of(self, card: ModelCard, arriving: int = 0) -> int:
+        """Sequences of a model that are here or about to be."""
+        return max(1, self.queues.held(card.model_id) + arriving)
+
+    def _measured(self, card: ModelCard, runner: str, measurement: Measurement) -> None:
+        self.speeds.measured(card, runner, measurement, time.time())
+
+    async def _save_speeds_now_and_then(self) -> None:
+        while True:
+            await anyio.sleep(_SAVE_SECONDS)
+            await run_sync(self.speeds.save, self.speeds.unsaved())
+
     def _slots(self, model_id: str) -> int:
         return sum(runner.slots for runner in self.instances.live() if runner.model_id == model_id)
 
     async def _probe(self) -> None:
         commands = self._commands and {name: (*command, "--probe") for name, command in self._commands.items()}
         self._host = await probe_host(commands)
-        self.instances.set_capacity(capacity(self._host, self._settings.limits.memory))
+        devices = [each.id for each in self._host.nvidia_devices]
+        self.instances.set_capacity(capacity(self._host, self._settings.limits.memory), devices)
+        self.speeds.know(self._host)
         for name, probe in self._host.probes.items():
             for note in probe.notes:
                 log.info("runner %s: %s", name, note)

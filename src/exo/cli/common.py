@@ -95,13 +95,20 @@ def settings_from(
     limits: "Limits | None" = None,
     *,
     auto_pull: bool = False,
+    prefer: str | None = None,
 ) -> "Settings":
     """Settings from flags and environment, or the error that names the one at fault."""
     from exo.config import Settings, SettingsError
 
     try:
         return Settings.load(
-            host=host, port=port, models_directory=models_dir, access=access, limits=limits, auto_pull=auto_pull
+            host=host,
+            port=port,
+            models_directory=models_dir,
+            access=access,
+            limits=limits,
+            auto_pull=auto_pull,
+            prefer=prefer,
         )
     except SettingsError as error:
         fail(str(error), ExitCode.USAGE)

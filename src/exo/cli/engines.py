@@ -1,6 +1,7 @@
 """The commands about engines: route, doctor, convert, compare."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -27,18 +28,26 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     """Say which runner would serve a model here, and why, without running anything."""
     import anyio
 
+    from exo.api.speeds import SpeedAtLoad, known_speeds
     from exo.models.purpose import needs_of
     from exo.worker.host import probe_host
     from exo.worker.router import Refusal, model_not_found, parse_model
     from exo.worker.router import route as decide
+    from exo.worker.speeds import Speeds
 
-    catalogue = catalogue_from(settings_from(models_dir=models_dir))
+    settings = settings_from(models_dir=models_dir)
+    catalogue = catalogue_from(settings)
+    speeds, known = Speeds(settings.speeds_file), list[SpeedAtLoad]()
     wish = parse_model(model)
     card = catalogue.get(wish.name)
     if card is None:
         decision = model_not_found(wish.name, catalogue.suggest(wish.name))
     else:
-        decision = decide(wish.runner, card, anyio.run(probe_host), (), needs_of(card))
+        host = anyio.run(probe_host)
+        speeds.know(host)
+        known = known_speeds(speeds, card)
+        preference = speeds.preference(card, card.prefer or settings.prefer, load=1, now=time.time())
+        decision = decide(wish.runner, card, host, (), needs_of(card), preference=preference)
     if isinstance(decision, Refusal):
         code = ExitCode.NOT_FOUND if decision.code == "model_not_found" else ExitCode.FAILED
         if as_json:
@@ -46,10 +55,13 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
             raise typer.Exit(code)
         fail(decision.message, code)
     if as_json:
-        out.print_json(json.dumps({"runner": decision.runner, "backend": decision.backend, "reason": decision.reason}))
+        told = {"runner": decision.runner, "backend": decision.backend, "reason": decision.reason}
+        out.print_json(json.dumps({**told, "speeds": [each.model_dump() for each in known]}))
         return
     say(f"{model} -> runner {decision.runner}, backend {decision.backend}")
     say(decision.reason)
+    for each in known:
+        say(f"  {each}")
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -58,9 +70,9 @@ def doctor(as_json: AsJson = False) -> None:
 
     from exo.doctor import as_json as to_json
     from exo.doctor import as_text, healthy
-    from exo.worker.host import probe_host
+    from exo.worker.host import TRY_SECONDS, probe_commands, probe_host
 
-    host = anyio.run(probe_host)
+    host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
     if as_json:
         out.print_json(json.dumps(to_json(host)))
     else:

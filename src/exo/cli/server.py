@@ -62,13 +62,17 @@ def serve(
     ttl: Annotated[
         str | None, typer.Option(help="Seconds that a model stays loaded without being used. Default: for ever.")
     ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(help="latency or throughput: of runners that have loaded a model, take the one measured faster."),
+    ] = None,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
     from exo.api.server import ListenError, serve_forever
 
     access = access_from(api_key, api_key_file, allowed_host, cors_origin, insecure, ssl_certfile, ssl_keyfile)
     limits = limits_from(max_queue, drain_timeout, stall_timeout, memory_limit, ttl)
-    settings = settings_from(host, port, models_dir, access, limits, auto_pull=auto_pull)
+    settings = settings_from(host, port, models_dir, access, limits, auto_pull=auto_pull, prefer=prefer)
     catalogue = catalogue_from(settings)
     try:
         serve_forever(

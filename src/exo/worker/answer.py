@@ -1,8 +1,7 @@
 """What ``RunnerProcess.ask`` waits for: the one event that ends a request which has no stream."""
 
+import asyncio
 from typing import final
-
-import anyio
 
 from exo.worker.messages import Embed, Embedded, Failed, Finished, PrefillProgress, Rank, Ranked, Tokenize, Tokenized
 
@@ -20,7 +19,7 @@ class Answer:
     def __init__(self, kind: type[AnswerEvent]) -> None:
         self.kind = kind
         self._event: AnswerEvent | Finished | Failed | None = None
-        self._arrived = anyio.Event()
+        self._arrived = asyncio.Event()
 
     def put(self, event: AnswerEvent | PrefillProgress | Finished | Failed) -> None:
         """Takes an event; progress is of no interest here."""

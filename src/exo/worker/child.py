@@ -1,15 +1,14 @@
 """The operating-system side of a runner: spawn, pipes, signals, reaping. Knows no states and no requests."""
 
-import math
+import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 import anyio
-from anyio.abc import ByteReceiveStream, ByteSendStream, Process
 from pydantic import ValidationError
 
 from exo.worker.messages import Command, Event
@@ -18,6 +17,7 @@ from exo.worker.wire import decode_event, describe, encode
 _EXIT_SECONDS = 2.0
 """How long a child that has closed its output may take to exit, and its pipes to run dry after that."""
 
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
 _LINE_BYTES = 64 << 20
 
 _LOG_BYTES = 8 << 20
@@ -59,50 +59,105 @@ class StderrLog:
 
 
 @final
-class Child:
-    """A process that reads commands and writes events; made by ``spawn``."""
+class Child(asyncio.SubprocessProtocol):
+    """A process that reads commands and writes events; made by ``spawn``.
 
-    def __init__(self, process: Process) -> None:
-        self._process = process
-        self._outbox, self._commands = anyio.create_memory_object_stream[Command](math.inf)
+    The event loop calls it with what the process writes, so no task stands between a token and those who wait for it.
+    """
+
+    def __init__(self, log: StderrLog) -> None:
+        self.exited = asyncio.Event()
+        """Set once the process has been reaped."""
+        self.closed = asyncio.Event()
+        """Set once its pipes are closed, too."""
+        self._log = log
+        self._hear: Callable[[Event], None] | None = None
+        self._heard_out: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unread = bytearray()
+        """Output without a line's end, or that nobody listens to yet."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # By protocol, not by class: uvloop has its own.
+        self._process = cast(asyncio.SubprocessTransport, transport)
+        self._stdin = cast(asyncio.WriteTransport, self._process.get_pipe_transport(_STDIN))
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if fd == _STDERR:
+            self._log.write(data)
+        elif self._hear is None:
+            self._unread += data
+        else:
+            self._read(data, self._hear)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == _STDOUT and not self._heard_out.done():
+            self._heard_out.set_result(None)
+
+    def process_exited(self) -> None:
+        """Helpers that the child started must not keep its pipes, or a device, open.
+
+        The number of their group is not free for another as long as one of them lives.
+        """
+        _signal_group(self.pid, signal.SIGKILL)
+        self.exited.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
 
     @property
     def pid(self) -> int:
         """The number of the process, which is another's once this one is reaped."""
-        return self._process.pid
+        return self._process.get_pid()
 
     def send(self, command: Command) -> None:
-        """Queues a command; never waits for the pipe. A command that a dead child cannot get is dropped."""
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-            self._outbox.send_nowait(command)
+        """Writes a command, or has the loop write it when there is room in the pipe; never waits for that.
+
+        A command that a dead child cannot get is dropped.
+        """
+        if not self._stdin.is_closing():
+            self._stdin.write(encode(command))
 
     def end_input(self) -> None:
-        """Closes the child's standard input once what is queued has been written."""
-        self._outbox.close()
+        """Closes the child's standard input once what is under way has been written."""
+        self._stdin.close()
 
-    async def events(self) -> AsyncGenerator[Event]:
-        """What the child says until it closes its output. Raises ``ProtocolError`` for a line that is no event.
+    async def listen(self, hear: Callable[[Event], None]) -> None:
+        """Has ``hear`` called with each event, from the first on, and returns when the child closes its output.
 
+        Raises ``ProtocolError`` for a line that is no event, and whatever ``hear`` raises; it is not called again then.
         Half a line at the end is what a dying child could not finish, and is dropped.
         """
-        rest = b""
-        assert self._process.stdout
-        async for chunk in self._process.stdout:
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > _LINE_BYTES:
+        self._hear = hear
+        early, self._unread = bytes(self._unread), bytearray()
+        self._read(early, hear)
+        await self._heard_out
+
+    def _read(self, data: bytes, hear: Callable[[Event], None]) -> None:
+        *lines, rest = data.split(b"\n")
+        if lines and self._unread:
+            lines[0] = bytes(self._unread) + lines[0]
+            self._unread.clear()
+        self._unread += rest
+        try:
+            if len(self._unread) > _LINE_BYTES:
                 raise ProtocolError(f"it wrote a line of more than {_LINE_BYTES} bytes")
             for line in lines:
+                if self._heard_out.done():
+                    return
                 try:
                     event = decode_event(line)
                 except ValidationError as error:
                     raise ProtocolError(f"it wrote {line[:80]!r}: {describe(error)[1]}") from None
-                yield event
+                hear(event)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is for the one who listens
+            if not self._heard_out.done():
+                self._heard_out.set_exception(error)
 
     async def exit(self) -> str:
         """Waits until the child has exited, two seconds at most, and says how it did: "exited with code 1"."""
         with anyio.move_on_after(_EXIT_SECONDS):
-            await self._process.wait()
-        match self._process.returncode:
+            await self.exited.wait()
+        match self._process.get_returncode():
             case None:
                 return "closed its output and did not exit"
             case code if code < 0:
@@ -112,23 +167,26 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         """To the child and whatever it has started: it leads a session of its own. Nothing once it is reaped."""
-        if self._process.returncode is None:
-            _signal_group(self._process.pid, number)
+        if self._process.get_returncode() is None:
+            _signal_group(self.pid, number)
 
-    async def write_commands(self, stdin: ByteSendStream) -> None:
-        """The only writer of the child's standard input."""
-        with suppress(anyio.BrokenResourceError, OSError), self._commands:
-            async for command in self._commands:
-                await stdin.send(encode(command))
-        await stdin.aclose()
+    def cut_off(self) -> None:
+        """Ends the child at once; what it still says is not heard."""
+        self.signal(signal.SIGKILL)
+        if not self._heard_out.done():
+            self._heard_out.set_result(None)
 
-    async def end_session_on_exit(self) -> None:
-        """Once the child has exited, helpers that it started must not keep its pipes, or a device, open.
-
-        The number of their group is not free for another as long as one of them lives.
-        """
-        await self._process.wait()
-        _signal_group(self._process.pid, signal.SIGKILL)
+    async def close(self) -> None:
+        """Ends the child if need be, and reaps it. What it has written to standard error is read, for two seconds."""
+        self.end_input()
+        self.signal(signal.SIGKILL)
+        try:
+            with anyio.move_on_after(_EXIT_SECONDS):
+                await self.closed.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.exited.wait()
+            self._process.close()
 
 
 @asynccontextmanager
@@ -137,30 +195,15 @@ async def spawn(command: Sequence[str], log: StderrLog) -> AsyncGenerator[Child]
 
     Raises ``OSError`` if it cannot be started.
     """
-    # A session of its own, so that an interrupt from the terminal reaches the server alone.
-    process = await anyio.open_process(command, start_new_session=True)
-    assert process.stdin
-    assert process.stderr
-    child = Child(process)
+    loop = asyncio.get_running_loop()
+    child = Child(log)
+    with anyio.CancelScope(shield=True):  # half of it would leave a process that nobody knows
+        # A session of its own, so that an interrupt from the terminal reaches the server alone.
+        await loop.subprocess_exec(lambda: child, *command, start_new_session=True)
     try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(child.write_commands, process.stdin)
-            tasks.start_soon(_copy, process.stderr, log)
-            tasks.start_soon(child.end_session_on_exit)
-            yield child
-            child.end_input()
-            child.signal(signal.SIGKILL)
-            tasks.cancel_scope.deadline = anyio.current_time() + _EXIT_SECONDS
+        yield child
     finally:
-        child.end_input()
-        child.signal(signal.SIGKILL)
-        with anyio.CancelScope(shield=True):
-            await process.aclose()
-
-
-async def _copy(stderr: ByteReceiveStream, log: StderrLog) -> None:
-    async for chunk in stderr:
-        log.write(chunk)
+        await child.close()
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

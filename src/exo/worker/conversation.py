@@ -1,9 +1,9 @@
 """What a runner has said, held against the contract: its state, what it can do, and the requests that it has."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Self, final
-
-import anyio
 
 from exo.worker.answer import Answer, AnswerEvent
 from exo.worker.child import ProtocolError
@@ -61,11 +61,11 @@ class Conversation:
         """Why the runner itself failed, if it said so."""
         self.requests: dict[str, Recipient] = {}
         """Those whose terminal event the runner still owes, by id."""
-        self.proven = anyio.Event()
+        self.proven = asyncio.Event()
         """Set with the first token or vector that the runner computes: it loads, and it works."""
         self._step_seconds = step_seconds
         self._steps = (-1, 0.0)
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
 
     def loading(self) -> AsyncIterator[Status]:
         """The status now and after each change, until the runner is ready or gone."""
@@ -134,12 +134,12 @@ class Conversation:
         self.status = status
         self.capabilities = status.capabilities or self.capabilities
         self._changed.set()
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
 
     def _on_heartbeat(self, beat: Heartbeat) -> None:
         """Raises ``ProtocolError`` for a loop that has something to compute and stands still."""
         steps, since = self._steps
-        now = anyio.current_time()
+        now = time.monotonic()
         if beat.steps != steps or not beat.active:
             self._steps = beat.steps, now
         elif now - since > self._step_seconds:

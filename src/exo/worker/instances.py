@@ -3,11 +3,11 @@
 import logging
 import math
 import random
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +22,18 @@ from exo.worker.capacity import taken
 from exo.worker.deadlines import DEADLINES, Deadlines
 from exo.worker.health import Health
 from exo.worker.instance import Instance, Report
-from exo.worker.ledger import Ledger, Memory
+from exo.worker.ledger import Ledger
+from exo.worker.memory import Memory
 from exo.worker.messages import Choice, Estimated, Failed, Load
 from exo.worker.process import RunnerError, RunnerProcess
 from exo.worker.router import LiveRunner, Route
 from exo.worker.runners import RUNNERS
+from exo.worker.speed import Measurement
+from exo.worker.stopwatch import Count, Stopwatch
 
 log = logging.getLogger(__name__)
+
+OnMeasured = Callable[[ModelCard, str, Measurement], None]
 
 _MEASURE_SECONDS = 5.0
 """Between two looks at how much memory the runners have."""
@@ -36,7 +41,7 @@ _MEASURE_SECONDS = 5.0
 
 def runner_commands() -> dict[str, tuple[str, ...]]:
     """The command that starts each runner, by runner name."""
-    return {name: (sys.executable, "-m", spec.module) for name, spec in RUNNERS.items()}
+    return {name: spec.command for name, spec in RUNNERS.items()}
 
 
 @final
@@ -54,8 +59,12 @@ class Instances:
         commands: Mapping[str, Sequence[str]] | None = None,
         deadlines: Deadlines = DEADLINES,
         keep_seconds: float = math.inf,
+        on_measured: OnMeasured = lambda _card, _runner, _measurement: None,
     ) -> None:
-        """``keep_seconds``: how long a model stays loaded without being used, where its card does not say."""
+        """``keep_seconds``: how long a model stays loaded without being used, where its card does not say.
+
+        ``on_measured`` gets what requests tell of the speed of a runner with the model of a card.
+        """
         self._models_directories = tuple(str(directory) for directory in models_directories)
         self._log_directory = log_directory
         self._commands = runner_commands() if commands is None else commands
@@ -68,7 +77,11 @@ class Instances:
         self._tasks: TaskGroup = anyio.create_task_group()
         self._closed = False
         self._ledger = Ledger()
+        self._device_names: tuple[str, ...] = ()
         self._keep_seconds = keep_seconds
+        self._on_measured = on_measured
+        self._in_flight = Count()
+        """Requests of all runners."""
         self._background = anyio.CancelScope()
         self._changed = anyio.Event()
         self._loaded = anyio.Event()
@@ -114,9 +127,13 @@ class Instances:
             self._ledger.disuse(name, anyio.current_time())
             self._settle()
 
-    def set_capacity(self, capacity: Memory) -> None:
-        """How much memory all runners may take; until this is told, they take what they like."""
+    def set_capacity(self, capacity: Memory, device_names: Sequence[str] = ()) -> None:
+        """How much memory all runners may take; until this is told, they take what they like.
+
+        ``device_names`` are those of NVIDIA devices, in the driver's order; see ``capacity.taken``.
+        """
         self._ledger.capacity = capacity
+        self._device_names = tuple(device_names)
 
     def keep_alive(self, model_id: str, seconds: float) -> None:
         """How long a model that is loaded, or about to be, stays so without being used, until it is unloaded.
@@ -212,6 +229,7 @@ class Instances:
             self._log_directory / f"{name}.log",
             self._deadlines,
             admit if counted else None,
+            Stopwatch(self._in_flight, partial(self._on_measured, card, route.runner)),
         )
         predecessors = [each.process for each in self._of(card.model_id, route.runner)]
         self._instances[name] = instance
@@ -262,10 +280,10 @@ class Instances:
             loaded = [each for each in self._ledger if each.state == "loaded"]
             by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
             if by_pid:
-                found = await run_sync(taken, list(by_pid), abandon_on_cancel=True)
+                found = await run_sync(taken, list(by_pid), self._device_names, abandon_on_cancel=True)
                 for pid, amount in found.items():
                     if self._ledger.entry(by_pid[pid].name) is by_pid[pid]:
-                        self._ledger.measure(by_pid[pid].name, amount.host, amount.device)
+                        self._ledger.measure(by_pid[pid].name, amount.host, amount.devices)
                 self._settle()
 
     def _takes_requests(self, instance: Instance) -> bool:

@@ -1,13 +1,13 @@
 """One runner: a process with one loaded model, and everything that the server knows about it."""
 
+import asyncio
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import final, overload
 
 import anyio
-from anyio.abc import TaskGroup
 
 from exo.worker.answer import ANSWERS, Answer, AnswerEvent, Question
 from exo.worker.child import Child, ProtocolError, StderrLog, spawn
@@ -38,6 +38,7 @@ from exo.worker.messages import (
 )
 from exo.worker.rate import Rate
 from exo.worker.request_events import RequestEvents
+from exo.worker.stopwatch import Count, Stopwatch
 
 _LAST_WORDS_SECONDS = 2.0
 """How long a runner whose state is final may go on talking before its process is ended."""
@@ -63,7 +64,8 @@ Admit = Callable[[Estimated], Awaitable[Choice]]
 class RunnerProcess:
     """Starts ``command`` and has it execute ``load``; standard error goes to the file ``log``.
 
-    With ``admit`` the runner is first asked what loading takes, and loads once that is granted.
+    With ``admit`` the runner is first asked what loading takes, and loads once that is granted. ``stopwatch`` learns
+    what measures it.
     ``run`` is the process's whole life, from spawning to reaping, and must be started once, in a task group that
     outlives every request. Everything else may be called from any task of the same event loop.
     """
@@ -75,13 +77,16 @@ class RunnerProcess:
         log: Path,
         deadlines: Deadlines = DEADLINES,
         admit: Admit | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self._command = tuple(command)
         self._admit = admit
         self._refused: Failed | None = None
         """Why the runner was not let load."""
-        self._asked = False
-        """Whether it owes an estimate."""
+        self._estimate: asyncio.Future[Estimated] = asyncio.get_running_loop().create_future()
+        """What loading takes, where the runner is asked."""
+        self._greeted, self._final = asyncio.Event(), asyncio.Event()
+        """The runner has said its first word; it has said that it ends."""
         self._load = load
         self._log = log
         self._deadlines = deadlines
@@ -96,6 +101,7 @@ class RunnerProcess:
         """Set with the first token or vector that the runner computes: it loads, and it works."""
         self.rate = Rate()
         """Of the tokens that it delivers."""
+        self._stopwatch = stopwatch or Stopwatch(Count(), lambda _: None)
 
     @property
     def status(self) -> Status:
@@ -145,8 +151,9 @@ class RunnerProcess:
 
     async def ready(self) -> Capabilities:
         """Waits until the model is loaded. Raises ``RunnerError``."""
-        async for _ in self.loading():
-            pass
+        if self.capabilities is None:
+            async for _ in self.loading():
+                pass
         if self.capabilities is not None and self.status.state in SERVING:
             return self.capabilities
         raise RunnerError(await self.ended())
@@ -206,6 +213,8 @@ class RunnerProcess:
             raise RuntimeError(f"{request.type} before ready()")
         else:
             requests[request.id] = recipient  # before the command, so that no answer comes too early
+            whole = isinstance(request, Generate) and not request.delivered
+            self._stopwatch.begin(request.id, asyncio.get_running_loop().time(), measured=whole)
             self._child.send(request)
         try:
             yield
@@ -269,44 +278,54 @@ class RunnerProcess:
         return self._diagnosis(how, log.last_lines())
 
     async def _serve(self, child: Child) -> str | None:
-        """Handles events until the runner's output ends. Returns what was wrong with them, if anything."""
-        silence: list[str] = []
-        broke: str | None = None
+        """Hears the runner out, from its first word to its last. Returns what was wrong with it, if anything."""
+        verdict: list[str] = []
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._end_if_silent, child, silence)
-            broke = await self._read(child, tasks)
+            tasks.start_soon(self._cut_off_if_silent, child, verdict)
+            tasks.start_soon(self._cut_off_if_late, child, verdict)
+            if self._admit is not None:
+                tasks.start_soon(self._load_when_admitted, child, self._admit)
+            try:
+                await child.listen(self._hear)
+            except ProtocolError as error:
+                verdict.append(str(error))
             tasks.cancel_scope.cancel()
-        return next(iter(silence), broke)
+        return next(iter(verdict), None)
 
-    async def _read(self, child: Child, tasks: TaskGroup) -> str | None:
-        try:
-            async with aclosing(child.events()) as events:
-                await self._greet(child, events)
-                while self.status.state not in FINAL and (event := await anext(events, None)):
-                    if self._asked and isinstance(event, Estimated):
-                        self._asked = False
-                        tasks.start_soon(self._load_when_admitted, child, event)
-                    else:
-                        self._take(event)
-                with anyio.move_on_after(_LAST_WORDS_SECONDS) as last_words:
-                    async for event in events:
-                        self._take(event)
-                if last_words.cancelled_caught:
-                    return f"it said {self.status.state} and did not exit"
-        except ProtocolError as error:
-            return str(error)
-        return None
-
-    def _take(self, event: Event) -> None:
+    def _hear(self, event: Event) -> None:
+        """Acts on a word of the runner's. Raises ``ProtocolError``."""
         self._silence.end()
-        self._conversation.take(event)
-        if isinstance(event, Deltas):
-            self.rate.add(sum(len(delta.tokens) for delta in event.items), anyio.current_time())
+        if not self._greeted.is_set():
+            self._greet(event)
+        elif isinstance(event, Deltas):
+            self._conversation.take(event)
+            tokens, now = sum([len(delta.tokens) for delta in event.items]), asyncio.get_running_loop().time()
+            self.rate.add(tokens, now)
+            self._stopwatch.deltas(event.items, tokens, now)
+        elif isinstance(event, Estimated) and self._admit is not None and not self._estimate.done():
+            self._estimate.set_result(event)
+        else:
+            self._conversation.take(event)
+            self._stopwatch.take(event, asyncio.get_running_loop().time())
+            if self.status.state in FINAL:
+                self._final.set()
 
-    async def _load_when_admitted(self, child: Child, estimated: Estimated) -> None:
-        assert self._admit is not None
+    def _greet(self, first: Event) -> None:
+        """The handshake: a runner says Idle, and is told what to load. Raises ``ProtocolError``."""
+        assert self._child is not None
+        self._greeted.set()
+        match first:
+            case Status(state="Idle"):
+                self._child.send(self._load if self._admit is None else Estimate(load=self._load))
+            case Failed(id=None):
+                self._conversation.take(first)
+                self._final.set()
+            case _:
+                raise ProtocolError(f"its first message was {first.type!r} instead of the status Idle")
+
+    async def _load_when_admitted(self, child: Child, admit: Admit) -> None:
         try:
-            choice = await self._admit(estimated)
+            choice = await admit(await self._estimate)
         except RunnerError as error:
             self._refused = error.failed
             child.signal(signal.SIGKILL)
@@ -314,27 +333,21 @@ class RunnerProcess:
             table = {**self._load.table, **choice.settings}
             child.send(self._load.model_copy(update={"table": table}))
 
-    async def _end_if_silent(self, child: Child, verdict: list[str]) -> None:
+    async def _cut_off_if_silent(self, child: Child, verdict: list[str]) -> None:
         verdict.append(f"it {await self._silence.too_long(lambda: self.status.state in LOADING)}")
-        child.signal(signal.SIGKILL)
+        child.cut_off()
 
-    async def _greet(self, child: Child, events: AsyncGenerator[Event]) -> None:
-        """The handshake: a runner says Idle, and is told what to load. Raises ``ProtocolError``."""
-        first: Event | None = None
-        with anyio.move_on_after(self._deadlines.handshake) as handshake:
-            first = await anext(events, None)
-        if handshake.cancelled_caught:
-            raise ProtocolError(f"it said nothing within {self._deadlines.handshake:g} seconds of its start")
-        match first:
-            case Status(state="Idle"):
-                self._asked = self._admit is not None
-                child.send(Estimate(load=self._load) if self._asked else self._load)
-            case Failed(id=None):
-                self._take(first)
-            case None:
-                pass
-            case _:
-                raise ProtocolError(f"its first message was {first.type!r} instead of the status Idle")
+    async def _cut_off_if_late(self, child: Child, verdict: list[str]) -> None:
+        """Its first word may be long in coming, and the time between its last one and its exit."""
+        with anyio.move_on_after(self._deadlines.handshake):
+            await self._greeted.wait()
+        if self._greeted.is_set():
+            await self._final.wait()
+            await anyio.sleep(_LAST_WORDS_SECONDS)
+            verdict.append(f"it said {self.status.state} and did not exit")
+        else:
+            verdict.append(f"it said nothing within {self._deadlines.handshake:g} seconds of its start")
+        child.cut_off()
 
     def _diagnosis(self, how: str, stderr: str) -> Failed:
         if self._closing:
@@ -347,5 +360,6 @@ class RunnerProcess:
 
     def _end(self, failure: Failed) -> None:
         self._failure = failure
+        self._stopwatch.close(asyncio.get_running_loop().time())
         self._conversation.end(failure)
         self._ended.set()

@@ -1,9 +1,8 @@
 """The events of one request on their way from the runner's pipe to whoever answers the client."""
 
+import asyncio
 from collections import deque
 from typing import Self, final
-
-import anyio
 
 from exo.worker.messages import Delta, Failed, Finished, PrefillProgress, PromptLogprobs
 
@@ -24,7 +23,8 @@ class RequestEvents:
 
     def __init__(self) -> None:
         self._buffer: deque[RequestEvent] = deque()
-        self._arrived: anyio.Event | None = None
+        self._arrival: asyncio.Future[None] | None = None
+        """What the reader waits for."""
         self._open = True
 
     def put(self, event: RequestEvent) -> None:
@@ -32,10 +32,15 @@ class RequestEvents:
         if not self._open:
             return
         self._buffer.append(event)
-        if self._arrived is not None:
-            self._arrived.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
         if len(self._buffer) >= _BOUND:
             self._compact()
+
+    @property
+    def pending(self) -> bool:
+        """Whether the next event is here already."""
+        return bool(self._buffer)
 
     def discard(self) -> None:
         """Drops what is buffered and whatever still comes: the reader has left."""
@@ -50,8 +55,8 @@ class RequestEvents:
         while not self._buffer:
             if not self._open:
                 raise StopAsyncIteration
-            self._arrived = anyio.Event()
-            await self._arrived.wait()
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
         event = self._buffer.popleft()
         if isinstance(event, Finished | Failed):
             self._open = False

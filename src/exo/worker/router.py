@@ -1,17 +1,18 @@
 """The router: a pure function from what is asked and what there is to a runner, with an explanation.
 
 In order: the request's own wish, the card's ``runner``, the card's ``backends`` in their order, what the host really
-has, what the request needs, and what is live, healthy and least loaded. Every step only narrows what the one before it
-left, so a request's wish never overrules the card.
+has, what the request needs, what keeps failing, what measured faster where that is preferred, and what is live and
+least loaded. Every step only narrows what the one before it left, so a request's wish never overrules the card.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from exo.models.card import ModelCard, Task
 from exo.worker.host import Host
 from exo.worker.messages import Capabilities, RunnerState
+from exo.worker.preference import Basis, Pick, Preference, pick
 from exo.worker.runners import RUNNERS, Need
 
 RefusalCode = Literal[
@@ -58,6 +59,8 @@ class Route:
     backend: str
     reason: str
     """One sentence for the user, in printable ASCII so that it fits a header."""
+    basis: Basis = "order"
+    """Whether measurements decided, or the want of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,14 @@ def route(
     live: Iterable[LiveRunner],
     needs: Mapping[Need, str],
     failing: Collection[str] = (),
+    preference: Preference | None = None,
 ) -> Route | Refusal:
     """Picks the runner for a request.
 
     ``wish`` is the runner that the request names, if any. ``needs`` maps what the request needs to the parameter that
     asks for it. The order of ``live`` does not matter. ``failing`` are runners that keep dying with this model; they
-    are chosen only where no other will do.
+    are chosen only where no other will do. With a ``preference``, of several runners that have the model loaded the one
+    that has measured faster is chosen.
     """
     if wish is not None and wish not in RUNNERS:
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
@@ -106,19 +111,20 @@ def route(
     possible = [verdict for verdict in verdicts if verdict.hurdle is None]
     if not possible:
         return _refuse(wish, card, host, verdicts, needs)
-    chosen = next((verdict for verdict in possible if verdict.runner not in failing), possible[0])
-    able = [each for each in mine if each.runner == chosen.runner and not _lacking(_offer(each), needs)]
-    before = verdicts[: verdicts.index(chosen)]
-    passed_over = [
-        replace(each, why=f"is left out while runner {each.runner} keeps failing") if each.hurdle is None else each
-        for each in before
-        if each.hurdle != "excluded"
-    ]
+    willing = [verdict for verdict in possible if verdict.runner not in failing] or possible
+    able = [each for each in mine if not _lacking(_offer(each), needs)]
+    loaded = {each.runner for each in able if each.state in _READY}
+    picked = _by_load(willing, loaded, preference) if tasks is _GENERATION else None
+    chosen = next((each for each in willing if picked is not None and each.runner == picked.runner), willing[0])
+    instances = [each for each in able if each.runner == chosen.runner]
+    left_out = {each.runner for each in possible} - {each.runner for each in willing}
+    passed_over = list(_passed_over(verdicts[: verdicts.index(chosen)], left_out, loaded))
     return Route(
         runner=chosen.runner,
-        instance=min(able, key=_rank).instance if able else None,
+        instance=min(instances, key=_rank).instance if instances else None,
         backend=chosen.backend,
-        reason=_explain(wish, card, chosen, passed_over),
+        reason=_explain(wish, card, chosen, passed_over, picked),
+        basis="order" if picked is None else picked.basis,
     )
 
 
@@ -171,7 +177,40 @@ def _rank(each: LiveRunner) -> tuple[bool, float, str]:
     return each.state not in _READY, (each.active + each.waiting) / max(each.slots, 1), each.instance
 
 
-def _explain(wish: str | None, card: ModelCard, chosen: _Verdict, passed_over: Sequence[_Verdict]) -> str:
+def _by_load(willing: Sequence[_Verdict], loaded: Collection[str], preference: Preference | None) -> Pick | None:
+    """None where nothing is preferred, or there is only one runner to choose from."""
+    runners = tuple(dict.fromkeys(each.runner for each in willing))
+    if preference is None or len(runners) < 2:
+        return None
+    return pick([each for each in runners if each in loaded], preference)
+
+
+def _passed_over(before: Sequence[_Verdict], left_out: Collection[str], loaded: Collection[str]) -> Iterator[_Verdict]:
+    """Of the backends before the chosen one, those that were not compared with it by load.
+
+    ``left_out`` are the runners that keep failing, where another does not.
+    """
+    for each in before:
+        if each.hurdle is None and each.runner in left_out:
+            yield replace(each, why=f"is left out while runner {each.runner} keeps failing")
+        elif each.hurdle is None and each.runner not in loaded:
+            yield replace(each, why="is not loaded")
+        elif each.hurdle not in (None, "excluded"):
+            yield each
+
+
+def _explain(
+    wish: str | None, card: ModelCard, chosen: _Verdict, passed_over: Sequence[_Verdict], picked: Pick | None
+) -> str:
+    if picked is not None and picked.runner is not None:
+        return "; ".join(
+            [f"{picked.why}, so {chosen.backend} is chosen", *(f"{each.backend} {each.why}" for each in passed_over)]
+        )
+    by_order = _explain_order(wish, card, chosen, passed_over)
+    return by_order if picked is None else f"{by_order}; {picked.why}"
+
+
+def _explain_order(wish: str | None, card: ModelCard, chosen: _Verdict, passed_over: Sequence[_Verdict]) -> str:
     first, *others = (*passed_over, chosen)
     if wish is not None:
         opening = f"request asks for runner {wish}; {first.backend} {first.why}"

@@ -15,6 +15,8 @@ class TextStream:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
+        self._beginnings = frozenset("".join(each[:-1] for each in self._stop))
+        """Characters in which the beginning of a stop string may end."""
         self._held = ""
         self.stopped_by: str | None = None
 
@@ -51,6 +53,8 @@ class TextStream:
     def _possible_prefix(self, text: str) -> int:
         """How many characters at the end of ``text`` could be the beginning of a stop string."""
         longest = 0
+        if text[-1] not in self._beginnings:
+            return longest
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):
                 if text.endswith(stop[:length]):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NoReturn
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from exo.worker.messages import COMMANDS, EVENTS, Command, Event, Failed, Message
 
@@ -15,12 +16,12 @@ _ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 def encode(message: Message) -> bytes:
     """The message as one line."""
-    return message.model_dump_json().encode() + b"\n"
+    return to_json(message) + b"\n"
 
 
 def decode_event(line: bytes) -> Event:
     """Raises ``ValidationError`` for anything that is not one whole event."""
-    return EVENTS.validate_json(line)
+    return EVENTS.validator.validate_json(line)  # validates as EVENTS does, without a layer of Python
 
 
 def take_protocol_stream() -> BinaryIO:
