@@ -5,12 +5,12 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test check demo-model demo-mlx llama faults bench bench-peers bench-server setup setup-dev setup-clients clean
+.PHONY: run test check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check setup setup-dev setup-clients setup-vllm clean
 
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
-test: setup-clients demo-model  ## all tests
+test: setup-clients setup-vllm demo-model  ## all tests
 	$(BIN)/python -m pytest
 
 check: setup-dev  ## format, lint, types, import rules
@@ -40,6 +40,12 @@ bench-peers: setup-dev demo-model  ## exo beside llama-server, llama-cpp-python 
 bench-server: setup-dev  ## what the server path costs, with the fake runner; PAIRS=5
 	$(BIN)/python -m bench.server_path --pairs $(or $(PAIRS),5)
 
+gpu-archive:  ## pack what a machine with a card and no network needs; ARGS="--python 3.12"
+	$(PYTHON) scripts/gpu_archive.py $(ARGS)
+
+gpu-check:  ## on such a machine: build, test, measure, see docs/gpu.md; ARGS="--stages build,contract"
+	PYTHON=$(PYTHON) scripts/gpu_check $(ARGS)
+
 setup:
 	@$(SETUP)
 
@@ -49,5 +55,8 @@ setup-dev:
 setup-clients:
 	@$(SETUP) --dev --clients
 
+setup-vllm:  ## the vLLM runner's own environment, .venv-vllm: 3 GB on a CPU, more with CUDA
+	@$(SETUP) --vllm
+
 clean:  ## remove the virtual environment and caches of this checkout
-	rm -rf .venv .venv-clients .venv-peers .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-clients .venv-peers .venv-vllm .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -56,14 +56,16 @@ def environment(home: Path) -> dict[str, str]:
 class ServeProgram:
     """Started on a free port; ended with the context. ``url`` is set when it listens."""
 
-    def __init__(self, home: Path, *arguments: str, fake: bool = False, **variables: str) -> None:
+    def __init__(
+        self, home: Path, *arguments: str, fake: bool = False, python: str = sys.executable, **variables: str
+    ) -> None:
         """``variables`` are added to the environment. ``fake``: with the fake runner, and no arguments."""
         program = ("-m", "tests.fake_serve") if fake else ("-m", "exo", "serve", "--port", "0", *arguments)
         self.log = home / "serve.log"
         home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *program],
+                [python, *program],
                 env={**environment(home), **variables},
                 cwd=Path(__file__).parent.parent,
                 stdout=subprocess.PIPE,

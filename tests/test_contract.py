@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -22,12 +23,19 @@ from tests.tiny import Shape, write_gguf, write_mlx
 
 Table = dict[str, JsonValue]
 
+LLAMA_BACKEND = os.environ.get("EXO_TEST_LLAMA_BACKEND", "LlamaCppCpu")
+"""Of the llama.cpp runner: LlamaCppCuda where there is a card, as ``scripts/gpu_check`` says."""
+
+
+TWIN = Shape(head_dim=64)
+"""Heads of the smallest size that vLLM has attention for."""
+
 
 def gguf_table(folder: Path) -> Table:
     """A tiny float32 model, and a context that rounds as little as llama.cpp can."""
     path = folder / "tiny.gguf"
     if not path.exists():
-        write_gguf(path, Shape())
+        write_gguf(path, TWIN)
     return {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 
 
@@ -35,8 +43,13 @@ def mlx_table(folder: Path) -> Table:
     """The same weights."""
     path = folder / "tiny"
     if not path.exists():
-        write_mlx(path, Shape())
+        write_mlx(path, TWIN)
     return {"path": str(path), "dtype": "float32"}
+
+
+def vllm_table(folder: Path) -> Table:
+    """The same folder."""
+    return {**mlx_table(folder), "threads": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,9 @@ class Case:
     """What makes it slow enough for a test to step in between two tokens, where it is not slow by itself."""
     small_chunks: Table = field(default_factory=lambda: {"n_batch": 32, "n_ubatch": 32})
     """What makes it compute a prompt in many steps."""
+    cache_block: int = 1
+    """Tokens that its prefix cache reuses together or not at all."""
+    embeds: bool = True
 
 
 CASES = {
@@ -62,8 +78,16 @@ CASES = {
         slow={"step_seconds": 0.01},
         small_chunks={"chunk": 32},
     ),
-    "cuda": Case(tuple(runner_command(RUNNERS["cuda"].module)), "LlamaCppCpu", gguf_table),
+    "cuda": Case(tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table),
     "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
+    "vllm": Case(
+        RUNNERS["vllm"].command,
+        "Vllm",
+        vllm_table,
+        small_chunks={"max_num_batched_tokens": 32},
+        cache_block=32,
+        embeds=False,
+    ),
 }
 SAMPLING = [name for name, case in CASES.items() if case.samples]
 
@@ -439,15 +463,18 @@ def test_an_end_of_generation_token_ends_by_stop_and_can_be_ignored(sampling_pro
     assert ended.tokens[0] not in ignored.tokens
 
 
-def test_a_prefix_computed_before_is_reused_without_a_trace_in_the_text(sampling_program: Program) -> None:
+def test_a_prefix_computed_before_is_reused_without_a_trace_in_the_text(
+    sampling_program: Program, request: pytest.FixtureRequest
+) -> None:
+    block = CASES[request.node.callspec.params["sampling_program"]].cache_block
     prompt = long_prompt(300)
     first = one(sampling_program, ask(next(name), prompt, max_tokens=20))
     again = one(sampling_program, ask(next(name), prompt, max_tokens=20))
     longer = one(sampling_program, ask(next(name), prompt + first.tokens[:10], max_tokens=10))
     assert again.tokens == first.tokens
     assert longer.tokens == first.tokens[10:]
-    assert again.finished.usage.cached_tokens == 299
-    assert longer.finished.usage.cached_tokens >= 299
+    assert again.finished.usage.cached_tokens == 299 // block * block
+    assert longer.finished.usage.cached_tokens >= 299 // block * block
 
 
 # --- grammars ---
@@ -544,8 +571,23 @@ def test_a_constrained_request_gives_the_same_tokens_alone_and_among_others(samp
     assert alone.tokens != results[2].tokens
 
 
-def test_twins_choose_alike_under_a_grammar(folder: Path) -> None:
-    requests = [
+WAYS_TO_CHOOSE: list[dict[str, JsonValue]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "presence_penalty": 0.8, "frequency_penalty": -0.3},
+    {"temperature": 0.7},
+    {"temperature": 1.5, "top_k": 7},
+    {"temperature": 1.2, "top_p": 0.6},
+    {"temperature": 2.0, "min_p": 0.1},
+    {"temperature": 1.1, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "logit_bias": {"101": 2.5, "32": -100.0}, "frequency_penalty": 0.5},
+]
+
+
+def test_twins_choose_alike(folder: Path) -> None:
+    """With every parameter and every kind of grammar, all in one batch."""
+    ways = [SamplingParams.model_validate({"seed": seed, **way}) for seed, way in enumerate(WAYS_TO_CHOOSE)]
+    free = [ask(next(name), max_tokens=60).model_copy(update={"sampling": way}) for way in ways]
+    requests = free + [
         constrained(grammar, temperature=1.0, seed=seed) for seed in range(4) for grammar in (SCHEMA, REGEX, LARK)
     ]
     tokens: list[list[list[int]]] = []

@@ -11,6 +11,8 @@ from exo.worker.messages import Cancel, Capabilities, Embed, Rank, Text, Tokeniz
 from tests.program import Program, Result, ask, names
 from tests.test_contract import CASES, Start, long_prompt
 
+EMBEDDING = [name for name, case in CASES.items() if case.embeds]
+
 name = names()
 
 
@@ -19,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=EMBEDDING)
 def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
     starter = Start(CASES[request.param], folder, [])
     yield starter
@@ -27,7 +29,7 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
         program.__exit__(None, None, None)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=EMBEDDING)
 def program(request: pytest.FixtureRequest, folder: Path) -> Iterator[Program]:
     """One loaded runner for all tests that leave it as they found it."""
     starter = Start(CASES[request.param], folder, [])

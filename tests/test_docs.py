@@ -89,7 +89,9 @@ def test_every_field_of_every_request_is_described(document: Document) -> None:
 def test_what_only_some_runners_can_do_names_them(document: Document) -> None:
     schemas = document["components"]["schemas"]
     assert schemas["RerankRequest"]["properties"]["documents"]["description"].endswith("Runners: cuda.")
-    assert schemas["ChatCompletionRequest"]["properties"]["logprobs"]["description"].endswith("Runners: cuda, mlx.")
+    assert schemas["ChatCompletionRequest"]["properties"]["logprobs"]["description"].endswith(
+        "Runners: cuda, mlx, vllm."
+    )
 
 
 def variants(document: Document, schema: Document) -> Iterator[JsonValue]:

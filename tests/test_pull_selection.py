@@ -104,8 +104,9 @@ NOT_MLX = [
 ]
 
 
-def test_a_folder_is_weights_configuration_and_tokenizer_and_no_code() -> None:
-    chosen = select(Source.of(mlx_card(), "mlx"), [*NOT_MLX, *MLX])
+@pytest.mark.parametrize("runner", ["mlx", "vllm"])
+def test_a_folder_is_weights_configuration_and_tokenizer_and_no_code(runner: str) -> None:
+    chosen = select(Source.of(mlx_card(), runner), [*NOT_MLX, *MLX])
     assert sorted(chosen.names) == sorted(MLX)
     assert chosen.names[0] == "config.json"
 

@@ -52,4 +52,11 @@ RUNNERS: dict[str, RunnerSpec] = {
     "mlx": RunnerSpec(
         "exo.worker.runner_mlx", ("MlxMetal", "MlxCuda", "MlxCpu"), frozenset({"grammar", "logprobs", "embeddings"})
     ),
+    "vllm": RunnerSpec(
+        "exo.worker.runner_vllm",
+        ("Vllm",),
+        frozenset({"grammar", "logprobs"}),
+        environment=".venv-vllm",
+        setup="make setup-vllm",
+    ),
 }
