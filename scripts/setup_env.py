@@ -209,6 +209,8 @@ def install_vllm(*, on_cuda: bool) -> None:
         run([*install, "-c", requirements, wheel])
     else:
         run([*install, "--no-deps", "-r", requirements, wheel])
+        # A torch that is built for CUDA does not load without its libraries, not even to compute on a CPU.
+        run([*install, "--quiet", "-c", requirements, "torch"])
     run([*install, "--quiet", "--no-deps", "--editable", ROOT])
     say("trying vLLM")
     run([python, "-m", "exo.worker.runner_vllm", "--probe", "--try"])
