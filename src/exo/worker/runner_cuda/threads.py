@@ -37,7 +37,7 @@ def choose(few: int, many: int, worth: float, seconds: Callable[[int], float]) -
 def settle(context: Context, cores: int, hyperthreads: int) -> tuple[int, int]:
     """Has ``context``, which is empty and warm, use the counts that suit its model here: of one row, of more.
 
-    ``hyperthreads`` are what the ``cores`` can run at a time. With more than four cores without hyperthreads, the last
+    ``hyperthreads`` are what the ``cores`` can run at a time. With twelve cores or more without hyperthreads, the last
     core is left to the rest without a try; with hyperthreads there is room for it beside all cores.
     """
 
