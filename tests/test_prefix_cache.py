@@ -29,7 +29,7 @@ class Slots:
     def __init__(self, n_slots: int, *, capacity: int = 0, window: int | None = None, cuts: bool = True) -> None:
         self.cells = RecordedCells(n_slots, window=window, cuts=cuts)
         self.cache = PrefixCache(self.cells, capacity)
-        self.scheduler = Scheduler(n_slots, 512, 512, Pace(1.0), self.cache)
+        self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
         self.names = (str(number) for number in count())
 
     def add(self, prompt: list[int], *, scored: bool = False) -> Sequence:

@@ -4,7 +4,7 @@ from exo.worker.messages import SamplingParams
 from exo.worker.runner_cuda.pace import Pace
 from exo.worker.runner_cuda.prefix_cache import PrefixCache
 from exo.worker.runner_cuda.sampler import Sampler
-from exo.worker.runner_cuda.scheduler import PIECE, SCORED_ROWS, Scheduler, Step
+from exo.worker.runner_cuda.scheduler import GROUP, LEAST, SCORED_ROWS, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Phase, Sequence
 from tests.cells import RecordedCells
 
@@ -13,11 +13,11 @@ def sequence(name: str, prompt: list[int], n_limit: int = 10_000) -> Sequence:
     return Sequence(name, list(prompt), len(prompt), len(prompt), n_limit, Sampler(SamplingParams(seed=0)))
 
 
-def scheduler(n_slots: int = 2, budget: int = 8, chunk: int = 4) -> Scheduler:
-    return Scheduler(n_slots, budget, chunk, Pace(1.0), PrefixCache(RecordedCells(n_slots), 0))
+def scheduler(n_slots: int = 2, budget: int = 8, chunk: int = 4, enough: int = 1000, bound: float = 1.0) -> Scheduler:
+    return Scheduler(n_slots, budget, chunk, enough, Pace(bound), PrefixCache(RecordedCells(n_slots), 0))
 
 
-def advance(target: Scheduler, token: int = 1, seconds: float = 0.0) -> Step:
+def advance(target: Scheduler, token: int = 1, seconds: float = 1e-6) -> Step:
     """One step as the engine makes it: everything planned is computed and every due row gets ``token``."""
     step = target.plan()
     target.computed(step, seconds)
@@ -34,71 +34,91 @@ def rows(step: Step) -> dict[str, tuple[int, int]]:
     return {chunk.sequence.id: (chunk.start, chunk.stop) for chunk in step.chunks}
 
 
-def test_decoding_sequences_are_in_every_step_while_a_long_prompt_is_prefilled() -> None:
+def test_running_streams_get_a_token_after_every_chunk_of_a_long_prompt() -> None:
     target = scheduler()
     target.add(sequence("short", [1, 2]))
     advance(target)
+    assert rows(advance(target)) == {"short": (2, 3)}
     target.add(sequence("long", list(range(20))))
-    for start in range(0, 20, 4):
-        planned = rows(advance(target))
-        assert planned["long"] == (start, start + 4)
-        assert planned["short"][1] - planned["short"][0] == 1
-    assert rows(advance(target))["long"] == (20, 21)
+    for number, start in enumerate(range(0, 20, 4)):
+        assert rows(advance(target)) == {"long": (start, start + 4)}
+        if start < 16:
+            assert rows(advance(target)) == {"short": (3 + number, 4 + number)}
+    assert rows(advance(target)) == {"short": (7, 8), "long": (20, 21)}
 
 
-def test_waiting_prompts_take_turns() -> None:
+def test_the_oldest_prompt_and_the_one_nearest_its_end_take_turns() -> None:
     target = scheduler(n_slots=3, budget=4, chunk=4)
+    for name, length in (("a", 24), ("b", 16), ("c", 12)):
+        target.add(sequence(name, [ord(name), *range(length - 1)]))
+    steps = [advance(target) for _ in range(30)]
+    assert "".join(name for step in steps if step.prefills for name in rows(step)) == "acacacaaabbbb"
+
+
+def test_prompts_end_one_after_another_and_the_first_goes_on_as_soon_as_it_can() -> None:
+    target = scheduler(n_slots=3, budget=96, chunk=96, enough=32)
     for name in "abc":
+        target.add(sequence(name, [ord(name), *range(39)]))
+    assert rows(advance(target)) == {"a": (0, 40)}
+    assert rows(advance(target)) == {"b": (0, 40)}
+    while len(target.slots[2].tokens) == 40:
+        step = rows(advance(target))
+        assert step == {"c": (0, 40)} or step.keys() == {"a", "b"}
+
+
+def test_prompts_of_a_few_tokens_share_a_step() -> None:
+    target = scheduler(n_slots=4, budget=96, chunk=96, enough=32)
+    for name in "abcd":
         target.add(sequence(name, [ord(name), *range(11)]))
-    order = [next(iter(rows(advance(target)))) for _ in range(6)]
-    assert order == ["a", "b", "c", "a", "b", "c"]
+    assert rows(advance(target)) == dict.fromkeys("abc", (0, 12))
 
 
-def test_a_prompt_is_cut_at_its_end_and_at_multiples_of_a_piece_whoever_else_is_there() -> None:
-    alone, crowded = scheduler(4, 2 * PIECE, 2 * PIECE), scheduler(4, 2 * PIECE, 2 * PIECE)
-    prompt = list(range(5 * PIECE + 18))
-    for target in (alone, crowded):
-        target.add(sequence("x", prompt))
+@pytest.mark.parametrize("length", [1, LEAST - 1, LEAST + 3, 2 * LEAST - 1, 2 * LEAST + 1, 5 * LEAST + 18])
+@pytest.mark.parametrize("affordable", [LEAST // 2, LEAST, LEAST + 13, 2 * LEAST])
+def test_every_chunk_of_a_prompt_is_computed_by_the_same_means_wherever_it_is_cut(length: int, affordable: int) -> None:
+    target = scheduler(5, 4 * LEAST, 2 * LEAST, bound=float(affordable))
+    target.add(sequence("stream", [1]))
+    advance(target)
+    target.add(sequence("x", list(range(length))))
     for name in "pqr":
-        crowded.add(sequence(name, [ord(name), *range(PIECE // 2)]))
-
-    def cuts(target: Scheduler) -> list[int]:
-        steps = (rows(advance(target)) for _ in range(12))
-        return [step["x"][1] for step in steps if "x" in step and step["x"][0] < len(prompt)]
-
-    assert cuts(alone) == [2 * PIECE, 4 * PIECE, len(prompt)]
-    crowded_cuts = cuts(crowded)
-    assert crowded_cuts[-1] == len(prompt)
-    assert all(cut % PIECE == 0 for cut in crowded_cuts[:-1])
+        target.add(sequence(name, [ord(name), *range(LEAST // 2)]))
+    sizes: list[int] = []
+    while sum(sizes) < length:
+        step = target.plan()
+        target.computed(step, step.n_rows if step.prefills else 1e-6)
+        for due in sampling(step):
+            due.tokens.append(1)
+        sizes += [stop - start for name, (start, stop) in rows(step).items() if name == "x"]
+    assert all(size >= LEAST for size in sizes) or sizes == [length]
+    assert all(size % GROUP == 0 for size in sizes[:-1])
 
 
 def test_a_long_prompt_delays_running_streams_by_no_more_than_the_bound_and_gets_what_it_leaves() -> None:
     """On a machine where 8 decoding rows take 80 ms and a prompt token 3 ms, as a 270M model on two cores."""
-    for bound, expected in ((0.3, PIECE), (0.5, 2 * PIECE), (0.01, PIECE)):
-        target = Scheduler(9, 8 * PIECE, 8 * PIECE, Pace(bound), PrefixCache(RecordedCells(9), 0))
+    for bound, expected in ((0.3, 72), (0.5, 136), (0.01, LEAST)):
+        target = scheduler(9, 8 * LEAST, 8 * LEAST, bound=bound)
         for name in "abcdefgh":
             target.add(sequence(name, [ord(name)]))
         sizes: list[int] = []
-        for number in range(60):
+        for number in range(200):
             if number == 5:
-                target.add(sequence("long", list(range(20 * PIECE))))
+                target.add(sequence("long", list(range(20 * LEAST))))
             step = target.plan()
-            prompt = sum(chunk.stop - chunk.start for chunk in step.chunks if chunk.stop <= chunk.sequence.n_prefill)
-            seconds = 0.01 * (sum(chunk.samples for chunk in step.chunks)) + 0.003 * prompt
+            seconds = 0.003 * step.n_rows if step.prefills else 0.01 * step.n_rows
             target.computed(step, seconds)
             for due in sampling(step):
                 due.tokens.append(1)
-            if number >= 5 and prompt:
-                sizes.append(prompt)
-                assert seconds <= max(bound, 0.09 + 0.003 * PIECE)
-        assert sum(sizes) == 20 * PIECE
-        assert sizes[4:-1] == [expected] * len(sizes[4:-1])  # having learnt the pace
+            if step.prefills:
+                sizes.append(step.n_rows)
+                assert seconds <= max(bound, 0.003 * LEAST)
+        assert sum(sizes) == 20 * LEAST
+        assert sizes[1:-2] == [expected] * len(sizes[1:-2])  # having learnt the pace
 
 
 def test_where_decoding_alone_takes_longer_than_the_bound_prompts_get_as_much_time() -> None:
     pace = Pace(0.1)
-    pace.measured(4, 0, 1.0)
-    pace.measured(4, 100, 2.0)
+    pace.decoded(4, 1.0)
+    pace.prefilled(100, 1.0)
     assert pace.prompt_tokens(4, 10, 1000) == 100
     assert pace.prompt_tokens(5, 10, 1000) == 100
     assert pace.prompt_tokens(0, 10, 1000) == 1000
@@ -107,10 +127,10 @@ def test_where_decoding_alone_takes_longer_than_the_bound_prompts_get_as_much_ti
 def test_a_hiccup_of_the_machine_is_soon_forgotten() -> None:
     pace = Pace(0.5)
     for seconds in (0.1, 0.1, 3.0, *[0.1] * 20):
-        pace.measured(1, 0, 0.05)
-        pace.measured(1, 64, 0.05 + seconds)
+        pace.decoded(1, 0.05)
+        pace.prefilled(64, seconds)
         assert pace.prompt_tokens(1, 64, 512) >= 64
-    assert pace.prompt_tokens(1, 64, 512) == 256
+    assert 280 < pace.prompt_tokens(1, 64, 512) <= 288
 
 
 def test_requests_beyond_the_slots_wait_in_order() -> None:

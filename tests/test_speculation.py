@@ -64,7 +64,7 @@ class Machine:
         self.text = text
         self.cells = RecordedCells(n_slots)
         speculation = Speculation(speculate, n_slots + SCORED_ROWS, model)
-        self.scheduler = Scheduler(n_slots, 64, 64, Pace(1.0), PrefixCache(self.cells, 0), speculation)
+        self.scheduler = Scheduler(n_slots, 64, 64, 64, Pace(1.0), PrefixCache(self.cells, 0), speculation)
         self.n_steps = 0
 
     def add(self, name: str, n_prompt: int, n_limit: int) -> Stream:
@@ -163,7 +163,7 @@ def test_there_is_no_draft_beside_a_prompt() -> None:
     drafted: list[list[int]] = []
     while len(machine.cells.held[1]) < 900:
         drafted.append(machine.step(free))
-    assert drafted == [[0, 0]] * len(drafted)
+    assert drafted == [[0]] * len(drafted)
     assert machine.step(free) == [8, 8]
 
 

@@ -9,7 +9,7 @@ import llama_cpp
 from exo.worker.runner_cuda.llama import Context, Logits, Model
 from exo.worker.runner_cuda.options import LoadError
 from exo.worker.runner_cuda.sampler import NotFinite
-from exo.worker.runner_cuda.scheduler import PIECE
+from exo.worker.runner_cuda.scheduler import LEAST
 from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class DraftModel:
         lacking = [(stream, self._aligned(stream)) for stream in streams]
         behind = [(stream, start) for stream, start in lacking if len(stream.tokens) - start > LITTLE]
         for stream, start in islice(behind, 1):
-            stop = min(len(stream.tokens) - 1, start + (self._chunk if len(streams) == 1 else min(self._chunk, PIECE)))
+            stop = min(len(stream.tokens) - 1, start + (self._chunk if len(streams) == 1 else min(self._chunk, LEAST)))
             self._fill(0, stream, start, stream.tokens[start:stop])
             self._context.decode(stop - start)
             self._held[stream.slot] += stream.tokens[start:stop]

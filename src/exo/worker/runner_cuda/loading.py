@@ -32,8 +32,11 @@ DEFAULT_CONTEXT = 4096
 CPU_CHUNK, CPU_BUDGET = 128, 256
 """Prompt tokens of one prompt and of all, per step on a CPU: few enough that a cancelled prompt is gone within a
 second."""
+CPU_ENOUGH = 32
+"""Prompt tokens from which on a CPU computes the next prompt in a step of its own, so that the first can begin its
+output: with more, a token takes hardly less. A GPU has use for all that there are."""
 GPU_CHUNK, GPU_BUDGET = 512, 2048
-CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 280, 100
+CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 260, 100
 _CHECK_SECONDS = 60
 """Wall time for the check of a file's header, most of it a slow disk's."""
 
@@ -122,7 +125,8 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     cache = PrefixCache(context, options.prefix_cache_bytes)
     speculate = options.speculation if model.can_cut else "off"
     speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
-    scheduler = Scheduler(options.slots, budget, chunk, Pace(max_itl_ms / 1000), cache, speculation)
+    enough = budget if on_gpu else CPU_ENOUGH
+    scheduler = Scheduler(options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation)
     framing = Framing(model, tokenizer)
     return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft)
 

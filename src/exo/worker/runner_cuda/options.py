@@ -83,7 +83,7 @@ class CudaOptions(ModelFile):
     """Prompt tokens of one prompt per step, the size that the graph is built for; by default 512, on a CPU 128."""
     max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
     """Milliseconds that a step is to take at most while prompts are computed beside running streams, as far as one
-    piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 280 on a CPU."""
+    piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU."""
     prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Of the host's memory, for prefixes that are in no slot any more; 0: none are kept."""
     speculate: Speculate | None = None

@@ -14,30 +14,29 @@ _TELLING = 64
 
 @dataclass(slots=True)
 class Pace:
-    """Measured steps, and the ``bound`` in seconds that a step with prompt tokens is to keep to.
+    """Measured steps, and the ``bound`` in seconds from one step of the streams to the end of the next.
 
-    A step's time is taken as that of its decoding rows alone plus so much for each prompt token. Where the decoding
-    rows alone take more than half the bound, prompts get as much time as they do.
+    Where the streams' step alone takes more than half the bound, prompts get as much time as it does.
     """
 
     bound: float
     _decoding: dict[int, float] = field(default_factory=dict[int, float])
-    """Seconds of a step that computes this many rows of decoding sequences and nothing else."""
+    """Seconds of a step of so many rows of decoding sequences."""
     _prompt_seconds: float = 0.0
     _prompt_tokens: float = 0.0
-    """What prompts added to steps of late, and how many tokens of them there were."""
+    """What prompts took of late, and how many tokens of them there were."""
 
-    def measured(self, n_decoding: int, n_prompt: int, seconds: float) -> None:
-        """Notes a step that computed so many rows of decoding sequences and tokens of prompts."""
-        if n_prompt == 0:
-            before = self._decoding.get(n_decoding, seconds)
-            self._decoding = {n: _TRUSTED * old if n > n_decoding else old for n, old in self._decoding.items()}
-            self._decoding[n_decoding] = _KEPT * before + (1 - _KEPT) * seconds
-        else:
-            kept = _KEPT ** min(1.0, n_prompt / _TELLING)
-            added = max(0.0, seconds - self.decoding(n_decoding))
-            self._prompt_seconds = kept * self._prompt_seconds + added
-            self._prompt_tokens = kept * self._prompt_tokens + n_prompt
+    def decoded(self, n_rows: int, seconds: float) -> None:
+        """Notes a step of decoding sequences."""
+        before = self._decoding.get(n_rows, seconds)
+        self._decoding = {n: _TRUSTED * old if n > n_rows else old for n, old in self._decoding.items()}
+        self._decoding[n_rows] = _KEPT * before + (1 - _KEPT) * seconds
+
+    def prefilled(self, n_tokens: int, seconds: float) -> None:
+        """Notes a step of prompts."""
+        kept = _KEPT ** min(1.0, n_tokens / _TELLING)
+        self._prompt_seconds = kept * self._prompt_seconds + seconds
+        self._prompt_tokens = kept * self._prompt_tokens + n_tokens
 
     def decoding(self, n_rows: int) -> float:
         """Seconds of a step with so many rows, between those that were measured; 0 for none, or if none was."""
@@ -51,17 +50,15 @@ class Pace:
         share = (n_rows - low) / (high - low)
         return self._decoding[low] + share * (self._decoding[high] - self._decoding[low])
 
-    def prompt_tokens(self, n_decoding: int, piece: int, most: int) -> int:
-        """Prompt tokens for a step beside so many decoding rows: a multiple of ``piece``, or ``most``.
+    def prompt_tokens(self, n_decoding: int, least: int, most: int) -> int:
+        """Prompt tokens to compute after a step of so many decoding rows: from ``least`` to ``most``.
 
-        Never less than one ``piece``, which is also what is tried before anything is known.
+        ``least`` is also what is tried before anything is known.
         """
         if n_decoding == 0:
             return most
         decoding = self.decoding(n_decoding)
         seconds = max(self.bound - decoding, decoding)
-        if not self._prompt_tokens or seconds * self._prompt_tokens < piece * self._prompt_seconds:
-            return min(piece, most)
-        if seconds * self._prompt_tokens >= most * self._prompt_seconds:
-            return most
-        return int(seconds * self._prompt_tokens / self._prompt_seconds) // piece * piece
+        if not self._prompt_seconds:
+            return min(least, most)
+        return min(max(int(seconds * self._prompt_tokens / self._prompt_seconds), least), most)

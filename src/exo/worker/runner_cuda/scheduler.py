@@ -11,9 +11,12 @@ from exo.worker.runner_cuda.sequence import Phase, Sequence
 from exo.worker.runner_cuda.slot import Slot
 from exo.worker.runner_cuda.speculation import Speculation
 
-PIECE = 64
-"""Prompts are cut at multiples of this. Which of them then does not matter, bit for bit, on a CPU: a matrix product
-takes rows by fours, flash attention by 64 (cut at 32 instead, logits of a Q4_K_M model are up to 1.5 apart)."""
+LEAST = 64
+"""Prompts are cut into chunks of no fewer tokens, the last one too, and only a prompt of fewer is computed as one chunk
+of fewer: flash attention computes 64 rows or more by other means than fewer."""
+GROUP = 8
+"""All chunks but the last are multiples of this, since a matrix product takes rows by fours. Where a prompt is cut then
+does not matter, bit for bit, on a CPU (cut otherwise, logits of a Q4_K_M model are up to 4.6 apart)."""
 SCORED_ROWS = 32
 """Rows of a step that may tell a prompt's log-probabilities: each takes the width of the vocabulary in memory."""
 
@@ -58,10 +61,16 @@ class Chunk:
 
 @dataclass(slots=True)
 class Step:
-    """The rows of one batch, in ascending order of slot; and who entered a slot, with the tokens found cached there."""
+    """The rows of one batch, in ascending order of slot; and who entered a slot, with the tokens found cached there.
+
+    Either every sequence that lacks one token gives it, and perhaps a draft, or prompts give chunks. llama.cpp would
+    compute the two one after the other even in one batch, since it joins only as many rows of each sequence as all
+    have, and would have every row attend over as many cells as the longest sequence has.
+    """
 
     chunks: list[Chunk]
     started: list[tuple[str, int]]
+    prefills: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -72,10 +81,12 @@ class Step:
 class Scheduler:
     """Waiting requests, slots and the order in which prompts get their turn.
 
-    Every decoding sequence is in every step. Prompts share ``budget`` tokens a step, in chunks of at most ``chunk``;
-    while sequences decode, only what ``pace`` finds does not stall them. They are cut at multiples of ``PIECE``, where
-    cutting changes no results; the prompt that got a chunk goes to the back of the line. A prompt that is to be scored
-    is cut at multiples of ``SCORED_ROWS``, and one such chunk a step is all that the context has logits for.
+    Steps of all decoding sequences and of prompts take turns. Between two of the first, prompts are computed for as
+    many tokens as ``pace`` finds not to stall the streams, at most ``budget``, and of each at most ``chunk``. A step of
+    prompts takes another one as long as it has fewer than ``enough`` tokens. The oldest prompt and the one that lacks
+    the fewest tokens come first by turns: so a short one overtakes a long one, which still gets half of the time.
+    Prompts are cut where that changes no results. One that is to be scored is cut at multiples of ``SCORED_ROWS``, and
+    one such chunk a step is all that the context has logits for.
 
     Sequences that decode, with no prompt beside them, may have drafts verified: ``speculation`` makes them.
     """
@@ -85,17 +96,25 @@ class Scheduler:
         n_slots: int,
         budget: int,
         chunk: int,
+        enough: int,
         pace: Pace,
         cache: PrefixCache,
         speculation: Speculation | None = None,
     ) -> None:
         self.slots = [Slot(index) for index in range(n_slots)]
         self.waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()
+        self._prefilling: list[Sequence] = []
+        """In the order of their arrival."""
+        self._left = 0
+        """Prompt tokens that may be computed before the streams' next step."""
+        self._served: set[str] = set()
+        """Who has had a chunk since their last step."""
+        self._oldest_first = True
         self._by_id: dict[str, Sequence] = {}
         self._budget = budget
         self._chunk = min(chunk, budget)
-        self._piece = min(PIECE, self._chunk)
+        self._least = min(LEAST, self._chunk)
+        self._enough = min(enough, budget)
         self._pace = pace
         self._cache = cache
         self._speculation = speculation or Speculation("off")
@@ -137,27 +156,30 @@ class Scheduler:
     def plan(self) -> Step:
         """The next step; without chunks when there is nothing to do."""
         started = self._admit()
-        chunks = [
-            Chunk(slot.sequence, slot.sequence.n_computed, len(slot.sequence.tokens))
-            for slot in self.slots
-            if slot.sequence is not None and slot.sequence.phase is Phase.DECODE
-        ]
-        prompts = self._prefill_chunks()
-        if not prompts:
-            drafts = self._speculation.drafts([chunk.sequence for chunk in chunks])
-            for chunk, draft in zip(chunks, drafts, strict=True):
-                chunk.draft = draft
-        chunks += prompts
-        # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else.
-        chunks.sort(key=lambda chunk: chunk.sequence.slot)
-        return Step(chunks, started)
+        due = [slot.sequence for slot in self.slots if slot.sequence is not None and slot.sequence.n_missing == 1]
+        if not due:
+            self._left = self._budget
+            self._served.clear()
+        chunks = self._prefill_chunks()
+        if chunks:
+            self._left -= sum(chunk.n_rows for chunk in chunks)
+            self._served.update(chunk.sequence.id for chunk in chunks)
+            # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else.
+            chunks.sort(key=lambda chunk: chunk.sequence.slot)
+            return Step(chunks, started, prefills=True)
+        drafts = [list[int]() for _ in due] if self._prefilling else self._speculation.drafts(due)
+        chunks = [Chunk(s, s.n_computed, len(s.tokens), draft) for s, draft in zip(due, drafts, strict=True)]
+        self._left = self._pace.prompt_tokens(len(due), self._least, self._budget)
+        self._served.clear()
+        return Step(chunks, started, prefills=False)
 
     def computed(self, step: Step, seconds: float) -> None:
         """Records that ``step`` is in the KV cache, and how long that took."""
-        n_decoding = sum(chunk.n_rows for chunk in step.chunks if chunk.sequence.phase is Phase.DECODE)
-        self._pace.measured(n_decoding, step.n_rows - n_decoding, seconds)
-        if n_decoding == step.n_rows:
-            self._speculation.computed(n_decoding, seconds)
+        if step.prefills:
+            self._pace.prefilled(step.n_rows, seconds)
+        else:
+            self._pace.decoded(step.n_rows, seconds)
+            self._speculation.computed(step.n_rows, seconds)
         self._cache.decoded()
         for chunk in step.chunks:
             sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
@@ -220,26 +242,44 @@ class Scheduler:
         return min((slot for slot in self.slots if slot.sequence is None), key=cost)
 
     def _prefill_chunks(self) -> list[Chunk]:
+        """Of the prompts whose turn it is, as far as tokens are left."""
         chunks: list[Chunk] = []
-        n_decoding = self.n_active - len(self._prefilling)
-        budget, n_scored = self._pace.prompt_tokens(n_decoding, self._piece, self._budget), 0
-        for _ in range(len(self._prefilling)):
-            sequence = self._prefilling[0]
-            chunk = Chunk(sequence, sequence.n_computed, self._cut(sequence, budget))
-            if chunk.stop <= chunk.start:
-                break
-            self._prefilling.rotate(-1)
-            if n_scored and chunk.n_scored:
+        n_rows, scored = 0, False
+        for sequence in self._in_turn():
+            chunk = Chunk(sequence, sequence.n_computed, self._cut(sequence, self._left - n_rows))
+            if chunk.stop <= chunk.start or (scored and chunk.n_scored):
                 continue
-            budget -= chunk.stop - chunk.start
-            n_scored += chunk.n_scored
+            n_rows += chunk.n_rows
+            scored = scored or chunk.n_scored > 0
             chunks.append(chunk)
+            if n_rows >= self._enough:
+                break
+        if chunks:
+            self._oldest_first = not self._oldest_first
         return chunks
 
+    def _in_turn(self) -> list[Sequence]:
+        """The prompts that lack more than one token and have a chunk to get before the streams' next step."""
+        prompts = [s for s in self._prefilling if s.n_missing > 1 and s.id not in self._served]
+        if not self._oldest_first:
+            prompts.sort(key=lambda sequence: sequence.n_missing)
+        return prompts
+
     def _cut(self, sequence: Sequence, budget: int) -> int:
-        """Where a prompt's next chunk ends: at its end if that is in reach, else at the last place to cut that is."""
-        size, piece, start = self._chunk, self._piece, sequence.n_computed
+        """Where a prompt's next chunk ends: nowhere beyond its start if too little of the budget is left.
+
+        The end of a prompt that is too short to be cut may be up to ``LEAST`` tokens over the budget.
+        """
+        start, missing = sequence.n_computed, sequence.n_missing
         if sequence.prompt_logprobs is not None:
-            size = piece = min(self._chunk, SCORED_ROWS)
-        reach = start + min(budget, size)
-        return len(sequence.tokens) if len(sequence.tokens) <= reach else reach // piece * piece
+            reach = start + min(budget, self._chunk, SCORED_ROWS)
+            return len(sequence.tokens) if len(sequence.tokens) <= reach else reach // SCORED_ROWS * SCORED_ROWS
+        size = min(budget, self._chunk)
+        if missing <= size:
+            return len(sequence.tokens)
+        if budget < self._least:
+            return start
+        if missing < 2 * self._least <= self._chunk:
+            return len(sequence.tokens)
+        size = min(size, max(missing - self._least, self._least))
+        return start + max(size // GROUP * GROUP, self._least)

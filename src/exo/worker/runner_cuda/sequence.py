@@ -56,6 +56,11 @@ class Sequence:
     slot: int = -1
     n_computed: int = 0
 
+    @property
+    def n_missing(self) -> int:
+        """Tokens known and not yet computed."""
+        return len(self.tokens) - self.n_computed
+
     def move(self, phase: Phase) -> None:
         """Enters ``phase``. Raises ValueError for a transition that is not in ``NEXT``."""
         if phase not in NEXT[self.phase]:
