@@ -72,6 +72,9 @@ def compare(case: Case) -> None:
         program.generate(
             *(ask(f"{at}", prompt(length, at), max_tokens=2) for at, length in enumerate(lengths)),
         )
+        if case.runner == "cuda":
+            scored = ask("scored", prompt(40, 9), max_tokens=1)
+            program.generate(scored.model_copy(update={"prompt_logprobs": 1}))
         if capabilities.embeddings:
             program.generate(Embed(id="text", prompt=tuple(prompt(min(case.longest, 2040), 7))))
         at_work = process.memory_info().rss
@@ -114,11 +117,12 @@ def demo_table(runner: str) -> dict[str, JsonValue]:
     return {**card.engines[runner], "slots": 2, "n_ctx": 1024, "prefix_cache_bytes": 0}
 
 
-def test_the_demo_models_estimate_is_what_its_process_has(demo: Path) -> None:
+@pytest.mark.parametrize("backend_sampling", ["off", "on"])
+def test_the_demo_models_estimate_is_what_its_process_has(demo: Path, backend_sampling: str) -> None:
     command = Load(
         model_id="google/gemma-3-270m",
         backend="LlamaCppCpu",
-        table={**demo_table("cuda"), "threads": os.cpu_count() or 1},
+        table={**demo_table("cuda"), "threads": os.cpu_count() or 1, "backend_sampling": backend_sampling},
         directories=(str(demo.parent),),
     )
     compare(Case("cuda", command, 160))

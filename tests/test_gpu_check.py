@@ -190,6 +190,7 @@ def recorded(options: Options) -> dict[str, Record]:
         sweep_record(SERVERS[0], 100, 200),
         sweep_record(SERVERS[1], 80, 250),
         sweep_record(SERVERS[2], 125, 160),
+        sweep_record("exo, sampling on", 130, 260),
         Record("batched_bench small-q8_0", "ceiling", "passed", 3, facts={"batches": [batch]}),
     ]
     assert options.small
@@ -199,8 +200,8 @@ def recorded(options: Options) -> dict[str, Record]:
 def test_the_table_has_every_load_beside_its_peers_and_its_ceiling(tmp_path: Path) -> None:
     options = parse(["--work", str(tmp_path), "--small"])
     assert list(report.rows(options, recorded(options))) == [
-        ("small-q8_0", "1", "100.0 (12)", "80.0 (12)", "125.0 (12)", "0.80", "-"),
-        ("small-q8_0", "2", "200.0 (12)", "250.0 (12)", "160.0 (12)", "0.80", "80.0"),
+        ("small-q8_0", "1", "100.0 (12)", "80.0 (12)", "125.0 (12)", "0.80", "-", "130.0 (12)"),
+        ("small-q8_0", "2", "200.0 (12)", "250.0 (12)", "160.0 (12)", "0.80", "80.0", "260.0 (12)"),
     ]
     shown = Console(width=200, record=True, file=io.StringIO())
     report.show(options, recorded(options), shown)
@@ -215,5 +216,5 @@ def test_the_json_file_names_the_card_and_holds_every_step(tmp_path: Path) -> No
     written = json.loads(report.write(options, records).read_text())
     assert written["card"]["name"] == "NVIDIA H200"
     assert written["backend"] == "LlamaCppCuda"
-    assert [step["state"] for step in written["steps"]] == ["passed", "failed", "passed", "passed", "passed", "passed"]
+    assert [step["state"] for step in written["steps"]] == ["passed", "failed", *["passed"] * 5]
     assert written["steps"][2]["facts"] == records[name_of(SMALL_MODELS[0], "exo")].facts

@@ -87,6 +87,33 @@ def test_a_row_gets_the_same_token_in_any_company(step: list[tuple[SamplingParam
     assert choose(turns) == alone
 
 
+@pytest.mark.parametrize("size", [1 << 16, (1 << 16) + 1, 70_003])
+def test_long_rows_chosen_from_together_get_the_tokens_that_each_gets_alone(size: int) -> None:
+    rows = [logits(size, seed) for seed in range(12)]
+    rows[1][:] = 2.5
+    rows[2] = rows[2].round()
+    rows[3][:-3] = -np.inf
+    rows[4][size - 1] = np.nan
+    rows[5][0] = np.inf
+    rows[6][:] = -np.inf
+    rows[7] -= 100
+    rows[8][::2] = 0.0
+    rows[8][1::2] = -0.0
+    rows[9][[0, 1, size - 2, size - 1]] = 40
+    for top_k in (1, 3, 40, 1000, size - 1):
+        mixed = [top_k, top_k, top_k, top_k, top_k, top_k, top_k, top_k, top_k, top_k, 7, 0]
+        samplers = [Sampler(SamplingParams(seed=9, top_k=k, top_p=0.9)) for k in mixed]
+        alone: list[int | None] = []
+        for sampler, row in zip(samplers, rows, strict=True):
+            alone += choose([Turn(sampler, row.copy(), 5)])
+            if np.isfinite(row.max()):
+                assert {alone[-1]} == by_definition(row, sampler.params, 5)
+        turns = [Turn(sampler, row.copy(), 5) for sampler, row in zip(samplers, rows, strict=True)]
+        assert choose(turns) == alone
+        assert choose(turns[::-1]) == alone[::-1]
+        assert [at for at, token in enumerate(alone) if token is None] == [4, 5, 6]
+
+
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_frequencies_follow_the_probabilities(top_k: int) -> None:
     shares = {3: 0.5, 40: 0.3, 700: 0.15, 701: 0.05}

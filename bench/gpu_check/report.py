@@ -17,7 +17,7 @@ from bench.ceiling import Ceiling
 from bench.gpu_check.models import Model, models
 from bench.gpu_check.options import ROOT, Options
 from bench.gpu_check.record import Record
-from bench.gpu_check.sweep import SERVERS, concurrency, name_of
+from bench.gpu_check.sweep import SERVERS, SETTINGS, concurrency, name_of
 from exo.bench.report import Report, Stage
 from exo.compare.comparison import HostFacts
 from exo.compare.evidence import host_facts
@@ -81,20 +81,21 @@ def _short(message: str) -> str:
 
 
 _WIDTH = 200
-_COLUMNS = ("model", "streams", *SERVERS, "exo / best", "llama-batched-bench")
+_COLUMNS = ("model", "streams", *SERVERS, "exo / best", "llama-batched-bench", *SETTINGS)
 
 
 def rows(options: Options, records: Mapping[str, Record]) -> Iterator[Sequence[str]]:
     """Of the second table: each model at each load that anything was measured at."""
     for model in models(options):
-        stages = {server: _stages(records.get(name_of(model, server))) for server in SERVERS}
+        stages = {server: _stages(records.get(name_of(model, server))) for server in (*SERVERS, *SETTINGS)}
         ceilings = _ceilings(model, records)
         for streams in concurrency(options):
             found = [stages[server].get(streams) for server in SERVERS]
             ceiling = ceilings.get(streams)
             if any(found) or ceiling is not None:
                 limit = f"{streams * ceiling.output_tokens / ceiling.seconds:.1f}" if ceiling is not None else "-"
-                yield model.name, str(streams), *map(_cell, found), _ratio(*found), limit
+                set_so = (_cell(stages[setting].get(streams)) for setting in SETTINGS)
+                yield model.name, str(streams), *map(_cell, found), _ratio(*found), limit, *set_so
 
 
 def _stages(record: Record | None) -> dict[int | None, Stage]:

@@ -25,16 +25,19 @@ SMALL_CONCURRENCY = (1, 2)
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
 LLAMA_SERVER, BACKEND_SAMPLING = "llama-server", "llama-server -bs"
 SERVERS = ("exo", LLAMA_SERVER, BACKEND_SAMPLING)
+SETTINGS = {"exo, sampling on": "on"}
+"""exo with ``backend_sampling`` set, which is off by itself; for the model with the most tokens."""
 _LOAD_SECONDS, _STEP_SECONDS, _LEAST_SECONDS = 120.0, 150.0, 75.0
 _CARD = "gpu-check"
 
 
 def steps(options: Options) -> list[Step]:
-    """Every server on every model, those of a model one after another."""
+    """Every server on every model, those of a model one after another; last what a setting makes of exo."""
+    widest = max(models(options), key=lambda model: model.shape.vocabulary)
+    pairs = [(model, server) for model in models(options) for server in SERVERS]
     return [
         Step(name_of(model, server), "sweep", partial(_sweep, options, model, server), _LEAST_SECONDS)
-        for model in models(options)
-        for server in SERVERS
+        for model, server in (*pairs, *((widest, setting) for setting in SETTINGS))
     ]
 
 
@@ -49,7 +52,9 @@ def concurrency(options: Options) -> tuple[int, ...]:
 
 
 def _sweep(options: Options, model: Model, name: str, deadline: float) -> Mapping[str, Any]:
-    server = _exo(options, model) if name == "exo" else _llama_server(options, model, name)
+    server = _llama_server(options, model, name)
+    if name == "exo" or name in SETTINGS:
+        server = _exo(options, model, SETTINGS.get(name, "off"))
     loads = concurrency(options)
     options.logs.mkdir(parents=True, exist_ok=True)
     try:
@@ -87,12 +92,13 @@ def _load(server: Server, deadline: float) -> None:
         raise CheckError(f"{server.name} gives no first token: {answer.status_code} {answer.text[-1000:]}")
 
 
-def _exo(options: Options, model: Model) -> Server:
+def _exo(options: Options, model: Model, sampling: str) -> Server:
     """``exo serve`` with a card for this model alone."""
     home = options.work / "exo" / model.name
     slots = max(concurrency(options))
     table: dict[str, JsonValue] = {"path": str(file_of(options, model)), "slots": slots, "n_ctx": model.context}
-    write_card(home, _CARD, {"cuda": table | {"flash_attn": "on"}}, backends=[options.backend])
+    table |= {"flash_attn": "on", "backend_sampling": sampling}
+    write_card(home, _CARD, {"cuda": table}, backends=[options.backend])
     port = str(free_port())
     command = [sys.executable, "-m", "exo", "serve", "--port", port]
     url = f"http://127.0.0.1:{port}"

@@ -6,9 +6,10 @@ from itertools import islice
 
 import llama_cpp
 
+from exo.worker.runner_cuda.candidates import NotFinite
 from exo.worker.runner_cuda.llama import Context, Logits, Model
 from exo.worker.runner_cuda.options import LoadError
-from exo.worker.runner_cuda.sampler import NotFinite
+from exo.worker.runner_cuda.sampler import Turn, choose
 from exo.worker.runner_cuda.scheduler import LEAST
 from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.tokenizer import Tokenizer
@@ -106,8 +107,14 @@ class DraftModel:
         """Computes the batch and adds a token to each draft. Raises NotFinite."""
         self._context.decode(n_rows)
         logits: Logits = self._context.logits(len(streams))
-        for stream, draft, row in zip(streams, drafts, logits, strict=True):
-            draft.append(stream.sampler.choose(row, len(self._held[stream.slot])))
+        turns: list[Turn] = []
+        for stream, row in zip(streams, logits, strict=True):
+            stream.sampler.adjust(row)
+            turns.append(Turn(stream.sampler, row, len(self._held[stream.slot])))
+        for draft, token in zip(drafts, choose(turns), strict=True):
+            if token is None:
+                raise NotFinite
+            draft.append(token)
 
 
 def check_vocabulary(draft: Model, target: Model) -> None:

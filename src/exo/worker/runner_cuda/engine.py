@@ -9,7 +9,8 @@ from typing import TypeVar
 from exo.worker.constraint import Constraint, GrammarError, Mask, grammar_failure
 from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.messages import Failed, FinishReason
-from exo.worker.runner_cuda.candidates import NotFinite, Row
+from exo.worker.runner_cuda.backend_sampling import BackendSampling, Best
+from exo.worker.runner_cuda.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.embedding import Embedder, Job
 from exo.worker.runner_cuda.llama import Context, Logits
 from exo.worker.runner_cuda.sampler import Sampler, Turn, choose, score
@@ -31,7 +32,7 @@ class Stop:
 
 
 T = TypeVar("T")
-Reading = Generator[Turn, int | None, T]
+Reading = Generator[Turn | Candidates, int | None, T]
 """Gives turns, is sent their tokens (None: the row's logits are not finite) and ends with a ``T``."""
 
 
@@ -43,7 +44,13 @@ class Engine:
     """
 
     def __init__(
-        self, context: Context, embedder: Embedder, scheduler: Scheduler, tokenizer: Tokenizer, emitter: Emitter
+        self,
+        context: Context,
+        embedder: Embedder,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        sampling: BackendSampling,
+        emitter: Emitter,
     ) -> None:
         self.commands: SimpleQueue[Sequence | Job | Leave | Stop] = SimpleQueue()
         self.steps = 0
@@ -51,6 +58,7 @@ class Engine:
         self._embedder = embedder
         self._scheduler = scheduler
         self._tokenizer = tokenizer
+        self._sampling = sampling
         self._emitter = emitter
 
     def load(self) -> tuple[int, int, int]:
@@ -67,6 +75,7 @@ class Engine:
             if not step.chunks:
                 continue
             n_outputs = self._fill(step)
+            self._sampling.prepare(step)
             began = time.perf_counter()
             self._context.decode(step.n_rows)
             self._scheduler.computed(step, time.perf_counter() - began)
@@ -129,15 +138,20 @@ class Engine:
         how it is adjusted, the token before it decides.
         """
         at = 0
+        best = self._sampling.read(step)
+        again: list[Sequence] = []
         readings: list[tuple[str, Reading[None]]] = []
         for chunk in step.chunks:
             rows = logits[at : at + chunk.n_scored + chunk.n_sampled]
             at += len(rows)
-            readings.append((chunk.sequence.id, self._read_chunk(chunk, rows, done)))
+            largest = best.get(chunk.sequence.slot)
+            whole = largest is None
+            reading = self._read_chunk(chunk, rows, done) if whole else self._read_best(chunk, largest, done, again)
+            readings.append((chunk.sequence.id, reading))
         tokens: list[int | None] = [None] * len(readings)
         while readings:
             due: list[tuple[str, Reading[None]]] = []
-            turns: list[Turn] = []
+            turns: list[Turn | Candidates] = []
             for (sequence_id, reading), token in zip(readings, tokens, strict=True):
                 turn = self._go_on(sequence_id, reading, token)
                 if turn is not None:
@@ -147,8 +161,11 @@ class Engine:
         for chunk in step.chunks:
             if chunk.draft:
                 self._scheduler.verified(chunk)
+        for sequence in again:
+            self._sampling.read_whole(sequence)
+            self._scheduler.again(sequence)
 
-    def _go_on(self, sequence_id: str, reading: Reading[None], token: int | None) -> Turn | None:
+    def _go_on(self, sequence_id: str, reading: Reading[None], token: int | None) -> Turn | Candidates | None:
         """The sequence's next turn, once it has the token of the last one; None: its rows are read."""
         try:
             return reading.send(token)
@@ -178,6 +195,23 @@ class Engine:
         for row, guessed in zip(rows[chunk.n_scored :], [*chunk.draft, None], strict=False):
             sampled = yield from self._next(sequence, row, done)
             if sampled is None or sampled.reason is not None or sampled.token != guessed:
+                return
+
+    def _read_best(self, chunk: Chunk, rows: list[Best], done: StepDone, again: list[Sequence]) -> Reading[None]:
+        """As ``_read_chunk``; into ``again`` a sequence whose row does not settle its token. Raises NotFinite."""
+        sequence = chunk.sequence
+        for best, guessed in zip(rows, [*chunk.draft, None], strict=True):
+            if len(sequence.tokens) >= sequence.n_limit:
+                self._end(sequence, "length", done)
+                return
+            choice = best.choice(sequence.sampler, len(sequence.tokens))
+            if choice is None:
+                again.append(sequence)
+                return
+            token = (yield from _take(choice)) if isinstance(choice, Candidates) else choice
+            sampled = self._accept(sequence, token, None)
+            done.sampled.append(sampled)
+            if sampled.reason is not None or token != guessed:
                 return
 
     def _next(self, sequence: Sequence, row: Row, done: StepDone) -> Reading[Sampled | None]:
@@ -233,7 +267,7 @@ def _choose(sequence: Sequence, row: Row) -> Reading[int | None]:
     return (yield from _take(turn)) if turn.allowed.any() else None
 
 
-def _take(turn: Turn) -> Reading[int]:
+def _take(turn: Turn | Candidates) -> Reading[int]:
     token = yield turn
     if token is None:
         raise NotFinite

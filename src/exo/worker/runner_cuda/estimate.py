@@ -35,6 +35,8 @@ DEVICE_CONTEXT = 512 << 20
 """Of each device, what CUDA takes for itself."""
 _COPIES = 4
 """Of a graph's inputs, where several devices work on batches one behind the other (GGML_SCHED_MAX_COPIES)."""
+_HANDED_BACK = 4
+"""Times the logits that it takes on the host to have room for what backend sampling may hand back of them, too."""
 _TOKEN = 150
 """Each token of the vocabulary."""
 _REPACKED = (2, 12, 20, 39)
@@ -175,13 +177,14 @@ class _Model:
         placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
         where = placement.layers(len(self.layers), n_device)
         started = dict.fromkeys(plan.devices, DEVICE_CONTEXT)
+        row = 4 * self.vocabulary * (_HANDED_BACK if self._may_reduce(where) else 1)
         return [
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
             self._weights(where),
             self._cache("KV cache", plan, where, plan.slots, plan.n_ctx),
-            Part("outputs", 4 * plan.slots * self.vocabulary),
-            Part("prompt log-probabilities", 4 * SCORED_ROWS * self.vocabulary, later=True),
+            Part("outputs", plan.slots * row),
+            Part("prompt log-probabilities", SCORED_ROWS * row, later=True),
             Part("prefix cache", plan.prefix_cache_bytes, later=True),
             self._compute(plan, where),
             *self._texts(plan, where),
@@ -225,7 +228,13 @@ class _Model:
     def _compute(self, plan: Plan, where: _Where) -> Part:
         """The graph's buffer: logits of all rows that give any, or one layer's activations, and the mask."""
         chunk, _ = chunks(self.options, on_gpu=bool(plan.n_gpu_layers))
-        return self._graph("compute", where, chunk, plan.slots + SCORED_ROWS, plan.n_ctx)
+        n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
+        return self._graph("compute", where, chunk, n_outputs, plan.n_ctx)
+
+    def _may_reduce(self, where: _Where) -> bool:
+        """Whether there may be backend sampling, whose graph has the logits twice."""
+        wanted = self.options.backend_sampling
+        return wanted == "on" or (wanted == "auto" and all(where) and self.options.split_mode != "tensor")
 
     def _graph(self, name: str, where: _Where, rows: int, n_outputs: int, n_ctx: int) -> Part:
         """Of the processors, or of each device, of which those with the end of the model compute the logits."""

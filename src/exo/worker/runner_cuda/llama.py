@@ -138,6 +138,8 @@ class Rows:
     step: int
     graph: int
     outputs: int
+    reduced: int = 1
+    """Of those that give logits, in one sequence whose logits ``chains`` reduce."""
 
 
 class Batch:
@@ -178,6 +180,7 @@ class Context:
         params.n_batch = rows.step
         params.n_ubatch = rows.graph
         params.n_outputs_max = rows.outputs
+        params.n_outputs_max_per_seq = rows.reduced
         params.kv_unified = False
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
@@ -185,7 +188,7 @@ class Context:
         self.handle = handle
         self.n_ctx = llama_cpp.llama_n_ctx_seq(handle)
         self.batch = Batch(rows.step)
-        self._n_vocab = model.n_vocab
+        self.n_vocab = model.n_vocab
         self._memory = llama_cpp.llama_get_memory(handle)
         self.generates = self._memory is not None and llama_cpp.llama_get_causal_attn(handle)
         """False for an encoder, in which every token sees all others: it can only be asked for vectors of whole texts.
@@ -203,7 +206,7 @@ class Context:
     def logits(self, n_outputs: int) -> Logits:
         """A view, shape (n_outputs, n_vocab), of the rows asked for, in batch order; valid until the next decode."""
         address = llama_cpp.llama_get_logits(self.handle)
-        return np.ctypeslib.as_array(address, shape=(n_outputs, self._n_vocab))
+        return np.ctypeslib.as_array(address, shape=(n_outputs, self.n_vocab))
 
     def use_threads(self, one_row: int, more: int) -> None:
         """Threads of the CPU part, for a step of one row and for steps of more."""

@@ -11,7 +11,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from exo.worker.messages import Capabilities, Load, Status
+from exo.worker.runner_cuda.backend_sampling import BackendSampling, backend_sampling
+from exo.worker.runner_cuda.chains import Chains
 from exo.worker.runner_cuda.devices import ENGINE, Gpu, gpus, physical_cores
+from exo.worker.runner_cuda.draft import LONGEST
 from exo.worker.runner_cuda.draft_model import LITTLE, DraftModel, check_vocabulary
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.framing import Framing
@@ -54,13 +57,15 @@ class Loaded:
     scheduler: Scheduler
     chunk: int
     draft: DraftModel | None
+    sampling: BackendSampling
 
     def free(self) -> None:
-        """Contexts first: they borrow from the model."""
+        """Contexts first: they borrow from the model, and from the chains of backend sampling."""
         if self.draft is not None:
             self.draft.free()
         self.embedder.free()
         self.context.free()
+        self.sampling.chains.free()
         self.model.free()
 
 
@@ -88,7 +93,9 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     chunk, budget = chunks(options, on_gpu=on_gpu)
     n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
     try:
-        rows = Rows(step=budget + options.slots, graph=chunk, outputs=budget if score else options.slots + SCORED_ROWS)
+        outputs = budget if score else options.slots + SCORED_ROWS
+        reduced = 1 if options.speculation == "off" else 1 + LONGEST
+        rows = Rows(step=budget + options.slots, graph=chunk, outputs=outputs, reduced=reduced)
         context = Context(model, options, n_ctx, rows, log)
     except LoadError:
         model.free()
@@ -100,6 +107,10 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     _warm_up(context, embedder, score)
     if context.generates and not (on_gpu or score or _says_threads(command)):
         settle(context, physical_cores(), len(os.sched_getaffinity(0)))
+    on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
+    chains = Chains(context)
+    given = (context, chains, options)
+    sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
     draft = None if score else _load_draft(command, options, devices, model, context, chunk, log)
     tokenizer = Tokenizer(model)
     capabilities = Capabilities(
@@ -128,7 +139,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     enough = budget if on_gpu else CPU_ENOUGH
     scheduler = Scheduler(options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation)
     framing = Framing(model, tokenizer)
-    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft)
+    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling)
 
 
 def chunks(options: CudaOptions, *, on_gpu: bool) -> tuple[int, int]:
@@ -209,7 +220,8 @@ def draft_file(command: Load, options: CudaOptions) -> Path | None:
 
 def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
     """A draft model's, as if it were loaded for itself: on one device, since it is small and waited for."""
-    return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, "split_mode": "none", "tensor_split": None})
+    alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off"}
+    return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, **alone})
 
 
 def _load_draft(

@@ -95,6 +95,11 @@ class CudaOptions(ModelFile):
     Q4_K_M model's logits were up to 1.4 apart, and 6 of 630 tokens turned), so it has to be asked for."""
     draft: DraftOptions | None = None
     """A draft model."""
+    backend_sampling: Literal["auto", "on", "off"] = "off"
+    """Whether the device that computes logits hands back only the largest ones, for requests that are greedy or have a
+    ``top_k`` of up to about 250, and no penalties, biases, log-probabilities or grammar. The tokens are the same.
+    "auto": with every layer on GPUs and no speculation, if that is found to be faster when the model is loaded. By
+    default "off", since this has not run on a GPU yet."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the CPU part; by default one for each core, or without hyperthreads one less for a step of one row,
     where that is found not to be much slower."""
@@ -152,6 +157,8 @@ class CudaOptions(ModelFile):
             raise ValueError("tensor_split must have a number above 0")
         if self.split_mode != "tensor":
             return self
+        if self.backend_sampling == "on":
+            raise ValueError('backend_sampling is "on", which llama.cpp does not do with split_mode "tensor"')
         if self.flash_attn == "off":
             raise ValueError('split_mode "tensor" needs flash_attn, which is "off"')
         if not {self.cache_type_k, self.cache_type_v} <= set(UNQUANTISED):

@@ -186,7 +186,8 @@ class Runner:
         """The engine's thread. An engine that fails takes the process with it: nothing it computes can be trusted."""
         try:
             loaded = load(command, self._emitter.put)
-            engine = Engine(loaded.context, loaded.embedder, loaded.scheduler, loaded.tokenizer, self._emitter)
+            parts = loaded.context, loaded.embedder, loaded.scheduler, loaded.tokenizer, loaded.sampling
+            engine = Engine(*parts, self._emitter)
             self._emitter.vocabulary = loaded.tokenizer
             self._emitter.stop_engine = lambda request: engine.commands.put(Leave(request, told=True))
             self._emitter.load = engine.load

@@ -71,6 +71,12 @@ class Sampler:
             raise NotFinite
         return token
 
+    def among(self, ids: Ids, logits: Row, position: int) -> Candidates:
+        """What the token at ``position`` is drawn from, of tokens in ascending order and their adjusted logits."""
+        params = self.params
+        temperature = max(params.temperature, _COLDEST)
+        return Candidates(ids, logits, temperature, params.min_p, params.top_p, key(params.seed, position))
+
     def adjust(self, row: Row) -> None:
         """Penalties, bias and tokens never chosen: no more than a few places of the row are touched."""
         params = self.params
@@ -99,7 +105,7 @@ class Turn:
     """Of the same shape: false for the tokens that a grammar leaves out."""
 
 
-def choose(turns: Sequence[Turn]) -> list[int | None]:
+def choose(turns: Sequence[Turn | Candidates]) -> list[int | None]:
     """The tokens of one step, each as if it were alone. None: the row's largest logit is NaN or infinite.
 
     The rows are changed in place.
@@ -107,6 +113,9 @@ def choose(turns: Sequence[Turn]) -> list[int | None]:
     tokens: list[int | None] = [None] * len(turns)
     drawn: dict[int, Candidates] = {}
     for at, turn in enumerate(turns):
+        if isinstance(turn, Candidates):
+            drawn[at] = turn
+            continue
         if turn.allowed is not None:
             np.copyto(turn.row, -np.inf, where=~turn.allowed)
         with suppress(NotFinite):

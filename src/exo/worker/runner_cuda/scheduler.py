@@ -205,6 +205,13 @@ class Scheduler:
         slot.cached += came[:n_true]
         self._cache.drop_after(slot, sequence.n_computed)
 
+    def again(self, sequence: Sequence) -> None:
+        """Has the last known token of a sequence in its slot, which is computed, computed once more."""
+        slot = self.slots[sequence.slot]
+        sequence.n_computed = len(sequence.tokens) - 1
+        del slot.cached[sequence.n_computed :]
+        self._cache.drop_after(slot, sequence.n_computed)
+
     def _admit(self) -> list[tuple[str, int]]:
         """Fills the free slots, first come, first served, but for those who wait for what another computes for them."""
         started: list[tuple[str, int]] = []
