@@ -15,6 +15,10 @@ from exo.models.inspection import HEADER_LIMIT
 from exo.models.pull_error import PullError
 from exo.models.selection import Source
 from exo.models.store import Store
+from exo.worker.host import Host
+from exo.worker.messages import Probe
+from exo.worker.router import Route, route
+from exo.worker.runners import RUNNERS
 from tests.hub import REPO, Fault, LocalHub
 from tests.pulling import hub_at, pull_card
 from tests.test_gguf_header import LLAMA, field, header, text
@@ -70,7 +74,7 @@ async def test_what_was_added_can_be_pulled(hub: LocalHub, cards: Path, tmp_path
     added = add(REPO, hub_at(hub.url), Catalogue.load(), cards)
     card = written(cards).cards[REPO]
     store = Store([tmp_path / "models"])
-    found = await pull_card(card, store, hub_at(hub.url), added.runner)
+    found = await pull_card(card, store, hub_at(hub.url), added.runners[0])
     assert (found.state, found.bytes) == ("present", added.bytes)
 
 
@@ -120,14 +124,58 @@ def test_a_card_from_a_folders_configuration(hub: LocalHub, cards: Path, tmp_pat
         files[template] = b"</think>"
     hub.commit(files)
     added = add(REPO, hub_at(hub.url), Catalogue.load(), cards)
-    assert (added.architecture, added.n_layers, added.runner, added.quantization) == ("qwen3", 2, "mlx", "4bit")
+    assert (added.architecture, added.n_layers, added.runners, added.quantization) == ("qwen3", 2, ("mlx",), "4bit")
     assert added.chat_template is (template is not None)
     card = written(cards).cards[REPO]
     assert (card.hidden_size, card.num_key_value_heads, card.context_length) == (64, 2, 4096)
     assert ("thinking" in card.capabilities) is (template is not None)
     assert card.engines == {"mlx": {"repo": REPO}}
+    assert card.backends == RUNNERS["mlx"].backends
     assert Source.of(card, "mlx").repo == REPO
     assert not any(asked.path.endswith(".safetensors") for asked in hub.state.asked)
+
+
+async def test_a_folder_that_nothing_quantised_is_for_mlx_and_for_vllm(
+    hub: LocalHub, cards: Path, tmp_path: Path
+) -> None:
+    write_mlx(tmp_path / "tiny", Shape(architecture="qwen3"))
+    hub.commit({path.name: path for path in (tmp_path / "tiny").iterdir() if path.is_file()})
+    added = add(REPO, hub_at(hub.url), Catalogue.load(), cards)
+    assert added.runners == ("mlx", "vllm")
+    assert "TextGeneration by mlx or vllm" in list(as_text(added))[1]
+    card = written(cards).cards[REPO]
+    assert card.engines == {"mlx": {"repo": REPO}, "vllm": {"repo": REPO}}
+    assert card.backends == ("MlxMetal", "Vllm", "MlxCuda", "MlxCpu")
+    installed = {
+        ("MlxMetal", "Vllm"): "mlx",
+        ("Vllm", "MlxCuda", "MlxCpu"): "vllm",
+        ("MlxCuda", "MlxCpu"): "mlx",
+        ("Vllm",): "vllm",
+    }
+    for backends, runner in installed.items():
+        probes = {
+            name: Probe(installed=True, engine=name, backends=tuple({*spec.backends} & {*backends}))
+            for name, spec in RUNNERS.items()
+        }
+        found = route(None, card, Host("", "", 1, 1, 1, (), probes), (), {})
+        assert isinstance(found, Route)
+        assert (found.runner, found.backend) == (runner, backends[0])
+    store = Store([tmp_path / "models"])
+    for runner in added.runners:
+        assert (await pull_card(card, store, hub_at(hub.url), runner)).bytes == added.bytes
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.name[0] != "."] == [REPO.replace("/", "--")]
+
+
+def test_a_folder_for_vectors_is_known_by_sentence_transformers_files(
+    hub: LocalHub, cards: Path, tmp_path: Path
+) -> None:
+    write_mlx(tmp_path, Shape(architecture="qwen3"))
+    files: dict[str, bytes | Path] = {path.name: path for path in tmp_path.iterdir() if path.is_file()}
+    beside = ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
+    hub.commit({**files, "modules.json": b"[]", **dict.fromkeys((*beside, "2_Dense/pytorch_model.bin"), b"{}")})
+    added = add(REPO, hub_at(hub.url), Catalogue.load(), cards)
+    assert written(cards).cards[REPO].tasks == added.tasks == ("TextEmbedding",)
+    assert {*added.files} == {*files, "modules.json", *beside}
 
 
 def test_a_model_that_sees_keeps_its_sizes_one_level_down(hub: LocalHub, cards: Path) -> None:

@@ -66,7 +66,8 @@ class Case:
     """What makes it compute a prompt in many steps."""
     cache_block: int = 1
     """Tokens that its prefix cache reuses together or not at all."""
-    embeds: bool = True
+    tasks: tuple[str, ...] = ()
+    """As the card has them, where the runner must know."""
 
 
 CASES = {
@@ -86,7 +87,6 @@ CASES = {
         vllm_table,
         small_chunks={"max_num_batched_tokens": 32},
         cache_block=32,
-        embeds=False,
     ),
 }
 SAMPLING = [name for name, case in CASES.items() if case.samples]
@@ -108,7 +108,8 @@ class Start:
     running: list[Program]
 
     def load_command(self, **table: JsonValue) -> Load:
-        return Load(model_id="test/tiny", backend=self.case.backend, table={**self.case.table(self.folder), **table})
+        own = self.case.table(self.folder)
+        return Load(model_id="test/tiny", backend=self.case.backend, table={**own, **table}, tasks=self.case.tasks)
 
     def bare(self) -> Program:
         program = Program(self.case.command).__enter__()

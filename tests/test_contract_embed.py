@@ -1,6 +1,7 @@
 """The contract's commands that have one answer, against every runner: vectors, scores, tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -9,9 +10,19 @@ import pytest
 
 from exo.worker.messages import Cancel, Capabilities, Embed, Rank, Text, Tokenize
 from tests.program import Program, Result, ask, names
-from tests.test_contract import CASES, Start, long_prompt
+from tests.test_contract import CASES, Start, Table, long_prompt
 
-EMBEDDING = [name for name, case in CASES.items() if case.embeds]
+VLLM = CASES["vllm"]
+
+
+def vllm_table(folder: Path) -> Table:
+    """The one kind of pooling for which vLLM computes a text in several steps."""
+    return {**VLLM.table(folder), "pooling": "last"}
+
+
+EMBEDDING = {**CASES, "vllm": replace(VLLM, tasks=("TextEmbedding",), table=vllm_table)}
+"""vLLM makes vectors of a model that is loaded for nothing else."""
+GENERATING = [name for name, case in EMBEDDING.items() if not case.tasks]
 
 name = names()
 
@@ -23,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=EMBEDDING)
 def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
-    starter = Start(CASES[request.param], folder, [])
+    starter = Start(EMBEDDING[request.param], folder, [])
     yield starter
     for program in starter.running:
         program.__exit__(None, None, None)
@@ -32,7 +43,7 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
 @pytest.fixture(scope="module", params=EMBEDDING)
 def program(request: pytest.FixtureRequest, folder: Path) -> Iterator[Program]:
     """One loaded runner for all tests that leave it as they found it."""
-    starter = Start(CASES[request.param], folder, [])
+    starter = Start(EMBEDDING[request.param], folder, [])
     yield starter.loaded(slots=4, n_ctx=512)
     starter.running[0].__exit__(None, None, None)
 
@@ -101,6 +112,7 @@ def test_what_cannot_be_embedded_is_refused_by_name_and_disturbs_nobody(program:
     assert len(one(program, embed(long_prompt(512))).embedded.vector) > 0
 
 
+@pytest.mark.parametrize("program", GENERATING, indirect=True)
 def test_streams_go_on_unchanged_while_texts_are_embedded(program: Program) -> None:
     streams = [ask(next(name), f"story {index}", max_tokens=60, temperature=0.8, seed=index) for index in range(3)]
     undisturbed = [result.tokens for result in program.generate(*streams)]
@@ -189,6 +201,7 @@ def test_no_text_has_no_tokens_and_a_wrong_token_is_refused(program: Program) ->
         assert str(wrong) in refused.message
 
 
+@pytest.mark.parametrize("start", GENERATING, indirect=True)
 def test_tokens_are_told_while_the_engine_computes(start: Start) -> None:
     program = start.slow(slots=1, n_ctx=4096)
     (stream,) = islice(name, 1)

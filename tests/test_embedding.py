@@ -15,9 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from exo.worker.embedding import choose_pooling
 from exo.worker.messages import Embed, Load, Rank, Text, Tokenize
-from exo.worker.runner_mlx.embedding import choose_pooling
-from exo.worker.runner_mlx.options import MlxOptions
 from exo.worker.runners import RUNNERS
 from tests.program import DEADLINE_SECONDS, Program, ask, names, runner_command
 from tests.tiny import Shape, write_gguf, write_mlx
@@ -119,10 +118,10 @@ def test_an_mlx_folder_may_say_how_to_pool(tmp_path: Path) -> None:
     with running("mlx", tmp_path, pooling="last") as program:
         assert np.abs(vectors(program, TEXTS[0]) - told_by_folder).max() < 1e-6
     config.write_text(json.dumps({"pooling_mode_cls_token": True, "include_prompt": True}))
-    assert choose_pooling(MlxOptions(), tmp_path) == "cls"
-    assert choose_pooling(MlxOptions(pooling="last"), tmp_path) == "last"
+    assert choose_pooling(None, tmp_path, "mlx") == "cls"
+    assert choose_pooling("last", tmp_path, "mlx") == "last"
     config.write_text(json.dumps({"pooling_mode": "mean"}))
-    assert choose_pooling(MlxOptions(), tmp_path) == "mean"
+    assert choose_pooling(None, tmp_path, "mlx") == "mean"
 
 
 def test_a_pooling_that_nobody_knows_is_refused_with_those_that_there_are(tmp_path: Path) -> None:

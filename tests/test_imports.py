@@ -25,6 +25,10 @@ RUNNER_MAY_USE = {
     "exo.worker.estimate",
     "exo.worker.emitter",
     "exo.worker.constraint",
+    "exo.worker.load_error",
+    "exo.worker.model_folder",
+    "exo.worker.hf_tokenizer",
+    "exo.worker.embedding",
 }
 
 MAY_NOT_IMPORT = {

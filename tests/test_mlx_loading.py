@@ -8,9 +8,10 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Failed, Load
-from exo.worker.runner_mlx.folder import check_folder
-from exo.worker.runner_mlx.options import LoadError, find_model, read_options
+from exo.worker.model_folder import check_folder, find_folder
+from exo.worker.runner_mlx.options import read_options
 from exo.worker.runner_mlx.probe import probe
 from exo.worker.runners import RUNNERS
 from tests.program import Program, ask, runner_command
@@ -103,7 +104,7 @@ def test_a_folder_is_found_by_path_by_repo_and_by_model_id(tmp_path: Path) -> No
         (tmp_path / folder).mkdir(parents=True)
 
     def found(**table: JsonValue) -> str:
-        return str(find_model(read_options(table), "org/model", directories).relative_to(tmp_path))
+        return str(find_folder(read_options(table), "org/model", directories).relative_to(tmp_path))
 
     assert found() == "two/org--model"
     assert found(repo="org/named") == "one/org--named"
@@ -114,7 +115,7 @@ def test_a_folder_is_found_by_path_by_repo_and_by_model_id(tmp_path: Path) -> No
 
 def test_a_folder_that_is_not_there_is_not_found_and_the_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(LoadError) as refusal:
-        find_model(read_options({"repo": "org/other"}), "org/model", [str(tmp_path)])
+        find_folder(read_options({"repo": "org/other"}), "org/model", [str(tmp_path)])
     assert refusal.value.code == "model_not_found"
     assert f"{tmp_path}/org--other" in str(refusal.value)
 

@@ -14,11 +14,12 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Embed, Estimate, Generate, Load, SamplingParams
 from exo.worker.runner_mlx.estimate import estimate
 from exo.worker.runner_mlx.kv_cache import LayerCache
 from exo.worker.runner_mlx.loading import check
-from exo.worker.runner_mlx.options import LoadError, read_options
+from exo.worker.runner_mlx.options import read_options
 from exo.worker.runner_mlx.pipeline import Layer, chained
 from exo.worker.runners import RUNNERS
 from tests import test_contract as contract

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
+from exo.worker.hf_tokenizer import Tokenizer
 from exo.worker.messages import Text
 from exo.worker.runner_mlx.model import open_tokenizer
-from exo.worker.runner_mlx.tokenizer import Tokenizer
 from tests.tiny import Shape, write_mlx
 
 Json = dict[str, JsonValue]
@@ -70,7 +70,8 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         (folder / "tokenizer.json").write_text(json.dumps(sentencepiece()))
         config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<|im_end|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer(open_tokenizer(folder, []), 400, None)
+    found = open_tokenizer(folder, [])
+    return Tokenizer(found, 400, found.eos_token_ids, None)
 
 
 def spelt(tokenizer: Tokenizer, tokens: list[int]) -> bytes:

@@ -16,8 +16,8 @@ from exo.models.pull import plan
 from exo.models.pull_error import PullError
 from exo.models.selection import Source
 from exo.models.store import Store
+from exo.worker.model_folder import FolderOptions, find_folder
 from exo.worker.runner_cuda import options as cuda_options
-from exo.worker.runner_mlx import options as mlx_options
 from tests.hub import REPO, Fault, LocalHub
 from tests.pulling import PullProgram, gguf_card, hub_at, mlx_card, pull_card
 
@@ -76,7 +76,7 @@ async def test_a_folder_for_mlx_lands_where_the_runner_looks(hub: LocalHub, stor
     found = await pull_card(mlx_card(), store, hub_at(hub.url), "mlx")
     directory = store.directories[0]
     assert files(directory) == {f"org--model/{name}": content for name, content in FOLDER.items()}
-    assert found.path == mlx_options.find_model(mlx_options.MlxOptions(), REPO, [str(directory)])
+    assert found.path == find_folder(FolderOptions(), REPO, [str(directory)])
     assert (found.state, found.bytes) == ("present", sum(map(len, FOLDER.values())))
 
 

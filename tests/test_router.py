@@ -207,6 +207,26 @@ def test_what_a_card_is_for_decides_what_may_be_asked_of_it(
         assert ", ".join(tasks) in answer.message
 
 
+@pytest.mark.parametrize(
+    ("tasks", "backend"), [(("TextGeneration", "TextEmbedding"), "LlamaCppCpu"), (("TextEmbedding",), "AbacusWood")]
+)
+@pytest.mark.parametrize("loading", [False, True])
+def test_what_a_model_is_loaded_apart_for_is_not_expected_of_one_that_generates(
+    tasks: tuple[Task, ...], backend: str, loading: bool
+) -> None:
+    card = make_card(["AbacusWood", "LlamaCppCpu"]).model_copy(update={"tasks": tasks})
+    starting = replace(LIVE, runner="abacus", instance="abacus-1", state="Loading", capabilities=None)
+    features: frozenset[Need] = frozenset({"embeddings"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RUNNERS, "abacus", replace(SPECS["abacus"], features=features, apart=features))
+        patch.setitem(RUNNERS, "cuda", replace(SPECS["cuda"], features=features))
+        answer = route(
+            None, card, make_host("AbacusWood", "LlamaCppCpu"), [starting] * loading, {"embeddings": "input"}
+        )
+    assert isinstance(answer, Route)
+    assert answer.backend == backend
+
+
 def test_a_card_of_backends_without_runner_names_what_is_served() -> None:
     answer = refused(make_card(["Vllm"]), make_host("LlamaCppCpu"))
     assert answer.code == "runner_unavailable"

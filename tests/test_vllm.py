@@ -1,5 +1,6 @@
 """The vLLM runner's own environment, and the server without it, with a broken one, and with it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,9 +16,12 @@ from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from exo.worker.host import probe_host
-from exo.worker.messages import Grammar, Load, Probe
+from exo.worker.load_error import LoadError
+from exo.worker.messages import Estimate, Grammar, Load, Probe
+from exo.worker.runner_vllm.limits import check_limits
+from exo.worker.runner_vllm.options import read_options
 from exo.worker.runners import RUNNERS
-from tests.program import Program, ask, names
+from tests.program import Program, Result, ask, names
 from tests.server import ServeProgram, environment, write_card
 from tests.test_replay import BODY, streamed, texts_of, whole
 from tests.tiny import Shape, write_gguf, write_mlx
@@ -183,10 +187,90 @@ def test_a_computation_that_goes_wrong_fails_its_own_request_only(twin: Path) ->
             assert (result.failed.code, result.tokens) == ("engine_error", [])
 
 
+def test_a_folder_that_is_quantised_is_computed_as_it_says(twin: Path) -> None:
+    """Eight bits a weight and eight an activation, as vLLM's own tools write it: nearly what the whole numbers give."""
+    prompt = [97 + at % 23 for at in range(40)]
+    asked = ask(next(name), prompt, max_tokens=1).model_copy(update={"prompt_logprobs": 0})
+    with Program(RUNNERS["mlx"].command) as program:
+        program.load(Load(model_id="t", backend="MlxCpu", table={"path": str(twin), "dtype": "float32"}))
+        whole = told(program.generate(asked)[0])
+    quantise(twin)
+    with Program(VLLM.command) as program:
+        capabilities = program.load(load_command(twin))
+        apart = np.abs(told(program.generate(asked)[0]) - whole)
+    assert 1e-3 < apart.max() < 0.5
+    assert apart.mean() < 0.1
+    assert capabilities.model_bytes == (twin / "model.safetensors").stat().st_size - header_bytes(twin)
+
+
+def told(result: Result) -> npt.NDArray[np.float64]:
+    (prompt,) = result.prompt_logprobs
+    return np.array([each.chosen.logprob for each in prompt.items[1:]])
+
+
+def header_bytes(folder: Path) -> int:
+    return 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+
+
+def quantise(folder: Path) -> None:
+    """Every matrix of the layers to whole numbers, a scale for each of its rows."""
+    weights: dict[str, npt.NDArray[np.float32]] = load_file(folder / "model.safetensors")
+    stored: dict[str, npt.NDArray[np.generic]] = {}
+    for key, matrix in weights.items():
+        if key.endswith("_proj.weight"):
+            scale = np.maximum(np.abs(matrix).max(axis=1, keepdims=True), 1e-9) / 127
+            rounded: npt.NDArray[np.float32] = np.rint(matrix / scale)
+            stored[key] = rounded.astype(np.int8)
+            stored[f"{key}_scale"] = scale
+        else:
+            stored[key] = matrix
+    save_file(stored, folder / "model.safetensors")
+    whole: dict[str, JsonValue] = {"num_bits": 8, "type": "int", "symmetric": True}
+    group: JsonValue = {
+        "targets": ["Linear"],
+        "weights": {**whole, "strategy": "channel", "dynamic": False},
+        "input_activations": {**whole, "strategy": "token", "dynamic": True},
+    }
+    method = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    edit_config(folder, quantization_config={**method, "ignore": ["lm_head"], "config_groups": {"group_0": group}})
+
+
+def edit_config(folder: Path, **changes: JsonValue) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_what_a_build_cannot_do_is_refused_with_the_reason(twin: Path) -> None:
+    def refusal(processors: bool, config: dict[str, JsonValue] | None = None, **table: JsonValue) -> str:
+        with pytest.raises(LoadError) as refused:
+            check_limits(read_options(table), config or {}, processors=processors, devices=1)
+        assert refused.value.code == "model_load_failed"
+        return str(refused.value).removeprefix("model card, [vllm] ")
+
+    pipelines = "vLLM's build for CPUs computes no pipelines; tensor_parallel_size divides a model there"
+    assert refusal(True, pipeline_parallel_size=2) == f"pipeline_parallel_size = 2: {pipelines}"
+    assert refusal(False, tensor_parallel_size=2, pipeline_parallel_size=3) == (
+        "tensor_parallel_size 2 times pipeline_parallel_size 3 takes 6 GPUs, and there are 1 here"
+    )
+    methods = "vLLM's build for CPUs computes awq, auto_awq, gptq, auto_gptq, compressed-tensors"
+    assert refusal(True, quantization="fp8") == f"quantization = 'fp8': {methods}"
+    folders: dict[str, JsonValue] = {"quantization_config": {"quant_method": "mxfp4"}}
+    assert refusal(True, folders) == f"the folder's quantisation = 'mxfp4': {methods}"
+    check_limits(read_options({"quantization": "fp8"}), folders, processors=False, devices=1)
+    check_limits(read_options({"tensor_parallel_size": 2}), {}, processors=True, devices=0)
+    with Program([*VLLM.command[:1], "-c", WITHOUT_VLLM]) as program:
+        program.send(Estimate(load=load_command(twin, pipeline_parallel_size=2)))
+        assert program.drain() != 0
+        assert program.failure is not None
+        assert "computes no pipelines" in program.failure.message
+
+
 @pytest.mark.parametrize(
     ("table", "named"),
     [
         ({"max_model_len": 10}, "max_model_len"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: vLLM's build for CPUs computes no pipelines"),
+        ({"quantization": "fp8"}, "quantization = 'fp8'"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"dtype": "float8"}, "dtype"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),

@@ -13,7 +13,6 @@ from exo.models.catalogue import Catalogue
 from exo.models.folder import folder_name
 from exo.models.hub import Hub
 from exo.models.inspection import Found, inspect
-from exo.worker.runners import RUNNERS
 
 _REFERENCE = re.compile(r"([^/:\s]+/[^/:\s]+)(?::([A-Za-z0-9_-]+))?")
 _MODEL_ID: TypeAdapter[str] = TypeAdapter(ModelId)
@@ -33,7 +32,8 @@ class Added(BaseModel):
     aliases: tuple[str, ...]
     card: Path
     """The file."""
-    runner: str
+    runners: tuple[str, ...]
+    """That the card has a table for."""
     repo: str
     revision: str
     """The commit that was looked at."""
@@ -72,7 +72,7 @@ def add(
         model_id=model_id,
         aliases=card.aliases,
         card=path,
-        runner=found.runner,
+        runners=tuple(found.tables),
         repo=listing.repo,
         revision=listing.revision,
         files=found.files,
@@ -92,7 +92,8 @@ def as_text(added: Added) -> Iterator[str]:
     context = f"{added.context_length:,} tokens of context" if added.context_length else "context not stated"
     template = "has a chat template" if added.chat_template else "has no chat template"
     yield f"{added.model_id}: {added.architecture}, {added.n_layers} layers, {context}, {template}"
-    yield f"{added.quantization or 'weights'}, {added.bytes / 1e9:.2f} GB, {', '.join(added.tasks)} by {added.runner}"
+    tasks, runners = ", ".join(added.tasks), " or ".join(added.runners)
+    yield f"{added.quantization or 'weights'}, {added.bytes / 1e9:.2f} GB, {tasks} by {runners}"
     yield from added.notes
     yield f"written to {added.card}; fetch the model with: exo pull {(added.aliases or (added.model_id,))[0]}"
 
@@ -128,7 +129,7 @@ def _card(model_id: str, aliases: tuple[str, ...], found: Found) -> ModelCard:
     return ModelCard(
         model_id=model_id,
         aliases=aliases,
-        backends=RUNNERS[found.runner].backends,
+        backends=found.backends,
         storage_size=StorageSize(in_bytes=found.bytes),
         n_layers=described.n_layers,
         hidden_size=described.hidden_size,
@@ -141,7 +142,7 @@ def _card(model_id: str, aliases: tuple[str, ...], found: Found) -> ModelCard:
         base_model=described.name or model_id.rpartition("/")[2],
         capabilities=described.capabilities,
         is_custom=True,
-        engines={found.runner: found.table},
+        engines=found.tables,
     )
 
 

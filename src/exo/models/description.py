@@ -38,6 +38,8 @@ class Description:
     chat_template: str | None
     quantization: str = ""
     """Empty where the files do not say."""
+    for_transformers: bool = False
+    """Whether the files are as Hugging Face's library has them: they name a class of it, and MLX quantised nothing."""
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -85,6 +87,7 @@ class _Config(_Json):
     """``text_config`` is where models that see keep what is said of their language."""
 
     model_type: Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
+    architectures: tuple[str, ...] = Field(default=(), strict=False)
     quantization: _Quantization | None = None
     text_config: JsonValue = None
     torch_dtype: str | None = None
@@ -95,8 +98,13 @@ class _TokenizerConfig(_Json):
     chat_template: JsonValue = None
 
 
-def from_config(config: bytes, tokenizer_config: bytes | None, chat_template: str | None) -> Description:
-    """Of a folder's files; ``chat_template`` is that of a file of its own. Raises DescriptionError."""
+def from_config(
+    config: bytes, tokenizer_config: bytes | None, chat_template: str | None, *, embeds: bool = False
+) -> Description:
+    """Of a folder's files; ``chat_template`` is that of a file of its own, ``embeds`` if it is for vectors of texts.
+
+    Raises DescriptionError.
+    """
     try:
         whole = _Config.model_validate_json(config)
         nested = isinstance(whole.text_config, dict)
@@ -111,9 +119,10 @@ def from_config(config: bytes, tokenizer_config: bytes | None, chat_template: st
         hidden_size=sizes.hidden_size,
         num_key_value_heads=sizes.num_key_value_heads,
         context_length=sizes.max_position_embeddings or 0,
-        task="TextGeneration",
+        task="TextEmbedding" if embeds else "TextGeneration",
         chat_template=chat_template or (_template(tokenizer_config) if tokenizer_config is not None else None),
         quantization=f"{bits}bit" if bits is not None else _printable(whole.torch_dtype or whole.dtype or ""),
+        for_transformers=bits is None and bool(whole.architectures),
     )
 
 

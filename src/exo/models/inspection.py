@@ -1,6 +1,6 @@
 """What a repository on the hub holds for a runner, found out from the beginnings of its files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,26 +13,32 @@ from exo.models.hub import Hub, Listing
 from exo.models.pull_error import PullError
 from exo.models.remote_bytes import RemoteBytes
 from exo.models.selection import Source, quantisations, select
+from exo.worker.runners import RUNNERS
 
 DEFAULT_QUANT = "Q4_K_M"
 HEADER_LIMIT = 64 << 20
 """Bytes of metadata; a vocabulary of 262,144 tokens takes about 10 MB."""
 _JSON_LIMIT = 32 << 20
+_SENTENCE_TRANSFORMER = "modules.json"
+"""A file that only models for vectors have."""
+_BACKENDS = ("MlxMetal", "Vllm", "MlxCuda", "MlxCpu")
+"""Of a folder that both runners of such load: each where it is at its best."""
 _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model for ``runner``."""
+    """A model, and the tables of a card for it by runner."""
 
-    runner: str
+    tables: Mapping[str, dict[str, JsonValue]]
+    """Of each runner that can load the files."""
+    backends: tuple[str, ...]
+    """Those of these runners, the preferred one first."""
     description: Description
     files: tuple[str, ...]
     """What a pull will fetch."""
     bytes: int
     quantization: str
-    table: dict[str, JsonValue]
-    """The runner's table of a card for it."""
     notes: tuple[str, ...] = ()
     """What was decided for the user."""
 
@@ -57,8 +63,9 @@ def _gguf(listing: Listing, hub: Hub, quant: str | None) -> Found:
     other = next((each for each in labels if each != chosen.label), None)
     several = f"took {chosen.label} of {', '.join(labels)}; for another, say {repo}:{other}"
     notes = (several,) if quant is None and other is not None else ()
-    table: dict[str, JsonValue] = {"repo": repo, "file": first}
-    return Found("cuda", description, chosen.names, _size(listing, chosen.names), chosen.label, table, notes)
+    tables: dict[str, dict[str, JsonValue]] = {"cuda": {"repo": repo, "file": first}}
+    backends, size = RUNNERS["cuda"].backends, _size(listing, chosen.names)
+    return Found(tables, backends, description, chosen.names, size, chosen.label, notes)
 
 
 def _folder(listing: Listing, hub: Hub, quant: str | None) -> Found:
@@ -69,9 +76,13 @@ def _folder(listing: Listing, hub: Hub, quant: str | None) -> Found:
     tokenizer = _whole(listing, hub, "tokenizer_config.json")
     template = _whole(listing, hub, "chat_template.jinja")
     text = template.decode(errors="replace") if template is not None else None
-    description = _made("config.json", lambda: from_config(config, tokenizer, text))
+    embeds = _SENTENCE_TRANSFORMER in listing.files
+    description = _made("config.json", lambda: from_config(config, tokenizer, text, embeds=embeds))
     size = _size(listing, chosen.names)
-    return Found("mlx", description, chosen.names, size, description.quantization, {"repo": listing.repo})
+    backends = _BACKENDS if description.for_transformers else RUNNERS["mlx"].backends
+    runners = [name for name in ("mlx", "vllm") if set(RUNNERS[name].backends) & set(backends)]
+    tables: dict[str, dict[str, JsonValue]] = {name: {"repo": listing.repo} for name in runners}
+    return Found(tables, backends, description, chosen.names, size, description.quantization)
 
 
 def _made(name: str, make: Callable[[], _Made]) -> _Made:

@@ -23,8 +23,15 @@ _OTHER_GGUF = re.compile(r"mmproj|imatrix", re.I)
 """GGUF files that hold no language model."""
 _MODEL_INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model*.safetensors"
-_FOLDER = (_WEIGHTS, "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt")
-"""What a folder's model is loaded from: weights, configuration and tokenizer, and nothing that could be code."""
+_DENSE = ("config.json", "model.safetensors")
+_FOLDER = (
+    _WEIGHTS, "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt", "1_Pooling/config.json",
+    *(f"{place}_Dense/{name}" for place in (2, 3) for name in _DENSE),
+)  # fmt: skip
+"""What a folder's model is loaded from: weights, configuration and tokenizer, and nothing that could be code.
+
+The folders in it are Sentence Transformers', of models that make vectors.
+"""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 

@@ -216,6 +216,7 @@ class Instances:
             backend=route.backend,
             table=card.engines.get(route.runner, {}),
             directories=self._models_directories,
+            tasks=card.tasks,
         )
         instance = Instance(name, route.runner, card.model_id, route.backend, time.time())
 

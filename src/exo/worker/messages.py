@@ -85,6 +85,9 @@ class Load(Message):
     backend: str
     table: Mapping[str, JsonValue] = {}
     directories: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    """What the card says that the model is for, such as "TextEmbedding"; for an engine that must know before it loads.
+    Empty: to generate text."""
 
 
 class Estimate(Message):

@@ -112,7 +112,7 @@ def route(
     if not possible:
         return _refuse(wish, card, host, verdicts, needs)
     willing = [verdict for verdict in possible if verdict.runner not in failing] or possible
-    able = [each for each in mine if not _lacking(_offer(each), needs)]
+    able = [each for each in mine if not _lacking(_offer(each, card), needs)]
     loaded = {each.runner for each in able if each.state in _READY}
     picked = _by_load(willing, loaded, preference) if tasks is _GENERATION else None
     chosen = next((each for each in willing if picked is not None and each.runner == picked.runner), willing[0])
@@ -154,17 +154,23 @@ def _judge(
     if backend not in probe.backends:
         return _Verdict(backend, runner, "host", "has no device here")
     # What the model can do in an instance that has loaded it, it could do in one that is yet to be started.
-    offers = [_offer(each) for each in mine if each.runner == runner and each.capabilities is not None]
-    lacking = min(_lacking(offer, needs) for offer in offers or [RUNNERS[runner].features])
+    offers = [_offer(each, card) for each in mine if each.runner == runner and each.capabilities is not None]
+    lacking = min(_lacking(offer, needs) for offer in offers or [_features(runner, card)])
     if lacking:
         return _Verdict(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0])
     return _Verdict(backend, runner)
 
 
-def _offer(each: LiveRunner) -> frozenset[Need]:
+def _features(runner: str, card: ModelCard) -> frozenset[Need]:
+    """What runners of a kind can do with a model that has such a card."""
+    spec = RUNNERS[runner]
+    return spec.features - spec.apart if set(_GENERATION) & set(card.tasks) else spec.features
+
+
+def _offer(each: LiveRunner, card: ModelCard) -> frozenset[Need]:
     """What a live runner can do; until its model is loaded, what runners of its kind can do."""
     if each.capabilities is None:
-        return RUNNERS[each.runner].features
+        return _features(each.runner, card)
     return frozenset(need for need in NEEDS if getattr(each.capabilities, need))
 
 

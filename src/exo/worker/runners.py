@@ -24,6 +24,8 @@ class RunnerSpec:
     module: str
     backends: tuple[str, ...]
     features: frozenset[Need] = frozenset()
+    apart: frozenset[Need] = frozenset()
+    """Of ``features``, those for which a model is loaded apart: a card that is for generated text has them not."""
     environment: str | None = None
     """Of a runner whose library does not go together with the server's: the virtual environment that it runs in, a
     folder beside the one that exo itself runs in."""
@@ -55,7 +57,8 @@ RUNNERS: dict[str, RunnerSpec] = {
     "vllm": RunnerSpec(
         "exo.worker.runner_vllm",
         ("Vllm",),
-        frozenset({"grammar", "logprobs"}),
+        frozenset({"grammar", "logprobs", "embeddings"}),
+        apart=frozenset({"embeddings"}),
         environment=".venv-vllm",
         setup="make setup-vllm",
     ),

@@ -5,35 +5,14 @@ A text is computed in chunks, as prompts are, so that streams go on in between; 
 
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
-from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from exo.worker.messages import Embedded, Failed, Usage
+from exo.worker.embedding import Job, Pooling, answer
+from exo.worker.messages import Embedded, Failed
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.model import Model, wait_for
-from exo.worker.runner_mlx.options import LoadError, MlxOptions, Pooling
-
-LONGEST = 2048
-"""Tokens of a text, where the card does not say."""
-
-_CONFIG: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
-_MODES: dict[str, Pooling] = {
-    "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
-}  # fmt: skip
-"""Sentence Transformers' names: of a flag that is set, after "pooling_mode_", or the value of "pooling_mode"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A text to be made a vector."""
-
-    id: str
-    tokens: list[int]
 
 
 @dataclass(slots=True)
@@ -102,30 +81,4 @@ class Embedder:
         if stop < len(text.job.tokens):
             return []
         self._text = None
-        return [_answer(text.job, np.array(text.pooled, np.float64))]
-
-
-def choose_pooling(options: MlxOptions, folder: Path) -> Pooling:
-    """The card's, else what the folder says in Sentence Transformers' file, else mean. Raises LoadError."""
-    path = folder / "1_Pooling" / "config.json"
-    if options.pooling is not None or not path.exists():
-        return options.pooling or "mean"
-    try:
-        config = _CONFIG.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise LoadError("model_load_failed", f"{path} cannot be read: {error}") from error
-    modes = [key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and "_mode_" in key]
-    modes += [mode] if isinstance(mode := config.get("pooling_mode"), str) else []
-    if len(modes) == 1 and modes[0] in _MODES:
-        return _MODES[modes[0]]
-    message = f"{path} asks for the pooling {' and '.join(modes) or 'none'}; [mlx] pooling may be mean, cls or last"
-    raise LoadError("model_load_failed", message)
-
-
-def _answer(job: Job, pooled: npt.NDArray[np.float64]) -> Embedded | Failed:
-    length = float(np.linalg.norm(pooled))
-    if not 0 < length < np.inf:
-        message = "the model computed a vector for this text that has a number that is none, or no length"
-        return Failed(id=job.id, code="engine_error", message=message)
-    vector = cast(list[float], (pooled / length).tolist())
-    return Embedded(id=job.id, vector=tuple(vector), usage=Usage(prompt_tokens=len(job.tokens), completion_tokens=0))
+        return [answer(text.job, np.array(text.pooled, np.float64))]

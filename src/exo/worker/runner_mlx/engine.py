@@ -9,6 +9,7 @@ import numpy as np
 
 from exo.worker.constraint import GrammarError, grammar_failure
 from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
+from exo.worker.hf_tokenizer import Tokenizer
 from exo.worker.messages import Failed, FinishReason
 from exo.worker.runner_mlx.embedding import Embedder, Job
 from exo.worker.runner_mlx.kv_cache import KVCache
@@ -18,7 +19,6 @@ from exo.worker.runner_mlx.queued import Queued, inputs
 from exo.worker.runner_mlx.sampler import FAILED, Sampler
 from exo.worker.runner_mlx.scheduler import Chunk, Row, Scheduler, Step
 from exo.worker.runner_mlx.sequence import Phase, Sequence
-from exo.worker.runner_mlx.tokenizer import Tokenizer
 
 STEPS_PER_SWEEP = 256
 """How often MLX gives back the buffers that it keeps for reuse, which shapes that grow leave behind."""

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from exo.worker.embedding import LONGEST
 from exo.worker.estimate import Open, Part, Plan, cells, estimated
 from exo.worker.messages import Estimate, Estimated
-from exo.worker.runner_mlx.embedding import LONGEST
-from exo.worker.runner_mlx.folder import Json, Tensor, language_config, tensors
+from exo.worker.model_folder import Json, Tensor, language_config, tensors
 from exo.worker.runner_mlx.loading import Checked, check, computed_in, trained_context
 from exo.worker.runner_mlx.pipeline import own_layers
 from exo.worker.runner_mlx.sharding import Sharding

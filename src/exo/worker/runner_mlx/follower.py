@@ -5,11 +5,11 @@ from typing import BinaryIO, cast
 
 import mlx.core as mx
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Load
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.loading import check, open_model
 from exo.worker.runner_mlx.model import Model
-from exo.worker.runner_mlx.options import LoadError
 from exo.worker.runner_mlx.plans import PLANS, Clear, Pass, TextPass
 from exo.worker.runner_mlx.sharding import Part, Transport, join
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from exo.worker.embedding import LONGEST, choose_pooling, dense_layers
+from exo.worker.hf_tokenizer import Tokenizer
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Capabilities, Load, Status
+from exo.worker.model_folder import Json, check_folder, find_folder
 from exo.worker.runner_mlx.devices import Backend, device, use_backend
-from exo.worker.runner_mlx.embedding import LONGEST, Embedder, choose_pooling
-from exo.worker.runner_mlx.folder import Json, check_folder
+from exo.worker.runner_mlx.embedding import Embedder
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.model import (
     BROKEN_MODEL,
@@ -21,11 +24,10 @@ from exo.worker.runner_mlx.model import (
     open_tokenizer,
     wait_for,
 )
-from exo.worker.runner_mlx.options import LoadError, MlxOptions, find_model, read_options
+from exo.worker.runner_mlx.options import MlxOptions, read_options
 from exo.worker.runner_mlx.probe import ENGINE, engine_version
 from exo.worker.runner_mlx.ranks import Ranks
 from exo.worker.runner_mlx.sharding import Part, Sharding, asked_for, refusal
-from exo.worker.runner_mlx.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
 CPU_CHUNK, GPU_CHUNK = 32, 512
@@ -65,7 +67,7 @@ def check(command: Load) -> Checked:
     """All that can be known before weights are read, and the backend in use from here on. Raises LoadError."""
     options = read_options(command.table)
     backend = use_backend(command.backend)
-    folder = find_model(options, command.model_id, command.directories)
+    folder = find_folder(options, command.model_id, command.directories)
     config = check_folder(folder)
     if config["model_type"] in ONE_SEQUENCE and options.slots > 1:
         message = f"mlx-lm computes {config['model_type']} for one sequence at a time only: [mlx] needs slots = 1"
@@ -104,10 +106,11 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         ranks.wait_until_loaded()
     report(Status(state="WarmingUp"))
     n_vocab = _warm_up(model, cache, folder, options.slots, ranks)
-    tokenizer = Tokenizer(open_tokenizer(folder, model.eos_token_ids), n_vocab, options.chat_template)
+    found = open_tokenizer(folder, model.eos_token_ids)
+    tokenizer = Tokenizer(found, n_vocab, found.eos_token_ids, options.chat_template)
     chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
     longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
-    embedder = Embedder(model, choose_pooling(options, folder), longest, chunk)
+    embedder = Embedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)
     capabilities = Capabilities(
         engine=ENGINE,
         engine_version=engine_version(),
@@ -118,7 +121,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         vocabulary=tokenizer.n_vocab,
         grammar=True,
         logprobs=True,
-        embeddings=model.has_states(),
+        embeddings=model.has_states() and not dense_layers(folder),
         model_bytes=model.size_bytes,
         chat_template=tokenizer.chat_template,
         bos_token=tokenizer.bos_text,

@@ -16,9 +16,10 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
-from exo.worker.runner_mlx.folder import Json
+from exo.worker.hf_tokenizer import HfTokenizer
+from exo.worker.load_error import LoadError, from_library
+from exo.worker.model_folder import Json
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
-from exo.worker.runner_mlx.options import LoadError
 from exo.worker.runner_mlx.pipeline import Body
 from exo.worker.runner_mlx.plans import Clear, Pass, TextPass
 from exo.worker.runner_mlx.sharding import Part
@@ -81,36 +82,10 @@ class _Network(Protocol):
     def set_dtype(self, dtype: mx.Dtype) -> None: ...
 
 
-class HfTokenizer(Protocol):
-    """What ``tokenizer`` relies on of mlx-lm's wrapper and the Hugging Face tokenizer in it."""
+class MlxTokenizer(HfTokenizer, Protocol):
+    """mlx-lm's wrapper, which knows what else ends generation."""
 
     eos_token_ids: set[int]
-    bos_token: str | None
-    bos_token_id: int | None
-    eos_token: str | None
-    chat_template: str | Mapping[str, str] | None
-    added_tokens_decoder: Mapping[int, "AddedToken"]
-    backend_tokenizer: "_BackendTokenizer"
-
-    def __len__(self) -> int: ...
-    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
-    def decode(self, token_ids: list[int]) -> str: ...
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]: ...
-
-
-class AddedToken(Protocol):
-    """A token outside the tokenizer's model: control tokens and whatever a user added."""
-
-    content: str
-    special: bool
-
-
-class _BackendTokenizer(Protocol):
-    decoder: "_Decoder | None"
-
-
-class _Decoder(Protocol):
-    def __getstate__(self) -> bytes: ...
 
 
 class Model:
@@ -200,7 +175,7 @@ def divides_layers(config: Json) -> bool:
     return hasattr(network, "shard")
 
 
-def open_tokenizer(folder: Path, eos_token_ids: list[int]) -> HfTokenizer:
+def open_tokenizer(folder: Path, eos_token_ids: list[int]) -> MlxTokenizer:
     """Raises LoadError. ``eos_token_ids`` are added to those that the tokenizer's own files name."""
     try:
         return mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
@@ -222,10 +197,8 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def load_error(what: str, error: Exception) -> LoadError:
-    """With the library's own words, shortened: a strict load lists every tensor that is missing."""
-    detail = " ".join(str(error).split())
-    detail = f"{type(error).__name__}: {detail if len(detail) <= 400 else detail[:400] + '…'}"
-    return LoadError("out_of_memory" if ran_out_of_memory(error) else "model_load_failed", f"{what}: {detail}")
+    """With the library's own words."""
+    return from_library(what, error, out_of_memory=ran_out_of_memory(error))
 
 
 def _shared(tokens: mx.array, part: Part) -> mx.array:

@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Load
 from exo.worker.runner_mlx.devices import Backend
-from exo.worker.runner_mlx.options import LoadError
 from exo.worker.runner_mlx.plans import Plan
 from exo.worker.runner_mlx.sharding import Part, Sharding, join, transport
 from exo.worker.wire import encode, exit_now

@@ -9,7 +9,10 @@ from queue import SimpleQueue
 
 from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.embedding import Job
 from exo.worker.emitter import Accepted, Asked, Emitter
+from exo.worker.hf_tokenizer import Tokenizer
+from exo.worker.load_error import LoadError
 from exo.worker.messages import (
     Cancel,
     Command,
@@ -23,15 +26,12 @@ from exo.worker.messages import (
     Status,
     Tokenize,
 )
-from exo.worker.runner_mlx.embedding import Job
 from exo.worker.runner_mlx.engine import Engine, Leave, Stop
 from exo.worker.runner_mlx.estimate import estimate
 from exo.worker.runner_mlx.loading import Loaded, load
 from exo.worker.runner_mlx.model import ran_out_of_memory
-from exo.worker.runner_mlx.options import LoadError
 from exo.worker.runner_mlx.scheduler import Scheduler
 from exo.worker.runner_mlx.sequence import Sequence
-from exo.worker.runner_mlx.tokenizer import Tokenizer
 from exo.worker.wire import exit_now
 
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Failed, Score, Scored
 from exo.worker.runner_mlx.loading import Loaded, load
-from exo.worker.runner_mlx.options import LoadError
 from exo.worker.wire import encode
 
 

@@ -11,9 +11,10 @@ from typing import Literal, Protocol, cast
 
 import mlx.core as mx
 
+from exo.worker.load_error import LoadError
+from exo.worker.model_folder import Json, language_config
 from exo.worker.runner_mlx.devices import Backend
-from exo.worker.runner_mlx.folder import Json, language_config
-from exo.worker.runner_mlx.options import LoadError, MlxOptions
+from exo.worker.runner_mlx.options import MlxOptions
 from exo.worker.runner_mlx.pipeline import Body, Sending, chained, take_layers
 from exo.worker.runner_mlx.plans import Plan
 

@@ -14,22 +14,25 @@ from math import isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.embedding import Job, Pooling
 from exo.worker.emitter import Scores
+from exo.worker.hf_tokenizer import HfTokenizer
 from exo.worker.runner_vllm.options import load_error
 from exo.worker.runner_vllm.sampler import CHOICE
 from exo.worker.runner_vllm.sequence import Sequence
-from exo.worker.runner_vllm.tokenizer import HfTokenizer
 
 # None of these packages is in the environment that checks types, so a plain import would not check.
 arguments = import_module("vllm.engine.arg_utils")
 engine = import_module("vllm.v1.engine")
 engine_core = import_module("vllm.v1.engine.core")
 executor = import_module("vllm.v1.executor")
+pooler = import_module("vllm.config.pooler")
+pooling_params = import_module("vllm.pooling_params")
 sampling_params = import_module("vllm.sampling_params")
 transformers = import_module("transformers")
 
@@ -57,7 +60,12 @@ class _EngineOutput(Protocol):
     new_logprobs: _Logprobs | None
     new_prompt_logprobs_tensors: _Logprobs | None
     finish_reason: int | None
+    pooling_output: "_Tensor | None"
     num_nans_in_logits: int
+
+
+class _Tensor(Protocol):
+    def numpy(self) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,8 @@ class Output:
     scores: Scores | None = None
     prompt_scores: list[Scores] | None = None
     """Of the prompt's tokens from the second on, once all are computed."""
+    vector: npt.NDArray[np.float64] | None = None
+    """What a text's tokens have pooled to, shape (size,)."""
     broken: bool = False
     """The model computed something that is not a number, or vLLM gave the request up."""
 
@@ -104,10 +114,11 @@ class Core:
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
 
     @classmethod
-    def load(cls, settings: Mapping[str, object]) -> "Core":
-        """Loads by vLLM's engine arguments. Raises LoadError."""
+    def load(cls, settings: Mapping[str, object], pooling: Pooling | None) -> "Core":
+        """Loads by vLLM's engine arguments; with ``pooling`` to make vectors of texts. Raises LoadError."""
         try:
-            config = arguments.EngineArgs(**settings).create_engine_config()
+            purpose = {"runner": "generate"} if pooling is None else _pooled(pooling)
+            config = arguments.EngineArgs(**settings, **purpose).create_engine_config()
             with _temporary_files():
                 return cls(engine_core.EngineCore(config, executor.Executor.get_class(config), log_stats=True))
         except BROKEN_MODEL as error:
@@ -139,19 +150,29 @@ class Core:
             detokenize=False,
             extra_args={CHOICE: sequence.choice},
         )
+        self._add(sequence.id, sequence.tokens, "sampling_params", params)
+
+    def add_text(self, job: Job) -> None:
+        """Queues a text to be made a vector. Only of a core that was loaded with a pooling."""
+        params = pooling_params.PoolingParams(task="embed")
+        params.verify(self.core.vllm_config.model_config)
+        self._add(job.id, job.tokens, "pooling_params", params)
+
+    def _add(
+        self, name: str, tokens: list[int], kind: Literal["sampling_params", "pooling_params"], params: object
+    ) -> None:
         asked = engine.EngineCoreRequest(
-            request_id=sequence.id,
-            prompt_token_ids=list(sequence.tokens),
+            request_id=name,
+            prompt_token_ids=list(tokens),
             mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
+            **{"sampling_params": None, "pooling_params": None, kind: params},
             arrival_time=time(),
             lora_request=None,
             cache_salt=None,
             data_parallel_rank=None,
         )
         request, wave = self.core.preprocess_add_request(asked)
-        self.progress[sequence.id] = Progress(request)
+        self.progress[name] = Progress(request)
         self.core.add_request(request, wave)
 
     def remove(self, request: str) -> None:
@@ -170,10 +191,22 @@ class Core:
         manager.evict_blocks(blocks)
         alone = [block for block in blocks if manager.block_pool.blocks[block].ref_cnt == 1]
         self.remove(request)
+        self._clear(alone)
+
+    def clear_unused(self) -> None:
+        """Clears what no request holds of the KV cache, where a text has left what is no number.
+
+        Raises RuntimeError as ``discard`` does.
+        """
+        self._clear(
+            [block.block_id for block in self.core.scheduler.kv_cache_manager.block_pool.blocks if not block.ref_cnt]
+        )
+
+    def _clear(self, blocks: list[int]) -> None:
         driver = getattr(self.core.model_executor, "driver_worker", None)
         if driver is None:
-            raise RuntimeError("the model computed a logit that is not a number, and its KV cache cannot be cleared")
-        driver.worker.model_runner._zero_block_ids(alone)  # it has no public name
+            raise RuntimeError("the model computed what is not a number, and its KV cache cannot be cleared")
+        driver.worker.model_runner._zero_block_ids(blocks)  # it has no public name
 
     def step(self) -> list[Output]:
         """Computes one step."""
@@ -181,6 +214,11 @@ class Core:
         self.core.post_step(model_executed=model_executed)
         batch = found.get(0) if found else None
         return [] if batch is None else [_output(each) for each in batch.outputs]
+
+
+def _pooled(pooling: Pooling) -> dict[str, object]:
+    """The engine's arguments for vectors."""
+    return {"runner": "pooling", "pooler_config": pooler.PoolerConfig(seq_pooling_type=pooling.upper())}
 
 
 @contextmanager
@@ -211,6 +249,7 @@ def _output(found: _EngineOutput) -> Output:
         token=tokens[0] if tokens else None,
         scores=scores,
         prompt_scores=None if told is None else _scores(told),
+        vector=None if found.pooling_output is None else found.pooling_output.numpy().astype(np.float64),
         broken=given_up or found.num_nans_in_logits > 0 or (scores is not None and isnan(scores.chosen)),
     )
 

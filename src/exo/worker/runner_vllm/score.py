@@ -7,9 +7,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Failed, SamplingParams, Score, Scored
 from exo.worker.runner_vllm.loading import Loaded, load
-from exo.worker.runner_vllm.options import LoadError
 from exo.worker.runner_vllm.sequence import Choice, Sequence
 from exo.worker.wire import encode
 
@@ -24,6 +24,10 @@ def main(protocol: BinaryIO) -> int:
         loaded = load(request.load, lambda _: None)
     except LoadError as error:
         protocol.write(encode(Failed(code=error.code, message=str(error))))
+        return 1
+    if not loaded.capabilities.logprobs:
+        message = "this model is loaded to make vectors of texts, and gives no next token a probability"
+        protocol.write(encode(Failed(code="model_load_failed", message=message)))
         return 1
     tokens = tuple(tuple(loaded.tokenizer.encode(prompt)) for prompt in request.prompts)
     longest = loaded.capabilities.context_length - _BEHIND

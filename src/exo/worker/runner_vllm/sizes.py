@@ -1,10 +1,7 @@
 """How large a model and its cache are, from its folder's config.json."""
 
-from pydantic import JsonValue
-
+from exo.worker.model_folder import Json, language_config
 from exo.worker.runner_vllm.options import VllmOptions
-
-Json = dict[str, JsonValue]
 
 DEFAULT_CONTEXT = 4096
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -13,15 +10,9 @@ _SPARE_BLOCKS = 2
 _LARGEST_BLOCK = 64
 
 
-def inner(config: Json) -> Json:
-    """With the numbers of the language model, which models with a vision part nest."""
-    found = config.get("text_config")
-    return {**config, **found} if isinstance(found, dict) else config
-
-
 def number(config: Json, key: str, default: int) -> int:
     """A whole number of the language model, or ``default`` where there is none."""
-    value = inner(config).get(key)
+    value = language_config(config).get(key)
     return value if isinstance(value, int) else default
 
 
@@ -37,7 +28,7 @@ def layer_count(config: Json) -> int:
 
 def computed_in(config: Json, options: VllmOptions) -> str:
     """As vLLM decides it: what the card says, else what the file holds, float32 as bfloat16."""
-    stored = inner(config).get("dtype", inner(config).get("torch_dtype"))
+    stored = language_config(config).get("dtype", language_config(config).get("torch_dtype"))
     return options.dtype or (stored if isinstance(stored, str) and stored == "float16" else "bfloat16")
 
 

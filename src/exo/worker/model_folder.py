@@ -1,11 +1,26 @@
-"""Checks a model's folder before any library reads it, so that what is wrong with it can be said in plain words."""
+"""A model's folder of safetensors: the keys of a card's table that name it, where it is, and whether it is whole.
+
+It is checked before any library reads it, so that what is wrong with it can be said in plain words.
+"""
 
 import math
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from exo.worker.runner_vllm.options import LoadError
+from exo.worker.load_error import LoadError
 
 Json = dict[str, JsonValue]
 
@@ -16,6 +31,37 @@ _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2", 2: "U16 I16 F16 BF16", 4: "U32 I32 F3
 _BYTES = {name: size for size, names in _SIZES.items() for name in names.split()}
 """Bytes of an element, by safetensors' name of its type."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+class FolderOptions(BaseModel):
+    """Keys that the tables of all engines share which read such folders.
+
+    Without path and repo, the model id is the repo.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    path: str | None = None
+    """A folder with config.json and safetensors; a relative path is looked for in the models directories."""
+    repo: str | None = None
+    chat_template: str | None = None
+    """Jinja source that replaces the folder's own template."""
+
+    @field_validator("path", "repo")
+    @classmethod
+    def _stays_inside(cls, name: str | None, info: ValidationInfo) -> str | None:
+        """Only a path that is absolute, which the card's author then means, leaves the models directories."""
+        if name is not None and (".." in Path(name).parts or "\0" in name):
+            raise ValueError("must not lead out of the models directories with '..'")
+        if name is not None and info.field_name != "path" and Path(name).is_absolute():
+            raise ValueError("must be a name, not an absolute path")
+        return name
+
+    @model_validator(mode="after")
+    def _names_one_folder(self) -> "FolderOptions":
+        if self.path is not None and self.repo is not None:
+            raise ValueError("give either path or repo")
+        return self
 
 
 class Tensor(BaseModel):
@@ -29,6 +75,19 @@ class Tensor(BaseModel):
 
 
 _TENSORS = TypeAdapter(dict[str, Tensor])
+
+
+def find_folder(options: FolderOptions, model_id: str, directories: Sequence[str]) -> Path:
+    """The folder to load. Raises LoadError with code ``model_not_found``, naming where it was looked for.
+
+    A symbolic link is followed wherever it leads: whoever can make one in a models directory owns what is there.
+    """
+    places = list(_places(options, model_id, directories))
+    found = next((path for path in places if path.is_dir()), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in places) or "nowhere, as there is no models directory"
+        raise LoadError("model_not_found", f"no model folder for {model_id}: looked for {looked}")
+    return found
 
 
 def check_folder(folder: Path) -> Json:
@@ -45,14 +104,34 @@ def check_folder(folder: Path) -> Json:
     return config
 
 
-def tensors(folder: Path) -> list[Tensor]:
+def language_config(config: Json) -> Json:
+    """With the numbers of the language model, which models with a vision part nest."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
     """Everything in the folder's weights. Raises LoadError for a file that is not what its header says."""
-    return [tensor for file in _weights(folder) for tensor in _safetensors(file)]
+    return {name: tensor for file in _weights(folder) for name, tensor in file_tensors(file).items()}
 
 
 def read_optional(folder: Path, name: str) -> Json:
     """A file of the folder that holds a JSON object; empty without it. Raises LoadError."""
     return _read_object(folder / name) if (folder / name).exists() else {}
+
+
+def _places(options: FolderOptions, model_id: str, directories: Sequence[str]) -> Iterator[Path]:
+    if options.path is not None:
+        path = Path(options.path).expanduser()
+        if path.is_absolute():
+            yield path
+            return
+        names = [options.path, f"{model_id.replace('/', '--')}/{options.path}"]
+    else:
+        names = [(options.repo or model_id).replace("/", "--")]
+    for directory in directories:
+        for name in names:
+            yield Path(os.path.normpath(Path(directory) / name))
 
 
 def _read_object(path: Path) -> Json:
@@ -81,9 +160,10 @@ def _weights(folder: Path) -> list[Path]:
     return found
 
 
-def _safetensors(path: Path) -> list[Tensor]:
-    """What the header lists, once the file is known to have it: an engine would find out too late.
+def file_tensors(path: Path) -> dict[str, Tensor]:
+    """What a file's header lists, once the file is known to have it: an engine would find out too late.
 
+    Raises LoadError and OSError.
     The format is eight bytes with the header's length, the header, which is a JSON object, and the tensors, which
     follow each other without holes.
     """
@@ -108,7 +188,7 @@ def _safetensors(path: Path) -> list[Tensor]:
         taken = end
     if size < 8 + length + taken:
         raise _broken(f"{path} is cut short: it has {size} bytes of {8 + length + taken}")
-    return list(found.values())
+    return found
 
 
 def _broken(message: str) -> LoadError:

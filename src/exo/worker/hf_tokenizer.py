@@ -1,26 +1,65 @@
-"""Text to token ids and token ids to bytes. ``encode`` is for one thread; the rest is looked up once and read-only."""
+"""Hugging Face's tokenizers: text to token ids and token ids to bytes.
+
+``encode`` is for one thread; the rest is looked up once and read-only.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
 from exo.worker.messages import Text
-from exo.worker.runner_mlx.model import HfTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class AddedToken(Protocol):
+    """A token outside the tokenizer's model: control tokens and whatever a user added."""
+
+    content: str
+    special: bool
+
+
+class HfTokenizer(Protocol):
+    """What is relied on of Hugging Face's tokenizers."""
+
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    chat_template: str | Mapping[str, str] | None
+    added_tokens_decoder: Mapping[int, AddedToken]
+    backend_tokenizer: "_BackendTokenizer"
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: list[int]) -> str: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]: ...
+
+
+class _BackendTokenizer(Protocol):
+    decoder: "_Decoder | None"
+
+
+class _Decoder(Protocol):
+    def __getstate__(self) -> bytes: ...
 
 
 class Tokenizer:
     """Encodes prompts and knows the bytes of every token."""
 
-    def __init__(self, tokenizer: HfTokenizer, n_vocab: int, chat_template: str | None) -> None:
-        """``n_vocab`` is the width of the logits, which may be more than the tokenizer has tokens."""
+    def __init__(self, tokenizer: HfTokenizer, n_vocab: int, ends: Collection[int], chat_template: str | None) -> None:
+        """``n_vocab`` is the width of the logits, which may be more than the tokenizer has tokens.
+
+        ``ends`` are the ids that the model's files say end generation, besides the tokenizer's own.
+        """
         self._tokenizer = tokenizer
         self.n_vocab = n_vocab
         self.bos = tokenizer.bos_token_id
         begins = tokenizer.encode("", add_special_tokens=True, split_special_tokens=False)
         self.adds_bos = self.bos is not None and begins[:1] == [self.bos]
         self._after_text = begins[1:] if self.adds_bos else begins
-        self.eog_tokens = tuple(sorted(token for token in tokenizer.eos_token_ids if token < n_vocab))
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.eog_tokens = tuple(sorted(token for token in {*ends, *own} if token < n_vocab))
         self.bos_text = tokenizer.bos_token or ""
         self.eos_text = tokenizer.eos_token or ""
         self.special = {
