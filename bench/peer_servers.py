@@ -24,9 +24,10 @@ from exo.config import Settings
 SLOTS, CONTEXT = 16, 4096
 """Of exo's card of the demo model; ``CONTEXT`` tokens in each slot. The cache is of f16, as everybody's default is."""
 THREADS = psutil.cpu_count(logical=False) or 1
+_DEMO_CARD = Path(exo.__file__).parent / "models" / "cards" / "gemma-3-270m.toml"
 _START_SECONDS = 180.0
 
-Name = Literal["exo", "llama-server", "llama-cpp-python", "exo on MLX", "mlx_lm.server"]
+Name = Literal["exo", "exo, speculating", "llama-server", "llama-cpp-python", "exo on MLX", "mlx_lm.server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +90,25 @@ def demo_model() -> Path:
 
 def exo_server(home: Path) -> Server:
     """``exo serve`` with the built-in card."""
+    return _demo_server("exo", home / "exo")
+
+
+def speculating_server(home: Path) -> Server:
+    """The same, but for one line of the card."""
+    cards = home / "exo-speculating" / "custom_model_cards"
+    cards.mkdir(parents=True)
+    table = "[cuda]\n"
+    card = _DEMO_CARD.read_text()
+    (cards / "gemma-3-270m.toml").write_text(card.replace(table, f'{table}speculate = "auto"\n', 1))
+    return _demo_server("exo, speculating", cards.parent)
+
+
+def _demo_server(name: Name, home: Path) -> Server:
     url, port = _address()
     models = str(Settings.load().models_directory)
     command = [sys.executable, "-m", "exo", "serve", "--port", port, "--models-dir", models, "--load", "gemma-3-270m"]
-    return Server(
-        "exo",
-        exo.__version__,
-        command,
-        url,
-        "gemma-3-270m@cuda",
-        "/ready",
-        environment={"EXO_HOME": str(home / "exo")},
-    )
+    environment = {"EXO_HOME": str(home)}
+    return Server(name, exo.__version__, command, url, "gemma-3-270m@cuda", "/ready", environment=environment)
 
 
 def llama_server() -> Server:

@@ -7,8 +7,8 @@
 import argparse
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +17,15 @@ import anyio
 from bench import peers_page, peers_setup
 from bench.ceiling import ceiling
 from bench.peer_findings import CeilingTurn, Contender, PeerFindings, Turn
-from bench.peer_servers import Name, Server, bindings_server, exo_server, llama_server, mlx_servers
+from bench.peer_servers import (
+    Name,
+    Server,
+    bindings_server,
+    exo_server,
+    llama_server,
+    mlx_servers,
+    speculating_server,
+)
 from bench.scenarios import DEMO, TINY, TWIN, Scenario
 from bench.time_limit import end_within
 from exo.bench.options import Options
@@ -47,13 +55,11 @@ def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
     return stage
 
 
-def take_turns(
-    us: Server, peers: Mapping[Name, Server], scenarios: Sequence[Scenario], pair: int, *, tiny: bool
-) -> list[Turn]:
+def take_turns(servers: Mapping[Name, Server], scenarios: Sequence[Scenario], pair: int, *, tiny: bool) -> list[Turn]:
     """One pair of every scenario: exo first, then each peer."""
     turns: list[Turn] = []
     for scenario in scenarios:
-        for server in (us, *(peers[name] for name in scenario.peers)):
+        for server in (servers[name] for name in (scenario.us, *scenario.peers)):
             stage = ask(server, scenario, pair, tiny=tiny)
             turns.append(Turn(pair=pair, scenario=scenario.name, server=server.name, stage=stage))
             print(f"pair {pair}  {scenario.name:<40} {server.name:<18} {_figures(stage)}", flush=True)
@@ -72,36 +78,38 @@ def run(pairs: int, home: Path, *, tiny: bool) -> PeerFindings:
     """Everything: the demo model's servers together, then the tiny model's."""
     turns: list[Turn] = []
     ceilings: list[CeilingTurn] = []
-    us = exo_server(home)
-    peers: dict[Name, Server] = {server.name: server for server in (llama_server(), bindings_server())}
+    demo = (exo_server(home), speculating_server(home), llama_server(), bindings_server())
     folder = home / "twin"
     write_mlx(folder, Shape())
-    mlx, mlx_lm = mlx_servers(home, folder)
-    with ExitStack() as servers:
-        for server in (us, *peers.values()):
-            servers.enter_context(server.running(home / f"{server.name}.log"))
+    twin = mlx_servers(home, folder)
+    with _running(demo, home) as servers:
         for pair in range(pairs):
-            done = take_turns(us, peers, DEMO, pair, tiny=tiny)
+            done = take_turns(servers, DEMO, pair, tiny=tiny)
             turns += done
             first = done[0].stage
             prompt, output = first.tokens.prompt // first.requests.whole, first.tokens.output // first.requests.whole
             ceilings.append(CeilingTurn(pair=pair, batches=tuple(ceiling(CEILING_STREAMS, prompt, output))))
-    with mlx.running(home / "exo-mlx.log"), mlx_lm.running(home / "mlx_lm.log"):
+    with _running(twin, home) as servers:
         for pair in range(pairs):
-            turns += take_turns(mlx, {"mlx_lm.server": mlx_lm}, TWIN, pair, tiny=tiny)
+            turns += take_turns(servers, TWIN, pair, tiny=tiny)
     return PeerFindings(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
         tiny=tiny,
         host=host_facts(anyio.run(probe_host)),
         pairs=pairs,
-        contenders=tuple(
-            Contender(name=each.name, version=each.version, flags=each.flags)
-            for each in (us, *peers.values(), mlx, mlx_lm)
-        ),
+        contenders=tuple(Contender(name=each.name, version=each.version, flags=each.flags) for each in (*demo, *twin)),
         turns=tuple(turns),
         ceilings=tuple(ceilings),
     )
+
+
+@contextmanager
+def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[Name, Server]]:
+    with ExitStack() as running:
+        for server in servers:
+            running.enter_context(server.running(home / f"{server.name}.log"))
+        yield {server.name: server for server in servers}
 
 
 def _commit() -> str:

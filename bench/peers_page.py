@@ -47,7 +47,7 @@ def _lines(findings: PeerFindings) -> Iterator[str]:
     yield "| scenario | figure | exo | peer | the peer's | times as good |"
     yield "|---|---|---|---|---|---|"
     for scenario in (*DEMO, *TWIN):
-        ours = findings.stages(scenario.name, "exo on MLX" if scenario in TWIN else "exo")
+        ours = findings.stages(scenario.name, scenario.us)
         for peer in scenario.peers:
             for each in comparisons(ours, findings.stages(scenario.name, peer)):
                 yield _row(scenario.name, peer, each)

@@ -19,11 +19,14 @@ class Scenario:
     streams: int
     peers: tuple[Name, ...]
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    us: Name = "exo"
 
     def sized(self, *, tiny: bool) -> dict[str, Any]:
         """The fields, with those of a try where it is one."""
         return {"concurrency": (self.streams,), **self.fields, **(TINY if tiny else {})}
 
+
+_REPEAT = {"requests": 2, "workload": "repeat", "prompt_words": 160, "output_tokens": 256}
 
 DEMO = (
     Scenario("greedy, 1 stream", 1, ("llama-server",), {"requests": 4}),
@@ -43,8 +46,9 @@ DEMO = (
         "repeated text, 1 stream",
         1,
         ("llama-server",),
-        {"requests": 2, "workload": "repeat", "prompt_words": 160, "output_tokens": 256},
+        _REPEAT,
     ),
+    Scenario("repeated text, 1 stream, told to speculate", 1, ("llama-server",), _REPEAT, "exo, speculating"),
 )
 """Of the demo model, on llama.cpp."""
 TWIN = tuple(
@@ -53,6 +57,7 @@ TWIN = tuple(
         streams,
         ("mlx_lm.server",),
         {"requests": 2 * streams, "output_tokens": 512, "prompt_words": 8, "ignore_eos": False},
+        "exo on MLX",
     )
     for streams in (1, 8)
 )

@@ -68,9 +68,8 @@ def test_the_page_tells_every_scenario_and_its_data_gives_it_again(tmp_path: Pat
             server=server,
             stage=interrupted(0.1) if "among" in scenario.name else stage(1, 1, scenario.streams),
         )
-        for scenarios, us in ((DEMO, "exo"), (TWIN, "exo on MLX"))
-        for scenario in scenarios
-        for server in (us, *scenario.peers)
+        for scenario in (*DEMO, *TWIN)
+        for server in (scenario.us, *scenario.peers)
     ]
     batches = tuple(
         Ceiling(streams=streams, prompt_tokens=5, output_tokens=4, prefill_seconds=1, decode_seconds=2)

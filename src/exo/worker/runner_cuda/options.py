@@ -78,12 +78,13 @@ class CudaOptions(ModelFile):
     slots: int = Field(default=4, ge=1, le=256)
     """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``."""
     n_batch: int | None = Field(default=None, ge=32, le=1 << 16)
-    """Prompt tokens per step, over all prompts; by default 2,048 on a GPU and 256 on a CPU."""
+    """Prompt tokens between two tokens of the running streams, over all prompts; by default 2,048 on a GPU and 768 on
+    a CPU, or fewer as ``max_itl_ms`` has it."""
     n_ubatch: int | None = Field(default=None, ge=32, le=1 << 16)
-    """Prompt tokens of one prompt per step, the size that the graph is built for; by default 512, on a CPU 128."""
+    """Of these, of one prompt: the size that the graph is built for; by default 512, on a CPU 128."""
     max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
-    """Milliseconds that a step is to take at most while prompts are computed beside running streams, as far as one
-    piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU."""
+    """Milliseconds from one token of the running streams to the next at most, where prompts are computed in between,
+    as far as the least piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU."""
     prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Of the host's memory, for prefixes that are in no slot any more; 0: none are kept."""
     speculate: Speculate | None = None
