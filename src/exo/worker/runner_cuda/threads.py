@@ -11,7 +11,7 @@ from statistics import median
 
 from exo.worker.runner_cuda.llama import Context
 
-WORTH_LAST_CORE = 1.1
+WORTH_LAST_CORE = 1.03
 """How many times as fast the last core has to make a step of one row. Where all cores compute, whatever else a token
 takes, such as its text, the server and the client, stops a thread for which the others then wait."""
 WORTH_HYPERTHREADS = 1.05
@@ -37,8 +37,8 @@ def choose(few: int, many: int, worth: float, seconds: Callable[[int], float]) -
 def settle(context: Context, cores: int, hyperthreads: int) -> tuple[int, int]:
     """Has ``context``, which is empty and warm, use the counts that suit its model here: of one row, of more.
 
-    ``hyperthreads`` are what the ``cores`` can run at a time. With twelve cores or more without hyperthreads, the last
-    core is left to the rest without a try; with hyperthreads there is room for it beside all cores.
+    ``hyperthreads`` are what the ``cores`` can run at a time. With 35 cores or more without hyperthreads, the last core
+    is left to the rest without a try; with hyperthreads there is room for it beside all cores.
     """
 
     def seconds(n_rows: int) -> Callable[[int], float]:
