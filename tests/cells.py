@@ -46,6 +46,10 @@ class RecordedCells:
         self._pending.append((source, target))
         self.held[target] = [MISSING] * len(self.held[source])
 
+    def wipe(self, slot: int) -> None:
+        self.copy((slot + 1) % self.n_slots, slot)
+        self.trim(slot, 0)
+
     def save(self, slot: int, most: int) -> State:
         cells = self.held[slot]
         assert MISSING not in cells[-(self.window or len(cells)) :]

@@ -314,13 +314,18 @@ def test_equal_logits_give_the_token_that_whole_rows_give(tmp_path: Path) -> Non
     assert found[1].tokens != found[2].tokens
 
 
+def spoil(good: Path, bad: Path, tensor: str) -> None:
+    """Token 120's row of a tensor is no numbers in the second file."""
+    weights = next(each for each in gguf.GGUFReader(good).tensors if each.name == tensor).data.copy()
+    weights[120] = np.nan
+    rewrite(good, bad, Edit(tensors={tensor: weights}))
+
+
 @pytest.mark.parametrize(("tensor", "n_failed"), [("token_embd.weight", 2), ("output.weight", 3)])
 def test_logits_that_are_no_numbers_fail_their_requests(tmp_path: Path, tensor: str, n_failed: int) -> None:
     """An embedding spoils the requests that have its token; a row of the output one logit of all of them."""
     write_gguf(tmp_path / "good.gguf", Shape())
-    weights = next(each for each in gguf.GGUFReader(tmp_path / "good.gguf").tensors if each.name == tensor).data.copy()
-    weights[120] = np.nan
-    rewrite(tmp_path / "good.gguf", tmp_path / "bad.gguf", Edit(tensors={tensor: weights}))
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", tensor)
     with Program(COMMAND) as program:
         program.load(command(tmp_path / "bad.gguf", backend_sampling="on", slots=3))
         bad = [ask(next(name), [97, 120, 99]), ask(next(name), [97, 120, 99], temperature=1.0, top_k=5)]
@@ -328,6 +333,22 @@ def test_logits_that_are_no_numbers_fail_their_requests(tmp_path: Path, tensor: 
         results = program.generate(*bad, good)
     assert [result.failed.code for result in results[:n_failed]] == ["engine_error"] * n_failed
     assert [len(result.tokens) for result in results] == [0] * n_failed + [3] * (3 - n_failed)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_logits_that_are_no_numbers_fail_no_later_request(tmp_path: Path, slots: int) -> None:
+    """Without flash attention, cells that are not seen are still computed with."""
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", "token_embd.weight")
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", slots=slots, flash_attn="off"))
+        for _ in range(slots + 1):
+            [bad] = program.generate(ask(next(name), [97, 97, 97, 97, 97, 120, 99]))
+            assert bad.failed.code == "engine_error"
+            [good] = program.generate(ask(next(name), [97] * 5, max_tokens=3))
+            assert len(good.tokens) == 3
+        together = [ask(next(name), [97, 97, last], max_tokens=3) for last in range(97, 97 + slots)]
+        assert [len(result.tokens) for result in program.generate(*together)] == [3] * slots
 
 
 # --- whether it is used ---

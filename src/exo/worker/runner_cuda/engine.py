@@ -140,42 +140,51 @@ class Engine:
         at = 0
         best = self._sampling.read(step)
         again: list[Sequence] = []
-        readings: list[tuple[str, Reading[None]]] = []
+        spoilt: list[Sequence] = []
+        readings: list[tuple[Sequence, Reading[None]]] = []
         for chunk in step.chunks:
             rows = logits[at : at + chunk.n_scored + chunk.n_sampled]
             at += len(rows)
             largest = best.get(chunk.sequence.slot)
             whole = largest is None
             reading = self._read_chunk(chunk, rows, done) if whole else self._read_best(chunk, largest, done, again)
-            readings.append((chunk.sequence.id, reading))
+            readings.append((chunk.sequence, reading))
         tokens: list[int | None] = [None] * len(readings)
         while readings:
-            due: list[tuple[str, Reading[None]]] = []
+            due: list[tuple[Sequence, Reading[None]]] = []
             turns: list[Turn | Candidates] = []
-            for (sequence_id, reading), token in zip(readings, tokens, strict=True):
-                turn = self._go_on(sequence_id, reading, token)
+            for (sequence, reading), token in zip(readings, tokens, strict=True):
+                turn = self._go_on(sequence, reading, token, spoilt)
                 if turn is not None:
-                    due.append((sequence_id, reading))
+                    due.append((sequence, reading))
                     turns.append(turn)
             readings, tokens = due, choose(turns)
         for chunk in step.chunks:
             if chunk.draft:
                 self._scheduler.verified(chunk)
+        for sequence in spoilt:
+            self._scheduler.wipe(sequence.slot)
         for sequence in again:
             self._sampling.read_whole(sequence)
             self._scheduler.again(sequence)
 
-    def _go_on(self, sequence_id: str, reading: Reading[None], token: int | None) -> Turn | Candidates | None:
-        """The sequence's next turn, once it has the token of the last one; None: its rows are read."""
+    def _go_on(
+        self, sequence: Sequence, reading: Reading[None], token: int | None, spoilt: list[Sequence]
+    ) -> Turn | Candidates | None:
+        """The sequence's next turn, once it has the token of the last one; None: its rows are read.
+
+        ``spoilt`` gets it where there are cells of it that nothing may be computed with.
+        """
         try:
             return reading.send(token)
         except StopIteration:
             pass
         except NotFinite:
             message = "the model computed a logit that is not a number for this request"
-            self._fail(Failed(id=sequence_id, code="engine_error", message=message))
+            self._fail(Failed(id=sequence.id, code="engine_error", message=message))
+            spoilt.append(sequence)
         except GrammarError as error:
-            self._fail(grammar_failure(sequence_id, error))
+            self._fail(grammar_failure(sequence.id, error))
         return None
 
     def _fail(self, failed: Failed) -> None:

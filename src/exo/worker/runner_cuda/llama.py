@@ -190,6 +190,7 @@ class Context:
         self.batch = Batch(rows.step)
         self.n_vocab = model.n_vocab
         self._memory = llama_cpp.llama_get_memory(handle)
+        self._n_slots = options.slots
         self.generates = self._memory is not None and llama_cpp.llama_get_causal_attn(handle)
         """False for an encoder, in which every token sees all others: it can only be asked for vectors of whole texts.
         llama.cpp tells so of a context and not of a model."""
@@ -224,6 +225,15 @@ class Context:
         """
         assert self._memory is not None
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def wipe(self, slot: int) -> None:
+        """Empties a slot and overwrites its cells, with those of another or, where there is none, with zeros."""
+        assert self._memory is not None
+        if self._n_slots == 1:
+            llama_cpp.llama_memory_clear(self._memory, True)
+            return
+        self.copy((slot + 1) % self._n_slots, slot)
+        self.trim(slot, 0)
 
     def save(self, slot: int, most: int) -> State:
         """The cells of a slot, but of layers with a sliding window only those that the next token sees.

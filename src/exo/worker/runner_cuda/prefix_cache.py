@@ -43,6 +43,10 @@ class Cells(Protocol):
         """Makes a slot's cells those of another; done with the next decode, before anything else."""
         ...
 
+    def wipe(self, slot: int) -> None:
+        """Empties a slot and overwrites its cells with numbers, at the latest as ``copy`` does."""
+        ...
+
     def save(self, slot: int, most: int) -> State:
         """The cells of a slot; empty if that failed or takes over ``most`` bytes."""
         ...
@@ -152,6 +156,14 @@ class PrefixCache:
     def leave(self, slot: Slot) -> None:
         """Notes that the sequence has left the slot, which holds what was computed."""
         self._tree.cut(slot, len(slot.cached))
+
+    def wipe(self, slot: Slot) -> None:
+        """Forgets what a free slot holds. A cell that is not to be seen still spoils a computation if it is NaN."""
+        self._tree.cut(slot, 0)
+        slot.cached.clear()
+        slot.least = 0
+        self._cells.wipe(slot.id)
+        self._copying = True
 
     def decoded(self) -> None:
         """Notes a decode, with which copies are made."""

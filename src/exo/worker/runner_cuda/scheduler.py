@@ -205,6 +205,10 @@ class Scheduler:
         slot.cached += came[:n_true]
         self._cache.drop_after(slot, sequence.n_computed)
 
+    def wipe(self, slot: int) -> None:
+        """Overwrites what a free slot holds, in which there is something that is no number."""
+        self._cache.wipe(self.slots[slot])
+
     def again(self, sequence: Sequence) -> None:
         """Has the last known token of a sequence in its slot, which is computed, computed once more."""
         slot = self.slots[sequence.slot]
