@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from zlib import crc32
 
 import anyio
 
@@ -40,11 +41,11 @@ _LIMIT_SECONDS = 3 * 3600.0
 
 
 def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
-    """One turn. Every pair has prompts of its own, so that none is in a cache. Every reply has to be whole."""
+    """One turn. A pair's scenario has prompts of its own, so that none is in a cache. Every reply has to be whole."""
     options = Options(
         url=server.url,
         model=server.model,
-        seed=pair,
+        seed=crc32(f"{pair} {scenario.name}".encode()) >> 1,
         extra=dict(server.extra),
         time_limit=900,
         **scenario.sized(tiny=tiny),
