@@ -84,7 +84,8 @@ class CudaOptions(ModelFile):
     """Of these, of one prompt: the size that the graph is built for; by default 512, on a CPU 128."""
     max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
     """Milliseconds from one token of the running streams to the next at most, where prompts are computed in between,
-    as far as the least piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU."""
+    as far as the least piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU. Prompts that
+    find no stream running come first, ``n_batch`` tokens of them."""
     prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Of the host's memory, for prefixes that are in no slot any more; 0: none are kept."""
     speculate: Speculate | None = None
