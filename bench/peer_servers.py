@@ -44,12 +44,15 @@ class Server:
     extra: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
     """What goes into each request beside what all servers are asked."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    card: str = ""
+    """A line that its model card has and the built-in one has not."""
 
     @property
     def flags(self) -> str:
         """How it was started, in words that hold on any machine."""
         shown = (Path(word).name if word.startswith("/") else word for word in self.command)
-        return " ".join(word for word in shown if word != str(httpx.URL(self.url).port))
+        words = " ".join(word for word in shown if word != str(httpx.URL(self.url).port))
+        return f"{words}, with {self.card} in the card" if self.card else words
 
     @contextmanager
     def running(self, log: Path) -> Generator[None]:
@@ -97,18 +100,20 @@ def speculating_server(home: Path) -> Server:
     """The same, but for one line of the card."""
     cards = home / "exo-speculating" / "custom_model_cards"
     cards.mkdir(parents=True)
-    table = "[cuda]\n"
+    table, line = "[cuda]\n", 'speculate = "auto"'
     card = _DEMO_CARD.read_text()
-    (cards / "gemma-3-270m.toml").write_text(card.replace(table, f'{table}speculate = "auto"\n', 1))
-    return _demo_server("exo, speculating", cards.parent)
+    (cards / "gemma-3-270m.toml").write_text(card.replace(table, f"{table}{line}\n", 1))
+    return _demo_server("exo, speculating", cards.parent, line)
 
 
-def _demo_server(name: Name, home: Path) -> Server:
+def _demo_server(name: Name, home: Path, card: str = "") -> Server:
     url, port = _address()
     models = str(Settings.load().models_directory)
     command = [sys.executable, "-m", "exo", "serve", "--port", port, "--models-dir", models, "--load", "gemma-3-270m"]
     environment = {"EXO_HOME": str(home)}
-    return Server(name, exo.__version__, command, url, "gemma-3-270m@cuda", "/ready", environment=environment)
+    return Server(
+        name, exo.__version__, command, url, "gemma-3-270m@cuda", "/ready", environment=environment, card=card
+    )
 
 
 def llama_server() -> Server:
