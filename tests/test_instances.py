@@ -290,6 +290,7 @@ async def test_a_runner_is_told_what_to_load_and_where_to_look(tmp_path: Path) -
         backend="LlamaCppCpu",
         table={"file": "x.gguf", "slots": 3},
         directories=(str(tmp_path / "a"), str(tmp_path / "b")),
+        tasks=("TextGeneration",),
     )
 
 

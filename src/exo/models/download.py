@@ -75,7 +75,7 @@ class Download:
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise store_error(self._part, error) from error
-            place, lacking = self._part.parent.parent.parent, self._file.size - self._have
+            place, lacking = self._part.parent.parent.parent, self._file.size - self._part.stat().st_size
             message = f"no room in {place}: {self._file.name} needs {lacking:,} bytes more ({error.strerror})"
             raise PullError(
                 "disk_full", f"{message}; what has come is kept, so pull again when there is room"
