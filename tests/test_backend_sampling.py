@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue, ValidationError
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Generate, Grammar, Load, SamplingParams
 from exo.worker.runner_cuda.backend_sampling import SIZES, Best, backend_sampling, needed
 from exo.worker.runner_cuda.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.loading import Loaded, load
-from exo.worker.runner_cuda.options import CudaOptions, LoadError
+from exo.worker.runner_cuda.options import CudaOptions
 from exo.worker.runner_cuda.pace import Pace
 from exo.worker.runner_cuda.prefix_cache import PrefixCache
 from exo.worker.runner_cuda.sampler import Sampler, choose

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Estimate, Generate, Grammar, Load
 from exo.worker.runner_cuda.estimate import estimate
-from exo.worker.runner_cuda.options import LoadError
 from exo.worker.runners import RUNNERS
 from tests.program import Program, Result, ask, runner_command
 from tests.test_draft import Counting

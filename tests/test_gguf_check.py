@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from exo.worker.load_error import LoadError
 from exo.worker.runner_cuda.gguf_check import TENSOR_TYPES, HeaderError, check_file
 from exo.worker.runner_cuda.loading import check_header
-from exo.worker.runner_cuda.options import LoadError
 from tests.edited_gguf import Edit, rewrite
 from tests.tiny import Shape, write_gguf
 

@@ -27,6 +27,7 @@ RUNNER_MAY_USE = {
     "exo.worker.constraint",
     "exo.worker.load_error",
     "exo.worker.model_folder",
+    "exo.worker.model_name",
     "exo.worker.hf_tokenizer",
     "exo.worker.embedding",
 }

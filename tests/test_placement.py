@@ -11,13 +11,14 @@ from gguf import GGUFWriter
 from gguf.constants import MODEL_ARCH_NAMES
 from pydantic import JsonValue, ValidationError
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Choice, Estimate, Estimated, Failed, Load
 from exo.worker.runner_cuda import estimate as estimates
 from exo.worker.runner_cuda import loading
 from exo.worker.runner_cuda.devices import Gpu
 from exo.worker.runner_cuda.header import Header
 from exo.worker.runner_cuda.llama import Context, Log, Logits, Model, Rows
-from exo.worker.runner_cuda.options import CudaOptions, LoadError
+from exo.worker.runner_cuda.options import CudaOptions
 from exo.worker.runner_cuda.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
 from exo.worker.runners import RUNNERS
 from tests.program import Program, runner_command

@@ -15,12 +15,12 @@ from pydantic import (
     NonNegativeInt,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from exo.worker.load_error import LoadError
+from exo.worker.model_name import stays_inside
 
 Json = dict[str, JsonValue]
 
@@ -47,15 +47,7 @@ class FolderOptions(BaseModel):
     chat_template: str | None = None
     """Jinja source that replaces the folder's own template."""
 
-    @field_validator("path", "repo")
-    @classmethod
-    def _stays_inside(cls, name: str | None, info: ValidationInfo) -> str | None:
-        """Only a path that is absolute, which the card's author then means, leaves the models directories."""
-        if name is not None and (".." in Path(name).parts or "\0" in name):
-            raise ValueError("must not lead out of the models directories with '..'")
-        if name is not None and info.field_name != "path" and Path(name).is_absolute():
-            raise ValueError("must be a name, not an absolute path")
-        return name
+    _stays_inside = field_validator("path", "repo")(stays_inside)
 
     @model_validator(mode="after")
     def _names_one_folder(self) -> "FolderOptions":

@@ -14,11 +14,12 @@ from statistics import median
 
 import numpy as np
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import SamplingParams
 from exo.worker.runner_cuda.candidates import Candidates, Ids, Row, largest, top_k
 from exo.worker.runner_cuda.chains import Chains
 from exo.worker.runner_cuda.llama import Context
-from exo.worker.runner_cuda.options import CudaOptions, LoadError
+from exo.worker.runner_cuda.options import CudaOptions
 from exo.worker.runner_cuda.sampler import Sampler, Turn, choose
 from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence

@@ -6,9 +6,9 @@ from itertools import islice
 
 import llama_cpp
 
+from exo.worker.load_error import LoadError
 from exo.worker.runner_cuda.candidates import NotFinite
 from exo.worker.runner_cuda.llama import Context, Logits, Model
-from exo.worker.runner_cuda.options import LoadError
 from exo.worker.runner_cuda.sampler import Turn, choose
 from exo.worker.runner_cuda.scheduler import LEAST
 from exo.worker.runner_cuda.sequence import Sequence as Stream

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exo.worker.runner_cuda.options import LoadError
+from exo.worker.load_error import LoadError
 
 _SCALARS = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 7: "bool", 10: "u64", 11: "i64"}
 """``enum gguf_type`` of whole numbers, and what the function that gives one is called after."""

@@ -15,8 +15,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.load_error import LoadError
 from exo.worker.runner_cuda.devices import Gpu
-from exo.worker.runner_cuda.options import CudaOptions, LoadError, Pooling
+from exo.worker.runner_cuda.options import CudaOptions, Pooling
 
 Logits = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]

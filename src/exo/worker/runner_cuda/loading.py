@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Capabilities, Load, Status
 from exo.worker.runner_cuda.backend_sampling import BackendSampling, backend_sampling
 from exo.worker.runner_cuda.chains import Chains
@@ -21,7 +22,7 @@ from exo.worker.runner_cuda.framing import Framing
 from exo.worker.runner_cuda.gguf_check import parts
 from exo.worker.runner_cuda.header import Header
 from exo.worker.runner_cuda.llama import Context, Log, Model, Rows, engine_version
-from exo.worker.runner_cuda.options import CPU, CudaOptions, DraftOptions, LoadError, find_model
+from exo.worker.runner_cuda.options import CPU, CudaOptions, DraftOptions, find_model
 from exo.worker.runner_cuda.pace import Pace
 from exo.worker.runner_cuda.placement import check_architecture, chosen
 from exo.worker.runner_cuda.prefix_cache import PrefixCache
@@ -113,11 +114,32 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
     draft = None if score else _load_draft(command, options, devices, model, context, chunk, log)
     tokenizer = Tokenizer(model)
-    capabilities = Capabilities(
+    names = tuple(device.name for device in devices) or (CPU,)
+    capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
+    max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
+    cache = PrefixCache(context, options.prefix_cache_bytes)
+    speculate = options.speculation if model.can_cut else "off"
+    speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
+    enough = budget if on_gpu else CPU_ENOUGH
+    scheduler = Scheduler(options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation)
+    framing = Framing(model, tokenizer)
+    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling)
+
+
+def _capabilities(
+    options: CudaOptions,
+    backend: str,
+    devices: tuple[str, ...],
+    model: Model,
+    context: Context,
+    embedder: Embedder,
+    tokenizer: Tokenizer,
+) -> Capabilities:
+    return Capabilities(
         engine=ENGINE,
         engine_version=engine_version(),
-        backend=command.backend,
-        devices=tuple(device.name for device in devices) or (CPU,),
+        backend=backend,
+        devices=devices,
         context_length=context.n_ctx if context.generates else embedder.longest,
         slots=options.slots,
         vocabulary=model.n_vocab,
@@ -132,14 +154,6 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
         special_tokens=tuple(tokenizer.special),
         special_ids=tuple(tokenizer.special.values()),
     )
-    max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
-    cache = PrefixCache(context, options.prefix_cache_bytes)
-    speculate = options.speculation if model.can_cut else "off"
-    speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
-    enough = budget if on_gpu else CPU_ENOUGH
-    scheduler = Scheduler(options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation)
-    framing = Framing(model, tokenizer)
-    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling)
 
 
 def chunks(options: CudaOptions, *, on_gpu: bool) -> tuple[int, int]:

@@ -7,6 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from exo.worker.load_error import LoadError
+from exo.worker.model_name import stays_inside
+
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling = Literal["mean", "cls", "last", "rank"]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -16,14 +19,6 @@ Speculate = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=16)]
 CPU = "CPU"
 """What stands in ``devices`` for no device at all."""
 UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
-
-
-class LoadError(Exception):
-    """The model cannot be loaded; ``code`` is one of ``messages.ErrorCode``."""
-
-    def __init__(self, code: Literal["model_not_found", "model_load_failed", "out_of_memory"], message: str) -> None:
-        super().__init__(message)
-        self.code: Literal["model_not_found", "model_load_failed", "out_of_memory"] = code
 
 
 class ModelFile(BaseModel):
@@ -37,15 +32,7 @@ class ModelFile(BaseModel):
     file: str | None = None
     """File name or pattern inside ``repo``; of a split GGUF, the first part."""
 
-    @field_validator("path", "repo", "file")
-    @classmethod
-    def _stays_inside(cls, name: str | None, info: ValidationInfo) -> str | None:
-        """Only a path that is absolute, which the card's author then means, leaves the models directories."""
-        if name is not None and (".." in Path(name).parts or "\0" in name):
-            raise ValueError("must not lead out of the models directories with '..'")
-        if name is not None and info.field_name != "path" and Path(name).is_absolute():
-            raise ValueError("must be a name, not an absolute path")
-        return name
+    _stays_inside = field_validator("path", "repo", "file")(stays_inside)
 
     @model_validator(mode="after")
     def _names_one_file(self) -> Self:

@@ -11,9 +11,10 @@ from itertools import accumulate
 
 import numpy as np
 
+from exo.worker.load_error import LoadError
 from exo.worker.runner_cuda.devices import Gpu
 from exo.worker.runner_cuda.header import Header
-from exo.worker.runner_cuda.options import CPU, CudaOptions, LoadError
+from exo.worker.runner_cuda.options import CPU, CudaOptions
 
 WITHOUT_TENSOR = frozenset({
     "grok", "mpt", "plamo2", "minicpm3", "gemma3n", "mamba", "mamba2", "jamba", "falcon-h1", "olmo2", "olmoe",

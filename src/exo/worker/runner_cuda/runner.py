@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.emitter import Accepted, Asked, Emitter
+from exo.worker.load_error import LoadError
 from exo.worker.messages import (
     Cancel,
     Command,
@@ -28,7 +29,6 @@ from exo.worker.runner_cuda.engine import Engine, Leave, Stop
 from exo.worker.runner_cuda.estimate import estimate
 from exo.worker.runner_cuda.llama import EngineError
 from exo.worker.runner_cuda.loading import Loaded, load
-from exo.worker.runner_cuda.options import LoadError
 from exo.worker.runner_cuda.sampler import Sampler
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.tokenizer import Tokenizer

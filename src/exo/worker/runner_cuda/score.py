@@ -7,10 +7,10 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.load_error import LoadError
 from exo.worker.messages import Failed, Score, Scored
 from exo.worker.runner_cuda.llama import Context
 from exo.worker.runner_cuda.loading import Loaded, load, read_options
-from exo.worker.runner_cuda.options import LoadError
 from exo.worker.wire import encode
 
 
