@@ -31,6 +31,7 @@ def serve(
     access: Access | None = None,
     commands: Mapping[str, Sequence[str]] = {"cuda": fake_runner.COMMAND},
     speeds_file: Path | None = None,
+    strict: bool = False,
 ) -> Generator[str]:
     """The server's base URL. Runners' logs are in ``directory``."""
     settings = Settings(
@@ -43,6 +44,7 @@ def serve(
         limits=limits or Limits(),
         access=access or Access(),
         speeds_file=speeds_file,
+        strict=strict,
     )
     catalogue = Catalogue({card.model_id: card for card in cards}, {}, ())
     app = create_app(settings, Services(settings, catalogue, commands), load=load)

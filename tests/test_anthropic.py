@@ -190,7 +190,7 @@ def test_reasoning_can_be_switched_on_off_and_left_out(client: anthropic.Anthrop
 
 def test_a_budget_for_reasoning_is_said_to_be_no_limit(url: str) -> None:
     reply = post(url, model="fake/tools", thinking={"type": "enabled", "budget_tokens": 3})
-    assert reply.headers["x-exo-warning"].startswith("thinking.budget_tokens is not a limit here")
+    assert reply.headers["x-exo-warning"].startswith("thinking.budget_tokens: is not a limit here")
 
 
 def test_a_model_without_reasoning_says_so(url: str) -> None:
@@ -267,7 +267,6 @@ def test_a_last_message_of_the_assistant_is_gone_on_with(client: anthropic.Anthr
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "left out"}, "max_tokens: this field is required"),
     ({"messages": []}, "messages: "),
-    ({"temprature": 1}, "temprature: there is no such field; did you mean temperature?"),
     ({"temperature": 1.5}, "temperature: "),
     ({"top_p": 0}, "top_p: "),
     ({"speed": "fast"}, "speed: not supported"),

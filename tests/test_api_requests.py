@@ -122,14 +122,6 @@ def test_a_body_that_is_no_object_is_refused() -> None:
     assert (body.status, body.param, body.message) == (400, None, "Input should be an object (got [1])")
 
 
-def test_an_unknown_field_is_named_with_the_one_that_may_be_meant() -> None:
-    body = chat_refusal(temprature=1)
-    assert (body.status, body.code, body.param) == (400, "unknown_parameter", "temprature")
-    assert body.message == "temprature: there is no such field; did you mean temperature?"
-    assert chat_refusal(messages=[{"role": "user", "content": "x", "extra": 1}]).param == "messages.0.extra"
-    assert len(chat_refusal(**{"y" * 10_000: 1}).message) < 200
-
-
 @pytest.mark.parametrize(("left_out", "of"), [("model", CHAT), ("messages", CHAT), ("prompt", COMPLETION)])
 def test_a_missing_field_is_named(left_out: str, of: dict[str, object]) -> None:
     model = ChatCompletionRequest if of is CHAT else CompletionRequest

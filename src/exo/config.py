@@ -175,6 +175,8 @@ class Settings:
     """What decides between runners that have loaded the same model, where its card does not say; None is its order."""
     speeds_file: Path | None = None
     """How fast runners were; None keeps nothing."""
+    strict: bool = False
+    """Whether the server refuses unknown fields of requests instead of warning of them."""
 
     @property
     def is_local(self) -> bool:
@@ -198,9 +200,10 @@ class Settings:
         limits: Limits | None = None,
         auto_pull: bool = False,
         prefer: str | None = None,
+        strict: bool = False,
     ) -> "Settings":
-        """Settings from the flags ``--host``, ``--port``, ``--models-dir``, ``--auto-pull`` and ``--prefer``, where
-        given, and the environment.
+        """Settings from the flags ``--host``, ``--port``, ``--models-dir``, ``--auto-pull``, ``--prefer`` and
+        ``--strict``, where given, and the environment.
 
         An empty environment variable counts as unset. Raises SettingsError.
         """
@@ -226,6 +229,7 @@ class Settings:
             history_file=data / "chat_history",
             prefer=_prefer(_given("--prefer", prefer, "EXO_PREFER")),
             speeds_file=state / "speeds.json",
+            strict=strict or _flag(_variable("EXO_STRICT")),
         )
 
 

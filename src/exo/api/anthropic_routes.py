@@ -17,17 +17,11 @@ from exo.api.generation import Generation
 from exo.api.prompts import render
 from exo.api.reply import GenerationReply
 from exo.api.services import Services
+from exo.api.warning import warn
 from exo.worker.messages import Tokenize, Tokenized
 
 _PARAMS = {"prompt": "messages"}
-_NO_LIMIT = "thinking.budget_tokens is not a limit here; max_tokens is, for reasoning and reply together"
-
-
-def _headers(body: MessagesRequest, reply_id: str) -> dict[str, str]:
-    headers = {"request-id": f"req_{reply_id.removeprefix('msg_')}"}
-    if body.thinking is not None and body.thinking.budget_tokens is not None:
-        headers["x-exo-warning"] = _NO_LIMIT
-    return headers
+_NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply together"
 
 
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
@@ -50,7 +44,10 @@ def anthropic_routes(services: Services) -> APIRouter:
         """Replies to a conversation."""
         body = await read_body(request, MessagesRequest)
         reply_id = f"msg_{uuid4().hex}"
-        generation = Generation(services, body.request(), reply_id, _headers(body, reply_id))
+        if body.thinking is not None and body.thinking.budget_tokens is not None:
+            warn("thinking.budget_tokens", _NO_LIMIT)
+        headers = {"request-id": f"req_{reply_id.removeprefix('msg_')}"}
+        generation = Generation(services, body.request(), reply_id, headers)
         dialect = MessagesDialect(reply_id, max_tokens=body.max_tokens, thinking=body.shows_thinking)
         return GenerationReply(generation, dialect, stream=body.stream)
 

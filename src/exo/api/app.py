@@ -20,6 +20,7 @@ from exo.api.pull_routes import pull_routes
 from exo.api.responses_routes import responses_routes
 from exo.api.server_routes import server_routes
 from exo.api.services import Services
+from exo.api.warning import WarningHeader
 from exo.config import Settings
 
 
@@ -48,6 +49,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(server_routes(services))
     app.include_router(pull_routes(services))
     install(app)
+    app.add_middleware(WarningHeader, strict=settings.strict)
     app.add_middleware(AccessControl, settings=settings)
     describe(app)
     return app

@@ -6,6 +6,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from exo.api.errors import ApiError, from_validation
+from exo.api.fields import RequestBody, warn_of_notes
 
 BODY_LIMIT = 16 << 20
 """Bytes."""
@@ -26,9 +27,12 @@ async def read_body(request: Request, model: type[Body]) -> Body:
         raise ApiError(415, f"content-encoding {encoding[:80]!r} is not accepted", code="unsupported_media_type")
     body = await _read(request)
     try:
-        return model.model_validate_json(body)
+        parsed = model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
+    if isinstance(parsed, RequestBody):
+        warn_of_notes(parsed)
+    return parsed
 
 
 async def _read(request: Request) -> bytearray:

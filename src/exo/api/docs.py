@@ -17,9 +17,9 @@ One server, several inference engines; a router picks the engine, which is calle
 
 * `model` is a model id or an alias. `name@runner` insists on a runner.
 * A field does the same on every runner, unless its description names runners.
-* What a request asks for is done, or refused by name: a field that is not in these tables, or that no runner can honour
-  for this model, is a 400 that names it. An explicit null means the default. Where a request says nothing of sampling,
-  the model card decides, then the default told here.
+* A field that is not in these tables has no effect, and the header `x-exo-warning` names it; with `exo serve --strict`
+  it is a 400. A field that no runner can honour for this model is a 400 that names it. An explicit null means the
+  default. Where a request says nothing of sampling, the model card decides, then the default told here.
 * Replies of a runner have the headers `x-exo-runner`, which one it is, and `x-exo-route`, why.
 """
 

@@ -5,17 +5,21 @@ the default.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from typing import ClassVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cache, lru_cache
+from typing import ClassVar, Self, cast
 
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
+from exo.api.warning import MAX_WARNINGS, refuses_unknown_fields, warn
 from exo.worker.runners import RUNNERS, Need
 
 Unsupported = Mapping[str, tuple[JsonValue, ...]]
 """Fields that nothing here can honour, with the values that ask for nothing, besides null."""
+Note = tuple[str, str | None]
+"""A field of a body that has no effect, and why; None where there is no such field."""
 MAX_ENTRIES = 1024
 """Of a table, such as ``logit_bias``."""
 
@@ -35,12 +39,20 @@ def unsupported(reason: str, param: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason, "param": param})
 
 
-def _unknown(name: str, known: Iterable[str]) -> PydanticCustomError:
-    near = difflib.get_close_matches(name[:64], known)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return PydanticCustomError(
-        "unknown_parameter", "{reason}", {"reason": f"there is no such field{hint}", "param": name[:64]}
-    )
+@lru_cache(maxsize=1024)
+def _suggestion(name: str, body: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(name, _names(body))
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def _unknown(name: str, body: type[BaseModel]) -> PydanticCustomError:
+    reason = "; ".join(filter(None, ("there is no such field", _suggestion(name, body))))
+    return PydanticCustomError("unknown_parameter", "{reason}", {"reason": reason, "param": name})
+
+
+def _no_effect(name: str, body: type[BaseModel]) -> str:
+    suggestion = _suggestion(name, body)
+    return f"there is no such field, so it has no effect{f' ({suggestion})' if suggestion else ''}"
 
 
 def _same(left: JsonValue, right: JsonValue) -> bool:
@@ -58,10 +70,13 @@ def honoured(need: Need) -> Callable[[dict[str, JsonValue]], None]:
     return tell
 
 
-def _tell_refused(schema: dict[str, JsonValue], body: type["RequestBody"]) -> None:
-    if body.unsupported:
-        names = ", ".join(sorted(body.unsupported))
-        schema["description"] = f"{schema['description']} Refused unless they ask for nothing: {names}."
+def _tell_special_fields(schema: dict[str, JsonValue], body: type["RequestBody"]) -> None:
+    for what, fields in (
+        ("Accepted without effect", body.ignored),
+        ("Refused unless they ask for nothing", body.unsupported),
+    ):
+        if fields:
+            schema["description"] = f"{schema['description']} {what}: {', '.join(sorted(fields))}."
 
 
 @cache
@@ -70,35 +85,93 @@ def _names(body: type[BaseModel]) -> frozenset[str]:
     return frozenset(field.alias or name for name, field in body.model_fields.items())
 
 
+_notes: ContextVar[list[Note]] = ContextVar("notes")
+"""Notes about the body whose fields are being validated."""
+
+
 class RequestBody(BaseModel):
-    """What all request bodies have in common."""
+    """What all request bodies have in common.
+
+    Unknown fields are left out with a warning, or refused where the server is strict.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_tell_refused
+        frozen=True, extra="ignore", strict=True, allow_inf_nan=False, json_schema_extra=_tell_special_fields
     )
     unsupported: ClassVar[Unsupported] = {}
+    ignored: ClassVar[Unsupported] = {}
+    """Fields that are accepted with a warning, since no answer depends on them, and values that need no warning."""
+    refuses_unknown: ClassVar[bool] = False
+    """Whether unknown fields are always refused, where acting on half a request does harm."""
+    _own_notes: list[Note] = PrivateAttr(default_factory=list[Note])
 
     @classmethod
     def why_unsupported(cls, name: str) -> str:
         """Why the field ``name`` of ``unsupported`` is refused."""
         return "not supported by any runner of this server"
 
-    @model_validator(mode="before")
+    def note(self, param: str, text: str) -> None:
+        """For a validator of the whole body: adds a warning about its field ``param``."""
+        self._own_notes.append((param, text))
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, data: object) -> object:
+    def _drop_what_asks_for_nothing(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, dict):
-            return data
+            return handler(data)
         known = _names(cls)
         kept: dict[str, JsonValue] = {}
+        notes: list[Note] = []
         for name, value in cast(dict[str, JsonValue], data).items():
             if name in known:
                 if value is not None:
                     kept[name] = value
-            elif name not in cls.unsupported:
-                raise _unknown(name, known)
-            elif value is not None and not any(_same(value, neutral) for neutral in cls.unsupported[name]):
-                raise unsupported(cls.why_unsupported(name), name)
-        return kept
+            elif (neutral := cls.unsupported.get(name)) is not None:
+                if value is not None and not any(_same(value, each) for each in neutral):
+                    raise unsupported(cls.why_unsupported(name), name)
+            elif (neutral := cls.ignored.get(name)) is not None:
+                if value is not None and not any(_same(value, each) for each in neutral):
+                    notes.append((name, "has no effect here"))
+            elif cls.refuses_unknown or refuses_unknown_fields():
+                raise _unknown(name[:64], cls)
+            else:
+                notes.append((name[:64], None))
+        token = _notes.set(notes)
+        try:
+            body = handler(kept)
+        finally:
+            _notes.reset(token)
+        body._own_notes.extend(notes)
+        return body
+
+    def notes(self, path: str = "") -> Iterator[tuple[str, str]]:
+        """The fields of this body and those in it that have no effect, each with why. ``path`` is the body's own."""
+        for param, text in self._own_notes:
+            yield ".".join(filter(None, (path, param))), _no_effect(param, type(self)) if text is None else text
+        for name, value in self.__dict__.items():
+            bodies = cast(list[object], value) if isinstance(value, list) else [value]
+            if bodies and isinstance(bodies[0], RequestBody):
+                field = type(self).model_fields[name]
+                inside = ".".join(filter(None, (path, field.alias or name)))
+                for body in bodies:
+                    if isinstance(body, RequestBody):
+                        yield from body.notes(inside)
+
+
+def note(param: str, text: str) -> None:
+    """For a validator of one field: adds a warning about ``param``, as the enclosing body has it."""
+    _notes.get().append((param, text))
+
+
+def warn_of_notes(body: RequestBody) -> None:
+    """Warns of every field in ``body`` that has no effect, up to a bound."""
+    told: dict[str, str] = {}
+    for param, text in body.notes():
+        told.setdefault(param, text)
+        if len(told) > MAX_WARNINGS:
+            break
+    for param, text in told.items():
+        warn(param, text)
 
 
 def few(value: JsonValue) -> JsonValue:

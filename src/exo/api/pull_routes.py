@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
-from typing import Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import anyio
 from fastapi import APIRouter, Request
@@ -32,6 +32,8 @@ _PATH = "/v1/models/pull"
 
 class PullRequest(RequestBody):
     """The body of ``POST /v1/models/pull``."""
+
+    refuses_unknown: ClassVar[bool] = True
 
     model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
     runner: str | None = Field(

@@ -1,7 +1,7 @@
 """What a server says about itself: whether it runs, whether it can answer, and where it would send a request."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -44,6 +44,8 @@ class RouteReport(BaseModel):
 
 class UnloadRequest(RequestBody):
     """The body of ``POST /v1/models/unload``."""
+
+    refuses_unknown: ClassVar[bool] = True
 
     model: str = Field(min_length=1, max_length=300, description="A model id or alias.")
 

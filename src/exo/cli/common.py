@@ -96,6 +96,7 @@ def settings_from(
     *,
     auto_pull: bool = False,
     prefer: str | None = None,
+    strict: bool = False,
 ) -> "Settings":
     """Settings from flags and environment, or the error that names the one at fault."""
     from exo.config import Settings, SettingsError
@@ -109,6 +110,7 @@ def settings_from(
             limits=limits,
             auto_pull=auto_pull,
             prefer=prefer,
+            strict=strict,
         )
     except SettingsError as error:
         fail(str(error), ExitCode.USAGE)

@@ -66,13 +66,16 @@ def serve(
         str | None,
         typer.Option(help="latency or throughput: of runners that have loaded a model, take the one measured faster."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse unknown fields of requests instead of warning. EXO_STRICT.")
+    ] = False,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
     from exo.api.server import ListenError, serve_forever
 
     access = access_from(api_key, api_key_file, allowed_host, cors_origin, insecure, ssl_certfile, ssl_keyfile)
     limits = limits_from(max_queue, drain_timeout, stall_timeout, memory_limit, ttl)
-    settings = settings_from(host, port, models_dir, access, limits, auto_pull=auto_pull, prefer=prefer)
+    settings = settings_from(host, port, models_dir, access, limits, auto_pull=auto_pull, prefer=prefer, strict=strict)
     catalogue = catalogue_from(settings)
     try:
         serve_forever(
