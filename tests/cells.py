@@ -9,6 +9,8 @@ from exo.worker.runner_cuda.scheduler import Step
 
 MISSING = -1
 """A cell that a saved state did not have."""
+NAN = -2
+"""A cell that spoils every computation in its slot."""
 
 
 @dataclass(slots=True)
@@ -46,9 +48,17 @@ class RecordedCells:
         self._pending.append((source, target))
         self.held[target] = [MISSING] * len(self.held[source])
 
-    def wipe(self, slot: int) -> None:
-        self.copy((slot + 1) % self.n_slots, slot)
-        self.trim(slot, 0)
+    def spoil(self, slot: int) -> None:
+        """As a computation does that goes wrong."""
+        self._contents[slot] = [NAN] * self.n_ctx
+
+    def wipe(self, slot: int, sound: int | None) -> None:
+        if sound is None:
+            self.held = [[] for _ in range(self.n_slots)]
+            self._contents = [[] for _ in range(self.n_slots)]
+        else:
+            self.copy(sound, slot)
+            self.trim(slot, 0)
 
     def save(self, slot: int, most: int) -> State:
         cells = self.held[slot]
@@ -69,6 +79,7 @@ class RecordedCells:
             self._contents[target] = self._contents[source].copy()
             self.held[target] = self._contents[target][: len(self.held[target])]
         self._pending.clear()
+        assert all(NAN not in self._contents[chunk.sequence.slot] for chunk in step.chunks)
         for chunk in step.chunks:
             cells, tokens = self.held[chunk.sequence.slot], chunk.sequence.tokens
             seen = min(chunk.start, self.window or chunk.start)

@@ -352,6 +352,33 @@ def test_logits_that_are_no_numbers_fail_no_later_request(tmp_path: Path, slots:
         assert [len(result.tokens) for result in program.generate(*together)] == [3] * slots
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_after_logits_that_are_no_numbers_a_prefix_in_the_hosts_memory_is_served(tmp_path: Path, slots: int) -> None:
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", "token_embd.weight")
+    prompts = [[97 + (seed + at) * (at + 7) % 20 for at in range(400)] for seed in range(slots + 1)]
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", slots=slots, n_ctx=2048, flash_attn="off"))
+        never = {120: -1000.0}
+        first = [program.generate(ask(next(name), each, max_tokens=3, logit_bias=never))[0] for each in prompts]
+        [bad] = program.generate(ask(next(name), [97, 120, 99]))
+        assert bad.failed.code == "engine_error"
+        again = program.generate(*(ask(next(name), each, max_tokens=3, logit_bias=never) for each in prompts))
+    assert [result.tokens for result in again] == [result.tokens for result in first]
+
+
+def test_sequences_that_fail_together_fail_no_later_request(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", "token_embd.weight")
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", slots=3, flash_attn="off"))
+        for _ in range(2):
+            spoilt = program.generate(*(ask(next(name), [97, 97, 97, last, 120, 99]) for last in range(97, 100)))
+            assert [result.failed.code for result in spoilt] == ["engine_error"] * 3
+            good = program.generate(*(ask(next(name), [last] * 3, max_tokens=3) for last in range(97, 100)))
+            assert [len(result.tokens) for result in good] == [3] * 3
+
+
 # --- whether it is used ---
 
 

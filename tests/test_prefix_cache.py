@@ -14,7 +14,7 @@ from exo.worker.runner_cuda.prefix_cache import WORTH_SAVING, PrefixCache
 from exo.worker.runner_cuda.prefix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import Scheduler, Step
-from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.sequence import Phase, Sequence
 from exo.worker.runners import RUNNERS
 from tests.cells import RecordedCells
 from tests.program import Program, ask, runner_command
@@ -61,6 +61,13 @@ class Slots:
             self.step()
         self.scheduler.remove(sequence.id)
         return sequence
+
+    def spoil(self, *sequences: Sequence) -> None:
+        """As a step does whose logits are NaN for these sequences."""
+        for sequence in sequences:
+            self.scheduler.remove(sequence.id)
+            self.cells.spoil(sequence.slot)
+        self.scheduler.wipe([sequence.slot for sequence in sequences])
 
 
 def prompt(first: int, length: int) -> list[int]:
@@ -143,6 +150,49 @@ def test_cells_that_are_still_to_be_copied_are_not_overwritten_from_the_host() -
     assert slots.started() == {copied.id: 100}
     assert slots.started() == {restored.id: 400}
     assert (slots.cells.copies, slots.cells.restored) == ([(1, 0)], 1)
+    slots.step()
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 4])
+def test_after_a_spoilt_sequence_a_request_whose_prefix_is_in_the_hosts_memory_is_computed(n_slots: int) -> None:
+    slots = Slots(n_slots, capacity=CAPACITY)
+    for first in range(0, 1000 * (n_slots + 1), 1000):
+        slots.ran(prompt(first, 400))
+    spoilt = slots.add(prompt(50_000, 20))
+    slots.step()
+    slots.spoil(spoilt)
+    back, other = slots.add([*prompt(0, 400), 7]), slots.add([*prompt(0, 400), 8])
+    for _ in range(10):
+        slots.step()
+    assert len(back.tokens) > back.n_prompt
+    slots.scheduler.remove(back.id)
+    for _ in range(10):
+        slots.step()
+    assert len(other.tokens) > other.n_prompt
+
+
+def test_a_saved_prefix_waits_for_the_next_decode_where_there_is_one_after_a_wipe() -> None:
+    slots = Slots(3, capacity=CAPACITY)
+    for first in range(0, 4000, 1000):
+        slots.ran(prompt(first, 400))
+    running, spoilt = slots.add(prompt(60_000, 20)), slots.add(prompt(50_000, 20))
+    slots.step()
+    slots.spoil(spoilt)
+    back = slots.add([*prompt(0, 400), 7])
+    assert slots.started() == {}
+    assert slots.started() == {back.id: 400}
+    assert len(running.tokens) > running.n_prompt
+
+
+@pytest.mark.parametrize("n_spoilt", [2, 3, 4])
+def test_sequences_spoilt_together_leave_no_spoilt_cell(n_spoilt: int) -> None:
+    """As ``n`` sequences of one prompt are: no slot may be overwritten with the cells of another spoilt one."""
+    slots = Slots(4)
+    sequences = [slots.add(prompt(1000 * first, 20)) for first in range(4)]
+    slots.step()
+    slots.spoil(*sequences[:n_spoilt])
+    for first in range(n_spoilt):
+        slots.add(prompt(70_000 + 1000 * first, 30))
     slots.step()
 
 
@@ -251,9 +301,21 @@ MEMBERS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2 * WORTH_SAVING)
 
 @pytest.mark.parametrize(("window", "cuts"), [(None, True), (8, True), (None, False)])
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), MEMBERS, st.lists(st.integers(0, 4), min_size=14, max_size=14), st.integers(0, 60_000))
+@given(
+    st.integers(1, 4),
+    MEMBERS,
+    st.lists(st.integers(0, 4), min_size=14, max_size=14),
+    st.sets(st.integers(0, 13)),
+    st.integers(0, 60_000),
+)
 def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
-    window: int | None, cuts: bool, n_slots: int, members: list[tuple[int, int, int]], pauses: list[int], capacity: int
+    window: int | None,
+    cuts: bool,
+    n_slots: int,
+    members: list[tuple[int, int, int]],
+    pauses: list[int],
+    spoilt: set[int],
+    capacity: int,
 ) -> None:
     """Asserted by ``RecordedCells.decode`` in each step."""
     slots = Slots(n_slots, capacity=capacity, window=window, cuts=cuts)
@@ -267,10 +329,14 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
             slots.scheduler.remove(sequence.id)
             running.remove(sequence)
 
-    for each, pause in zip(family(members), pauses, strict=False):
+    for at, (each, pause) in enumerate(zip(family(members), pauses, strict=False)):
         running.append(slots.add(each))
         for _ in range(pause):
             go_on(pause)
+        if at in spoilt:
+            active = [sequence for sequence in running if sequence.phase is not Phase.WAITING]
+            slots.spoil(*active[: 1 + at % 2])
+            running = [sequence for sequence in running if sequence not in active[: 1 + at % 2]]
     for _ in range(300):
         if running:
             go_on(1)

@@ -380,9 +380,11 @@ async def test_a_runner_that_stops_while_it_loads_is_missed_and_ended(log: Path)
         assert "said nothing for 1 seconds" in (await process.ended()).message
 
 
-async def test_a_runner_that_beats_and_computes_nothing_is_ended(log: Path) -> None:
+@pytest.mark.parametrize("requests", [{"active": 1, "waiting": 0}, {"active": 0, "waiting": 1}])
+async def test_a_runner_that_beats_and_computes_nothing_is_ended(log: Path, requests: dict[str, int]) -> None:
+    beat = encode(Heartbeat.model_validate({"steps": 7, **requests}))
     beats = (
-        f"for _ in range(1000): sys.stdout.buffer.write({BUSY!r}); sys.stdout.flush(); __import__('time').sleep(0.1)"
+        f"for _ in range(1000): sys.stdout.buffer.write({beat!r}); sys.stdout.flush(); __import__('time').sleep(0.1)"
     )
     async with started(log, says(IDLE, LOADING, LOADED, READY, then=beats), Deadlines(serving=60, step=1)) as process:
         assert "computed nothing for 1 seconds" in (await process.ended()).message
@@ -424,7 +426,6 @@ async def test_errors_of_cuda_and_of_memory_are_told_plainly(
 
 
 IDLE = encode(Status(state="Idle"))
-BUSY = encode(Heartbeat(steps=7, active=1, waiting=0))
 IDLE_BEAT = encode(Heartbeat(steps=7, active=0, waiting=0))
 LOADING = encode(Status(state="Loading"))
 LOADED = encode(Status(state="Loaded"))

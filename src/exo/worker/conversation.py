@@ -51,7 +51,7 @@ Recipient = RequestEvents | Answer
 class Conversation:
     """With one runner, from its first word to its last. Knows of no process and no pipe.
 
-    ``step_seconds`` is how long a runner may compute nothing while requests are active.
+    ``step_seconds`` is how long a runner may compute nothing while it has requests, in a slot or waiting.
     """
 
     def __init__(self, step_seconds: float) -> None:
@@ -140,10 +140,10 @@ class Conversation:
         """Raises ``ProtocolError`` for a loop that has something to compute and stands still."""
         steps, since = self._steps
         now = time.monotonic()
-        if beat.steps != steps or not beat.active:
+        if beat.steps != steps or not (beat.active or beat.waiting):
             self._steps = beat.steps, now
         elif now - since > self._step_seconds:
-            raise ProtocolError(f"it has computed nothing for {self._step_seconds:g} seconds, with requests active")
+            raise ProtocolError(f"it has computed nothing for {self._step_seconds:g} seconds, with requests to serve")
 
     def end(self, failure: Failed) -> None:
         """The runner is gone, and every request that it had has failed."""

@@ -22,7 +22,7 @@ class Deadlines:
     serving: float = 10
     """Without a word once the model is loaded."""
     step: float = 300
-    """Without a step while requests are active."""
+    """Without a step while it has requests, in a slot or waiting."""
     grace: float = 5
     """For each of the ways to end it, from the polite to the last."""
 

@@ -162,8 +162,7 @@ class Engine:
         for chunk in step.chunks:
             if chunk.draft:
                 self._scheduler.verified(chunk)
-        for sequence in spoilt:
-            self._scheduler.wipe(sequence.slot)
+        self._scheduler.wipe([sequence.slot for sequence in spoilt])
         for sequence in again:
             self._sampling.read_whole(sequence)
             self._scheduler.again(sequence)

@@ -191,7 +191,6 @@ class Context:
         self.batch = Batch(rows.step)
         self.n_vocab = model.n_vocab
         self._memory = llama_cpp.llama_get_memory(handle)
-        self._n_slots = options.slots
         self.generates = self._memory is not None and llama_cpp.llama_get_causal_attn(handle)
         """False for an encoder, in which every token sees all others: it can only be asked for vectors of whole texts.
         llama.cpp tells so of a context and not of a model."""
@@ -227,13 +226,16 @@ class Context:
         assert self._memory is not None
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def wipe(self, slot: int) -> None:
-        """Empties a slot and overwrites its cells, with those of another or, where there is none, with zeros."""
+    def wipe(self, slot: int, sound: int | None) -> None:
+        """Empties a slot and overwrites its cells with those of the slot ``sound``, when ``copy`` does.
+
+        None: all slots are emptied and their cells are zeros at once.
+        """
         assert self._memory is not None
-        if self._n_slots == 1:
+        if sound is None:
             llama_cpp.llama_memory_clear(self._memory, True)
             return
-        self.copy((slot + 1) % self._n_slots, slot)
+        self.copy(sound, slot)
         self.trim(slot, 0)
 
     def save(self, slot: int, most: int) -> State:

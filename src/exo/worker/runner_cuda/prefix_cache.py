@@ -1,5 +1,6 @@
 """Prefixes that need not be computed again: in any slot, busy or idle, and of slots given away in the host's memory."""
 
+from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,8 +44,11 @@ class Cells(Protocol):
         """Makes a slot's cells those of another; done with the next decode, before anything else."""
         ...
 
-    def wipe(self, slot: int) -> None:
-        """Empties a slot and overwrites its cells with numbers, at the latest as ``copy`` does."""
+    def wipe(self, slot: int, sound: int | None) -> None:
+        """Empties a slot and overwrites its cells with those of the slot ``sound``, as late as ``copy`` does.
+
+        None: all slots are emptied and overwritten at once.
+        """
         ...
 
     def save(self, slot: int, most: int) -> State:
@@ -114,13 +118,14 @@ class PrefixCache:
         return None
 
     def is_awaited(self, found: Found) -> bool:
-        """Whether a request does better to wait a step.
+        """Whether a request does better to wait a step, until another has computed what both need."""
+        return found.promised - found.length >= WORTH_WAITING
 
-        Until another has computed what both need; or, since a copy is made only with the next decode, until there is
-        none from or to cells that a saved state would overwrite.
+    def needs_decode(self, found: Found) -> bool:
+        """Whether what was found can be used only after a decode.
+
+        A copy is made with the next decode; a state restored before it would be overwritten, or copied instead.
         """
-        if found.promised - found.length >= WORTH_WAITING:
-            return True
         return self._copying and isinstance(found.holder, Saved)
 
     def enter(self, slot: Slot, sequence: Sequence, found: Found | None) -> int:
@@ -157,13 +162,17 @@ class PrefixCache:
         """Notes that the sequence has left the slot, which holds what was computed."""
         self._tree.cut(slot, len(slot.cached))
 
-    def wipe(self, slot: Slot) -> None:
-        """Forgets what a free slot holds. A cell that is not to be seen still spoils a computation if it is NaN."""
-        self._tree.cut(slot, 0)
-        slot.cached.clear()
-        slot.least = 0
-        self._cells.wipe(slot.id)
-        self._copying = True
+    def wipe(self, spoilt: Collection[Slot], sound: Slot | None) -> None:
+        """Forgets what free slots hold, and overwrites it with the cells of ``sound``; None: no slot is.
+
+        A masked cell still spoils a computation if it is NaN.
+        """
+        for slot in spoilt:
+            self._tree.cut(slot, 0)
+            slot.cached.clear()
+            slot.least = 0
+            self._cells.wipe(slot.id, None if sound is None else sound.id)
+            self._copying = sound is not None
 
     def decoded(self) -> None:
         """Notes a decode, with which copies are made."""

@@ -1,7 +1,7 @@
 """Decides what the next step computes. Knows slots, sequences and budgets; touches no library."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -205,9 +205,10 @@ class Scheduler:
         slot.cached += came[:n_true]
         self._cache.drop_after(slot, sequence.n_computed)
 
-    def wipe(self, slot: int) -> None:
-        """Overwrites what a free slot holds, in which there is something that is no number."""
-        self._cache.wipe(self.slots[slot])
+    def wipe(self, spoilt: Collection[int]) -> None:
+        """Overwrites what free slots hold, in which there is NaN or infinity."""
+        sound = next((slot for slot in self.slots if slot.id not in spoilt), None)
+        self._cache.wipe([self.slots[index] for index in spoilt], sound)
 
     def again(self, sequence: Sequence) -> None:
         """Has the last known token of a sequence in its slot, which is computed, computed once more."""
@@ -225,6 +226,10 @@ class Scheduler:
             found = self._cache.find(sequence)
             if found is not None and self._cache.is_awaited(found):
                 continue
+            if found is not None and self._cache.needs_decode(found):
+                if self.n_active:
+                    continue
+                found = None  # nothing else will be decoded, so waiting would never end
             slot = self._choose_slot(found)
             self._entered += 1
             slot.entered = self._entered

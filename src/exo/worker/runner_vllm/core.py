@@ -111,6 +111,8 @@ class Core:
     """A loaded model, and the requests that it works on."""
 
     core: Any
+    steps: int = 0
+    """In which something was computed."""
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
 
     @classmethod
@@ -212,6 +214,7 @@ class Core:
         """Computes one step."""
         found, model_executed = self.core.step_fn()
         self.core.post_step(model_executed=model_executed)
+        self.steps += bool(model_executed)
         batch = found.get(0) if found else None
         return [] if batch is None else [_output(each) for each in batch.outputs]
 

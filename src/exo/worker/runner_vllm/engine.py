@@ -35,7 +35,6 @@ class Engine:
 
     def __init__(self, core: "Core", tokenizer: Tokenizer, emitter: Emitter) -> None:
         self.commands: SimpleQueue[Sequence | Job | Leave | Stop] = SimpleQueue()
-        self.steps = 0
         self._core = core
         self._tokenizer = tokenizer
         self._emitter = emitter
@@ -44,7 +43,7 @@ class Engine:
 
     def load(self) -> tuple[int, int, int]:
         """Steps so far, sequences or texts in work, those that wait. Safe to call from any thread."""
-        return self.steps, *self._core.counts
+        return self._core.steps, *self._core.counts
 
     def run(self) -> None:
         """Steps until told to stop; what is then in flight fails with code "shutdown". Raises what vLLM raises."""
@@ -86,7 +85,6 @@ class Engine:
             elif text is not None and (output.vector is not None or output.broken):
                 self._answer(text, output.vector)
         self._emitter.put(done)
-        self.steps += 1
 
     def _report_progress(self, done: StepDone) -> None:
         """How far prompts have come."""
