@@ -48,7 +48,7 @@ def examples() -> list[Example]:
 
 
 PRINTS: dict[tuple[str, str], str] = {
-    ("Errors", "bash"): rX,
+    ("Errors", "bash"): r'greater than or equal to 0.*"param":"temperature"',
     ("Errors", "python"): r"top_p invalid_value .*less than or equal to 1",
     ("POST /v1/chat/completions", "bash"): r'"object":"chat.completion".*"finish_reason":"(stop|length)"',
     ("POST /v1/chat/completions", "python"): r"completion_tokens=|\{'colour': .*\npaint \{'colour': ",
