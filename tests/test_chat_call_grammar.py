@@ -20,7 +20,7 @@ from tests.replies import ONE_CALL, THE_CALL, TOOLS, form, read, text_of
 NAMES = sorted(ONE_CALL)
 MARKERS = tuple(
     sorted(
-        {marker for name in NAMES for marker in form(name).begin}
+        {marker for name in NAMES for marker in form(name).begin if "<|open|>" not in marker}
         | {
             "</tool_call>",
             "[ARGS]",
@@ -32,11 +32,20 @@ MARKERS = tuple(
             "<|end|>",
             "<|start|>",
         }
-        | {"<|constrain|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<channel|>", "</arg_value>"}
+        | {
+            "<|constrain|>",
+            "<|open|>",
+            "<|close|>",
+            "<|sep|>",
+            "<|tool_call_begin|>",
+            "<|tool_call_argument_begin|>",
+            "<channel|>",
+            "</arg_value>",
+        }
     )
 )
 
-ENDS = ('"', "]", "}", "</parameter>", "</arg_value>", "<escape>", '<|"|>')
+ENDS = ('"', "]", "}", "</parameter>", "</arg_value>", "<escape>", '<|"|>', "<|close|>argument<|sep|>")
 """What a random walk would hardly ever write, and has to write to get on."""
 
 
@@ -83,7 +92,7 @@ class Vocabulary:
             allowed = self._allowed(matcher)
             if not allowed or (self.eos_token_id in allowed and draw.random() < 0.5):
                 break
-            printable = [token for token in allowed if 32 <= token < 127 or token > self.eos_token_id]
+            printable = [token for token in allowed if token == 10 or 32 <= token < 127 or token > self.eos_token_id]
             end = self.encode(draw.choice(ENDS)) if draw.random() < 0.3 else []
             if not end or matcher.validate_tokens(end) < len(end):
                 end = [draw.choice(printable or allowed)]
@@ -140,6 +149,22 @@ def sectioned(between: str) -> Callable[[str], str]:
     return twice
 
 
+def in_array(between: str) -> Callable[[str], str]:
+    """For the formats in which all calls are in one array."""
+
+    def twice(one: str) -> str:
+        inside = one[one.index("[") + 1 : one.rindex("]")]
+        return one.replace(inside, f"{inside.rstrip()}{between}{inside}")
+
+    return twice
+
+
+def on_lines(one: str) -> str:
+    """For the formats in which each call is on a line of its own, inside one pair of markers."""
+    call = one[one.index("\n") : one.rindex("\n")]
+    return one.replace(call, call + call)
+
+
 TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "hermes": lambda one: f"{one}\n{one}",
     "qwen3-coder": lambda one: f"{one}\n{one}",
@@ -154,6 +179,18 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "deepseek-v3": sectioned("\n"),
     "deepseek-v3.1": sectioned(""),
     "kimi": sectioned(""),
+    "apertus": in_array(", "),
+    "cohere": in_array(","),
+    "command-r": in_array(","),
+    "granite3": in_array(", "),
+    "nemotron": in_array(", "),
+    "tool-calls": in_array(", "),
+    "xlam": in_array(", "),
+    "longcat": on_lines,
+    "minimax-m1": on_lines,
+    "kimi-k3": lambda one: one.replace(
+        call := one[one.index("<|open|>call") : one.index("<|close|>tools")], call + call
+    ),
 }
 
 

@@ -17,7 +17,7 @@ CARDS = Path(__file__).parent / "data" / "upstream_cards"
     ("template", "name"),
     [
         ("{{ messages }}", "none"),
-        ("{% for tool in tools %}{{ tool }}{% endfor %}", "hermes"),
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", "unknown"),
         ("<tools> within <tool_call></tool_call> XML tags", "hermes"),
         ("<tool_call>\n<function=example>\n<parameter=p>\n", "qwen3-coder"),
         ("<tool_call>{{ name }}\n<arg_key>k</arg_key>", "glm"),
@@ -34,10 +34,29 @@ CARDS = Path(__file__).parent / "data" / "upstream_cards"
         ("<|tool_calls_section_begin|>", "kimi"),
         ("<minimax:tool_call>", "minimax"),
         ("<|start|>assistant<|channel|>final<|message|>{{ tools }}", "harmony"),
+        ("{{ tools }}<|tools_prefix|>[", "apertus"),
+        ("<|CHATBOT_TOKEN|>{{ tools }}<|START_ACTION|>[", "cohere"),
+        ('<|CHATBOT_TOKEN|>{{ tools }}Action:```json[{"tool_name": title', "command-r"),
+        ("assistant<|role_sep|>{{ tools }}function call", "gigachat3"),
+        ("assistant<|role_sep|>{{ tools }}<|function_call|>", "gigachat3.1"),
+        ("{{ tools }} respond only with <|tool_call|> and a list", "granite3"),
+        ("<|open|>{{ tools }}<|sep|><|close|>", "kimi-k3"),
+        ("{{ tools }} within <longcat_tool_call>", "longcat"),
+        ("{{ tools }}<tool_calls></tool_calls><end_of_sentence>", "minimax-m1"),
+        ("{{ tools }}<TOOLCALL>[", "nemotron"),
+        ("{{ tools }} as <tool_calls>[]</tool_calls>", "tool-calls"),
+        ("{{ tools }} make calls in a single JSON array", "xlam"),
     ],
 )
 def test_a_template_gives_the_format_away(template: str, name: str) -> None:
     assert output_format(template).name == name
+
+
+def test_of_an_unknown_format_no_familys_markup_is_used() -> None:
+    by = output_format("{{ tools }}</think>")
+    assert not by.known
+    assert by.begin == by.opening == by.frame == by.stray == ()
+    assert by.thinking == Thinking("<think>", "</think>")
 
 
 def test_a_card_has_the_last_word() -> None:

@@ -171,7 +171,7 @@ def _capabilities(card: ModelCard, loaded: Capabilities | None) -> list[str]:
     has = {
         "completion": "TextGeneration" in card.tasks,
         "embedding": "TextEmbedding" in card.tasks,
-        "tools": form.name != "none",
+        "tools": form.known and form.write_calls is not None,
         "thinking": "thinking" in card.capabilities,
         "vision": loaded is not None and loaded.vision,
     }

@@ -9,6 +9,7 @@ from exo.api.errors import ApiError, from_failed
 from exo.api.reading import Reader
 from exo.api.request import Constraint, Conversation, GenerationRequest, Prompt
 from exo.api.services import Services
+from exo.api.warning import warn
 from exo.chat.gbnf import GbnfError
 from exo.chat.literal import NoncharacterError
 from exo.chat.output import OutputFormat, output_format
@@ -45,7 +46,8 @@ class Prepared:
         """For one choice."""
         if self.form is None or self.conversation is None:
             return Reader(None)
-        parser = self.form.parser(tools=self.conversation.tools, in_reasoning=self.in_reasoning)
+        tools = self.conversation.tools if self.form.known or self.conversation.must_call else ()
+        parser = self.form.parser(tools=tools, in_reasoning=self.in_reasoning)
         return Reader(parser, parallel=self.conversation.parallel)
 
 
@@ -72,6 +74,10 @@ async def _conversation(
     model, card = runner.capabilities, runner.card
     texts = await render(services, model, conversation, request.prompt_field)
     form = output_format(model.chat_template, card.tool_format, card.reasoning_dialect)
+    if conversation.tools and not form.known:
+        effect = "the call is forced as plain JSON" if conversation.must_call else "calls remain part of the text"
+        reason = f"the chat template of {card.model_id} shows no call format that exo knows"
+        warn("", f"tools: {reason}; {effect}, unless tool_format in the model card names one")
     inside = form.starts_in_reasoning("".join(text.text for text in texts))
     if conversation.must_call:
         grammar = _call_grammar(model, conversation, form, in_reasoning=inside)

@@ -44,8 +44,14 @@ class OutputFormat:
     special: bool = False
     """Whether markers may be control tokens, so that the runner must write control tokens into its text."""
     thinking: Thinking | None = None
+    opening: tuple[str, ...] = ()
+    """Markers of which one may come before content."""
+    frame: tuple[str, ...] = ()
+    """Other markers that are no part of content, such as its end."""
     begin: tuple[str, ...] = ()
     """Markers that begin a call."""
+    stray: tuple[str, ...] = ()
+    """Markers that mean nothing outside a call. Where no call is allowed they are text, as ``begin`` is."""
     read_call: CallReader | None = None
     read_bare: CallReader | None = None
     """Reads calls at the very beginning of a reply, where the format has some without a marker."""
@@ -54,6 +60,8 @@ class OutputFormat:
     """For a format in which content, too, has its marker."""
     write_frame: FrameWriter | None = None
     """The same for writing."""
+    known: bool = True
+    """False where nothing tells how the model writes calls. They are then read only where a grammar forces them."""
 
     def parser(self, *, tools: Sequence[Tool] | bool, in_reasoning: bool) -> OutputParser:
         """A parser for one reply.
@@ -104,16 +112,20 @@ class OutputFormat:
     def _frame(self, grammar: Grammar, in_reasoning: bool, *, calls: bool) -> str:
         if self.write_frame is not None:
             return self.write_frame(grammar, in_reasoning, calls)
-        if self.thinking is None or not in_reasoning:
-            return ""
-        return grammar.sequence(grammar.text_until(self.thinking.end), r"/\n{0,2}/")
+        pieces: list[str] = []
+        if self.thinking is not None and in_reasoning:
+            pieces += [grammar.text_until(self.thinking.end), r"/\n{0,2}/"]
+        if self.opening and not calls:
+            pieces.append(f"{grammar.one_of([*map(grammar.marked, self.opening)])}?")
+        return grammar.sequence(*pieces) if pieces else ""
 
     def _read(self, reply: Reply, in_reasoning: bool) -> Steps[None]:
         thinking = self.thinking
         if thinking is not None and in_reasoning:
             yield from reply.thought(thinking)
         begin = self.begin if reply.calls_allowed and self.read_call is not None else ()
-        found = markers(*begin, *((thinking.begin,) if thinking else ()))
+        dropped = (*self.opening, *self.frame, *(self.stray if begin else ()))
+        found = markers(*begin, *((thinking.begin,) if thinking else ()), *dropped)
         bare = self.read_bare if reply.calls_allowed else None
         if bare is not None:
             yield from _attempt(reply, "", bare)
@@ -123,6 +135,8 @@ class OutputFormat:
                 yield from reply.thought(thinking)
                 if bare is not None:
                     yield from _attempt(reply, "", bare)
+            elif marker in dropped:
+                reply.content.marker()
             elif self.read_call is not None:
                 yield from _attempt(reply, marker, self.read_call)
         yield reply.content.finish()

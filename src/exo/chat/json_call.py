@@ -16,8 +16,9 @@ LONGEST_NAME = 256
 
 _STRING_PIECE = re.compile(r'[^"\\\x00-\x1f]*')
 _ANY = re.compile(r"[^\x00-\x1f]*")
+_NAME = ("name", "tool_name")
 _ARGUMENTS = ("arguments", "parameters")
-_ASIDE = ("type", "id")
+_ASIDE = ("type", "id", "tool_call_id")
 
 
 def write_json_call(grammar: Grammar, tools: Sequence[Tool], key: str = "arguments") -> str:
@@ -75,7 +76,7 @@ def _member(reply: Reply, found: _Found) -> Steps[bool]:
     if key is None or not (yield from scanner.either(":")):
         return False
     yield from scanner.space()
-    if key == "name" and found.name is None:
+    if key in _NAME and found.name is None:
         found.name = yield from json_string(scanner)
         return bool(found.name)
     if key in _ARGUMENTS and not found.begun and found.early is None:

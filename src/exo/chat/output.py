@@ -20,7 +20,22 @@ from exo.chat.formats.deepseek import DEEPSEEK_V3, DEEPSEEK_V31
 from exo.chat.formats.gemma import FUNCTION_GEMMA, GEMMA, GEMMA4
 from exo.chat.formats.harmony import HARMONY
 from exo.chat.formats.hermes import HERMES
+from exo.chat.formats.json_lists import (
+    APERTUS,
+    COHERE,
+    COMMAND_R,
+    GIGACHAT3,
+    GIGACHAT31,
+    GRANITE3,
+    LONGCAT,
+    MINIMAX_M1,
+    NEMOTRON,
+    TOOL_CALLS,
+    UNKNOWN,
+    XLAM,
+)
 from exo.chat.formats.kimi import KIMI
+from exo.chat.formats.kimi_k3 import KIMI_K3
 from exo.chat.formats.llama3 import LLAMA3
 from exo.chat.formats.mistral import MISTRAL, MISTRAL_ARRAY
 from exo.chat.formats.tags import GLM, MINIMAX, QWEN3_CODER
@@ -49,6 +64,18 @@ FORMATS: Mapping[str, OutputFormat] = {
         KIMI,
         MINIMAX,
         HARMONY,
+        APERTUS,
+        COHERE,
+        COMMAND_R,
+        GIGACHAT3,
+        GIGACHAT31,
+        GRANITE3,
+        KIMI_K3,
+        LONGCAT,
+        MINIMAX_M1,
+        NEMOTRON,
+        TOOL_CALLS,
+        XLAM,
     )
 }
 """Every format by name."""
@@ -58,6 +85,17 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (GEMMA4, ("<|tool_call>",)),
     (FUNCTION_GEMMA, ("<start_function_call>",)),
     (KIMI, ("<|tool_calls_section_begin|>",)),
+    (KIMI_K3, ("<|open|>", "<|sep|>")),
+    (APERTUS, ("<|tools_prefix|>",)),
+    (COHERE, ("<|START_ACTION|>",)),
+    (COMMAND_R, ("<|CHATBOT_TOKEN|>", "Action:", '"tool_name"')),
+    (GIGACHAT31, ("<|function_call|>", "<|role_sep|>")),
+    (GIGACHAT3, ("function call", "<|role_sep|>")),
+    (NEMOTRON, ("<TOOLCALL>",)),
+    (MINIMAX_M1, ("<tool_calls>", "<end_of_sentence>")),
+    (TOOL_CALLS, ("<tool_calls>[",)),
+    (LONGCAT, ("<longcat_tool_call>",)),
+    (XLAM, ("calls in a single JSON array",)),
     (DEEPSEEK_V3, (*DEEPSEEK_V3.begin, "```json")),
     (DEEPSEEK_V31, DEEPSEEK_V31.begin),
     (MISTRAL, ("[TOOL_CALLS]", "[ARGS]")),
@@ -67,6 +105,7 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (QWEN3_CODER, ("<tool_call>", "<function=", "<parameter=")),
     (HERMES, ("<tool_call>",)),
     (LLAMA3, ("<|python_tag|>",)),
+    (GRANITE3, ("<|tool_call|>",)),
     (GEMMA, ("tool_code",)),
     (GEMMA, ("<start_of_turn>", "tools", '"parameters"')),
     (LLAMA3, ("<|start_header_id|>", "tools", '"parameters"')),
@@ -84,8 +123,8 @@ _CHANNEL_DIALECT = "channel"
 def output_format(template: str | None, tool_format: str = "auto", reasoning_dialect: str = "none") -> OutputFormat:
     """The format that a card names, or else the one that its chat template gives away.
 
-    A template that reads ``tools`` and shows no format's marker is taken for Hermes'. Raises ``KeyError`` for a
-    ``tool_format`` that is neither "auto" nor in ``FORMATS``.
+    A template that reads ``tools`` and shows no format's marker has a format that is not ``known``. Raises ``KeyError``
+    for a ``tool_format`` that is neither "auto" nor in ``FORMATS``.
     """
     source = template or ""
     form = _recognised(source, reasoning_dialect) if tool_format == "auto" else FORMATS[tool_format]
@@ -99,7 +138,7 @@ def _recognised(template: str, dialect: str) -> OutputFormat:
             return form
     if dialect == _CHANNEL_DIALECT:
         return HARMONY
-    return HERMES if _TOOLS.search(template) else NONE
+    return UNKNOWN if _TOOLS.search(template) else NONE
 
 
 def _thinking(template: str, dialect: str) -> Thinking | None:

@@ -48,6 +48,18 @@ ToolFormat = Literal[
     "kimi",
     "minimax",
     "harmony",
+    "apertus",
+    "cohere",
+    "command-r",
+    "gigachat3",
+    "gigachat3.1",
+    "granite3",
+    "kimi-k3",
+    "longcat",
+    "minimax-m1",
+    "nemotron",
+    "tool-calls",
+    "xlam",
 ]
 """Those of ``exo.chat.output``, with which a test compares them."""
 
