@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from exo.chat.output import FORMATS, OutputFormat
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.chat.reply import Thinking
 from exo.chat.tools import Tool
 
@@ -86,23 +86,29 @@ def merged(parts: Iterable[Part]) -> list[Part]:
     """The parts with neighbours of one kind as one."""
     made: list[Part] = []
     for _, run in groupby(
-        parts, lambda part: (type(part), part.index if isinstance(part, ToolCall | Arguments) else 0)
+        parts, lambda part: (type(part), part.index if isinstance(part, ToolCall | Arguments | BrokenCall) else 0)
     ):
         pieces = list(run)
-        if isinstance(first := pieces[0], ToolCall):
+        if isinstance(first := pieces[0], ToolCall | BrokenCall):
             made += pieces
         else:
-            made.append(replace(first, text="".join(part.text for part in pieces if not isinstance(part, ToolCall))))
+            texts = [part.text for part in pieces if not isinstance(part, ToolCall | BrokenCall)]
+            made.append(replace(first, text="".join(texts)))
     return made
 
 
 def read(
-    by: OutputFormat, pieces: Iterable[str], tools: Sequence[Tool] | bool = TOOLS, *, in_reasoning: bool = False
+    by: OutputFormat,
+    pieces: Iterable[str],
+    tools: Sequence[Tool] | bool = TOOLS,
+    *,
+    in_reasoning: bool = False,
+    cut_off: bool = False,
 ) -> list[Part]:
-    """The parts of a reply that arrives in these pieces."""
+    """The parts of a reply that arrives in these pieces, and that something ``cut_off`` or the model ends."""
     parser = by.parser(tools=tools, in_reasoning=in_reasoning)
     parts = [part for piece in pieces for part in parser.push(piece)]
-    return merged([*parts, *parser.finish()])
+    return merged([*parts, *parser.finish(cut_off=cut_off)])
 
 
 def text_of(parts: Iterable[Part], kind: type[Content] | type[Reasoning]) -> str:

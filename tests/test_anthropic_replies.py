@@ -10,7 +10,7 @@ from exo.api.generation import Serving
 from exo.api.openai_chat import call_id
 from exo.api.reading import Ended, Reason, Said
 from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import Capabilities, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
@@ -75,9 +75,8 @@ def test_a_stream_of_reasoning_text_and_calls() -> None:
         + event("content_block_delta", ',"index":2,"delta":{"type":"input_json_delta","partial_json":"{\\"a\\""}')
     )
     data = wire.more(0, ended("tool_calls", Arguments(0, ":1}"), ToolCall(1, "g"), Arguments(1, "{}")))
-    kinds = [json.loads(line[6:])["type"] for line in data.decode().splitlines() if line.startswith("data: ")]
     one_more_block = ["content_block_stop", "content_block_start", "content_block_delta", "content_block_stop"]
-    assert kinds == ["content_block_delta", *one_more_block, "message_delta"]
+    assert kinds(data) == ["content_block_delta", *one_more_block, "message_delta"]
     assert b'"stop_reason":"tool_use"' in data
 
 
@@ -118,11 +117,32 @@ def test_a_whole_reply() -> None:
     )
 
 
-@pytest.mark.parametrize(("broken_off", "found"), [("", {}), ('{"a":[1,2', {"a": [1, 2]}), ('{"a":1,"b":"x', {"a": 1})])
-def test_a_call_that_the_limit_broke_off_tells_what_there_is(broken_off: str, found: dict[str, object]) -> None:
-    whole = json.loads(dialect().whole([Choice(calls=[Call("f", broken_off)], reason="length")], USAGE))
-    assert whole["content"][0]["input"] == found
-    assert whole["stop_reason"] == "max_tokens"
+@pytest.mark.parametrize("arguments", ["", '{"a":[1,2', '{"a":1,"b":"x'])
+def test_a_call_that_the_limit_cut_off_is_no_call(arguments: str) -> None:
+    call = Call("f", arguments, whole=False)
+    whole = json.loads(dialect().whole([Choice(content="x", calls=[call], reason="length")], USAGE))
+    assert (whole["content"], whole["stop_reason"]) == ([{"type": "text", "text": "x"}], "max_tokens")
+
+
+def kinds(data: bytes) -> list[str]:
+    return [json.loads(line[6:])["type"] for line in data.decode().splitlines() if line.startswith("data: ")]
+
+
+def test_the_block_of_a_call_that_the_limit_cut_off_does_not_stop() -> None:
+    wire = dialect()
+    wire.more(0, said(ToolCall(0, "f"), Arguments(0, '{"a":"hal')))
+    data = wire.more(0, ended("length", BrokenCall(0, True)))
+    assert kinds(data + wire.end(USAGE)) == ["message_delta", "message_stop"]
+    assert b'"stop_reason":"max_tokens"' in data
+
+
+def test_a_stream_with_a_broken_call_ends_with_an_error() -> None:
+    wire = dialect()
+    wire.more(0, said(ToolCall(0, "f"), Arguments(0, '{"a":"hal')))
+    data = wire.more(0, said(BrokenCall(0, False), Content("<f>")))
+    assert kinds(data) == ["content_block_start", "content_block_delta"]
+    assert b'"index":1' in data
+    assert kinds(wire.more(0, ended("stop")) + wire.end(USAGE)) == ["content_block_stop", "error"]
 
 
 def test_an_error_and_a_note() -> None:

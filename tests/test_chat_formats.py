@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from exo.chat.output import FORMATS
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from tests.replies import BAR, ONE_CALL, THE_CALL, TOOLS, form, fragments, merged, read, text_of
 
 NAMES = sorted(ONE_CALL)
@@ -66,17 +66,30 @@ def test_the_name_of_a_call_does_not_wait_for_its_end(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_call_cut_off_anywhere_gives_the_parts_so_far(name: str) -> None:
+def test_a_call_cut_off_anywhere_shows_no_markup_and_is_not_whole(name: str) -> None:
+    text = ONE_CALL[name]
+    for length in range(len(text)):
+        parts = read(form(name), [text[:length]], cut_off=True)
+        if not any(isinstance(part, ToolCall) for part in parts):
+            assert len(text_of(parts, Content)) < (2 if name in MARKED else text.index("get_weather") + 12), text[
+                :length
+            ]
+        elif merged(parts) != THE_CALL:
+            arguments = parts[1].text if isinstance(parts[1], Arguments) else ""
+            assert '{"city": "Paris", "days": 3}'.startswith(arguments)
+            assert not arguments.endswith("}")
+            assert parts == [THE_CALL[0], *([Arguments(0, arguments)] if arguments else []), BrokenCall(0, True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_that_its_model_does_not_end_is_text_or_completed(name: str) -> None:
     text = ONE_CALL[name]
     for length in range(len(text)):
         parts = read(form(name), [text[:length]])
-        if any(isinstance(part, ToolCall) for part in parts):
-            assert parts[0] == THE_CALL[0], text[:length]
-            arguments = parts[1].text if len(parts) > 1 and isinstance(parts[1], Arguments) else ""
-            assert '{"city": "Paris", "days": 3}'.startswith(arguments)
-            assert len(parts) <= 2, text[:length]
-        elif name != "harmony":
-            assert parts == ([Content(text[:length])] if length else [])
+        if parts[:2] != THE_CALL and name != "harmony":
+            broken = [part for part in parts if isinstance(part, BrokenCall)]
+            assert broken == [BrokenCall(0, False)] * any(isinstance(part, ToolCall) for part in parts)
+            assert text_of(parts, Content) == text[:length]
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -93,12 +106,13 @@ def test_what_only_begins_as_a_call_is_content(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if '{"city"' in ONE_CALL[name]])
-def test_what_follows_broken_json_is_content(name: str) -> None:
-    text = ONE_CALL[name].replace('"days": 3', '"days": tree')
+def test_a_call_with_broken_json_is_content(name: str) -> None:
+    text = "Look:\n" * (name in MARKED) + ONE_CALL[name].replace('"days": 3', '"days": tree')
     parts = read(form(name), text)
-    assert parts[:2] == [ToolCall(0, "get_weather"), Arguments(0, '{"city": "Paris", "days": ')]
-    assert isinstance(parts[2], Content)
-    assert parts[2].text.startswith("tree")
+    before = [Content("Look:")] * (name in MARKED)
+    call = [ToolCall(0, "get_weather"), Arguments(0, '{"city": "Paris", "days": ')]
+    assert parts[:-1] == [*before, *call, BrokenCall(0, False)]
+    assert text_of(parts, Content) == text.removesuffix("<|call|>")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,6 +239,7 @@ def test_text_that_is_no_call_is_content(name: str, text: str) -> None:
 def test_arguments_nested_beyond_reason_are_no_arguments() -> None:
     parts = read(form("hermes"), ['<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 10_000])
     assert parts[0] == ToolCall(0, "f")
+    assert BrokenCall(0, False) in parts
     assert len(text_of(parts, Content)) > 9_000
 
 

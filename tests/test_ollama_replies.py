@@ -14,7 +14,7 @@ from exo.api.ollama_replies import OllamaDialect
 from exo.api.openai_chat import call_id
 from exo.api.reading import Ended, Reason, Said
 from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import Capabilities, Logprob, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
@@ -106,9 +106,10 @@ def test_a_call_is_told_when_it_is_whole() -> None:
 
 def test_a_call_that_the_limit_broke_off_is_not_told() -> None:
     wire = dialect()
-    assert wire.more(0, ended("length", ToolCall(0, "f"), Arguments(0, '{"a":1,"b'))) == b""
+    assert wire.more(0, ended("length", ToolCall(0, "f"), Arguments(0, '{"a":1,"b'), BrokenCall(0, True))) == b""
     assert lines(wire.end(USAGE))[0]["done_reason"] == "length"
-    whole = json.loads(dialect().whole([Choice(calls=[Call("f", '{"a":1,"b')], reason="length")], USAGE))
+    cut = Call("f", '{"a":1,"b', whole=False)
+    whole = json.loads(dialect().whole([Choice(calls=[cut], reason="length")], USAGE))
     assert whole["message"] == {"role": "assistant", "content": ""}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from typing import Literal
 
 import pytest
 from pydantic import JsonValue, ValidationError
@@ -15,7 +16,7 @@ from exo.api.reply import Call, Choice
 from exo.api.responses_requests import ResponsesRequest, told
 from exo.api.responses_routes import ResponsesDialect, responses_request
 from exo.api.responses_store import ResponseStore, StoredResponse
-from exo.chat.parts import Arguments, Content, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import Capabilities, Logprob, SamplingParams, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
@@ -63,7 +64,7 @@ def event(number: int, kind: bytes, fields: bytes) -> bytes:
     return b'event: %b\ndata: {"type":"%b","sequence_number":%d,%b}\n\n' % (kind, kind, number, fields)
 
 
-def said(*parts: Content | Reasoning | ToolCall | Arguments, logprobs: tuple[TokenLogprobs, ...] = ()) -> Said:
+def said(*parts: Part, logprobs: tuple[TokenLogprobs, ...] = ()) -> Said:
     return Said(parts, (7,), logprobs)
 
 
@@ -152,6 +153,15 @@ def test_what_the_length_cuts_off_is_incomplete() -> None:
     assert last.endswith(event(7, b"response.output_item.done", b'"output_index":0,"item":' + item))
     response = RESPONSE % (b"incomplete", b'{"reason":"max_output_tokens"}', item, USED)
     assert dialect.end(USAGE) == event(8, b"response.incomplete", b'"response":' + response)
+
+
+@pytest.mark.parametrize(("cut_off", "reason"), [(True, "length"), (False, "stop")])
+def test_a_call_that_is_not_whole_is_an_incomplete_item(cut_off: bool, reason: Literal["length", "stop"]) -> None:
+    dialect = opened()
+    dialect.more(0, said(ToolCall(0, "f"), Arguments(0, '{"a":"hal')))
+    data = dialect.more(0, Ended((BrokenCall(0, cut_off),), reason, None, USAGE)).decode()
+    assert "response.function_call_arguments.done" not in data
+    assert '"status":"incomplete","call_id"' in data
 
 
 def test_logprobs_come_with_their_tokens_even_where_the_text_is_held_back() -> None:

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from exo.answers import CallId, Note, answer
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.chat_input import ChatInput
 from exo.chat_screen import AnswerScreen
 from exo.chat_settings import ChatSettings, SettingError
@@ -170,6 +170,8 @@ class _Said:
                 self.calls[index].id = name
             case Arguments(index, text):
                 self.calls[index].arguments += text
+            case BrokenCall(index, _):
+                del self.calls[index]
 
     def message(self) -> dict[str, JsonValue]:
         """As the conversation has it from now on."""

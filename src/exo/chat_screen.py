@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
 
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.terminal import printable
 
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
@@ -72,6 +72,8 @@ class AnswerScreen:
                 self._add("call", f"\n{name} " if self._kind == "call" else f"{name} ")
             case Arguments(_, text):
                 self._add("call", text)
+            case BrokenCall():
+                pass
 
     def _add(self, kind: Kind, text: str) -> None:
         if kind != self._kind:

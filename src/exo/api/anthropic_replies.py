@@ -1,7 +1,7 @@
 """Anthropic's messages: the reply, whole and in events, which are put together as bytes since there may be many."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic_core import from_json, to_json
@@ -12,8 +12,8 @@ from exo.api.generation import Serving
 from exo.api.openai_chat import call_id
 from exo.api.openai_replies import absent
 from exo.api.reading import Ended, Reason, Said
-from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.api.reply import Choice
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import PromptLogprobs, Usage
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
@@ -56,7 +56,7 @@ class AnthropicThinking(AnthropicReply):
 
 
 class AnthropicToolUse(AnthropicReply):
-    """A call. Of one that ``max_tokens`` broke off, ``input`` is what there was of it."""
+    """A call."""
 
     type: Literal["tool_use"] = "tool_use"
     id: str
@@ -97,15 +97,19 @@ def _event(kind: bytes, fields: bytes) -> bytes:
     return b"event: %b\n" % kind + sse.event(b'{"type":"%b"%b}' % (kind, fields))
 
 
-def _input(call: Call) -> dict[str, JsonValue]:
-    """What there is of a call's arguments, which the end of the reply may have broken off."""
-    found: Any = from_json(call.arguments or "{}", allow_partial=True)
-    return found
+_BROKEN_CALL = ErrorBody(
+    status=500, message="the model wrote a tool call that cannot be read; it must not be run", code="broken_tool_call"
+)
 
 
 @final
 class MessagesDialect:
-    """``/v1/messages``. ``max_tokens`` as the request has it; ``thinking`` is whether reasoning is told."""
+    """``/v1/messages``. ``max_tokens`` as the request has it; ``thinking`` is whether reasoning is told.
+
+    A call that is not whole must not look like one, since clients run what looks like one. A whole reply leaves it
+    out. In a stream, its block does not stop. Clients that complete its input on their own need the stop reason of a
+    reply that was cut off, or else an error at the end.
+    """
 
     media_type = sse.MEDIA_TYPE
 
@@ -118,6 +122,7 @@ class MessagesDialect:
         """The content block that is open: of text, of reasoning, or of the call with this index."""
         self._blocks = 0
         """How many there have been before it."""
+        self._broken = False
 
     def serving(self, serving: Serving) -> None:
         self._model = serving.model_id
@@ -130,7 +135,9 @@ class MessagesDialect:
         if choice.content:
             content.append(AnthropicText(text=choice.content))
         for index, call in enumerate(choice.calls):
-            content.append(AnthropicToolUse(id=self._call_id(index), name=call.name, input=_input(call)))
+            if call.whole:
+                arguments = from_json(call.arguments)
+                content.append(AnthropicToolUse(id=self._call_id(index), name=call.name, input=arguments))
         message = AnthropicReplyMessage(
             id=self._id,
             model=self._model,
@@ -159,13 +166,15 @@ class MessagesDialect:
         data = b"".join(self._part(part) for part in event.parts)
         if isinstance(event, Said):
             return data
+        if self._broken:
+            return data + self._close() + self.error(_BROKEN_CALL)
         reason = self._reason(event.reason, event.stop, event.usage)
         usage = _usage(event.usage, event.reasoning_tokens).model_dump_json().encode()
         delta = to_json({"stop_reason": reason, "stop_sequence": event.stop})
         return data + self._close() + _event(b"message_delta", b',"delta":' + delta + b',"usage":' + usage)
 
     def end(self, usage: Usage) -> bytes:
-        return _event(b"message_stop", b"")
+        return b"" if self._broken else _event(b"message_stop", b"")
 
     def error(self, body: ErrorBody) -> bytes:
         return b"event: error\n" + sse.event(body.anthropic())
@@ -188,6 +197,11 @@ class MessagesDialect:
                 return self._open(index, call.model_dump_json().encode())
             case Arguments(_, text):
                 return self._delta("input_json_delta", "partial_json", text)
+            case BrokenCall(_, cut_off):
+                self._block = None
+                self._blocks += 1
+                self._broken = self._broken or not cut_off
+                return b""
 
     def _open(self, block: type[Content] | type[Reasoning] | int, begun: bytes) -> bytes:
         """The block that what follows belongs to."""

@@ -14,7 +14,7 @@ from exo.api.openai_chat import call_id
 from exo.api.openai_replies import absent, token_text
 from exo.api.reading import Ended, Reason, Said
 from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, Content, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.worker.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
 
 DoneReason = Literal["stop", "length", "load", "unload"]
@@ -112,14 +112,6 @@ def _logprobs(items: Sequence[TokenLogprobs]) -> list[OllamaLogprob]:
     ]
 
 
-def _is_whole(call: Call) -> bool:
-    try:
-        from_json(call.arguments)
-    except ValueError:
-        return False
-    return True
-
-
 def _line(document: bytes) -> bytes:
     """A JSON document as one line, by whatever rule a client's lines end: U+2028 and the like are spelt out."""
     for character in "\u0085\u2028\u2029":
@@ -131,8 +123,8 @@ def _line(document: bytes) -> bytes:
 class OllamaDialect:
     """``/api/chat``, or else ``/api/generate``.
 
-    A call is told when it is whole, for its arguments are an object here. One that the end of the reply breaks off is
-    not told at all: clients run what they are told to call, whatever the reason for the end.
+    A call is told when it is whole, for its arguments are an object here. One that is not whole is not told at all:
+    clients run what they are told to call, whatever the reason for the end.
     """
 
     media_type = "application/x-ndjson"
@@ -157,7 +149,7 @@ class OllamaDialect:
         (choice,) = choices
         self._began = choice.began
         self._ends(choice.reason)
-        calls = [self._told(call) for call in choice.calls if _is_whole(call)]
+        calls = [self._told(call) for call in choice.calls if call.whole]
         logprobs = _logprobs(choice.logprobs) if self._logprobs else None
         return self._piece(choice.content, choice.reasoning, calls, self._outcome(usage, logprobs))
 
@@ -187,6 +179,8 @@ class OllamaDialect:
                 case Arguments(_, text):
                     assert self._call is not None
                     self._call.arguments += text
+                case BrokenCall():
+                    self._call = None
         if logprobs:
             lines.append(_line(self._piece("", "", [], {"logprobs": logprobs})))
         if isinstance(event, Ended):
@@ -206,7 +200,7 @@ class OllamaDialect:
 
     def _finished_call(self) -> list[bytes]:
         call, self._call = self._call, None
-        if call is None or not _is_whole(call):
+        if call is None:
             return []
         return [_line(self._piece("", "", [self._told(call)], {}))]
 

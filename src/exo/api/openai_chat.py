@@ -11,7 +11,7 @@ from exo.api.generation import Serving
 from exo.api.openai_replies import Chunks, CompletionUsage, Reply, absent, token_text
 from exo.api.reading import Ended, Reason, Said
 from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.worker.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
 
 
@@ -145,7 +145,8 @@ class ChatDialect(Chunks):
     def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
         if isinstance(event, PromptLogprobs):
             return b""
-        deltas = [self._delta(choice, part) for part in event.parts]
+        # A broken call has no words of its own here: its arguments end early, and the reply does not end for its calls.
+        deltas = [self._delta(choice, part) for part in event.parts if not isinstance(part, BrokenCall)]
         if isinstance(event, Ended):
             chunks = [self.chunk(b'{"index":%d,"delta":%b,"finish_reason":null' % (choice, each)) for each in deltas]
             last = self.chunk(b'{"index":%d,"delta":{},"finish_reason":"%b"' % (choice, event.reason.encode()))
@@ -167,7 +168,7 @@ class ChatDialect(Chunks):
             extra += b',"token_ids":' + to_json(said.tokens)
         return extra
 
-    def _delta(self, choice: int, part: Part) -> bytes:
+    def _delta(self, choice: int, part: Content | Reasoning | ToolCall | Arguments) -> bytes:
         match part:
             case Content(text):
                 return b'{"content":%b}' % to_json(text)

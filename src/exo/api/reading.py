@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exo.chat.output import OutputParser
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import Delta, Finished, PrefillProgress, PromptLogprobs, TokenLogprobs, Usage
 
 Reason = Literal["stop", "length", "tool_calls"]
@@ -38,13 +38,15 @@ ChoiceEvent = PrefillProgress | PromptLogprobs | Said | Ended
 class Reader:
     """Reads one sequence. Without a parser all text is content.
 
-    With ``parallel`` false, calls after the first are left out.
+    With ``parallel`` false, calls after the first are left out. A reply with a broken call does not end for its calls:
+    a stream cannot take back what it told of that one, and a client runs what it is told to.
     """
 
     def __init__(self, parser: OutputParser | None, *, parallel: bool = True) -> None:
         self._parser = parser
         self._parallel = parallel
         self._calls = 0
+        self._broken = False
         self._unread = 0
         self._reasoning_tokens = 0
 
@@ -60,8 +62,10 @@ class Reader:
                 assert event.reason != "cancelled"
                 parts = self._parts(event.text)
                 if self._parser is not None:
-                    parts += self._kept(self._parser.finish())
-                reason = "tool_calls" if self._calls and event.reason == "stop" else event.reason
+                    cut_off = event.reason == "length" or event.stop is not None
+                    parts += self._kept(self._parser.finish(cut_off=cut_off))
+                called = self._calls and not self._broken and event.reason == "stop"
+                reason = "tool_calls" if called else event.reason
                 self._count(parts)
                 return Ended(parts, reason, event.stop, event.usage, self._reasoning_tokens)
             case _:
@@ -80,9 +84,12 @@ class Reader:
 
     def _kept(self, parts: list[Part]) -> tuple[Part, ...]:
         self._calls += sum(isinstance(part, ToolCall) for part in parts)
-        if self._parallel or self._calls < 2:
-            return tuple(parts)
-        return tuple(part for part in parts if not isinstance(part, ToolCall | Arguments) or part.index == 0)
+        if not self._parallel and self._calls > 1:
+            parts = [
+                part for part in parts if not isinstance(part, ToolCall | Arguments | BrokenCall) or part.index == 0
+            ]
+        self._broken = self._broken or any(isinstance(part, BrokenCall) for part in parts)
+        return tuple(parts)
 
 
 def total_usage(usages: Mapping[int, Usage], n: int) -> Usage:

@@ -18,7 +18,7 @@ from exo.api.answer import cancel_when_client_leaves
 from exo.api.errors import INTERNAL_ERROR, ApiError, ErrorBody
 from exo.api.generation import Generation, Serving
 from exo.api.reading import ChoiceEvent, Ended, Reason, Said, total_usage
-from exo.chat.parts import Arguments, Content, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.worker.messages import PrefillProgress, PromptLogprobs, TokenLogprobs, Usage
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,11 @@ PLACE_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Call:
-    """One call of a tool. ``arguments`` is JSON text, broken off where the reply is."""
+    """One call of a tool. ``arguments`` is a JSON object, or the beginning of one where the call is not ``whole``."""
 
     name: str
     arguments: str = ""
+    whole: bool = True
 
 
 @dataclass(slots=True)
@@ -74,6 +75,8 @@ class Choice:
                     self.calls.append(Call(name))
                 case Arguments(index, text):
                     self.calls[index].arguments += text
+                case BrokenCall(index, _):
+                    self.calls[index].whole = False
         if isinstance(event, Said):
             self.began = self.began or time.monotonic_ns()
             self.tokens += event.tokens
@@ -81,6 +84,15 @@ class Choice:
         else:
             self.reason, self.stop, self.usage = event.reason, event.stop, event.usage
             self.reasoning_tokens = event.reasoning_tokens
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Takes broken calls back, whose text is content. One that the limit cut off stays, as the beginning it is."""
+        if self.reason == "length" or all(call.whole for call in self.calls):
+            return
+        self.calls = [call for call in self.calls if call.whole]
+        if self.calls:
+            self.reason = "tool_calls"
 
 
 class Dialect(Protocol):

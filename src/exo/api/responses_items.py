@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from exo.api.openai_chat import call_id, choice_logprobs
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import TokenLogprobs
 
 Tell = Callable[[str, dict[str, JsonValue]], bytes]
@@ -77,16 +77,19 @@ class Output:
                 item = self._calls[index]
                 item.text += text
                 return self._event("response.function_call_arguments.delta", item, {"delta": text})
+            case BrokenCall():
+                return self.close(complete=False)
 
     def close(self, *, complete: bool = True) -> bytes:
-        """Ends the last item; ``complete`` unless the output was cut off."""
+        """Ends the last item; ``complete`` unless the output was cut off or is a call that is none."""
         if not self.items or self.items[-1].status != "in_progress":
             return b""
         item = self.items[-1]
         item.status = "completed" if complete else "incomplete"
         done: dict[str, JsonValue] = {"output_index": len(self.items) - 1, "item": item.wire()}
         if item.type == "function_call":
-            data = self._event("response.function_call_arguments.done", item, {"arguments": item.text})
+            arguments: dict[str, JsonValue] = {"arguments": item.text}
+            data = self._event("response.function_call_arguments.done", item, arguments) if complete else b""
         else:
             where: dict[str, JsonValue] = {"content_index": 0}
             kind = "response.reasoning_text.done"

@@ -23,7 +23,7 @@ from exo.api.responses_items import Item, Output
 from exo.api.responses_requests import ResponsesRequest, stored_input, told
 from exo.api.responses_store import ResponseStore, StoredResponse
 from exo.api.services import Services
-from exo.chat.parts import Arguments, Content, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.worker.messages import PromptLogprobs, SamplingParams, Usage
 
 ResponseId = Annotated[str, Path(description="The id of a response.")]
@@ -87,12 +87,16 @@ class ResponsesDialect:
             self._output.add(Reasoning(choice.reasoning))
         if choice.content or not (choice.calls or choice.reasoning):
             self._output.add(Content(choice.content), tuple(choice.logprobs) if self._body.logprobs else ())
+        if choice.calls:
+            self._output.close(complete=choice.reason != "length" or not all(call.whole for call in choice.calls))
         for index, call in enumerate(choice.calls):
             self._output.add(ToolCall(index, call.name))
             self._output.add(Arguments(index, call.arguments))
+            if not call.whole:
+                self._output.add(BrokenCall(index, cut_off=True))
         self._cut_off = choice.reason == "length"
         self._reasoning_tokens = choice.reasoning_tokens
-        self._output.close(complete=not self._cut_off)
+        self._output.close(complete=not self._cut_off or bool(choice.calls))
         return to_json(self._finish(usage))
 
     def opening(self, choice: int, prompt_tokens: int = 0) -> bytes:
@@ -187,7 +191,7 @@ def _said(items: Sequence[Item]) -> list[dict[str, JsonValue]]:
     calls: list[JsonValue] = [
         {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.text}}
         for item in items
-        if item.type == "function_call"
+        if item.type == "function_call" and item.status == "completed"
     ]
     message: dict[str, JsonValue] = {"role": "assistant", "content": content}
     return [{**message, "tool_calls": calls} if calls else message]

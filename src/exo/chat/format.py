@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Protocol, final
 
 from exo.chat.lark import Grammar
-from exo.chat.parts import Arguments, Part, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Part, ToolCall
 from exo.chat.reply import Reply, Thinking
 from exo.chat.scanner import MORE, Scanner, Steps, markers
 from exo.chat.tools import Tool
@@ -30,8 +30,12 @@ class OutputParser(Protocol):
         """The parts that ``text`` makes certain."""
         ...
 
-    def finish(self) -> list[Part]:
-        """The parts held back when the reply ends, wherever it ends. Never raises."""
+    def finish(self, *, cut_off: bool = False) -> list[Part]:
+        """The parts held back when the reply ends, wherever it ends. Never raises.
+
+        ``cut_off`` where something other than the model ended the reply. Then an unfinished call is not completed, and
+        its markup is not content.
+        """
         ...
 
 
@@ -145,7 +149,7 @@ class OutputFormat:
 def _attempt(reply: Reply, marker: str, read: CallReader) -> Steps[None]:
     reply.open(marker)
     whole = yield from read(reply, marker)
-    yield reply.close(whole=whole)
+    yield from reply.end(whole=whole)
 
 
 @final
@@ -158,8 +162,8 @@ class _Parser:
         self._scanner.feed(text)
         return self._advance()
 
-    def finish(self) -> list[Part]:
-        self._scanner.ended = True
+    def finish(self, *, cut_off: bool = False) -> list[Part]:
+        self._scanner.end(cut_off=cut_off)
         return self._advance()
 
     def _advance(self) -> list[Part]:
@@ -178,11 +182,11 @@ def _merged(parts: list[Part]) -> list[Part]:
 
 
 def _kind(part: Part) -> tuple[type[Part], int]:
-    return type(part), part.index if isinstance(part, ToolCall | Arguments) else 0
+    return type(part), part.index if isinstance(part, ToolCall | Arguments | BrokenCall) else 0
 
 
 def _joined(run: list[Part]) -> Part:
     first = run[0]
-    if isinstance(first, ToolCall):
+    if isinstance(first, ToolCall | BrokenCall):
         return first
-    return replace(first, text="".join(part.text for part in run if not isinstance(part, ToolCall)))
+    return replace(first, text="".join(part.text for part in run if not isinstance(part, ToolCall | BrokenCall)))

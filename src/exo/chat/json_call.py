@@ -41,6 +41,8 @@ class _Found:
     early: str | None = None
     """Arguments that came before the name."""
     begun: bool = False
+    whole: bool = False
+    """The call has its name and its arguments, whatever comes behind them."""
 
 
 def json_call(reply: Reply, *, marked: bool) -> Steps[bool]:
@@ -55,16 +57,15 @@ def json_call(reply: Reply, *, marked: bool) -> Steps[bool]:
     end = ","
     while end == ",":
         if not (yield from _member(reply, found)):
-            return False
+            return found.whole
         yield from scanner.space()
         end = yield from scanner.either(",", "}")
-    if not end or found.name is None:
+    if found.whole:
+        return True
+    if not end or found.name is None or (found.early is None and not marked):
         return False
-    if not found.begun:
-        if found.early is None and not marked:
-            return False
-        yield reply.call(found.name)
-        yield reply.arguments(found.early or "{}")
+    yield reply.call(found.name)
+    yield reply.arguments(found.early or "{}")
     return True
 
 
@@ -92,7 +93,8 @@ def _arguments(reply: Reply, found: _Found) -> Steps[bool]:
         return found.early is not None
     found.begun = True
     yield reply.call(found.name)
-    return (yield from reply.json_arguments())
+    found.whole = yield from reply.json_arguments()
+    return found.whole
 
 
 def _object(scanner: Scanner) -> Steps[str | None]:

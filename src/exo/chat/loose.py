@@ -54,14 +54,12 @@ def loose_call(reply: Reply, name: str, notation: Notation) -> Steps[bool]:
             return False
         if before == "{":
             yield reply.call(name)
-        scanner.hold()
         yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
         before = ", "
         end = end.removeprefix(",")
     if before == "{":
         yield reply.call(name)
         yield reply.arguments(before)
-    scanner.hold()
     yield reply.arguments("}")
     return True
 

@@ -27,13 +27,22 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """More of the arguments of call ``index``: the texts of a whole call, put together, are one JSON object.
-
-    Those of a call that the model's output broke off are the beginning of one.
-    """
+    """More of the arguments of call ``index``. The texts of a whole call, put together, are one JSON object."""
 
     index: int
     text: str
 
 
-Part = Content | Reasoning | ToolCall | Arguments
+@dataclass(frozen=True, slots=True)
+class BrokenCall:
+    """Call ``index`` ends and is not whole: its arguments, put together, are no JSON object.
+
+    With ``cut_off``, the reply was cut off inside the call. Otherwise the model wrote something that is no call, and
+    the text of the call follows as content.
+    """
+
+    index: int
+    cut_off: bool
+
+
+Part = Content | Reasoning | ToolCall | Arguments | BrokenCall

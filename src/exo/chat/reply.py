@@ -7,7 +7,7 @@ from typing import final
 from pydantic import JsonValue
 
 from exo.chat.json_text import JsonObject
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.chat.scanner import Scanner, Steps, markers
 from exo.chat.tools import Tool
 
@@ -29,6 +29,7 @@ class Prose:
         self._part = part
         self._trim = trim
         self._space: list[str] = []
+        self._before_marker: tuple[list[str], bool] = ([], trim)
 
     def add(self, text: str) -> Part | None:
         """More text."""
@@ -44,8 +45,13 @@ class Prose:
 
     def marker(self) -> None:
         """A marker comes here."""
-        self._space.clear()
+        self._before_marker = (self._space, self._trim)
+        self._space = []
         self._trim = True
+
+    def unmark(self) -> None:
+        """The last marker was none, and nothing was added since."""
+        self._space, self._trim = self._before_marker
 
     def paragraph(self) -> None:
         """What is added from here on is a paragraph of its own."""
@@ -70,6 +76,7 @@ class Reply:
         self._schemas = {} if isinstance(tools, bool) else {tool.name: tool.parameters for tool in tools}
         self._calls = 0
         self._begun = False
+        self._marked = False
 
     def schema(self, name: str) -> Mapping[str, JsonValue]:
         """The JSON Schema of a tool's arguments; empty where it is unknown."""
@@ -77,12 +84,11 @@ class Reply:
 
     def open(self, marker: str = "") -> None:
         """A call may begin here, after ``marker``."""
-        self.scanner.hold(marker)
-        self._begun = False
+        self._marked = bool(marker)
+        self.next_call(marker)
 
     def call(self, name: str) -> ToolCall:
-        """A call begins: what was held of it is not given back any more."""
-        self.scanner.release()
+        """A call begins. Its text stays held until it is known to be whole."""
         self.content.marker()
         self._begun = True
         self._calls += 1
@@ -92,11 +98,24 @@ class Reply:
         """More arguments of the last call."""
         return Arguments(self._calls - 1, text) if text else None
 
-    def close(self, *, whole: bool) -> Part | None:
-        """The call ends here. If it is not ``whole``, what was held of it is content, unless the reply was cut off."""
+    def next_call(self, marker: str = "") -> None:
+        """A call ends here and is whole. Another one may begin, after ``marker``."""
+        self.scanner.hold(marker)
+        self._begun = False
+
+    def end(self, *, whole: bool) -> Steps[None]:
+        """A call, or the attempt to read one, ends here. What is not ``whole`` is content, unless it was cut off."""
         text = self.scanner.release()
-        cut_off = self._begun and self.scanner.at_end
-        return None if whole or cut_off or not text else self.content.add(text)
+        if whole:
+            return
+        cut_off = self.scanner.at_end and self.scanner.cut_off
+        if self._begun:
+            yield BrokenCall(self._calls - 1, cut_off)
+        if not text or (cut_off and (self._begun or self._marked or any(name in text for name in self._schemas))):
+            return
+        if self._begun:
+            self.content.unmark()
+        yield self.content.add(text)
 
     def several(self, begin: str, end: str, read: Callable[[], Steps[bool]]) -> Steps[bool]:
         """Reads calls that each come after ``begin``, the last one before ``end``; ``read`` reads one of them."""
@@ -104,27 +123,20 @@ class Reply:
         if not (yield from self.scanner.either(begin)):
             return False
         while (yield from read()):
-            yield self.close(whole=True)
-            self.open()
+            self.next_call()
             yield from self.scanner.space()
             if (yield from self.scanner.either(begin, end)) != begin:
                 return True  # a missing end is forgiven
         return False
 
     def json_arguments(self) -> Steps[bool]:
-        """Reads a JSON object as the last call's arguments. False where it is none, or is cut off.
-
-        What comes after them is held.
-        """
+        """Reads a JSON object as the last call's arguments. False where it is none, or is cut off."""
         found = JsonObject()
         while not found.whole and not found.broken:
             if not (yield from self.scanner.peek()):
                 return False
             self.scanner.advance(found.read)
             yield self.arguments(found.taken())
-        self.scanner.hold()
-        if text := found.pending():
-            yield self.content.add(text)
         return found.whole
 
     def thought(self, thinking: Thinking) -> Steps[None]:

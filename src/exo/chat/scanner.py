@@ -61,6 +61,8 @@ class Scanner:
     def __init__(self) -> None:
         self.ended = False
         """No more text will come."""
+        self.cut_off = False
+        """Something other than the model ended the text."""
         self._text = ""
         self._at = 0
         self._held: list[str] | None = None
@@ -79,6 +81,11 @@ class Scanner:
         """More text."""
         self._text = self._text[self._at :] + text
         self._at = 0
+
+    def end(self, *, cut_off: bool) -> None:
+        """No more text will come."""
+        self.ended = True
+        self.cut_off = cut_off
 
     def hold(self, text: str = "") -> None:
         """From here on, remember what is read, after ``text``."""
@@ -101,12 +108,13 @@ class Scanner:
         """Reads on behind the next marker and returns it; empty at the end. ``write`` gets the text before it."""
         while True:
             match = found.search(self._text, self._at)
-            unsure = 0 if match or self.ended else found.unsure(self._text, self._at)
+            unsure = 0 if match else self._unsure(found)
             if text := self._take(match.start() if match else len(self._text) - unsure):
                 yield write(text)
             if match:
                 return self._take(match.end())
             if self.ended:
+                self._take(len(self._text))
                 return ""
             yield MORE
 
@@ -151,6 +159,13 @@ class Scanner:
     def advance(self, read: Callable[[str, int], int]) -> None:
         """Reads as much of the text at hand as ``read`` does, which gets text and place and returns the next place."""
         self._take(read(self._text, self._at))
+
+    def _unsure(self, found: Markers) -> int:
+        """Characters at the end that may begin a marker. At the end of a reply that was cut off, one of them is not."""
+        if self.ended and not self.cut_off:
+            return 0
+        unsure = found.unsure(self._text, self._at)
+        return 0 if self.ended and unsure == 1 else unsure
 
     def _take(self, end: int) -> str:
         text, self._at = self._text[self._at : end], end

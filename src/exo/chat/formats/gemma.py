@@ -58,12 +58,11 @@ def _python_calls(reply: Reply, *, listed: bool) -> Steps[bool]:
         if not (yield from loose_call(reply, name, _PYTHON)):
             return False
         yield from scanner.space()
-        if listed and (end := (yield from scanner.either(",", "]"))) != ",":
-            return end == "]"
+        if listed and (yield from scanner.either(",", "]")) != ",":
+            return True  # a missing end is forgiven
         if not listed and not (yield from scanner.peek()).isidentifier():
             return True
-        yield reply.close(whole=True)
-        reply.open()
+        reply.next_call()
 
 
 def _write_python(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:

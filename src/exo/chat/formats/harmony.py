@@ -46,25 +46,26 @@ def _read(reply: Reply, in_reasoning: bool) -> Steps[None]:
                 yield reply.content.finish()
             continue
         if reply.calls_allowed and (function := _FUNCTION.search(header)):
-            end = yield from _call(reply, function[1])
+            end = yield from _call(reply, function[1], header)
         elif _REASONING.search(header):
             end = yield from _prose(reply, thoughts)
         else:
             end = yield from _prose(reply, reply.content)
 
 
-def _call(reply: Reply, name: str) -> Steps[str]:
+def _call(reply: Reply, name: str, header: str) -> Steps[str]:
+    """Reads on behind a call's header, and returns the marker at the end."""
     scanner = reply.scanner
     yield from scanner.space()
     if (yield from scanner.peek()) == "{":
+        reply.open(header)
         yield reply.call(name)
-        yield from reply.json_arguments()
-        yield from scanner.space()
-        end = yield from scanner.either(*_ENDS.texts)
-        held = scanner.release()
-        if end or scanner.at_end:
-            return end
-        yield reply.content.add(held)
+        whole = yield from reply.json_arguments()
+        yield from reply.end(whole=whole)
+        if whole:
+            yield from scanner.space()
+            if (end := (yield from scanner.either(*_ENDS.texts))) or scanner.at_end:
+                return end
     return (yield from _prose(reply, reply.content))
 
 

@@ -20,8 +20,7 @@ def _read(reply: Reply, marker: str) -> Steps[bool]:
     scanner = reply.scanner
     yield from scanner.space()
     while (yield from json_call(reply, marked=bool(marker))):
-        yield reply.close(whole=True)
-        reply.open()
+        reply.next_call()
         yield from scanner.space()
         yield from scanner.either(";")
         yield from scanner.space()

@@ -33,10 +33,9 @@ def _array(reply: Reply, marker: str) -> Steps[bool]:
         if not (yield from json_call(reply, marked=bool(marker))):
             return False
         yield from scanner.space()
-        if (end := (yield from scanner.either(",", "]"))) != ",":
-            return end == "]"
-        yield reply.close(whole=True)
-        reply.open(",")
+        if (yield from scanner.either(",", "]")) != ",":
+            return True  # a missing end is forgiven
+        reply.next_call(",")
 
 
 def _named(reply: Reply) -> Steps[bool]:

@@ -74,13 +74,11 @@ class _Tags:
         yield reply.call(name)
         before = "{"
         while follows == self.key:
-            scanner.hold(self.key)
             key = yield from self._key(scanner)
             schema = reply.schema(name)
             text = (yield from self._value(scanner, as_json=written_as_json(schema, key))) if key else None
             if text is None:
                 return False
-            scanner.hold()
             yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {to_json(text, schema, key)}")
             before = ", "
             yield from scanner.space()
