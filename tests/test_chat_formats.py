@@ -112,7 +112,9 @@ def test_a_call_with_broken_json_is_content(name: str) -> None:
     before = [Content("Look:")] * (name in MARKED)
     call = [ToolCall(0, "get_weather"), Arguments(0, '{"city": "Paris", "days": ')]
     assert parts[:-1] == [*before, *call, BrokenCall(0, False)]
-    assert text_of(parts, Content) == text.removesuffix("<|call|>")
+    content = text_of(parts, Content)
+    assert text.startswith(content)
+    assert text.index("tree") < len(content)
 
 
 @pytest.mark.parametrize("name", NAMES)

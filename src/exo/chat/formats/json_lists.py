@@ -56,8 +56,7 @@ class _JsonCalls:
             yield from scanner.space()
             if (yield from scanner.peek()) != "{":
                 break
-            yield reply.close(whole=True)
-            reply.open(comma)
+            reply.next_call(comma)
         if listed:
             yield from scanner.either("]")
             yield from scanner.space()
@@ -92,7 +91,8 @@ def _read_keyed(reply: Reply, marked: bool) -> Steps[bool]:
     if not (yield from reply.json_arguments()):
         return False
     yield from scanner.space()
-    return bool((yield from scanner.either("}")))
+    yield from scanner.either("}")
+    return True
 
 
 def _write_keyed(grammar: Grammar, tools: Sequence[Tool]) -> str:

@@ -52,14 +52,12 @@ def _call(reply: Reply) -> Steps[bool]:
         return whole
     before = "{"
     while follows == _ARGUMENT:
-        scanner.hold(_ARGUMENT)
         attributes = yield from _attributes(scanner)
         key = attributes.get("key")
         text: list[str] = []
         if key is None or not (yield from scanner.until(markers(_end("argument")), text.append)):
             return False
         value = _value("".join(text), attributes.get("type"), reply.schema(name), key)
-        scanner.hold()
         yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
         before = ", "
         yield from scanner.space()
