@@ -20,7 +20,12 @@ from tests.replies import ONE_CALL, THE_CALL, TOOLS, form, read, text_of
 NAMES = sorted(ONE_CALL)
 MARKERS = tuple(
     sorted(
-        {marker for name in NAMES for marker in form(name).begin if "<|open|>" not in marker}
+        {
+            marker
+            for name in NAMES
+            for marker in form(name).begin
+            if "<|open|>" not in marker and "minimax[" not in marker
+        }
         | {
             "</tool_call>",
             "[ARGS]",
@@ -37,6 +42,7 @@ MARKERS = tuple(
             "<|open|>",
             "<|close|>",
             "<|sep|>",
+            "]<]minimax[>[",
             "<|tool_call_begin|>",
             "<|tool_call_argument_begin|>",
             "<channel|>",
@@ -45,7 +51,7 @@ MARKERS = tuple(
     )
 )
 
-ENDS = ('"', "]", "}", "</parameter>", "</arg_value>", "<escape>", '<|"|>', "<|close|>argument<|sep|>")
+ENDS = ('"', "]", "}", "</parameter>", "</arg_value>", "<escape>", '<|"|>', "<|close|>argument<|sep|>", "]<]minimax[>[")
 """What a random walk would hardly ever write, and has to write to get on."""
 
 
@@ -188,6 +194,9 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "xlam": in_array(", "),
     "longcat": on_lines,
     "minimax-m1": on_lines,
+    "minimax-m3": lambda one: one.replace(
+        call := one[one.index("]<]minimax[>[<invoke") : one.rindex("]<]minimax[>[")], call + call
+    ),
     "kimi-k3": lambda one: one.replace(
         call := one[one.index("<|open|>call") : one.index("<|close|>tools")], call + call
     ),

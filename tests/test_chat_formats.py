@@ -187,6 +187,13 @@ VARIANTS: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
         '<minimax:tool_call><invoke name="time"></invoke><invoke name="f"></invoke></minimax:tool_call>',
         [("time", {}), ("f", {})],
     ),
+    (
+        "minimax-m3",
+        ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="f">]<]minimax[>[<a>]<]minimax[>[<k>true]<]minimax[>[</k>'
+        "]<]minimax[>[<l>]<]minimax[>[<item>1]<]minimax[>[</item>]<]minimax[>[<item><x>]<]minimax[>[</item>"
+        "]<]minimax[>[</l>]<]minimax[>[</a>]<]minimax[>[</invoke>]<]minimax[>[</tool_call>",
+        [("f", {"a": {"k": True, "l": [1, "<x>"]}})],
+    ),
     ("harmony", " to=functions.f<|channel|>commentary json<|message|>{}<|call|>", [("f", {})]),
     ("deepseek-v3.1", ONE_CALL["deepseek-v3"], [("get_weather", {"city": "Paris", "days": 3})]),
     (

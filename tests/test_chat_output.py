@@ -43,6 +43,7 @@ CARDS = Path(__file__).parent / "data" / "upstream_cards"
         ("<|open|>{{ tools }}<|sep|><|close|>", "kimi-k3"),
         ("{{ tools }} within <longcat_tool_call>", "longcat"),
         ("{{ tools }}<tool_calls></tool_calls><end_of_sentence>", "minimax-m1"),
+        ("{{ tools }}{% set ns_token = ']<]minimax[>[' %}{{ ns_token ~ '<tool_call>' }}", "minimax-m3"),
         ("{{ tools }}<TOOLCALL>[", "nemotron"),
         ("{{ tools }} as <tool_calls>[]</tool_calls>", "tool-calls"),
         ("{{ tools }} make calls in a single JSON array", "xlam"),

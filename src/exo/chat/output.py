@@ -37,6 +37,7 @@ from exo.chat.formats.json_lists import (
 from exo.chat.formats.kimi import KIMI
 from exo.chat.formats.kimi_k3 import KIMI_K3
 from exo.chat.formats.llama3 import LLAMA3
+from exo.chat.formats.minimax_m3 import MINIMAX_M3
 from exo.chat.formats.mistral import MISTRAL, MISTRAL_ARRAY
 from exo.chat.formats.tags import GLM, MINIMAX, QWEN3_CODER
 from exo.chat.reply import Thinking
@@ -73,6 +74,7 @@ FORMATS: Mapping[str, OutputFormat] = {
         KIMI_K3,
         LONGCAT,
         MINIMAX_M1,
+        MINIMAX_M3,
         NEMOTRON,
         TOOL_CALLS,
         XLAM,
@@ -92,6 +94,7 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (GIGACHAT31, ("<|function_call|>", "<|role_sep|>")),
     (GIGACHAT3, ("function call", "<|role_sep|>")),
     (NEMOTRON, ("<TOOLCALL>",)),
+    (MINIMAX_M3, ("]<]minimax[>[",)),
     (MINIMAX_M1, ("<tool_calls>", "<end_of_sentence>")),
     (TOOL_CALLS, ("<tool_calls>[",)),
     (LONGCAT, ("<longcat_tool_call>",)),

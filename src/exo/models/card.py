@@ -57,6 +57,7 @@ ToolFormat = Literal[
     "kimi-k3",
     "longcat",
     "minimax-m1",
+    "minimax-m3",
     "nemotron",
     "tool-calls",
     "xlam",
