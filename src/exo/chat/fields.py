@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from pydantic import JsonValue
 
+from exo.chat.argument_schema import Strings, argument_schema, strings
 from exo.chat.tools import Tool
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
@@ -26,11 +27,13 @@ class Field:
     name: str
     schema: JsonValue
     required: bool
+    parameters: Mapping[str, JsonValue]
+    """The schema of all arguments."""
 
     @property
     def is_text(self) -> bool:
-        """Whether every text is a right value, and nothing else is."""
-        return _is_text(self.schema)
+        """Whether every text is a right value. Then it is written as it stands, and nothing else is."""
+        return strings(self.schema, self.parameters).every
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -55,7 +58,7 @@ def fields(tool: Tool) -> list[Field]:
     rest: dict[str, JsonValue] = {str(name): {} for name in required if name not in properties}
     definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
     return [
-        Field(name, {**definitions, **value} if isinstance(value, dict) else value, name in required)
+        Field(name, {**definitions, **value} if isinstance(value, dict) else value, name in required, schema)
         for name, value in {**properties, **rest}.items()
         if value is not False
     ]
@@ -63,36 +66,37 @@ def fields(tool: Tool) -> list[Field]:
 
 def written_as_json(parameters: Mapping[str, JsonValue], name: str) -> bool:
     """Whether argument ``name`` of a tool with these ``parameters`` is known to be written as JSON."""
-    schema = _schema(parameters, name)
-    return schema is not None and not _is_text(schema) and not _choices(schema)
+    schema = argument_schema(parameters, name)
+    if schema is None:
+        return False
+    accepted = strings(schema, parameters)
+    return not accepted.every and not accepted.texts
 
 
 def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
-    """The JSON of the value that ``text`` stands for, as argument ``name`` of a tool with these ``parameters``."""
-    schema = _schema(parameters, name)
-    if not _is_text(schema) and not _choices(schema):
-        word = text.strip()
-        word = _PYTHON.get(word, word)
-        try:
-            value = json.loads(word, parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            return json.dumps(text, ensure_ascii=False)
-        if isinstance(value, str) or not (isinstance(schema, dict) and schema.get("type") == "string"):
-            return word
+    """The JSON of the value that ``text`` stands for, as argument ``name`` of a tool with these ``parameters``.
+
+    It is a string wherever the schema accepts that string. Where a rule such as a pattern leaves some strings out, a
+    grammar has the model write JSON, and so a string in quotes is what is in them.
+    """
+    schema = argument_schema(parameters, name)
+    accepted = Strings(frozenset()) if schema is None else strings(schema, parameters)
+    if accepted.every:
+        return _quoted(text)
+    if accepted.texts is not None and (choice := text if text in accepted.texts else text.strip()) in accepted.texts:
+        return _quoted(choice)
+    word = text.strip()
+    word = _PYTHON.get(word, word)
+    try:
+        value = json.loads(word, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return _quoted(text)
+    only_text = accepted.ruled or (isinstance(schema, dict) and schema.get("type") == "string") or _choices(schema)
+    return _quoted(text) if only_text and not isinstance(value, str) else word
+
+
+def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _schema(parameters: Mapping[str, JsonValue], name: str) -> JsonValue:
-    properties = parameters.get("properties")
-    return properties.get(name) if isinstance(properties, dict) else None
-
-
-def _is_text(schema: JsonValue) -> bool:
-    return (
-        isinstance(schema, dict)
-        and schema.get("type") == "string"
-        and schema.keys() <= {"type", *_NOTES, *_DEFINITIONS}
-    )
 
 
 def _choices(schema: JsonValue) -> tuple[str, ...]:
