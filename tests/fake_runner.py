@@ -19,13 +19,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Annotated, BinaryIO, NoReturn
+from typing import Annotated, BinaryIO, Literal, NoReturn
 
 import numpy as np
 from pydantic import BeforeValidator, JsonValue, ValidationError
 
 from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.effort import effort
 from exo.worker.messages import (
     Cancel,
     Capabilities,
@@ -95,6 +96,12 @@ class Options(Message):
     load_steps: int = 2
     load_gate: str = ""
     """A FIFO: loading goes on once somebody has opened it for writing."""
+    load_step_seconds: float = 0.0
+    """How long one of them takes, in which the heartbeat goes on."""
+    hang: Literal["estimate", "load", "request"] | None = None
+    """Where the main thread hangs, while another one goes on with the heartbeat."""
+    hang_computing: bool = False
+    """It hangs in a loop that computes."""
     fail_load: str = ""
     eos_after: int | None = None
     """Output tokens of one request before the end-of-generation token."""
@@ -248,6 +255,23 @@ class FakeRunner:
             time.sleep(1.0)  # for what is still to be said; a main thread that hangs says nothing
             os._exit(0)
 
+    def keep_beating(self) -> None:
+        """Has another thread send the heartbeat until the model is loaded."""
+
+        def beat() -> None:
+            while self.capabilities is None or self.options.hang == "request":
+                cpu_seconds, bytes_read = effort()
+                self.emit(Heartbeat(steps=0, active=0, waiting=0, cpu_seconds=cpu_seconds, bytes_read=bytes_read))
+                time.sleep(0.1)
+
+        threading.Thread(target=beat, daemon=True).start()
+
+    def hang(self) -> NoReturn:
+        self.keep_beating()
+        while True:
+            if not self.options.hang_computing:
+                time.sleep(0.1)
+
     def run(self) -> None:
         self.emit(Status(state="Idle"))
         while True:
@@ -298,7 +322,9 @@ class FakeRunner:
             self.fail(Failed(code="invalid_request", message=describe(error)[1]))
 
     def estimate(self, command: Load) -> None:
-        options = self.read_options(command)
+        self.options = options = self.read_options(command)
+        if options.hang == "estimate":
+            self.hang()
 
         def choice(n_ctx: int) -> Choice:
             later = options.memory + options.memory_per_token * n_ctx
@@ -318,8 +344,13 @@ class FakeRunner:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for number in range(options.stderr_lines):
             print(f"line {number} of {options.stderr_lines}", file=sys.stderr, flush=True)
+        if options.load_step_seconds:
+            self.keep_beating()
         for step in range(options.load_steps):
             self.emit(Status(state="Loading", layers_loaded=step, total_layers=options.load_steps))
+            time.sleep(options.load_step_seconds)
+        if options.hang == "load":
+            self.hang()
         if options.load_gate:
             Path(options.load_gate).read_bytes()
         if options.fail_load:
@@ -357,6 +388,8 @@ class FakeRunner:
         os._exit(0)
 
     def generate(self, request: Generate) -> None:
+        if self.options.hang == "request":
+            self.hang()
         prompt = tokenize(request.prompt)
         if self.capabilities is None:
             self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))

@@ -119,11 +119,13 @@ def test_limits_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("EXO_MAX_QUEUE", "7")
     monkeypatch.setenv("EXO_DRAIN_TIMEOUT", "0.5")
     monkeypatch.setenv("EXO_STALL_TIMEOUT", "9")
-    assert Settings.load().limits == Limits(max_queue=7, drain_seconds=0.5, stall_seconds=9)
+    monkeypatch.setenv("EXO_LOAD_TIMEOUT", "20")
+    assert Settings.load().limits == Limits(max_queue=7, drain_seconds=0.5, stall_seconds=9, load_seconds=20)
+    monkeypatch.delenv("EXO_LOAD_TIMEOUT")
     assert Limits.load(max_queue="0", drain=2, stall="3") == Limits(max_queue=0, drain_seconds=2, stall_seconds=3)
 
 
-@pytest.mark.parametrize("variable", ["EXO_MAX_QUEUE", "EXO_DRAIN_TIMEOUT", "EXO_STALL_TIMEOUT"])
+@pytest.mark.parametrize("variable", ["EXO_MAX_QUEUE", "EXO_DRAIN_TIMEOUT", "EXO_STALL_TIMEOUT", "EXO_LOAD_TIMEOUT"])
 @pytest.mark.parametrize("value", ["-1", "x", "1e9", "9999999", "nan"])
 def test_a_limit_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)

@@ -100,6 +100,8 @@ class Limits:
     """Bytes of the processors' memory that all models together may take; None is all but a margin."""
     keep_seconds: float = math.inf
     """How long a model stays loaded without being used, where its card does not say."""
+    load_seconds: float = 300
+    """How long loading a model may make no progress."""
 
     @classmethod
     def load(
@@ -112,8 +114,8 @@ class Limits:
         ttl: float | str | None = None,
     ) -> "Limits":
         """From the flags ``--max-queue``, ``--drain-timeout``, ``--stall-timeout``, ``--memory-limit`` and ``--ttl``,
-        where given, else from EXO_MAX_QUEUE, EXO_DRAIN_TIMEOUT, EXO_STALL_TIMEOUT, EXO_MEMORY_LIMIT and EXO_TTL. Times
-        are in seconds. Raises SettingsError.
+        where given, else from EXO_MAX_QUEUE, EXO_DRAIN_TIMEOUT, EXO_STALL_TIMEOUT, EXO_MEMORY_LIMIT and EXO_TTL. The
+        environment alone has EXO_LOAD_TIMEOUT. Times are in seconds. Raises SettingsError.
         """
         return cls(
             max_queue=_count(_given("--max-queue", max_queue, "EXO_MAX_QUEUE"), cls().max_queue),
@@ -121,6 +123,7 @@ class Limits:
             stall_seconds=_seconds(_given("--stall-timeout", stall, "EXO_STALL_TIMEOUT"), cls().stall_seconds),
             memory=_bytes(_given("--memory-limit", memory, "EXO_MEMORY_LIMIT")),
             keep_seconds=_seconds(_given("--ttl", ttl, "EXO_TTL"), cls().keep_seconds),
+            load_seconds=_seconds(_variable("EXO_LOAD_TIMEOUT"), cls().load_seconds),
         )
 
 

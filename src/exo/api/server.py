@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import anyio
 import uvicorn
+from uvicorn.lifespan.on import LifespanOn
 
 from exo.api.app import create_app
 from exo.api.log import OneLineFormatter
@@ -69,6 +70,7 @@ def serve_forever(
             app,
             http=cutting_off_after(settings.limits.stall_seconds),
             ws="none",
+            lifespan="on",
             log_config=None,
             access_log=False,
             proxy_headers=False,  # nothing here depends on what a proxy says of the client
@@ -92,6 +94,8 @@ def serve_forever(
                     tasks.cancel_scope.cancel()
 
         anyio.run(serve, backend_options={"use_uvloop": True})
+        if server.failed:
+            raise SystemExit(1)
 
 
 class _Server(uvicorn.Server):
@@ -110,11 +114,19 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None]:
         yield
 
+    @property
+    def failed(self) -> bool:
+        """Whether what the server works with has failed, at the start or later."""
+        return isinstance(self.lifespan, LifespanOn) and (self.lifespan.error_occurred or self.lifespan.startup_failed)
+
     async def main_loop(self) -> None:
         """Wakes up once a second, when the date in the replies changes; uvicorn's own does so ten times a second."""
         while not await self.on_tick(0):
             with anyio.move_on_after(1.0):
                 await self._stopping.wait()
+            if self.failed:
+                log.critical("the server cannot go on, for the reason above, and exits")
+                self.should_exit = True
 
 
 async def _stop_on_signal(

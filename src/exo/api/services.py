@@ -19,6 +19,7 @@ from exo.models.catalogue import Catalogue
 from exo.models.live_catalogue import LiveCatalogue
 from exo.models.meter import Progress
 from exo.worker.capacity import capacity
+from exo.worker.deadlines import Deadlines
 from exo.worker.host import Host, probe_host
 from exo.worker.instances import Instances
 from exo.worker.process import RunnerError
@@ -74,6 +75,7 @@ class Services:
                 settings.models_directories,
                 settings.log_directory,
                 commands,
+                Deadlines.of_load(settings.limits.load_seconds),
                 keep_seconds=settings.limits.keep_seconds,
                 on_measured=self._measured,
             ) as self.instances,
@@ -152,7 +154,10 @@ class Services:
     async def _save_speeds_now_and_then(self) -> None:
         while True:
             await anyio.sleep(_SAVE_SECONDS)
-            await run_sync(self.speeds.save, self.speeds.unsaved())
+            try:
+                await run_sync(self.speeds.save, self.speeds.unsaved())
+            except Exception:
+                log.exception("the measured speeds could not be saved")
 
     def _slots(self, model_id: str) -> int:
         return sum(runner.slots for runner in self.instances.live() if runner.model_id == model_id)
@@ -179,6 +184,9 @@ class Services:
         except (ApiError, RunnerError, TemplateError) as error:
             log.error("%s: %s", model, error)
             self.start_failures[model] = str(error)
+        except Exception as error:
+            log.exception("%s could not be loaded", model)
+            self.start_failures[model] = f"internal error: {error!r}"
 
 
 async def _tell_nobody(_: Progress) -> None:

@@ -1,6 +1,7 @@
 """The operating-system side of a runner: spawn, pipes, signals, reaping. Knows no states and no requests."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -14,8 +15,13 @@ from pydantic import ValidationError
 from exo.worker.messages import Command, Event
 from exo.worker.wire import decode_event, describe, encode
 
+log = logging.getLogger(__name__)
+
 _EXIT_SECONDS = 2.0
 """How long a child that has closed its output may take to exit, and its pipes to run dry after that."""
+REAP_SECONDS = 20.0
+"""How long a child may take to exit after SIGKILL. The driver may need seconds to free the memory of a large model; a
+child in uninterruptible sleep never exits."""
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _LINE_BYTES = 64 << 20
@@ -177,15 +183,21 @@ class Child(asyncio.SubprocessProtocol):
             self._heard_out.set_result(None)
 
     async def close(self) -> None:
-        """Ends the child if need be, and reaps it. What it has written to standard error is read, for two seconds."""
+        """Ends the child if need be, and reaps it. What it has written to standard error is read, for two seconds.
+
+        A child that does not exit after SIGKILL is abandoned, so that it cannot hold up the server for ever.
+        """
         self.end_input()
         self.signal(signal.SIGKILL)
         try:
             with anyio.move_on_after(_EXIT_SECONDS):
                 await self.closed.wait()
         finally:
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(REAP_SECONDS, shield=True):
                 await self.exited.wait()
+            if not self.exited.is_set():
+                message = "process %d has not exited %g seconds after SIGKILL and is abandoned; its memory stays taken"
+                log.error(message, self.pid, REAP_SECONDS)
             self._process.close()
 
 

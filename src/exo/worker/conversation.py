@@ -140,7 +140,7 @@ class Conversation:
         """Raises ``ProtocolError`` for a loop that has something to compute and stands still."""
         steps, since = self._steps
         now = time.monotonic()
-        if beat.steps != steps or not (beat.active or beat.waiting):
+        if beat.steps != steps or not (beat.active or beat.waiting or self.requests):
             self._steps = beat.steps, now
         elif now - since > self._step_seconds:
             raise ProtocolError(f"it has computed nothing for {self._step_seconds:g} seconds, with requests to serve")

@@ -12,6 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
 from exo.worker.admission import Resumed, Vocabulary
+from exo.worker.effort import effort
 from exo.worker.messages import (
     Delta,
     Deltas,
@@ -147,6 +148,7 @@ class Emitter:
     _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
     _outputs: dict[str, Output] = field(default_factory=dict[str, Output])
     _leaving: bool = False
+    _ready: bool = False
     _thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -169,13 +171,19 @@ class Emitter:
             try:
                 item = self._queue.get(timeout=max(0.0, beat - time.monotonic()))
             except Empty:
-                steps, active, waiting = self.load()
-                self._write([Heartbeat(steps=steps, active=active, waiting=waiting)])
+                self._write([self._heartbeat()])
                 beat = time.monotonic() + HEARTBEAT_SECONDS
                 continue
             if item is None:
                 return
             self._write(self._messages(item))
+
+    def _heartbeat(self) -> Heartbeat:
+        steps, active, waiting = self.load()
+        if self._ready:
+            return Heartbeat(steps=steps, active=active, waiting=waiting)
+        cpu_seconds, bytes_read = effort()
+        return Heartbeat(steps=steps, active=active, waiting=waiting, cpu_seconds=cpu_seconds, bytes_read=bytes_read)
 
     def _write(self, messages: list[Message]) -> None:
         if messages:
@@ -195,6 +203,9 @@ class Emitter:
                 return self._end(request, item)
             case Status(state="ShuttingDown"):
                 self._leaving = True
+                return [item]
+            case Status(state="Ready"):
+                self._ready = True
                 return [item]
             case _:
                 return [item]

@@ -258,7 +258,7 @@ class Instances:
             instance.decide(RunnerError(Failed(code="out_of_memory", message=message)))
         for name in verdicts.unload:
             log.info("%s is unloaded", self._instances[name].model_id)
-            self._tasks.start_soon(self._instances[name].process.close)
+            self._tasks.start_soon(self._close, self._instances[name])
         self._changed.set()
 
     async def _look_after(self) -> None:
@@ -281,7 +281,11 @@ class Instances:
             loaded = [each for each in self._ledger if each.state == "loaded"]
             by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
             if by_pid:
-                found = await run_sync(taken, list(by_pid), self._device_names, abandon_on_cancel=True)
+                try:
+                    found = await run_sync(taken, list(by_pid), self._device_names, abandon_on_cancel=True)
+                except Exception:
+                    log.exception("the memory of the runners could not be measured")
+                    continue
                 for pid, amount in found.items():
                     if self._ledger.entry(by_pid[pid].name) is by_pid[pid]:
                         self._ledger.measure(by_pid[pid].name, amount.host, amount.devices)
@@ -291,7 +295,15 @@ class Instances:
         entry = self._ledger.entry(instance.id)
         return instance.usable and entry is not None and not entry.leaving
 
+    async def _close(self, instance: Instance) -> None:
+        try:
+            await instance.process.close()
+        except Exception:
+            log.exception("%s could not be asked to end and is killed", instance.id)
+            instance.process.kill()
+
     async def _run(self, instance: Instance, predecessors: Sequence[RunnerProcess]) -> None:
+        """The life of an instance. What goes wrong in it ends this instance and no other."""
         process, health = instance.process, self._health[instance.kind]
 
         async def recover() -> None:
@@ -319,6 +331,8 @@ class Instances:
                 tasks.start_soon(count)
                 await process.run(after=predecessors, on_end=note)
                 tasks.cancel_scope.cancel()
+        except Exception:
+            log.exception("%s has ended by a mistake of the server's own", instance.id)
         finally:
             del self._instances[instance.id]
             self._ledger.release(instance.id)

@@ -381,12 +381,19 @@ class Failed(Message):
 
 
 class Heartbeat(Message):
-    """Sent about once a second. ``steps`` counts the loop's steps; a busy runner whose count stands still is stuck."""
+    """Sent about once a second. ``steps`` counts the loop's steps; a busy runner whose count stands still is stuck.
+
+    While it estimates or loads, ``cpu_seconds`` and ``bytes_read`` tell how much the process and its children have
+    computed and read since the process started. A load where these stand still and no progress is reported is stuck.
+    """
 
     type: Literal["heartbeat"] = "heartbeat"
     steps: int
     active: int
     waiting: int
+    cpu_seconds: float = 0.0
+    """Without the thread that sends heartbeats."""
+    bytes_read: int = 0
 
 
 Event = Annotated[

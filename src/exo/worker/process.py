@@ -1,9 +1,10 @@
 """One runner: a process with one loaded model, and everything that the server knows about it."""
 
 import asyncio
+import logging
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import final, overload
 
@@ -12,7 +13,7 @@ import anyio
 from exo.worker.answer import ANSWERS, Answer, AnswerEvent, Question
 from exo.worker.child import Child, ProtocolError, StderrLog, spawn
 from exo.worker.conversation import FINAL, LOADING, SERVING, Conversation, Recipient, for_request
-from exo.worker.deadlines import DEADLINES, Deadlines, Silence
+from exo.worker.deadlines import DEADLINES, Deadlines, Progress, Silence
 from exo.worker.diagnosis import diagnose
 from exo.worker.messages import (
     Cancel,
@@ -27,6 +28,7 @@ from exo.worker.messages import (
     Failed,
     Finished,
     Generate,
+    Heartbeat,
     Load,
     Rank,
     Ranked,
@@ -39,6 +41,8 @@ from exo.worker.messages import (
 from exo.worker.rate import Rate
 from exo.worker.request_events import RequestEvents
 from exo.worker.stopwatch import Count, Stopwatch
+
+log = logging.getLogger(__name__)
 
 _LAST_WORDS_SECONDS = 2.0
 """How long a runner whose state is final may go on talking before its process is ended."""
@@ -91,6 +95,10 @@ class RunnerProcess:
         self._log = log
         self._deadlines = deadlines
         self._silence = Silence(deadlines)
+        self._progress: Progress | None = None
+        """Of the estimate or the load that is going on."""
+        self._stalled = False
+        """It was ended because that made none."""
         self._conversation = Conversation(deadlines.step)
         self._life = anyio.CancelScope()
         self._child: Child | None = None
@@ -256,9 +264,12 @@ class RunnerProcess:
                 for predecessor in after:
                     await predecessor.ended()
                 failure = await self._live()
+        except Exception as error:  # a mistake of the server's own ends this runner and no other
+            log.exception("the server failed in its dealings with a runner, which is ended")
+            reason = f"the server failed in its dealings with the runner: {error!r}"
+            failure = Failed(code="runner_died", message=reason)
         finally:
-            on_end(failure)
-            self._end(failure)
+            self._end(failure, on_end)
 
     async def _live(self) -> Failed:
         """Spawns, serves and reaps. Returns why the process ended."""
@@ -295,6 +306,8 @@ class RunnerProcess:
     def _hear(self, event: Event) -> None:
         """Acts on a word of the runner's. Raises ``ProtocolError``."""
         self._silence.end()
+        if self._progress is not None:
+            self._follow(event, self._progress)
         if not self._greeted.is_set():
             self._greet(event)
         elif isinstance(event, Deltas):
@@ -310,13 +323,45 @@ class RunnerProcess:
             if self.status.state in FINAL:
                 self._final.set()
 
+    def _follow(self, event: Event, progress: Progress) -> None:
+        """Notes what ``event`` tells of the estimate or load. Raises ``ProtocolError`` if that makes no progress."""
+        match event:
+            case Estimated() | Status(capabilities=Capabilities()):
+                self._progress = None
+            case Status(state=state, layers_loaded=layers):
+                if (state, layers) != (self.status.state, self.status.layers_loaded):
+                    progress.report()
+            case Heartbeat():
+                wrong = progress.beat(event, asyncio.get_running_loop().time())
+                if wrong is not None:
+                    self._stalled = True
+                    raise ProtocolError(f"{wrong} {self._doing()}")
+            case _:
+                pass
+
+    def _doing(self) -> str:
+        """What has made no progress."""
+        match self.status:
+            case Status(state="Idle"):
+                started = self._admit is None or self._estimate.done()
+                return "after it was told to load" if started else "while it estimated the memory that loading takes"
+            case Status(state=state, layers_loaded=done, total_layers=total) if total:
+                return f"in the state {state} ({done} of {total})"
+            case Status(state=state):
+                return f"in the state {state}"
+
+    def _tell(self, command: Estimate | Load) -> None:
+        """Has the runner estimate or load."""
+        assert self._child is not None
+        self._progress = Progress(self._deadlines, asyncio.get_running_loop().time())
+        self._child.send(command)
+
     def _greet(self, first: Event) -> None:
         """The handshake: a runner says Idle, and is told what to load. Raises ``ProtocolError``."""
-        assert self._child is not None
         self._greeted.set()
         match first:
             case Status(state="Idle"):
-                self._child.send(self._load if self._admit is None else Estimate(load=self._load))
+                self._tell(self._load if self._admit is None else Estimate(load=self._load))
             case Failed(id=None):
                 self._conversation.take(first)
                 self._final.set()
@@ -331,7 +376,7 @@ class RunnerProcess:
             child.signal(signal.SIGKILL)
         else:
             table = {**self._load.table, **choice.settings}
-            child.send(self._load.model_copy(update={"table": table}))
+            self._tell(self._load.model_copy(update={"table": table}))
 
     async def _cut_off_if_silent(self, child: Child, verdict: list[str]) -> None:
         verdict.append(f"it {await self._silence.too_long(lambda: self.status.state in LOADING)}")
@@ -356,10 +401,15 @@ class RunnerProcess:
             return self._refused
         if self._conversation.last_word is not None:
             return self._conversation.last_word
-        return diagnose(how, stderr)
+        failed = diagnose(how, stderr)
+        if self._stalled and failed.code == "runner_died":  # another process would most likely hang alike
+            return failed.model_copy(update={"code": "model_load_failed"})
+        return failed
 
-    def _end(self, failure: Failed) -> None:
+    def _end(self, failure: Failed, on_end: Callable[[Failed], None]) -> None:
         self._failure = failure
-        self._stopwatch.close(asyncio.get_running_loop().time())
-        self._conversation.end(failure)
-        self._ended.set()
+        with ExitStack() as steps:  # in reverse order, and all of them, whichever fails, so that nobody waits for ever
+            steps.callback(self._ended.set)
+            steps.callback(self._conversation.end, failure)
+            steps.callback(self._stopwatch.close, asyncio.get_running_loop().time())
+            steps.callback(on_end, failure)
