@@ -56,12 +56,16 @@ ONE_CALL = {
     "kimi-k3": '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|><|open|>argument key="city" '
     'type="string"<|sep|>Paris<|close|>argument<|sep|><|open|>argument key="days" type="number"<|sep|>3'
     "<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>",
+    "lfm2": "<|tool_call_start|>[get_weather(city='Paris', days=3)]<|tool_call_end|>",
+    "llama4": '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}',
     "longcat": '<longcat_tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n'
     "</longcat_tool_call>",
     "minimax-m1": '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_calls>',
     "minimax-m3": ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">]<]minimax[>[<city>Paris'
     "]<]minimax[>[</city>]<]minimax[>[<days>3]<]minimax[>[</days>]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>",
     "nemotron": '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]</TOOLCALL>',
+    "olmo3": "<function_calls>\nget_weather(city='Paris', days=3)\n</function_calls>",
+    "pythonic": "[get_weather(city='Paris', days=3)]",
     "tool-calls": '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]</tool_calls>',
     "xlam": '[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]',
 }

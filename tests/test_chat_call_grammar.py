@@ -165,6 +165,12 @@ def in_array(between: str) -> Callable[[str], str]:
     return twice
 
 
+def in_list(one: str) -> str:
+    """For the formats in which all calls are in one list."""
+    call = one[one.index("get_weather") : one.rindex("]")]
+    return one.replace(call, f"{call}, {call}")
+
+
 def on_lines(one: str) -> str:
     """For the formats in which each call is on a line of its own, inside one pair of markers."""
     call = one[one.index("\n") : one.rindex("\n")]
@@ -191,7 +197,11 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "granite3": in_array(", "),
     "nemotron": in_array(", "),
     "tool-calls": in_array(", "),
+    "olmo3": on_lines,
+    "pythonic": in_list,
     "xlam": in_array(", "),
+    "llama4": lambda one: f"{one}; {one}",
+    "lfm2": in_list,
     "longcat": on_lines,
     "minimax-m1": on_lines,
     "minimax-m3": lambda one: one.replace(

@@ -13,7 +13,7 @@ from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, Tool
 from tests.replies import BAR, ONE_CALL, THE_CALL, TOOLS, form, fragments, merged, read, text_of
 
 NAMES = sorted(ONE_CALL)
-MARKED = [name for name in NAMES if name not in ("llama3", "harmony", "xlam")]
+MARKED = [name for name in NAMES if name not in ("llama3", "llama4", "harmony", "pythonic", "xlam")]
 
 
 def calls(parts: Sequence[Part]) -> list[tuple[str, JsonValue]]:
@@ -187,6 +187,20 @@ VARIANTS: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
         '<minimax:tool_call><invoke name="time"></invoke><invoke name="f"></invoke></minimax:tool_call>',
         [("time", {}), ("f", {})],
     ),
+    ("lfm2", "<|tool_call_start|>[f(a='it's', b=\"x\")]<|tool_call_end|>", [("f", {"a": "it's", "b": "x"})]),
+    ("lfm2", '<|tool_call_start|>[{"name": "f", "arguments": {}}]<|tool_call_end|>', [("f", {})]),
+    (
+        "lfm2",
+        "<|tool_call_start|>[mcp.read-file(a=None), g()]<|tool_call_end|>",
+        [("mcp.read-file", {"a": None}), ("g", {})],
+    ),
+    (
+        "olmo3",
+        "<function_calls>\nf(a=true)\ng(b=[1, 'x'])\n</function_calls>",
+        [("f", {"a": True}), ("g", {"b": [1, "x"]})],
+    ),
+    ("pythonic", "<|python_start|>[f(a=1)]<|python_end|>", [("f", {"a": 1})]),
+    ("llama4", '<|python_start|>{"name": "f", "parameters": {}}<|python_end|>', [("f", {})]),
     (
         "minimax-m3",
         ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="f">]<]minimax[>[<a>]<]minimax[>[<k>true]<]minimax[>[</k>'

@@ -46,6 +46,12 @@ CARDS = Path(__file__).parent / "data" / "upstream_cards"
         ("{{ tools }}{% set ns_token = ']<]minimax[>[' %}{{ ns_token ~ '<tool_call>' }}", "minimax-m3"),
         ("{{ tools }}<TOOLCALL>[", "nemotron"),
         ("{{ tools }} as <tool_calls>[]</tool_calls>", "tool-calls"),
+        ("{{ tools }}<|tool_call_start|>[", "lfm2"),
+        ("List of tools: <|tool_list_start|>[{{ tools }}]<|tool_list_end|>", "lfm2"),
+        ("<|im_start|>system List of tools: [{{ tools }}]", "lfm2"),
+        ("{{ tools }}<function_calls>f()</function_calls>", "olmo3"),
+        ("<|start_header_id|>{{ tools }} in the format [func_name1(x=1)]", "pythonic"),
+        ('<|header_start|>{{ tools }} Respond in the format {"name": x, "parameters": y}', "llama4"),
         ("{{ tools }} make calls in a single JSON array", "xlam"),
     ],
 )

@@ -13,6 +13,7 @@ from exo.chat.scanner import Scanner, Steps, markers
 
 _KEY = re.compile(r"[^\s=:,(){}\[\]<>\"']*")
 _WORD = re.compile(r"[^\s=:,(){}\[\]<\"']*")
+_AFTER_STRING = ("", ",", ":", ")", "]", "}")
 _ANY = re.compile(r".*", re.DOTALL)
 _LONGEST_WORD = 400
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
@@ -107,9 +108,15 @@ def _plain_string(scanner: Scanner, quote: str) -> Steps[str | None]:
 
 def _string(scanner: Scanner, quote: str) -> Steps[str | None]:
     pieces: list[str] = []
-    while (end := (yield from scanner.until(markers(quote, "\\"), pieces.append))) == "\\":
-        pieces += [end, (yield from scanner.run(_ANY, 1))]
-    return _quoted(_unescaped("".join(pieces))) if end else None
+    while end := (yield from scanner.until(markers(quote, "\\"), pieces.append)):
+        if end == "\\":
+            pieces += [end, (yield from scanner.run(_ANY, 1))]
+            continue
+        space = yield from scanner.space()
+        if (yield from scanner.peek()) in _AFTER_STRING:
+            return _quoted(_unescaped("".join(pieces)))
+        pieces += [end, space]  # an apostrophe that should have been escaped
+    return None
 
 
 def _unescaped(inside: str) -> str:

@@ -36,9 +36,10 @@ from exo.chat.formats.json_lists import (
 )
 from exo.chat.formats.kimi import KIMI
 from exo.chat.formats.kimi_k3 import KIMI_K3
-from exo.chat.formats.llama3 import LLAMA3
+from exo.chat.formats.llama3 import LLAMA3, LLAMA4
 from exo.chat.formats.minimax_m3 import MINIMAX_M3
 from exo.chat.formats.mistral import MISTRAL, MISTRAL_ARRAY
+from exo.chat.formats.pythonic import LFM2, OLMO3, PYTHONIC
 from exo.chat.formats.tags import GLM, MINIMAX, QWEN3_CODER
 from exo.chat.reply import Thinking
 
@@ -72,10 +73,14 @@ FORMATS: Mapping[str, OutputFormat] = {
         GIGACHAT31,
         GRANITE3,
         KIMI_K3,
+        LFM2,
+        LLAMA4,
         LONGCAT,
         MINIMAX_M1,
         MINIMAX_M3,
         NEMOTRON,
+        OLMO3,
+        PYTHONIC,
         TOOL_CALLS,
         XLAM,
     )
@@ -98,6 +103,12 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (MINIMAX_M1, ("<tool_calls>", "<end_of_sentence>")),
     (TOOL_CALLS, ("<tool_calls>[",)),
     (LONGCAT, ("<longcat_tool_call>",)),
+    (LFM2, ("<|tool_call_start|>",)),
+    (LFM2, ("<|tool_list_start|>",)),
+    (LFM2, ("List of tools: [", "<|im_start|>")),
+    (OLMO3, ("<function_calls>",)),
+    (PYTHONIC, ("[func_name1(",)),
+    (LLAMA4, ("<|header_start|>", "tools", '"parameters"')),
     (XLAM, ("calls in a single JSON array",)),
     (DEEPSEEK_V3, (*DEEPSEEK_V3.begin, "```json")),
     (DEEPSEEK_V31, DEEPSEEK_V31.begin),

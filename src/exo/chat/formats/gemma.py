@@ -15,13 +15,12 @@ from exo.chat.format import OutputFormat
 from exo.chat.json_call import LONGEST_NAME, json_call
 from exo.chat.lark import Grammar
 from exo.chat.loose import Notation, loose_call
+from exo.chat.python_calls import python_calls, writable, write_python_calls
 from exo.chat.reply import Reply, Thinking
 from exo.chat.scanner import Steps
 from exo.chat.tools import Tool
 
 _CODE, _JSON, _FENCE = "```tool_code", "```json", "```"
-_NAME = re.compile(r"[\w.]*")
-_PYTHON = Notation(assign="=", close=")")
 
 
 def _read_fenced(reply: Reply, marker: str) -> Steps[bool]:
@@ -31,7 +30,7 @@ def _read_fenced(reply: Reply, marker: str) -> Steps[bool]:
         whole = yield from json_call(reply, marked=False)
     else:
         printed = yield from scanner.either("print(")
-        whole = yield from _python_calls(reply, listed=bool((yield from scanner.either("["))))
+        whole = yield from python_calls(reply, listed=bool((yield from scanner.either("["))))
         if whole and printed:
             yield from scanner.either(")")
     if whole:
@@ -43,48 +42,13 @@ def _read_fenced(reply: Reply, marker: str) -> Steps[bool]:
 def _read_bare(reply: Reply, marker: str) -> Steps[bool]:
     yield from reply.scanner.space()
     if (yield from reply.scanner.either("[")):
-        return (yield from _python_calls(reply, listed=True))
+        return (yield from python_calls(reply, listed=True))
     return (yield from json_call(reply, marked=bool(marker)))
 
 
-def _python_calls(reply: Reply, *, listed: bool) -> Steps[bool]:
-    """Reads calls with white space or commas between them; those ``listed`` are in brackets, one of which was read."""
-    scanner = reply.scanner
-    while True:
-        yield from scanner.space()
-        name = yield from scanner.run(_NAME, LONGEST_NAME)
-        if not name or not (yield from scanner.either("(")):
-            return False
-        if not (yield from loose_call(reply, name, _PYTHON)):
-            return False
-        yield from scanner.space()
-        if listed and (yield from scanner.either(",", "]")) != ",":
-            return True  # a missing end is forgiven
-        if not listed and not (yield from scanner.peek()).isidentifier():
-            return True
-        reply.next_call()
-
-
-def _write_python(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
-    calls: list[str] = []
-    for tool in tools:
-        members = [
-            (grammar.sequence(grammar.plain(_checked(field.name) + "="), grammar.json(field.schema)), field.required)
-            for field in fields(tool)
-        ]
-        calls.append(
-            grammar.sequence(
-                grammar.plain(_checked(tool.name) + "("), grammar.listed(members, ", "), grammar.plain(")")
-            )
-        )
-    several = grammar.several(grammar.one_of(calls), "\n", parallel)
-    return grammar.sequence(grammar.marked(_CODE + "\n"), several, grammar.marked("\n" + _FENCE))
-
-
-def _checked(name: str) -> str:
-    if not name.isidentifier():
-        raise ValueError(f"in this model's call format, nothing can be called {name!r}")
-    return name
+def _write_fenced(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
+    calls = write_python_calls(grammar, tools, parallel, "\n")
+    return grammar.sequence(grammar.marked(_CODE + "\n"), calls, grammar.marked("\n" + _FENCE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +86,7 @@ class _Marked:
         return grammar.several(call, "", parallel)
 
     def _argument(self, grammar: Grammar, field: Field) -> str:
-        name = grammar.plain(_checked(field.name) + ":")
+        name = grammar.plain(writable(field.name) + ":")
         if field.is_text:
             return grammar.sequence(name, grammar.marked(self.quote), grammar.text_until(self.quote))
         if not field.choices:
@@ -136,7 +100,7 @@ _FUNCTION_GEMMA = _Marked("<start_function_call>", "<end_function_call>", "<esca
 _GEMMA4 = _Marked("<|tool_call>", "<tool_call|>", '<|"|>')
 
 GEMMA = OutputFormat(
-    "gemma", begin=(_CODE, _JSON), read_call=_read_fenced, read_bare=_read_bare, write_calls=_write_python
+    "gemma", begin=(_CODE, _JSON), read_call=_read_fenced, read_bare=_read_bare, write_calls=_write_fenced
 )
 FUNCTION_GEMMA = OutputFormat(
     "function-gemma",

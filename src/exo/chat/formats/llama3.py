@@ -1,10 +1,11 @@
-"""The JSON calls of Llama 3.1 to 3.3: ``{"name": …, "parameters": {…}}``, perhaps after ``<|python_tag|>``.
+"""The JSON calls of Llama 3.1 to 4: ``{"name": …, "parameters": {…}}``, perhaps after ``<|python_tag|>``.
 
 Published in Meta's repository llama-models (models/llama3_1/prompt_format.md and its successors). The object is the
 whole reply; where there are several, ";" is between them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from exo.chat.format import OutputFormat
 from exo.chat.json_call import json_call, write_json_call
@@ -32,3 +33,4 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
 
 
 LLAMA3 = OutputFormat("llama3", special=True, begin=(_BEGIN,), read_call=_read, read_bare=_read, write_calls=_write)
+LLAMA4 = replace(LLAMA3, name="llama4", begin=("<|python_start|>",), frame=("<|python_end|>",))
