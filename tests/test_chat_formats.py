@@ -226,7 +226,21 @@ VARIANTS: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), VARIANTS)
+UNWRAPPED: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
+    ("qwen3-coder", "<function=time>\n</function>\n</tool_call>", [("time", {})]),
+    ("qwen3-coder", "<function=time></function><function=time></function>", [("time", {}), ("time", {})]),
+    ("minimax", '<invoke name="time"></invoke></minimax:tool_call>', [("time", {})]),
+    ("kimi", "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>", [("f", {})]),
+    (
+        "deepseek-v3.1",
+        f"<{BAR}tool▁call▁begin{BAR}>f<{BAR}tool▁sep{BAR}>{{}}<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>",
+        [("f", {})],
+    ),
+]
+"""With the markers around all calls left out."""
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), [*VARIANTS, *UNWRAPPED])
 def test_variants_that_models_write(name: str, text: str, expected: list[tuple[str, JsonValue]]) -> None:
     for pieces in (text, [text]):
         parts = read(form(name), pieces)
@@ -252,6 +266,8 @@ def test_variants_that_models_write(name: str, text: str, expected: list[tuple[s
         ("glm", "<tool_call>not a call</tool_call>"),
         ("qwen3-coder", "<tool_call><function=f>text</function></tool_call>"),
         ("mistral", "[TOOL_CALLS]f says hello"),
+        ("qwen3-coder", "Write <function=other></function> then."),
+        ("qwen3-coder", "<function=time> begins one."),
     ],
 )
 def test_text_that_is_no_call_is_content(name: str, text: str) -> None:

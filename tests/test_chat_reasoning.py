@@ -17,7 +17,15 @@ GEMMA4 = FORMATS["gemma4"]
     ("name", "text", "expected"),
     [
         ("none", "<think>\nHm.\n</think>\n\nYes.", [Reasoning("Hm."), Content("Yes.")]),
-        ("none", "\n<think>a</think>b<think>c</think>", [Reasoning("a"), Content("b"), Reasoning("c")]),
+        ("none", "\n<think>a</think>b<think>c</think>", [Reasoning("a"), Content("b<think>c</think>")]),
+        ("none", "It opens <think> and closes </think> then.", [Content("It opens <think> and closes </think> then.")]),
+        ("none", "<think>\n\n</think>\n\n<think>a</think>b", [Reasoning("a"), Content("b")]),
+        ("none", "<think>\n<think>\na</think>b", [Reasoning("a"), Content("b")]),
+        ("none", "\n</think>\n\nYes.", [Content("Yes.")]),
+        ("none", "</think><think>a</think>b", [Reasoning("a"), Content("b")]),
+        ("none", "<think><thin", [Reasoning("<thin")]),
+        ("none", " <thin", [Content(" <thin")]),
+        ("gemma4", "a<|channel>thought\nHm.\n<channel|>b", [Content("a"), Reasoning("Hm."), Content("b")]),
         ("none", "<think>\n\n</think>\n\nYes.", [Content("Yes.")]),
         ("none", "<think>cut off </th", [Reasoning("cut off </th")]),
         ("none", "a <thin b", [Content("a <thin b")]),
@@ -66,6 +74,56 @@ def test_mistral_marks_reasoning_with_brackets_that_are_control_tokens() -> None
 def test_a_prompt_may_begin_the_reasoning(by: OutputFormat, prompt: str, reply: str) -> None:
     assert by.starts_in_reasoning(f"earlier</think>{prompt}")
     assert read(by, reply, in_reasoning=True) == [Reasoning("Hm."), Content("Yes.")]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>\nHm.</think>Yes.", [Reasoning("Hm."), Content("Yes.")]),
+        ("\n<think>\n<think>Hm.</think>Yes.", [Reasoning("Hm."), Content("Yes.")]),
+        ("Say <think>.</think>Yes.", [Reasoning("Say <think>."), Content("Yes.")]),
+    ],
+)
+def test_a_model_may_begin_reasoning_that_the_prompt_has_begun(
+    text: str, expected: list[Part], one_by_one: bool
+) -> None:
+    assert read(TAGS, text if one_by_one else [text], in_reasoning=True) == expected
+
+
+CALLING = sorted(set(ONE_CALL) - {"llama3", "harmony"})
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("name", [name for name in CALLING if form(name).begin])
+def test_a_call_in_reasoning_that_never_ends_is_a_call(name: str, one_by_one: bool) -> None:
+    text = f"I should look.\n{ONE_CALL[name]}\n"
+    assert read(form(name), text if one_by_one else [text], in_reasoning=True) == [
+        Reasoning("I should look."),
+        *THE_CALL,
+    ]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("name", [name for name in CALLING if form(name).begin])
+def test_the_draft_of_a_call_in_reasoning_that_ends_is_reasoning(name: str, one_by_one: bool) -> None:
+    thinking = form(name).thinking
+    assert thinking is not None
+    text = f"Like {ONE_CALL[name]}?\n{thinking.end}\n\nYes. {ONE_CALL[name]}"
+    parts = read(form(name), text if one_by_one else [text], in_reasoning=True)
+    assert parts == [Reasoning(f"Like {ONE_CALL[name]}?"), Content("Yes."), *THE_CALL]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_what_only_looks_like_a_call_in_reasoning_that_never_ends_is_reasoning(one_by_one: bool) -> None:
+    text = "I could write <tool_call> here, or <tool_call>{} there. "
+    parts = read(form("hermes"), text if one_by_one else [text], in_reasoning=True)
+    assert parts == [Reasoning(text)]
+
+
+def test_a_call_in_reasoning_that_the_limit_cut_off_is_reasoning() -> None:
+    text = f"Like {ONE_CALL['hermes']}"
+    assert read(form("hermes"), text, in_reasoning=True, cut_off=True) == [Reasoning(text)]
 
 
 @pytest.mark.parametrize(

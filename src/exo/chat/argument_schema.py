@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-_MOST_SUBSCHEMAS = 500
+_MOST_SUBSCHEMAS = 200
 _OTHER_TYPES = {
     "properties",
     "required",

@@ -4,6 +4,7 @@ Several formats write a text as it stands and everything else as JSON, so that o
 "7" from the number. A reader and a grammar that agree on which is which are here.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class Field:
     name: str
     schema: JsonValue
     required: bool
-    parameters: Mapping[str, JsonValue]
-    """The schema of all arguments."""
+    parameters: Mapping[str, JsonValue] = dataclasses.field(default_factory=dict[str, JsonValue])
+    """The schema of all arguments, which references may point into."""
 
     @property
     def is_text(self) -> bool:

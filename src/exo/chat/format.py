@@ -125,25 +125,25 @@ class OutputFormat:
 
     def _read(self, reply: Reply, in_reasoning: bool) -> Steps[None]:
         thinking = self.thinking
-        if thinking is not None and in_reasoning:
-            yield from reply.thought(thinking)
         begin = self.begin if reply.calls_allowed and self.read_call is not None else ()
+        if thinking is not None:
+            yield from reply.before_answer(thinking, begin, inside=in_reasoning)
         dropped = (*self.opening, *self.frame, *(self.stray if begin else ()))
-        found = markers(*begin, *((thinking.begin,) if thinking else ()), *dropped)
+        found = markers(*begin, *((thinking.begin,) if thinking and thinking.anywhere else ()), *dropped)
         bare = self.read_bare if reply.calls_allowed else None
         if bare is not None:
             yield from _attempt(reply, "", bare)
-        while marker := (yield from reply.scanner.until(found, reply.content.add)):
+        while marker := (yield from reply.scanner.until(found, reply.prose.add)):
             if thinking is not None and marker == thinking.begin:
-                reply.content.marker()
-                yield from reply.thought(thinking)
+                reply.prose.marker()
+                yield from reply.thought(thinking, begin)
                 if bare is not None:
                     yield from _attempt(reply, "", bare)
             elif marker in dropped:
-                reply.content.marker()
+                reply.prose.marker()
             elif self.read_call is not None:
                 yield from _attempt(reply, marker, self.read_call)
-        yield reply.content.finish()
+        yield reply.prose.finish()
 
 
 def _attempt(reply: Reply, marker: str, read: CallReader) -> Steps[None]:

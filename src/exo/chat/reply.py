@@ -1,5 +1,6 @@
 """What the parsers of all formats have in common: one reply, read part by part."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -18,6 +19,14 @@ class Thinking:
 
     begin: str
     end: str
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether ``begin`` counts wherever it comes. A tag is plain text, of which an answer may speak."""
+        return _TAG.fullmatch(self.begin) is None
+
+
+_TAG = re.compile(r"<[\w:]+>")
 
 
 @final
@@ -72,6 +81,8 @@ class Reply:
         """``tools`` as for ``OutputFormat.parser``."""
         self.scanner = scanner
         self.content = Prose(Content, trim=False)
+        self.prose = self.content
+        """Where text goes that is no call: the content, or reasoning that the model never ends."""
         self.calls_allowed = bool(tools)
         self._schemas = {} if isinstance(tools, bool) else {tool.name: tool.parameters for tool in tools}
         self._calls = 0
@@ -82,6 +93,10 @@ class Reply:
         """The JSON Schema of a tool's arguments; empty where it is unknown."""
         return self._schemas.get(name, {})
 
+    def knows(self, name: str) -> bool:
+        """Whether a tool may be called so."""
+        return name in self._schemas or not self._schemas
+
     def open(self, marker: str = "") -> None:
         """A call may begin here, after ``marker``."""
         self._marked = bool(marker)
@@ -89,7 +104,7 @@ class Reply:
 
     def call(self, name: str) -> ToolCall:
         """A call begins. Its text stays held until it is known to be whole."""
-        self.content.marker()
+        self.prose.marker()
         self._begun = True
         self._calls += 1
         return ToolCall(self._calls - 1, name)
@@ -114,13 +129,16 @@ class Reply:
         if not text or (cut_off and (self._begun or self._marked or any(name in text for name in self._schemas))):
             return
         if self._begun:
-            self.content.unmark()
-        yield self.content.add(text)
+            self.prose.unmark()
+        yield self.prose.add(text)
 
-    def several(self, begin: str, end: str, read: Callable[[], Steps[bool]]) -> Steps[bool]:
-        """Reads calls that each come after ``begin``, the last one before ``end``; ``read`` reads one of them."""
+    def several(self, begin: str, end: str, read: Callable[[], Steps[bool]], *, begun: bool = False) -> Steps[bool]:
+        """Reads calls that each come after ``begin``, the last one before ``end``; ``read`` reads one of them.
+
+        With ``begun``, the first ``begin`` has been read.
+        """
         yield from self.scanner.space()
-        if not (yield from self.scanner.either(begin)):
+        if not begun and not (yield from self.scanner.either(begin)):
             return False
         while (yield from read()):
             self.next_call()
@@ -139,9 +157,56 @@ class Reply:
             yield self.arguments(found.taken())
         return found.whole
 
-    def thought(self, thinking: Thinking) -> Steps[None]:
-        """Reads on behind the end of what the model thinks."""
+    def before_answer(self, thinking: Thinking, begin: tuple[str, ...], *, inside: bool) -> Steps[None]:
+        """Reads reasoning up to the answer; the reply begins ``inside`` it or before it. ``begin`` are calls' markers.
+
+        An end of reasoning that was not begun, which the prompt has ended already, means nothing.
+        """
+        scanner = self.scanner
+        while self.prose is self.content:
+            marker = thinking.begin
+            if not inside:
+                scanner.hold()
+                yield from scanner.space()
+                marker = yield from scanner.either(thinking.begin, thinking.end)
+                if not marker:
+                    scanner.unread(scanner.release())
+                    return
+                scanner.release()
+                self.content.marker()
+            if marker == thinking.begin:
+                yield from self.thought(thinking, begin)
+            inside = False
+
+    def thought(self, thinking: Thinking, begin: tuple[str, ...]) -> Steps[None]:
+        """Reads on behind the end of what the model thinks, which it may begin once more.
+
+        A draft of a call is part of it. If the model never ends its reasoning, what looks like a draft may be a call:
+        it is still to be read, and what is none of it is reasoning.
+        """
+        scanner = self.scanner
         prose = Prose(Reasoning, trim=True)
-        if not (yield from self.scanner.until(markers(thinking.end), prose.add)):
+        while True:
+            scanner.hold()
+            yield from scanner.space()
+            if not (yield from scanner.either(thinking.begin)):
+                break
+        yield prose.add(scanner.release())
+        marker = yield from scanner.until(markers(thinking.end, *begin), prose.add)
+        if marker and marker != thinking.end:
+            scanner.hold(marker)
+            marker = yield from scanner.until(markers(thinking.end), _nothing)
+            draft = scanner.release()
+            if marker or scanner.cut_off:
+                yield prose.add(draft.removesuffix(thinking.end))
+            else:
+                scanner.unread(draft)
+                self.prose = prose
+                return
+        if not marker:
             yield prose.finish()
         self.content.marker()
+
+
+def _nothing(text: str) -> None:
+    """The text is held."""

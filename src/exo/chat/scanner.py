@@ -2,7 +2,7 @@
 
 A parser yields the parts it has read, and ``MORE`` where it cannot go on without more text; ``Scanner`` is what it
 reads from. Each character is examined a bounded number of times: what cannot be decided yet is never longer than the
-longest marker, and nothing is read twice.
+longest marker, and nothing is read more than twice.
 """
 
 import re
@@ -95,6 +95,14 @@ class Scanner:
         """What was read since ``hold``; it is remembered no longer."""
         held, self._held = self._held or [], None
         return "".join(held)
+
+    def unread(self, text: str) -> None:
+        """Puts back ``text``, which was the last to be read. A parser may do so once with each character."""
+        if self._text.startswith(text, self._at - len(text)) and self._at >= len(text):
+            self._at -= len(text)
+        else:
+            self._text = text + self._text[self._at :]
+            self._at = 0
 
     def peek(self) -> Steps[str]:
         """The next character, unread; empty at the end."""

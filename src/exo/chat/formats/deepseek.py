@@ -25,7 +25,7 @@ _NAME = re.compile(r"[^\s<>{}\"`]*")
 
 
 def _read(reply: Reply, marker: str) -> Steps[bool]:
-    return (yield from reply.several(_BEGIN, _ALL_END, partial(_call, reply)))
+    return (yield from reply.several(_BEGIN, _ALL_END, partial(_call, reply), begun=marker == _BEGIN))
 
 
 def _call(reply: Reply) -> Steps[bool]:
@@ -65,8 +65,12 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool, *, fenced: b
 
 
 DEEPSEEK_V3 = OutputFormat(
-    "deepseek-v3", special=True, begin=(_ALL_BEGIN,), read_call=_read, write_calls=partial(_write, fenced=True)
+    "deepseek-v3", special=True, begin=(_ALL_BEGIN, _BEGIN), read_call=_read, write_calls=partial(_write, fenced=True)
 )
 DEEPSEEK_V31 = OutputFormat(
-    "deepseek-v3.1", special=True, begin=(_ALL_BEGIN,), read_call=_read, write_calls=partial(_write, fenced=False)
+    "deepseek-v3.1",
+    special=True,
+    begin=(_ALL_BEGIN, _BEGIN),
+    read_call=_read,
+    write_calls=partial(_write, fenced=False),
 )

@@ -21,7 +21,7 @@ _NUMBER = re.compile(r":[0-9]+$")
 
 
 def _read(reply: Reply, marker: str) -> Steps[bool]:
-    return (yield from reply.several(_BEGIN, _ALL_END, partial(_call, reply)))
+    return (yield from reply.several(_BEGIN, _ALL_END, partial(_call, reply), begun=marker == _BEGIN))
 
 
 def _call(reply: Reply) -> Steps[bool]:
@@ -57,4 +57,4 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
     return grammar.sequence(grammar.marked(_ALL_BEGIN), grammar.several(call, "", parallel), grammar.marked(_ALL_END))
 
 
-KIMI = OutputFormat("kimi", special=True, begin=(_ALL_BEGIN,), read_call=_read, write_calls=_write)
+KIMI = OutputFormat("kimi", special=True, begin=(_ALL_BEGIN, _BEGIN), read_call=_read, write_calls=_write)

@@ -47,11 +47,12 @@ class _Tags:
     """Whether a line break before and after each value is not part of it."""
 
     def read(self, reply: Reply, marker: str) -> Steps[bool]:
-        """Reads on behind ``begin``."""
+        """Reads on behind ``begin``, or behind ``call`` where the model left ``begin`` out."""
         if not self.call:
             yield from reply.scanner.space()
-            return (yield from self._call(reply))
-        return (yield from reply.several(self.call, self.end, lambda: self._call(reply)))
+            return (yield from self._call(reply, known=False))
+        bare = marker == self.call
+        return (yield from reply.several(self.call, self.end, lambda: self._call(reply, known=bare), begun=bare))
 
     def write(self, grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
         """The expression of calls."""
@@ -61,10 +62,15 @@ class _Tags:
         call = grammar.sequence(grammar.marked(before), grammar.one_of(calls), grammar.marked(after))
         return grammar.several(call, "\n", parallel)
 
-    def _call(self, reply: Reply) -> Steps[bool]:
+    def _call(self, reply: Reply, *, known: bool) -> Steps[bool]:
+        """Reads one call from its name on, which must be that of a tool if it is to be ``known``."""
         scanner = reply.scanner
         name = yield from scanner.run(_NAME, LONGEST_NAME)
-        if not name or (self.named and not (yield from scanner.either(self.named))):
+        if (
+            not name
+            or (known and not reply.knows(name))
+            or (self.named and not (yield from scanner.either(self.named)))
+        ):
             return False
         done = self.call_end or self.end
         yield from scanner.space()
@@ -179,7 +185,8 @@ _MINIMAX = _Tags(
 
 
 def _format(name: str, tags: _Tags) -> OutputFormat:
-    return OutputFormat(name, begin=(tags.begin,), read_call=tags.read, write_calls=tags.write)
+    begin = (tags.begin, tags.call) if tags.call else (tags.begin,)
+    return OutputFormat(name, begin=begin, read_call=tags.read, write_calls=tags.write)
 
 
 QWEN3_CODER = _format("qwen3-coder", _QWEN3_CODER)
