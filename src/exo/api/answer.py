@@ -56,8 +56,9 @@ async def ask(services: Services, question: Question) -> Answered:
     async def on_loading(_: str) -> None:
         """Nothing to tell yet."""
 
-    model_id = services.card(parse_model(question.model).name).model_id
-    attempts = Attempts(services, question.model, question.needs, on_route, on_loading, question.keep_seconds)
+    model = services.named(question.model)
+    model_id = services.card(parse_model(model).name).model_id
+    attempts = Attempts(services, model, question.needs, on_route, on_loading, question.keep_seconds)
     with services.queues.place(model_id, len(question.commands)), attempts:
         try:
             runner = await attempts.runner(Budget())

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import ClassVar, Self, cast
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from exo.api.warning import MAX_WARNINGS, refuses_unknown_fields, warn
@@ -20,6 +20,11 @@ Unsupported = Mapping[str, tuple[JsonValue, ...]]
 """Fields that nothing here can honour, with the values that ask for nothing, besides null."""
 Note = tuple[str, str | None]
 """A field of a body that has no effect, and why; None where there is no such field."""
+MODEL = Field(
+    default="",
+    max_length=300,
+    description="A model id or alias, optionally with @runner. May be left out where one model is loaded or known.",
+)
 MAX_ENTRIES = 1024
 """Of a table, such as ``logit_bias``."""
 
@@ -56,8 +61,8 @@ def _no_effect(name: str, body: type[BaseModel]) -> str:
 
 
 def _same(left: JsonValue, right: JsonValue) -> bool:
-    """Equality that keeps 0 from False and 1 from True."""
-    return type(left) is type(right) and left == right
+    """Equality that keeps 0 from False and 1 from True, but not 1 from 1.0."""
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
 
 
 def honoured(need: Need) -> Callable[[dict[str, JsonValue]], None]:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -83,8 +83,8 @@ class Generation:
 
     async def run(self, sink: Sink) -> None:
         """Returns when every choice has ended. Cancelling it cancels them. Raises ``ApiError``."""
-        model = self._services.card(parse_model(self.request.model).name).model_id
-        wants = self.request
+        wants = self.request = replace(self.request, model=self._services.named(self.request.model))
+        model = self._services.card(parse_model(wants.model).name).model_id
         attempts = Attempts(self._services, wants.model, wants.needs, self._route, sink.loading, wants.keep_seconds)
         with self._services.queues.place(model, wants.choices) as self.place, attempts:
             await self._serve(attempts, sink)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from exo.api.answer import AnswerReply, Question, ask
 from exo.api.body import read_body
 from exo.api.docs import json_body
-from exo.api.fields import RequestBody, Unsupported, honoured
+from exo.api.fields import MODEL, RequestBody, Unsupported, honoured
 from exo.api.openai_chat_requests import ChatCompletionRequest
 from exo.api.openai_embeddings import EmbeddingUsage
 from exo.api.openai_replies import Reply
@@ -20,15 +20,15 @@ from exo.api.openai_routes import conversation_of
 from exo.api.prompts import render
 from exo.api.services import Services
 from exo.worker.messages import Rank, Ranked, Text, Tokenize, Tokenized
+from exo.worker.router import parse_model
 
 MAX_DOCUMENTS = 1024
-_MODEL = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
 
 
 class TokenizeRequest(RequestBody):
     """The body of ``POST /tokenize``."""
 
-    model: str = _MODEL
+    model: str = MODEL
     content: str = Field(description="The text to be cut into tokens.")
     add_special: bool = Field(default=False, description="Begin with a BOS token where the model wants one.")
     parse_special: bool = Field(default=True, description="Whether special tokens in the text are special.")
@@ -51,7 +51,7 @@ class Tokens(Reply):
 class DetokenizeRequest(RequestBody):
     """The body of ``POST /detokenize``."""
 
-    model: str = _MODEL
+    model: str = MODEL
     tokens: list[TokenId] = Field(max_length=1 << 20, description="Ids, of which text is made.")
 
 
@@ -72,7 +72,7 @@ class RerankRequest(RequestBody):
 
     unsupported: ClassVar[Unsupported] = {"return_documents": (False,), "return_text": (False,)}
 
-    model: str = _MODEL
+    model: str = MODEL
     query: str = Field(min_length=1, description="What the documents are to answer.")
     documents: list[str] = Field(
         min_length=1, max_length=MAX_DOCUMENTS, description="The texts.", json_schema_extra=honoured("rerank")
@@ -124,7 +124,7 @@ def llama_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if not body.content and not body.add_special:
-                services.card(body.model.partition("@")[0])
+                services.card(parse_model(services.named(body.model)).name)
                 return Tokens(tokens=[]), {}
             text = (Text(text=body.content, special=body.parse_special),)
             command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
@@ -143,7 +143,7 @@ def llama_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if not body.tokens:
-                services.card(body.model.partition("@")[0])
+                services.card(parse_model(services.named(body.model)).name)
                 return Detokenized(content=""), {}
             command = Tokenize(id=f"detok-{uuid4().hex}", prompt=tuple(body.tokens))
             answer, headers = await _tokenized(services, body.model, command, "tokens")

@@ -1,8 +1,7 @@
 """Ollama's embeddings: replies and routes."""
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -11,12 +10,12 @@ from pydantic import BaseModel
 from exo.api.answer import Answered, AnswerReply, Question, ask
 from exo.api.body import read_body
 from exo.api.docs import json_body
-from exo.api.errors import ApiError, context_too_small
+from exo.api.errors import context_too_small
 from exo.api.ollama_options import EmbedOptions
 from exo.api.ollama_replies import OllamaReply
 from exo.api.ollama_requests import OllamaBody, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama_routes import served_name
-from exo.api.openai_embeddings import embed_commands
+from exo.api.openai_embeddings import embed_commands, shortened
 from exo.api.services import Services
 from exo.worker.messages import Embedded
 
@@ -34,18 +33,6 @@ class OllamaEmbeddingsResponse(OllamaReply):
     """The reply of ``/api/embeddings``."""
 
     embedding: list[float]
-
-
-def _shortened(vector: Sequence[float], dimensions: int | None) -> list[float]:
-    """The first components, made length 1 again. Raises ``ApiError`` where there are not so many."""
-    if dimensions is None:
-        return list(vector)
-    if dimensions > len(vector):
-        message = f"dimensions: vectors of this model have {len(vector)} components (got {dimensions})"
-        raise ApiError(400, message, code="invalid_value", param="dimensions")
-    kept = vector[:dimensions]
-    length = math.hypot(*kept) or 1.0
-    return [component / length for component in kept]
 
 
 def embed_routes(services: Services) -> APIRouter:
@@ -78,7 +65,7 @@ def embed_routes(services: Services) -> APIRouter:
             answered, embedded = await vectors(body, body.input, body.options, "input")
             reply = OllamaEmbedResponse(
                 model=answered.runner.card.model_id,
-                embeddings=[_shortened(each.vector, body.dimensions) for each in embedded],
+                embeddings=[shortened(each.vector, body.dimensions) for each in embedded],
                 total_duration=time.monotonic_ns() - arrived,
                 prompt_eval_count=sum(each.usage.prompt_tokens for each in embedded),
             )

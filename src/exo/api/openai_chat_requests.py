@@ -2,39 +2,101 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo, model_validator
 from pydantic_core import to_json
 
-from exo.api.fields import RequestBody, Unsupported, few, honoured, invalid, missing, unsupported
-from exo.api.openai_requests import GenerationFields
+from exo.api.fields import RequestBody, Unsupported, few, honoured, invalid, missing, note, unsupported
+from exo.api.openai_requests import UNSUPPORTED, GenerationFields, NoLimit
 from exo.api.request import Constraint
 from exo.chat.tools import NamedChoice, Tool, ToolChoice
 from exo.worker.messages import MAX_LOGPROBS
 
-MAX_TOOLS = 128
+MAX_TOOLS = 4096
+_CHOICES = ("none", "auto", "required")
 _ANY_OBJECT = '{"type":"object"}'
 
 
-def _text_of(content: JsonValue) -> JsonValue:
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+PICTURE_PARTS = ("image_url", "input_image", "image")
+UNSEEN = "[a picture that this model cannot see]"
+
+
+def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
     """Content given in parts as one string, a line each."""
     if not isinstance(content, list):
         return content
+    where = info.field_name or ""
     texts: list[str] = []
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "refusal"):
-            raise unsupported(f"{kind!r} is not supported; accepted is 'text'", f"{at}.type")
-        if not (isinstance(part, dict) and part.keys() == {"type", "text"} and isinstance(part["text"], str)):
+        if not (isinstance(part, dict) and isinstance(kind, str)):
             raise invalid('must be {"type": "text", "text": "…"}', str(at))
-        texts.append(part["text"])
-    if not texts:
-        raise invalid("at least one content part is needed")
+        if kind in REASONING_PARTS:
+            note(f"{where}.{kind}", "reasoning inside content is left out")
+            continue
+        if kind not in TEXT_PARTS:
+            raise unsupported(f"{kind[:80]!r} is not supported; accepted is 'text'", f"{at}.type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise invalid("must be a string", f"{at}.{'refusal' if kind == 'refusal' else 'text'}")
+        for name, value in part.items():
+            if name not in ("type", "text", "refusal", "annotations", "logprobs") and value is not None:
+                note(f"{where}.{name[:64]}", "has no effect in a part of the content")
+        texts.append(text)
     return "\n".join(texts)
 
 
-Content = Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[dict[str, str]])]
+def with_unseen_pictures(entries: JsonValue, where: str, results: str, content: str) -> JsonValue:
+    """Puts words in the place of pictures in the results of calls, but for those that the reply is to answer.
+
+    An agent cannot take a picture out of its history again, so an error would end its session. ``where`` is the field
+    of ``entries``, ``results`` the role or type of a result, and ``content`` its field that may hold parts.
+    """
+    if not isinstance(entries, list):
+        return entries
+    last = len(entries)
+    while last and _is_result(entries[last - 1], results):
+        last -= 1
+    return [
+        _without_pictures(entry, where, content) if at < last and _is_result(entry, results) else entry
+        for at, entry in enumerate(entries)
+    ]
 
 
+def _is_result(entry: JsonValue, results: str) -> bool:
+    return isinstance(entry, dict) and results in (entry.get("role"), entry.get("type"))
+
+
+def _without_pictures(entry: JsonValue, where: str, content: str) -> JsonValue:
+    parts = entry.get(content) if isinstance(entry, dict) else None
+    if not (isinstance(entry, dict) and isinstance(parts, list)):
+        return entry
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    seen: list[JsonValue] = [
+        {"type": "text", "text": UNSEEN} if kind in PICTURE_PARTS else part
+        for kind, part in zip(kinds, parts, strict=True)
+    ]
+    for kind in kinds:
+        if kind in PICTURE_PARTS:
+            note(f"{where}.{content}.{kind}", f"the model reads {UNSEEN!r} in the place of an earlier result's picture")
+    return {**entry, content: seen}
+
+
+def _without_unseen_pictures(messages: JsonValue) -> JsonValue:
+    return with_unseen_pictures(messages, "messages", "tool", "content")
+
+
+Content = Annotated[str, BeforeValidator(text_of, json_schema_input_type=str | list[dict[str, JsonValue]])]
+
+
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh"],
+    BeforeValidator(
+        lambda effort: "xhigh" if effort == "max" else effort,
+        json_schema_input_type=Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+    ),
+]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -48,34 +110,52 @@ Parameters = Annotated[dict[str, JsonValue], AfterValidator(_of_an_object)]
 """JSON Schema of a tool's arguments."""
 
 
-class CalledFunction(RequestBody):
-    """What an earlier reply called. ``arguments`` is JSON text."""
+def _as_json_text(arguments: JsonValue) -> JsonValue:
+    return arguments if isinstance(arguments, str) else to_json(arguments).decode()
 
-    name: ToolName = Field(description="Of the tool.")
-    arguments: str = Field(description="JSON text, as the reply had it.")
+
+CalledName = Annotated[str, Field(min_length=1, max_length=256)]
+"""Of a tool that was called earlier, perhaps by another server's rules."""
+Arguments = Annotated[str, BeforeValidator(_as_json_text, json_schema_input_type=str | dict[str, JsonValue])]
+
+
+class CalledFunction(RequestBody):
+    """What an earlier reply called."""
+
+    name: CalledName = Field(description="Of the tool.")
+    arguments: Arguments = Field(default="", description="JSON text as the reply had it, or the object itself.")
 
 
 class MessageToolCall(RequestBody):
     """A call in an earlier reply."""
 
-    id: str = Field(min_length=1, max_length=256, description="What its result refers to.")
+    id: str = Field(default="", max_length=256, description="What its result refers to.")
     type: Literal["function"] = Field(default="function", description="The only one there is.")
     function: CalledFunction = Field(description="What is called.")
-    index: int | None = Field(default=None, ge=0, description="Has no effect.")
+    index: JsonValue = Field(default=None, description="Has no effect.")
 
 
 class ChatMessage(RequestBody):
-    """One message. What an earlier reply's message holds besides these fields is accepted where it is empty."""
+    """One message."""
 
-    unsupported: ClassVar[Unsupported] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
+    unsupported: ClassVar[Unsupported] = {"audio": (), "function_call": ()}
+    ignored: ClassVar[Unsupported] = {
+        "annotations": ([],),
+        "cache_control": (),
+        "provider_specific_fields": ({},),
+        "reasoning_details": ([],),
+        "thinking_blocks": ([],),
+    }
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
     content: Content = Field(
         default="",
-        description="Text, or parts of type text; special tokens in it are ordinary text. May be left out where there "
-        "are tool_calls.",
+        description="Text, or parts of type text; special tokens in it are ordinary text. May be left out by the "
+        "assistant and by tools.",
     )
     reasoning_content: str | None = Field(default=None, description="Of an earlier reply.")
+    reasoning: str | None = Field(default=None, description="Other servers' name of reasoning_content.")
+    refusal: str | None = Field(default=None, description="Of an earlier reply; stands for content that is left out.")
     tool_calls: list[MessageToolCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
     name: str | None = Field(
         default=None, max_length=256, description="Of the speaker or the tool, for chat templates that read it."
@@ -84,7 +164,7 @@ class ChatMessage(RequestBody):
 
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
-        if "content" not in self.model_fields_set and not (self.role == "assistant" and self.tool_calls):
+        if "content" not in self.model_fields_set and self.role not in ("assistant", "tool"):
             raise missing("content")
         if self.tool_calls and self.role != "assistant":
             raise invalid("only a message of the assistant has calls", "tool_calls")
@@ -92,8 +172,10 @@ class ChatMessage(RequestBody):
 
     def told(self) -> dict[str, JsonValue]:
         """The message as a chat template reads it."""
-        message = self.model_dump(exclude_unset=True, exclude_none=True)
-        message.setdefault("content", "")
+        message = self.model_dump(exclude_unset=True, exclude_none=True, exclude={"reasoning", "refusal"})
+        message["content"] = self.content or self.refusal or ""
+        if self.reasoning and not self.reasoning_content:
+            message["reasoning_content"] = self.reasoning
         for call in message.get("tool_calls", ()):
             call.pop("index", None)
         return message
@@ -117,7 +199,7 @@ class FunctionDefinition(RequestBody):
 class ToolDefinition(RequestBody):
     """One tool."""
 
-    type: Literal["function"] = Field(description="The only one there is.")
+    type: Literal["function"] = Field(default="function", description="The only one there is.")
     function: FunctionDefinition = Field(description="What may be called.")
 
 
@@ -137,8 +219,8 @@ class NamedTool(RequestBody):
 class JsonSchema(RequestBody):
     """A JSON Schema that the reply must follow, whether ``strict`` or not."""
 
-    name: str = Field(default="", max_length=256, description="Has no effect.")
-    description: str | None = Field(default=None, description="Has no effect.")
+    name: JsonValue = Field(default=None, description="Has no effect.")
+    description: JsonValue = Field(default=None, description="Has no effect.")
     schema_: dict[str, JsonValue] | bool = Field(default=True, alias="schema", description="A JSON Schema.")
     strict: bool | None = Field(default=None, description="Has no effect: the schema is always followed.")
 
@@ -146,17 +228,25 @@ class JsonSchema(RequestBody):
 class ResponseFormat(RequestBody):
     """What the reply is to look like."""
 
+    unsupported: ClassVar[Unsupported] = {"grammar": ("",)}
+
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="Anything, any JSON object, or JSON that follows json_schema."
     )
     json_schema: JsonSchema | None = Field(default=None, description="Needed by the type of its name, and only there.")
+    schema_: dict[str, JsonValue] | bool | None = Field(
+        default=None, alias="schema", description="A JSON Schema, as llama-server has it; not where type is text."
+    )
 
     @model_validator(mode="after")
     def _schema_where_due(self) -> "ResponseFormat":
-        if self.type == "json_schema" and self.json_schema is None:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise missing("json_schema")
         if self.type != "json_schema" and self.json_schema is not None:
             raise invalid(f"not accepted where type is {self.type!r}", "json_schema")
+        if self.schema_ is not None and (self.type == "text" or self.json_schema is not None):
+            other = f"where type is {self.type!r}" if self.type == "text" else "together with json_schema"
+            raise invalid(f"not accepted {other}", "schema")
         return self
 
     @property
@@ -164,24 +254,54 @@ class ResponseFormat(RequestBody):
         """What the output must match."""
         if self.type == "text":
             return None
+        if self.schema_ is not None:
+            return Constraint("json_schema", to_json(self.schema_).decode(), "response_format.schema")
         if self.json_schema is None:
             return Constraint("json_schema", _ANY_OBJECT, "response_format")
         schema = to_json(self.json_schema.schema_).decode()
         return Constraint("json_schema", schema, "response_format.json_schema.schema")
 
 
+def only_functions(tools: JsonValue) -> JsonValue:
+    """Without the tools that only their vendor can run, each of which gets a warning."""
+    if not isinstance(tools, list):
+        return tools
+    kept: list[JsonValue] = []
+    for tool in tools:
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if isinstance(kind, str) and kind not in ("function", "custom"):
+            note(f"tools.{kind[:64]}", "no tool of this type can be run here, and the model is not told of it")
+        else:
+            kept.append(tool)
+    return kept
+
+
 def _by_type(value: JsonValue) -> JsonValue:
     """Refused here, since a union would explain what is wrong with each of its types."""
-    if value in ("none", "auto", "required") or isinstance(value, dict):
+    if isinstance(value, dict) and value.get("type") in (*_CHOICES, "any"):
+        value = value["type"]
+    if value == "any":
+        return "required"
+    if value in _CHOICES:
         return value
-    raise invalid('must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": "…"}}')
+    if not isinstance(value, dict):
+        raise invalid('must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": "…"}}')
+    if (kind := value.get("type")) != "function":
+        raise unsupported(f"only functions can be called (got {str(kind)[:80]!r})", "type")
+    return value
 
 
 class ChatCompletionRequest(GenerationFields):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000, description="The conversation.")
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 31, description="Newer name of max_tokens.")
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, "echo": (False,)}
+
+    messages: Annotated[list[ChatMessage], BeforeValidator(_without_unseen_pictures)] = Field(
+        min_length=1, max_length=10_000, description="The conversation."
+    )
+    max_completion_tokens: Annotated[int | None, NoLimit] = Field(
+        default=None, ge=1, le=1 << 31, description="Newer name of max_tokens."
+    )
     logprobs: bool = Field(
         default=False, description="Tell each token's log-probability.", json_schema_extra=honoured("logprobs")
     )
@@ -189,20 +309,25 @@ class ChatCompletionRequest(GenerationFields):
     response_format: ResponseFormat | None = Field(
         default=None, description="What the reply is to look like.", json_schema_extra=honoured("grammar")
     )
-    tools: list[ToolDefinition] = Field(default=[], max_length=MAX_TOOLS, description="What the model may call.")
+    tools: Annotated[list[ToolDefinition], BeforeValidator(only_functions)] = Field(
+        default=[], max_length=MAX_TOOLS, description="What the model may call; other types are left out."
+    )
     tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_by_type)] = Field(
         default="auto",
         description="With 'required' or a name, the reply is a call that follows its schema.",
         json_schema_extra=honoured("grammar"),
     )
     parallel_tool_calls: bool = Field(default=True, description="Whether one reply may call several times.")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="For models whose chat template knows it, or can switch reasoning off."
+    reasoning_effort: Effort | None = Field(
+        default=None, description="For models whose chat template knows it, or can switch reasoning off; max is xhigh."
     )
     chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(few)] = Field(
         default={}, description="Variables for the chat template, such as enable_thinking."
     )
     continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Has no effect but what continue_final_message says: true without it, false with it."
+    )
 
     @property
     def constraints(self) -> list[Constraint]:
@@ -217,6 +342,11 @@ class ChatCompletionRequest(GenerationFields):
             raise invalid("only allowed where logprobs is true", "top_logprobs")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise invalid("the last message is not the assistant's", "continue_final_message")
+        if self.add_generation_prompt == self.continue_final_message:
+            other = f"where continue_final_message is {to_json(self.continue_final_message).decode()}"
+            raise invalid(
+                f"must be {to_json(not self.continue_final_message).decode()} {other}", "add_generation_prompt"
+            )
         return self
 
     @model_validator(mode="after")
@@ -229,8 +359,11 @@ class ChatCompletionRequest(GenerationFields):
             raise invalid(f"there is no such tool; given are {known}", "tool_choice.function.name")
         if self.tool_choice == "required" and not names:
             raise invalid("there are no tools to choose from", "tool_choice")
-        if self.choice not in ("auto", "none") and self.constraints:
-            raise invalid(f"not accepted together with {self.constraints[0].param}", "tool_choice")
+        if self.choice not in ("auto", "none"):
+            if other := super().constraints:
+                raise invalid(f"not accepted together with {other[0].param}", "tool_choice")
+            if self.constraints:
+                self.note("response_format", "has no effect, because tool_choice demands a call")
         return self
 
     @property

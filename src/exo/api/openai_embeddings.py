@@ -1,19 +1,21 @@
 """OpenAI's embeddings: request, reply and route."""
 
 import base64
+import math
 import struct
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from exo.api.answer import AnswerReply, Question, ask
 from exo.api.body import read_body
 from exo.api.docs import json_body
-from exo.api.fields import RequestBody, Unsupported, honoured
+from exo.api.errors import ApiError
+from exo.api.fields import MODEL, RequestBody, honoured
 from exo.api.openai_replies import Reply
 from exo.api.openai_requests import Prompt, prompts
 from exo.api.services import Services
@@ -25,9 +27,7 @@ MAX_INPUTS = 2048
 class EmbeddingRequest(RequestBody):
     """The body of ``POST /v1/embeddings``."""
 
-    unsupported: ClassVar[Unsupported] = {"dimensions": ()}
-
-    model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
+    model: str = MODEL
     input: Annotated[
         list[Prompt], BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     ] = Field(
@@ -38,7 +38,10 @@ class EmbeddingRequest(RequestBody):
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="base64: of the vector as little-endian float32."
     )
-    user: str | None = Field(default=None, max_length=512, description="Has no effect.")
+    dimensions: int | None = Field(
+        default=None, ge=1, description="Keep this many of a vector's first components, made length 1 again."
+    )
+    user: JsonValue = Field(default=None, description="Has no effect.")
 
 
 class Embedding(Reply):
@@ -74,7 +77,19 @@ def embed_commands(inputs: list[str | list[int]]) -> list[Embed]:
     ]
 
 
-def _encoded(vector: tuple[float, ...]) -> str:
+def shortened(vector: Sequence[float], dimensions: int | None) -> list[float]:
+    """The first components, made length 1 again. Raises ``ApiError`` where there are not so many."""
+    if dimensions is None:
+        return list(vector)
+    if dimensions > len(vector):
+        message = f"dimensions: vectors of this model have {len(vector)} components (got {dimensions})"
+        raise ApiError(400, message, code="invalid_value", param="dimensions")
+    kept = vector[:dimensions]
+    length = math.hypot(*kept) or 1.0
+    return [component / length for component in kept]
+
+
+def _encoded(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
@@ -93,12 +108,13 @@ def embedding_routes(services: Services) -> APIRouter:
                 model=body.model, needs={"embeddings": "model"}, commands=commands, params={"prompt": "input"}
             )
             answered = await ask(services, question)
+            as_floats = body.encoding_format == "float"
             data: list[Embedding] = []
             tokens = 0
             for index, answer in enumerate(answered.answers):
                 assert isinstance(answer, Embedded)
-                vector = list(answer.vector) if body.encoding_format == "float" else _encoded(answer.vector)
-                data.append(Embedding(index=index, embedding=vector))
+                vector = shortened(answer.vector, body.dimensions)
+                data.append(Embedding(index=index, embedding=vector if as_floats else _encoded(vector)))
                 tokens += answer.usage.prompt_tokens
             usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
             return EmbeddingList(data=data, model=answered.runner.card.model_id, usage=usage), answered.headers

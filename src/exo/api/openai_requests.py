@@ -1,4 +1,4 @@
-"""OpenAI's requests: the fields that are honoured, and those that are refused by name.
+"""OpenAI's requests: the fields that are honoured, ignored with a warning, and refused by name.
 
 Numbers are numbers and flags are flags: nothing is read out of strings, and 1.0 is no integer. An explicit null means
 the default.
@@ -6,47 +6,94 @@ the default.
 
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.fields import RequestBody, Unsupported, few, honoured, invalid
+from exo.api.fields import MODEL, RequestBody, Unsupported, few, honoured, invalid
 from exo.api.request import Constraint
-from exo.worker.messages import MAX_LOGPROBS
+from exo.worker.messages import MAX_LOGPROBS, SamplingParams
 
+_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
 MAX_CHOICES = 1024
 """Sequences that one request may ask for: prompts times ``n``."""
 UNSUPPORTED: Unsupported = {
+    "add_special_tokens": (False,),
     "audio": (),
     "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "length_penalty": (1,),
+    "lora": ([],),
+    "min_tokens": (0,),
     "modalities": (["text"],),
-    "prediction": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
+    "n_probs": (0,),
+    "prompt_logprobs": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
     "suffix": ("",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
 }
 """Fields known elsewhere that nothing here can honour yet, with the values that ask for nothing, besides null."""
+IGNORED: Unsupported = {
+    "allowed_token_ids": ([],),
+    "cache_prompt": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "extra_body": ({},),
+    "id_slot": (-1,),
+    "mirostat": (0,),
+    "parse_tool_calls": (True,),
+    "post_sampling_probs": (False,),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_cache_options": ({},),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "reasoning_format": ("auto", "deepseek"),
+    "repetition_context_size": (),
+    "return_progress": (False,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "timings_per_token": (False,),
+    "top_n_sigma": (-1,),
+    "typical_p": (1,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "xtc_probability": (0,),
+    "xtc_threshold": (0.1,),
+}
+"""Fields known elsewhere that do not decide what an answer must be, with the values that need no warning."""
+_LEAST_TOP_P = 1e-6
+"""Less than the share of the most probable token of any vocabulary; a sum of 0 would keep no token at all."""
 
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, _LEAST_TOP_P))]
+"""0, like every other share below the most probable token's, keeps that token alone."""
+TopK = Annotated[int, Field(ge=-1, le=1 << 31), AfterValidator(lambda count: max(count, 0))]
+"""-1 is what vLLM and others call all tokens."""
 
 
 def _stops(value: JsonValue) -> JsonValue:
-    return [value] if isinstance(value, str) else value
+    """As a list without empty strings, which some clients send for no stop string."""
+    values = [value] if isinstance(value, str) else value
+    return [each for each in values if each != ""] if isinstance(values, list) else values
+
+
+def _no_limit(value: JsonValue) -> JsonValue:
+    """-1 is what llama-server and others call no limit."""
+    return None if value == -1 and isinstance(value, int) else value
+
+
+NoLimit = BeforeValidator(_no_limit)
 
 
 class StreamOptions(RequestBody):
     """What a stream holds besides its text."""
 
-    unsupported: ClassVar[Unsupported] = {"include_obfuscation": (False,)}
+    ignored: ClassVar[Unsupported] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
     include_usage: bool = Field(default=False, description="End the stream with a chunk that holds the usage.")
 
@@ -59,6 +106,14 @@ def grammar_constraint(source: str, param: str) -> Constraint:
 def _literal(text: str) -> str:
     """As a string of llguidance's Lark, whose strings are JSON's."""
     return to_json(text).decode()
+
+
+def _choice_constraint(texts: list[str], param: str) -> Constraint:
+    return Constraint("lark", f"start: {' | '.join(map(_literal, texts))}", param)
+
+
+def _schema_text(schema: JsonValue) -> str:
+    return schema if isinstance(schema, str) else to_json(schema).decode()
 
 
 class StructuredOutputs(RequestBody):
@@ -82,24 +137,27 @@ class StructuredOutputs(RequestBody):
         if self.regex is not None:
             return Constraint("regex", self.regex, f"{where}.regex")
         if self.choice is not None:
-            return Constraint("lark", f"start: {' | '.join(map(_literal, self.choice))}", f"{where}.choice")
+            return _choice_constraint(self.choice, f"{where}.choice")
         if self.grammar is not None:
             return grammar_constraint(self.grammar, f"{where}.grammar")
-        schema = self.json_ if isinstance(self.json_, str) else to_json(self.json_).decode()
-        return Constraint("json_schema", schema, f"{where}.json")
+        return Constraint("json_schema", _schema_text(self.json_), f"{where}.json")
 
 
 class GenerationFields(RequestBody):
     """What both endpoints accept. Where a request says nothing, the model card decides, then the default."""
 
     unsupported: ClassVar[Unsupported] = UNSUPPORTED
+    ignored: ClassVar[Unsupported] = IGNORED
 
-    model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
+    model: str = MODEL
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most probable token.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the most probable tokens up to this sum.")
-    top_k: int = Field(default=0, ge=0, le=1 << 31, description="Keep this many tokens; 0 keeps all.")
+    top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
+    top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
     min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="1 is none.")
+    repeat_penalty: float | None = Field(
+        default=None, ge=0.01, le=100, description="llama-server's name of repetition_penalty."
+    )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
     logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few)] = Field(
@@ -109,7 +167,9 @@ class GenerationFields(RequestBody):
     stop: Annotated[list[StopText], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = Field(
         default=[], max_length=16, description="A string or up to 16 strings that end the reply."
     )
-    max_tokens: int | None = Field(default=None, ge=1, le=1 << 31, description="Null: until the context is full.")
+    max_tokens: Annotated[int | None, NoLimit] = Field(
+        default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
+    )
     ignore_eos: bool = Field(default=False, description="Go on after an end-of-generation token.")
     grammar: str | None = Field(
         default=None,
@@ -120,28 +180,50 @@ class GenerationFields(RequestBody):
     structured_outputs: StructuredOutputs | None = Field(
         default=None, description="The same, as vLLM has it.", json_schema_extra=honoured("grammar")
     )
+    json_schema: dict[str, JsonValue] | None = Field(
+        default=None, description="The same, as llama-server has it.", json_schema_extra=honoured("grammar")
+    )
+    guided_json: JsonValue = Field(default=None, description="Older name of structured_outputs.json.")
+    guided_regex: str | None = Field(default=None, min_length=1, description="Older name of structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(
+        default=None, min_length=1, max_length=1024, description="Older name of structured_outputs.choice."
+    )
+    guided_grammar: str | None = Field(
+        default=None, min_length=1, description="Older name of structured_outputs.grammar."
+    )
     return_token_ids: bool = Field(default=False, description="Tell the ids of the generated tokens.")
     n: int = Field(default=1, ge=1, le=16, description="Choices for each prompt.")
     stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
-    stream_options: StreamOptions | None = Field(
-        default=None, description="What a stream holds besides its text; needs stream."
-    )
-    user: str | None = Field(default=None, max_length=512, description="Has no effect.")
-    metadata: Annotated[dict[str, str], BeforeValidator(few)] = Field(default={}, description="Has no effect.")
-    prompt_cache_key: str | None = Field(default=None, max_length=512, description="Has no effect.")
-    safety_identifier: str | None = Field(default=None, max_length=512, description="Has no effect.")
-
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> "GenerationFields":
-        if self.stream_options is not None and not self.stream:
-            raise invalid("only allowed where stream is true", "stream_options")
-        return self
+    stream_options: StreamOptions | None = Field(default=None, description="What a stream holds besides its text.")
+    user: JsonValue = Field(default=None, description="Has no effect.")
+    metadata: JsonValue = Field(default=None, description="Has no effect.")
+    prompt_cache_key: JsonValue = Field(default=None, description="Has no effect: all prompts are cached.")
+    safety_identifier: JsonValue = Field(default=None, description="Has no effect.")
 
     @property
     def constraints(self) -> list[Constraint]:
         """Everything that the output is to match, of which there may be one."""
         found = [self.structured_outputs.constraint] if self.structured_outputs is not None else []
-        return [*found, grammar_constraint(self.grammar, "grammar")] if self.grammar is not None else found
+        if self.grammar is not None:
+            found.append(grammar_constraint(self.grammar, "grammar"))
+        if self.guided_grammar is not None:
+            found.append(grammar_constraint(self.guided_grammar, "guided_grammar"))
+        if self.guided_regex is not None:
+            found.append(Constraint("regex", self.guided_regex, "guided_regex"))
+        if self.guided_choice is not None:
+            found.append(_choice_constraint(self.guided_choice, "guided_choice"))
+        for schema, param in ((self.json_schema, "json_schema"), (self.guided_json, "guided_json")):
+            if schema is not None:
+                found.append(Constraint("json_schema", _schema_text(schema), param))
+        return found
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The sampling parameters that the request sets, by their names in ``SamplingParams``."""
+        chosen: dict[str, float] = self.model_dump(include=_SAMPLING, exclude_unset=True)
+        if self.repeat_penalty is not None:
+            chosen.setdefault("repetition_penalty", self.repeat_penalty)
+        return chosen
 
     @model_validator(mode="after")
     def _one_constraint(self) -> "GenerationFields":
@@ -185,8 +267,11 @@ Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
 class CompletionRequest(GenerationFields):
     """The body of ``POST /v1/completions``. A prompt is tokenized as it is: special tokens in its text are special."""
 
-    max_tokens: int | None = Field(
-        default=None, ge=0, le=1 << 31, description="Null: until the context is full. 0, with echo: the prompt alone."
+    max_tokens: Annotated[int | None, NoLimit] = Field(
+        default=None,
+        ge=0,
+        le=1 << 31,
+        description="Null or -1: until the context is full. 0, with echo: the prompt alone.",
     )
     echo: bool = Field(default=False, description="Begin the text with the prompt.")
     logprobs: int | None = Field(

@@ -18,9 +18,6 @@ from exo.api.reply import GenerationReply
 from exo.api.request import Conversation, GenerationRequest, Prompt
 from exo.api.services import Services
 from exo.models.card import ModelCard
-from exo.worker.messages import SamplingParams
-
-_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
 
 
 def _request(
@@ -37,7 +34,7 @@ def _request(
         prompts=prompts,
         prompt_field=prompt_field,
         n=body.n,
-        sampling=body.model_dump(include=_SAMPLING, exclude_unset=True),
+        sampling=body.sampling,
         logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
         seed=body.seed,
         stop=tuple(body.stop),

@@ -101,6 +101,20 @@ class Services:
             raise from_refusal(model_not_found(name, self.catalogue.suggest(name)), status=404)
         return card
 
+    def named(self, model: str) -> str:
+        """What a request calls its model; where that is nothing, the only model that is loaded, or known at all.
+
+        Raises ``ApiError``.
+        """
+        if model:
+            return model
+        loaded = sorted({each.model_id for each in self.instances.live()})
+        found = loaded or list(self.catalogue.cards)
+        if len(found) == 1:
+            return found[0]
+        message = f"model: this field is required; loaded are {', '.join(loaded) or 'none'}"
+        raise ApiError(400, message[:1000], code="missing_parameter", param="model")
+
     async def choose(
         self, model: str, needs: Mapping[Need, str] | None = None, arriving: int = 0
     ) -> tuple[ModelCard, Route]:
