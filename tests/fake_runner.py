@@ -120,6 +120,8 @@ class Options(Message):
     embeddings: bool = True
     rerank: bool = True
     chat_template: str | None = None
+    template_file: str = ""
+    """Where the chat template is, as it is in a model's file."""
 
 
 @dataclass(slots=True)
@@ -353,6 +355,8 @@ class FakeRunner:
             self.hang()
         if options.load_gate:
             Path(options.load_gate).read_bytes()
+        if options.template_file and not Path(options.template_file).exists():
+            self.fail(Failed(code="model_load_failed", message=f"{options.template_file}: no such file"))
         if options.fail_load:
             self.fail(Failed(code="model_load_failed", message=options.fail_load))
         self.capabilities = Capabilities(
@@ -366,7 +370,7 @@ class FakeRunner:
             logprobs=True,
             embeddings=options.embeddings,
             rerank=options.rerank,
-            chat_template=options.chat_template,
+            chat_template=Path(options.template_file).read_text() if options.template_file else options.chat_template,
             bos_token="<bos>",
             eos_token="<eos>",
             special_tokens=tuple(SPECIAL_TOKENS),

@@ -58,7 +58,8 @@ def _devices(instance: Instance) -> str:
 
 def _state(instance: Instance) -> str:
     loading = instance.state == "Loading" and instance.total_layers
-    return f"Loading {instance.layers_loaded}/{instance.total_layers}" if loading else instance.state
+    state = f"Loading {instance.layers_loaded}/{instance.total_layers}" if loading else instance.state
+    return f"{state}, old settings" if instance.outdated else state
 
 
 def _failures(instances: InstanceList, now: float) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Self
 
 import anyio
 
+from exo.api.errors import ApiError
 from exo.api.pulls import pull_note
 from exo.api.services import Services
 from exo.models.card import ModelCard
@@ -28,8 +29,8 @@ from exo.worker.messages import (
     Tokenized,
 )
 from exo.worker.process import RunnerError, RunnerProcess
-from exo.worker.replay import DEATHS, LONGEST_WAIT_SECONDS, Budget, Replay, spent
-from exo.worker.router import Route
+from exo.worker.replay import DEATHS, LONGEST_WAIT_SECONDS, Budget, Replay, other_model, spent
+from exo.worker.router import Route, parse_model
 from exo.worker.runners import Need
 
 GenerationEvent = PrefillProgress | PromptLogprobs | Delta | Finished
@@ -71,6 +72,8 @@ class Attempts:
         self._on_loading = on_loading
         self._keep_seconds = keep_seconds
         self._used = ExitStack()
+        self._first: Runner | None = None
+        """The runner that has made the prompt; all others must have the same model."""
 
     def __enter__(self) -> Self:
         return self
@@ -83,11 +86,13 @@ class Attempts:
     async def runner(self, budget: Budget) -> Runner:
         """A runner for the model, after waiting for it to load. One that dies meanwhile is replaced.
 
-        A request that has had a runner waits where none may be started yet; a new one does not. Raises ``RunnerError``
+        A request that has had a runner waits where none may be started yet; a new one does not. Once it has had one,
+        its model is not looked up by its alias again, and a replay on another model is refused. Raises ``RunnerError``
         and ``ApiError``.
         """
         unable: set[str] = set()
         while True:
+            self._check_card()
             card, route = await self._services.choose(self._model, self._needs)
             self._on_route(route)
             try:
@@ -101,7 +106,7 @@ class Attempts:
                 if process.capabilities is None:
                     async for status in process.loading():
                         await self._on_loading(_in_words(status))
-                return Runner(route.runner, card, process, await process.ready())
+                return self._same_model(Runner(route.runner, card, process, await process.ready()))
             except RunnerError as error:
                 if error.retry_seconds is not None:
                     if budget.untouched or error.retry_seconds > LONGEST_WAIT_SECONDS:
@@ -115,6 +120,25 @@ class Attempts:
                         raise
                 elif not budget.allows_replay(route.runner, proven=False):
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
+
+    def _check_card(self) -> None:
+        """Raises ``ApiError`` where the card is not the one any more that the request began with."""
+        if self._first is None:
+            return
+        first = self._first.card
+        now = self._services.catalogue.get(first.model_id)
+        if now is None or now.engines != first.engines:
+            raise _model_changed(first.model_id, f"its model card {'is gone' if now is None else 'has changed'}")
+
+    def _same_model(self, runner: Runner) -> Runner:
+        """Raises ``ApiError`` for a runner whose model is not the one that the request began with."""
+        if self._first is None:
+            self._first = runner
+            wish = parse_model(self._model).runner
+            self._model = runner.card.model_id + (f"@{wish}" if wish else "")
+        elif (why := other_model(self._first.capabilities, runner.capabilities)) is not None:
+            raise _model_changed(runner.card.model_id, why)
+        return runner
 
     async def _pulling(self, progress: Progress) -> None:
         await self._on_loading(pull_note(progress))
@@ -149,6 +173,14 @@ class Attempts:
                 if not budget.allows_replay(runner.name, proven=runner.process.proven.is_set()):
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
             runner = await self.runner(budget)
+
+
+def _model_changed(model_id: str, why: str) -> ApiError:
+    message = (
+        f"{model_id}: the runner of this request is gone, and the request cannot go on with the model as it is now: "
+        f"{why}; send it again"
+    )
+    return ApiError(503, message, code="model_changed", headers={"retry-after": "1"})
 
 
 def _in_words(status: Status) -> str:

@@ -51,7 +51,7 @@ class Instance(BaseModel):
     started: int
     """Seconds since 1970."""
     deaths: int
-    """How often this runner has failed with this model since the server started."""
+    """How often this runner has failed with this model and these settings since the server started."""
     last_failure: LastFailure | None
     """The last time; it stays here when the runner works again."""
     tokens_per_second: float
@@ -68,11 +68,14 @@ class Instance(BaseModel):
     """Whether it stays loaded until it is told to end."""
     expires_seconds: float | None
     """After which it is unloaded if nobody uses it from now on; null if it is not."""
+    outdated: bool = False
+    """Whether its model card has changed or gone since it was started. It keeps its settings until it ends; the next
+    request for the model starts another by the card as it is then."""
     retry_seconds: float
     """How long this runner is not started again with this model; 0 if it runs or may be started."""
 
     @classmethod
-    def of(cls, report: Report) -> Self:
+    def of(cls, report: Report, *, outdated: bool = False) -> Self:
         """The wire's form of a report."""
         now, failed = report.now, report.last_failure
         model = now.capabilities
@@ -103,6 +106,7 @@ class Instance(BaseModel):
             device_memory=list(_device_memory(report)),
             pinned=report.pinned,
             expires_seconds=None if report.time_left is None else round(report.time_left, 3),
+            outdated=outdated,
             retry_seconds=round(report.pause, 3),
         )
 

@@ -86,7 +86,8 @@ def server_routes(services: Services) -> APIRouter:
     @routes.get("/v1/instances")
     async def instances() -> InstanceList:
         """What is loaded, how busy it is, how often it died and why."""
-        return InstanceList(data=[Instance.of(report) for report in services.instances.reports()])
+        reports = services.instances.reports()
+        return InstanceList(data=[Instance.of(each, outdated=services.is_outdated(each)) for each in reports])
 
     @routes.post("/v1/models/unload", response_model=Unloaded, openapi_extra=json_body(UnloadRequest))
     async def unload(request: Request) -> Response:

@@ -21,6 +21,7 @@ from exo.models.meter import Progress
 from exo.worker.capacity import capacity
 from exo.worker.deadlines import Deadlines
 from exo.worker.host import Host, probe_host
+from exo.worker.instance import Report, settings_digest
 from exo.worker.instances import Instances
 from exo.worker.process import RunnerError
 from exo.worker.router import Refusal, Route, model_not_found, parse_model, route
@@ -98,8 +99,11 @@ class Services:
         """The card of a model id or alias. Raises ``ApiError``."""
         card = self.catalogue.get(name)
         if card is None:
-            raise from_refusal(model_not_found(name, self.catalogue.suggest(name)), status=404)
+            raise self._unknown(name)
         return card
+
+    def _unknown(self, name: str) -> ApiError:
+        return from_refusal(model_not_found(name, self.catalogue.suggest(name)), status=404)
 
     def named(self, model: str) -> str:
         """What a request calls its model; where that is nothing, the only model that is loaded, or known at all.
@@ -128,10 +132,10 @@ class Services:
         if self._host is None:
             await self._probed.wait()
         assert self._host is not None
-        failing = self.instances.avoided(card.model_id)
+        failing = self.instances.avoided(card)
         prefer, load = card.prefer or self._settings.prefer, self._load_of(card, arriving)
         preference = self.speeds.preference(card, prefer, load, time.time())
-        decision = route(wish.runner, card, self._host, self.instances.live(), needs or {}, failing, preference)
+        decision = route(wish.runner, card, self._host, self.instances.live_for(card), needs or {}, failing, preference)
         if isinstance(decision, Refusal):
             # Without a wish there is nothing about the request that its client could mend.
             mendable = wish.runner is not None or decision.code != "runner_unavailable"
@@ -153,10 +157,21 @@ class Services:
     async def unload(self, model: str) -> bool:
         """Unloads a model once its requests have ended, or been cut off after the time that a stop gives them.
 
-        Whether it was loaded, or about to be. Raises ``ApiError``.
+        Whether it was loaded, or about to be. A model whose card is gone can be unloaded by its id. Raises
+        ``ApiError``.
         """
-        model_id = self.card(parse_model(model).name).model_id
-        return await self.instances.unload(model_id, self._settings.limits.drain_seconds) > 0
+        name = parse_model(model).name
+        card = self.catalogue.get(name)
+        model_id = name if card is None else card.model_id
+        unloaded = await self.instances.unload(model_id, self._settings.limits.drain_seconds)
+        if card is None and not unloaded:
+            raise self._unknown(name)
+        return unloaded > 0
+
+    def is_outdated(self, report: Report) -> bool:
+        """Whether the model card has changed or gone since the instance was started."""
+        card = self.catalogue.get(report.now.model_id)
+        return card is None or settings_digest(card, report.now.runner) != report.settings
 
     def _load_of(self, card: ModelCard, arriving: int = 0) -> int:
         """Sequences of a model that are here or about to be."""

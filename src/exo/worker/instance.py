@@ -1,10 +1,13 @@
 """One runner process of the server's, with what it was started for and what is to be told of it."""
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 
 import anyio
 
+from exo.models.card import ModelCard
 from exo.worker.conversation import ENDINGS
 from exo.worker.health import Health
 from exo.worker.ledger import Entry
@@ -14,6 +17,12 @@ from exo.worker.process import RunnerError, RunnerProcess
 from exo.worker.router import LiveRunner
 
 
+def settings_digest(card: ModelCard, runner: str) -> str:
+    """Tells apart what a runner is told to load by different versions of a model card."""
+    settings = json.dumps([card.engines.get(runner, {}), card.tasks], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """One instance for whoever looks after the server. Times are in seconds since 1970."""
@@ -21,11 +30,13 @@ class Report:
     now: LiveRunner
     status: Status
     backend: str
+    settings: str
+    """The digest of what it was told to load."""
     pid: int | None
     """None where there is no process any more, or not yet."""
     started: float
     deaths: int
-    """Processes of this runner that failed with this model since the server started."""
+    """Processes of this runner that failed with this model and these settings since the server started."""
     last_failure: Failed | None
     """Of the last of them; what it says stays here after another has worked."""
     failed: float
@@ -42,6 +53,10 @@ class Report:
     """Seconds until it is unloaded if nobody uses it from now on; None if it is not."""
 
 
+Kind = tuple[str, str, str]
+"""Model id, runner, and the digest of its settings."""
+
+
 @dataclass(slots=True, eq=False)
 class Instance:
     """A runner process. ``process`` is set by whoever starts it, before anything else is done with this."""
@@ -49,6 +64,8 @@ class Instance:
     id: str
     runner: str
     model_id: str
+    settings: str
+    """The digest of what it is told to load, by the model card of then."""
     backend: str
     started: float
     """In seconds since 1970."""
@@ -79,9 +96,9 @@ class Instance:
         return self.process.status.state not in ENDINGS
 
     @property
-    def kind(self) -> tuple[str, str]:
+    def kind(self) -> Kind:
         """What its health is kept by."""
-        return self.model_id, self.runner
+        return self.model_id, self.runner, self.settings
 
     def describe(self) -> LiveRunner:
         """For the router."""
@@ -105,6 +122,7 @@ class Instance:
             now=self.describe(),
             status=self.process.status,
             backend=self.backend,
+            settings=self.settings,
             pid=self.process.pid,
             started=self.started,
             deaths=health.deaths,

@@ -21,7 +21,7 @@ from exo.models.card import ModelCard
 from exo.worker.capacity import taken
 from exo.worker.deadlines import DEADLINES, Deadlines
 from exo.worker.health import Health
-from exo.worker.instance import Instance, Report
+from exo.worker.instance import Instance, Kind, Report, settings_digest
 from exo.worker.ledger import Ledger
 from exo.worker.memory import Memory
 from exo.worker.messages import Choice, Estimated, Failed, Load
@@ -70,8 +70,8 @@ class Instances:
         self._commands = runner_commands() if commands is None else commands
         self._deadlines = deadlines
         self._instances: dict[str, Instance] = {}
-        self._health: defaultdict[tuple[str, str], Health] = defaultdict(Health)
-        """By model id and runner; ``_run`` is its only writer."""
+        self._health: defaultdict[Kind, Health] = defaultdict(Health)
+        """``_run`` is its only writer. A corrected model card makes another kind, which starts at once."""
         self._last_failed: dict[tuple[str, str], Instance] = {}
         """The instance that failed last, by model id and runner; ``_run`` is its only writer."""
         self._tasks: TaskGroup = anyio.create_task_group()
@@ -103,17 +103,26 @@ class Instances:
     def acquire(self, route: Route, card: ModelCard) -> RunnerProcess:
         """The process of ``route.instance``, else one of this model and runner, else a new one that starts now.
 
+        An instance that was started by an older version of the card takes no more requests and ends after those that it
+        has.
+
         Does not wait: see ``RunnerProcess.loading`` and ``ready``. A load belongs to no request, so it goes on when the
         request that caused it is gone. A process that has failed is not given out again; the next caller starts
         another. Raises ``RunnerError`` after ``close`` and, with ``retry_seconds``, where it has failed too often.
         """
         if self._closed:
             raise RunnerError(Failed(code="shutdown", message="the server is shutting down"))
+        settings = settings_digest(card, route.runner)
         usable = [each for each in self._of(card.model_id, route.runner) if self._takes_requests(each)]
-        wished = [each for each in usable if each.id == route.instance]
-        if (instance := next(iter(wished or usable), None)) is None:
-            self._check_pause(card.model_id, route.runner)
-            instance = self._start(route, card)
+        current = [each for each in usable if each.settings == settings]
+        wished = [each for each in current if each.id == route.instance]
+        if (instance := next(iter(wished or current), None)) is None:
+            self._check_pause((card.model_id, route.runner, settings))
+            instance = self._start(route, card, settings)
+            for each in usable:
+                log.info("%s: the model card has changed; %s ends after its requests", card.model_id, each.id)
+                self._ledger.leave(each.id)
+            self._settle()
         return instance.process
 
     @contextmanager
@@ -163,23 +172,30 @@ class Instances:
                 tasks.start_soon(each.process.close)
         return len(leaving)
 
-    def avoided(self, model_id: str) -> frozenset[str]:
-        """The runners that keep failing with this model, by name."""
+    def avoided(self, card: ModelCard) -> frozenset[str]:
+        """The runners that keep failing with this model as its card is now, by name."""
         now = anyio.current_time()
-        return frozenset(
-            runner for (model, runner), each in self._health.items() if model == model_id and each.avoided(now)
-        )
+        failing = [kind for kind, each in self._health.items() if kind[0] == card.model_id and each.avoided(now)]
+        return frozenset(runner for _, runner, settings in failing if settings == settings_digest(card, runner))
 
     def live(self) -> tuple[LiveRunner, ...]:
-        """What the router may choose from: runners that load or serve, and how busy each is."""
+        """Runners that load or serve, and how busy each is."""
         return tuple(each.describe() for each in self._instances.values() if self._takes_requests(each))
+
+    def live_for(self, card: ModelCard) -> tuple[LiveRunner, ...]:
+        """What the router may choose from: those of the model that were started by its card as it is now."""
+        return tuple(
+            each.describe()
+            for each in self._instances.values()
+            if each.model_id == card.model_id
+            and self._takes_requests(each)
+            and each.settings == settings_digest(card, each.runner)
+        )
 
     def reports(self) -> tuple[Report, ...]:
         """Every instance and, of each model and runner that has failed and not worked since, the last one."""
-        there = {each.kind for each in self._instances.values()}
-        failed = [
-            each for kind, each in self._last_failed.items() if kind not in there and self._health[kind].failures > 0
-        ]
+        there = {(each.model_id, each.runner) for each in self._instances.values()}
+        failed = [each for which, each in self._last_failed.items() if which not in there]
         return tuple(self._report(each) for each in (*self._instances.values(), *failed))
 
     def _report(self, instance: Instance) -> Report:
@@ -198,8 +214,9 @@ class Instances:
         for each in self._instances.values():
             each.process.kill()
 
-    def _check_pause(self, model_id: str, runner: str) -> None:
-        health = self._health[model_id, runner]
+    def _check_pause(self, kind: Kind) -> None:
+        model_id, runner, _ = kind
+        health = self._health[kind]
         seconds = health.pause(anyio.current_time())
         if seconds and health.last is not None:
             message = (
@@ -208,7 +225,7 @@ class Instances:
             )
             raise RunnerError(Failed(code=health.last.code, message=message), seconds)
 
-    def _start(self, route: Route, card: ModelCard) -> Instance:
+    def _start(self, route: Route, card: ModelCard, settings: str) -> Instance:
         names = (f"{card.model_id.replace('/', '--')}@{route.runner}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
         load = Load(
@@ -218,7 +235,7 @@ class Instances:
             directories=self._models_directories,
             tasks=card.tasks,
         )
-        instance = Instance(name, route.runner, card.model_id, route.backend, time.time())
+        instance = Instance(name, route.runner, card.model_id, settings, route.backend, time.time())
 
         async def admit(estimated: Estimated) -> Choice:
             return await self._admit(instance, estimated)
@@ -232,7 +249,9 @@ class Instances:
             admit if counted else None,
             Stopwatch(self._in_flight, partial(self._on_measured, card, route.runner)),
         )
-        predecessors = [each.process for each in self._of(card.model_id, route.runner)]
+        others = list(self._of(card.model_id, route.runner))
+        # Where memory is counted, an instance with other settings may go on beside this one if there is room for both.
+        predecessors = [each.process for each in others if each.settings == settings or not counted]
         self._instances[name] = instance
         keep = math.inf if card.pinned else card.keep_seconds(self._keep_seconds)
         self._ledger.enter(name, anyio.current_time(), pinned=card.pinned, keep=keep)
@@ -309,6 +328,7 @@ class Instances:
         async def recover() -> None:
             await process.proven.wait()
             health.worked()
+            self._last_failed.pop((instance.model_id, instance.runner), None)
 
         async def count() -> None:
             with suppress(RunnerError):
@@ -321,7 +341,7 @@ class Instances:
             if process.proven.is_set():
                 health.worked()
             if failed.code != "shutdown" and not process.refused:
-                self._last_failed[instance.kind] = instance
+                self._last_failed[instance.model_id, instance.runner] = instance
                 told_why = process.capabilities is None and failed.code != "runner_died"
                 health.failed(failed, anyio.current_time(), random.random(), lasting=told_why)
 
@@ -339,4 +359,4 @@ class Instances:
             self._settle()
 
     def _of(self, model_id: str, runner: str) -> Iterator[Instance]:
-        return (each for each in self._instances.values() if each.kind == (model_id, runner))
+        return (each for each in self._instances.values() if (each.model_id, each.runner) == (model_id, runner))

@@ -6,7 +6,7 @@ undisturbed run, since a runner makes text from the tokens alone and ``Generate.
 
 from dataclasses import dataclass, field
 
-from exo.worker.messages import Delta, ErrorCode, Failed, Generate, PromptLogprobs
+from exo.worker.messages import Capabilities, Delta, ErrorCode, Failed, Generate, PromptLogprobs
 
 FRUITLESS_REPLAYS = 3
 """How often in a row a request may be started again on one engine without that computing a token for anyone."""
@@ -78,6 +78,25 @@ class Replay:
         if self._prompt_told:
             updates["prompt_logprobs"] = None
         return self.request.model_copy(update=updates)
+
+
+def other_model(first: Capabilities, now: Capabilities) -> str | None:
+    """Why a request that one runner began cannot go on with another, whose model differs; None if it can.
+
+    The prompt was made by the first one's chat template, and the tokens delivered are of its vocabulary.
+    """
+    if first.vocabulary != now.vocabulary:
+        return f"its vocabulary has {now.vocabulary} tokens instead of {first.vocabulary}"
+    if (first.chat_template or "").strip() != (now.chat_template or "").strip():
+        return "its chat template is another one"
+    if first.engine == now.engine and _file(first) != _file(now):
+        return "its file is another one"
+    return None
+
+
+def _file(model: Capabilities) -> tuple[object, ...]:
+    """What one engine tells of a model's file, which is always the same."""
+    return model.model_bytes, model.special_tokens, model.special_ids, model.bos_token, model.eos_token
 
 
 def spent(failed: Failed) -> Failed:
