@@ -15,6 +15,7 @@ from exo.api.prompts import Prepared, prepare
 from exo.api.queue import Place
 from exo.api.reading import ChoiceEvent, Reader
 from exo.api.request import GenerationRequest
+from exo.api.schemas import naming_tools, with_enforced_schemas
 from exo.api.services import Services
 from exo.models.card import ModelCard
 from exo.worker.messages import (
@@ -72,8 +73,8 @@ class Generation:
     def __init__(
         self, services: Services, request: GenerationRequest, request_id: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """``headers`` are further ones of the reply."""
-        self.request = request
+        """``headers`` are further ones of the reply. Raises ``ApiError``."""
+        self.request = with_enforced_schemas(request)
         self.id = request_id
         self.headers: Mapping[str, str] = headers or {}
         self.routed = asyncio.Event()
@@ -110,7 +111,7 @@ class Generation:
     def _failed(self, failed: Failed, retry_seconds: float | None) -> ApiError:
         """In the client's words."""
         names = {**self.request.needs, "prompt": self.request.prompt_field}
-        return from_failed(failed, params=names, retry_seconds=retry_seconds)
+        return from_failed(naming_tools(failed, self.request), params=names, retry_seconds=retry_seconds)
 
     def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[Prepared]) -> list[Generate]:
         request = self.request

@@ -21,7 +21,6 @@ from exo.chat.template import (
     VariableRefusedError,
     chat_prompt,
 )
-from exo.chat.tools import NamedChoice
 from exo.worker.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
 from exo.worker.process import RunnerError
 
@@ -166,12 +165,12 @@ def _call_grammar(
 ) -> Grammar:
     """A grammar of the calls that the request demands. Raises ``ApiError``."""
     param = conversation.choice_param
-    tools = conversation.tools
-    if isinstance(conversation.choice, NamedChoice):
-        tools = tuple(tool for tool in tools if tool.name == conversation.choice.name)
     try:
         source = form.call_grammar(
-            tools, parallel=conversation.parallel, special_tokens=_special(model), in_reasoning=in_reasoning
+            conversation.forced,
+            parallel=conversation.parallel,
+            special_tokens=_special(model),
+            in_reasoning=in_reasoning,
         )
     except ValueError as error:
         raise ApiError(400, f"{param}: {error}", code="unsupported_value", param=param) from None

@@ -29,6 +29,8 @@ class Conversation:
     messages: tuple[Mapping[str, JsonValue], ...]
     tools: tuple[Tool, ...] = ()
     """Those that may be called; what ``tool_choice`` excludes is not among them."""
+    forced: tuple[Tool, ...] = ()
+    """The tools of which the reply must call one, with schemas that can be enforced; empty where it need not."""
     choice: ToolChoice = "auto"
     choice_param: str = "tool_choice"
     """What the client calls ``choice``."""

@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-_SPACING: JsonValue = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_GUIDANCE: dict[str, JsonValue] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "coerce_one_of": True,
+}
 """JSON as models have learned to write it. Where any white space is allowed, some models write it for ever."""
 
 
@@ -51,8 +56,8 @@ class Grammar:
 
     def json(self, schema: JsonValue) -> str:
         """A JSON value that follows ``schema``."""
-        spaced = {"x-guidance": _SPACING, **schema} if isinstance(schema, dict) else schema
-        return self.rule(f"%json {json.dumps(spaced)}")
+        guided = {"x-guidance": _GUIDANCE, **schema} if isinstance(schema, dict) else schema
+        return self.rule(f"%json {json.dumps(guided)}")
 
     def embedded(self, syntax: str, source: str) -> str:
         """A grammar of a client's. ``syntax`` is "json_schema", "regex" or "lark"."""

@@ -7,7 +7,6 @@ are allowed. A control token has no text here; a grammar reaches it by name, ``<
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -18,29 +17,17 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import JsonValue
 
+from exo.worker.grammar_errors import explain
 from exo.worker.grammar_trial import LIMITS, Trial, Vocabulary
 from exo.worker.messages import Failed, Grammar
+from exo.worker.schema import LONGEST_SOURCE, SchemaError, enforced, guided
 
 Mask = npt.NDArray[np.bool_]
-
-LONGEST_SOURCE = 1 << 20
-"""Characters."""
-
-WHITESPACE = r"[ \t\n]{0,20}"
-"""Between the parts of JSON, unless the schema says otherwise: a model that may go on with blanks for ever does."""
-
-_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_OF_VALUES = ("const", "enum", "default", "examples")
-"""Keywords of a JSON Schema that hold schemas by name, and those that hold no schema."""
-_STEP = 1e-6
 
 _CONTROL = b"\xff"
 """llguidance's mark of a control token. No text has this byte."""
 _BY_TEXT_ALONE = '\n%llguidance {"no_forcing": true}'
 """Where only one text can follow, llguidance would else allow only the tokens of its own choice for it."""
-_LINE_OF_SOURCE = re.compile(r"\s*\d+ \| ")
-_DEAD_END = "NoExtension"
-"""How llguidance says that no token is allowed."""
 
 
 class GrammarError(Exception):
@@ -90,10 +77,10 @@ class Constraints:
         """
         source = _for_llguidance(grammar)
         if wrong := self._trial.run(source):
-            raise GrammarError(_readable(wrong))
+            raise GrammarError(explain(wrong, syntax=grammar.syntax, source=grammar.source))
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise GrammarError(_readable(matcher.get_error()))
+            raise GrammarError(explain(matcher.get_error(), syntax=grammar.syntax, source=grammar.source))
         if not matcher.consume_tokens(list(delivered)):
             raise GrammarError("the tokens delivered do not match it")
         constraint = Constraint(matcher, self._n_vocab, self._threads)
@@ -151,13 +138,13 @@ class Constraint:
             self._next.exception()  # the matcher is for one thread at a time
             self._next = None
         if not self._matcher.consume_token(token):
-            raise GrammarError(_readable(self._matcher.get_error()))
+            raise GrammarError(explain(self._matcher.get_error(), syntax="lark", source=""))
         self._finished = self._matcher.is_stopped()
 
     def _compute(self) -> Mask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise GrammarError(_readable(self._matcher.get_error()))
+            raise GrammarError(explain(self._matcher.get_error(), syntax="lark", source=""))
         return np.unpackbits(bits, count=self._n_vocab, bitorder="little").view(np.bool_)
 
 
@@ -180,55 +167,16 @@ def _for_llguidance(grammar: Grammar) -> str:
 
 
 def _schema(source: str) -> JsonValue:
-    """Raises GrammarError for what is no JSON Schema at first sight."""
+    """Raises GrammarError for what is no JSON Schema that can be enforced."""
     try:
-        schema = _apart(json.loads(source, parse_constant=_number, parse_float=_number))
+        schema: JsonValue = json.loads(source, parse_constant=_number, parse_float=_number)
+        return guided(enforced(schema).schema)
     except RecursionError:
         raise GrammarError("it is nested too deeply") from None
+    except SchemaError as error:
+        raise GrammarError(str(error)) from None
     except ValueError as error:
         raise GrammarError(f"it is not JSON: {error}") from None
-    if isinstance(schema, bool):
-        return schema
-    if not isinstance(schema, dict):
-        raise GrammarError("a JSON Schema must be an object, true or false")
-    given = schema.get("x-guidance", {})
-    if isinstance(given, dict) and not given.keys() & {"whitespace_pattern", "whitespace_flexible"}:
-        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **given}
-    return schema
-
-
-def _apart(schema: JsonValue) -> JsonValue:
-    """The schema with a small step away from every whole number that is excluded, where the other bound is near.
-
-    llguidance takes {"exclusiveMinimum": 3, "maximum": 3.5} to allow 3.
-    """
-    if isinstance(schema, list):
-        return [_apart(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made: dict[str, JsonValue] = {}
-    for key, value in schema.items():
-        if key in _OF_SCHEMAS and isinstance(value, dict):
-            made[key] = {name: _apart(each) for name, each in value.items()}
-        else:
-            made[key] = value if key in _OF_VALUES else _apart(value)
-    for excluded, limits, end in (
-        ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), math.inf),
-        ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -math.inf),
-    ):
-        bound = _numeric(made.get(excluded))
-        other = _numeric(next((made[limit] for limit in limits if limit in made), None))
-        if bound is not None and other is not None and bound == round(bound) and 0 < abs(other - bound) < 1:
-            step = bound + (other - bound) * _STEP
-            made[excluded] = step if step != bound else math.nextafter(bound, end)
-    return made
-
-
-def _numeric(value: JsonValue) -> float | None:
-    """A number that may have another one less than 1 away from it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 1 << 53 else None
 
 
 def _number(text: str) -> float:
@@ -236,13 +184,3 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is no number that can be used")
     return number
-
-
-def _readable(error: str) -> str:
-    """The finding on one line, without the lines of source around it."""
-    if error.startswith(_DEAD_END):
-        return "no token can follow, so nothing matches it"
-    lines = error.removesuffix("<non-verbose/>").splitlines()
-    shown = next((at for at, line in enumerate(lines) if _LINE_OF_SOURCE.match(line)), len(lines))
-    text = " ".join(" ".join(lines[:shown]).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,242 @@
+"""JSON Schemas as generators write them: what is enforced, what is noted, what is refused."""
+
+import json
+import re
+from collections.abc import Iterator
+from random import Random
+
+import jsonschema_rs
+import pytest
+from pydantic import JsonValue
+
+from exo.chat.output import FORMATS
+from exo.chat.tools import Tool
+from exo.worker.constraint import Constraints, GrammarError
+from exo.worker.grammar_errors import named
+from exo.worker.messages import Grammar
+from exo.worker.overlap import disjoint
+from exo.worker.pattern import without_look_ahead
+from exo.worker.schema import SchemaError, enforced
+
+END = 256
+Schema = dict[str, JsonValue]
+
+
+@pytest.fixture(scope="module")
+def constraints() -> Iterator[Constraints]:
+    made = Constraints(
+        lambda token: bytes([token]) if token < END else b"<end>", lambda token: token == END, (END,), END + 1
+    )
+    yield made
+    made.close()
+
+
+def writes(constraints: Constraints, schema: JsonValue, value: JsonValue) -> bool:
+    constraint = constraints.compile(Grammar(syntax="json_schema", source=json.dumps(schema)))
+    try:
+        for byte in json.dumps(value, ensure_ascii=False).encode():
+            constraint.accept(byte)
+        return constraint.finished or bool(constraint.mask()[END])
+    except GrammarError:
+        return False
+
+
+def notes(schema: JsonValue) -> list[str]:
+    return [note.where for note in enforced(schema).notes]
+
+
+UNKNOWN = [
+    *("path", "binary", "password", "base64", "base64url", "ipv4network", "ipv6interface", "multi-host-uri", "json"),
+    *("cuid", "cuid2", "ulid", "nanoid", "emoji", "jwt", "xid", "ksuid", "cidrv4", "e164", "lowercase"),
+    *("byte", "url", "decimal", "int32", "int64", "float", "double", "regex", "uri-reference", "iri", "unknown", ""),
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_format_is_an_annotation(constraints: Constraints, name: str) -> None:
+    schemas: list[Schema] = [
+        {"type": "string", "format": name},
+        {"format": name},
+        {"type": ["string", "null"], "format": name},
+    ]
+    for schema in schemas:
+        assert writes(constraints, schema, "any text")
+        assert notes(schema) == ["format"]
+
+
+ANNOTATIONS: Schema = {
+    "title": "T",
+    "description": "d",
+    "default": 3,
+    "examples": [1],
+    "example": 1,
+    "deprecated": True,
+    "readOnly": True,
+    "discriminator": {"propertyName": "k"},
+    "$id": "Thing",
+    "$comment": "c",
+    "nullable": False,
+    "strict": True,
+    "xml": {},
+    "externalDocs": {},
+    "contentEncoding": "base64",
+    "contentMediaType": "application/json",
+    "contentSchema": {"type": "object"},
+    "x-order": 1,
+    "propertyNames": {"type": "string"},
+    "uniqueItems": False,
+    "not": {"not": {}},
+    "then": False,
+    "dependentRequired": {},
+    "unevaluatedItems": True,
+    "minContains": 2,
+    "$dynamicAnchor": "node",
+    "enum": ["a", "b"],
+    "format": None,
+    "minLength": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "dialect", ["http://spec.openapis.org/oas/3.1/dialect/base", "https://json-schema.org/draft-07/schema#"]
+)
+def test_what_restricts_nothing_is_accepted_without_a_note(constraints: Constraints, dialect: str) -> None:
+    schema = {**ANNOTATIONS, "$schema": dialect}
+    assert notes(schema) == []
+    assert writes(constraints, schema, "a")
+    assert not writes(constraints, schema, "c")
+
+
+@pytest.mark.parametrize(
+    ("schema", "note"),
+    [
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems"),
+        ({"oneOf": [{"type": "object", "required": ["a"]}, {"type": "object", "required": ["b"]}]}, "oneOf"),
+        ({"properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}}, "properties.a.oneOf"),
+        ({"type": "object", "propertyNames": {"format": "date"}}, "propertyNames.format"),
+        ({"type": "number", "minimum": -3.4028234663852886e38}, "minimum"),
+        ({"type": "integer", "maximum": (1 << 63) - 1}, "maximum"),
+    ],
+)
+def test_what_is_not_enforced_is_noted(constraints: Constraints, schema: Schema, note: str) -> None:
+    assert notes(schema) == [note]
+    assert constraints.compile(Grammar(syntax="json_schema", source=json.dumps(schema)))
+
+
+SAMPLES: list[JsonValue] = [
+    *(None, True, 0, 1, 2.5, -3, "", "a", "ab", "abc", "a.b@c.de", ".a@c.de", "a..b@c.de", "Passw0rd", "password"),
+    *([], [True], [True, True], [True, False], ["a"], ["a", "b"], ["a", "a"], ["a", 1], [1, "a"]),
+    *({}, {"a": 1}, {"b": 1}, {"a": "x"}, {"ab": 1}, {"a": 1, "b": 1}, {"k": "a"}, {"k": "b", "x": 1}, {"k": "b"}),
+]
+EXACT: list[Schema] = [
+    {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "integer"}},
+    {"type": "object", "propertyNames": {"$ref": "#/$defs/n"}, "$defs": {"n": {"type": "string", "enum": ["a", "b"]}}},
+    {"type": "object", "propertyNames": {"minLength": 2}},
+    {"type": "object", "propertyNames": {"maxLength": 1}, "additionalProperties": {"type": "string"}},
+    {"type": "object", "propertyNames": {"type": "string", "pattern": "^a+$"}},
+    {"type": "object", "properties": {"a": {"not": {}}}},
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "unevaluatedProperties": False},
+    {"type": "array", "prefixItems": [{"type": "string"}], "unevaluatedItems": False},
+    {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True},
+    {"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 1},
+    {"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 1},
+    {"oneOf": [{"type": "string"}, {"type": "integer"}, {"type": "array", "maxItems": 1}]},
+    {"oneOf": [{"const": "a"}, {"enum": ["ab", 1]}, {"type": "null"}]},
+    {
+        "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+        "$defs": {
+            "a": {"type": "object", "properties": {"k": {"const": "a"}}, "required": ["k"]},
+            "b": {"type": "object", "properties": {"k": {"const": "b"}, "x": {}}, "required": ["k", "x"]},
+        },
+    },
+    {"anyOf": [{"type": "string"}, {"type": "integer"}], "oneOf": [{"const": 1}, {"const": "a"}]},
+    {"type": "string", "pattern": r"^(?!\.)(?!.*\.\.)([a-z\.]*)[a-z]@([a-z]+\.)+[a-z]{2,}$"},
+    {"type": "string", "pattern": r"^(?=.*\d)(?=.*[A-Z]).{8,}$"},
+    {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}]},
+]
+
+
+@pytest.mark.parametrize("schema", EXACT)
+def test_what_is_not_noted_is_enforced(constraints: Constraints, schema: Schema) -> None:
+    assert notes(schema) == []
+    valid = jsonschema_rs.validator_for(schema)
+    told = [(value, writes(constraints, schema, value)) for value in SAMPLES]
+    assert told == [(value, valid.is_valid(value)) for value in SAMPLES]
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"properties": {"a": {"not": {"type": "string"}}}}, "properties.a.not: this keyword cannot be enforced here"),
+        ({"if": {"type": "string"}, "then": {"minLength": 2}}, "if: this keyword"),
+        ({"items": {"contains": {"const": 1}}}, "items.contains: this keyword"),
+        ({"dependentRequired": {"a": ["b"]}}, "dependentRequired: this keyword"),
+        ({"properties": {"a": {"type": "any"}}}, "properties.a.type: 'any' is no type; accepted are null, boolean"),
+        ({"type": "array", "minItems": -1}, "minItems: must be a whole number, 0 or more (got -1)"),
+        ({"type": "string", "pattern": r"^a(?=b)"}, "pattern: '^a(?=b)' has look-around"),
+        ({"enum": []}, "enum: is empty"),
+        ({"properties": {"a": 3}}, "properties.a: a JSON Schema must be an object, true or false"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_at_its_place(schema: Schema, reason: str) -> None:
+    with pytest.raises(SchemaError) as refused:
+        enforced(schema)
+    assert str(refused.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "string", "pattern": "("}, "the pattern '(' cannot be used: unclosed group"),
+        ({"$ref": "#/$defs/none"}, "$ref: '#/$defs/none' is not in the schema"),
+        ({"$ref": "http://x.y/z"}, "$ref: 'http://x.y/z' is another document"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"not": {"type": "null"}}}}, "'not' cannot be enforced here"),
+        ({"type": "object", "minProperties": 1, "properties": {"a": {}}}, "minProperties and maxProperties can be"),
+        ({"patternProperties": {"a": {}, "b": {}}}, "the patternProperties 'a' and 'b' overlap"),
+        ({"type": "string", "pattern": "^a", "format": "date"}, "nothing matches the schema"),
+        ({"type": "object", "required": ["a"], "properties": {"a": False}}, "the required property 'a'"),
+        ({"x-guidance": {"wat": 1}}, "x-guidance: there is no option 'wat'"),
+    ],
+)
+def test_the_compilers_findings_are_told_in_our_words(constraints: Constraints, schema: Schema, reason: str) -> None:
+    with pytest.raises(GrammarError) as refused:
+        constraints.compile(Grammar(syntax="json_schema", source=json.dumps(schema)))
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize("form", ["hermes", "glm", "kimi", "mistral"])
+def test_a_finding_names_the_tool(constraints: Constraints, form: str) -> None:
+    good: Schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    wrong = named({"type": "string", "pattern": "("}, "tool 'bad', property 'x'")
+    bad = named({"type": "object", "properties": {"x": wrong}}, "tool 'bad'")
+    tools = [Tool("good", "", good), Tool("bad", "", bad)]
+    source = FORMATS[form].call_grammar(tools, parallel=True, special_tokens={})
+    with pytest.raises(GrammarError, match=r"^tool 'bad'.*: the pattern '\(' cannot be used"):
+        constraints.compile(Grammar(syntax="lark", source=source))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"^(?!a)[ab.]*$", r"^(?!\.)(?!.*\.\.)[ab.]+$", r"^(?=.*b)[ab]*$", r"^(?!^[.]*$)[ab.]*$", r"^(?![ab]+$)[ab.]*$"],
+)
+def test_patterns_without_look_ahead_match_the_same_texts(pattern: str) -> None:
+    conjuncts = without_look_ahead(pattern)
+    assert conjuncts is not None
+    drawn = Random(1)
+    for _ in range(2000):
+        text = "".join(drawn.choices("ab.", k=drawn.randint(0, 6)))
+        assert all(re.search(each, text) for each in conjuncts) == bool(re.search(pattern, text)), text
+
+
+@pytest.mark.parametrize("pattern", [r"^(?!ab)a|b$", r"^(?!a(b|c))a", r"a(?=b)", r"(a)\1", r"^(?=a)*b", r"\bword\b"])
+def test_what_is_no_look_ahead_at_the_start_is_left_to_be_refused(pattern: str) -> None:
+    assert without_look_ahead(pattern) is None
+
+
+def test_a_comparison_of_schemas_ends() -> None:
+    reference: JsonValue = {"$ref": "#/$defs/a"}
+    several: list[JsonValue] = [reference] * 10
+    looping: Schema = {"$defs": {"a": {"allOf": several, "anyOf": several}}}
+    assert not disjoint([reference, reference], looping)
+    many: list[JsonValue] = [{"enum": [*range(n, n + 500)]} for n in range(0, 500_000, 500)]
+    assert not disjoint(many, {})
