@@ -23,6 +23,17 @@ WEATHER = Tool(
 TIME = Tool("time", "The time", {"type": "object", "properties": {}})
 TOOLS = (WEATHER, TIME)
 
+
+def dsml(block: str) -> str:
+    """One call as DeepSeek V3.2 and later write it."""
+    tag = f"{BAR}DSML{BAR}"
+    return (
+        f'<{tag}{block}>\n<{tag}invoke name="get_weather">\n<{tag}parameter name="city" string="true">'
+        f"Paris</{tag}parameter>\n"
+        f'<{tag}parameter name="days" string="false">3</{tag}parameter>\n</{tag}invoke>\n</{tag}{block}>'
+    )
+
+
 ONE_CALL = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_call>',
     "qwen3-coder": "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n"
@@ -50,9 +61,15 @@ ONE_CALL = {
     '{"city": "Paris", "days": 3}}\n]<|END_ACTION|>',
     "command-r": 'Action:\n```json\n[\n{\n    "tool_name": "get_weather",\n    "parameters": '
     '{"city": "Paris", "days": 3}\n}\n]```',
+    "deepseek-v3.2": dsml("function_calls"),
+    "deepseek-v4": dsml("tool_calls"),
     "gigachat3": 'function call<|role_sep|>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}',
     "gigachat3.1": '<|function_call|>{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}',
     "granite3": '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]<|/tool_call|>',
+    "hunyuan3": "<tool_calls:opensource>\n<tool_call:opensource>get_weather<tool_sep:opensource>\n"
+    "<arg_key:opensource>city</arg_key:opensource>\n<arg_value:opensource>Paris</arg_value:opensource>\n<arg_key:opensource>days"
+    "</arg_key:opensource>\n<arg_value:opensource>3</arg_value:opensource>\n</tool_call:opensource>\n"
+    "</tool_calls:opensource>",
     "kimi-k3": '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|><|open|>argument key="city" '
     'type="string"<|sep|>Paris<|close|>argument<|sep|><|open|>argument key="days" type="number"<|sep|>3'
     "<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>",
@@ -60,16 +77,22 @@ ONE_CALL = {
     "llama4": '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}',
     "longcat": '<longcat_tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n'
     "</longcat_tool_call>",
+    "minicpm5": '<function name="get_weather">\n<param name="city">Paris</param>\n<param name="days">3</param>'
+    "\n</function>",
     "minimax-m1": '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_calls>',
     "minimax-m3": ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">]<]minimax[>[<city>Paris'
     "]<]minimax[>[</city>]<]minimax[>[<days>3]<]minimax[>[</days>]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>",
     "nemotron": '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]</TOOLCALL>',
     "olmo3": "<function_calls>\nget_weather(city='Paris', days=3)\n</function_calls>",
     "pythonic": "[get_weather(city='Paris', days=3)]",
+    "seed": "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n<parameter=days>3"
+    "</parameter>\n</function>\n</seed:tool_call>",
     "tool-calls": '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]</tool_calls>',
     "xlam": '[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]',
 }
 """One call of ``WEATHER`` in each format, as its model writes it."""
+MARKED = sorted(set(ONE_CALL) - {"harmony", "llama3", "llama4", "pythonic", "xlam"})
+"""The formats whose call begins with a marker of its own."""
 
 THE_CALL = [ToolCall(0, "get_weather"), Arguments(0, '{"city": "Paris", "days": 3}')]
 THINK = Thinking("<think>", "</think>")

@@ -15,7 +15,7 @@ from exo.chat.output import FORMATS
 from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
 from exo.chat.tools import Tool
 from exo.worker.messages import Grammar
-from tests.replies import ONE_CALL, THE_CALL, TOOLS, form, read, text_of
+from tests.replies import BAR, ONE_CALL, THE_CALL, TOOLS, form, read, text_of
 
 NAMES = sorted(ONE_CALL)
 MARKERS = tuple(
@@ -51,7 +51,10 @@ MARKERS = tuple(
     )
 )
 
-ENDS = ('"', "]", "}", "</parameter>", "</arg_value>", "<escape>", '<|"|>', "<|close|>argument<|sep|>", "]<]minimax[>[")
+ENDS = (
+    *('"', "]", "}", "</parameter>", "</arg_value>", "<escape>", '<|"|>', "<|close|>argument<|sep|>", "]<]minimax[>["),
+    *(f"</{BAR}DSML{BAR}parameter>", "</arg_value:opensource>", "</param>"),
+)
 """What a random walk would hardly ever write, and has to write to get on."""
 
 
@@ -89,7 +92,7 @@ class Vocabulary:
         ids = self.encode(text)
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
-    def walk(self, grammar: str, seed: int, longest: int = 400) -> str | None:
+    def walk(self, grammar: str, seed: int, longest: int = 600) -> str | None:
         """A text that the grammar allows, drawn at random; None if it does not end."""
         draw = random.Random(seed)
         matcher = self.matcher(grammar)
@@ -99,7 +102,7 @@ class Vocabulary:
             if not allowed or (self.eos_token_id in allowed and draw.random() < 0.5):
                 break
             printable = [token for token in allowed if token == 10 or 32 <= token < 127 or token > self.eos_token_id]
-            end = self.encode(draw.choice(ENDS)) if draw.random() < 0.3 else []
+            end = self.encode(draw.choice(ENDS)) if draw.random() < 0.4 else []
             if not end or matcher.validate_tokens(end) < len(end):
                 end = [draw.choice(printable or allowed)]
             if end == [self.eos_token_id]:
@@ -165,6 +168,19 @@ def in_array(between: str) -> Callable[[str], str]:
     return twice
 
 
+DSML = f"{BAR}DSML{BAR}"
+
+
+def between(first: str, after: str) -> Callable[[str], str]:
+    """For the formats in which calls stand one after the other: from the text ``first`` up to ``after``."""
+
+    def twice(one: str) -> str:
+        call = one[one.index(first) : one.index(after)]
+        return one.replace(call, call + call)
+
+    return twice
+
+
 def in_list(one: str) -> str:
     """For the formats in which all calls are in one list."""
     call = one[one.index("get_weather") : one.rindex("]")]
@@ -181,7 +197,12 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "hermes": lambda one: f"{one}\n{one}",
     "qwen3-coder": lambda one: f"{one}\n{one}",
     "glm": lambda one: f"{one}\n{one}",
-    "minimax": lambda one: f"{one}\n{one}",
+    "minimax": between("<invoke", "</minimax"),
+    "deepseek-v3.2": between(f"<{DSML}invoke", f"</{DSML}function_calls"),
+    "deepseek-v4": between(f"<{DSML}invoke", f"</{DSML}tool_calls"),
+    "hunyuan3": between("<tool_call:", "</tool_calls:"),
+    "minicpm5": lambda one: f"{one}\n{one}",
+    "seed": lambda one: f"{one}\n{one}",
     "llama3": lambda one: f"{one}; {one}",
     "mistral": lambda one: one + one,
     "mistral-array": lambda one: f"{one[:-1]}, {one.removeprefix('[TOOL_CALLS][')}",
@@ -204,12 +225,8 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "lfm2": in_list,
     "longcat": on_lines,
     "minimax-m1": on_lines,
-    "minimax-m3": lambda one: one.replace(
-        call := one[one.index("]<]minimax[>[<invoke") : one.rindex("]<]minimax[>[")], call + call
-    ),
-    "kimi-k3": lambda one: one.replace(
-        call := one[one.index("<|open|>call") : one.index("<|close|>tools")], call + call
-    ),
+    "minimax-m3": between("]<]minimax[>[<invoke", "]<]minimax[>[</tool_call"),
+    "kimi-k3": between("<|open|>call", "<|close|>tools"),
 }
 
 

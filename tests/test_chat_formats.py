@@ -10,10 +10,9 @@ from pydantic import JsonValue
 
 from exo.chat.output import FORMATS
 from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from tests.replies import BAR, ONE_CALL, THE_CALL, TOOLS, form, fragments, merged, read, text_of
+from tests.replies import BAR, MARKED, ONE_CALL, THE_CALL, TOOLS, form, fragments, merged, read, text_of
 
 NAMES = sorted(ONE_CALL)
-MARKED = [name for name in NAMES if name not in ("llama3", "llama4", "harmony", "pythonic", "xlam")]
 
 
 def calls(parts: Sequence[Part]) -> list[tuple[str, JsonValue]]:
@@ -188,6 +187,33 @@ VARIANTS: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
         [("time", {}), ("f", {})],
     ),
     ("lfm2", "<|tool_call_start|>[f(a='it's', b=\"x\")]<|tool_call_end|>", [("f", {"a": "it's", "b": "x"})]),
+    (
+        "minicpm5",
+        '<function name="f"><param name="a"><![CDATA[1 < 2</param>\n3]]></param><param name="b">x</param></function>',
+        [("f", {"a": "1 < 2</param>\n3", "b": "x"})],
+    ),
+    (
+        "deepseek-v3.2",
+        ONE_CALL["deepseek-v3.2"].replace('days" string="false">3', 'zip" string="true">007'),
+        [("get_weather", {"city": "Paris", "zip": "007"})],
+    ),
+    (
+        "deepseek-v4",
+        ONE_CALL["deepseek-v4"].replace('city" string="true">Paris', 'l" string="false">[7, "</parameter>"]'),
+        [("get_weather", {"l": [7, "</parameter>"], "days": 3})],
+    ),
+    ("kimi-k3", ONE_CALL["kimi-k3"].replace(' type="number"', ""), [("get_weather", {"city": "Paris", "days": 3})]),
+    (
+        "kimi-k3",
+        '<|open|>tools<|sep|><|open|>call tool="a&amp;&quot;b" index="1"<|sep|><|open|>json type="object"'
+        '<|sep|>{"k": 1}<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
+        [('a&"b', {"k": 1})],
+    ),
+    (
+        "cohere",
+        "<|START_ACTION|>[" + '{"tool_call_id": "0", "tool_name": "f", "parameters": {}},\n' * 2 + "]<|END_ACTION|>",
+        [("f", {}), ("f", {})],
+    ),
     ("lfm2", '<|tool_call_start|>[{"name": "f", "arguments": {}}]<|tool_call_end|>', [("f", {})]),
     (
         "lfm2",

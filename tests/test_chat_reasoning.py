@@ -4,7 +4,7 @@ import pytest
 
 from exo.chat.output import FORMATS, OutputFormat, output_format
 from exo.chat.parts import Content, Part, Reasoning
-from tests.replies import ONE_CALL, THE_CALL, form, read
+from tests.replies import MARKED, ONE_CALL, THE_CALL, form, read
 
 TAGS = output_format("{{ messages }}</think>")
 BRACKETS = output_format("[THINK]")
@@ -91,11 +91,8 @@ def test_a_model_may_begin_reasoning_that_the_prompt_has_begun(
     assert read(TAGS, text if one_by_one else [text], in_reasoning=True) == expected
 
 
-CALLING = sorted(set(ONE_CALL) - {"llama3", "harmony"})
-
-
 @pytest.mark.parametrize("one_by_one", [True, False])
-@pytest.mark.parametrize("name", [name for name in CALLING if form(name).begin])
+@pytest.mark.parametrize("name", MARKED)
 def test_a_call_in_reasoning_that_never_ends_is_a_call(name: str, one_by_one: bool) -> None:
     text = f"I should look.\n{ONE_CALL[name]}\n"
     assert read(form(name), text if one_by_one else [text], in_reasoning=True) == [
@@ -105,7 +102,7 @@ def test_a_call_in_reasoning_that_never_ends_is_a_call(name: str, one_by_one: bo
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-@pytest.mark.parametrize("name", [name for name in CALLING if form(name).begin])
+@pytest.mark.parametrize("name", MARKED)
 def test_the_draft_of_a_call_in_reasoning_that_ends_is_reasoning(name: str, one_by_one: bool) -> None:
     thinking = form(name).thinking
     assert thinking is not None

@@ -96,6 +96,15 @@ def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
     return _quoted(text) if only_text and not isinstance(value, str) else word
 
 
+def typed_to_json(text: str, is_text: bool, parameters: Mapping[str, JsonValue], name: str) -> str:
+    """The same where the model tells whether the value is a text. The schema decides where it rules that out."""
+    schema = argument_schema(parameters, name)
+    if is_text:
+        return _quoted(text) if schema is None else to_json(text, parameters, name)
+    only_text = isinstance(schema, dict) and schema.get("type") == "string"
+    return to_json(text, parameters if only_text else {}, name)
+
+
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 

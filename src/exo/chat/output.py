@@ -40,7 +40,16 @@ from exo.chat.formats.llama3 import LLAMA3, LLAMA4
 from exo.chat.formats.minimax_m3 import MINIMAX_M3
 from exo.chat.formats.mistral import MISTRAL, MISTRAL_ARRAY
 from exo.chat.formats.pythonic import LFM2, OLMO3, PYTHONIC
-from exo.chat.formats.tags import GLM, MINIMAX, QWEN3_CODER
+from exo.chat.formats.tags import (
+    DEEPSEEK_V4,
+    DEEPSEEK_V32,
+    GLM,
+    HUNYUAN3,
+    MINICPM5,
+    MINIMAX,
+    QWEN3_CODER,
+    SEED,
+)
 from exo.chat.reply import Thinking
 
 __all__ = ["FORMATS", "OutputFormat", "OutputParser", "output_format"]
@@ -69,18 +78,23 @@ FORMATS: Mapping[str, OutputFormat] = {
         APERTUS,
         COHERE,
         COMMAND_R,
+        DEEPSEEK_V32,
+        DEEPSEEK_V4,
         GIGACHAT3,
         GIGACHAT31,
         GRANITE3,
+        HUNYUAN3,
         KIMI_K3,
         LFM2,
         LLAMA4,
         LONGCAT,
+        MINICPM5,
         MINIMAX_M1,
         MINIMAX_M3,
         NEMOTRON,
         OLMO3,
         PYTHONIC,
+        SEED,
         TOOL_CALLS,
         XLAM,
     )
@@ -93,6 +107,11 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (FUNCTION_GEMMA, ("<start_function_call>",)),
     (KIMI, ("<|tool_calls_section_begin|>",)),
     (KIMI_K3, ("<|open|>", "<|sep|>")),
+    (DEEPSEEK_V32, ("\uff5cDSML\uff5c", "function_calls>")),
+    (DEEPSEEK_V4, ("\uff5cDSML\uff5c",)),
+    (SEED, ("<seed:tool_call>",)),
+    (HUNYUAN3, ("<tool_sep", ":opensource")),
+    (MINICPM5, ('<function name="', '<param name="')),
     (APERTUS, ("<|tools_prefix|>",)),
     (COHERE, ("<|START_ACTION|>",)),
     (COMMAND_R, ("<|CHATBOT_TOKEN|>", "Action:", '"tool_name"')),

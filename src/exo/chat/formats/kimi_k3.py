@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-from exo.chat.fields import Field, fields, to_json
+from exo.chat.fields import Field, fields, to_json, typed_to_json
 from exo.chat.format import OutputFormat
 from exo.chat.lark import Grammar
 from exo.chat.reply import Reply, Thinking
@@ -32,7 +32,7 @@ def _end(tag: str) -> str:
 
 
 def _read(reply: Reply, marker: str) -> Steps[bool]:
-    return (yield from reply.several(_CALL, _end("tools"), lambda: _call(reply)))
+    return (yield from reply.several(_CALL, _end("tools"), lambda: _call(reply), begun=marker == _CALL))
 
 
 def _call(reply: Reply) -> Steps[bool]:
@@ -85,10 +85,8 @@ def _nothing(text: str) -> None:
 
 
 def _value(text: str, kind: str | None, parameters: Mapping[str, JsonValue], key: str) -> str:
-    """The JSON of an argument. Where its type is missing, the schema decides."""
-    if kind == "string":
-        return json.dumps(text, ensure_ascii=False)
-    return to_json(text, {} if kind else parameters, key)
+    """The JSON of an argument, of which the type may be missing."""
+    return typed_to_json(text, kind == "string", parameters, key) if kind else to_json(text, parameters, key)
 
 
 def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
@@ -145,7 +143,7 @@ KIMI_K3 = OutputFormat(
     thinking=Thinking(_begin("think"), _end("think")),
     opening=(_begin("response"),),
     frame=(_end("response"), _end("message")),
-    begin=(_begin("tools"),),
+    begin=(_begin("tools"), _CALL),
     read_call=_read,
     write_calls=_write,
 )

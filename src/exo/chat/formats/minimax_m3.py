@@ -30,7 +30,7 @@ _PLAIN_ARRAY = {"type", "items", "title", "description"}
 
 
 def _read(reply: Reply, marker: str) -> Steps[bool]:
-    return (yield from reply.several(_CALL, _END, lambda: _call(reply)))
+    return (yield from reply.several(_CALL, _END, lambda: _call(reply), begun=marker == _CALL))
 
 
 def _call(reply: Reply) -> Steps[bool]:
@@ -153,7 +153,7 @@ MINIMAX_M3 = OutputFormat(
     "minimax-m3",
     special=True,
     thinking=Thinking("<mm:think>", "</mm:think>"),
-    begin=(_BEGIN,),
+    begin=(_BEGIN, _CALL),
     read_call=_read,
     write_calls=_write,
 )

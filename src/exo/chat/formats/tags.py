@@ -1,19 +1,20 @@
-"""The formats that write each argument between tags of its own: Qwen3-Coder, GLM 4.5 and later, MiniMax M2.
+"""The formats that write each argument between tags of its own.
 
-Published in the models' chat templates and tool parsers: Qwen3-Coder's ``<function=…><parameter=…>``, GLM's
-``<arg_key>`` and ``<arg_value>``, MiniMax's ``<invoke name="…"><parameter name="…">`` (docs/tool_calling_guide.md).
+Published in the models' chat templates and tool parsers: Qwen3-Coder's and Seed-OSS' ``<function=…><parameter=…>``,
+``<arg_key>`` and ``<arg_value>`` of GLM 4.5 and Hunyuan 3, ``<invoke name="…"><parameter name="…">`` of MiniMax M2 and
+of DeepSeek V3.2 and V4 (DSML), and ``<function name="…"><param name="…">`` of MiniCPM 5.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from exo.chat.fields import Field, fields, to_json, written_as_json
+from exo.chat.fields import Field, fields, to_json, typed_to_json, written_as_json
 from exo.chat.format import OutputFormat
 from exo.chat.json_call import LONGEST_NAME
 from exo.chat.lark import Grammar
-from exo.chat.reply import Reply
+from exo.chat.reply import Reply, Thinking
 from exo.chat.scanner import Scanner, Steps, markers
 from exo.chat.tools import Tool
 
@@ -21,6 +22,7 @@ _NAME = re.compile(r"[^<>\"\s]*")
 
 
 _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
+_CDATA, _CDATA_END = "<![CDATA[", "]]>"
 _JSON_BEGINS = ('"', "[", "{")
 
 
@@ -45,6 +47,12 @@ class _Tags:
     end: str
     own_line: bool
     """Whether a line break before and after each value is not part of it."""
+    text_keyed: str = ""
+    """The same as ``keyed`` for a text, where the model tells texts and JSON apart; ``keyed`` is then for JSON."""
+    grouped: bool = False
+    """Whether several calls are written between one ``begin`` and ``end``."""
+    cdata: bool = False
+    """Whether a value may be in a CDATA section."""
 
     def read(self, reply: Reply, marker: str) -> Steps[bool]:
         """Reads on behind ``begin``, or behind ``call`` where the model left ``begin`` out."""
@@ -57,6 +65,12 @@ class _Tags:
     def write(self, grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
         """The expression of calls."""
         calls = [self._write_call(grammar, tool) for tool in tools]
+        if self.grouped:
+            call = grammar.sequence(
+                grammar.marked(self.call), grammar.one_of(calls), grammar.marked(self.call_end + "\n")
+            )
+            several = grammar.several(call, "", parallel)
+            return grammar.sequence(grammar.marked(self.begin + "\n"), several, grammar.marked(self.end))
         before = self.begin + ("\n" if self.call else "") + self.call
         after = self.call_end + ("\n" if self.call_end else "") + self.end
         call = grammar.sequence(grammar.marked(before), grammar.one_of(calls), grammar.marked(after))
@@ -80,12 +94,14 @@ class _Tags:
         yield reply.call(name)
         before = "{"
         while follows == self.key:
-            key = yield from self._key(scanner)
+            key, is_text = yield from self._key(scanner)
             schema = reply.schema(name)
-            text = (yield from self._value(scanner, as_json=written_as_json(schema, key))) if key else None
+            as_json = written_as_json(schema, key) if is_text is None else not is_text
+            text = (yield from self._value(scanner, as_json=as_json)) if key else None
             if text is None:
                 return False
-            yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {to_json(text, schema, key)}")
+            value = to_json(text, schema, key) if is_text is None else typed_to_json(text, is_text, schema, key)
+            yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
             before = ", "
             yield from scanner.space()
             follows = yield from scanner.either(self.key, done)
@@ -94,14 +110,17 @@ class _Tags:
         yield reply.arguments("{}" if before == "{" else "}")
         return True
 
-    def _key(self, scanner: Scanner) -> Steps[str]:
-        """Reads an argument's name; empty where there is none."""
+    def _key(self, scanner: Scanner) -> Steps[tuple[str, bool | None]]:
+        """Reads an argument's name, empty where there is none, and whether its value is text, where that is told."""
         key = yield from scanner.run(_NAME, LONGEST_NAME)
+        is_text: bool | None = None
         for text in self.keyed:
             yield from scanner.space()
-            if not (yield from scanner.either(text)):
-                return ""
-        return key
+            found = yield from scanner.either(*filter(None, (self.text_keyed, text)))
+            if not found:
+                return "", None
+            is_text = found == self.text_keyed if self.text_keyed else None
+        return key, is_text
 
     def _value(self, scanner: Scanner, *, as_json: bool) -> Steps[str | None]:
         """Reads a value and its end, which does not count inside a string of JSON. None where the reply is cut off."""
@@ -117,7 +136,11 @@ class _Tags:
             in_string ^= as_json and _quotes(piece) % 2 == 1
             if not in_string:
                 value = "".join(whole)
-                return value.removeprefix("\n").removesuffix("\n") if self.own_line else value
+                if self.cdata and value.startswith(_CDATA):
+                    if value.endswith(_CDATA_END):
+                        return value.removeprefix(_CDATA).removesuffix(_CDATA_END)
+                else:
+                    return value.removeprefix("\n").removesuffix("\n") if self.own_line else value
             whole.append(self.value_end)
 
     def _write_call(self, grammar: Grammar, tool: Tool) -> str:
@@ -129,7 +152,8 @@ class _Tags:
         if not _NAME.fullmatch(field.name):
             raise ValueError(f"in this model's call format, no argument can be called {field.name!r}")
         line = "\n" if self.own_line else ""
-        between = "\n".join(self.keyed)
+        text = field.is_text or field.choices
+        between = self.text_keyed if text and self.text_keyed else "\n".join(self.keyed)
         member = grammar.sequence(
             grammar.marked(self.key),
             grammar.plain(field.name),
@@ -181,14 +205,62 @@ _MINIMAX = _Tags(
     call_end="</invoke>",
     end="</minimax:tool_call>",
     own_line=False,
+    grouped=True,
 )
+_SEED = replace(_QWEN3_CODER, begin="<seed:tool_call>", end="</seed:tool_call>", own_line=False)
+_HUNYUAN3 = _Tags(
+    begin="<tool_calls:opensource>",
+    call="<tool_call:opensource>",
+    named="<tool_sep:opensource>",
+    key="<arg_key:opensource>",
+    keyed=("</arg_key:opensource>", "<arg_value:opensource>"),
+    value_end="</arg_value:opensource>",
+    call_end="</tool_call:opensource>",
+    end="</tool_calls:opensource>",
+    own_line=False,
+    grouped=True,
+)
+_MINICPM5 = _Tags(
+    begin='<function name="',
+    call="",
+    named='">',
+    key='<param name="',
+    keyed=('">',),
+    value_end="</param>",
+    call_end="",
+    end="</function>",
+    own_line=False,
+    cdata=True,
+)
+_DSML = "\uff5cDSML\uff5c"
+_DEEPSEEK_V4 = _Tags(
+    begin=f"<{_DSML}tool_calls>",
+    call=f'<{_DSML}invoke name="',
+    named='">',
+    key=f'<{_DSML}parameter name="',
+    keyed=('" string="false">',),
+    value_end=f"</{_DSML}parameter>",
+    call_end=f"</{_DSML}invoke>",
+    end=f"</{_DSML}tool_calls>",
+    own_line=False,
+    text_keyed='" string="true">',
+    grouped=True,
+)
+_DEEPSEEK_V32 = replace(_DEEPSEEK_V4, begin=f"<{_DSML}function_calls>", end=f"</{_DSML}function_calls>")
 
 
-def _format(name: str, tags: _Tags) -> OutputFormat:
+def _format(name: str, tags: _Tags, *, special: bool = False, thinking: Thinking | None = None) -> OutputFormat:
     begin = (tags.begin, tags.call) if tags.call else (tags.begin,)
-    return OutputFormat(name, begin=begin, read_call=tags.read, write_calls=tags.write)
+    return OutputFormat(
+        name, special=special, thinking=thinking, begin=begin, read_call=tags.read, write_calls=tags.write
+    )
 
 
+DEEPSEEK_V32 = _format("deepseek-v3.2", _DEEPSEEK_V32, special=True)
+DEEPSEEK_V4 = _format("deepseek-v4", _DEEPSEEK_V4, special=True)
+HUNYUAN3 = _format("hunyuan3", _HUNYUAN3, special=True, thinking=Thinking("<think:opensource>", "</think:opensource>"))
+MINICPM5 = _format("minicpm5", _MINICPM5)
+SEED = _format("seed", _SEED, special=True, thinking=Thinking("<seed:think>", "</seed:think>"))
 QWEN3_CODER = _format("qwen3-coder", _QWEN3_CODER)
 GLM = _format("glm", _GLM)
 MINIMAX = _format("minimax", _MINIMAX)
