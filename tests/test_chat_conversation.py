@@ -1,5 +1,6 @@
 """Conversations with tools on their way through a chat template, and what else a template is told."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -82,9 +83,40 @@ async def test_arguments_serve_templates_that_want_an_object_and_those_that_want
     assert await rendered(template, call('{"a": [1, "é"]}')) == expected
 
 
-@pytest.mark.parametrize("arguments", ["", "x", "[1]", '{"a": 1} {', '{"a":' * 500 + "1" + "}" * 500])
-async def test_arguments_that_are_no_object_stay_as_they_are(arguments: str) -> None:
-    assert await rendered("{{ messages[0].tool_calls[0].function.arguments }}", call(arguments)) == arguments
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        (" ", {}),
+        ("null", {}),
+        (None, {}),
+        ('{"a": 1}', {"a": 1}),
+        ('{"a": "x\ny"}', {"a": "x\ny"}),
+        ({"a": 1}, {"a": 1}),
+        ("{", {}),
+        ('{"a', {"a": None}),
+        ('{"a"', {"a": None}),
+        ('{"a":', {"a": None}),
+        ('{"a": "x', {"a": "x"}),
+        ('{"a": "x\\', {"a": "x"}),
+        ('{"a": "x\\u00', {"a": "x"}),
+        ('{"a": "x\\\\', {"a": "x\\"}),
+        ('{"a": "}', {"a": "}"}),
+        ('{"a": [1, {"b": 2},', {"a": [1, {"b": 2}]}),
+        ('{"a": tru', {"arguments": '{"a": tru'}),
+        ('{"a": NaN', {"arguments": '{"a": NaN'}),
+        ("x", {"arguments": "x"}),
+        ("[1]", {"arguments": "[1]"}),
+        ([1], {"arguments": [1]}),
+        ('{"a": 1} {', {"arguments": '{"a": 1} {'}),
+        ('{"a": 1]', {"arguments": '{"a": 1]'}),
+        ('{"a":' * 500 + "1" + "}" * 500, {"arguments": '{"a":' * 500 + "1" + "}" * 500}),
+        ('{"a":' * 500, {"arguments": '{"a":' * 500}),
+    ],
+)
+async def test_arguments_are_an_object_to_the_template(arguments: JsonValue, expected: JsonValue) -> None:
+    text = await rendered("{{ messages[0].tool_calls[0].function.arguments | tojson }}", call(arguments))
+    assert json.loads(text) == expected
 
 
 async def test_tools_that_a_template_would_leave_out_are_refused() -> None:

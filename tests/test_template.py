@@ -101,6 +101,9 @@ async def test_developer_is_system_where_the_template_does_not_know_it() -> None
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "hi"),
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}", "2"),
+        ("{% set l = [] %}{% set _ = l.append(1) %}{{ l }}", "[1]"),
+        ("{{ ['a'] | map('upper') | tojson }}", '["A"]'),
+        ("{% for tool in tools %}{{ tool }}{% endfor %}none", "none"),
         ("a\n  {% if true %}\nb\n  {% endif %}\n", "a\nb\n"),
     ],
 )
@@ -119,7 +122,6 @@ async def test_a_template_may_refuse_a_conversation() -> None:
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages.nothing.at.all }}", "UndefinedError"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ raise_exception.__globals__['sys'].exit() }}", "SecurityError"),
         ("{{ 'x' * 10**9 }}", "MemoryError"),

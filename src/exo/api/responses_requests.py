@@ -24,7 +24,7 @@ def _text_of(content: JsonValue) -> JsonValue:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in _TEXT_PARTS:
             raise unsupported(f"{kind!r} is not supported; accepted are input_text and output_text", f"{at}.type")
-        text = (part.get("text") or part.get("refusal")) if isinstance(part, dict) else None
+        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
         if kind is None or not isinstance(text, str):
             raise invalid('must be {"type": "input_text", "text": "…"}', str(at))
         texts.append(text)

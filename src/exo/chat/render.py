@@ -8,15 +8,15 @@ variable that would have no effect, or ``error``. The first line out, an empty o
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import NoReturn, cast
 
-from jinja2 import Template, TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, UndefinedError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
 
 from exo.chat.marks import CLOSE, OPEN
 from exo.chat.program import serve
@@ -73,11 +73,20 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes for HTML, which no model was trained on."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_listed
+    )
     if ensure_ascii:
         for mark in (OPEN, CLOSE):
             text = text.replace(json.dumps(mark)[1:-1], mark)
     return text
+
+
+def _listed(value: object) -> list[object]:
+    """For ``json.dumps``: what Jinja's filters such as ``map`` make is no list yet."""
+    if isinstance(value, Iterator):
+        return list(cast("Iterator[object]", value))
+    raise TypeError(f"a {type(value).__name__} is not JSON")
 
 
 class _Arguments(dict[str, object]):
@@ -104,11 +113,9 @@ _FUNCTIONS: Mapping[str, Callable[[str], str]] = {"raise_exception": _raise_exce
 
 
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The dialect of Jinja that published chat templates are written in."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
+def _environment() -> SandboxedEnvironment:
+    """The dialect of Jinja that published chat templates are written in. Some append to lists, which are all theirs."""
+    environment = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
     environment.filters["tojson"] = _tojson
     return environment
 
@@ -161,6 +168,16 @@ def render(source: str, variables: Mapping[str, object]) -> str:
     return text
 
 
+def _rendered(source: str, variables: Mapping[str, object]) -> str:
+    """The same. A template that goes through the tools without asking whether there are any is given an empty list."""
+    try:
+        return render(source, variables)
+    except (TypeError, UndefinedError):
+        if variables.get("tools") is not None:
+            raise
+        return render(source, {**variables, "tools": []})
+
+
 def answer(line: bytes) -> dict[str, str]:
     """The answer to one request line."""
     try:
@@ -169,7 +186,7 @@ def answer(line: bytes) -> dict[str, str]:
         if "variables" not in request:
             _compiled(source)
             return {"text": ""}
-        return {"text": render(source, _all_variables(source, request["variables"], request.get("extra", {})))}
+        return {"text": _rendered(source, _all_variables(source, request["variables"], request.get("extra", {})))}
     except UnreadVariableError as error:
         return {"unread": str(error)}
     except RaisedByTemplateError as error:

@@ -1,24 +1,42 @@
 """Chat templates: messages to prompt, through the process of ``exo.chat.render``."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
 from exo.chat.conversation import template_messages
+from exo.chat.fitting import ATTEMPTS, Names, fitting
 from exo.chat.limited import LimitedError, LimitedProcess
 from exo.chat.literal import SpecialTokens, special_tokens
 from exo.chat.marks import CLOSE, OPEN
+from exo.chat.outline import outline
 from exo.chat.render import OUTPUT_LIMIT, SECONDS
+from exo.chat.reshaping import Message, reshaped
 from exo.worker.messages import Capabilities, Text
 
 _ANSWER_LIMIT = 12 * OUTPUT_LIMIT + 1024
 """Bytes of one answer line: JSON spends up to twelve on one character."""
 _CUT = CLOSE + CLOSE
 """Where the prompt ends, if it ends inside the last message. Marking never writes this."""
+_MOST_FITS = 1024
+_SOME_TOOL: dict[str, JsonValue] = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}},
+    },
+}
+"""For trials, which need not know the real ones."""
 
 
 class TemplateError(Exception):
     """The chat template cannot be used: it is faulty, too slow, or asks for too much."""
+
+
+class TemplateFailedError(TemplateError):
+    """The chat template raised an exception of Python's, perhaps because of the messages."""
 
 
 class ConversationRefusedError(Exception):
@@ -49,6 +67,7 @@ class TemplateWorker:
 
     def __init__(self) -> None:
         self._process = LimitedProcess("exo.chat.render", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
+        self._fits: dict[tuple[str, str], Names] = {}
 
     async def prepare(self, source: str) -> None:
         """Starts the process and compiles ``source``, so that the first request need not. Raises ``TemplateError``."""
@@ -69,6 +88,37 @@ class TemplateWorker:
                 raise
             raise ToolsUnsupportedError("this model's chat template has no place for tools") from None
 
+    async def fit(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        variables: Mapping[str, object],
+        extra: Mapping[str, object] | None = None,
+    ) -> Names:
+        """The reshapings that the template needs for these messages. The other arguments are those of ``render``.
+
+        They depend on the outline of the conversation only, and are looked for once. Raises what ``render`` raises,
+        unless it is because of the messages.
+        """
+        plan = outline(messages)
+        given = {**variables, "tools": [_SOME_TOOL] if variables.get("tools") else None}
+        key = source, json.dumps([plan.messages, given, extra], default=str)
+
+        async def render(tried: Sequence[Message]) -> str | None:
+            try:
+                return await self.render(source, {**given, "messages": tried}, extra)
+            except VariableRefusedError:
+                raise
+            except (ConversationRefusedError, TemplateFailedError):
+                return None
+
+        if key not in self._fits:
+            found = await fitting(plan, render)
+            if len(self._fits) == _MOST_FITS:
+                self._fits.clear()
+            self._fits[key] = found
+        return self._fits[key]
+
     async def aclose(self) -> None:
         """Ends the process, which has nothing to lose."""
         await self._process.aclose()
@@ -84,7 +134,7 @@ class TemplateWorker:
             case {"unread": name}:
                 raise VariableRefusedError(name)
             case {"error": message}:
-                raise TemplateError(f"the chat template failed: {message}")
+                raise TemplateFailedError(f"the chat template failed: {message}")
             case _:
                 return answer["text"]
 
@@ -110,13 +160,13 @@ async def chat_prompt(
     Raises ``TemplateError``, ``ToolsUnsupportedError``, ``ConversationRefusedError``, ``VariableRefusedError``,
     ``NoncharacterError`` and ``PromptTooLongError``.
     """
-    assert model.chat_template is not None
+    source = model.chat_template
+    assert source is not None
     tokens = special_tokens(model.special_tokens)
-    marked = [_marked(tokens, message) for message in template_messages(model.chat_template, messages)]
+    told = template_messages(source, messages)
     if continue_final_message:
-        _mark_end(marked)
+        _check_end(told[-1])
     given: dict[str, object] = {
-        "messages": marked,
         "tools": [tokens.mark(dict(tool)) for tool in tools] or None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -124,7 +174,22 @@ async def chat_prompt(
         "eos_token": model.eos_token,
     }
     extra = {name: tokens.mark(value) for name, value in (variables or {}).items()}
-    text = await worker.render(model.chat_template, given, extra)
+
+    async def rendered(names: Names) -> str:
+        marked = [_marked(tokens, message) for message in reshaped(told, names)]
+        if continue_final_message:
+            _mark_end(marked[-1])
+        return await worker.render(source, {**given, "messages": marked}, extra)
+
+    try:
+        text = await rendered(await worker.fit(source, told, given, extra))
+    except VariableRefusedError:
+        raise
+    except (ConversationRefusedError, TemplateFailedError) as refused:
+        try:
+            text = await rendered(ATTEMPTS)
+        except (ConversationRefusedError, TemplateFailedError):
+            raise refused from None
     if continue_final_message:
         text = _cut(text)
     if (places := text.count(OPEN)) > model.context_length:  # each is at least one token, and costs time to split off
@@ -138,11 +203,17 @@ def _marked(tokens: SpecialTokens, message: Mapping[str, JsonValue]) -> dict[str
     return {key: value if key == "role" else tokens.mark(value) for key, value in message.items()}
 
 
-def _mark_end(messages: list[dict[str, JsonValue]]) -> None:
-    last = messages[-1]
-    if last["role"] != "assistant" or last.get("tool_calls") or not isinstance(content := last.get("content"), str):
+def _check_end(last: Mapping[str, JsonValue]) -> None:
+    if last["role"] != "assistant" or last.get("tool_calls") or not isinstance(last.get("content"), str):
         raise ConversationRefusedError("only an assistant's message that is text and no call can be continued")
-    last["content"] = content + _CUT
+
+
+def _mark_end(last: dict[str, JsonValue]) -> None:
+    match last["content"]:
+        case [{"text": str(text)}]:
+            last["content"] = [{"type": "text", "text": text + _CUT}]
+        case content:
+            last["content"] = f"{content}{_CUT}"
 
 
 def _cut(text: str) -> str:
