@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exo.api.errors import ErrorBody
+from exo.api.paths import route_path
 from exo.config import Access, Settings, is_loopback
 
 OPEN_PATHS = ("/health",)
@@ -63,7 +64,7 @@ class AccessControl:
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
         except DeniedError as denied:
-            await denied.body.response(scope["path"], self._cors(origin))(scope, receive, send)
+            await denied.body.response(route_path(scope["path"]), self._cors(origin))(scope, receive, send)
             return
         await self._app(scope, receive, send if origin is None else self._sharing(send, origin))
 

@@ -16,6 +16,7 @@ from exo.api.ollama_models import model_routes
 from exo.api.ollama_routes import ollama_routes, root_routes
 from exo.api.openai_embeddings import embedding_routes
 from exo.api.openai_routes import openai_routes
+from exo.api.paths import ForgivingPaths
 from exo.api.pull_routes import pull_routes
 from exo.api.responses_routes import responses_routes
 from exo.api.server_routes import server_routes
@@ -50,6 +51,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(pull_routes(services))
     install(app)
     app.add_middleware(WarningHeader, strict=settings.strict)
+    app.add_middleware(ForgivingPaths)
     app.add_middleware(AccessControl, settings=settings)
     describe(app)
     return app

@@ -30,8 +30,8 @@ _EVERYWHERE = {401: "There is no API key, or a wrong one.", 403: "This host name
 _OF_BODIES = {
     400: "Something about the request is wrong or cannot be done; the message names the field.",
     404: "There is no such model.",
-    413: "The body is larger than 16 MiB.",
-    415: "The body is not application/json.",
+    413: "The body is larger than 16 MiB, or holds too many values.",
+    415: "The content type is not application/json, or the content encoding is not accepted.",
     429: "The model's queue is full; retry-after says when to come again.",
     500: "A fault of the server's; its log has the details.",
     503: "The model cannot be loaded, or the server is stopping; where it may be over soon, there is a retry-after.",

@@ -216,5 +216,5 @@ def model_routes(services: Services) -> APIRouter:
         raise ApiError(501, message, code="not_implemented")
 
     for path in _MISSING:
-        routes.add_api_route(path, missing, methods=["POST", "DELETE", "HEAD"], include_in_schema=False)
+        routes.add_api_route(path, missing, methods=["GET", "POST", "DELETE"], include_in_schema=False)
     return routes

@@ -75,7 +75,7 @@ def root_routes() -> APIRouter:
     """What tells Ollama's clients that there is a server."""
     routes = APIRouter(include_in_schema=False)
 
-    @routes.api_route("/", methods=["GET", "HEAD"])
+    @routes.get("/")
     async def root() -> PlainTextResponse:
         return PlainTextResponse("exo is running; /docs tells what it offers\n")
 
