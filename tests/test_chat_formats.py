@@ -320,3 +320,38 @@ def test_content_is_released_as_soon_as_it_cannot_begin_a_marker() -> None:
     assert parser.push("Hi <tool") == [Content("Hi")]
     assert parser.push("_call") == []
     assert parser.push("!") == [Content(" <tool_call!")]
+
+
+@pytest.mark.parametrize("name", [name for name in MARKED if FORMATS[name].special])
+def test_a_control_token_that_ends_no_call_is_not_shown(name: str) -> None:
+    for end in form(name).stray:
+        for pieces in (text := f"Yes.{end}\n{ONE_CALL[name]}{end}", [text]):
+            assert read(form(name), pieces) == [Content("Yes."), *THE_CALL]
+        assert read(form(name), f"Yes.{end}", ()) == [Content(f"Yes.{end}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cohere", "<|START_RESPONSE|>Yes.<|END_RESPONSE|>"),
+        ("cohere", "<|START_THINKING|>Hm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>"),
+        ("kimi-k3", "<|open|>response<|sep|>Yes.<|close|>response<|sep|><|close|>message<|sep|>"),
+        ("gemma4", "<|channel>thought<channel|>Yes."),
+        ("gemma4", "<channel|>Yes."),
+        ("minimax-m3", "</mm:think>Yes."),
+        ("gigachat3.1", "Yes.<|message_sep|>"),
+        ("llama4", "Yes.<|python_end|>"),
+    ],
+)
+def test_marks_around_content_are_not_shown(name: str, text: str) -> None:
+    for tools in (TOOLS, ()):
+        for pieces in (text, [text]):
+            parts = read(FORMATS[name], pieces, tools)
+            assert [part for part in parts if not isinstance(part, Reasoning)] == [Content("Yes.")]
+
+
+def test_harmony_calls_a_function_that_is_named_without_its_namespace() -> None:
+    text = ONE_CALL["harmony"].replace("functions.", "")
+    assert read(form("harmony"), text) == THE_CALL
+    parts = read(form("harmony"), text.replace("get_weather", "python"))
+    assert parts == [Content('{"city": "Paris", "days": 3}')]

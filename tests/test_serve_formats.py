@@ -21,7 +21,10 @@ SHOWN = {
     "nobodys": "Write calls as you like.",
     "apertus": "<|tools_prefix|>[]<|tools_suffix|>",
     "cohere": "<|START_ACTION|>[]<|END_ACTION|>",
+    "deepseek-v3.2": "<\uff5cDSML\uff5cfunction_calls>",
     "kimi-k3": "<|open|>tools<|sep|>",
+    "lfm2": "<|tool_call_start|>[]<|tool_call_end|>",
+    "seed": "<seed:tool_call></seed:tool_call>",
 }
 """What the system message of each model says of calls."""
 PARAMETERS: dict[str, Any] = {

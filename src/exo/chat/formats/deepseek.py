@@ -65,12 +65,18 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool, *, fenced: b
 
 
 DEEPSEEK_V3 = OutputFormat(
-    "deepseek-v3", special=True, begin=(_ALL_BEGIN, _BEGIN), read_call=_read, write_calls=partial(_write, fenced=True)
+    "deepseek-v3",
+    special=True,
+    begin=(_ALL_BEGIN, _BEGIN),
+    stray=(_ALL_END, _END),
+    read_call=_read,
+    write_calls=partial(_write, fenced=True),
 )
 DEEPSEEK_V31 = OutputFormat(
     "deepseek-v3.1",
     special=True,
     begin=(_ALL_BEGIN, _BEGIN),
+    stray=(_ALL_END, _END),
     read_call=_read,
     write_calls=partial(_write, fenced=False),
 )

@@ -106,14 +106,17 @@ FUNCTION_GEMMA = OutputFormat(
     "function-gemma",
     special=True,
     begin=(_FUNCTION_GEMMA.begin,),
+    stray=(_FUNCTION_GEMMA.end, "<start_function_response>"),
     read_call=_FUNCTION_GEMMA.read,
     write_calls=_FUNCTION_GEMMA.write,
 )
 GEMMA4 = OutputFormat(
     "gemma4",
     special=True,
-    thinking=Thinking("<|channel>thought\n", "<channel|>"),
+    thinking=Thinking("<|channel>thought", "<channel|>"),
+    frame=("<channel|>",),
     begin=(_GEMMA4.begin,),
+    stray=(_GEMMA4.end, "<|tool_response>"),
     read_call=_GEMMA4.read,
     write_calls=_GEMMA4.write,
 )

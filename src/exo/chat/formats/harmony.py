@@ -17,7 +17,7 @@ from exo.chat.tools import Tool
 _START, _CHANNEL, _MESSAGE, _END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 _ENDS = markers(_END, "<|call|>", "<|return|>", _START)
 _HEADER_ENDS = markers(_MESSAGE, *_ENDS.texts)
-_FUNCTION = re.compile(r"\bto=functions\.([^\s<]+)")
+_FUNCTION = re.compile(r"\bto=(functions\.)?([^\s<]+)")
 _REASONING = re.compile(r"<\|channel\|>\s*analysis")
 _THINKING = Thinking(f"{_CHANNEL}analysis{_MESSAGE}", _END)
 
@@ -45,8 +45,9 @@ def _read(reply: Reply, in_reasoning: bool) -> Steps[None]:
                 yield reply.content.add(header)  # no header after all
                 yield reply.content.finish()
             continue
-        if reply.calls_allowed and (function := _FUNCTION.search(header)):
-            end = yield from _call(reply, function[1], header)
+        function = _FUNCTION.search(header) if reply.calls_allowed else None
+        if function is not None and (function[1] or reply.knows(function[2])):
+            end = yield from _call(reply, function[2], header)
         elif _REASONING.search(header):
             end = yield from _prose(reply, thoughts)
         else:

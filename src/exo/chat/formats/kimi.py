@@ -57,4 +57,6 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
     return grammar.sequence(grammar.marked(_ALL_BEGIN), grammar.several(call, "", parallel), grammar.marked(_ALL_END))
 
 
-KIMI = OutputFormat("kimi", special=True, begin=(_ALL_BEGIN, _BEGIN), read_call=_read, write_calls=_write)
+KIMI = OutputFormat(
+    "kimi", special=True, begin=(_ALL_BEGIN, _BEGIN), stray=(_ALL_END, _END), read_call=_read, write_calls=_write
+)

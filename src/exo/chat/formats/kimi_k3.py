@@ -144,6 +144,7 @@ KIMI_K3 = OutputFormat(
     opening=(_begin("response"),),
     frame=(_end("response"), _end("message")),
     begin=(_begin("tools"), _CALL),
+    stray=(_end("tools"), _end("call")),
     read_call=_read,
     write_calls=_write,
 )

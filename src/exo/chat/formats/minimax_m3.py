@@ -154,6 +154,7 @@ MINIMAX_M3 = OutputFormat(
     special=True,
     thinking=Thinking("<mm:think>", "</mm:think>"),
     begin=(_BEGIN, _CALL),
+    stray=(_END, _MARK + _CALL_END),
     read_call=_read,
     write_calls=_write,
 )

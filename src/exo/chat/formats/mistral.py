@@ -14,7 +14,7 @@ from exo.chat.reply import Reply
 from exo.chat.scanner import Steps
 from exo.chat.tools import Tool
 
-_BEGIN, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_BEGIN, _ID, _ARGUMENTS, _END = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[/TOOL_CALLS]"
 _NAME = re.compile(r"[^\[\]{}\s\"]*")
 
 
@@ -64,5 +64,9 @@ def _write_named(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str
     return grammar.several(grammar.sequence(grammar.marked(_BEGIN), grammar.one_of(calls)), "", parallel)
 
 
-MISTRAL = OutputFormat("mistral", special=True, begin=(_BEGIN,), read_call=_read, write_calls=_write_named)
-MISTRAL_ARRAY = OutputFormat("mistral-array", special=True, begin=(_BEGIN,), read_call=_read, write_calls=_write_array)
+MISTRAL = OutputFormat(
+    "mistral", special=True, begin=(_BEGIN,), stray=(_END,), read_call=_read, write_calls=_write_named
+)
+MISTRAL_ARRAY = OutputFormat(
+    "mistral-array", special=True, begin=(_BEGIN,), stray=(_END,), read_call=_read, write_calls=_write_array
+)

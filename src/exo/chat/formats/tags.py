@@ -250,9 +250,14 @@ _DEEPSEEK_V32 = replace(_DEEPSEEK_V4, begin=f"<{_DSML}function_calls>", end=f"</
 
 
 def _format(name: str, tags: _Tags, *, special: bool = False, thinking: Thinking | None = None) -> OutputFormat:
-    begin = (tags.begin, tags.call) if tags.call else (tags.begin,)
     return OutputFormat(
-        name, special=special, thinking=thinking, begin=begin, read_call=tags.read, write_calls=tags.write
+        name,
+        special=special,
+        thinking=thinking,
+        begin=(tags.begin, tags.call) if tags.call else (tags.begin,),
+        stray=(tags.end,) if special else (),
+        read_call=tags.read,
+        write_calls=tags.write,
     )
 
 
