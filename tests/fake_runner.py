@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Annotated, BinaryIO, Literal, NoReturn
@@ -28,6 +29,8 @@ from exo.worker.admission import input_refusal, length_limit, refusal, resume, t
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.effort import effort
 from exo.worker.messages import (
+    LINE_BYTES,
+    PART_LOGPROBS,
     Cancel,
     Capabilities,
     Choice,
@@ -55,6 +58,7 @@ from exo.worker.messages import (
     Status,
     Text,
     Tokenize,
+    Tokenized,
     TokenLogprobs,
     Usage,
 )
@@ -113,6 +117,8 @@ class Options(Message):
     say_after: int | None = None
     """Tokens until ``say`` is written to the protocol stream as it stands."""
     say: str = ""
+    overlong_for: str = ""
+    """A text that is answered, to be tokenized, with a line longer than any may be."""
     ignore_shutdown: bool = False
     """Also ignores the end of its input, and SIGTERM."""
     stderr_lines: int = 0
@@ -184,12 +190,15 @@ def logprobs_of(state: int, token: int, n_top: int) -> TokenLogprobs:
     return TokenLogprobs(chosen=chosen, top=tuple(top))
 
 
-def prompt_logprobs_of(request: Generate, prompt: Sequence[int]) -> PromptLogprobs:
+def prompt_logprobs_of(request: Generate, prompt: Sequence[int]) -> list[PromptLogprobs]:
     first = Logprob(token=prompt[0], bytes=tuple(Vocabulary().piece_of(prompt[0])), logprob=None)
-    items = [TokenLogprobs(chosen=first)]
-    for place, token in enumerate(prompt[1:], 1):
-        items.append(logprobs_of(hash_tokens(prompt[:place]), token, request.prompt_logprobs or 0))
-    return PromptLogprobs(id=request.id, items=tuple(items))
+    items, state = [TokenLogprobs(chosen=first)], 0
+    for before, token in pairwise(prompt):
+        state = hash_tokens([before], state)
+        items.append(logprobs_of(state, token, request.prompt_logprobs or 0))
+    size = PART_LOGPROBS // (1 + (request.prompt_logprobs or 0))
+    starts = range(0, len(items), size)
+    return [PromptLogprobs(id=request.id, start=at, items=tuple(items[at : at + size])) for at in starts]
 
 
 def tokenize(prompt: Sequence[Text | int]) -> list[int]:
@@ -451,8 +460,10 @@ class FakeRunner:
     def tokenize(self, request: Tokenize) -> None:
         if self.capabilities is None:
             self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
+        elif self.options.overlong_for and request.prompt == (Text(text=self.options.overlong_for, special=True),):
+            self.protocol.write(encode(Tokenized(id=request.id, tokens=(), bytes=()))[:-3] + b" " * LINE_BYTES)
         else:
-            self.emit(tokenized(request, tokenize(request.prompt), self.capabilities.vocabulary, Vocabulary()))
+            self.emit(*tokenized(request, tokenize(request.prompt), self.capabilities.vocabulary, Vocabulary()))
 
     def tokens_of(self, request: Embed | Rank) -> list[int]:
         texts = request.prompt if isinstance(request, Embed) else (Text(text=request.query + request.document),)
@@ -507,7 +518,7 @@ class FakeRunner:
     def prefilled(self, sequence: FakeSequence) -> None:
         request = sequence.request
         if request.prompt_logprobs is not None:
-            self.emit(prompt_logprobs_of(request, sequence.prompt))
+            self.emit(*prompt_logprobs_of(request, sequence.prompt))
         if request.max_tokens == 0:
             self.finish(sequence, "length")
 

@@ -49,9 +49,29 @@ class Result:
     pieces: list[str] = field(default_factory=list[str])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list[PromptLogprobs])
+    """One at most, put together from its parts."""
+    parts: int = 0
+    """Of the answer that came in parts."""
+    tokenized_parts: list[Tokenized] = field(default_factory=list[Tokenized])
     prefill: list[PrefillProgress] = field(default_factory=list[PrefillProgress])
     end: Finished | Embedded | Ranked | Tokenized | Failed | None = None
     after_end: list[Event] = field(default_factory=list[Event])
+
+    def add_prompt_logprobs(self, part: PromptLogprobs) -> None:
+        before = self.prompt_logprobs[0].items if self.prompt_logprobs else ()
+        assert part.start == len(before)
+        assert self.tokens == []
+        self.prompt_logprobs = [part.model_copy(update={"start": 0, "items": before + part.items})]
+        self.parts += 1
+
+    def add_tokenized(self, part: Tokenized) -> None:
+        """The last part is put together with those before."""
+        self.tokenized_parts.append(part)
+        self.parts += 1
+        if not part.more:
+            tokens = tuple(token for each in self.tokenized_parts for token in each.tokens)
+            spelt = tuple(text for each in self.tokenized_parts for text in each.bytes)
+            self.end = part.model_copy(update={"tokens": tokens, "bytes": spelt})
 
     @property
     def finished(self) -> Finished:
@@ -90,6 +110,8 @@ class Program:
         self.failure: Failed | None = None
         self.estimated: Estimated | None = None
         self.heartbeats = 0
+        self.longest = 0
+        """Bytes of its longest line."""
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -111,6 +133,7 @@ class Program:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self.longest = max(self.longest, len(line))
             self._events.put(decode_event(line))
         self._events.put(None)
 
@@ -152,10 +175,12 @@ class Program:
                     result.pieces.append(delta.text)
                     result.logprobs += delta.logprobs
             case PromptLogprobs():
-                self._open(event.id, event).prompt_logprobs.append(event)
+                self._open(event.id, event).add_prompt_logprobs(event)
             case PrefillProgress():
                 self._open(event.id, event).prefill.append(event)
-            case Finished() | Embedded() | Ranked() | Tokenized() | Failed(id=str()):
+            case Tokenized():
+                self._open(event.id, event).add_tokenized(event)
+            case Finished() | Embedded() | Ranked() | Failed(id=str()):
                 result = self._open(event.id or "", event)
                 result.text += event.text if isinstance(event, Finished) else ""
                 result.end = event

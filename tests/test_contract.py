@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.messages import Capabilities, Generate, Grammar, Load, SamplingParams, Score
+from exo.worker.messages import (
+    LINE_BYTES,
+    MAX_PROMPT_LOGPROBS,
+    PART_LOGPROBS,
+    Capabilities,
+    Generate,
+    Grammar,
+    Load,
+    SamplingParams,
+    Score,
+)
 from exo.worker.runners import RUNNERS
 from tests import fake_runner
 from tests.program import Program, Result, ask, names, runner_command
@@ -741,6 +751,39 @@ def test_prompt_logprobs_are_what_generating_the_prompt_would_tell(program: Prog
             assert mine.chosen.bytes == theirs.chosen.bytes
             assert abs((mine.chosen.logprob or 0) - (theirs.chosen.logprob or 0)) < 1e-3
         assert result.finished.usage.cached_tokens == 0
+
+
+def test_the_logprobs_of_a_long_prompt_come_in_parts(program: Program) -> None:
+    request = ask(next(name), long_prompt(400), max_tokens=2).model_copy(update={"prompt_logprobs": 20})
+    result = one(program, request)
+    assert len(result.prompt_logprobs[0].items) == 400
+    assert result.parts >= 400 * 21 / PART_LOGPROBS
+    assert len(result.tokens) == 2
+    (alone,) = one(
+        program, ask(next(name), [97], max_tokens=0).model_copy(update={"prompt_logprobs": 3})
+    ).prompt_logprobs
+    assert [item.chosen.logprob for item in alone.items] == [None]
+
+
+def test_more_logprobs_of_a_prompt_than_can_be_told_are_refused(program: Program) -> None:
+    most = MAX_PROMPT_LOGPROBS // 21
+    request = ask(next(name), [97] * (most + 1)).model_copy(update={"prompt_logprobs": 20})
+    refused = one(program, request).failed
+    assert (refused.code, refused.param) == ("invalid_request", "prompt_logprobs")
+    assert str(most) in refused.message
+
+
+def test_a_line_that_is_too_long_fails_the_request_it_names(program: Program) -> None:
+    named = next(name)
+    program.write(b'{"type":"generate","id":"%b","prompt":[{"text":"' % named.encode())
+    for _ in range(LINE_BYTES >> 20):
+        program.write(b"a" * (1 << 20))
+    program.write(b'"}],"sampling":{"seed":0}}\n')
+    program.until(program.ended(named))
+    refused = program.results[named].failed
+    assert refused.code == "invalid_request"
+    assert str(LINE_BYTES) in refused.message
+    assert one(program, ask(next(name))).finished.reason == "length"
 
 
 @pytest.mark.parametrize("kind", SAMPLING)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exo.worker.messages import Cancel, Capabilities, Embed, Rank, Text, Tokenize
+from exo.worker.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
 from tests.program import Program, Result, ask, names
 from tests.test_contract import CASES, Start, Table, long_prompt
 
@@ -199,6 +199,23 @@ def test_no_text_has_no_tokens_and_a_wrong_token_is_refused(program: Program) ->
         refused = one(program, tokenize([97, wrong])).failed
         assert (refused.code, refused.param) == ("invalid_request", "prompt")
         assert str(wrong) in refused.message
+
+
+def test_many_tokens_are_told_in_parts(program: Program) -> None:
+    text = "".join(chr(97 + at * at % 23) for at in range(4 * PART_TOKENS))
+    answer = one(program, tokenize(text))
+    assert b"".join(map(bytes, answer.tokenized.bytes)) == text.encode()
+    assert answer.parts == -(-len(answer.tokenized.tokens) // PART_TOKENS) > 1
+    assert answer.after_end == []
+    again = one(program, tokenize(list(answer.tokenized.tokens)))
+    assert (again.tokenized.tokens, again.parts) == (answer.tokenized.tokens, answer.parts)
+    assert program.longest < 1 << 20
+
+
+def test_more_tokens_than_can_be_told_are_refused(program: Program) -> None:
+    refused = one(program, tokenize([97] * (MAX_TOKENIZED + 1))).failed
+    assert (refused.code, refused.param) == ("invalid_request", "prompt")
+    assert str(MAX_TOKENIZED) in refused.message
 
 
 @pytest.mark.parametrize("start", GENERATING, indirect=True)

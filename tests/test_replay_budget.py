@@ -1,4 +1,4 @@
-from exo.worker.messages import Delta, PromptLogprobs
+from exo.worker.messages import Delta, Logprob, PromptLogprobs, TokenLogprobs
 from exo.worker.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Budget, Replay
 from tests.program import ask
 
@@ -43,10 +43,21 @@ def test_the_remainder_has_every_token_taken() -> None:
     assert replay.remainder() == ask("one").model_copy(update={"delivered": (1, 2, 3)})
 
 
-def test_the_prompt_s_logprobs_are_asked_for_once() -> None:
+def test_the_prompt_s_logprobs_are_told_once_whichever_runner_tells_them() -> None:
     request = ask("one").model_copy(update={"prompt_logprobs": 2, "logprobs": 1})
     replay = Replay(request)
-    assert replay.remainder() == request
-    replay.take(PromptLogprobs(id="one", items=()))
+    items = tuple(TokenLogprobs(chosen=Logprob(token=at, bytes=(), logprob=-1.0)) for at in range(10))
+
+    def told(start: int, stop: int) -> tuple[int, tuple[TokenLogprobs, ...]]:
+        untold = replay.untold(PromptLogprobs(id="one", start=start, items=items[start:stop]))
+        return untold.start, untold.items
+
+    assert told(0, 3) == (0, items[:3])
+    assert told(3, 5) == (3, items[3:5])
     assert replay.budget.untouched
-    assert replay.remainder() == request.model_copy(update={"prompt_logprobs": None})
+    assert replay.remainder() == request
+    assert told(0, 4)[1] == ()
+    assert told(4, 8) == (5, items[5:8])
+    assert told(8, 10) == (8, items[8:])
+    replay.take(Delta(id="one", tokens=(1,), text="a"))
+    assert replay.remainder() == request.model_copy(update={"prompt_logprobs": None, "delivered": (1,)})

@@ -1,13 +1,17 @@
 """Requests that are answered in one piece: a runner's answers to some commands, unless the client leaves before."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 from fastapi.responses import Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from exo.api.attempts import Attempts, Runner
@@ -20,6 +24,11 @@ from exo.worker.router import Route, parse_model
 from exo.worker.runners import Need
 
 log = logging.getLogger(__name__)
+
+_PIECE = 16
+"""Elements of a list, each up to some thousand numbers, that are encoded at once."""
+_TURN_SECONDS = 0.002
+T = TypeVar("T")
 
 Command = Embed | Rank | Tokenize
 Answer = Embedded | Ranked | Tokenized
@@ -114,7 +123,30 @@ class AnswerReply(Response):
         except Exception:
             log.exception("a request failed")
             return INTERNAL_ERROR
-        return Response(body.model_dump_json(), headers=dict(headers), media_type="application/json")
+        return Response(await _encoded(body), headers=dict(headers), media_type="application/json")
+
+
+async def _encoded(body: BaseModel) -> bytes:
+    """The body as JSON. Long lists are encoded in pieces, so that a large reply does not hold up every stream."""
+    values: dict[str, object] = dict(body)
+    lists = {name: cast(list[object], value) for name, value in values.items() if isinstance(value, list)}
+    lists = {name: value for name, value in lists.items() if len(value) > _PIECE}
+    data = body.model_copy(update={name: list[object]() for name in lists}).model_dump_json().encode()
+    for name, value in lists.items():
+        pieces = [to_json(piece)[1:-1] async for piece in in_pieces(value)]
+        empty, whole = f'"{name}":[]'.encode(), f'"{name}":['.encode() + b",".join(pieces) + b"]"
+        data = data.replace(empty, whole, 1)
+    return data
+
+
+async def in_pieces(items: Sequence[T], size: int = _PIECE) -> AsyncGenerator[Sequence[T]]:
+    """All of ``items``, with turns for others in between."""
+    began = time.monotonic()
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
+        if time.monotonic() - began > _TURN_SECONDS:
+            await anyio.lowlevel.checkpoint()
+            began = time.monotonic()
 
 
 async def cancel_when_client_leaves(receive: Receive, tasks: TaskGroup) -> None:

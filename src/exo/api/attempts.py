@@ -155,7 +155,7 @@ class Attempts:
         ``flush`` is called after ``on_event`` when no further event is here yet.
         """
         while (failed := await _generate(runner.process, replay, on_event, flush)) is not None:
-            if failed.code not in DEATHS or not runner.process.died_of(failed):
+            if not _may_be_replayed(failed, runner.process):
                 raise RunnerError(failed)
             if not replay.budget.allows_replay(runner.name, proven=runner.process.proven.is_set()):
                 raise RunnerError(spent(failed), _RETRY_SECONDS)
@@ -168,7 +168,7 @@ class Attempts:
             try:
                 return await runner.process.ask(command)
             except RunnerError as error:
-                if error.failed.code not in DEATHS or not runner.process.died_of(error.failed):
+                if not _may_be_replayed(error.failed, runner.process):
                     raise
                 if not budget.allows_replay(runner.name, proven=runner.process.proven.is_set()):
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
@@ -181,6 +181,11 @@ def _model_changed(model_id: str, why: str) -> ApiError:
         f"{why}; send it again"
     )
     return ApiError(503, message, code="model_changed", headers={"retry-after": "1"})
+
+
+def _may_be_replayed(failed: Failed, process: RunnerProcess) -> bool:
+    """Whether a request has failed for no reason of its own."""
+    return failed.code in DEATHS and process.died_of(failed) and not process.blames(failed.id)
 
 
 def _in_words(status: Status) -> str:
@@ -198,8 +203,12 @@ async def _generate(
     async with process.generate(replay.remainder()) as events:
         async for event in events:
             match event:
-                case Delta() | PromptLogprobs():
+                case Delta():
                     replay.take(event)
+                case PromptLogprobs():
+                    event = replay.untold(event)
+                    if not event.items:
+                        continue
                 case Failed():
                     return event
                 case Finished(reason="cancelled"):

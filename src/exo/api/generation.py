@@ -19,9 +19,11 @@ from exo.api.schemas import naming_tools, with_enforced_schemas
 from exo.api.services import Services
 from exo.models.card import ModelCard
 from exo.worker.messages import (
+    MAX_PROMPT_LOGPROBS,
     Capabilities,
     Failed,
     Generate,
+    PromptLogprobs,
     SamplingParams,
 )
 from exo.worker.process import RunnerError
@@ -110,7 +112,7 @@ class Generation:
 
     def _failed(self, failed: Failed, retry_seconds: float | None) -> ApiError:
         """In the client's words."""
-        names = {**self.request.needs, "prompt": self.request.prompt_field}
+        names = {**self.request.needs, "prompt": self.request.prompt_field, "prompt_logprobs": "logprobs"}
         return from_failed(naming_tools(failed, self.request), params=names, retry_seconds=retry_seconds)
 
     def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[Prepared]) -> list[Generate]:
@@ -148,8 +150,15 @@ async def _generate(
 ) -> None:
     """Runs all sequences at once. The first failure ends the others. Raises ``RunnerError`` and ``ApiError``."""
     failures: list[RunnerError | ApiError] = []
+    told = 0
 
     def pass_on(choice: int, event: GenerationEvent) -> None:
+        nonlocal told
+        if isinstance(event, PromptLogprobs):
+            told += sum(1 + len(item.top) for item in event.items)
+            if told > MAX_PROMPT_LOGPROBS:
+                message = f"logprobs: the prompts of all choices have more than {MAX_PROMPT_LOGPROBS} log-probabilities"
+                raise ApiError(400, message, code="invalid_value", param="logprobs")
         sink.event(choice, readers[choice].read(event))
 
     async def follow(choice: int) -> None:

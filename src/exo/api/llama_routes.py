@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from exo.api.answer import AnswerReply, Question, ask
+from exo.api.answer import AnswerReply, Question, ask, in_pieces
 from exo.api.body import read_body
 from exo.api.docs import json_body
 from exo.api.fields import MODEL, RequestBody, Unsupported, honoured
@@ -19,17 +19,21 @@ from exo.api.openai_requests import TokenId
 from exo.api.openai_routes import conversation_of
 from exo.api.prompts import render
 from exo.api.services import Services
-from exo.worker.messages import Rank, Ranked, Text, Tokenize, Tokenized
+from exo.worker.messages import MAX_TOKENIZED, Rank, Ranked, Text, Tokenize, Tokenized
 from exo.worker.router import parse_model
 
 MAX_DOCUMENTS = 1024
+MAX_TEXT = 1 << 22
+"""Characters of a text to be tokenized, which as English is about ``MAX_TOKENIZED`` tokens."""
+_PART = 1024
+"""Tokens that are made text of at once."""
 
 
 class TokenizeRequest(RequestBody):
     """The body of ``POST /tokenize``."""
 
     model: str = MODEL
-    content: str = Field(description="The text to be cut into tokens.")
+    content: str = Field(max_length=MAX_TEXT, description="The text to be cut into tokens, of which it may have 2^20.")
     add_special: bool = Field(default=False, description="Begin with a BOS token where the model wants one.")
     parse_special: bool = Field(default=True, description="Whether special tokens in the text are special.")
     with_pieces: bool = Field(default=False, description="Tell each token's text too.")
@@ -52,7 +56,7 @@ class DetokenizeRequest(RequestBody):
     """The body of ``POST /detokenize``."""
 
     model: str = MODEL
-    tokens: list[TokenId] = Field(max_length=1 << 20, description="Ids, of which text is made.")
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENIZED, description="Ids, of which text is made.")
 
 
 class Detokenized(Reply):
@@ -130,9 +134,11 @@ def llama_routes(services: Services) -> APIRouter:
             command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
             answer, headers = await _tokenized(services, body.model, command, "content")
             if not body.with_pieces:
-                return Tokens(tokens=list(answer.tokens)), headers
-            pieces = zip(answer.tokens, answer.bytes, strict=True)
-            return Tokens(tokens=[TokenPiece(id=token, piece=_piece(raw)) for token, raw in pieces]), headers
+                return Tokens.model_construct(tokens=list(answer.tokens)), headers
+            pieces: list[TokenPiece] = []
+            async for part in in_pieces(list(zip(answer.tokens, answer.bytes, strict=True)), _PART):
+                pieces += [TokenPiece(id=token, piece=_piece(raw)) for token, raw in part]
+            return Tokens.model_construct(tokens=pieces), headers
 
         return AnswerReply(work)
 
@@ -147,7 +153,8 @@ def llama_routes(services: Services) -> APIRouter:
                 return Detokenized(content=""), {}
             command = Tokenize(id=f"detok-{uuid4().hex}", prompt=tuple(body.tokens))
             answer, headers = await _tokenized(services, body.model, command, "tokens")
-            return Detokenized(content=b"".join(map(bytes, answer.bytes)).decode(errors="replace")), headers
+            parts = [b"".join(map(bytes, part)) async for part in in_pieces(answer.bytes, _PART)]
+            return Detokenized(content=b"".join(parts).decode(errors="replace")), headers
 
         return AnswerReply(work)
 

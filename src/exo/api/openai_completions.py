@@ -112,7 +112,8 @@ class CompletionDialect(Chunks):
 
     def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
         if isinstance(event, PromptLogprobs):
-            return self._chunk(choice, self._echo(choice), self._extra(choice, event.items, ()))
+            text = "" if event.start else self._echo(choice)
+            return self._chunk(choice, text, self._extra(choice, event.items, ()))
         text = _text(event.parts)
         if isinstance(event, Ended):
             rest = self._chunk(choice, text, b"") if text else b""

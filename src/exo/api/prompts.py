@@ -1,6 +1,7 @@
 """From what a request says to what a runner is told: prompt, grammar and how the output is to be read."""
 
 from dataclasses import dataclass
+from uuid import uuid4
 
 from pydantic import JsonValue
 
@@ -23,6 +24,9 @@ from exo.chat.template import (
 )
 from exo.worker.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
 from exo.worker.process import RunnerError
+
+_LONGEST_TOKEN = 1024
+"""Characters; the longest tokens of known vocabularies, which stand for spaces, have some hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ async def prepare(
         case Conversation():
             return await _conversation(services, runner, request, prompt)
         case str():
+            _check_length(len(prompt), runner.capabilities)
             grammar = await _grammar(services, request.constraint)
             return Prepared((Text(text=prompt, special=True),), prompt, grammar)
         case _:
@@ -72,6 +77,7 @@ async def _conversation(
 ) -> Prepared:
     model, card = runner.capabilities, runner.card
     texts = await render(services, model, conversation, request.prompt_field)
+    _check_length(sum(len(text.text) for text in texts), model)
     form = output_format(model.chat_template, card.tool_format, card.reasoning_dialect)
     if conversation.tools and not form.known:
         effect = "the call is forced as plain JSON" if conversation.must_call else "calls remain part of the text"
@@ -181,6 +187,13 @@ def _special(model: Capabilities) -> dict[str, int]:
     return dict(zip(model.special_tokens, model.special_ids, strict=True))
 
 
+def _check_length(characters: int, model: Capabilities) -> None:
+    """Spares the runner a text that it would tokenize for nothing."""
+    if characters > model.context_length * _LONGEST_TOKEN:
+        message = f"the prompt has {characters} characters, but the context holds {model.context_length} tokens"
+        raise RunnerError(Failed(code="context_length_exceeded", message=message, param="prompt"))
+
+
 def _check_tokens(prompt: tuple[int, ...], model: Capabilities, param: str) -> None:
     if len(prompt) > model.context_length:
         message = f"the prompt has {len(prompt)} tokens, but the context holds {model.context_length}"
@@ -191,6 +204,6 @@ def _check_tokens(prompt: tuple[int, ...], model: Capabilities, param: str) -> N
 
 
 async def _text(attempts: Attempts, runner: Runner, tokens: tuple[int, ...]) -> str:
-    tokenized = await attempts.ask(runner, Tokenize(id="echo", prompt=tokens))
+    tokenized = await attempts.ask(runner, Tokenize(id=f"echo-{uuid4().hex}", prompt=tokens))
     assert isinstance(tokenized, Tokenized)
     return b"".join(map(bytes, tokenized.bytes)).decode(errors="replace")

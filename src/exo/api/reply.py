@@ -53,7 +53,7 @@ class Choice:
     """The stop string that ended it."""
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     began: int = 0
     """When there was a first token, by ``time.monotonic_ns``; 0 where there is none."""
     usage: Usage = field(default_factory=partial(Usage, prompt_tokens=0, completion_tokens=0))
@@ -63,7 +63,7 @@ class Choice:
     def add(self, event: PromptLogprobs | Said | Ended) -> None:
         """Takes the next event of the choice."""
         if isinstance(event, PromptLogprobs):
-            self.prompt_logprobs = event.items
+            self.prompt_logprobs += event.items
             return
         for part in event.parts:
             match part:

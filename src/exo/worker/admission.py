@@ -1,10 +1,23 @@
 """Checks a request against the loaded model before the engine hears of it. The same words in every runner."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from exo.worker.messages import Capabilities, Embed, Failed, FinishReason, Generate, Rank, Tokenize, Tokenized
+from exo.worker.messages import (
+    MAX_PROMPT_LOGPROBS,
+    MAX_TOKENIZED,
+    PART_BYTES,
+    PART_TOKENS,
+    Capabilities,
+    Embed,
+    Failed,
+    FinishReason,
+    Generate,
+    Rank,
+    Tokenize,
+    Tokenized,
+)
 from exo.worker.text import TextStream
 
 
@@ -35,6 +48,11 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
     for param, ids in tokens.items():
         if wrong := _unknown(ids, vocabulary):
             return _refused(request.id, param, wrong)
+    if request.prompt_logprobs is not None:
+        most = MAX_PROMPT_LOGPROBS // (1 + request.prompt_logprobs)
+        if len(prompt) > most:
+            reason = f"with {request.prompt_logprobs}, a prompt may have at most {most} tokens (it has {len(prompt)})"
+            return _refused(request.id, "prompt_logprobs", reason)
     if "" in request.stop:
         return _refused(request.id, "stop", "a stop string is empty")
     if len(prompt) >= n_ctx:
@@ -74,12 +92,24 @@ def input_refusal(
     return None
 
 
-def tokenized(request: Tokenize, tokens: Sequence[int], vocabulary: int, pieces: Vocabulary) -> Tokenized | Failed:
-    """The answer to a request whose tokens are these, of a model that has ``vocabulary`` of them."""
+def tokenized(
+    request: Tokenize, tokens: Sequence[int], vocabulary: int, pieces: Vocabulary
+) -> Iterator[Tokenized | Failed]:
+    """The answer, in parts, to a request whose tokens are these, of a model that has ``vocabulary`` of them."""
+    if len(tokens) > MAX_TOKENIZED:
+        yield _refused(request.id, "prompt", f"it has {len(tokens)} tokens; at most {MAX_TOKENIZED} can be told")
+        return
     if wrong := _unknown(tokens, vocabulary):
-        return _refused(request.id, "prompt", wrong)
-    spelt = tuple(tuple(pieces.piece_of(token)) for token in tokens)
-    return Tokenized(id=request.id, tokens=tuple(tokens), bytes=spelt)
+        yield _refused(request.id, "prompt", wrong)
+        return
+    start, spelt, n_bytes = 0, list[tuple[int, ...]](), 0
+    for at, token in enumerate(tokens):
+        if at - start == PART_TOKENS or n_bytes > PART_BYTES:
+            yield Tokenized(id=request.id, tokens=tuple(tokens[start:at]), bytes=tuple(spelt), more=True)
+            start, spelt, n_bytes = at, [], 0
+        spelt.append(tuple(pieces.piece_of(token)))
+        n_bytes += len(spelt[-1])
+    yield Tokenized(id=request.id, tokens=tuple(tokens[start:]), bytes=tuple(spelt))
 
 
 def _unknown(tokens: Iterable[int], vocabulary: int) -> str | None:

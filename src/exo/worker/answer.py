@@ -1,6 +1,7 @@
 """What ``RunnerProcess.ask`` waits for: the one event that ends a request which has no stream."""
 
 import asyncio
+from itertools import chain
 from typing import final
 
 from exo.worker.messages import Embed, Embedded, Failed, Finished, PrefillProgress, Rank, Ranked, Tokenize, Tokenized
@@ -18,14 +19,26 @@ class Answer:
 
     def __init__(self, kind: type[AnswerEvent]) -> None:
         self.kind = kind
+        self._parts: list[Tokenized] = []
         self._event: AnswerEvent | Finished | Failed | None = None
         self._arrived = asyncio.Event()
 
     def put(self, event: AnswerEvent | PrefillProgress | Finished | Failed) -> None:
         """Takes an event; progress is of no interest here."""
-        if not isinstance(event, PrefillProgress):
-            self._event = event
-            self._arrived.set()
+        match event:
+            case PrefillProgress():
+                return
+            case Tokenized(more=True):
+                self._parts.append(event)
+                return
+            case Tokenized() if self._parts:
+                parts = [*self._parts, event]
+                tokens = tuple(chain.from_iterable(part.tokens for part in parts))
+                spelt = tuple(chain.from_iterable(part.bytes for part in parts))
+                self._event = event.model_copy(update={"tokens": tokens, "bytes": spelt})
+            case _:
+                self._event = event
+        self._arrived.set()
 
     async def wait(self) -> AnswerEvent | Finished | Failed:
         """The event that ended the request."""

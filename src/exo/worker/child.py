@@ -12,8 +12,8 @@ from typing import cast, final
 import anyio
 from pydantic import ValidationError
 
-from exo.worker.messages import Command, Event
-from exo.worker.wire import decode_event, describe, encode
+from exo.worker.messages import LINE_BYTES, Command, Event
+from exo.worker.wire import decode_event, describe, encode, named_request
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ REAP_SECONDS = 20.0
 child in uninterruptible sleep never exits."""
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
-_LINE_BYTES = 64 << 20
 
 _LOG_BYTES = 8 << 20
 _TAIL_BYTES = 4 << 10
@@ -32,7 +31,14 @@ _TAIL_LINES = 20
 
 
 class ProtocolError(Exception):
-    """The child said something that the contract does not allow; it can no longer be trusted."""
+    """The child said something that the contract does not allow; it can no longer be trusted.
+
+    ``request`` is whose answer it was, where that is known.
+    """
+
+    def __init__(self, message: str, request: str | None = None) -> None:
+        super().__init__(message)
+        self.request = request
 
 
 @final
@@ -145,15 +151,16 @@ class Child(asyncio.SubprocessProtocol):
             self._unread.clear()
         self._unread += rest
         try:
-            if len(self._unread) > _LINE_BYTES:
-                raise ProtocolError(f"it wrote a line of more than {_LINE_BYTES} bytes")
+            if len(self._unread) > LINE_BYTES:
+                raise ProtocolError(f"it wrote a line of more than {LINE_BYTES} bytes", named_request(self._unread))
             for line in lines:
                 if self._heard_out.done():
                     return
                 try:
                     event = decode_event(line)
                 except ValidationError as error:
-                    raise ProtocolError(f"it wrote {line[:80]!r}: {describe(error)[1]}") from None
+                    said = f"it wrote {line[:80]!r}: {describe(error)[1]}"
+                    raise ProtocolError(said, named_request(line)) from None
                 hear(event)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is for the one who listens
             if not self._heard_out.done():

@@ -106,16 +106,19 @@ class Conversation:
     def _take_answer(self, event: AnswerEvent) -> None:
         answer = self._owed(event.id)
         if not isinstance(answer, Answer) or not isinstance(event, answer.kind):
-            raise ProtocolError(f"it answered request {event.id!r} with {event.type!r}")
-        if not isinstance(event, Tokenized):
-            self.proven.set()
+            raise ProtocolError(f"it answered request {event.id!r} with {event.type!r}", event.id)
         answer.put(event)
+        if isinstance(event, Tokenized):
+            if event.more:
+                return
+        else:
+            self.proven.set()
         del self.requests[event.id]
 
     def _stream(self, request: str) -> RequestEvents:
         events = self._owed(request)
         if not isinstance(events, RequestEvents):
-            raise ProtocolError(f"it streams to request {request!r}, which has one answer")
+            raise ProtocolError(f"it streams to request {request!r}, which has one answer", request)
         return events
 
     def _owed(self, request: str) -> RequestEvents | Answer:

@@ -14,6 +14,8 @@ from typing import BinaryIO
 from exo.worker.admission import Resumed, Vocabulary
 from exo.worker.effort import effort
 from exo.worker.messages import (
+    LINE_BYTES,
+    PART_LOGPROBS,
     Delta,
     Deltas,
     Embedded,
@@ -31,10 +33,12 @@ from exo.worker.messages import (
     Usage,
 )
 from exo.worker.text import TextStream
-from exo.worker.wire import encode
+from exo.worker.wire import encode, exit_now
 
 HEARTBEAT_SECONDS = 1.0
 LEAST_LOGPROB = -9999.0
+PART_DELTAS = 256
+"""In one message; each may have log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,20 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """A prompt is computed whose ``scores`` were asked for: one for each of its tokens but the first."""
+    """Tokens of a prompt from place ``start`` on, and the ``scores`` asked for; the prompt's first token has none."""
 
     id: str
+    start: int
     tokens: list[int]
-    scores: list[Scores]
+    scores: list[Scores | None]
+
+    @classmethod
+    def following(cls, request: str, tokens: list[int], told: int, found: list[Scores]) -> "PromptScored":
+        """The scores ``found`` of the next tokens after the first ``told``; the first of all is told without one."""
+        scores: list[Scores | None] = [*found]
+        if not told:
+            scores.insert(0, None)
+        return cls(request, told, tokens[told : told + len(scores)], scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +200,17 @@ class Emitter:
 
     def _write(self, messages: list[Message]) -> None:
         if messages:
-            self.protocol.write(b"".join(map(encode, messages)))
+            self.protocol.write(b"".join(map(self._line, messages)))
+
+    def _line(self, message: Message) -> bytes:
+        """The message. Ends the runner where it is too long, as ``Ready`` with a huge chat template may be."""
+        line = encode(message)
+        if len(line) > LINE_BYTES:
+            said = f"the runner's message {type(message).__name__} takes {len(line)} bytes, of at most {LINE_BYTES}"
+            code = "model_load_failed" if isinstance(message, Status) else "engine_error"
+            self.protocol.write(encode(Failed(code=code, message=said)))
+            exit_now(1)
+        return line
 
     def _messages(self, item: Item) -> list[Message]:
         match item:
@@ -231,7 +254,9 @@ class Emitter:
             for request, processed in step.processed
             if request in self._outputs
         ]
-        messages += [self._prompt_logprobs(prompt) for prompt in step.prompts if prompt.id in self._outputs]
+        messages += [
+            part for prompt in step.prompts if prompt.id in self._outputs for part in self._prompt_logprobs(prompt)
+        ]
         deltas: list[Delta] = []
         ends: list[Message] = []
         for sampled in step.sampled:
@@ -246,8 +271,7 @@ class Emitter:
                 ends += self._finish(sampled.id, "stop")
             elif sampled.reason is not None:
                 ends += self._finish(sampled.id, sampled.reason)
-        if deltas:
-            messages.append(Deltas(items=tuple(deltas)))
+        messages += [Deltas(items=tuple(deltas[at : at + PART_DELTAS])) for at in range(0, len(deltas), PART_DELTAS)]
         for request, reason in step.ended:
             ends += self._finish(request, reason)
         return messages + ends
@@ -260,12 +284,19 @@ class Emitter:
         logprobs = () if sampled.scores is None else (self._logprobs(sampled.token, sampled.scores),)
         return Delta(id=sampled.id, tokens=(sampled.token,), text=text, logprobs=logprobs)
 
-    def _prompt_logprobs(self, prompt: PromptScored) -> PromptLogprobs:
-        first = TokenLogprobs(chosen=self._logprob(prompt.tokens[0], None))
-        rest = [self._logprobs(*each) for each in zip(prompt.tokens[1:], prompt.scores, strict=True)]
-        return PromptLogprobs(id=prompt.id, items=(first, *rest))
+    def _prompt_logprobs(self, prompt: PromptScored) -> list[PromptLogprobs]:
+        widest = max((1 + len(scores.top) for scores in prompt.scores if scores is not None), default=1)
+        size = max(1, PART_LOGPROBS // widest)
+        parts: list[PromptLogprobs] = []
+        for at in range(0, len(prompt.tokens), size):
+            told = zip(prompt.tokens[at : at + size], prompt.scores[at : at + size], strict=True)
+            items = tuple(self._logprobs(*each) for each in told)
+            parts.append(PromptLogprobs(id=prompt.id, start=prompt.start + at, items=items))
+        return parts
 
-    def _logprobs(self, token: int, scores: Scores) -> TokenLogprobs:
+    def _logprobs(self, token: int, scores: Scores | None) -> TokenLogprobs:
+        if scores is None:
+            return TokenLogprobs(chosen=self._logprob(token, None))
         top = tuple(self._logprob(*each) for each in scores.top)
         return TokenLogprobs(chosen=self._logprob(token, scores.chosen), top=top)
 

@@ -3,17 +3,30 @@
 A runner is a program that reads one JSON object a line on standard input (``Command``) and writes one a line on
 standard output (``Event``). What must hold is in ``tests/test_contract.py``, which runs against every runner:
 ``Ready`` or ``Failed`` comes before anything but an ``Estimate`` is accepted, and each request ends with exactly one
-message: ``Failed``, or else ``Finished``, ``Embedded``, ``Ranked`` or ``Tokenized``, as its command has it. What is
-cancelled ends with ``Finished``, whatever its command.
+message: ``Failed``, or else ``Finished``, ``Embedded``, ``Ranked`` or the last ``Tokenized``, as its command has it.
+What is cancelled ends with ``Finished``, whatever its command. No line is longer than ``LINE_BYTES``: an answer whose
+size follows its request is sent in parts, and what would be too much in all is refused.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 MAX_LOGPROBS = 20
 """Alternatives that can be asked for in a token's place."""
+MAX_PROMPT_LOGPROBS = 1 << 19
+"""Log-probabilities of one prompt that can be told: of each token, and of the alternatives in its place."""
+MAX_TOKENIZED = 1 << 20
+"""Tokens that one ``Tokenize`` can be answered with."""
+LINE_BYTES = 64 << 20
+"""Of one message, its line's end included."""
+PART_TOKENS = 4096
+"""In one part of ``Tokenized``, which then takes a few milliseconds to read."""
+PART_BYTES = 1 << 17
+"""Of the texts of these tokens, or of one longer text."""
+PART_LOGPROBS = 512
+"""The same of ``PromptLogprobs``."""
 
 
 class Message(BaseModel):
@@ -58,6 +71,10 @@ class Text(Message):
 
     text: str
     special: bool = False
+
+
+Prompt = Annotated[tuple[Text, ...], Field(fail_fast=True)] | Annotated[tuple[int, ...], Field(fail_fast=True)]
+"""Text that the runner tokenizes, or token ids. Without ``fail_fast``, each token id would be a finding about text."""
 
 
 class Grammar(Message):
@@ -107,7 +124,7 @@ class Generate(Message):
 
     type: Literal["generate"] = "generate"
     id: str
-    prompt: tuple[Text, ...] | tuple[int, ...]
+    prompt: Prompt
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     max_tokens: int | None = Field(default=None, ge=0)
@@ -117,7 +134,7 @@ class Generate(Message):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Tell how probable each token was, and this many of the most probable ones in its place. None: do not."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """The same for the tokens of the prompt, by one ``PromptLogprobs`` before the first ``Deltas``."""
+    """The same for the tokens of the prompt, by ``PromptLogprobs`` before the first ``Deltas``."""
     show_special: bool = False
     """The texts of control tokens are part of the output's text. Those that end generation never are."""
     delivered: tuple[int, ...] = ()
@@ -128,7 +145,7 @@ class Embed(Message):
 
     type: Literal["embed"] = "embed"
     id: str
-    prompt: tuple[Text, ...] | tuple[int, ...]
+    prompt: Prompt
 
 
 class Rank(Message):
@@ -145,7 +162,7 @@ class Tokenize(Message):
 
     type: Literal["tokenize"] = "tokenize"
     id: str
-    prompt: tuple[Text, ...] | tuple[int, ...]
+    prompt: Prompt
     add_bos: bool = True
     """Whether text gets a BOS token where due, as a prompt does."""
 
@@ -281,10 +298,11 @@ class TokenLogprobs(Message):
 
 
 class PromptLogprobs(Message):
-    """The prompt's tokens in their order. Comes once, when the prompt is computed."""
+    """Tokens of the prompt from place ``start`` on. The parts come in order, each place once."""
 
     type: Literal["prompt_logprobs"] = "prompt_logprobs"
     id: str
+    start: int = Field(default=0, ge=0)
     items: tuple[TokenLogprobs, ...]
 
 
@@ -350,13 +368,21 @@ class Ranked(Message):
 
 
 class Tokenized(Message):
-    """Terminal. The tokens and what each adds to the text, or the text of a control token."""
+    """Tokens and what each adds to the text, or the text of a control token. Terminal unless there is ``more``."""
 
     type: Literal["tokenized"] = "tokenized"
     id: str
+    more: bool = False
+    """Whether another part follows."""
     tokens: tuple[int, ...]
     bytes: tuple[tuple[int, ...], ...]
 
+
+def _cut(message: str) -> str:
+    return message if len(message) <= _MESSAGE_LENGTH else f"{message[: _MESSAGE_LENGTH - 3]}..."
+
+
+_MESSAGE_LENGTH = 4000
 
 ErrorCode = Literal[
     "invalid_request",
@@ -371,12 +397,15 @@ ErrorCode = Literal[
 
 
 class Failed(Message):
-    """Terminal for request ``id``; without an id, for the runner itself. ``param`` names the request's field."""
+    """Terminal for request ``id``; without an id, for the runner itself. ``param`` names the request's field.
+
+    A message may quote the request: it is cut where it gets long.
+    """
 
     type: Literal["failed"] = "failed"
     id: str | None = None
     code: ErrorCode
-    message: str
+    message: Annotated[str, AfterValidator(_cut)]
     param: str | None = None
 
 

@@ -105,6 +105,7 @@ class RunnerProcess:
         self._closing = False
         self._failure: Failed | None = None
         self._ended = anyio.Event()
+        self._culprit: str | None = None
         self.proven = self._conversation.proven
         """Set with the first token or vector that the runner computes: it loads, and it works."""
         self.rate = Rate()
@@ -139,6 +140,10 @@ class RunnerProcess:
     def died_of(self, failed: Failed) -> bool:
         """Whether this failure of a request is the process's own, and says nothing about the request."""
         return self._failure is not None and failed == for_request(self._failure, failed.id)
+
+    def blames(self, request: str | None) -> bool:
+        """Whether the process was ended because its answer to this request broke the protocol: another's may, too."""
+        return self._culprit is not None and request == self._culprit
 
     @property
     def pending(self) -> int:
@@ -300,6 +305,7 @@ class RunnerProcess:
                 await child.listen(self._hear)
             except ProtocolError as error:
                 verdict.append(str(error))
+                self._culprit = error.request
             tasks.cancel_scope.cancel()
         return next(iter(verdict), None)
 

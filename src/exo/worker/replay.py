@@ -61,21 +61,25 @@ class Replay:
     request: Generate
     budget: Budget = field(default_factory=Budget)
     _delivered: list[int] = field(default_factory=list[int])
-    _prompt_told: bool = False
+    _prompt_told: int = 0
+    """Tokens of the prompt whose log-probabilities are on their way."""
 
-    def take(self, event: Delta | PromptLogprobs) -> None:
+    def take(self, event: Delta) -> None:
         """Notes what is on its way to the client."""
-        match event:
-            case Delta():
-                self._delivered += event.tokens
-                self.budget.progressed()
-            case PromptLogprobs():
-                self._prompt_told = True
+        self._delivered += event.tokens
+        self.budget.progressed()
+
+    def untold(self, event: PromptLogprobs) -> PromptLogprobs:
+        """What of this no runner before has told, which is now on its way to the client."""
+        items = event.items[max(0, self._prompt_told - event.start) :]
+        new = event.model_copy(update={"start": self._prompt_told, "items": items})
+        self._prompt_told += len(items)
+        return new
 
     def remainder(self) -> Generate:
         """What a runner is to be asked for now."""
         updates: dict[str, object] = {"delivered": (*self.request.delivered, *self._delivered)}
-        if self._prompt_told:
+        if self._delivered:  # after all of the prompt
             updates["prompt_logprobs"] = None
         return self.request.model_copy(update=updates)
 

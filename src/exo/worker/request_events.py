@@ -63,12 +63,15 @@ class RequestEvents:
         return event
 
     def _compact(self) -> None:
-        """All deltas become one, and of the prefill's progress, which comes before them, the last is kept."""
+        """All deltas become one, as do the parts of the prompt's log-probabilities; the last progress is kept."""
         events = tuple(self._buffer)
         deltas = [event for event in events if isinstance(event, Delta)]
         self._buffer.clear()
         self._buffer.extend([event for event in events if isinstance(event, PrefillProgress)][-1:])
-        self._buffer.extend(event for event in events if isinstance(event, PromptLogprobs))
+        prompts = [event for event in events if isinstance(event, PromptLogprobs)]
+        if prompts:
+            items = tuple(item for event in prompts for item in event.items)
+            self._buffer.append(prompts[0].model_copy(update={"items": items}))
         if deltas:
             tokens = tuple(token for delta in deltas for token in delta.tokens)
             logprobs = tuple(each for delta in deltas for each in delta.logprobs)

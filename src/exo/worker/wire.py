@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO, NoReturn
@@ -9,8 +10,11 @@ from typing import BinaryIO, NoReturn
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from exo.worker.messages import COMMANDS, EVENTS, Command, Event, Failed, Message
+from exo.worker.messages import COMMANDS, EVENTS, LINE_BYTES, Command, Event, Failed, Message
 
+_ID = re.compile(rb'"id":\s*"([^"\\]*)"')
+_ID_WITHIN = 1 << 10
+_FIELD_LENGTH = 200
 _ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 
@@ -37,18 +41,27 @@ def take_protocol_stream() -> BinaryIO:
 def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
     """Commands until the stream closes.
 
-    A line that is no valid command is yielded as the failure of the request it names; one that names no request
-    concerns nobody and is reported on standard error.
+    A line that is no valid command, or too long, is yielded as the failure of the request it names; one that names no
+    request concerns nobody and is reported on standard error.
     """
-    for line in stream:
-        try:
-            yield COMMANDS.validate_json(line)
-        except ValidationError as error:
-            param, message = describe(error)
-            if (request := _request_id(line)) is not None:
-                yield Failed(id=request, code="invalid_request", message=message, param=param)
+    while line := stream.readline(LINE_BYTES + 1):
+        param = None
+        if len(line) > LINE_BYTES:
+            request, message = named_request(line), f"the command takes more than {LINE_BYTES} bytes"
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LINE_BYTES)
+        else:
+            try:
+                yield COMMANDS.validate_json(line)
+            except ValidationError as error:
+                request = _request_id(line)
+                param, message = describe(error)
             else:
-                print(f"ignored a line that is no command: {message}", file=sys.stderr, flush=True)
+                continue
+        if request is not None:
+            yield Failed(id=request, code="invalid_request", message=message, param=param)
+        else:
+            print(f"ignored a line that is no command: {message}", file=sys.stderr, flush=True)
 
 
 def _request_id(line: bytes) -> str | None:
@@ -60,10 +73,16 @@ def _request_id(line: bytes) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def named_request(line: bytes | bytearray) -> str | None:
+    """The request that the beginning of a line names, of which the rest is too long, missing or broken."""
+    found = _ID.search(line[:_ID_WITHIN])
+    return None if found is None else found[1].decode(errors="replace")
+
+
 def describe(error: ValidationError) -> tuple[str, str]:
     """Field, and a sentence with field, reason and value, of a validation error's first finding."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"])[:_FIELD_LENGTH]
     value = json.dumps(first["input"], default=str)
     return field, f"{field}: {first['msg']} (got {value if len(value) <= 80 else value[:77] + '...'})"
 

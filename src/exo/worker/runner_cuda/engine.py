@@ -195,11 +195,11 @@ class Engine:
         sequence = chunk.sequence
         if sequence.prompt_logprobs is not None:
             following = sequence.tokens[chunk.start + 1 : chunk.start + 1 + chunk.n_scored]
-            for row, token in zip(rows, following, strict=False):
-                sequence.prompt_scores.append(score(row, token, sequence.prompt_logprobs))
-            if chunk.ends_prompt:
-                prompt = sequence.tokens[: sequence.n_prompt]
-                done.prompts.append(PromptScored(sequence.id, prompt, sequence.prompt_scores))
+            k = sequence.prompt_logprobs
+            found = [score(row, token, k) for row, token in zip(rows, following, strict=False)]
+            if found or chunk.start == 0:
+                told = chunk.start and chunk.start + 1
+                done.prompts.append(PromptScored.following(sequence.id, sequence.tokens, told, found))
         for row, guessed in zip(rows[chunk.n_scored :], [*chunk.draft, None], strict=False):
             sampled = yield from self._next(sequence, row, done)
             if sampled is None or sampled.reason is not None or sampled.token != guessed:

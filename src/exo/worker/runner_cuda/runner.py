@@ -169,7 +169,8 @@ class Runner:
         engine, loaded = self._ready
         if isinstance(request, Tokenize):
             tokens = loaded.tokenizer.encode(request.prompt, add_bos=request.add_bos)
-            self._emitter.put(tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer))
+            for part in tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer):
+                self._emitter.put(part)
             return
         match request:
             case Embed():

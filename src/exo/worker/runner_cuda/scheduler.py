@@ -53,11 +53,6 @@ class Chunk:
             return 0
         return max(0, min(self.stop, self.sequence.n_prompt - 1) - self.start)
 
-    @property
-    def ends_prompt(self) -> bool:
-        """Whether the prompt is computed with this chunk."""
-        return self.start < self.sequence.n_prompt <= self.stop
-
 
 @dataclass(slots=True)
 class Step:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from exo.worker.constraint import Constraint
-from exo.worker.emitter import Scores
 from exo.worker.runner_cuda.draft import HOPE, Drafter, Rate
 from exo.worker.runner_cuda.sampler import Sampler
 
@@ -46,8 +45,6 @@ class Sequence:
     """What the request's grammar allows next; has seen all of the output known."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    prompt_scores: list[Scores] = field(default_factory=list[Scores])
-    """Of the prompt's tokens from the second on, as far as they are computed."""
     drafter: Drafter | None = None
     """Made when it is first asked for a draft."""
     draft_rate: Rate = field(default_factory=lambda: Rate(HOPE, 4.0))

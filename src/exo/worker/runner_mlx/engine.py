@@ -228,19 +228,23 @@ class Engine:
         self._count_step()
 
     def _take_prompts(self, queued: Queued) -> list[PromptScored]:
-        """Adds to prompts' scores; those that are now complete. A prompt is, when its last token has its row."""
-        for sequence, arrays in queued.prompts:
+        """The scores that the step has computed. A prompt of one token has none, and is told with its row."""
+        found = [(sequence, arrays.read()) for sequence, arrays in queued.prompts]
+        found += [
+            (row.sequence, [])
+            for row in queued.step.rows
+            if row.sequence.prompt_logprobs is not None and row.sequence.n_prompt == 1 and not row.sequence.n_told
+        ]
+        told: list[PromptScored] = []
+        for sequence, scores in found:
             if sequence.phase is Phase.DONE:
                 continue
-            found = arrays.read()
-            sequence.prompt_scores += found
-            if any(isnan(scores.chosen) for scores in found):
+            if any(isnan(each.chosen) for each in scores):
                 self._fail(sequence, not_finite(sequence.id))
-        return [
-            PromptScored(row.sequence.id, row.sequence.tokens[: row.sequence.n_prompt], row.sequence.prompt_scores)
-            for row in queued.step.rows
-            if row.sequence.prompt_logprobs is not None and row.position + 1 == row.sequence.n_prefill
-        ]
+                continue
+            told.append(PromptScored.following(sequence.id, sequence.tokens, sequence.n_told, scores))
+            sequence.n_told += len(told[-1].tokens)
+        return told
 
     def _take(self, sequence: Sequence, token: int, scores: Scores | None) -> Sampled | None:
         """Adds a token to its sequence; None where that now fails."""

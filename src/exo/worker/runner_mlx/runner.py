@@ -162,7 +162,8 @@ class Runner:
         engine, loaded = self._ready
         if isinstance(request, Tokenize):
             tokens = loaded.tokenizer.encode(request.prompt, add_bos=request.add_bos)
-            self._emitter.put(tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer))
+            for part in tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer):
+                self._emitter.put(part)
             return
         tokens = loaded.tokenizer.encode_whole(request.prompt) if isinstance(request, Embed) else []
         if refused := input_refusal(request, tokens, loaded.capabilities, loaded.embedder.longest):

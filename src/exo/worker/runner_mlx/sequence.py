@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from exo.worker.constraint import Constraint
-from exo.worker.emitter import Scores
 from exo.worker.messages import SamplingParams
 
 
@@ -47,8 +46,8 @@ class Sequence:
     """What the request's grammar allows next; has seen all of the output known."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    prompt_scores: list[Scores] = field(default_factory=list[Scores])
-    """Of the prompt's tokens from the second on, as far as they are computed."""
+    n_told: int = 0
+    """Tokens of the prompt whose log-probabilities have been told."""
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_queued: int = 0

@@ -116,8 +116,8 @@ class Engine:
             return
         if output.prompt_scores is not None:
             n_prompt = choice.n_prompt
-            prompt = PromptScored(sequence.id, sequence.tokens[:n_prompt], output.prompt_scores[: n_prompt - 1])
-            done.prompts.append(prompt)
+            scores = output.prompt_scores[: n_prompt - 1]
+            done.prompts.append(PromptScored.following(sequence.id, sequence.tokens, 0, scores))
         if output.token is None:
             return
         if choice.wrong is not None:
