@@ -103,7 +103,8 @@ def test_an_unknown_model(http: httpx.Client, stream: bool) -> None:
     [
         ("invalid_request", 400),
         ("context_length_exceeded", 400),
-        ("model_not_found", 503),
+        ("model_not_found", 404),
+        ("model_misconfigured", 400),
         ("model_load_failed", 503),
         ("out_of_memory", 503),
         ("engine_error", 500),

@@ -137,6 +137,16 @@ def test_a_lie_is_named(sound: Path, tmp_path: Path, lie: str) -> None:
     assert says in str(refusal.value)
 
 
+def test_a_token_that_is_there_twice_is_refused_before_llama_cpp_aborts(sound: Path, tmp_path: Path) -> None:
+    field = gguf.GGUFReader(sound).get_field("tokenizer.ggml.tokens")
+    assert field is not None
+    tokens: list[str] = field.contents()
+    path = tmp_path / "doubled.gguf"
+    rewrite(sound, path, Edit(keys={"tokenizer.ggml.tokens": [*tokens[:-1], tokens[65]]}))
+    with pytest.raises(LoadError, match=f"has the token 'A' twice, as numbers 65 and {len(tokens) - 1}"):
+        check_header(path)
+
+
 def test_no_beginning_of_a_file_is_a_file(sound: Path, tmp_path: Path) -> None:
     whole = sound.read_bytes()
     path = tmp_path / "model.gguf"

@@ -97,22 +97,22 @@ def test_the_same_seed_gives_the_same_text_in_a_crowd(server: ServeProgram) -> N
 
 
 @pytest.mark.parametrize(
-    ("model", "code", "says"),
+    ("model", "status", "code", "says"),
     [
-        ("missing", "model_not_found", "missing.gguf"),
-        ("truncated", "model_load_failed", "truncated.gguf"),
-        ("header-only", "model_load_failed", "header-only.gguf"),
-        ("picture", "model_load_failed", "not a GGUF"),
-        ("misspelt", "model_load_failed", "n_gpu_layer"),
+        ("missing", 404, "model_not_found", "missing.gguf"),
+        ("truncated", 503, "model_load_failed", "truncated.gguf"),
+        ("header-only", 503, "model_load_failed", "header-only.gguf"),
+        ("picture", 503, "model_load_failed", "not a GGUF"),
+        ("misspelt", 400, "model_misconfigured", "n_gpu_layer"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_cannot_load_says_why_and_harms_no_other(
-    server: ServeProgram, model: str, code: str, says: str, stream: bool
+    server: ServeProgram, model: str, status: int, code: str, says: str, stream: bool
 ) -> None:
     reply = server.complete(model, stream=stream)
     error = error_of(reply)
-    assert (reply.status_code, error["code"]) == (503, code)
+    assert (reply.status_code, error["code"]) == (status, code)
     assert says in error["message"]
     assert server.complete("good", max_tokens=1).status_code == 200
 

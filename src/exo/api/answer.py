@@ -39,7 +39,8 @@ class Question:
     """Commands for one model. ``params`` are the client's names for the contract's fields, where they differ."""
 
     model: str
-    needs: Mapping[Need, str]
+    needs: Mapping[Need, str] | None
+    """As ``Services.choose`` takes them."""
     commands: Sequence[Command]
     params: Mapping[str, str]
     keep_seconds: float | None = None

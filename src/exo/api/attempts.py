@@ -59,12 +59,15 @@ class Attempts:
         self,
         services: Services,
         model: str,
-        needs: Mapping[Need, str],
+        needs: Mapping[Need, str] | None,
         on_route: Callable[[Route], None],
         on_loading: Callable[[str], Awaitable[None]],
         keep_seconds: float | None = None,
     ) -> None:
-        """``keep_seconds``: how long the model then stays loaded without being used; None changes nothing."""
+        """``needs``: as ``Services.choose`` takes them.
+
+        ``keep_seconds``: how long the model then stays loaded without being used; None changes nothing.
+        """
         self._services = services
         self._model = model
         self._needs = needs

@@ -112,13 +112,16 @@ INTERNAL_ERROR = ErrorBody(
 _STATUS: Mapping[ErrorCode, int] = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
-    "model_not_found": 503,
+    "model_not_found": 404,
+    "model_misconfigured": 400,
     "model_load_failed": 503,
     "out_of_memory": 503,
     "engine_error": 500,
     "runner_died": 503,
     "shutdown": 503,
 }
+_FOR_GOOD: tuple[ErrorCode, ...] = ("model_not_found", "model_misconfigured")
+"""What holds until somebody changes the model card or its files."""
 _WORTH_A_RETRY: tuple[ErrorCode, ...] = ("runner_died", "shutdown")
 
 
@@ -135,7 +138,9 @@ def from_failed(failed: Failed, *, params: Mapping[str, str], retry_seconds: flo
         param = params.get(param, param)
         if message.startswith(own := f"{failed.param}: "):
             message = f"{param}: {message.removeprefix(own)}"
-    if retry_seconds is not None:
+    if failed.code in _FOR_GOOD:
+        param = param or "model"
+    elif retry_seconds is not None:
         headers = {"retry-after": str(math.ceil(retry_seconds))}
         return ApiError(503, message, code=failed.code, param=param, headers=headers)
     headers = {"retry-after": _RETRY_SECONDS} if failed.code in _WORTH_A_RETRY else {}

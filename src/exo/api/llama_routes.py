@@ -110,7 +110,7 @@ def _piece(raw: tuple[int, ...]) -> str | list[int]:
 async def _tokenized(
     services: Services, model: str, command: Tokenize, field: str
 ) -> tuple[Tokenized, Mapping[str, str]]:
-    question = Question(model=model, needs={}, commands=[command], params={"prompt": field})
+    question = Question(model=model, needs=None, commands=[command], params={"prompt": field})
     answered = await ask(services, question)
     (answer,) = answered.answers
     assert isinstance(answer, Tokenized)

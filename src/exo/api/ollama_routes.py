@@ -41,7 +41,7 @@ def ollama_routes(services: Services) -> APIRouter:
             if body.keep_alive == 0:
                 await services.unload(model)
                 return loaded(services.card(parse_model(model).name).model_id, chat=chat, reason="unload"), {}
-            question = Question(model=model, needs={}, commands=[], params={}, keep_seconds=body.keep_seconds)
+            question = Question(model=model, needs=None, commands=[], params={}, keep_seconds=body.keep_seconds)
             answered = await ask(services, question)
             runner = answered.runner
             if (wanted := body.options.num_ctx or 0) > runner.capabilities.context_length:

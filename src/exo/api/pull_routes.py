@@ -21,7 +21,6 @@ from exo.api.pulls import OnProgress, Pulled, from_pull_error
 from exo.api.services import Services
 from exo.models.meter import Progress, Step
 from exo.models.pull_error import PullError
-from exo.models.purpose import needs_of
 from exo.worker.router import parse_model
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ def pull_routes(services: Services) -> APIRouter:
                 message = f"runner: model asks for {wish.runner} (got {body.runner!r})"
                 raise ApiError(400, message, code="invalid_value", param="runner")
             name = body.model if body.runner is None else f"{wish.name}@{body.runner}"
-            card, route = await services.choose(name, needs_of(services.card(wish.name)))
+            card, route = await services.choose(name)
             try:
                 return PullDone.of(await services.pulls.pull(card, route.runner, body.quant, on_progress))
             except PullError as error:

@@ -18,6 +18,7 @@ from exo.models.card import ModelCard
 from exo.models.catalogue import Catalogue
 from exo.models.live_catalogue import LiveCatalogue
 from exo.models.meter import Progress
+from exo.models.purpose import needs_of
 from exo.worker.capacity import capacity
 from exo.worker.deadlines import Deadlines
 from exo.worker.host import Host, probe_host
@@ -122,7 +123,7 @@ class Services:
     async def choose(
         self, model: str, needs: Mapping[Need, str] | None = None, arriving: int = 0
     ) -> tuple[ModelCard, Route]:
-        """The card and route of what a request calls ``model``; ``needs`` as in ``route``.
+        """The card and route of what a request calls ``model``; ``needs`` as in ``route``, None: what the card is for.
 
         ``arriving`` are its sequences, where it has no place in the queue yet. Waits for the host's probe. Raises
         ``ApiError``.
@@ -132,10 +133,11 @@ class Services:
         if self._host is None:
             await self._probed.wait()
         assert self._host is not None
+        needs = needs_of(card) if needs is None else needs
         failing = self.instances.avoided(card)
         prefer, load = card.prefer or self._settings.prefer, self._load_of(card, arriving)
         preference = self.speeds.preference(card, prefer, load, time.time())
-        decision = route(wish.runner, card, self._host, self.instances.live_for(card), needs or {}, failing, preference)
+        decision = route(wish.runner, card, self._host, self.instances.live_for(card), needs, failing, preference)
         if isinstance(decision, Refusal):
             # Without a wish there is nothing about the request that its client could mend.
             mendable = wish.runner is not None or decision.code != "runner_unavailable"

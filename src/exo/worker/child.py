@@ -12,6 +12,7 @@ from typing import cast, final
 import anyio
 from pydantic import ValidationError
 
+from exo.worker.diagnosis import without_backtrace
 from exo.worker.messages import LINE_BYTES, Command, Event
 from exo.worker.wire import decode_event, describe, encode, named_request
 
@@ -26,7 +27,8 @@ child in uninterruptible sleep never exits."""
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 _LOG_BYTES = 8 << 20
-_TAIL_BYTES = 4 << 10
+_TAIL_BYTES = 32 << 10
+_SHOWN_CHARACTERS = 4 << 10
 _TAIL_LINES = 20
 
 
@@ -62,8 +64,9 @@ class StderrLog:
             self._file.write(data)
 
     def last_lines(self) -> str:
-        """At most the last 20 lines and 4 KiB."""
-        return "\n".join(self._tail.decode(errors="replace").splitlines()[-_TAIL_LINES:])
+        """At most the last 20 lines and 4 KiB, without a debugger's backtrace."""
+        lines = without_backtrace(self._tail.decode(errors="replace").splitlines())
+        return "\n".join(lines[-_TAIL_LINES:])[-_SHOWN_CHARACTERS:]
 
     def close(self) -> None:
         """Closes the file; ``last_lines`` still answers."""

@@ -1,5 +1,8 @@
 """Why a runner died, in words for whoever has to mend it."""
 
+import re
+from collections.abc import Iterable
+
 from exo.worker.messages import Failed
 
 _DEVICE_MEMORY = (
@@ -19,6 +22,20 @@ _HOST_MEMORY = (
 )
 _NO_DRIVER = ("cuda driver version is insufficient", "no cuda-capable device", "cuda_error_no_device")
 _DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access was encountered")
+
+_ASSERTION = re.compile(r"^(?:\S*/)?([^/\s]+:\d+): (.*(?:GGML_ASSERT|Assertion|GGML_ABORT).*)$", re.MULTILINE)
+"""A failed assertion of ggml's or llama.cpp's, behind its place in the source."""
+_BACKTRACE = re.compile(
+    r"#\d+ |\[New LWP|\[Thread debugging|Using host libthread_db|\[Inferior |This GDB |Enable debuginfod|"
+    r"Debuginfod has been|To make this setting|warning: \d+\t|\d+\tin |WARNING: Using native backtrace|"
+    r"\S+\(\S*\+0x[0-9a-f]+\) ?\[0x|0x[0-9a-f]+ in |Function\(s\) matching|\d+\t\S+: No such file"
+)
+"""How the lines begin that debuggers, and ggml where it prints the stack itself, write."""
+
+
+def without_backtrace(lines: Iterable[str]) -> list[str]:
+    """The lines that say what happened, without those that list where the program was."""
+    return [line for line in lines if not _BACKTRACE.match(line)]
 
 
 def diagnose(how: str, stderr: str) -> Failed:
@@ -45,5 +62,7 @@ def diagnose(how: str, stderr: str) -> Failed:
         plain = "; this machine ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
     elif how == "was killed by SIGKILL":
         plain = ", which the kernel does when memory runs out"
+    if not plain and (failed := _ASSERTION.search(stderr)) is not None:
+        plain = f"; {failed[2]} ({failed[1]})"
     last_lines = f"; the end of its standard error:\n{stderr}" if stderr else ""
     return Failed(code=code, message=f"the runner {how}{plain}{last_lines}")

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-LoadErrorCode = Literal["model_not_found", "model_load_failed", "out_of_memory"]
+LoadErrorCode = Literal["model_not_found", "model_misconfigured", "model_load_failed", "out_of_memory"]
 _LONGEST = 400
 
 

@@ -388,6 +388,7 @@ ErrorCode = Literal[
     "invalid_request",
     "context_length_exceeded",
     "model_not_found",
+    "model_misconfigured",
     "model_load_failed",
     "out_of_memory",
     "engine_error",

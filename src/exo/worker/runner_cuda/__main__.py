@@ -4,6 +4,7 @@ llama.cpp is imported after the protocol's stream is safe from what libraries pr
 that it is missing.
 """
 
+import os
 import sys
 import threading
 import traceback
@@ -28,6 +29,8 @@ def _die(kind: type[BaseException], error: BaseException | None, trace: Tracebac
 
 def main() -> None:
     """Serves standard input until it closes: then nobody is left to serve, so the process ends at once."""
+    # A debugger that ggml starts at a failed assertion takes seconds and buries the assertion under its backtrace.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return

@@ -152,7 +152,7 @@ def backend_sampling(
             return used
         used.stop()
     if obstacle is not None and wanted == "on":
-        raise LoadError("model_load_failed", f'model card, [cuda] backend_sampling: is "on", but {obstacle}')
+        raise LoadError("model_misconfigured", f'model card, [cuda] backend_sampling: is "on", but {obstacle}')
     return unused
 
 

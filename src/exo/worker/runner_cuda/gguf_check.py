@@ -38,6 +38,9 @@ _MOST = {"block_count": 512, "embedding_length": 1 << 20, "feed_forward_length":
 }
 """The largest values, by key without the architecture before it, with which llama.cpp does not abort its process."""
 
+_TOKENS = "tokenizer.ggml.tokens"
+_SHOWN = 80
+
 _BLOCKS = {
     1: {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2},
     32: {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 20: 18, 39: 17},
@@ -114,7 +117,9 @@ class Header:
     def _skip_array(self, key: str) -> None:
         kind = self._number("<I", f"the type of the array {key!r}")
         count = self._number("<Q", f"the length of the array {key!r}")
-        if kind == _STRING:
+        if key == _TOKENS and kind == _STRING:
+            self._check_tokens(count, key)
+        elif kind == _STRING:
             self._skip_strings(count, key)
         else:
             self._skip_numbers(kind, count, key)
@@ -139,6 +144,20 @@ class Header:
         if at > end:
             raise self._cut(f"a string of {key!r}")
         self._at = at
+
+    def _check_tokens(self, count: int, key: str) -> None:
+        """llama.cpp aborts its process at a token that is there twice; empty ones it numbers."""
+        data, at = self._data, self._at
+        self._skip_strings(count, key)
+        numbers: dict[bytes, int] = {}
+        length_at = struct.Struct("<Q").unpack_from
+        for number in range(count):
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            token = data[start:at]
+            if token and (first := numbers.setdefault(token, number)) != number:
+                shown = token[:_SHOWN].decode(errors="replace")
+                raise HeaderError(f"{key!r} has the token {shown!r} twice, as numbers {first} and {number}")
 
     def _check_tensors(self, count: int) -> None:
         places: list[tuple[int, int, str]] = []

@@ -167,7 +167,7 @@ def read_options(command: Load) -> CudaOptions:
     try:
         options = CudaOptions.model_validate(command.table)
     except ValidationError as error:
-        raise LoadError("model_load_failed", f"model card, [cuda] {describe(error)[1]}") from error
+        raise LoadError("model_misconfigured", f"model card, [cuda] {describe(error)[1]}") from error
     updates: dict[str, object] = {"threads": options.threads or physical_cores()}
     if command.backend == "LlamaCppCpu":
         updates["n_gpu_layers"] = 0

@@ -99,7 +99,7 @@ def elsewhere(options: CudaOptions, devices: Sequence[Gpu], present: Sequence[Gp
 
 
 def _refused(message: str) -> LoadError:
-    return LoadError("model_load_failed", f"model card, [cuda] {message}")
+    return LoadError("model_misconfigured", f"model card, [cuda] {message}")
 
 
 def shared_out(tensor: str) -> bool:

@@ -50,4 +50,4 @@ def read_options(table: Mapping[str, JsonValue]) -> MlxOptions:
     try:
         return MlxOptions.model_validate(table)
     except ValidationError as error:
-        raise LoadError("model_load_failed", f"model card, [mlx] {describe(error)[1]}") from error
+        raise LoadError("model_misconfigured", f"model card, [mlx] {describe(error)[1]}") from error

@@ -87,7 +87,7 @@ def join(by: Transport) -> mx.distributed.Group:
 
 def refusal(kind: Kind, size: int, reason: str) -> LoadError:
     """Why the card's number of ranks cannot be."""
-    return LoadError("model_load_failed", f"model card, [mlx] {OPTION[kind]} is {size}: {reason}")
+    return LoadError("model_misconfigured", f"model card, [mlx] {OPTION[kind]} is {size}: {reason}")
 
 
 @dataclass(slots=True)

@@ -37,4 +37,4 @@ def quantisation(options: VllmOptions, config: Json) -> str | None:
 
 
 def _refused(message: str) -> LoadError:
-    return LoadError("model_load_failed", f"model card, [vllm] {message}")
+    return LoadError("model_misconfigured", f"model card, [vllm] {message}")

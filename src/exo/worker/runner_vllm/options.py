@@ -64,7 +64,7 @@ def read_options(table: Mapping[str, JsonValue]) -> VllmOptions:
     try:
         return VllmOptions.model_validate(table)
     except ValidationError as error:
-        raise LoadError("model_load_failed", f"model card, [vllm] {describe(error)[1]}") from error
+        raise LoadError("model_misconfigured", f"model card, [vllm] {describe(error)[1]}") from error
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

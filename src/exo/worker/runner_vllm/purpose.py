@@ -32,14 +32,14 @@ def find_purpose(command: Load, options: VllmOptions, folder: Path, config: Json
     embeds = "TextEmbedding" in command.tasks and "TextGeneration" not in command.tasks
     if options.pooling is not None and not embeds:
         message = "only a card whose tasks have TextEmbedding, and not TextGeneration, says how to pool"
-        raise LoadError("model_load_failed", f"model card, [vllm] pooling: {message}")
+        raise LoadError("model_misconfigured", f"model card, [vllm] pooling: {message}")
     pooling = _pooling(options, folder) if embeds else None
     n_ctx = options.max_model_len or min(trained_context(config), LONGEST if embeds else DEFAULT_CONTEXT)
     usual = options.max_num_batched_tokens or (CPU_CHUNK if processors else GPU_CHUNK)
     divides = pooling is None or (pooling == "last" and _is_causal(config))
     if not divides and (options.max_num_batched_tokens or n_ctx) < n_ctx:
         reason = f"vLLM computes a text in one step, and the longest has max_model_len = {n_ctx} tokens"
-        raise LoadError("model_load_failed", f"model card, [vllm] max_num_batched_tokens = {usual}: {reason}")
+        raise LoadError("model_misconfigured", f"model card, [vllm] max_num_batched_tokens = {usual}: {reason}")
     return Purpose(pooling, n_ctx, usual if divides else max(usual, n_ctx), divides)
 
 
