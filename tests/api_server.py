@@ -46,7 +46,8 @@ def serve(
         speeds_file=speeds_file,
         strict=strict,
     )
-    catalogue = Catalogue({card.model_id: card for card in cards}, {}, ())
+    aliases = {alias: (card.model_id,) for card in cards for alias in card.aliases}
+    catalogue = Catalogue({card.model_id: card for card in cards}, aliases, ())
     app = create_app(settings, Services(settings, catalogue, commands), load=load)
     listening = socket.create_server(("127.0.0.1", 0))  # so that a client may connect before the server runs
     server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, ws="none", log_level="warning", lifespan="on"))

@@ -4,10 +4,13 @@ import gzip
 import json
 import zlib
 from collections.abc import Generator
+from pathlib import Path
 
+import gguf
 import httpx
 import pytest
 
+from exo import __version__
 from exo.api.body import BODY_LIMIT
 from exo.config import Access
 from tests.api_server import CHAT_TEMPLATE, serve
@@ -189,3 +192,80 @@ def test_a_page_on_this_machine_is_let_in_where_its_origin_is_listed(tmp_path_fa
                 preflight = httpx.options(url + spelling, headers=asked)
                 assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (204, page)
         assert httpx.options(f"{url}/api/chat", headers={**asked, "origin": "http://localhost:1"}).status_code == 403
+
+
+THINKING_TOOLS = "{% for tool in tools %}<tool_call>{% endfor %}{% if enable_thinking %}<think></think>{% endif %}"
+
+
+def write_header(path: Path, template: str | None) -> None:
+    """The metadata of a GGUF file, behind a long vocabulary, and no weights."""
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(3)
+    writer.add_embedding_length(64)
+    writer.add_context_length(40_960)
+    writer.add_token_list([f"token {number}" for number in range(200_000)])
+    if template is not None:
+        writer.add_chat_template(template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
+    """A server whose cards have files, none of which is loaded."""
+    directory = tmp_path_factory.mktemp("models")
+    write_header(directory / "thinks.gguf", THINKING_TOOLS)
+    write_header(directory / "plain.gguf", None)
+    (directory / "broken.gguf").write_bytes(b"GGUF" + bytes(30))
+    folder = directory / "folder"
+    folder.mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(THINKING_TOOLS)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(8))
+    cards = [
+        fake_card(f"me/{name}", path=str(directory / f"{name}.gguf")).model_copy(update={"aliases": (name,)})
+        for name in ("thinks", "plain", "broken", "missing")
+    ]
+    in_folder = fake_card("me/folder").model_copy(
+        update={"backends": ("MlxCpu",), "engines": {"mlx": {"path": str(folder)}}}
+    )
+    with serve(directory, *cards, in_folder) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture", "context_length", "capabilities"),
+    [
+        ("me/thinks", "qwen3", 40_960, ["completion", "tools", "thinking"]),
+        ("me/plain", "qwen3", 40_960, ["completion"]),
+        ("me/folder", "llama", 2048, ["completion", "tools", "thinking"]),
+        ("me/broken", "model", 4096, ["completion"]),
+        ("me/missing", "model", 4096, ["completion"]),
+    ],
+)
+def test_show_tells_of_a_custom_model_what_its_files_say(
+    on_disk: httpx.Client, model: str, architecture: str, context_length: int, capabilities: list[str]
+) -> None:
+    shown = on_disk.post("/api/show", json={"model": model}).json()
+    info = shown["model_info"]
+    assert info["general.architecture"] == architecture
+    assert info[f"{architecture}.context_length"] == context_length
+    assert shown["capabilities"] == capabilities
+    assert shown["template"] == (THINKING_TOOLS if "tools" in capabilities else "")
+
+
+def test_aliases_are_listed_and_shown_like_their_models(on_disk: httpx.Client) -> None:
+    listed = {model["name"]: model for model in on_disk.get("/api/tags").json()["models"]}
+    assert {"me/thinks", "thinks", "me/folder", "plain"} <= set(listed)
+    assert listed["thinks"] == {**listed["me/thinks"], "name": "thinks", "model": "thinks"}
+    by_id, by_alias = (on_disk.post("/api/show", json={"model": name}).json() for name in ("me/thinks", "thinks"))
+    assert by_alias == by_id
+
+
+def test_the_version_is_one_that_clients_of_ollama_accept(http: httpx.Client) -> None:
+    told = http.get("/api/version").json()
+    assert [int(part) for part in told["version"].split(".")] >= [0, 13, 4]
+    assert told["exo"] == __version__

@@ -14,6 +14,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo import __version__
+from exo.api.ollama_models import OLLAMA_VERSION
 from exo.models.card import ModelCard, SamplingDefaults
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
@@ -318,7 +319,7 @@ def test_what_there_is(client: ollama.Client) -> None:
 
 
 def test_a_server_is_there(url: str) -> None:
-    assert httpx.get(f"{url}/api/version").json() == {"version": __version__}
+    assert httpx.get(f"{url}/api/version").json() == {"version": OLLAMA_VERSION, "exo": __version__}
     assert (httpx.head(url).status_code, httpx.get(url).status_code) == (200, 200)
 
 

@@ -18,10 +18,15 @@ from exo.api.ollama_routes import served_name
 from exo.api.services import Services
 from exo.chat.output import output_format
 from exo.models.card import ModelCard
+from exo.models.description import Description
 from exo.worker.instance import Report
 from exo.worker.messages import Capabilities
 from exo.worker.router import parse_model
 
+OLLAMA_VERSION = "0.13.5"
+"""The version of Ollama whose API this is. Clients refuse a server whose version is older than they need."""
+CONTEXT_LENGTH = 4096
+"""What is told of a model of which neither its card nor a file says more."""
 _MISSING = ("/pull", "/push", "/create", "/copy", "/delete", "/blobs/{digest}")
 """Not here, by path."""
 NEVER = "9999-12-31T23:59:59Z"
@@ -68,7 +73,7 @@ class OllamaModels(OllamaReply):
 
 
 class OllamaShown(OllamaReply):
-    """The reply of ``/api/show``. ``template`` is Jinja, and empty while the model is not loaded."""
+    """The reply of ``/api/show``. ``template`` is Jinja, and empty for a model that is neither loaded nor on disk."""
 
     details: OllamaDetails
     model_info: dict[str, JsonValue]
@@ -99,7 +104,8 @@ class OllamaLoadedModels(OllamaReply):
 class OllamaVersion(OllamaReply):
     """The reply of ``/api/version``."""
 
-    version: str = Field(description="This server's own.")
+    version: str = Field(default=OLLAMA_VERSION, description="The version of Ollama whose API is spoken.")
+    exo: str = Field(default=__version__, description="This server's own version.")
 
 
 def digest(card: ModelCard) -> str:
@@ -107,11 +113,11 @@ def digest(card: ModelCard) -> str:
     return sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def listed(card: ModelCard, started: str) -> OllamaModel:
-    """A card in the list."""
+def listed(name: str, card: ModelCard, started: str) -> OllamaModel:
+    """A card in the list, by its model id or an alias."""
     return OllamaModel(
-        name=card.model_id,
-        model=card.model_id,
+        name=name,
+        model=name,
         modified_at=started,
         size=card.storage_size.in_bytes,
         digest=digest(card),
@@ -119,13 +125,17 @@ def listed(card: ModelCard, started: str) -> OllamaModel:
     )
 
 
-def shown(card: ModelCard, loaded: Capabilities | None, started: str) -> OllamaShown:
-    """A card in full; ``loaded`` is what a runner that has loaded the model says."""
+def shown(card: ModelCard, loaded: Capabilities | None, files: Description | None, started: str) -> OllamaShown:
+    """A card in full; ``loaded`` is what a runner that has loaded the model says, ``files`` what its files do."""
+    template = loaded.chat_template if loaded is not None else files.chat_template if files is not None else None
+    known = [card.context_length, files.context_length if files else 0, loaded.context_length if loaded else 0]
+    context_length = next(filter(None, known), CONTEXT_LENGTH)
+    thinks = "thinking" in (*card.capabilities, *(files.capabilities if files is not None else ()))
     return OllamaShown(
         details=OllamaDetails.of(card),
-        model_info=_info(card),
-        template=(loaded.chat_template if loaded is not None else None) or "",
-        capabilities=_capabilities(card, loaded),
+        model_info=_info(card, card.family or (files.architecture if files else "") or "model", context_length),
+        template=template or "",
+        capabilities=_capabilities(card, template, thinks=thinks, sees=loaded is not None and loaded.vision),
         modified_at=started,
     )
 
@@ -151,29 +161,27 @@ def _in_future(seconds: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
 
 
-def _info(card: ModelCard) -> dict[str, JsonValue]:
-    """Ollama's names for what the card says. Sizes are named after the architecture, for which the family stands."""
-    architecture = card.family or "model"
+def _info(card: ModelCard, architecture: str, context_length: int) -> dict[str, JsonValue]:
+    """Ollama's names for what the card says. Sizes are named after the architecture."""
     sizes: dict[str, JsonValue] = {
         "block_count": card.n_layers,
         "embedding_length": card.hidden_size,
-        "context_length": card.context_length or None,
+        "context_length": context_length,
         "attention.head_count_kv": card.num_key_value_heads,
     }
     known = {f"{architecture}.{name}": value for name, value in sizes.items() if value is not None}
     return {"general.architecture": architecture, **known}
 
 
-def _capabilities(card: ModelCard, loaded: Capabilities | None) -> list[str]:
-    """Ollama's words. A model's chat template, which tells of tools and reasoning, is known once it is loaded."""
-    template = loaded.chat_template if loaded is not None else None
+def _capabilities(card: ModelCard, template: str | None, *, thinks: bool, sees: bool) -> list[str]:
+    """Ollama's words."""
     form = output_format(template, card.tool_format, card.reasoning_dialect)
     has = {
         "completion": "TextGeneration" in card.tasks,
         "embedding": "TextEmbedding" in card.tasks,
         "tools": form.known and form.write_calls is not None,
-        "thinking": "thinking" in card.capabilities,
-        "vision": loaded is not None and loaded.vision,
+        "thinking": thinks,
+        "vision": sees,
     }
     return [word for word, there in has.items() if there]
 
@@ -185,8 +193,10 @@ def model_routes(services: Services) -> APIRouter:
 
     @routes.get("/tags")
     async def tags() -> OllamaModels:
-        """Every model that has a card."""
-        return OllamaModels(models=[listed(card, started) for card in services.catalogue.cards.values()])
+        """Every model that has a card, and again for each of its aliases."""
+        catalogue = services.catalogue
+        named = {name: card for name in (*catalogue.cards, *catalogue.aliases) if (card := catalogue.get(name))}
+        return OllamaModels(models=[listed(name, card, started) for name, card in named.items()])
 
     @routes.post("/show", response_model=OllamaShown, openapi_extra=json_body(OllamaShowRequest))
     async def show(request: Request) -> OllamaShown:
@@ -194,7 +204,7 @@ def model_routes(services: Services) -> APIRouter:
         body = await read_body(request, OllamaShowRequest)
         card = services.card(parse_model(served_name(services, body.model or body.name)).name)
         live = [each.capabilities for each in services.instances.live() if each.model_id == card.model_id]
-        return shown(card, next(filter(None, live), None), started)
+        return shown(card, next(filter(None, live), None), await services.describe(card), started)
 
     @routes.get("/ps")
     async def ps() -> OllamaLoadedModels:
@@ -206,8 +216,8 @@ def model_routes(services: Services) -> APIRouter:
 
     @routes.get("/version")
     async def version() -> OllamaVersion:
-        """Which version of exo this is."""
-        return OllamaVersion(version=__version__)
+        """Which version of Ollama's API this is, and which of exo."""
+        return OllamaVersion()
 
     async def missing(request: Request) -> Response:
         message = (

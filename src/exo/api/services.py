@@ -16,9 +16,12 @@ from exo.chat.template import TemplateError, TemplateWorker
 from exo.config import Settings
 from exo.models.card import ModelCard
 from exo.models.catalogue import Catalogue
+from exo.models.description import Description
 from exo.models.live_catalogue import LiveCatalogue
+from exo.models.local import describe_on_disk
 from exo.models.meter import Progress
 from exo.models.purpose import needs_of
+from exo.models.store import Store
 from exo.worker.capacity import capacity
 from exo.worker.deadlines import Deadlines
 from exo.worker.host import Host, probe_host
@@ -119,6 +122,11 @@ class Services:
             return found[0]
         message = f"model: this field is required; loaded are {', '.join(loaded) or 'none'}"
         raise ApiError(400, message[:1000], code="missing_parameter", param="model")
+
+    async def describe(self, card: ModelCard) -> Description | None:
+        """What the model's files say of it, where they are on disk."""
+        store = Store(self._settings.models_directories, self._settings.read_only_directories)
+        return await run_sync(describe_on_disk, card, store)
 
     async def choose(
         self, model: str, needs: Mapping[Need, str] | None = None, arriving: int = 0
