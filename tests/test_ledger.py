@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.ledger import Entry, Ledger, Verdicts
+from exo.worker.ledger import ALTERNATING_SECONDS, Entry, Ledger, Verdicts
 from exo.worker.memory import Memory
 from exo.worker.messages import Choice, Estimated
 
@@ -344,6 +345,156 @@ def test_without_a_capacity_everything_fits() -> None:
     assert list(ledger.settle(0).granted) == ["a", "b", "c"]
 
 
+# --- evictions that are revoked, bounded and spaced ---
+
+
+def test_an_eviction_is_revoked_when_the_waiter_is_gone() -> None:
+    account = Account()
+    account.load("a", takes(60))
+    account.ledger.use("a")
+    account.ask("b", takes(60))
+    (a, _) = account.ledger
+    assert a.leaving
+    account.ledger.release("b")
+    account.settle()
+    assert not a.leaving
+    account.ledger.disuse("a", account.now)
+    account.settle()
+    assert account.unloaded == []
+
+
+def test_who_waits_and_is_wanted_by_nobody_any_more_evicts_nobody() -> None:
+    account = Account()
+    account.load("a", takes(60))
+    account.ledger.use("a")
+    account.ask("b", takes(60))
+    account.ledger.use("b")
+    account.settle()
+    account.ledger.disuse("b", account.now)
+    account.settle()
+    assert account.unloaded == ["b"]
+    (a,) = account.ledger
+    assert not a.leaving
+
+
+def test_an_eviction_is_revoked_when_other_memory_becomes_free() -> None:
+    account = Account()
+    account.load("a", takes(50))
+    account.load("c", takes(50))
+    account.ledger.use("a")
+    account.ledger.use("c")
+    account.ask("b", takes(50))
+    (a, c, _) = account.ledger
+    assert (a.leaving, c.leaving) == (True, False)
+    account.ledger.release("c")
+    account.settle()
+    assert not a.leaving
+    assert "b" in account.granted
+
+
+def test_who_is_evicted_is_not_spared_for_having_ended_one_of_its_requests() -> None:
+    account = Account()
+    account.load("a", takes(50))
+    account.load("c", takes(50))
+    for name in ("a", "a", "c"):
+        account.ledger.use(name)
+    account.ask("b", takes(50))
+    account.ledger.disuse("a", account.now)
+    account.settle()
+    (a, c, _) = account.ledger
+    assert (a.leaving, c.leaving) == (True, False)
+
+
+def test_requests_keep_others_waiting_for_the_drain_limit_and_no_longer() -> None:
+    account = Account(Ledger(CAPACITY, drain=10))
+    account.load("a", takes(60))
+    account.ledger.use("a")
+    began = account.now + 1
+    account.ask("b", takes(60))
+    assert account.ledger.next_expiry() == began + 10
+    account.now = began + 8
+    assert account.settle().displace == ()
+    assert account.settle().displace == ("a",)
+    assert account.settle().displace == ()
+    account.ledger.release("a")
+    account.settle()
+    assert "b" in account.granted
+
+
+def test_the_time_that_a_runner_takes_to_load_is_not_that_of_its_requests() -> None:
+    account = Account(Ledger(CAPACITY, drain=10))
+    account.ask("a", takes(60))
+    account.ledger.use("a")
+    account.ask("b", takes(60))
+    account.now += 100
+    assert account.settle().displace == ()
+    account.ledger.loaded("a", account.now)
+    assert account.settle().displace == ()
+    account.now += 10
+    assert account.settle().displace == ("a",)
+
+
+def test_requests_of_a_runner_that_is_dismissed_keep_others_waiting_no_longer_either() -> None:
+    account = Account(Ledger(CAPACITY, drain=10))
+    account.load("a", takes(60))
+    account.ledger.use("a")
+    account.ledger.leave("a")
+    account.now += 100
+    assert account.settle().displace == ()
+    account.ask("b", takes(60))
+    account.now += 10
+    assert account.settle().displace == ("a",)
+
+
+def test_two_models_that_alternate_stay_for_a_while_each() -> None:
+    """Both are always wanted: without a minimum each would go as soon as the other's request comes."""
+    account = Account(Ledger(CAPACITY, residence=10, drain=10))
+    loads: list[float] = []
+    resident = ""
+    while account.now < 200:
+        for kind in "ab":
+            if kind == resident.partition("-")[0]:
+                continue
+            name = f"{kind}-{len(loads)}"
+            if name not in account.names:
+                account.ledger.enter(name, account.now, kind=kind)
+                account.ledger.use(name)
+                account.ledger.estimate(name, takes(60))
+            account.settle()
+            if name in account.granted:
+                resident = name
+                loads.append(account.now)
+                account.ledger.loaded(name, account.now)
+                account.ledger.disuse(name, account.now)
+    assert len(loads) > 10
+    assert loads[1] - loads[0] < 5, "a model that was not evicted before has no privilege"
+    assert all(later - earlier >= 10 for earlier, later in pairwise(loads[2:]))
+
+
+def test_a_model_that_comes_back_later_has_no_privilege() -> None:
+    account = Account(Ledger(CAPACITY, residence=10))
+    account.load("a", takes(60))
+    account.load("b", takes(60))
+    account.now += ALTERNATING_SECONDS
+    account.load("a", takes(60))
+    account.load("b", takes(60))
+    assert account.unloaded == ["a", "b", "a"]
+
+
+def test_a_timer_is_set_for_the_end_of_a_stay() -> None:
+    account = Account(Ledger(CAPACITY, residence=10))
+    for name in "aba":
+        account.load(name, takes(60))
+    loaded = account.now
+    account.ask("b", takes(60))
+    assert account.unloaded == ["a", "b"]
+    assert account.ledger.next_expiry() == loaded + 10
+    account.now = loaded + 9
+    account.settle()
+    assert account.unloaded == ["a", "b", "a"]
+    assert "b" in account.granted
+
+
 EVENTS = ("load", "load", "loaded", "measured", "request", "request", "answered", "answered", "stop", "death", "end")
 
 
@@ -427,7 +578,8 @@ class Lives:
         for name in verdicts.unload:
             entry = self.ledger.entry(name)
             assert entry is not None
-            assert (entry.users, entry.state) == (0, "loaded")
+            assert entry.users == 0
+            assert entry.state == "loaded" or entry.abandoned
             assert name not in self.told, "a runner is told to end once"
             self.told.append(name)
         for name in verdicts.refused:
@@ -441,12 +593,16 @@ class Lives:
 
     def check_sent_away(self, stayed: set[str]) -> None:
         """Of those that leave from now on to make room, each is needed, and none is pinned."""
-        sent = [each for each in self.ledger if each.leaving and each.name in stayed and each.keep == math.inf]
+        sent = [
+            each
+            for each in self.ledger
+            if each.leaving and each.name in stayed and each.keep == math.inf and not each.abandoned
+        ]
         if not sent:
             return
         assert not any(each.pinned for each in sent)
         coming = self.ledger.free + sum((each.reserved for each in self.ledger if each.leaving), Memory())
-        first = next(each for each in self.ledger if each.state == "waiting")
+        first = next(each for each in self.ledger if each.state == "waiting" and not each.leaving)
         assert first.estimated is not None
         needed = self.ledger.need(first.estimated.choices[0])
         for each in sent:
@@ -454,7 +610,7 @@ class Lives:
 
     def check_line(self) -> None:
         """The first in line will fit once those that leave have left, so that nobody waits for nothing."""
-        first = next((each for each in self.ledger if each.state == "waiting"), None)
+        first = next((each for each in self.ledger if each.state == "waiting" and not each.leaving), None)
         if first is not None and first.estimated is not None:
             leaving = sum((each.reserved for each in self.ledger if each.leaving), Memory())
             assert self.ledger.need(first.estimated.choices[0]).fits(self.ledger.free + leaving)

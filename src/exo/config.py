@@ -100,6 +100,10 @@ class Limits:
     """Bytes of the processors' memory that all models together may take; None is all but a margin."""
     keep_seconds: float = math.inf
     """How long a model stays loaded without being used, where its card does not say."""
+    evict_seconds: float = 120
+    """How long the requests of a model may keep others waiting for its memory; then they are put off."""
+    residence_seconds: float = 10
+    """How long a model at least stays loaded that takes turns with another in the same memory."""
     load_seconds: float = 300
     """How long loading a model may make no progress."""
 
@@ -115,7 +119,8 @@ class Limits:
     ) -> "Limits":
         """From the flags ``--max-queue``, ``--drain-timeout``, ``--stall-timeout``, ``--memory-limit`` and ``--ttl``,
         where given, else from EXO_MAX_QUEUE, EXO_DRAIN_TIMEOUT, EXO_STALL_TIMEOUT, EXO_MEMORY_LIMIT and EXO_TTL. The
-        environment alone has EXO_LOAD_TIMEOUT. Times are in seconds. Raises SettingsError.
+        environment alone has EXO_EVICT_TIMEOUT, EXO_MIN_RESIDENCE and EXO_LOAD_TIMEOUT. Times are in seconds. Raises
+        SettingsError.
         """
         return cls(
             max_queue=_count(_given("--max-queue", max_queue, "EXO_MAX_QUEUE"), cls().max_queue),
@@ -123,6 +128,8 @@ class Limits:
             stall_seconds=_seconds(_given("--stall-timeout", stall, "EXO_STALL_TIMEOUT"), cls().stall_seconds),
             memory=_bytes(_given("--memory-limit", memory, "EXO_MEMORY_LIMIT")),
             keep_seconds=_seconds(_given("--ttl", ttl, "EXO_TTL"), cls().keep_seconds),
+            evict_seconds=_seconds(_variable("EXO_EVICT_TIMEOUT"), cls().evict_seconds),
+            residence_seconds=_seconds(_variable("EXO_MIN_RESIDENCE"), cls().residence_seconds),
             load_seconds=_seconds(_variable("EXO_LOAD_TIMEOUT"), cls().load_seconds),
         )
 

@@ -98,6 +98,7 @@ class Attempts:
             self._check_card()
             card, route = await self._services.choose(self._model, self._needs)
             self._on_route(route)
+            process: RunnerProcess | None = None
             try:
                 if route.instance is None:
                     await self._services.ensure_files(card, route.runner, self._pulling)
@@ -111,6 +112,8 @@ class Attempts:
                         await self._on_loading(_in_words(status))
                 return self._same_model(Runner(route.runner, card, process, await process.ready()))
             except RunnerError as error:
+                if process is not None and process.displaced:
+                    continue
                 if error.retry_seconds is not None:
                     if budget.untouched or error.retry_seconds > LONGEST_WAIT_SECONDS:
                         raise
@@ -160,8 +163,7 @@ class Attempts:
         while (failed := await _generate(runner.process, replay, on_event, flush)) is not None:
             if not _may_be_replayed(failed, runner.process):
                 raise RunnerError(failed)
-            if not replay.budget.allows_replay(runner.name, proven=runner.process.proven.is_set()):
-                raise RunnerError(spent(failed), _RETRY_SECONDS)
+            self._check_budget(replay.budget, runner, failed)
             runner = await self.runner(replay.budget)
 
     async def ask(self, runner: Runner, command: Embed | Rank | Tokenize) -> Embedded | Ranked | Tokenized:
@@ -173,9 +175,14 @@ class Attempts:
             except RunnerError as error:
                 if not _may_be_replayed(error.failed, runner.process):
                     raise
-                if not budget.allows_replay(runner.name, proven=runner.process.proven.is_set()):
-                    raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
+                self._check_budget(budget, runner, error.failed)
             runner = await self.runner(budget)
+
+    def _check_budget(self, budget: Budget, runner: Runner, failed: Failed) -> None:
+        """Raises ``RunnerError`` for a request under which runners have died too often."""
+        process = runner.process
+        if not process.displaced and not budget.allows_replay(runner.name, proven=process.proven.is_set()):
+            raise RunnerError(spent(failed), _RETRY_SECONDS) from None
 
 
 def _model_changed(model_id: str, why: str) -> ApiError:

@@ -83,6 +83,8 @@ class Services:
                 Deadlines.of_load(settings.limits.load_seconds),
                 keep_seconds=settings.limits.keep_seconds,
                 on_measured=self._measured,
+                residence_seconds=settings.limits.residence_seconds,
+                evict_seconds=settings.limits.evict_seconds,
             ) as self.instances,
             Pulls(settings) as self.pulls,
             anyio.create_task_group() as tasks,
@@ -217,7 +219,9 @@ class Services:
         try:
             card, chosen = await self.choose(model)
             await self.ensure_files(card, chosen.runner, _tell_nobody)
-            capabilities = await self.instances.acquire(chosen, card).ready()
+            process = self.instances.acquire(chosen, card)
+            with self.instances.using(process):
+                capabilities = await process.ready()
             if capabilities.chat_template is not None:
                 await self.templates.prepare(capabilities.chat_template)
         except (ApiError, RunnerError, TemplateError) as error:

@@ -60,9 +60,14 @@ class Instances:
         deadlines: Deadlines = DEADLINES,
         keep_seconds: float = math.inf,
         on_measured: OnMeasured = lambda _card, _runner, _measurement: None,
+        *,
+        residence_seconds: float = 0.0,
+        evict_seconds: float = math.inf,
     ) -> None:
         """``keep_seconds``: how long a model stays loaded without being used, where its card does not say.
 
+        ``residence_seconds``: how long a model stays loaded that takes turns with another. ``evict_seconds``: how long
+        requests may keep others waiting for memory before they are put off.
         ``on_measured`` gets what requests tell of the speed of a runner with the model of a card.
         """
         self._models_directories = tuple(str(directory) for directory in models_directories)
@@ -76,7 +81,7 @@ class Instances:
         """The instance that failed last, by model id and runner; ``_run`` is its only writer."""
         self._tasks: TaskGroup = anyio.create_task_group()
         self._closed = False
-        self._ledger = Ledger()
+        self._ledger = Ledger(None, residence_seconds, evict_seconds)
         self._device_names: tuple[str, ...] = ()
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
@@ -254,7 +259,8 @@ class Instances:
         predecessors = [each.process for each in others if each.settings == settings or not counted]
         self._instances[name] = instance
         keep = math.inf if card.pinned else card.keep_seconds(self._keep_seconds)
-        self._ledger.enter(name, anyio.current_time(), pinned=card.pinned, keep=keep)
+        kind = f"{card.model_id}@{route.runner}"
+        self._ledger.enter(name, anyio.current_time(), kind=kind, pinned=card.pinned, keep=keep)
         if not counted:
             self._ledger.load(name)
         self._tasks.start_soon(self._run, instance, predecessors)
@@ -278,7 +284,18 @@ class Instances:
         for name in verdicts.unload:
             log.info("%s is unloaded", self._instances[name].model_id)
             self._tasks.start_soon(self._close, self._instances[name])
+        for name in verdicts.displace:
+            log.info("%s makes room for others, who have waited for its requests; they go on later", name)
+            self._instances[name].process.displace("its model was unloaded, because others waited for the memory")
+        self._call_off_successors()
         self._changed.set()
+
+    def _call_off_successors(self) -> None:
+        """Ends those that wait for an instance to end which stays after all; their requests go back to that."""
+        staying = {each.kind for each in self._instances.values() if self._takes_requests(each) and each.process.began}
+        for each in self._instances.values():
+            if each.kind in staying and not each.process.began:
+                each.process.displace("its model stays loaded in another process")
 
     async def _look_after(self) -> None:
         """Unloads what has not been used for too long, and looks how much memory the runners have."""
@@ -340,7 +357,7 @@ class Instances:
         def note(failed: Failed) -> None:
             if process.proven.is_set():
                 health.worked()
-            if failed.code != "shutdown" and not process.refused:
+            if failed.code != "shutdown" and not process.refused and not process.displaced:
                 self._last_failed[instance.model_id, instance.runner] = instance
                 told_why = process.capabilities is None and failed.code != "runner_died"
                 health.failed(failed, anyio.current_time(), random.random(), lasting=told_why)

@@ -1,9 +1,12 @@
 """The accounts of memory for all runners: what each has reserved, who waits for how much, and who has to go. Pure.
 
 There is one account of the processors' memory and one of each device's. What holds: what is reserved on each is at most
-its capacity, but where a runner turns out to take more than its estimate; a
-runner that is in use or pinned is never told to end; and whoever waits gets its memory in the order of arrival, unless
-a later one fits beside all that came before it.
+its capacity, but where a runner turns out to take more than its estimate; a pinned runner is never told to end, and one
+in use only when it has made others wait for the drain limit; and whoever waits gets its memory in the order of arrival,
+unless a later one fits beside all that came before it.
+
+An eviction is decided anew each time: a runner that was to make room and is not idle yet stays if the room is no longer
+needed, because whoever waited has left or other memory has become free.
 """
 
 import math
@@ -43,6 +46,10 @@ class Refusal:
         return f"{text}; with {', or '.join(ways)} in [{runner}] of its card it would fit"
 
 
+ALTERNATING_SECONDS = 60.0
+"""A model that is wanted again so soon after its eviction takes turns with another: then both stay for a while."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdicts:
     """What is to be done now. Names are those of ``enter``."""
@@ -51,6 +58,8 @@ class Verdicts:
     refused: dict[str, Refusal]
     unload: tuple[str, ...]
     """To be ended now: nobody uses them. Each is named once."""
+    displace: tuple[str, ...] = ()
+    """To be ended now although they are used: others have waited for them long enough. Each is named once."""
 
 
 State = Literal["asking", "waiting", "loading", "loaded"]
@@ -67,9 +76,19 @@ class Entry:
     """Seconds that it stays loaded without being used; infinity for ever."""
     last_used: float
     state: State = "asking"
+    kind: str = ""
+    """What the next runner of the same model has as well."""
     users: int = 0
-    leaving: bool = False
-    """It ends when nobody uses it, and nobody new does."""
+    dismissed: bool = False
+    """It ends when nobody uses it, whatever others need."""
+    evicting: float | None = None
+    """Since when it has been in the way of others; it ends when nobody uses it, if it still is."""
+    stays_until: float = -math.inf
+    """Until then it is not evicted."""
+    returning: bool = False
+    """Its model was evicted just before, so it stays for a while once it has loaded."""
+    abandoned: bool = False
+    """Whoever wanted it has left before it got its memory."""
     ending: bool = False
     """It has been told to end."""
     estimated: Estimated | None = None
@@ -80,9 +99,14 @@ class Entry:
     """What it takes by the last measurement."""
 
     @property
+    def leaving(self) -> bool:
+        """Whether nobody new may use it."""
+        return self.dismissed or self.evicting is not None or self.ending
+
+    @property
     def idle(self) -> bool:
         """Whether it may be ended at once."""
-        return self.state == "loaded" and self.users == 0
+        return self.users == 0 and (self.state == "loaded" or (self.state == "waiting" and self.abandoned))
 
     @property
     def expires(self) -> float:
@@ -98,10 +122,19 @@ class Entry:
 
 @final
 class Ledger:
-    """``capacity`` None: nothing is counted and everything fits."""
+    """``capacity`` None: nothing is counted and everything fits.
 
-    def __init__(self, capacity: Memory | None = None) -> None:
+    ``residence``: how many seconds a model stays loaded that takes turns with another. ``drain``: how many seconds the
+    requests of a runner may keep others waiting for its memory.
+    """
+
+    def __init__(self, capacity: Memory | None = None, residence: float = 0.0, drain: float = math.inf) -> None:
         self.capacity = capacity
+        self._residence = residence
+        self._drain = drain
+        self._settled = -math.inf
+        self._evicted: dict[str, float] = {}
+        """When a runner of each kind was evicted last."""
         self._entries: dict[str, Entry] = {}
         self._line: list[Entry] = []
         """Those that wait for memory, in order of arrival."""
@@ -135,10 +168,14 @@ class Ledger:
 
     # --- what happens to a runner ---
 
-    def enter(self, name: str, now: float, *, pinned: bool = False, keep: float = math.inf) -> None:
-        """Opens an entry, which holds no memory yet."""
+    def enter(self, name: str, now: float, *, kind: str = "", pinned: bool = False, keep: float = math.inf) -> None:
+        """Opens an entry, which holds no memory yet. Runners of the same model have the same ``kind``."""
         assert name not in self._entries, f"{name} is on the account already"
-        self._entries[name] = Entry(name, pinned, keep, now)
+        kind = kind or name
+        returning = now - self._evicted.get(kind, -math.inf) < ALTERNATING_SECONDS or any(
+            each.kind == kind and each.evicting is not None for each in self
+        )
+        self._entries[name] = Entry(name, pinned, keep, now, kind=kind, returning=returning)
 
     def estimate(self, name: str, estimated: Estimated) -> None:
         """Puts a runner in line."""
@@ -158,6 +195,10 @@ class Ledger:
         entry = self._entries[name]
         assert entry.state == "loading"
         entry.state, entry.last_used = "loaded", now
+        if entry.returning:
+            entry.stays_until = now + self._residence
+        if entry.evicting is not None:
+            entry.evicting = now  # the time to load is not counted as that of its requests
 
     def measure(self, name: str, host: int, devices: Mapping[str, int] | None) -> None:
         """What a runner that has loaded takes replaces what was estimated, but for what it will take later.
@@ -175,12 +216,14 @@ class Ledger:
     def use(self, name: str) -> None:
         """One more request needs a runner."""
         self._entries[name].users += 1
+        self._entries[name].abandoned = False
 
     def disuse(self, name: str, now: float) -> None:
         """One request less does; of a runner that is gone, nothing."""
         if (entry := self._entries.get(name)) is not None:
             entry.users -= 1
             entry.last_used = now
+            entry.abandoned = entry.users == 0 and entry.state in ("asking", "waiting") and not entry.pinned
 
     def keep(self, name: str, seconds: float) -> None:
         """How long a runner stays loaded without being used."""
@@ -188,7 +231,7 @@ class Ledger:
 
     def leave(self, name: str) -> None:
         """A runner is to end as soon as nobody uses it."""
-        self._entries[name].leaving = True
+        self._entries[name].dismissed = True
 
     def release(self, name: str) -> None:
         """A runner is gone, however it went."""
@@ -199,35 +242,57 @@ class Ledger:
     # --- what follows from it ---
 
     def next_expiry(self) -> float:
-        """When a runner is to be unloaded of itself; infinity if none is."""
-        return min((entry.expires for entry in self._entries.values()), default=math.inf)
+        """When time alone changes what is to be done; infinity if it does not."""
+        times = [entry.expires for entry in self]
+        times += [entry.evicting + self._drain for entry in self if self._drains(entry) and entry.evicting is not None]
+        if self._line:
+            times += [entry.stays_until for entry in self if entry.stays_until > self._settled]
+        return min(times, default=math.inf)
+
+    def _drains(self, entry: Entry) -> bool:
+        """Whether its requests keep others waiting."""
+        return entry.state == "loaded" and entry.users > 0 and not entry.ending
 
     def settle(self, now: float) -> Verdicts:
         """What is to be done after something has happened, or a runner's time is over."""
-        for entry in self._entries.values():
-            entry.leaving = entry.leaving or entry.expires <= now
+        self._settled = now
+        before = {entry.name: entry.evicting for entry in self if entry.evicting is not None}
+        for entry in self:
+            entry.dismissed = entry.dismissed or entry.expires <= now
+            entry.evicting = entry.evicting if entry.ending else None
         granted: dict[str, Choice] = {}
         refused: dict[str, Refusal] = {}
         ahead, first = Memory(), True
         for entry in tuple(self._line):
             assert entry.estimated is not None
             choice, wanted = self._choice(entry.estimated, ahead), self._wanted(entry.estimated)
+            if choice is None and entry.abandoned:
+                entry.dismissed = True
+                self._line.remove(entry)
+                continue
             if choice is None and wanted is None:
                 refused[entry.name] = self._refusal(entry.estimated)
                 self._line.remove(entry)
                 continue
             if choice is None and first:
-                choice = self._make_room(entry.estimated)
+                choice = self._make_room(entry.estimated, now, before)
             if choice is not None:
                 granted[entry.name] = choice
                 self._grant(entry, choice)
             elif wanted is not None:
                 ahead += self.need(wanted)
                 first = False
-        unload = [each for each in self._entries.values() if each.leaving and each.idle and not each.ending]
-        for each in unload:
+        unload = [each for each in self if each.leaving and each.idle and not each.ending]
+        displace = [
+            each
+            for each in self
+            if self._drains(each) and each.evicting is not None and each.evicting + self._drain <= now
+        ]
+        for each in (*unload, *displace):
             each.ending = True
-        return Verdicts(granted, refused, tuple(each.name for each in unload))
+            if each.evicting is not None and not each.dismissed:
+                self._evicted[each.kind] = now
+        return Verdicts(granted, refused, tuple(each.name for each in unload), tuple(each.name for each in displace))
 
     def _grant(self, entry: Entry, choice: Choice) -> None:
         self._line.remove(entry)
@@ -252,7 +317,7 @@ class Ledger:
     def _most(self) -> Memory:
         """What is free once all that are not pinned have gone."""
         assert self.capacity is not None
-        return self.capacity - sum((each.reserved for each in self if each.pinned and not each.leaving), Memory())
+        return self.capacity - sum((each.reserved for each in self if each.pinned and not each.dismissed), Memory())
 
     def _refusal(self, estimated: Estimated) -> Refusal:
         most = self._most()
@@ -262,12 +327,20 @@ class Ledger:
                 changes.setdefault(tuple(each.settings), each)
         return Refusal(self.need(estimated.choices[-1]), most, tuple(changes.values()))
 
-    def _make_room(self, estimated: Estimated) -> Choice | None:
-        """Has others leave, idle ones rather than busy ones; a choice, if it turns out that one fits already."""
+    def _make_room(self, estimated: Estimated, now: float, before: Mapping[str, float]) -> Choice | None:
+        """Has others leave, idle ones rather than busy ones; a choice, if it turns out that one fits already.
+
+        ``before`` are those that were leaving for others until now, and since when. They go first, so that a runner is
+        not spared for having ended one of its requests.
+        """
         acceptable = estimated.choices[estimated.enough :]
-        free, coming = self.free, sum((each.reserved for each in self if each.leaving), Memory())
+        going = [each for each in self if each.leaving]
+        free, coming = self.free, sum((each.reserved for each in going), Memory())
         staying = [each for each in self if not each.leaving and not each.pinned and each.reserved != Memory()]
-        staying.sort(key=lambda each: each.last_used)
+        staying = [
+            each for each in staying if each.stays_until <= now and not (each.returning and each.state == "loading")
+        ]
+        staying.sort(key=lambda each: (each.name not in before, each.last_used))
         idle = [each for each in staying if each.idle]
         busy = [each for each in staying if not each.idle]
         for candidates in (idle, [*idle, *busy]):
@@ -276,8 +349,8 @@ class Ledger:
                     return choice
                 victims = _victims(self.need(choice), free + coming, candidates)
                 if victims is not None:
-                    for each in victims:
-                        each.leaving = True
+                    for each in (*victims, *going):
+                        each.evicting = before.get(each.name, now)
                     return None
         return None
 

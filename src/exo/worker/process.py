@@ -87,6 +87,8 @@ class RunnerProcess:
         self._admit = admit
         self._refused: Failed | None = None
         """Why the runner was not let load."""
+        self._displaced: Failed | None = None
+        """Why the runner had to go although it worked."""
         self._estimate: asyncio.Future[Estimated] = asyncio.get_running_loop().create_future()
         """What loading takes, where the runner is asked."""
         self._greeted, self._final = asyncio.Event(), asyncio.Event()
@@ -133,9 +135,19 @@ class RunnerProcess:
         return None if self._child is None or self._failure is not None else self._child.pid
 
     @property
+    def began(self) -> bool:
+        """Whether it has been started, which it is once those before it have ended."""
+        return self._child is not None
+
+    @property
     def refused(self) -> bool:
         """Whether it ended because there was no memory for its model, which says nothing about the runner."""
         return self._refused is not None
+
+    @property
+    def displaced(self) -> bool:
+        """Whether it had to go although it worked, so that whatever it was to do is to be done by another."""
+        return self._displaced is not None
 
     def died_of(self, failed: Failed) -> bool:
         """Whether this failure of a request is the process's own, and says nothing about the request."""
@@ -255,6 +267,11 @@ class RunnerProcess:
         self._closing = True
         self._life.cancel()
 
+    def displace(self, why: str) -> None:
+        """Ends the runner at once; its requests are to go on in another process of the same model."""
+        self._displaced = Failed(code="runner_died", message=why)
+        self._life.cancel()
+
     async def run(
         self, after: Sequence["RunnerProcess"] = (), on_end: Callable[[Failed], None] = lambda _: None
     ) -> None:
@@ -269,6 +286,8 @@ class RunnerProcess:
                 for predecessor in after:
                     await predecessor.ended()
                 failure = await self._live()
+            if self._displaced is not None and not self._closing:
+                failure = self._displaced
         except Exception as error:  # a mistake of the server's own ends this runner and no other
             log.exception("the server failed in its dealings with a runner, which is ended")
             reason = f"the server failed in its dealings with the runner: {error!r}"
