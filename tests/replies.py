@@ -57,12 +57,15 @@ ONE_CALL = {
     "harmony": "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
     '{"city": "Paris", "days": 3}<|call|>',
     "apertus": '<|tools_prefix|>[{"get_weather": {"city": "Paris", "days": 3}}]<|tools_suffix|>',
+    "apriel": '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]</tool_calls>',
     "cohere": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
     '{"city": "Paris", "days": 3}}\n]<|END_ACTION|>',
     "command-r": 'Action:\n```json\n[\n{\n    "tool_name": "get_weather",\n    "parameters": '
     '{"city": "Paris", "days": 3}\n}\n]```',
     "deepseek-v3.2": dsml("function_calls"),
     "deepseek-v4": dsml("tool_calls"),
+    "ernie": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_call>',
+    "function": '<function=get_weather>{"city": "Paris", "days": 3}</function>',
     "gigachat3": 'function call<|role_sep|>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}',
     "gigachat3.1": '<|function_call|>{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}',
     "granite3": '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]<|/tool_call|>',

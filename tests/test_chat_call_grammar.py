@@ -213,6 +213,8 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "deepseek-v3.1": sectioned(""),
     "kimi": sectioned(""),
     "apertus": in_array(", "),
+    "apriel": in_array(", "),
+    "ernie": lambda one: f"{one}\n{one}",
     "cohere": in_array(","),
     "command-r": in_array(","),
     "granite3": in_array(", "),

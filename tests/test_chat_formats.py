@@ -341,6 +341,8 @@ def test_a_control_token_that_ends_no_call_is_not_shown(name: str) -> None:
         ("minimax-m3", "</mm:think>Yes."),
         ("gigachat3.1", "Yes.<|message_sep|>"),
         ("llama4", "Yes.<|python_end|>"),
+        ("ernie", "<response>\nYes.\n</response>\n"),
+        ("apriel", "Here are my reasoning steps:\nHm.\n[BEGIN FINAL RESPONSE]\nYes.\n[END FINAL RESPONSE]"),
     ],
 )
 def test_marks_around_content_are_not_shown(name: str, text: str) -> None:
@@ -348,6 +350,12 @@ def test_marks_around_content_are_not_shown(name: str, text: str) -> None:
         for pieces in (text, [text]):
             parts = read(FORMATS[name], pieces, tools)
             assert [part for part in parts if not isinstance(part, Reasoning)] == [Content("Yes.")]
+
+
+def test_a_tag_inside_an_answer_is_text() -> None:
+    text = "Write <response>x</response> here."
+    for pieces in (whole := f"<response>{text}</response>\n", [whole]):
+        assert read(FORMATS["ernie"], pieces) == [Content(text)]
 
 
 def test_harmony_calls_a_function_that_is_named_without_its_namespace() -> None:

@@ -7,7 +7,7 @@ from typing import Protocol, final
 
 from exo.chat.lark import Grammar
 from exo.chat.parts import Arguments, BrokenCall, Part, ToolCall
-from exo.chat.reply import Reply, Thinking
+from exo.chat.reply import Reply, Thinking, is_plain
 from exo.chat.scanner import MORE, Scanner, Steps, markers
 from exo.chat.tools import Tool
 from exo.worker import messages
@@ -139,11 +139,26 @@ class OutputFormat:
                 yield from reply.thought(thinking, begin)
                 if bare is not None:
                     yield from _attempt(reply, "", bare)
-            elif marker in dropped:
+            elif marker in self.stray:
                 reply.prose.marker()
+            elif marker in dropped:
+                yield from _drop(reply, marker)
             elif self.read_call is not None:
                 yield from _attempt(reply, marker, self.read_call)
         yield reply.prose.finish()
+
+
+def _drop(reply: Reply, marker: str) -> Steps[None]:
+    """A marker around content is none of it. One that is plain text counts only where content begins or ends."""
+    if is_plain(marker) and reply.prose.begun:
+        reply.scanner.hold(marker)
+        yield from reply.scanner.space()
+        inside = bool((yield from reply.scanner.peek()))
+        text = reply.scanner.release()
+        if inside:
+            yield reply.prose.add(text)
+            return
+    reply.prose.marker()
 
 
 def _attempt(reply: Reply, marker: str, read: CallReader) -> Steps[None]:

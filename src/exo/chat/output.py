@@ -19,11 +19,13 @@ from exo.chat.format import OutputFormat, OutputParser
 from exo.chat.formats.deepseek import DEEPSEEK_V3, DEEPSEEK_V31
 from exo.chat.formats.gemma import FUNCTION_GEMMA, GEMMA, GEMMA4
 from exo.chat.formats.harmony import HARMONY
-from exo.chat.formats.hermes import HERMES
+from exo.chat.formats.hermes import ERNIE, HERMES
 from exo.chat.formats.json_lists import (
     APERTUS,
+    APRIEL,
     COHERE,
     COMMAND_R,
+    FUNCTION,
     GIGACHAT3,
     GIGACHAT31,
     GRANITE3,
@@ -76,10 +78,13 @@ FORMATS: Mapping[str, OutputFormat] = {
         MINIMAX,
         HARMONY,
         APERTUS,
+        APRIEL,
         COHERE,
         COMMAND_R,
         DEEPSEEK_V32,
         DEEPSEEK_V4,
+        ERNIE,
+        FUNCTION,
         GIGACHAT3,
         GIGACHAT31,
         GRANITE3,
@@ -120,6 +125,7 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (NEMOTRON, ("<TOOLCALL>",)),
     (MINIMAX_M3, ("]<]minimax[>[",)),
     (MINIMAX_M1, ("<tool_calls>", "<end_of_sentence>")),
+    (APRIEL, ("<tool_calls>", "[BEGIN FINAL RESPONSE]")),
     (TOOL_CALLS, ("<tool_calls>[",)),
     (LONGCAT, ("<longcat_tool_call>",)),
     (LFM2, ("<|tool_call_start|>",)),
@@ -136,7 +142,9 @@ _SIGNS: tuple[tuple[OutputFormat, tuple[str, ...]], ...] = (
     (MINIMAX, ("<minimax:tool_call>",)),
     (GLM, ("<tool_call>", "<arg_key>")),
     (QWEN3_CODER, ("<tool_call>", "<function=", "<parameter=")),
+    (ERNIE, ("<tool_call>", "<response>", "</think>")),
     (HERMES, ("<tool_call>",)),
+    (FUNCTION, ("<function=", "</function>")),
     (LLAMA3, ("<|python_tag|>",)),
     (GRANITE3, ("<|tool_call|>",)),
     (GEMMA, ("tool_code",)),

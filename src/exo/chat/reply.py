@@ -22,11 +22,16 @@ class Thinking:
 
     @property
     def anywhere(self) -> bool:
-        """Whether ``begin`` counts wherever it comes. A tag is plain text, of which an answer may speak."""
-        return _TAG.fullmatch(self.begin) is None
+        """Whether ``begin`` counts wherever it comes."""
+        return not is_plain(self.begin)
 
 
-_TAG = re.compile(r"<[\w:]+>")
+_PLAIN = re.compile(r"</?[\w:]+>|[\w ]+:")
+
+
+def is_plain(marker: str) -> bool:
+    """Whether the marker is a tag or a phrase, which an answer may have in its text."""
+    return _PLAIN.fullmatch(marker) is not None
 
 
 @final
@@ -35,6 +40,8 @@ class Prose:
 
     def __init__(self, part: Callable[[str], Part], *, trim: bool) -> None:
         """With ``trim``, a marker came before."""
+        self.begun = False
+        """Whether there is text already."""
         self._part = part
         self._trim = trim
         self._space: list[str] = []
@@ -46,6 +53,7 @@ class Prose:
         if not body:
             self._space.append(text)
             return None
+        self.begun = True
         whole = "".join(self._space) + body
         self._space = [text[len(body) :]]
         trimmed = whole.lstrip() if self._trim else whole

@@ -4,6 +4,7 @@ Published in the repository NousResearch/Hermes-Function-Calling and in the chat
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from exo.chat.format import OutputFormat
 from exo.chat.json_call import json_call, write_json_call
@@ -30,3 +31,5 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
 
 
 HERMES = OutputFormat("hermes", begin=(_BEGIN,), read_call=_read, write_calls=_write)
+ERNIE = replace(HERMES, name="ernie", opening=("<response>",), frame=("</response>",))
+"""The same of ERNIE 4.5, whose content has tags of its own."""

@@ -2,20 +2,23 @@
 
 Each is published in the chat templates of its models. They differ in the markers and in the keys of an object only:
 ``{"name": …, "arguments": {…}}``, Cohere's ``{"tool_call_id": …, "tool_name": …, "parameters": {…}}`` and Apertus'
-``{"get_weather": {…}}``.
+``{"get_weather": {…}}``. Functionary 3.1 has the name in the marker, as Llama 3.1 does where it is asked for that.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from exo.chat.format import OutputFormat
-from exo.chat.json_call import json_call, json_string, write_json_call
+from exo.chat.json_call import LONGEST_NAME, json_call, json_string, write_json_call
 from exo.chat.lark import Grammar
 from exo.chat.reply import Reply, Thinking
 from exo.chat.scanner import Steps
 from exo.chat.tools import Tool
+
+_NAME = re.compile(r"[^<>{}\s\"]*")
 
 
 def _read_named(reply: Reply, marked: bool) -> Steps[bool]:
@@ -106,6 +109,25 @@ def _write_keyed(grammar: Grammar, tools: Sequence[Tool]) -> str:
     )
 
 
+def _read_function(reply: Reply, marked: bool) -> Steps[bool]:
+    """Reads ``get_weather>{…}``."""
+    scanner = reply.scanner
+    name = yield from scanner.run(_NAME, LONGEST_NAME)
+    if not name or not (yield from scanner.either(">")):
+        return False
+    yield from scanner.space()
+    if (yield from scanner.peek()) != "{":
+        return False
+    yield reply.call(name)
+    return (yield from reply.json_arguments())
+
+
+def _write_function(grammar: Grammar, tools: Sequence[Tool]) -> str:
+    return grammar.one_of(
+        [grammar.sequence(grammar.plain(f"{tool.name}>"), grammar.json(tool.schema)) for tool in tools]
+    )
+
+
 def _write_cohere(grammar: Grammar, tools: Sequence[Tool], *, lines: bool = False) -> str:
     """``{"tool_name": …, "parameters": {…}}``, either on ``lines`` or with the call's number in front."""
     gap, after = ("\n    ", "\n") if lines else (" ", "")
@@ -128,6 +150,9 @@ _COMMAND_R = _JsonCalls(
     "Action:\n```json\n", "```", lead="\n", tail="\n", write_object=partial(_write_cohere, lines=True)
 )
 _NEMOTRON = _JsonCalls("<TOOLCALL>", "</TOOLCALL>")
+_FUNCTION = _JsonCalls(
+    "<function=", "</function>", array=False, single=True, read_object=_read_function, write_object=_write_function
+)
 _TOOL_CALLS = _JsonCalls("<tool_calls>", "</tool_calls>")
 _MINIMAX_M1 = _JsonCalls("<tool_calls>", "</tool_calls>", array=False, lead="\n", tail="\n")
 _GRANITE3 = _JsonCalls("<|tool_call|>", "<|/tool_call|>")
@@ -172,6 +197,7 @@ COHERE = _format(
     frame=("<|END_RESPONSE|>", "<|END_TEXT|>"),
 )
 COMMAND_R = _format("command-r", _COMMAND_R)
+FUNCTION = _format("function", _FUNCTION)
 GIGACHAT3 = _format("gigachat3", _GIGACHAT3, special=True, frame=("<|message_sep|>",))
 GIGACHAT31 = _format("gigachat3.1", _GIGACHAT31, special=True, frame=("<|message_sep|>",))
 GRANITE3 = _format("granite3", _GRANITE3, special=True, opening=("<response>",), frame=("</response>",))
@@ -179,6 +205,12 @@ LONGCAT = _format("longcat", _LONGCAT, thinking=Thinking("<longcat_think>", "</l
 MINIMAX_M1 = _format("minimax-m1", _MINIMAX_M1)
 NEMOTRON = _format("nemotron", _NEMOTRON)
 TOOL_CALLS = _format("tool-calls", _TOOL_CALLS)
+APRIEL = replace(
+    TOOL_CALLS,
+    name="apriel",
+    thinking=Thinking("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
+    frame=("[END FINAL RESPONSE]",),
+)
 XLAM = _format("xlam", _XLAM)
 UNKNOWN = _format("unknown", _XLAM, known=False)
 """Plain JSON, which belongs to no family, for a call that a grammar forces."""
