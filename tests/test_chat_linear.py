@@ -1,13 +1,16 @@
 """Twice the text is twice the work, whatever the text: counted in calls made while reading it, not in seconds."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 
 import pytest
 
 from exo.chat.scanner import MORE, Scanner, markers
+from exo.chat.tools import Tool
 from tests.replies import ONE_CALL, TOOLS, form
+from tests.test_tagged_call import DONE, END, KEY, call
+from tests.test_tagged_call import TOOLS as VALUE_TOOLS
 
 SIZE = 600
 NAMES = sorted(ONE_CALL)
@@ -36,6 +39,34 @@ def hostile(name: str) -> dict[str, str]:
     }
 
 
+def hostile_values(name: str) -> dict[str, tuple[str, str]]:
+    """Values by what is wrong with them: how they begin, and what is repeated in them."""
+    text = call(name, "write", path="x", content="")
+    begin = text[: text.rindex(END[name])]
+    other, known = call(name, "f", a="x"), call(name, "write", path="x")
+    return {
+        "ends": (begin, END[name]),
+        "ends on lines": (begin, END[name] + "\n"),
+        "ends of calls": (begin, DONE[name] + "\n"),
+        "ends of calls in text": (begin, f"{DONE[name]} x "),
+        "keys": (begin, KEY[name]),
+        "calls": (begin, other),
+        "calls of a tool": (begin, known),
+        "calls of a tool in text": (begin, f"{known[: known.rindex('</')]} x "),
+        "drafts": ("<think>", known),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(END))
+@pytest.mark.parametrize("at_once", [True, False])
+def test_twice_the_value_is_twice_the_work(name: str, at_once: bool) -> None:
+    for kind, (begin, piece) in hostile_values(name).items():
+        once, twice = (begin + (piece * length)[:length] for length in (4 * SIZE, 8 * SIZE))
+        first, second = (reading(name, [text] if at_once else text, VALUE_TOOLS) for text in (once, twice))
+        assert second <= 2.2 * first + 400, kind
+        assert first <= 4 * 60 * SIZE, kind
+
+
 def work(run: Callable[[], object]) -> int:
     """Calls of functions, Python's and C's, that ``run`` makes."""
     count = 0
@@ -53,8 +84,8 @@ def work(run: Callable[[], object]) -> int:
     return count
 
 
-def reading(name: str, pieces: Iterable[str]) -> int:
-    parser = form(name).parser(tools=TOOLS, in_reasoning=False)
+def reading(name: str, pieces: Iterable[str], tools: Sequence[Tool] = TOOLS) -> int:
+    parser = form(name).parser(tools=tools, in_reasoning=False)
 
     def run() -> None:
         for piece in pieces:

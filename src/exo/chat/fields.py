@@ -65,6 +65,12 @@ def fields(tool: Tool) -> list[Field]:
     ]
 
 
+def is_text(parameters: Mapping[str, JsonValue], name: str) -> bool:
+    """Whether argument ``name`` of a tool with these ``parameters`` is text, whatever it looks like."""
+    schema = argument_schema(parameters, name)
+    return schema is not None and strings(schema, parameters).every
+
+
 def written_as_json(parameters: Mapping[str, JsonValue], name: str) -> bool:
     """Whether argument ``name`` of a tool with these ``parameters`` is known to be written as JSON."""
     schema = argument_schema(parameters, name)

@@ -2,7 +2,7 @@
 
 A parser yields the parts it has read, and ``MORE`` where it cannot go on without more text; ``Scanner`` is what it
 reads from. Each character is examined a bounded number of times: what cannot be decided yet is never longer than the
-longest marker, and nothing is read more than twice.
+longest marker, and nothing is read more than a few times.
 """
 
 import re
@@ -97,7 +97,13 @@ class Scanner:
         return "".join(held)
 
     def unread(self, text: str) -> None:
-        """Puts back ``text``, which was the last to be read. A parser may do so once with each character."""
+        """Puts back ``text``, which was the last to be read. A parser may do so a few times with each character."""
+        left = len(text)
+        while left and self._held:
+            piece = self._held.pop()
+            if len(piece) > left:
+                self._held.append(piece[:-left])
+            left -= min(left, len(piece))
         if self._text.startswith(text, self._at - len(text)) and self._at >= len(text):
             self._at -= len(text)
         else:
@@ -169,11 +175,11 @@ class Scanner:
         self._take(read(self._text, self._at))
 
     def _unsure(self, found: Markers) -> int:
-        """Characters at the end that may begin a marker. At the end of a reply that was cut off, one of them is not."""
+        """Characters at the end that may begin a marker. At a cut, one alone counts in a call only."""
         if self.ended and not self.cut_off:
             return 0
         unsure = found.unsure(self._text, self._at)
-        return 0 if self.ended and unsure == 1 else unsure
+        return 0 if self.ended and unsure == 1 and self._held is None else unsure
 
     def _take(self, end: int) -> str:
         text, self._at = self._text[self._at : end], end
