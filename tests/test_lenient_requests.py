@@ -245,7 +245,7 @@ def test_a_picture_in_an_earlier_result_does_not_end_the_session() -> None:
 
 def test_tools_that_only_their_vendor_runs_are_left_out() -> None:
     body = chat(tools=[{"type": "web_search", "external_web_access": True}, TOOL, {"type": "image_generation"}])
-    assert [tool.function.name for tool in body.tools] == ["look"]
+    assert [tool.function.name for tool in body.functions] == ["look"]
     assert warned(body) == ["tools.web_search", "tools.image_generation"]
 
 

@@ -262,18 +262,24 @@ class ResponseFormat(RequestBody):
         return Constraint("json_schema", schema, "response_format.json_schema.schema")
 
 
-def only_functions(tools: JsonValue) -> JsonValue:
-    """Without the tools that only their vendor can run, each of which gets a warning."""
-    if not isinstance(tools, list):
-        return tools
-    kept: list[JsonValue] = []
-    for tool in tools:
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if isinstance(kind, str) and kind not in ("function", "custom"):
-            note(f"tools.{kind[:64]}", "no tool of this type can be run here, and the model is not told of it")
-        else:
-            kept.append(tool)
-    return kept
+class VendorTool(RequestBody):
+    """A tool that only its vendor can run: the model is not told of it."""
+
+    type: str = Field(description="Any other type.")
+
+
+def vendor_tool(kind: str, field: str) -> VendorTool:
+    """Makes one, with a warning."""
+    note(f"{field}.{kind[:64]}", "no tool of this type can be run here, and the model is not told of it")
+    return VendorTool(type=kind)
+
+
+def _tool(value: JsonValue) -> ToolDefinition | VendorTool:
+    """By its type, since a union would explain what is wrong with each of its members."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in ("function", "custom"):
+        return vendor_tool(kind, "tools")
+    return ToolDefinition.model_validate(value)
 
 
 def _by_type(value: JsonValue) -> JsonValue:
@@ -309,7 +315,7 @@ class ChatCompletionRequest(GenerationFields):
     response_format: ResponseFormat | None = Field(
         default=None, description="What the reply is to look like.", json_schema_extra=honoured("grammar")
     )
-    tools: Annotated[list[ToolDefinition], BeforeValidator(only_functions)] = Field(
+    tools: list[Annotated[ToolDefinition | VendorTool, BeforeValidator(_tool)]] = Field(
         default=[], max_length=MAX_TOOLS, description="What the model may call; other types are left out."
     )
     tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_by_type)] = Field(
@@ -351,7 +357,7 @@ class ChatCompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _a_choice_of_tools(self) -> "ChatCompletionRequest":
-        names = [tool.function.name for tool in self.tools]
+        names = [tool.function.name for tool in self.functions]
         if len(set(names)) < len(names):
             raise invalid("two tools have the same name", "tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
@@ -365,6 +371,11 @@ class ChatCompletionRequest(GenerationFields):
             if self.constraints:
                 self.note("response_format", "has no effect, because tool_choice demands a call")
         return self
+
+    @property
+    def functions(self) -> list[ToolDefinition]:
+        """The tools that the model is told of."""
+        return [tool for tool in self.tools if isinstance(tool, ToolDefinition)]
 
     @property
     def choice(self) -> ToolChoice:

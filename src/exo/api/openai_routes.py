@@ -50,7 +50,7 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
     """The prompt of a chat completion, in no dialect."""
     return Conversation(
         messages=tuple(message.told() for message in body.messages),
-        tools=tuple(tool.function.tool() for tool in body.tools) if body.tool_choice != "none" else (),
+        tools=tuple(tool.function.tool() for tool in body.functions) if body.tool_choice != "none" else (),
         choice=body.choice,
         parallel=body.parallel_tool_calls,
         variables=body.chat_template_kwargs,

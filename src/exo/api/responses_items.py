@@ -1,18 +1,20 @@
 """The output items of a response, as they grow: reasoning, messages and calls, each with the events that tell of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import JsonValue
 
 from exo.api.openai_chat import call_id, choice_logprobs
+from exo.api.responses_tools import OfferedTool, custom_input
 from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.messages import TokenLogprobs
 
 Tell = Callable[[str, dict[str, JsonValue]], bytes]
 """Makes an event of a type and its fields."""
-_PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+_PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}
+_Kind = Literal["reasoning", "message", "function_call", "custom_tool_call"]
 
 
 @dataclass(slots=True)
@@ -20,9 +22,12 @@ class Item:
     """One output item. ``text`` is what grows: reasoning, content or arguments."""
 
     id: str
-    type: Literal["reasoning", "message", "function_call"]
+    type: _Kind
     call_id: str = ""
     name: str = ""
+    """By which the model called the tool."""
+    tool: OfferedTool | None = None
+    """The tool that is called, where it is among those of the request."""
     text: str = ""
     status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
@@ -38,9 +43,18 @@ class Item:
         """The item as it is now; ``empty`` as it was when it began."""
         common: dict[str, JsonValue] = {"id": self.id, "type": self.type, "status": self.status}
         match self.type:
-            case "function_call":
-                arguments = "" if empty else self.text
-                return {**common, "call_id": self.call_id, "name": self.name, "arguments": arguments}
+            case "function_call" | "custom_tool_call":
+                call: dict[str, JsonValue] = {
+                    "call_id": self.call_id,
+                    "name": self.tool.name if self.tool else self.name,
+                }
+                if self.type == "custom_tool_call":
+                    call["input"] = "" if empty else custom_input(self.text)
+                else:
+                    call["arguments"] = "" if empty else self.text
+                if self.tool is not None and self.tool.namespace is not None:
+                    call["namespace"] = self.tool.namespace
+                return {**common, **call}
             case "reasoning":
                 return {**common, "summary": [], "content": [] if empty else [self.part()]}
             case "message":
@@ -54,10 +68,11 @@ def _logprobs(items: list[TokenLogprobs]) -> JsonValue:
 class Output:
     """The items of one response in their order. ``tell`` makes the events; whoever does not stream drops them."""
 
-    def __init__(self, response_id: str, tell: Tell) -> None:
+    def __init__(self, response_id: str, tell: Tell, tools: Iterable[OfferedTool] = ()) -> None:
         self.items: list[Item] = []
         self._id = response_id
         self._tell = tell
+        self._tools = {each.tool.name: each for each in tools}
         self._calls: dict[int, Item] = {}
 
     def add(self, part: Part, logprobs: tuple[TokenLogprobs, ...] = ()) -> bytes:
@@ -69,13 +84,16 @@ class Output:
                 return self._text("reasoning", text, ())
             case ToolCall(index, name):
                 data = self.close()
-                item = self._new("function_call")
-                item.name, item.call_id = name, f"call_{call_id(self._id, 0, index)}"
+                tool = self._tools.get(name)
+                item = self._new("custom_tool_call" if tool is not None and tool.custom else "function_call")
+                item.tool, item.name, item.call_id = tool, name, f"call_{call_id(self._id, 0, index)}"
                 self._calls[index] = item
                 return data + self._added(item)
             case Arguments(index, text):
                 item = self._calls[index]
                 item.text += text
+                if item.type == "custom_tool_call":
+                    return b""  # its input is told when all of it is there, since the arguments are JSON around it
                 return self._event("response.function_call_arguments.delta", item, {"delta": text})
             case BrokenCall():
                 return self.close(complete=False)
@@ -90,6 +108,11 @@ class Output:
         if item.type == "function_call":
             arguments: dict[str, JsonValue] = {"arguments": item.text}
             data = self._event("response.function_call_arguments.done", item, arguments) if complete else b""
+        elif item.type == "custom_tool_call":
+            given = custom_input(item.text)
+            data = self._event("response.custom_tool_call_input.delta", item, {"delta": given}) if given else b""
+            if complete:
+                data += self._event("response.custom_tool_call_input.done", item, {"input": given})
         else:
             where: dict[str, JsonValue] = {"content_index": 0}
             kind = "response.reasoning_text.done"
@@ -115,7 +138,7 @@ class Output:
             return data + self._event("response.reasoning_text.delta", item, delta)
         return data + self._event("response.output_text.delta", item, {**delta, "logprobs": _logprobs([*logprobs])})
 
-    def _new(self, kind: Literal["reasoning", "message", "function_call"]) -> Item:
+    def _new(self, kind: _Kind) -> Item:
         item = Item(f"{_PREFIXES[kind]}_{self._id.removeprefix('resp_')}{len(self.items)}", kind)
         self.items.append(item)
         return item

@@ -19,13 +19,15 @@ from exo.api.generation import Generation, Serving
 from exo.api.reading import Ended, Said
 from exo.api.reply import Choice, GenerationReply
 from exo.api.request import Conversation, GenerationRequest
+from exo.api.responses_input import InputItem, InputReference, stored_input, stored_item, told
 from exo.api.responses_items import Item, Output
-from exo.api.responses_requests import ResponsesRequest, stored_input, told
+from exo.api.responses_requests import ResponsesRequest
 from exo.api.responses_store import ResponseStore, StoredResponse
 from exo.api.services import Services
 from exo.chat.parts import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.worker.messages import PromptLogprobs, SamplingParams, Usage
 
+_SAMPLING = {"temperature", "top_p", "presence_penalty", "frequency_penalty"}
 ResponseId = Annotated[str, Path(description="The id of a response.")]
 
 
@@ -64,10 +66,17 @@ class ResponsesDialect:
     media_type = sse.MEDIA_TYPE
 
     def __init__(
-        self, response_id: str, body: ResponsesRequest, messages: Sequence[dict[str, JsonValue]], store: ResponseStore
+        self,
+        response_id: str,
+        body: ResponsesRequest,
+        items: Sequence[InputItem],
+        messages: Sequence[dict[str, JsonValue]],
+        store: ResponseStore,
     ) -> None:
+        """``items`` are the request's input, ``messages`` all of the conversation."""
         self._id = response_id
         self._body = body
+        self._items = items
         self._messages = messages
         self._store = store
         self._created = int(time.time())
@@ -76,7 +85,7 @@ class ResponsesDialect:
         self._number = -1
         self._cut_off = False
         self._reasoning_tokens = 0
-        self._output = Output(response_id, self._tell)
+        self._output = Output(response_id, self._tell, body.offered)
 
     def serving(self, serving: Serving) -> None:
         self._model, self._sampling = serving.model_id, serving.sampling
@@ -139,7 +148,7 @@ class ResponsesDialect:
         response = self._wire("incomplete" if self._cut_off else "completed", usage)
         if self._body.store:
             items: list[JsonValue] = [
-                stored_input(item, f"{self._id.removeprefix('resp_')}_{at}") for at, item in enumerate(self._body.input)
+                stored_input(item, f"{self._id.removeprefix('resp_')}_{at}") for at, item in enumerate(self._items)
             ]
             messages = (*self._messages, *_said(self._output.items))
             self._store.put(self._id, StoredResponse(response, items, messages))
@@ -148,27 +157,37 @@ class ResponsesDialect:
     def _wire(self, status: str, usage: Usage | None) -> dict[str, JsonValue]:
         body = self._body
         format_ = body.text.format.model_dump(by_alias=True, exclude_none=True, exclude_unset=True)
+        choice = body.tool_choice
         return {
             "id": self._id,
             "object": "response",
             "created_at": self._created,
             "status": status,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if self._cut_off else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": None,
             "model": self._model,
             "output": [item.wire() for item in self._output.items] if usage else [],
+            "frequency_penalty": self._sampling.frequency_penalty,
             "parallel_tool_calls": body.parallel_tool_calls,
+            "presence_penalty": self._sampling.presence_penalty,
             "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
             "reasoning": {"effort": body.reasoning.effort, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
             "store": body.store,
             "temperature": self._sampling.temperature,
             "text": {"format": {"type": "text", **format_}},
-            "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump(),
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(exclude_none=True),
             "tools": [tool.model_dump() for tool in body.tools],
+            "top_logprobs": body.top_logprobs,
             "top_p": self._sampling.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation,
             "usage": _usage(usage, self._reasoning_tokens) if usage else None,
             "metadata": dict(body.metadata),
         }
@@ -191,7 +210,7 @@ def _said(items: Sequence[Item]) -> list[dict[str, JsonValue]]:
     calls: list[JsonValue] = [
         {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.text}}
         for item in items
-        if item.type == "function_call" and item.status == "completed"
+        if item.type in ("function_call", "custom_tool_call") and item.status == "completed"
     ]
     message: dict[str, JsonValue] = {"role": "assistant", "content": content}
     return [{**message, "tool_calls": calls} if calls else message]
@@ -208,12 +227,13 @@ def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonV
         choice=body.choice,
         parallel=body.parallel_tool_calls,
         effort=body.reasoning.effort,
+        effort_param="reasoning.effort",
     )
     return GenerationRequest(
         model=body.model,
         prompts=(conversation,),
         prompt_field="input",
-        sampling=body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
+        sampling=body.model_dump(include=_SAMPLING, exclude_unset=True),
         max_tokens=body.max_output_tokens,
         constraint=body.text.format.constraint,
         logprobs=body.top_logprobs if body.logprobs else None,
@@ -232,10 +252,14 @@ def responses_routes(services: Services) -> APIRouter:
         body = await read_body(request, ResponsesRequest)
         earlier = body.previous_response_id
         before = store.get(earlier, "previous_response_id").messages if earlier else ()
-        messages = (*before, *told(body.input))
+        items = [
+            stored_item(store.item(item.id, f"input.{at}.id")) if isinstance(item, InputReference) else item
+            for at, item in enumerate(body.input)
+        ]
+        messages = (*before, *told(items))
         response_id = f"resp_{uuid4().hex}"
         generation = Generation(services, responses_request(body, messages), response_id)
-        dialect = ResponsesDialect(response_id, body, messages, store)
+        dialect = ResponsesDialect(response_id, body, items, messages, store)
         return GenerationReply(generation, dialect, stream=body.stream)
 
     @routes.get("/{response_id}", response_model=ResponseBody)

@@ -21,12 +21,20 @@ class StoredResponse:
     input: list[JsonValue]
     messages: tuple[dict[str, JsonValue], ...]
 
+    def items(self) -> dict[str, JsonValue]:
+        """Its input and output items by their ids."""
+        output = self.body.get("output")
+        items = [*self.input, *(output if isinstance(output, list) else ())]
+        return {str(item["id"]): item for item in items if isinstance(item, dict) and "id" in item}
+
 
 class ResponseStore:
     """The newest responses, and those last asked for. What is not here any more was never promised."""
 
     def __init__(self) -> None:
         self._responses: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._items: dict[str, tuple[str, JsonValue]] = {}
+        """Input and output items by their ids, each with its response's."""
         self._bytes = 0
 
     def put(self, response_id: str, response: StoredResponse) -> None:
@@ -34,9 +42,9 @@ class ResponseStore:
         size = len(to_json(response))
         self._responses[response_id] = (response, size)
         self._bytes += size
+        self._items.update({identity: (response_id, item) for identity, item in response.items().items()})
         while self._bytes > MAX_BYTES or len(self._responses) > MAX_RESPONSES:
-            _, (_, freed) = self._responses.popitem(last=False)
-            self._bytes -= freed
+            self._forget(next(iter(self._responses)))
 
     def get(self, response_id: str, param: str | None = None) -> StoredResponse:
         """Raises ``ApiError``: 404, or 400 where a request's ``param`` names the response."""
@@ -51,4 +59,18 @@ class ResponseStore:
     def delete(self, response_id: str) -> None:
         """Raises ``ApiError`` 404."""
         self.get(response_id)
-        self._bytes -= self._responses.pop(response_id)[1]
+        self._forget(response_id)
+
+    def item(self, item_id: str, param: str) -> JsonValue:
+        """An input or output item of a response that is here. Raises ``ApiError`` 400."""
+        if item_id not in self._items:
+            message = f"{param}: no item {item_id[:80]!r} is in memory; old ones make room for new ones"
+            raise ApiError(400, message, code="item_not_found", param=param)
+        return self._items[item_id][1]
+
+    def _forget(self, response_id: str) -> None:
+        response, freed = self._responses.pop(response_id)
+        self._bytes -= freed
+        for identity in response.items():
+            if self._items.get(identity, ("",))[0] == response_id:
+                del self._items[identity]
