@@ -135,3 +135,9 @@ def test_strict_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pull_is_not_made_on_a_guess(url: str) -> None:
     reply = httpx.post(f"{url}/v1/models/pull", json={"model": MODEL, "quantization": "Q8_0"})
     assert json.loads(reply.text)["error"]["code"] == "unknown_parameter"
+
+
+def test_a_body_that_is_read_beside_the_event_loop_tells_it_too(url: str) -> None:
+    long = [{"role": "user", "content": "x" * (200 << 10)}]
+    reply = ask(url, "/v1/chat/completions", messages=long, modle="x")
+    assert (reply.status_code, reply.headers[HEADER][:6]) == (400, "modle:")

@@ -9,6 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from exo.api.errors import ApiError, from_validation
+from exo.api.fields import RequestBody, warn_of_notes
 
 BODY_LIMIT = 16 << 20
 """Bytes, as sent and unpacked."""
@@ -122,9 +123,12 @@ def _weight(body: bytearray) -> int:
 
 def _validate(body: bytearray, model: type[Body]) -> Body:
     try:
-        return model.model_validate_json(body)
+        parsed = model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
+    if isinstance(parsed, RequestBody):
+        warn_of_notes(parsed)
+    return parsed
 
 
 def _too_large() -> ApiError:
