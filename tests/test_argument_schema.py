@@ -111,3 +111,21 @@ def test_the_names_of_arguments_are_known_unless_any_is_allowed() -> None:
 def test_what_is_read_as_it_stands_is_written_as_it_stands(schema: JsonValue) -> None:
     (field,) = fields(Tool("f", "", parameters(schema)))
     assert field.is_text == (json.loads(to_json('"x"', parameters(schema), "a")) == '"x"')
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{'k': 'it\\'s', 'n': [1, {'z': None}], 'b': True}", {"k": "it's", "n": [1, {"z": None}], "b": True}),
+        ("(1, -2.5)", [1, -2.5]),
+        ('{"a": False}', {"a": False}),
+        ("{'a': 1}, {'b': 2}", "{'a': 1}, {'b': 2}"),
+        ("{'a': }", "{'a': }"),
+        ("{'a'", "{'a'"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_objects_as_python_writes_them_are_objects_where_no_text_can_be(text: str, value: JsonValue) -> None:
+    schema: dict[str, JsonValue] = {"type": ["object", "array"]}
+    assert json.loads(to_json(text, parameters(schema), "a")) == value
+    assert json.loads(to_json(text, parameters({"type": ["object", "string"]}), "a")) == text

@@ -13,11 +13,13 @@ from typing import NoReturn
 from pydantic import JsonValue
 
 from exo.chat.argument_schema import Strings, argument_schema, strings
+from exo.chat.loose import loose_value
 from exo.chat.tools import Tool
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
 _DEFINITIONS = ("$defs", "definitions")
 _OBJECT = {"type", "properties", "required", "additionalProperties", *_DEFINITIONS, *_NOTES}
+_LOOSE_BEGINS = ("{", "[", "(")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -84,7 +86,8 @@ def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
     """The JSON of the value that ``text`` stands for, as argument ``name`` of a tool with these ``parameters``.
 
     It is a string wherever the schema accepts that string. Where a rule such as a pattern leaves some strings out, a
-    grammar has the model write JSON, and so a string in quotes is what is in them.
+    grammar has the model write JSON, and so a string in quotes is what is in them. Objects and arrays as Python writes
+    them count where the schema accepts no string.
     """
     schema = argument_schema(parameters, name)
     accepted = Strings(frozenset()) if schema is None else strings(schema, parameters)
@@ -97,7 +100,8 @@ def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
     try:
         value = json.loads(word, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return _quoted(text)
+        no_text = schema is not None and accepted == Strings(frozenset())
+        return (loose_value(word) if no_text and word[:1] in _LOOSE_BEGINS else None) or _quoted(text)
     only_text = accepted.ruled or (isinstance(schema, dict) and schema.get("type") == "string") or _choices(schema)
     return _quoted(text) if only_text and not isinstance(value, str) else word
 

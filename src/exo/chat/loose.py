@@ -65,6 +65,20 @@ def loose_call(reply: Reply, name: str, notation: Notation) -> Steps[bool]:
     return True
 
 
+def loose_value(text: str) -> str | None:
+    """The JSON of an object or array that is written nearly as JSON. None where ``text`` is none."""
+    scanner = Scanner()
+    scanner.feed(text)
+    scanner.end(cut_off=False)
+    steps = _value(scanner, Notation(assign="", close=""))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            value: str | None = stop.value
+            return value if scanner.at_end else None
+
+
 def _value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
     """Reads one value, up to a comma or the closing text, and returns it as JSON. None where it is no value."""
     tokens: list[str] = []
