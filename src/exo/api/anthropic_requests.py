@@ -72,7 +72,7 @@ class AnthropicToolChoice(RequestBody):
 
 
 class AnthropicThinkingConfig(RequestBody):
-    """Whether the model is to reason first, for models whose chat template has a switch for it."""
+    """Whether the model is to reason first."""
 
     type: Literal["enabled", "disabled", "adaptive"] = Field(
         description="adaptive, or no thinking field at all, leaves it to the model."
@@ -109,7 +109,8 @@ class AnthropicOutputConfig(RequestBody):
     unsupported: ClassVar[Unsupported] = {"task_budget": ()}
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
-        default=None, description="How much to reason, for models whose chat template knows it; max is xhigh."
+        default=None,
+        description="How much to reason, where the chat template knows levels; max is xhigh.",
     )
     format: AnthropicOutputFormat | None = Field(
         default=None, description="A JSON Schema that the reply follows.", json_schema_extra=honoured("grammar")

@@ -14,7 +14,7 @@ from exo.api.body import read_body
 from exo.api.direct import DirectRoute
 from exo.api.docs import json_body
 from exo.api.generation import Generation
-from exo.api.prompts import render
+from exo.api.rendering import render
 from exo.api.reply import GenerationReply
 from exo.api.services import Services
 from exo.api.warning import warn
@@ -27,7 +27,7 @@ _NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply togethe
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
     """Raises ``ApiError``."""
     loaded = await ask(services, Question(model=body.model, needs={}, commands=[], params=_PARAMS))
-    prompt = await render(services, loaded.runner.capabilities, body.conversation(), "messages")
+    prompt = await render(services, loaded.runner, body.conversation(), "messages")
     command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
     answered = await ask(services, Question(model=body.model, needs={}, commands=[command], params=_PARAMS))
     (answer,) = answered.answers

@@ -17,7 +17,7 @@ from exo.api.openai_embeddings import EmbeddingUsage
 from exo.api.openai_replies import Reply
 from exo.api.openai_requests import TokenId
 from exo.api.openai_routes import conversation_of
-from exo.api.prompts import render
+from exo.api.rendering import render
 from exo.api.services import Services
 from exo.worker.messages import MAX_TOKENIZED, Rank, Ranked, Text, Tokenize, Tokenized
 from exo.worker.router import parse_model
@@ -165,7 +165,7 @@ def llama_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             answered = await ask(services, Question(model=body.model, needs={}, commands=[], params={}))
-            texts = await render(services, answered.runner.capabilities, conversation_of(body), "messages")
+            texts = await render(services, answered.runner, conversation_of(body), "messages")
             return TemplateApplied(prompt="".join(text.text for text in texts)), answered.headers
 
         return AnswerReply(work)

@@ -83,7 +83,7 @@ class OllamaGeneration(OllamaBody):
     options: OllamaOptions = Field(default=OllamaOptions(), description="How to generate.")
     think: Annotated[bool | Literal["low", "medium", "high"] | None, BeforeValidator(_levels)] = Field(
         default=None,
-        description="Whether or how much to reason, for models whose chat template knows it; true is 'medium'.",
+        description="Whether or how much to reason, where the model does; true is 'medium'.",
     )
     logprobs: bool = Field(
         default=False, description="Tell each token's log-probability.", json_schema_extra=honoured("logprobs")

@@ -325,7 +325,7 @@ class ChatCompletionRequest(GenerationFields):
     )
     parallel_tool_calls: bool = Field(default=True, description="Whether one reply may call several times.")
     reasoning_effort: Effort | None = Field(
-        default=None, description="For models whose chat template knows it, or can switch reasoning off; max is xhigh."
+        default=None, description="How much to reason, where the model does; max is xhigh."
     )
     chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(few)] = Field(
         default={}, description="Variables for the chat template, such as enable_thinking."

@@ -3,25 +3,15 @@
 from dataclasses import dataclass
 from uuid import uuid4
 
-from pydantic import JsonValue
-
 from exo.api.attempts import Attempts, Runner
-from exo.api.errors import ApiError, from_failed
+from exo.api.errors import ApiError
 from exo.api.reading import Reader
+from exo.api.rendering import format_of, render
 from exo.api.request import Constraint, Conversation, GenerationRequest, Prompt
 from exo.api.services import Services
 from exo.api.warning import warn
 from exo.chat.gbnf import GbnfError
-from exo.chat.literal import NoncharacterError
-from exo.chat.output import OutputFormat, output_format
-from exo.chat.template import (
-    ConversationRefusedError,
-    PromptTooLongError,
-    TemplateError,
-    ToolsUnsupportedError,
-    VariableRefusedError,
-    chat_prompt,
-)
+from exo.chat.output import OutputFormat
 from exo.worker.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
 from exo.worker.process import RunnerError
 
@@ -76,9 +66,9 @@ async def _conversation(
     services: Services, runner: Runner, request: GenerationRequest, conversation: Conversation
 ) -> Prepared:
     model, card = runner.capabilities, runner.card
-    texts = await render(services, model, conversation, request.prompt_field)
+    form = format_of(runner)
+    texts = await render(services, runner, conversation, request.prompt_field)
     _check_length(sum(len(text.text) for text in texts), model)
-    form = output_format(model.chat_template, card.tool_format, card.reasoning_dialect)
     if conversation.tools and not form.known:
         effect = "the call is forced as plain JSON" if conversation.must_call else "calls remain part of the text"
         reason = f"the chat template of {card.model_id} shows no call format that exo knows"
@@ -91,67 +81,6 @@ async def _conversation(
         if grammar is not None:
             grammar = form.after_reasoning(grammar, special_tokens=_special(model), in_reasoning=inside)
     return Prepared(texts, grammar=grammar, conversation=conversation, form=form, in_reasoning=inside)
-
-
-async def render(
-    services: Services, model: Capabilities, conversation: Conversation, prompt_field: str
-) -> tuple[Text, ...]:
-    """The conversation's prompt. Raises ``ApiError``."""
-    if model.chat_template is None:
-        raise ApiError(
-            400,
-            "this model has no chat template; set chat_template in its model card, or use /v1/completions",
-            code="no_chat_template",
-            param="model",
-        )
-    try:
-        return await _render(services, model, conversation)
-    except VariableRefusedError as error:
-        param = f"chat_template_kwargs.{error.name}"
-        raise ApiError(400, f"{param}: {error}", code="unsupported_parameter", param=param) from None
-    except ToolsUnsupportedError as error:
-        raise ApiError(400, f"tools: {error}", code="unsupported_parameter", param="tools") from None
-    except ConversationRefusedError as error:
-        raise ApiError(400, str(error), code="invalid_value", param=prompt_field) from None
-    except NoncharacterError as error:
-        raise ApiError(400, f"{prompt_field}: {error}", code="invalid_value", param=prompt_field) from None
-    except TemplateError as error:
-        raise ApiError(400, str(error), code="template_error", param=prompt_field) from None
-    except PromptTooLongError as error:
-        failed = Failed(code="context_length_exceeded", message=str(error))
-        raise from_failed(failed, params={"prompt": prompt_field}) from None
-
-
-async def _render(services: Services, model: Capabilities, conversation: Conversation) -> tuple[Text, ...]:
-    """The conversation, with the first way of asking for its effort that the template knows.
-
-    Raises ``ApiError``, and what ``chat_prompt`` raises.
-    """
-    ways = _ways_to_ask(conversation.effort)
-    for way in ways:
-        try:
-            return await chat_prompt(
-                services.templates,
-                model,
-                conversation.messages,
-                tools=[tool.definition() for tool in conversation.tools],
-                variables={**way, **conversation.variables},
-                continue_final_message=conversation.continues,
-            )
-        except VariableRefusedError as error:
-            if error.name not in way or error.name in conversation.variables:
-                raise
-    param = conversation.effort_param
-    message = f"{param}: this model's chat template knows no effort and no switch for reasoning"
-    raise ApiError(400, message, code="unsupported_parameter", param=param)
-
-
-def _ways_to_ask(effort: str | None) -> list[dict[str, JsonValue]]:
-    """Variables by which templates are told an effort, the most telling first; a model without reasoning makes none."""
-    if effort is None:
-        return [{}]
-    switches: list[dict[str, JsonValue]] = [{name: effort != "none"} for name in ("enable_thinking", "thinking")]
-    return [*switches, {}] if effort == "none" else [{"reasoning_effort": effort}, *switches]
 
 
 async def _grammar(services: Services, constraint: Constraint | None) -> Grammar | None:

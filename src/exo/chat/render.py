@@ -8,6 +8,7 @@ variable that would have no effect, or ``error``. The first line out, an empty o
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -135,15 +136,24 @@ class UnreadVariableError(Exception):
     """The template does not read this variable, so that giving it would have no effect; or it is not the caller's."""
 
 
+_HAS_DEFAULT = re.compile(r"\benable_thinking\s*(?:is\s+(?:not\s+)?(?:defined|none|true)|\|\s*default)")
+_BY_DEFAULT: Mapping[str, Callable[[Mapping[str, object]], object]] = {
+    "date_string": lambda _: _strftime_now("%d %b %Y"),
+    "datetime": lambda _: _strftime_now("%b %d %Y"),
+    "functions": lambda variables: _tojson(variables.get("tools") or [], indent=2),
+    "enable_thinking": lambda _: True,
+}
+"""What templates are given that read it and whose caller does not say."""
+
+
 def _all_variables(source: str, variables: Mapping[str, object], extra: Mapping[str, object]) -> Mapping[str, object]:
     """All that the template is given. Raises ``UnreadVariableError``.
 
-    Of ``variables`` only the tools have to be read. Templates call one switch by two names.
+    Of ``variables`` only the tools have to be read. Templates call one switch by two names. A template that asks for
+    ``enable_thinking`` and does not tell what holds without it expects that it is on.
     """
-    if not extra and not variables.get("tools"):
-        return variables
     read = _read_by(source)
-    if variables.get("tools") and "tools" not in read:
+    if variables.get("tools") and not read & {"tools", "functions"}:
         raise UnreadVariableError("tools")
     if "enable_thinking" in extra and "enable_thinking" not in read and "thinking" in read - extra.keys():
         extra = {("thinking" if name == "enable_thinking" else name): value for name, value in extra.items()}
@@ -151,7 +161,10 @@ def _all_variables(source: str, variables: Mapping[str, object], extra: Mapping[
     for name in extra:
         if name not in free:
             raise UnreadVariableError(name)
-    return {**variables, **extra}
+    lacking = free & _BY_DEFAULT.keys() - extra.keys()
+    if _HAS_DEFAULT.search(source):
+        lacking -= {"enable_thinking"}
+    return {**variables, **{name: _BY_DEFAULT[name](variables) for name in lacking}, **extra}
 
 
 def render(source: str, variables: Mapping[str, object]) -> str:

@@ -17,6 +17,8 @@ from exo.worker.messages import Capabilities, Text
 
 _ANSWER_LIMIT = 12 * OUTPUT_LIMIT + 1024
 """Bytes of one answer line: JSON spends up to twelve on one character."""
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""The variables that are not the caller's to set."""
 _CUT = CLOSE + CLOSE
 """Where the prompt ends, if it ends inside the last message. Marking never writes this."""
 _MOST_FITS = 1024
