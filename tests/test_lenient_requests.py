@@ -8,7 +8,8 @@ import pytest
 from pydantic import JsonValue, ValidationError
 
 from exo.api.errors import from_validation
-from exo.api.openai_chat_requests import UNSEEN, ChatCompletionRequest
+from exo.api.openai_chat_requests import ChatCompletionRequest
+from exo.api.openai_messages import UNSEEN
 from exo.api.openai_requests import IGNORED, UNSUPPORTED
 from exo.api.openai_routes import chat_request
 from exo.api.request import Conversation
@@ -257,6 +258,28 @@ def test_more_tools_than_openai_takes() -> None:
 @pytest.mark.parametrize("choice", ["any", {"type": "any"}, {"type": "required"}])
 def test_other_words_for_a_demand(choice: object) -> None:
     assert chat(tools=[TOOL], tool_choice=choice).choice == "required"
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({}, (None, "reasoning_effort")),
+        ({"reasoning_effort": "max"}, ("xhigh", "reasoning_effort")),
+        ({"reasoning": {"effort": "low"}}, ("low", "reasoning.effort")),
+        ({"reasoning": {"enabled": False}}, ("none", "reasoning.enabled")),
+        ({"thinking": {"type": "disabled"}}, ("none", "thinking")),
+        ({"thinking": {"type": "enabled"}}, ("medium", "thinking")),
+        ({"thinking": {"type": "auto"}}, (None, "reasoning_effort")),
+        ({"enable_thinking": False}, ("none", "enable_thinking")),
+        ({"enable_thinking": True, "reasoning_effort": "high"}, ("high", "reasoning_effort")),
+    ],
+)
+def test_other_servers_switches_of_reasoning(fields: dict[str, object], effort: tuple[str | None, str]) -> None:
+    body = chat(**fields)
+    (conversation,) = chat_request(body).prompts
+    assert isinstance(conversation, Conversation)
+    assert (conversation.effort, conversation.effort_param) == effort
+    assert warned(body) == []
 
 
 def test_a_demanded_call_takes_the_place_of_a_response_format() -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import JsonValue, ValidationError
 
 from exo.api.errors import from_validation
-from exo.api.openai_chat_requests import UNSEEN
+from exo.api.openai_messages import UNSEEN
 from exo.api.reading import Ended, Said
 from exo.api.reply import Call, Choice
 from exo.api.request import Conversation

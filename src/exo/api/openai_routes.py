@@ -48,13 +48,15 @@ def _request(
 
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
     """The prompt of a chat completion, in no dialect."""
+    effort, effort_param = body.effort
     return Conversation(
         messages=tuple(message.told() for message in body.messages),
         tools=tuple(tool.function.tool() for tool in body.functions) if body.tool_choice != "none" else (),
         choice=body.choice,
         parallel=body.parallel_tool_calls,
         variables=body.chat_template_kwargs,
-        effort=body.reasoning_effort,
+        effort=effort,
+        effort_param=effort_param,
         continues=body.continue_final_message,
     )
 

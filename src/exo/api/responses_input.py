@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, JsonValue
 from pydantic_core import to_json
 
 from exo.api.fields import RequestBody, Unsupported, invalid, note, unsupported
-from exo.api.openai_chat_requests import Arguments, CalledName, with_unseen_pictures
+from exo.api.openai_messages import Arguments, CalledName, with_unseen_pictures
 from exo.api.responses_tools import custom_arguments, told_name
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
