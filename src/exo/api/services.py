@@ -24,7 +24,7 @@ from exo.models.purpose import needs_of
 from exo.models.store import Store
 from exo.worker.capacity import capacity
 from exo.worker.deadlines import Deadlines
-from exo.worker.host import Host, probe_host
+from exo.worker.host import PROBE_SECONDS, TRY_SECONDS, Host, probe_host, updated
 from exo.worker.instance import Report, settings_digest
 from exo.worker.instances import Instances
 from exo.worker.process import RunnerError
@@ -35,6 +35,10 @@ from exo.worker.speeds import Speeds
 
 log = logging.getLogger(__name__)
 
+_PROBE_AGAIN_SECONDS = 30.0
+"""After a probe, until a request that no runner can serve causes another."""
+_LONGEST_PAUSE_SECONDS = 600.0
+"""Between two probes of a runner that does not answer."""
 _SAVE_SECONDS = 30.0
 """Between two looks at whether there are new measurements to be kept."""
 
@@ -65,6 +69,9 @@ class Services:
         self._commands = commands
         self._host: Host | None = None
         self._probed = anyio.Event()
+        self._probing = anyio.Lock()
+        self._next_probe = 0.0
+        """When the runners may be asked again."""
 
     @property
     def catalogue(self) -> Catalogue:
@@ -148,6 +155,8 @@ class Services:
         prefer, load = card.prefer or self._settings.prefer, self._load_of(card, arriving)
         preference = self.speeds.preference(card, prefer, load, time.time())
         decision = route(wish.runner, card, self._host, self.instances.live_for(card), needs, failing, preference)
+        if isinstance(decision, Refusal) and decision.code == "runner_unavailable" and await self._probe_again():
+            decision = route(wish.runner, card, self._host, self.instances.live_for(card), needs, failing, preference)
         if isinstance(decision, Refusal):
             # Without a wish there is nothing about the request that its client could mend.
             mendable = wish.runner is not None or decision.code != "runner_unavailable"
@@ -204,15 +213,42 @@ class Services:
         return sum(runner.slots for runner in self.instances.live() if runner.model_id == model_id)
 
     async def _probe(self) -> None:
+        """Asks the runners what they can do here, and those that do not answer in time again, with more time."""
+        async with self._probing:
+            host = await self._ask_runners(PROBE_SECONDS)
+            for name, probe in host.probes.items():
+                for note in probe.notes:
+                    log.info("runner %s: %s", name, note)
+            self._probed.set()
+            if host.unanswered:  # whoever needs such a runner waits for this
+                host = await self._ask_runners(TRY_SECONDS)
+        pause = _PROBE_AGAIN_SECONDS
+        while host.unanswered:
+            await anyio.sleep(pause)
+            async with self._probing:
+                host = await self._ask_runners(TRY_SECONDS)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _ask_runners(self, deadline: float) -> Host:
         commands = self._commands and {name: (*command, "--probe") for name, command in self._commands.items()}
-        self._host = await probe_host(commands)
+        found = await probe_host(commands, deadline)
+        self._host = found if self._host is None else updated(self._host, found)
         devices = [each.id for each in self._host.nvidia_devices]
         self.instances.set_capacity(capacity(self._host, self._settings.limits.memory), devices)
         self.speeds.know(self._host)
-        for name, probe in self._host.probes.items():
-            for note in probe.notes:
-                log.info("runner %s: %s", name, note)
-        self._probed.set()
+        self._next_probe = anyio.current_time() + _PROBE_AGAIN_SECONDS
+        if self._host.unanswered:
+            names = ", ".join(sorted(self._host.unanswered))
+            log.warning("the probe of %s did not answer within %g s and is repeated", names, deadline)
+        return self._host
+
+    async def _probe_again(self) -> bool:
+        """Asks the runners what they can do by now, unless they were asked a moment ago; whether that was done."""
+        before = self._host
+        async with self._probing:
+            if self._host is before and anyio.current_time() >= self._next_probe:
+                await self._ask_runners(PROBE_SECONDS)
+        return self._host is not before
 
     async def _load(self, model: str) -> None:
         """Loads a model before it is asked for, and compiles its template. A failure is logged and shown by /ready."""

@@ -64,6 +64,43 @@ def taken(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, 
     return found
 
 
+def room(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) -> dict[str, int]:
+    """Bytes of each device that our processes have or could have now: what is free, and what they have.
+
+    ``holders`` are our processes, with the devices on which memory is kept for them. A device is left out where the
+    driver does not tell what one of them has there, as in a container. Asks the driver, so it may wait.
+    """
+    nvml = import_module("pynvml")  # it ships no types, so a plain import would not check
+    try:
+        nvml.nvmlInit()
+        try:
+            free = {
+                name: int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
+                for index, name in enumerate(device_names)
+                if name
+            }
+            used = _by_process(nvml, device_names)
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError:
+        return {}
+    found: dict[str, int] = {}
+    families = {pid: _family(pid) for pid in holders}
+    for name, size in free.items():
+        has = {pid: [used[each][name] for each in families[pid] if name in used.get(each, {})] for pid in holders}
+        if all(has[pid] for pid, kept in holders.items() if name in kept):
+            found[name] = size + sum(map(sum, has.values()))
+    return found
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its children, or none where it is gone."""
+    try:
+        return [pid, *(each.pid for each in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _resident(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)

@@ -52,6 +52,8 @@ class Host:
     """By runner name, one for each runner."""
     processor: str = ""
     """What the processors call themselves; empty where they do not."""
+    unanswered: frozenset[str] = frozenset()
+    """Runners whose probe did not answer in time, which says nothing about what they can do."""
 
 
 def probe_commands(*, thorough: bool = False) -> dict[str, tuple[str, ...]]:
@@ -72,9 +74,14 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
     says why. ``commands`` defaults to ``probe_commands()``.
     """
     probes: dict[str, Probe] = {}
+    unanswered: set[str] = set()
 
     async def ask_runner(name: str, command: Sequence[str]) -> None:
-        probes[name] = await _probe(name, command, deadline)
+        try:
+            probes[name] = await _probe(name, command, deadline)
+        except TimeoutError:
+            unanswered.add(name)
+            probes[name] = _unusable(name, f"did not answer within {deadline:g} s")
 
     commands = probe_commands() if commands is None else commands
     async with anyio.create_task_group() as tasks:
@@ -93,7 +100,16 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
         nvidia_devices=called(devices, probes.values()),
         probes={name: probes[name] for name in commands},
         processor=_processor(),
+        unanswered=frozenset(unanswered),
     )
+
+
+def updated(before: Host, now: Host) -> Host:
+    """``now``, but of runners that did not answer this time what they answered before."""
+    silent = now.unanswered - before.unanswered
+    probes = {name: before.probes[name] if name in silent else probe for name, probe in now.probes.items()}
+    devices = called(now.nvidia_devices, probes.values())
+    return replace(now, probes=probes, nvidia_devices=devices, unanswered=now.unanswered & before.unanswered)
 
 
 def called(devices: Iterable[NvidiaDevice], probes: Iterable[Probe]) -> tuple[NvidiaDevice, ...]:
@@ -115,24 +131,26 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
-    def unusable(why: str) -> Probe:
-        remedy = RUNNERS[name].setup if name in RUNNERS else ""
-        return Probe(installed=False, engine=name, notes=(f"the probe of runner {name} {why}",), remedy=remedy)
+def _unusable(name: str, why: str) -> Probe:
+    remedy = RUNNERS[name].setup if name in RUNNERS else ""
+    return Probe(installed=False, engine=name, notes=(f"the probe of runner {name} {why}",), remedy=remedy)
 
+
+async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
+    """Raises ``TimeoutError``."""
     try:
         with anyio.fail_after(deadline):
             done = await anyio.run_process(command, stdin=subprocess.DEVNULL, check=False)
-    except TimeoutError:
-        return unusable(f"did not answer within {deadline:g} s")
+    except TimeoutError:  # which is an OSError
+        raise
     except OSError as error:
-        return unusable(f"did not start: {error}")
+        return _unusable(name, f"did not start: {error}")
     try:
         return Probe.model_validate_json(done.stdout)
     except ValidationError:
         said = (done.stderr.decode(errors="replace").strip() or "nothing on standard error").splitlines()[-1]
         ended = f"ended with status {done.returncode} and without an answer" if done.returncode else "gave no answer"
-        return unusable(f"{ended}: {said[:500]}")
+        return _unusable(name, f"{ended}: {said[:500]}")
 
 
 def _nvidia_devices() -> tuple[NvidiaDevice, ...]:

@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 
 from exo.models.card import ModelCard
-from exo.worker.capacity import taken
+from exo.worker.capacity import room, taken
 from exo.worker.deadlines import DEADLINES, Deadlines
 from exo.worker.health import Health
 from exo.worker.instance import Instance, Kind, Report, settings_digest
@@ -144,10 +144,13 @@ class Instances:
     def set_capacity(self, capacity: Memory, device_names: Sequence[str] = ()) -> None:
         """How much memory all runners may take; until this is told, they take what they like.
 
-        ``device_names`` are those of NVIDIA devices, in the driver's order; see ``capacity.taken``.
+        ``device_names`` are those of NVIDIA devices, in the driver's order; see ``capacity.taken``. What they have is
+        measured again before each load, so a device that is known keeps its capacity here.
         """
-        self._ledger.capacity = capacity
+        known = (self._ledger.capacity or Memory()).devices
+        self._ledger.capacity = Memory(capacity.host, {**capacity.devices, **known})
         self._device_names = tuple(device_names)
+        self._settle()
 
     def keep_alive(self, model_id: str, seconds: float) -> None:
         """How long a model that is loaded, or about to be, stays so without being used, until it is unloaded.
@@ -268,6 +271,7 @@ class Instances:
 
     async def _admit(self, instance: Instance, estimated: Estimated) -> Choice:
         """See ``process.Admit``."""
+        await self._measure_devices()
         self._ledger.estimate(instance.id, estimated)
         self._settle()
         return await instance.admission()
@@ -314,6 +318,9 @@ class Instances:
             with anyio.move_on_after(_MEASURE_SECONDS):
                 await self._loaded.wait()
             self._loaded = anyio.Event()
+            if self._ledger.waits:
+                await self._measure_devices()
+                self._settle()
             loaded = [each for each in self._ledger if each.state == "loaded"]
             by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
             if by_pid:
@@ -326,6 +333,24 @@ class Instances:
                     if self._ledger.entry(by_pid[pid].name) is by_pid[pid]:
                         self._ledger.measure(by_pid[pid].name, amount.host, amount.devices)
                 self._settle()
+
+    async def _measure_devices(self) -> None:
+        """Other programs take and free memory on devices; what is left for the runners is their capacity."""
+        capacity = self._ledger.capacity
+        if capacity is None or not any(self._device_names):
+            return
+        holders: dict[int, tuple[str, ...]] = {}
+        for each in self._instances.values():
+            entry = self._ledger.entry(each.id)
+            if each.process.pid is not None and entry is not None:
+                holders[each.process.pid] = tuple(entry.reserved.devices)
+        try:
+            found = await run_sync(room, self._device_names, holders, abandon_on_cancel=True)
+        except Exception:
+            log.exception("the free memory of the devices could not be measured")
+            return
+        devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
+        self._ledger.capacity = Memory(capacity.host, devices)
 
     def _takes_requests(self, instance: Instance) -> bool:
         entry = self._ledger.entry(instance.id)

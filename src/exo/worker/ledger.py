@@ -159,6 +159,11 @@ class Ledger:
         assert self.capacity is not None
         return self.capacity - self.reserved
 
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for memory."""
+        return bool(self._line)
+
     def entry(self, name: str) -> Entry | None:
         """A runner's, for reading."""
         return self._entries.get(name)
