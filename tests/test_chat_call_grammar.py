@@ -214,6 +214,7 @@ TWO_CALLS: Mapping[str, Callable[[str], str]] = {
     "kimi": sectioned(""),
     "apertus": in_array(", "),
     "apriel": in_array(", "),
+    "hunyuan": in_array(", "),
     "ernie": lambda one: f"{one}\n{one}",
     "cohere": in_array(","),
     "command-r": in_array(","),

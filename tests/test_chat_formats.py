@@ -343,6 +343,7 @@ def test_a_control_token_that_ends_no_call_is_not_shown(name: str) -> None:
         ("minimax-m3", "</mm:think>Yes."),
         ("gigachat3.1", "Yes.<|message_sep|>"),
         ("llama4", "Yes.<|python_end|>"),
+        ("hunyuan", "<think>Hm.</think>\n<answer>\nYes.\n</answer>"),
         ("ernie", "<response>\nYes.\n</response>\n"),
         ("apriel", "Here are my reasoning steps:\nHm.\n[BEGIN FINAL RESPONSE]\nYes.\n[END FINAL RESPONSE]"),
     ],

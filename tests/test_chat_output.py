@@ -56,6 +56,7 @@ CARDS = Path(__file__).parent / "data" / "upstream_cards"
         ('{{ tools }}<function name="f"><param name="p">', "minicpm5"),
         ("{{ tools }} as <tool_calls>[]</tool_calls> then [BEGIN FINAL RESPONSE]", "apriel"),
         ("{{ tools }}<tool_call></tool_call></think><response></response>", "ernie"),
+        ("{{ tools }}<tool_calls>[]</tool_calls></think><answer></answer>", "hunyuan"),
         ("<|start_header_id|>{{ tools }}<function=f>{}</function><|python_tag|>", "function"),
         ("{{ tools }}<|tool_call_start|>[", "lfm2"),
         ("List of tools: <|tool_list_start|>[{{ tools }}]<|tool_list_end|>", "lfm2"),

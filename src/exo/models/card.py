@@ -59,6 +59,7 @@ ToolFormat = Literal[
     "gigachat3",
     "gigachat3.1",
     "granite3",
+    "hunyuan",
     "hunyuan3",
     "kimi-k3",
     "lfm2",

@@ -201,6 +201,13 @@ FUNCTION = _format("function", _FUNCTION)
 GIGACHAT3 = _format("gigachat3", _GIGACHAT3, special=True, frame=("<|message_sep|>",))
 GIGACHAT31 = _format("gigachat3.1", _GIGACHAT31, special=True, frame=("<|message_sep|>",))
 GRANITE3 = _format("granite3", _GRANITE3, special=True, opening=("<response>",), frame=("</response>",))
+HUNYUAN = _format(
+    "hunyuan",
+    _TOOL_CALLS,
+    thinking=Thinking("<think>", "</think>"),
+    opening=("<answer>",),
+    frame=("</answer>",),
+)
 LONGCAT = _format("longcat", _LONGCAT, thinking=Thinking("<longcat_think>", "</longcat_think>"))
 MINIMAX_M1 = _format("minimax-m1", _MINIMAX_M1)
 NEMOTRON = _format("nemotron", _NEMOTRON)
