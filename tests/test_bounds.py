@@ -129,6 +129,15 @@ def test_a_prompt_that_can_be_in_no_context_is_refused_before_it_is_tokenized(ht
     assert "16385 characters" in message
 
 
+def test_choices_of_a_long_prompt_are_what_each_would_be_alone(http: httpx.Client) -> None:
+    prompt = "the quick brown fox " * 2000
+    choices = complete(http, prompt=prompt, n=16, max_tokens=3).json()["choices"]
+    assert [choice["text"] for choice in choices] == [expected_text(prompt, 3)] * 16
+    fields = {"prompt": prompt, "max_tokens": 12, "temperature": 1.0}
+    drawn = [choice["text"] for choice in complete(http, n=3, seed=7, **fields).json()["choices"]]
+    assert drawn == [complete(http, seed=seed, **fields).json()["choices"][0]["text"] for seed in (7, 8, 9)]
+
+
 # --- a runner that breaks the protocol ---
 
 

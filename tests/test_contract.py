@@ -19,12 +19,16 @@ from exo.worker.messages import (
     LINE_BYTES,
     MAX_PROMPT_LOGPROBS,
     PART_LOGPROBS,
+    Cancel,
     Capabilities,
     Generate,
     Grammar,
     Load,
     SamplingParams,
     Score,
+    Sibling,
+    Text,
+    Tokenize,
 )
 from exo.worker.runners import RUNNERS
 from tests import fake_runner
@@ -387,6 +391,46 @@ def test_cancel_takes_effect_in_the_middle_of_a_prompt(start: Start) -> None:
     assert result.finished.reason == "cancelled"
     assert result.prefill[-1].processed < 3000
     assert result.tokens == []
+
+
+def test_sequences_of_one_prompt_come_together_and_end_each_for_itself(program: Program) -> None:
+    first, *others = (ask(next(name), "once upon", max_tokens=20, temperature=1.0, seed=seed) for seed in range(4))
+    expected = [result.tokens for result in program.generate(first, *others)]
+    again = first.model_copy(update={"id": next(name)})
+    also = tuple(Sibling(id=next(name), seed=seed) for seed in range(1, 4))
+    program.send(again.model_copy(update={"also": also}))
+    program.until(program.ended(again.id, *(each.id for each in also)))
+    assert [program.results[each].tokens for each in (again.id, *(each.id for each in also))] == expected
+    ids = [next(name) for _ in range(3)]
+    siblings = tuple(Sibling(id=each, seed=1) for each in ids[1:])
+    program.send(ask(ids[0], [-1]).model_copy(update={"also": siblings}))
+    program.until(program.ended(*ids))
+    assert [program.results[each].failed.param for each in ids] == ["prompt"] * 3
+
+
+def test_one_of_several_sequences_of_a_prompt_is_cancelled_alone(start: Start) -> None:
+    program = start.slow(slots=2, n_ctx=4096)
+    request, sibling = ask(next(name), max_tokens=200), next(name)
+    program.send(request.model_copy(update={"also": (Sibling(id=sibling, seed=0),)}))
+    program.cancel(sibling)
+    program.until(program.ended(request.id, sibling))
+    assert program.results[sibling].finished.reason == "cancelled"
+    assert len(program.results[request.id].tokens) == 200
+
+
+@pytest.mark.parametrize("start", SAMPLING, indirect=True)
+def test_a_cancel_waits_for_no_text_that_is_being_tokenized(start: Start) -> None:
+    """The stream has ended before the last of many long texts is tokenized."""
+    program = start.slow(slots=2, n_ctx=8192)
+    stream, texts = next(name), [next(name) for _ in range(8)]
+    program.send(ask(stream, max_tokens=None))
+    program.until(lambda: stream in program.results and len(program.results[stream].tokens) > 0)
+    text = "".join(chr(97 + at * at % 23) for at in range(400_000))
+    program.send(*(Tokenize(id=each, prompt=(Text(text=text),)) for each in texts), Cancel(id=stream))
+    program.until(program.ended(stream))
+    assert program.results[stream].finished.reason == "cancelled"
+    assert not program.ended(*texts)()
+    program.until(program.ended(*texts))
 
 
 # --- randomness ---

@@ -15,6 +15,8 @@ from pydantic import JsonValue
 
 from exo.worker.deadlines import Deadlines
 from exo.worker.messages import (
+    COMMANDS,
+    LINE_BYTES,
     Capabilities,
     Delta,
     Failed,
@@ -23,6 +25,7 @@ from exo.worker.messages import (
     Load,
     PrefillProgress,
     PromptLogprobs,
+    Sibling,
     Status,
     Usage,
 )
@@ -332,6 +335,78 @@ async def test_a_reader_that_lags_loses_nothing_and_holds_up_nobody(log: Path) -
     assert isinstance(received[0], PrefillProgress)
     assert text_of(received) == expected_text(PROMPT, 5000)
     assert isinstance(received[-1], Finished)
+
+
+# --- a full pipe ---
+
+LARGE = "a" * 200_000
+
+
+async def test_requests_wait_while_the_pipe_is_full_and_a_cancel_passes_them_by(log: Path) -> None:
+    async with ready(log, log_commands=True, step_seconds=0.01) as process, AsyncExitStack() as stack:
+        async with process.generate(ask("running", PROMPT, max_tokens=4000)) as running:
+            await anext(running)
+            child().suspend()
+            names = [f"large-{number}" for number in range(20)]
+            waiting = [await stack.enter_async_context(process.generate(ask(each, LARGE))) for each in names]
+            async with process.generate(ask("left", LARGE)):
+                await anyio.sleep(0.05)
+        await anyio.sleep(0.05)
+        child().resume()
+        for events in waiting:
+            end = (await collect(events))[-1]
+            assert isinstance(end, Failed)
+            assert end.code == "context_length_exceeded"
+    commands = [line.split() for line in lines_of(log) if line.startswith(("generate ", "cancel "))]
+    assert commands.index(["cancel", "running"]) < commands.index(["generate", names[-1]])
+    assert [name for kind, name in commands if kind == "generate"] == ["running", *names]
+    assert ["cancel", "left"] not in commands
+
+
+async def test_a_prompt_of_several_sequences_is_written_once(log: Path, tmp_path: Path) -> None:
+    file = tmp_path / "commands"
+    keep = f"with open({str(file)!r}, 'wb') as file: file.writelines(sys.stdin.buffer.readline() for _ in range(3))"
+    first = ask("one", LARGE, seed=1)
+    alike = [
+        first.model_copy(update={"id": name, "sampling": first.sampling.model_copy(update={"seed": seed})})
+        for name, seed in (("two", 2), ("three", 3))
+    ]
+    other = first.model_copy(update={"id": "other", "max_tokens": 3})
+    async with started(log, says(IDLE, LOADING, LOADED, READY, then=keep)) as process, AsyncExitStack() as stack:
+        await process.ready()
+        for request in (first, other, *alike):
+            await stack.enter_async_context(process.generate(request))
+        assert process.pending == 4
+        await process.ended()
+    load, joined, alone = [COMMANDS.validate_json(line) for line in file.read_bytes().splitlines()]
+    assert isinstance(load, Load)
+    siblings = tuple(Sibling(id=each.id, seed=each.sampling.seed) for each in alike)
+    assert joined == first.model_copy(update={"also": siblings})
+    assert alone == other
+
+
+async def test_a_request_that_is_too_long_for_a_line_fails_alone(log: Path) -> None:
+    async with ready(log) as process:
+        async with process.generate(ask("huge", "a" * LINE_BYTES)) as events:
+            (end,) = await collect(events)
+        assert isinstance(end, Failed)
+        assert end.code == "invalid_request"
+        assert str(LINE_BYTES) in end.message
+        async with process.generate(ask("good", PROMPT, max_tokens=3)) as events:
+            assert isinstance((await collect(events))[-1], Finished)
+
+
+async def test_requests_that_wait_for_a_full_pipe_fail_when_the_runner_dies(log: Path) -> None:
+    async with ready(log) as process, AsyncExitStack() as stack:
+        child().suspend()
+        requests = [process.generate(ask(f"large-{number}", LARGE)) for number in range(5)]
+        waiting = [await stack.enter_async_context(each) for each in requests]
+        await anyio.sleep(0.05)
+        child().kill()
+        for events in waiting:
+            end = (await collect(events))[-1]
+            assert isinstance(end, Failed)
+            assert end.code == "runner_died"
 
 
 # --- death ---

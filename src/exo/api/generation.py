@@ -127,11 +127,12 @@ class Generation:
         defaults = card.sampling_defaults.model_dump(exclude_none=True, exclude={"thinking", "non_thinking"})
         chosen = {**defaults, **request.sampling, "logit_bias": request.logit_bias}
         first_seed = secrets.randbits(64) if request.seed is None else request.seed
-        return [
-            Generate(
-                id=f"{self.id}-{at * request.n + choice}",
+        sequences: list[Generate] = []
+        for at, each in enumerate(prepared):
+            first = Generate(
+                id=f"{self.id}-{at * request.n}",
                 prompt=each.prompt,
-                sampling=SamplingParams.model_validate({**chosen, "seed": (first_seed + choice) % _SEEDS}),
+                sampling=SamplingParams.model_validate({**chosen, "seed": first_seed % _SEEDS}),
                 stop=request.stop,
                 max_tokens=request.max_tokens,
                 ignore_eos=request.ignore_eos,
@@ -140,9 +141,12 @@ class Generation:
                 prompt_logprobs=request.logprobs if request.echo else None,
                 show_special=each.special,
             )
-            for at, each in enumerate(prepared)
-            for choice in range(request.n)
-        ]
+            sequences.append(first)
+            for choice in range(1, request.n):  # copies, so that they have one prompt between them
+                sampling = first.sampling.model_copy(update={"seed": (first_seed + choice) % _SEEDS})
+                name = f"{self.id}-{at * request.n + choice}"
+                sequences.append(first.model_copy(update={"id": name, "sampling": sampling}))
+        return sequences
 
 
 async def _generate(

@@ -20,6 +20,9 @@ from exo.worker.messages import (
 )
 from exo.worker.text import TextStream
 
+ARRIVED = 16
+"""Requests that a runner reads ahead of the one that it tokenizes. What comes then stays in the pipe."""
+
 
 class Vocabulary(Protocol):
     """What a runner's tokenizer knows of its tokens."""

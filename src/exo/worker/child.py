@@ -90,6 +90,9 @@ class Child(asyncio.SubprocessProtocol):
         self._heard_out: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unread = bytearray()
         """Output without a line's end, or that nobody listens to yet."""
+        self.writable = asyncio.Event()
+        """Set while little of what was written waits for room in the pipe, and once the pipe is closed."""
+        self.writable.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # By protocol, not by class: uvloop has its own.
@@ -104,7 +107,17 @@ class Child(asyncio.SubprocessProtocol):
         else:
             self._read(data, self._hear)
 
+    def pause_writing(self) -> None:
+        """Called by the loop while the pipe is full."""
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        """Called by the loop when there is room again."""
+        self.writable.set()
+
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == _STDIN:
+            self.writable.set()
         if fd == _STDOUT and not self._heard_out.done():
             self._heard_out.set_result(None)
 
@@ -125,12 +138,16 @@ class Child(asyncio.SubprocessProtocol):
         return self._process.get_pid()
 
     def send(self, command: Command) -> None:
-        """Writes a command, or has the loop write it when there is room in the pipe; never waits for that.
+        """Writes a command, as ``write`` does."""
+        self.write(encode(command))
 
-        A command that a dead child cannot get is dropped.
+    def write(self, line: bytes) -> None:
+        """Writes a line, or has the loop write it when there is room in the pipe; never waits for that.
+
+        A line that a dead child cannot get is dropped.
         """
         if not self._stdin.is_closing():
-            self._stdin.write(encode(command))
+            self._stdin.write(line)
 
     def end_input(self) -> None:
         """Closes the child's standard input once what is under way has been written."""

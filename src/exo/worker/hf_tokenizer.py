@@ -67,6 +67,8 @@ class Tokenizer:
         }
         """Token ids of the control tokens by their text."""
         self.chat_template = chat_template or _default_template(tokenizer.chat_template)
+        self._latest: tuple[object, bool, list[int]] = (), False, []
+        """The last text that was encoded, and its tokens."""
         self._control = frozenset(self.special.values())
         self._pieces = _pieces_of_all(tokenizer)
 
@@ -75,9 +77,12 @@ class Tokenizer:
         texts = [part for part in prompt if isinstance(part, Text)]
         if not texts:
             return [part for part in prompt if isinstance(part, int)]
+        if prompt is self._latest[0] and add_bos == self._latest[1]:  # as several sequences' is
+            return self._latest[2].copy()
         tokens = [token for part in texts if part.text for token in self._encode(part)]
         if add_bos and self.adds_bos and self.bos is not None and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
+        self._latest = prompt, add_bos, tokens.copy()
         return tokens
 
     def encode_whole(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:

@@ -114,6 +114,13 @@ class Estimate(Message):
     load: Load
 
 
+class Sibling(Message):
+    """A sequence that differs from another in its id and its seed only."""
+
+    id: str
+    seed: int = Field(ge=0, lt=1 << 64)
+
+
 class Generate(Message):
     """One sequence to generate. ``prompt`` is token ids, or text that the runner tokenizes, with BOS where due.
 
@@ -138,6 +145,8 @@ class Generate(Message):
     show_special: bool = False
     """The texts of control tokens are part of the output's text. Those that end generation never are."""
     delivered: tuple[int, ...] = ()
+    also: tuple[Sibling, ...] = ()
+    """Further sequences with the same prompt, which is sent once. Nothing was ``delivered`` of any of them."""
 
 
 class Embed(Message):

@@ -38,6 +38,7 @@ from exo.worker.messages import (
     Tokenize,
     Tokenized,
 )
+from exo.worker.outbox import Outbox
 from exo.worker.rate import Rate
 from exo.worker.request_events import RequestEvents
 from exo.worker.stopwatch import Count, Stopwatch
@@ -104,6 +105,7 @@ class RunnerProcess:
         self._conversation = Conversation(deadlines.step)
         self._life = anyio.CancelScope()
         self._child: Child | None = None
+        self._outbox: Outbox | None = None
         self._closing = False
         self._failure: Failed | None = None
         self._ended = anyio.Event()
@@ -234,18 +236,23 @@ class RunnerProcess:
             raise ValueError(f"request id {request.id!r} is in use")
         if self._failure is not None:
             recipient.put(for_request(self._failure, request.id))
-        elif self._child is None or self.capabilities is None:
+        elif self._outbox is None or self.capabilities is None:
             raise RuntimeError(f"{request.type} before ready()")
         else:
             requests[request.id] = recipient  # before the command, so that no answer comes too early
-            whole = isinstance(request, Generate) and not request.delivered
-            self._stopwatch.begin(request.id, asyncio.get_running_loop().time(), measured=whole)
-            self._child.send(request)
+            self._outbox.post(request)
         try:
             yield
         finally:
             if requests.get(request.id) is recipient and self._child is not None:
-                self._child.send(Cancel(id=request.id))
+                if self._outbox is not None and self._outbox.withdraw(request.id):
+                    del requests[request.id]
+                else:
+                    self._child.send(Cancel(id=request.id))
+
+    def _sending(self, request: Request) -> None:
+        whole = isinstance(request, Generate) and not request.delivered
+        self._stopwatch.begin(request.id, asyncio.get_running_loop().time(), measured=whole)
 
     async def close(self) -> None:
         """Ends the runner: ``Shutdown`` and end of input, then SIGTERM, then SIGKILL. Returns once it is reaped."""
@@ -304,6 +311,7 @@ class RunnerProcess:
         try:
             async with spawn(self._command, log) as child:
                 self._child = child
+                self._outbox = Outbox(child, self._sending, self._conversation.take)
                 broke = await self._serve(child)
                 how = f"was ended: {broke}" if broke else await child.exit()
         except OSError as error:
@@ -318,6 +326,8 @@ class RunnerProcess:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._cut_off_if_silent, child, verdict)
             tasks.start_soon(self._cut_off_if_late, child, verdict)
+            assert self._outbox is not None
+            tasks.start_soon(self._outbox.run)
             if self._admit is not None:
                 tasks.start_soon(self._load_when_admitted, child, self._admit)
             try:

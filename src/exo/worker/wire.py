@@ -10,7 +10,7 @@ from typing import BinaryIO, NoReturn
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from exo.worker.messages import COMMANDS, EVENTS, LINE_BYTES, Command, Event, Failed, Message
+from exo.worker.messages import COMMANDS, EVENTS, LINE_BYTES, Command, Event, Failed, Generate, Message
 
 _ID = re.compile(rb'"id":\s*"([^"\\]*)"')
 _ID_WITHIN = 1 << 10
@@ -39,7 +39,7 @@ def take_protocol_stream() -> BinaryIO:
 
 
 def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
-    """Commands until the stream closes.
+    """Commands until the stream closes. A ``Generate`` for several sequences is yielded for each, with one prompt.
 
     A line that is no valid command, or too long, is yielded as the failure of the request it names; one that names no
     request concerns nobody and is reported on standard error.
@@ -52,16 +52,28 @@ def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
                 line = stream.readline(LINE_BYTES)
         else:
             try:
-                yield COMMANDS.validate_json(line)
+                command = COMMANDS.validate_json(line)
             except ValidationError as error:
                 request = _request_id(line)
                 param, message = describe(error)
             else:
+                yield from _each(command)
                 continue
         if request is not None:
             yield Failed(id=request, code="invalid_request", message=message, param=param)
         else:
             print(f"ignored a line that is no command: {message}", file=sys.stderr, flush=True)
+
+
+def _each(command: Command) -> Iterator[Command]:
+    if not isinstance(command, Generate) or not command.also:
+        yield command
+        return
+    siblings = command.also
+    yield (first := command.model_copy(update={"also": ()}))
+    for sibling in siblings:
+        sampling = command.sampling.model_copy(update={"seed": sibling.seed})
+        yield first.model_copy(update={"id": sibling.id, "sampling": sampling})
 
 
 def _request_id(line: bytes) -> str | None:

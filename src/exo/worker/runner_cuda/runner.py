@@ -1,13 +1,14 @@
-"""Takes commands in the reading thread and runs the engine in its own; the emitter's thread makes text and writes.
+"""Takes commands in the reading thread, tokenizes in a second, compiles grammars in a third and computes in a fourth.
 
-The three share queues and nothing else.
+They and the emitter's thread, which makes text and writes, share queues and nothing else. A ``Cancel`` waits for none
+of them.
 """
 
 import threading
 from dataclasses import replace
-from queue import SimpleQueue
+from queue import Queue, SimpleQueue
 
-from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized
+from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.emitter import Accepted, Asked, Emitter
 from exo.worker.load_error import LoadError
@@ -46,6 +47,9 @@ class Runner:
         self._compiling: SimpleQueue[tuple[Generate, list[int]] | Leave | Stop] = SimpleQueue()
         self._compiler = threading.Thread(target=self._compile, name="grammar", daemon=True)
         self._compiler.start()
+        self._arrived: Queue[Generate | Embed | Rank | Tokenize | Leave | Stop] = Queue(ARRIVED)
+        self._tokenizing = threading.Thread(target=self._tokenize, name="tokenizer", daemon=True)
+        self._tokenizing.start()
 
     def take(self, command: Command | Failed) -> None:
         """Acts on one command, or passes on why a line was none. ``Shutdown`` does not return."""
@@ -54,16 +58,28 @@ class Runner:
                 threading.Thread(target=self._estimate, args=(command,), name="estimate", daemon=True).start()
             case Load():
                 self._start(command)
-            case Generate():
-                self._generate(command)
-            case Embed() | Rank() | Tokenize():
-                self._ask(command)
+            case Generate() | Embed() | Rank() | Tokenize():
+                self._arrived.put(command)
             case Cancel():
                 self._cancel(command)
             case Shutdown():
                 self._shut_down()
             case Failed():
                 self._emitter.put(command)
+
+    def _tokenize(self) -> None:
+        """The thread where requests begin, so that a long text holds up no ``Cancel``."""
+        while True:
+            match self._arrived.get():
+                case Generate() as request:
+                    self._generate(request)
+                case Embed() | Rank() | Tokenize() as request:
+                    self._ask(request)
+                case Leave() as leave:
+                    self._leave(leave)
+                    self._compiling.put(leave)
+                case _:
+                    return
 
     def _estimate(self, command: Estimate) -> None:
         try:
@@ -155,7 +171,7 @@ class Runner:
     def _cancel(self, command: Cancel) -> None:
         leave = Leave(command.id, told=False)
         self._leave(leave)
-        self._compiling.put(leave)  # it may be in that line itself
+        self._arrived.put(leave)  # it may be in that line itself, or in the compiler's
 
     def _leave(self, leave: Leave) -> None:
         if self._ready is not None:
@@ -208,6 +224,8 @@ class Runner:
 
     def _shut_down(self) -> None:
         self._emitter.put(Status(state="ShuttingDown"))
+        self._arrived.put(Stop())
+        self._tokenizing.join()
         self._compiling.put(Stop())
         self._compiler.join()
         if self._ready is not None and self._thread is not None:

@@ -15,6 +15,8 @@ class Tokenizer:
     def __init__(self, model: Model) -> None:
         self._vocab = model.vocab
         self.n_vocab = model.n_vocab
+        self._latest: tuple[object, bool, list[int]] = (), False, []
+        """The last text that was encoded, and its tokens."""
         self._bytes: dict[int, bytes] = {}
         self._eog: dict[int, bool] = {}
         self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))  # pyright: ignore[reportArgumentType]
@@ -26,9 +28,12 @@ class Tokenizer:
         texts = [part for part in prompt if isinstance(part, Text)]
         if not texts:
             return [part for part in prompt if isinstance(part, int)]
+        if prompt is self._latest[0] and add_bos == self._latest[1]:  # as several sequences' is
+            return self._latest[2].copy()
         tokens = [token for part in texts if part.text for token in self._encode(part.text, part.special)]
         if add_bos and self.adds_bos and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
+        self._latest = prompt, add_bos, tokens.copy()
         return tokens
 
     def _encode(self, text: str, special: bool) -> list[int]:
