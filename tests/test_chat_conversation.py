@@ -224,3 +224,23 @@ async def test_the_demo_cards_template_writes_tools_as_hermes_does() -> None:
     written = text[text.index("Assistant: ") + len("Assistant: ") : text.index("Tool: ")]
     parser = output_format(template).parser(tools=True, in_reasoning=False)
     assert parser.push(written) == [ToolCall(0, "f"), Arguments(0, '{"a": "<|im_end|>"}')]
+
+
+# --- what changes with every request ---
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1.332.e{}; cc_entrypoint=cli; cch={};"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+async def test_claude_codes_billing_line_is_left_out(role: str) -> None:
+    for number in (1, 22):
+        line = BILLING.format(number, number)
+        text = await rendered(CHATML, {"role": role, "content": f"{line}\nYou are Claude Code."}, user("Hi"))
+        assert text == await rendered(CHATML, {"role": role, "content": "You are Claude Code."}, user("Hi"))
+        assert await rendered(CHATML, {"role": role, "content": line}, user("Hi")) == await rendered(CHATML, user("Hi"))
+
+
+async def test_a_billing_line_that_is_talked_about_stays() -> None:
+    line = BILLING.format(1, 1)
+    for message in (user(line), {"role": "system", "content": f"Explain this:\n{line}"}):
+        assert line in await rendered(CHATML, message)

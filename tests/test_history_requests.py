@@ -96,3 +96,20 @@ def test_a_late_system_message_is_taken_in_each_dialect(http: httpx.Client) -> N
     assert post(http, "/v1/responses", input=late, max_output_tokens=8)
     assert post(http, "/v1/messages", messages=late[1:], max_tokens=8)
     assert post(http, "/api/chat", messages=late, stream=False, options={"num_predict": 8})
+
+
+def test_a_billing_line_does_not_change_the_prompt(http: httpx.Client) -> None:
+    def ask(*system: str) -> dict[str, Any]:
+        blocks = [{"type": "text", "text": text} for text in system]
+        return post(http, "/v1/messages", system=blocks, messages=START[1:], max_tokens=8)
+
+    plain, *billed = (
+        ask(*before, "You are Claude Code.")
+        for before in ((), ("x-anthropic-billing-header: cch=1;",), ("x-anthropic-billing-header: cch=23456;",))
+    )
+    assert [each["content"] for each in billed] == [plain["content"]] * 2
+    assert all(
+        each["usage"]["input_tokens"] + each["usage"]["cache_read_input_tokens"]
+        == plain["usage"]["input_tokens"] + plain["usage"]["cache_read_input_tokens"]
+        for each in billed
+    )

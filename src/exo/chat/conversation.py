@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from exo.chat.arguments import arguments_object
-from exo.chat.reshaping import Message, calls_of
+from exo.chat.reshaping import Message, calls_of, text_of
 
 _ASKS_FOR_NONE = re.compile(r"content['\"\])]*\s+is\s+(?:not\s+)?none")
+_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
+"""What Claude Code puts before its system prompt for Anthropic's accounts. It differs from request to request, so that
+no prefix cache could reuse what follows, and says nothing to the model."""
 _IDS_ARE_NAMES = "<|tool_calls_section_begin|>"
 """Kimi K2's templates write a call's id where others write its name."""
 
@@ -22,7 +25,7 @@ def template_messages(source: str, messages: Sequence[Mapping[str, JsonValue]]) 
     The arguments of calls become objects. The results of calls follow the message that has the calls, in the same
     order, and get the name of the tool that was called. Every call and its result have an id, which is what Kimi's
     models expect. The role "developer", the field "reasoning_content" and missing content are written as the template
-    knows them, and fields that say nothing are left out.
+    knows them, and fields that say nothing are left out, as is a header that only changes from request to request.
     """
     calls = _Calls(by_name=_IDS_ARE_NAMES in source)
     made: list[Message] = []
@@ -31,6 +34,10 @@ def template_messages(source: str, messages: Sequence[Mapping[str, JsonValue]]) 
         for key in [key for key, value in message.items() if value is None or (key, value) == ("tool_calls", [])]:
             del one[key]
         one.setdefault("content", "")
+        if one["role"] in ("system", "developer") and (header := _BILLING.match(text_of(one))):
+            one["content"] = text_of(one)[header.end() :]
+            if not one["content"]:
+                continue
         if one["role"] == "developer" and "developer" not in source:  # the newer name of "system"
             one["role"] = "system"
         if "reasoning_content" in one and "reasoning_content" not in source and "thinking" in source:
