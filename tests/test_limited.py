@@ -13,8 +13,10 @@ import anyio
 import anyio.to_thread
 import psutil
 import pytest
+from anyio.abc import TaskGroup
 
-from exo.chat.limited import LimitedError, LimitedProcess
+from exo.chat import limited as limited_module
+from exo.chat.limited import PROCESSES, LimitedBusyError, LimitedError, LimitedProcess, LimitedProcesses
 
 PROGRAM = "tests.limited_program"
 
@@ -136,3 +138,28 @@ def test_the_program_ends_by_itself_where_its_owner_does_not_end_it() -> None:
     up, answer = done.stdout.splitlines()
     assert json.loads(up) == {}
     assert json.loads(answer)["pid"]
+
+
+async def test_work_goes_on_beside_slow_work_and_waits_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limited_module, "TURN_SECONDS", 0.2)
+    processes = LimitedProcesses(PROGRAM, seconds=60, answer_limit=4096)
+
+    async def start_slow_work(tasks: TaskGroup, number: int) -> None:
+        fifo = tmp_path / f"fifo-{number}"
+        os.mkfifo(fifo)
+        tasks.start_soon(processes.ask, {"do": "wait", "fifo": str(fifo)})
+        await anyio.to_thread.run_sync(fifo.read_bytes)  # until it has the question
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(PROCESSES - 1):
+            await start_slow_work(tasks, number)
+            answers = [await processes.ask({"do": "nothing"}) for _ in range(2)]
+            assert answers[0]["pid"] == answers[1]["pid"]
+        await start_slow_work(tasks, PROCESSES)
+        with pytest.raises(LimitedBusyError, match="nothing was free within"):
+            await processes.ask({"do": "nothing"})
+        tasks.cancel_scope.cancel()
+    assert (await processes.ask({"do": "nothing", "text": "own"}))["text"] == "own"
+    await processes.aclose()

@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from exo.chat.limited import LimitedBusyError
 from exo.worker.messages import ErrorCode, Failed
 from exo.worker.router import Refusal
 from exo.worker.wire import describe
@@ -165,6 +166,12 @@ def queue_full(model_id: str, held: int) -> ApiError:
     """A request that a model's queue has no place for."""
     message = f"{model_id} has {held} sequences running or waiting and takes no more for now; try again soon"
     return ApiError(429, message, code="queue_full", headers={"retry-after": _RETRY_SECONDS})
+
+
+def busy(param: str, error: LimitedBusyError) -> ApiError:
+    """A request whose template or grammar has to wait for too many others."""
+    headers = {"retry-after": _RETRY_SECONDS}
+    return ApiError(503, f"{param}: {error}", code="server_busy", param=param, headers=headers)
 
 
 def shutting_down() -> ApiError:

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from exo.api.attempts import Attempts, Runner
-from exo.api.errors import ApiError
+from exo.api.errors import ApiError, busy
 from exo.api.reading import Reader
 from exo.api.rendering import format_of, render
 from exo.api.request import Constraint, Conversation, GenerationRequest, Prompt
 from exo.api.services import Services
 from exo.api.warning import warn
 from exo.chat.gbnf import GbnfError
+from exo.chat.limited import LimitedBusyError
 from exo.chat.output import OutputFormat
 from exo.worker.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
 from exo.worker.process import RunnerError
@@ -91,6 +92,8 @@ async def _grammar(services: Services, constraint: Constraint | None) -> Grammar
         return Grammar(syntax=constraint.syntax, source=constraint.source)
     try:
         return Grammar(syntax="lark", source=await services.gbnf.lark(constraint.source))
+    except LimitedBusyError as error:
+        raise busy(constraint.param, error) from None
     except GbnfError as error:
         raise ApiError(400, f"{constraint.param}: {error}", code="invalid_value", param=constraint.param) from None
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from exo.api.attempts import Runner
-from exo.api.errors import ApiError, from_failed
+from exo.api.errors import ApiError, busy, from_failed
 from exo.api.request import Conversation
 from exo.api.services import Services
 from exo.api.warning import warn
+from exo.chat.limited import LimitedBusyError
 from exo.chat.literal import NoncharacterError
 from exo.chat.output import OutputFormat, output_format
 from exo.chat.reasoning import effort_variables, empty_reasoning
@@ -43,6 +44,8 @@ async def render(services: Services, runner: Runner, conversation: Conversation,
         )
     try:
         return await _render(services, runner, conversation)
+    except LimitedBusyError as error:
+        raise busy(prompt_field, error) from None
     except VariableRefusedError as error:
         param = f"chat_template_kwargs.{error.name}"
         raise ApiError(400, f"{param}: {error}", code="unsupported_parameter", param=param) from None

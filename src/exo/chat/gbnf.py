@@ -9,7 +9,7 @@ import re
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from exo.chat.limited import LimitedError, LimitedProcess
+from exo.chat.limited import LimitedError, LimitedProcesses
 from exo.chat.program import serve
 
 SECONDS = 1
@@ -28,15 +28,15 @@ class GbnfError(Exception):
 
 
 class GbnfWorker:
-    """One process, started when first needed and replaced when it dies or is late."""
+    """A few processes, started when first needed and replaced when they die or are late."""
 
     def __init__(self) -> None:
-        self._process = LimitedProcess("exo.chat.gbnf", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
+        self._processes = LimitedProcesses("exo.chat.gbnf", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
 
     async def lark(self, source: str) -> str:
-        """The grammar in Lark. Raises ``GbnfError``."""
+        """The grammar in Lark. Raises ``GbnfError`` and ``LimitedBusyError``."""
         try:
-            answer = await self._process.ask({"source": source})
+            answer = await self._processes.ask({"source": source})
         except LimitedError as error:
             raise GbnfError(f"reading it {error}") from None
         if "error" in answer:
@@ -44,8 +44,8 @@ class GbnfWorker:
         return answer["lark"]
 
     async def aclose(self) -> None:
-        """Ends the process, which has nothing to lose."""
-        await self._process.aclose()
+        """Ends the processes, which have nothing to lose."""
+        await self._processes.aclose()
 
 
 def converted(line: bytes) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A process for work on input that may be hostile: one at a time, ended when it is late, replaced when it dies."""
+"""Processes for work on input that may be hostile: ended when they are late, replaced when they die."""
 
 import json
 import os
@@ -14,6 +14,14 @@ class LimitedError(Exception):
     """No answer came: the process was late or ended. The message goes on from the name of the work."""
 
 
+class LimitedBusyError(Exception):
+    """The work was not begun: other work took all processes for too long. It may be tried again."""
+
+
+PROCESSES = 4
+"""How much slow work does not hold up the rest."""
+TURN_SECONDS = 10.0
+"""How long work waits until a process is free."""
 START_SECONDS = 30.0
 """For the process to come up, which on a busy machine is slow and nobody's fault."""
 
@@ -86,3 +94,33 @@ class LimitedProcess:
     async def _read(self) -> dict[str, str]:
         assert self._answers is not None
         return json.loads(await self._answers.receive_until(b"\n", self._answer_limit))
+
+
+class LimitedProcesses:
+    """A few processes like ``LimitedProcess``, of which each is started when the others are at work."""
+
+    def __init__(self, module: str, *, seconds: float, answer_limit: int) -> None:
+        """As of ``LimitedProcess``."""
+        self._processes = [LimitedProcess(module, seconds=seconds, answer_limit=answer_limit) for _ in range(PROCESSES)]
+        self._idle = list(self._processes)
+        """The one that worked last is at the end. It is taken first, since it has compiled what is asked for most."""
+        self._turns = anyio.Semaphore(PROCESSES)
+
+    async def ask(self, request: Mapping[str, object]) -> dict[str, str]:
+        """The answer. Raises ``LimitedError`` and ``LimitedBusyError``."""
+        try:
+            with anyio.fail_after(TURN_SECONDS):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise LimitedBusyError(f"nothing was free within {TURN_SECONDS:g} s to work on it") from None
+        process = self._idle.pop()
+        try:
+            return await process.ask(request)
+        finally:
+            self._idle.append(process)
+            self._turns.release()
+
+    async def aclose(self) -> None:
+        """Ends the processes, which have nothing to lose."""
+        for process in self._processes:
+            await process.aclose()

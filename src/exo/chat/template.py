@@ -7,7 +7,7 @@ from pydantic import JsonValue
 
 from exo.chat.conversation import template_messages
 from exo.chat.fitting import ATTEMPTS, Names, fitting
-from exo.chat.limited import LimitedError, LimitedProcess
+from exo.chat.limited import LimitedError, LimitedProcesses
 from exo.chat.literal import SpecialTokens, special_tokens
 from exo.chat.marks import CLOSE, OPEN
 from exo.chat.outline import outline
@@ -62,17 +62,18 @@ class PromptTooLongError(Exception):
 
 
 class TemplateWorker:
-    """One rendering process, started when first needed and replaced when it dies or is late.
+    """A few rendering processes, started when first needed and replaced when they die or are late.
 
-    Requests take turns; one takes about a tenth of a millisecond.
+    A request takes about a tenth of a millisecond. Where all processes are at work for long, each method raises
+    ``LimitedBusyError``.
     """
 
     def __init__(self) -> None:
-        self._process = LimitedProcess("exo.chat.render", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
+        self._processes = LimitedProcesses("exo.chat.render", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
         self._fits: dict[tuple[str, str], Names] = {}
 
     async def prepare(self, source: str) -> None:
-        """Starts the process and compiles ``source``, so that the first request need not. Raises ``TemplateError``."""
+        """Starts a process and compiles ``source``, so that the first request need not. Raises ``TemplateError``."""
         await self._ask({"source": source})
 
     async def render(
@@ -122,12 +123,12 @@ class TemplateWorker:
         return self._fits[key]
 
     async def aclose(self) -> None:
-        """Ends the process, which has nothing to lose."""
-        await self._process.aclose()
+        """Ends the processes, which have nothing to lose."""
+        await self._processes.aclose()
 
     async def _ask(self, request: Mapping[str, object]) -> str:
         try:
-            answer = await self._process.ask(request)
+            answer = await self._processes.ask(request)
         except LimitedError as error:
             raise TemplateError(f"the chat template {error}") from None
         match answer:
