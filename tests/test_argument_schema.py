@@ -57,6 +57,8 @@ def test_a_string_wins_wherever_the_schema_accepts_one(schema: JsonValue, text: 
         ({"type": ["integer", "null"]}, "null", None),
         ({"type": "boolean"}, "True", True),
         ({"type": "array"}, " [1, 2]\n", [1, 2]),
+        ({"type": "array"}, "['a', True, None]", ["a", True, None]),
+        ({"type": "object"}, "{'a': {\"b\": False,}}", {"a": {"b": False}}),
         ({"properties": {"b": INTEGER}}, '{"b": 1}', {"b": 1}),
         ({"anyOf": [INTEGER, {"type": "null"}]}, "None", None),
         ({"allOf": [STRING, INTEGER]}, "7", 7),

@@ -267,8 +267,19 @@ UNWRAPPED: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
 ]
 """With the markers around all calls left out."""
 
+LOOSE_JSON: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
+    ("hermes", "<tool_call>{'name': 'f', 'arguments': {'a': True,},}</tool_call>", [("f", {"a": True})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', [("f", {"a": 1})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": {"b": 1}\n</tool_call>', [("f", {"a": {"b": 1}})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', [("f", {"a": 1})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}}}\n</tool_call>', [("f", {"a": 1})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', [("f", {"a": 1})]),
+    ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1[TOOL_CALLS]g[ARGS]{"b": 2,}', [("f", {"a": 1}), ("g", {"b": 2})]),
+    ("mistral-array", '[TOOL_CALLS][{"name": "f", "arguments": {}},]', [("f", {})]),
+]
 
-@pytest.mark.parametrize(("name", "text", "expected"), [*VARIANTS, *UNWRAPPED])
+
+@pytest.mark.parametrize(("name", "text", "expected"), [*VARIANTS, *UNWRAPPED, *LOOSE_JSON])
 def test_variants_that_models_write(name: str, text: str, expected: list[tuple[str, JsonValue]]) -> None:
     for pieces in (text, [text]):
         parts = read(form(name), pieces)

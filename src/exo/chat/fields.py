@@ -13,6 +13,7 @@ from typing import NoReturn
 from pydantic import JsonValue
 
 from exo.chat.argument_schema import Strings, argument_schema, strings
+from exo.chat.json_text import loose_json
 from exo.chat.loose import loose_value
 from exo.chat.tools import Tool
 
@@ -100,8 +101,10 @@ def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
     try:
         value = json.loads(word, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        no_text = schema is not None and accepted == Strings(frozenset())
-        return (loose_value(word) if no_text and word[:1] in _LOOSE_BEGINS else None) or _quoted(text)
+        no_text = schema is None or accepted == Strings(frozenset())
+        if not no_text or word[:1] not in _LOOSE_BEGINS:
+            return _quoted(text)
+        return loose_json(word) or (loose_value(word) if schema is not None else None) or _quoted(text)
     only_text = accepted.ruled or (isinstance(schema, dict) and schema.get("type") == "string") or _choices(schema)
     return _quoted(text) if only_text and not isinstance(value, str) else word
 

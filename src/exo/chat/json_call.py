@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exo.chat.json_text import JsonObject
+from exo.chat.json_text import JsonObject, loose_json
 from exo.chat.lark import Grammar
 from exo.chat.reply import Reply
 from exo.chat.scanner import Scanner, Steps
@@ -14,7 +14,7 @@ from exo.chat.tools import Tool
 LONGEST_NAME = 256
 """Characters; what is longer names no tool."""
 
-_STRING_PIECE = re.compile(r'[^"\\\x00-\x1f]*')
+_STRING_PIECES = {quote: re.compile(rf"[^{quote}\\\x00-\x1f]*") for quote in "\"'"}
 _ANY = re.compile(r"[^\x00-\x1f]*")
 _NAME = ("name", "tool_name")
 _ARGUMENTS = ("arguments", "parameters")
@@ -86,7 +86,12 @@ def _member(reply: Reply, found: _Found) -> Steps[bool]:
 
 
 def _arguments(reply: Reply, found: _Found) -> Steps[bool]:
-    if (yield from reply.scanner.peek()) != "{":
+    begins = yield from reply.scanner.peek()
+    if begins == '"':  # an object in a string, as OpenAI's API has it
+        text = yield from json_string(reply.scanner, None)
+        found.early = loose_json(text) if text and text.lstrip().startswith("{") else None
+        return found.early is not None
+    if begins != "{":
         return False
     if found.name is None:
         found.early = yield from _object(reply.scanner)
@@ -106,28 +111,30 @@ def _object(scanner: Scanner) -> Steps[str | None]:
     return found.taken()
 
 
-def json_string(scanner: Scanner) -> Steps[str | None]:
-    """Reads a JSON string of at most ``LONGEST_NAME`` characters. None where there is none."""
-    if not (yield from scanner.either('"')):
+def json_string(scanner: Scanner, limit: int | None = LONGEST_NAME) -> Steps[str | None]:
+    """Reads a JSON string of at most ``limit`` characters, perhaps in Python's quotes. None where there is none."""
+    quote = yield from scanner.either('"', "'")
+    if not quote:
         return None
     pieces: list[str] = []
-    room = LONGEST_NAME
-    while room > 0:
-        piece = yield from scanner.run(_STRING_PIECE, room)
-        if (end := (yield from scanner.either('"', "\\"))) == "\\":
+    room = limit
+    while room is None or room > 0:
+        piece = yield from scanner.run(_STRING_PIECES[quote], room)
+        if (end := (yield from scanner.either(quote, "\\"))) == "\\":
             piece += end + (yield from scanner.run(_ANY, 1))
         pieces.append(piece)
-        room -= len(piece)
-        if end == '"':
-            return _decoded("".join(pieces))
+        room = None if room is None else room - len(piece)
+        if end == quote:
+            return _decoded("".join(pieces), quote)
         if not end:
             return None
     return None
 
 
-def _decoded(inside: str) -> str | None:
+def _decoded(inside: str, quote: str) -> str | None:
+    escaped = inside.replace("\\'", "'").replace('"', '\\"') if quote == "'" else inside
     try:
-        text: str = json.loads(f'"{inside}"')
+        text: str = json.loads(f'"{escaped}"')
         text.encode()  # an escape may stand for half a character
     except ValueError:
         return None

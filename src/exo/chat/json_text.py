@@ -1,4 +1,8 @@
-"""One JSON object as its text arrives: where it ends, and whether it still can be one (RFC 8259)."""
+"""One JSON object as its text arrives: where it ends, and whether it still can be one (RFC 8259).
+
+Models write JSON nearly right: with a comma before a closing bracket, with quotes and words of Python, with line breaks
+in strings, with escapes that there are not. What is meant is clear, and what is passed on is JSON.
+"""
 
 import re
 from typing import final
@@ -7,20 +11,18 @@ DEEPEST = 128
 """Objects and arrays inside one another; what reads the arguments later has a limit of its own."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
+_PLAIN = {'"': re.compile(r'[^"\\\x00-\x1f]*'), "'": re.compile(r'[^"\'\\\x00-\x1f]*')}
 _ESCAPED = re.compile(r'["\\/bfnrt]|u[0-9A-Fa-f]{4}')
 _ESCAPE_BEGUN = re.compile(r"u[0-9A-Fa-f]{0,3}")
 _WORD = re.compile(r"[-+.\w]*", re.ASCII)
 _SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
 _LONGEST_WORD = 400
 
 
 @final
 class JsonObject:
-    """Reads one object. ``whole`` or ``broken`` is true when it ends, and nothing is read from then on.
-
-    A line break or another control character inside a string, which JSON forbids and models write, is escaped.
-    """
+    """Reads one object. ``whole`` or ``broken`` is true when it ends, and nothing is read from then on."""
 
     def __init__(self) -> None:
         self.whole = False
@@ -30,6 +32,9 @@ class JsonObject:
         self._expected = "object"
         self._word = ""
         self._escape = ""
+        self._quote = '"'
+        self._comma: list[str] = []
+        """A comma that may turn out to be one too many, and the white space after it."""
 
     def read(self, text: str, at: int) -> int:
         """Reads ``text`` from ``at`` on and returns where it stopped, which is the end unless the object ended."""
@@ -39,7 +44,8 @@ class JsonObject:
             elif self._expected == "word":
                 at = self._read_word(text, at)
             elif (end := _end(_SPACE, text, at)) > at:
-                at = self._write(text, at, end)
+                (self._comma or self._written).append(text[at:end])
+                at = end
             else:
                 at = self._structure(text, at)
         return at
@@ -51,11 +57,22 @@ class JsonObject:
         return text
 
     def pending(self) -> str:
-        """What was read and is not yet known to be right: the beginning of a number, a word or an escape."""
-        return self._word + self._escape
+        """What was read and is not yet known to be right: a comma, the beginning of a number, a word or an escape."""
+        return "".join(self._comma) + self._word + self._escape
+
+    def complete(self) -> bool:
+        """Closes what is open at the end of the text, where nothing but closing brackets is missing."""
+        if self._expected == "word" and (word := _scalar(self._word)):
+            self._written.append(word)
+            self._word, self._expected = "", "comma"
+        if self._expected == "comma" and self._closers:
+            self._written += reversed(self._closers)
+            self.whole, self.broken = True, False
+        return self.whole
 
     def _write(self, text: str, at: int, end: int) -> int:
-        self._written.append(text[at:end])
+        self._written += (*self._comma, text[at:end])
+        self._comma.clear()
         return end
 
     def _structure(self, text: str, at: int) -> int:
@@ -66,18 +83,26 @@ class JsonObject:
             self.broken = (char == "[" and not self._closers) or len(self._closers) == DEEPEST
             self._closers.append("}" if char == "{" else "]")
             self._expected = "key or }" if char == "{" else "value or ]"
-        elif char == '"' and expected in ("key", "key or }", "value", "value or ]"):
+        elif char in "\"'" and expected in ("key or }", "value", "value or ]"):
             self._expected = "in key" if expected.startswith("key") else "in string"
+            self._quote = char
+            self._write('"', 0, 1)
+            return at + 1
         elif char == ":" and expected == "colon":
             self._expected = "value"
         elif char == "," and expected == "comma":
-            self._expected = "key" if self._closers[-1] == "}" else "value"
+            self._expected = "key or }" if self._closers[-1] == "}" else "value or ]"
+            self._comma.append(char)
+            return at + 1
         elif char in "}]" and expected in ("comma", f"key or {char}", f"value or {char}"):
             self.broken = self._closers.pop() != char
             self.whole = not self._closers and not self.broken
             self._expected = "comma"
+            self._written += self._comma[1:]
+            self._comma.clear()
         elif expected in ("value", "value or ]") and _end(_WORD, char, 0):
             self._expected = "word"
+            self._write("", 0, 0)
             return at
         else:
             self.broken = True
@@ -86,16 +111,17 @@ class JsonObject:
     def _string(self, text: str, at: int) -> int:
         if self._escape:
             return self._read_escape(text, at)
-        if (end := _end(_PLAIN, text, at)) > at:
+        if (end := _end(_PLAIN[self._quote], text, at)) > at:
             return self._write(text, at, end)
         char = text[at]
         if char == "\\":
             self._escape = char
             return at + 1
-        if char == '"':
+        if char == self._quote:
             self._expected = "colon" if self._expected == "in key" else "comma"
-            return self._write(text, at, at + 1)
-        self._written.append(f"\\u{ord(char):04x}")
+            self._written.append('"')
+        else:
+            self._written.append('\\"' if char == '"' else f"\\u{ord(char):04x}")
         return at + 1
 
     def _read_escape(self, text: str, at: int) -> int:
@@ -104,8 +130,12 @@ class JsonObject:
         if _ESCAPED.fullmatch(begun):
             self._written.append(self._escape)
             self._escape = ""
+        elif begun == "'":
+            self._written.append(begun)
+            self._escape = ""
         elif not _ESCAPE_BEGUN.fullmatch(begun):
-            self.broken = True
+            self._written.append("\\\\" + begun[:-1])  # no escape: a backslash that stands for itself
+            self._escape = ""
             return at
         return at + 1
 
@@ -113,12 +143,27 @@ class JsonObject:
         """A number, or true, false or null. It is written when the character after it has come."""
         end = _end(_WORD, text, at)
         self._word += text[at:end]
-        if len(self._word) > _LONGEST_WORD or (end < len(text) and not _SCALAR.fullmatch(self._word)):
+        word = _scalar(self._word) if end < len(text) else ""
+        if len(self._word) > _LONGEST_WORD or (end < len(text) and not word):
             self.broken = True
-        elif end < len(text):
-            self._written.append(self._word)
+        elif word:
+            self._written.append(word)
             self._word, self._expected = "", "comma"
         return end
+
+
+def loose_json(text: str) -> str | None:
+    """The JSON of one value that is written nearly so; None where it is none."""
+    found = JsonObject()
+    before = '{"":'
+    wrapped = f"{before}{text}}}"
+    end = found.read(wrapped, 0)
+    return found.taken()[len(before) : -1] if found.whole and end == len(wrapped) else None
+
+
+def _scalar(word: str) -> str:
+    """A number, true, false or null as JSON; empty where the word is something else."""
+    return _PYTHON.get(word) or (word if _SCALAR.fullmatch(word) else "")
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:

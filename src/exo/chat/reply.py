@@ -26,6 +26,8 @@ class Thinking:
         return not is_plain(self.begin)
 
 
+_MARKUP = ("", "<", "`", "[")
+"""What may follow arguments whose closing brackets are missing: the end, or the beginning of a format's marker."""
 _PLAIN = re.compile(r"</?[\w:]+>|[\w ]+:")
 
 
@@ -158,10 +160,12 @@ class Reply:
     def json_arguments(self) -> Steps[bool]:
         """Reads a JSON object as the last call's arguments. False where it is none, or is cut off."""
         found = JsonObject()
-        while not found.whole and not found.broken:
-            if not (yield from self.scanner.peek()):
-                return False
+        while not found.whole and not found.broken and (yield from self.scanner.peek()):
             self.scanner.advance(found.read)
+            yield self.arguments(found.taken())
+        if not found.whole and (yield from self.scanner.peek()) in _MARKUP:
+            if not (self.scanner.at_end and self.scanner.cut_off):
+                found.complete()
             yield self.arguments(found.taken())
         return found.whole
 

@@ -3,6 +3,7 @@
 Published in the repository NousResearch/Hermes-Function-Calling and in the chat templates of Qwen 2.5 and 3.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from exo.chat.reply import Reply
 from exo.chat.scanner import Steps
 from exo.chat.tools import Tool
 
+_BRACES = re.compile(r"[\s}]*")
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 
 
@@ -20,7 +22,7 @@ def _read(reply: Reply, marker: str) -> Steps[bool]:
     yield from reply.scanner.space()
     if not (yield from json_call(reply, marked=bool(marker))):
         return False
-    yield from reply.scanner.space()
+    yield from reply.scanner.run(_BRACES)  # some models write one too many
     yield from reply.scanner.either(_END)  # some models forget it
     return True
 

@@ -36,6 +36,9 @@ def _array(reply: Reply, marker: str) -> Steps[bool]:
         if (yield from scanner.either(",", "]")) != ",":
             return True  # a missing end is forgiven
         reply.next_call(",")
+        yield from scanner.space()
+        if (yield from scanner.either("]")):
+            return True
 
 
 def _named(reply: Reply) -> Steps[bool]:
