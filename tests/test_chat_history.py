@@ -21,7 +21,8 @@ from exo.api.openai_chat import ChatDialect
 from exo.api.openai_chat_requests import ChatCompletionRequest
 from exo.api.openai_routes import conversation_of
 from exo.api.reply import Call, Choice, Dialect
-from exo.api.responses_requests import ResponsesRequest, told
+from exo.api.responses_input import InputReference, told
+from exo.api.responses_requests import ResponsesRequest
 from exo.api.responses_routes import ResponsesDialect
 from exo.api.responses_store import ResponseStore
 from exo.chat.conversation import template_messages
@@ -103,14 +104,15 @@ def openai_chat(choice: Choice) -> Sequence[Message]:
 
 def responses(choice: Choice) -> Sequence[Message]:
     asked = ResponsesRequest.model_validate_json('{"model": "m", "input": "x"}')
-    output = whole(ResponsesDialect("resp_1", asked, [], ResponseStore()), choice)["output"]
+    output = whole(ResponsesDialect("resp_1", asked, [], [], ResponseStore()), choice)["output"]
     calls = [item for item in output if item["type"] == "function_call"]
     results = [
         {"type": "function_call_output", "call_id": call["call_id"], "output": result}
         for call, result in zip(calls, RESULTS, strict=False)
     ]
     body = {"model": "m", "input": [*START, *output, *results, *END]}
-    return told(ResponsesRequest.model_validate_json(json.dumps(body)).input)
+    items = ResponsesRequest.model_validate_json(json.dumps(body)).input
+    return told([item for item in items if not isinstance(item, InputReference)])
 
 
 def anthropic(choice: Choice) -> Sequence[Message]:
