@@ -43,7 +43,7 @@ def test_a_stream_of_text() -> None:
     assert wire.opening(0, 30) == event(
         "message_start",
         ',"message":{"id":"msg_1","type":"message","role":"assistant","model":"a/b","content":[],"stop_reason":null,'
-        '"stop_sequence":null,"usage":{"input_tokens":30,"cache_read_input_tokens":0,"output_tokens":0}}',
+        '"stop_sequence":null,"usage":{"input_tokens":30,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":0}}',
     )
     begin = event("content_block_start", ',"index":0,"content_block":{"type":"text","text":""}')
     delta = event("content_block_delta", ',"index":0,"delta":{"type":"text_delta","text":"é\\"\\n"}')
@@ -52,7 +52,7 @@ def test_a_stream_of_text() -> None:
     assert wire.more(0, ended("stop")) == event("content_block_stop", ',"index":0') + event(
         "message_delta",
         ',"delta":{"stop_reason":"end_turn","stop_sequence":null},'
-        '"usage":{"input_tokens":20,"cache_read_input_tokens":10,"output_tokens":5}',
+        '"usage":{"input_tokens":20,"cache_creation_input_tokens":0,"cache_read_input_tokens":10,"output_tokens":5}',
     )
     assert wire.end(USAGE) == event("message_stop", "")
 
@@ -112,7 +112,7 @@ def test_a_whole_reply() -> None:
         b'{"id":"msg_1","type":"message","role":"assistant","model":"a/b","content":['
         b'{"type":"thinking","thinking":"hm","signature":""},{"type":"text","text":"x"},'
         b'{"type":"tool_use","id":"%b","name":"f","input":{"a":1}}],"stop_reason":"tool_use","stop_sequence":null,'
-        b'"usage":{"input_tokens":20,"cache_read_input_tokens":10,"output_tokens":5,'
+        b'"usage":{"input_tokens":20,"cache_creation_input_tokens":0,"cache_read_input_tokens":10,"output_tokens":5,'
         b'"output_tokens_details":{"thinking_tokens":2}}}' % CALL.encode()
     )
 

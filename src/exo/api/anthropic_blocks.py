@@ -17,6 +17,8 @@ _TEXT_ONLY = ("text",)
 class CacheControl(RequestBody):
     """Where a prompt is to be cached. Every prompt is, up to wherever it differs from the next one."""
 
+    ignored: ClassVar[Unsupported] = {"scope": ("global", "organization")}
+
     type: Literal["ephemeral"] = Field(default="ephemeral", description="Has no effect.")
     ttl: Literal["5m", "1h"] | None = Field(default=None, description="Has no effect.")
 
@@ -30,13 +32,13 @@ class Block(RequestBody):
 class TextBlock(Block):
     """Text."""
 
-    unsupported: ClassVar[Unsupported] = {"citations": ([],)}
+    ignored: ClassVar[Unsupported] = {"citations": ([],)}
 
     type: Literal["text"] = Field(description="Text.")
     text: str = Field(description="What is said; special tokens in it are ordinary text.")
 
 
-class ThinkingBlock(RequestBody):
+class ThinkingBlock(Block):
     """Reasoning of an earlier reply."""
 
     type: Literal["thinking"] = Field(description="Reasoning.")
@@ -47,7 +49,7 @@ class ThinkingBlock(RequestBody):
 class ToolUseBlock(Block):
     """A call in an earlier reply."""
 
-    unsupported: ClassVar[Unsupported] = {"caller": ({"type": "direct"},), "toolset_name": ()}
+    ignored: ClassVar[Unsupported] = {"caller": ({"type": "direct"},), "toolset_name": ()}
 
     type: Literal["tool_use"] = Field(description="A call.")
     id: str = Field(min_length=1, max_length=256, description="What its result refers to.")
@@ -66,6 +68,8 @@ def _known(value: JsonValue, kinds: Sequence[str]) -> JsonValue:
     kind = _kind(value)
     if kind is None:
         raise missing("type")
+    if kind == "image":
+        raise unsupported("'image' is not supported here: no model here can see pictures", "type")
     if kind not in kinds:
         accepted = ", ".join(repr(each) for each in kinds)
         raise unsupported(f"{str(kind)[:80]!r} is not supported here; accepted are {accepted}", "type")
@@ -86,7 +90,7 @@ PlainContent = Annotated[
 class ToolResultBlock(Block):
     """What a call came to."""
 
-    unsupported: ClassVar[Unsupported] = {"toolset_name": ()}
+    ignored: ClassVar[Unsupported] = {"toolset_name": ()}
 
     type: Literal["tool_result"] = Field(description="A result.")
     tool_use_id: str = Field(min_length=1, max_length=256, description="Of the call that this answers.")

@@ -32,9 +32,13 @@ class ThinkingTokens(AnthropicReply):
 
 
 class AnthropicUsage(AnthropicReply):
-    """Tokens. ``input_tokens`` are those of the prompt that had to be computed; the others were cached."""
+    """Tokens. ``input_tokens`` are those of the prompt that had to be computed; the others were cached.
+
+    What is computed is cached, too, but not counted again as ``cache_creation_input_tokens``.
+    """
 
     input_tokens: int
+    cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int
     output_tokens: int
     output_tokens_details: ThinkingTokens | None = Field(default=None, exclude_if=absent)

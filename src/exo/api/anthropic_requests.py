@@ -1,4 +1,4 @@
-"""Anthropic's requests: the fields that are honoured, and those that are refused by name."""
+"""Anthropic's requests: the fields that are honoured, and those that have no effect."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +15,8 @@ from exo.api.anthropic_blocks import (
     plain_text,
     told,
 )
-from exo.api.fields import RequestBody, Unsupported, honoured, invalid, missing, unsupported
+from exo.api.anthropic_history import readable
+from exo.api.fields import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.openai_chat_requests import MAX_TOOLS, Parameters, ToolName
 from exo.api.openai_requests import StopText
 from exo.api.request import Constraint, Conversation, GenerationRequest
@@ -25,24 +26,26 @@ _SAMPLING = {"temperature", "top_k", "top_p"}
 
 
 def _only_custom(value: JsonValue) -> JsonValue:
-    """Tools that Anthropic runs or defines itself are known by their type."""
+    """Leaves out tools that Anthropic runs or defines itself, which are known by their type."""
+    if value is None:
+        raise invalid("must be a tool, an object with a name and an input_schema")
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind not in (None, "custom"):
-        name = str(kind)[:80]
-        raise unsupported(f"{name!r} is not supported; accepted are tools with a name and an input_schema", "type")
-    return value
+    if kind in (None, "custom"):
+        return value
+    note(f"tools.{str(kind)[:64]}", "is left out, since only Anthropic's own models have this tool")
+    return None
 
 
 class AnthropicTool(RequestBody):
     """A tool that the client runs."""
 
-    unsupported: ClassVar[Unsupported] = {
+    ignored: ClassVar[Unsupported] = {
         "allowed_callers": (["direct"],),
         "defer_loading": (False,),
         "input_examples": ([],),
     }
 
-    type: Literal["custom"] = Field(default="custom", description="Tools of Anthropic's own are not there.")
+    type: Literal["custom"] = Field(default="custom", description="Tools of Anthropic's own are left out.")
     name: ToolName = Field(description="What the model calls it by.")
     description: str = Field(default="", description="What it does, for the model.")
     input_schema: Parameters = Field(description="JSON Schema of the input, an object.")
@@ -106,7 +109,7 @@ class AnthropicOutputFormat(RequestBody):
 class AnthropicOutputConfig(RequestBody):
     """How the reply is to be made."""
 
-    unsupported: ClassVar[Unsupported] = {"task_budget": ()}
+    ignored: ClassVar[Unsupported] = {"task_budget": ()}
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None,
@@ -120,33 +123,44 @@ class AnthropicOutputConfig(RequestBody):
 class AnthropicMetadata(RequestBody):
     """About the request."""
 
-    user_id: str | None = Field(default=None, max_length=512, description="Has no effect.")
+    user_id: str | None = Field(default=None, description="Has no effect.")
+
+
+_IGNORED: Unsupported = {
+    "betas": ([],),
+    "container": (),
+    "context_management": (),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+    "thread": (),
+    "user_profile_id": (),
+    "workspace_id": (),
+}
+_OF_GENERATION: Unsupported = dict.fromkeys(
+    ("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "service_tier"), ()
+)
+"""What has no effect on how many tokens a prompt has."""
 
 
 class CountTokensRequest(RequestBody):
     """The body of ``POST /v1/messages/count_tokens``: what a prompt is made of."""
 
-    unsupported: ClassVar[Unsupported] = {
-        "container": (),
-        "context_management": (),
-        "diagnostics": (),
-        "inference_geo": (),
-        "mcp_servers": ([],),
-        "speed": ("standard",),
-        "user_profile_id": (),
-        "workspace_id": (),
-    }
+    ignored: ClassVar[Unsupported] = {**_IGNORED, **_OF_GENERATION}
 
     model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
-    messages: list[AnthropicMessage] = Field(
+    messages: Annotated[
+        list[AnthropicMessage], BeforeValidator(readable, json_schema_input_type=list[AnthropicMessage])
+    ] = Field(
         min_length=1,
         max_length=10_000,
         description="The conversation. Where the last message is the assistant's, the reply goes on with it.",
     )
     system: PlainContent = Field(default=[], description="Text, as a string or in blocks; the first message of all.")
-    tools: list[Annotated[AnthropicTool, BeforeValidator(_only_custom)]] = Field(
-        default=[], max_length=MAX_TOOLS, description="What the model may call."
-    )
+    tools: list[
+        Annotated[AnthropicTool | None, BeforeValidator(_only_custom, json_schema_input_type=AnthropicTool)]
+    ] = Field(default=[], max_length=MAX_TOOLS, description="What the model may call.")
     tool_choice: AnthropicToolChoice | None = Field(
         default=None,
         description="With type 'any' or 'tool', the reply is a call that follows its input_schema.",
@@ -167,7 +181,7 @@ class CountTokensRequest(RequestBody):
 
     @model_validator(mode="after")
     def _a_choice_of_tools(self) -> "CountTokensRequest":
-        names = [tool.name for tool in self.tools]
+        names = [tool.name for tool in self.own_tools]
         if len(set(names)) < len(names):
             raise invalid("two tools have the same name", "tools")
         if self.tool_choice is None:
@@ -185,13 +199,18 @@ class CountTokensRequest(RequestBody):
         choice = self.tool_choice
         return Conversation(
             messages=told(plain_text(self.system), self.messages),
-            tools=tuple(tool.tool() for tool in self.tools) if self._choice != "none" else (),
+            tools=tuple(tool.tool() for tool in self.own_tools) if self._choice != "none" else (),
             choice=self._choice,
             parallel=choice is None or not choice.disable_parallel_tool_use,
             effort=effort,
             effort_param=param,
             continues=self.messages[-1].role == "assistant",
         )
+
+    @property
+    def own_tools(self) -> list[AnthropicTool]:
+        """The tools that the client runs."""
+        return [tool for tool in self.tools if tool is not None]
 
     @property
     def _choice(self) -> ToolChoice:
@@ -217,6 +236,8 @@ class CountTokensRequest(RequestBody):
 class MessagesRequest(CountTokensRequest):
     """The body of ``POST /v1/messages``. Where it says nothing, the model card decides, then the default."""
 
+    ignored: ClassVar[Unsupported] = _IGNORED
+
     max_tokens: int = Field(ge=0, le=1 << 31, description="0 only computes the prompt, which is cached then.")
     temperature: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most probable token.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the most probable tokens up to this sum.")
@@ -224,7 +245,7 @@ class MessagesRequest(CountTokensRequest):
     stop_sequences: list[StopText] = Field(default=[], max_length=16, description="Strings that end the reply.")
     stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
     metadata: AnthropicMetadata | None = Field(default=None, description="Has no effect.")
-    service_tier: Literal["auto", "standard_only"] = Field(default="auto", description="Has no effect.")
+    service_tier: str = Field(default="auto", description="Has no effect.")
 
     @model_validator(mode="after")
     def _budget_fits(self) -> "MessagesRequest":

@@ -153,15 +153,6 @@ def from_refusal(refusal: Refusal, *, status: int) -> ApiError:
     return ApiError(status, refusal.message, code=refusal.code, param=refusal.param)
 
 
-def context_too_small(param: str, wanted: int, context_length: int) -> ApiError:
-    """A request that counts on more room than the model is loaded with."""
-    message = (
-        f"{param}: this model is loaded with a context of {context_length} tokens (got {wanted}); n_ctx in its card's "
-        "table for the runner sets it"
-    )
-    return ApiError(400, message, code="invalid_value", param=param)
-
-
 def queue_full(model_id: str, held: int) -> ApiError:
     """A request that a model's queue has no place for."""
     message = f"{model_id} has {held} sequences running or waiting and takes no more for now; try again soon"

@@ -10,13 +10,14 @@ from typing import Protocol
 import anyio
 
 from exo.api.attempts import Attempts, GenerationEvent, Runner
-from exo.api.errors import ApiError, context_too_small, from_failed
+from exo.api.errors import ApiError, from_failed
 from exo.api.prompts import Prepared, prepare
 from exo.api.queue import Place
 from exo.api.reading import ChoiceEvent, Reader
 from exo.api.request import GenerationRequest
 from exo.api.schemas import naming_tools, with_enforced_schemas
 from exo.api.services import Services
+from exo.api.warning import warn_of_context
 from exo.models.card import ModelCard
 from exo.worker.messages import (
     MAX_PROMPT_LOGPROBS,
@@ -117,8 +118,7 @@ class Generation:
 
     def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[Prepared]) -> list[Generate]:
         request = self.request
-        if request.context > model.context_length:
-            raise context_too_small(request.context_param, request.context, model.context_length)
+        warn_of_context(request.context_param, request.context, model.context_length)
         for token in request.logit_bias:
             if token >= model.vocabulary:
                 accepted = f"token ids of this model are 0 to {model.vocabulary - 1}"

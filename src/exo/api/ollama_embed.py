@@ -10,13 +10,13 @@ from pydantic import BaseModel
 from exo.api.answer import Answered, AnswerReply, Question, ask
 from exo.api.body import read_body
 from exo.api.docs import json_body
-from exo.api.errors import context_too_small
 from exo.api.ollama_options import EmbedOptions
 from exo.api.ollama_replies import OllamaReply
 from exo.api.ollama_requests import OllamaBody, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama_routes import served_name
 from exo.api.openai_embeddings import embed_commands, shortened
 from exo.api.services import Services
+from exo.api.warning import warn_of_context
 from exo.worker.messages import Embedded
 
 
@@ -50,9 +50,7 @@ def embed_routes(services: Services) -> APIRouter:
             params={"prompt": field},
         )
         answered = await ask(services, question)
-        context = answered.runner.capabilities.context_length
-        if options.num_ctx is not None and options.num_ctx > context:
-            raise context_too_small("options.num_ctx", options.num_ctx, context)
+        warn_of_context("options.num_ctx", options.num_ctx or 0, answered.runner.capabilities.context_length)
         return answered, [answer for answer in answered.answers if isinstance(answer, Embedded)]
 
     @routes.post("/embed", response_model=OllamaEmbedResponse, openapi_extra=json_body(OllamaEmbedRequest))

@@ -1,6 +1,5 @@
-"""Ollama's model options: those that are honoured, and those that are refused by name."""
+"""Ollama's model options: those that are honoured, and those that have no effect."""
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, JsonValue
@@ -8,13 +7,6 @@ from pydantic import BeforeValidator, Field, JsonValue
 from exo.api.fields import RequestBody, Unsupported, invalid
 from exo.api.openai_requests import StopText
 
-_LOADING: Mapping[str, str] = {
-    "main_gpu": "main_gpu",
-    "num_batch": "n_batch",
-    "num_gpu": "n_gpu_layers",
-    "num_thread": "threads",
-}
-"""Options that are decided when a model is loaded, with the key of its card that does."""
 _NEUTRAL: Unsupported = {
     "embedding_only": (False,),
     "f16_kv": (True,),
@@ -37,28 +29,21 @@ _NEUTRAL: Unsupported = {
     "use_mmap": (True,),
     "vocab_only": (False,),
 }
-"""Options that cannot be honoured, with the values that ask for nothing."""
+"""Options that have no effect, with the values that ask for nothing. Some are decided when a model is loaded."""
 
 
 class LoadOptions(RequestBody):
     """Options of every request."""
 
-    unsupported: ClassVar[Unsupported] = _NEUTRAL
+    ignored: ClassVar[Unsupported] = _NEUTRAL
 
     num_ctx: int | None = Field(
         default=None,
         ge=1,
         le=1 << 31,
-        description="Tokens that the context must hold. More than the model is loaded with is refused: the model card "
-        "decides, by n_ctx in its table for the runner.",
+        description="Tokens that the context should hold. The model card decides, by n_ctx in its table for the "
+        "runner; x-exo-warning tells where that is less.",
     )
-
-    @classmethod
-    def why_unsupported(cls, name: str) -> str:
-        if name in _LOADING:
-            return f"decided when the model is loaded, by {_LOADING[name]} in its card's table for the runner"
-        accepted = ", ".join(cls.model_fields)
-        return f"not supported by any runner of this server; accepted are {accepted}"
 
 
 def _length(value: JsonValue) -> JsonValue:
@@ -100,7 +85,7 @@ class OllamaOptions(LoadOptions):
 class EmbedOptions(LoadOptions):
     """Options where nothing is generated."""
 
-    unsupported: ClassVar[Unsupported] = {
+    ignored: ClassVar[Unsupported] = {
         **_NEUTRAL,
         **{name: () for name in OllamaOptions.model_fields if name not in LoadOptions.model_fields},
     }

@@ -1,4 +1,4 @@
-"""Ollama's requests: the fields that are honoured, and those that are refused by name."""
+"""Ollama's requests: the fields that are honoured, those that have no effect, and those that are refused by name."""
 
 import math
 import re
@@ -8,33 +8,40 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.fields import RequestBody, Unsupported, honoured, invalid, missing
+from exo.api.fields import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.ollama_options import EmbedOptions, OllamaOptions
 from exo.api.openai_chat_requests import MAX_TOOLS, ToolDefinition, ToolName
 from exo.api.openai_embeddings import MAX_INPUTS
+from exo.api.openai_messages import UNSEEN
 from exo.api.request import Constraint, Conversation, GenerationRequest, Prompt, short_id
 from exo.worker.messages import MAX_LOGPROBS
 
-_DURATION = re.compile(r"[+-]?([0-9]{1,12}(\.[0-9]{0,12})?(ns|us|µs|ms|s|m|h))+|[+-]?0")
+_DURATION = re.compile(r"[+-]?([0-9]{1,12}(\.[0-9]{0,12})?(ns|us|µs|ms|s|m|h))+")
+_SECONDS_ALONE = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,12})?")
+_LONGEST = 1e9
 _PART_OF_DURATION = re.compile(r"([0-9]+(?:\.[0-9]*)?)(ns|us|µs|ms|s|m|h)")
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(value: JsonValue) -> JsonValue:
     """Go's notation of a duration, such as "1h30m", in seconds; -1 for all that is less than nothing."""
-    if isinstance(value, str):
+    if isinstance(value, str) and _SECONDS_ALONE.fullmatch(value):
+        value = float(value)
+    elif isinstance(value, str):
         if not _DURATION.fullmatch(value):
             raise invalid('must be a number of seconds, or a duration such as "5m"')
         parts = _PART_OF_DURATION.findall(value)
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
         value = -1 if value.startswith("-") and seconds else seconds
-    return -1 if isinstance(value, int | float) and value < 0 else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return -1 if value < 0 else min(value, _LONGEST)
 
 
 KeepAlive = Annotated[float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)]
 _KEEP_ALIVE = Field(
     default=None,
-    le=1e9,
+    le=_LONGEST,
     description="How long the model then stays loaded without being used, in seconds or as in '5m'; 0: not at all, "
     "-1: for ever. What it is by default, its card or the server says.",
 )
@@ -43,10 +50,13 @@ _MODEL = Field(
 )
 
 
+_LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
 def _levels(value: JsonValue) -> JsonValue:
-    if isinstance(value, bool) or value in ("low", "medium", "high"):
-        return value
-    raise invalid("must be true, false, 'low', 'medium' or 'high'")
+    if isinstance(value, bool) or value in _LEVELS:
+        return "xhigh" if value == "max" else value
+    raise invalid(f"must be true, false or one of {', '.join(map(repr, _LEVELS))}")
 
 
 def _formats(value: JsonValue) -> JsonValue:
@@ -56,7 +66,7 @@ def _formats(value: JsonValue) -> JsonValue:
 
 
 def _as_list(value: JsonValue) -> JsonValue:
-    return [value] if isinstance(value, str) else value
+    return ([value] if value else []) if isinstance(value, str) else value
 
 
 class OllamaBody(RequestBody):
@@ -81,7 +91,13 @@ class OllamaGeneration(OllamaBody):
         json_schema_extra=honoured("grammar"),
     )
     options: OllamaOptions = Field(default=OllamaOptions(), description="How to generate.")
-    think: Annotated[bool | Literal["low", "medium", "high"] | None, BeforeValidator(_levels)] = Field(
+    think: Annotated[
+        bool | Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None,
+        BeforeValidator(
+            _levels,
+            json_schema_input_type=bool | Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+        ),
+    ] = Field(
         default=None,
         description="Whether or how much to reason, where the model does; true is 'medium'.",
     )
@@ -143,11 +159,16 @@ class OllamaMessage(RequestBody):
 
     unsupported: ClassVar[Unsupported] = {"images": ([],)}
 
+    @classmethod
+    def why_unsupported(cls, name: str) -> str:
+        return "not supported: no model here can see pictures"
+
     role: Literal["system", "user", "assistant", "tool"] = Field(description="Who speaks.")
     content: str = Field(default="", description="What is said; special tokens in it are ordinary text.")
     thinking: str | None = Field(default=None, description="Of an earlier reply.")
     tool_calls: list[OllamaCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
     tool_name: str | None = Field(default=None, max_length=256, description="Of the tool whose result this is.")
+    name: str | None = Field(default=None, max_length=256, description="Older name of tool_name.")
     tool_call_id: str | None = Field(default=None, max_length=256, description="Of the call that this answers.")
 
     @model_validator(mode="after")
@@ -157,10 +178,40 @@ class OllamaMessage(RequestBody):
         return self
 
 
+def _without_earlier_pictures(messages: JsonValue) -> JsonValue:
+    """Puts words in the place of pictures, but for those that the reply is to answer."""
+    if not isinstance(messages, list):
+        return messages
+    last = len(messages) - 1
+    while last > 0 and _role(messages[last]) == "assistant":
+        last -= 1
+    return [_without_pictures(each) if at < last else each for at, each in enumerate(messages)]
+
+
+def _role(message: JsonValue) -> JsonValue:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _without_pictures(message: JsonValue) -> JsonValue:
+    if not isinstance(message, dict) or not isinstance(message.get("images"), list) or not message["images"]:
+        return message
+    note("messages.images", f"the model reads {UNSEEN!r} in the place of an earlier picture")
+    kept = {name: value for name, value in message.items() if name != "images"}
+    return {**kept, "content": "\n".join(filter(None, (str(message.get("content") or ""), UNSEEN)))}
+
+
+_OF_CONTEXT: Unsupported = {"truncate": (False,), "shift": (False,)}
+"""What Ollama does with a conversation that is too long; here it is an error."""
+
+
 class OllamaChatRequest(OllamaGeneration):
     """The body of ``POST /api/chat``. Without messages it only loads the model."""
 
-    messages: list[OllamaMessage] = Field(
+    ignored: ClassVar[Unsupported] = _OF_CONTEXT
+
+    messages: Annotated[
+        list[OllamaMessage], BeforeValidator(_without_earlier_pictures, json_schema_input_type=list[OllamaMessage])
+    ] = Field(
         default=[],
         max_length=10_000,
         description="The conversation. Where the last message is the assistant's, the reply goes on with it.",
@@ -188,6 +239,8 @@ class OllamaChatRequest(OllamaGeneration):
 
 class OllamaGenerateRequest(OllamaGeneration):
     """The body of ``POST /api/generate``. Without a prompt it only loads the model."""
+
+    ignored: ClassVar[Unsupported] = _OF_CONTEXT
 
     unsupported: ClassVar[Unsupported] = {
         "context": ([],),
@@ -223,11 +276,12 @@ class OllamaGenerateRequest(OllamaGeneration):
 class OllamaEmbedRequest(OllamaBody):
     """The body of ``POST /api/embed``. A text that is too long is refused, and not cut off."""
 
-    unsupported: ClassVar[Unsupported] = {"truncate": (False,)}
+    ignored: ClassVar[Unsupported] = {"truncate": (False,)}
 
     input: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
+        default=[],
         max_length=MAX_INPUTS,
-        description="A text or several; each becomes one vector.",
+        description="A text or several; each becomes one vector. Nothing only loads the model.",
         json_schema_extra=honoured("embeddings"),
     )
     dimensions: int | None = Field(
@@ -246,7 +300,7 @@ class OllamaEmbeddingsRequest(OllamaBody):
 class OllamaShowRequest(RequestBody):
     """The body of ``POST /api/show``."""
 
-    unsupported: ClassVar[Unsupported] = {"options": ({},), "system": ("",), "template": ("",)}
+    ignored: ClassVar[Unsupported] = {"options": ({},), "system": ("",), "template": ("",)}
 
     model: str = Field(default="", max_length=300, description="A model id or alias.")
     name: str = Field(default="", max_length=300, description="Older name of model.")
@@ -271,8 +325,8 @@ def _told(messages: Sequence[OllamaMessage]) -> tuple[dict[str, JsonValue], ...]
             waiting = [(call, short_id(f"{at}/{number}")) for number, call in enumerate(message.tool_calls)]
             told["tool_calls"] = [_call(call, identity) for call, identity in waiting]
         if message.role == "tool":
-            if message.tool_name is not None:
-                told["name"] = message.tool_name
+            if (name := message.tool_name or message.name) is not None:
+                told["name"] = name
             if (answered := _answered(message, waiting)) is not None:
                 waiting.remove(answered)
                 told["tool_call_id"] = answered[1]
@@ -283,7 +337,7 @@ def _told(messages: Sequence[OllamaMessage]) -> tuple[dict[str, JsonValue], ...]
 def _answered(result: OllamaMessage, waiting: Sequence[tuple[OllamaCall, str]]) -> tuple[OllamaCall, str] | None:
     """The call that a tool's result belongs to: by its id, else the first of the tool's name, else the first."""
     by_id = [each for each in waiting if each[0].id is not None and each[0].id == result.tool_call_id]
-    by_name = [each for each in waiting if each[0].function.name == result.tool_name]
+    by_name = [each for each in waiting if each[0].function.name == (result.tool_name or result.name)]
     return next(iter(by_id or by_name or waiting), None)
 
 

@@ -11,13 +11,13 @@ from exo.api.answer import AnswerReply, Question, ask
 from exo.api.body import read_body
 from exo.api.direct import DirectRoute
 from exo.api.docs import json_body
-from exo.api.errors import context_too_small
 from exo.api.generation import Generation
 from exo.api.ollama_replies import OllamaChatResponse, OllamaDialect, OllamaGenerateResponse, loaded
 from exo.api.ollama_requests import OllamaChatRequest, OllamaGenerateRequest, OllamaGeneration
 from exo.api.reply import GenerationReply
 from exo.api.request import GenerationRequest
 from exo.api.services import Services
+from exo.api.warning import warn_of_context
 from exo.worker.router import parse_model
 
 
@@ -44,8 +44,7 @@ def ollama_routes(services: Services) -> APIRouter:
             question = Question(model=model, needs=None, commands=[], params={}, keep_seconds=body.keep_seconds)
             answered = await ask(services, question)
             runner = answered.runner
-            if (wanted := body.options.num_ctx or 0) > runner.capabilities.context_length:
-                raise context_too_small("options.num_ctx", wanted, runner.capabilities.context_length)
+            warn_of_context("options.num_ctx", body.options.num_ctx or 0, runner.capabilities.context_length)
             return loaded(runner.card.model_id, chat=chat), answered.headers
 
         return AnswerReply(work)

@@ -75,6 +75,13 @@ def warn(param: str, text: str) -> None:
         warnings.add(param, text)
 
 
+def warn_of_context(param: str, wanted: int, context_length: int) -> None:
+    """Warns of a request that counts on more room than the model is loaded with."""
+    if wanted > context_length:
+        where = "n_ctx in its card's table for the runner sets it"
+        warn(param, f"the model is loaded with a context of {context_length} tokens (got {wanted}); {where}")
+
+
 def refuses_unknown_fields() -> bool:
     """Whether the server runs with ``--strict``."""
     return (warnings := _current.get()) is not None and warnings.strict
