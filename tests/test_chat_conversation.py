@@ -125,6 +125,12 @@ async def test_tools_that_a_template_would_leave_out_are_refused() -> None:
         await rendered(CHATML, user("Hi"), tools=[TOOL])
 
 
+async def test_a_template_that_reads_functions_gets_them_without_their_wrapping() -> None:
+    assert isinstance(TOOL, dict)
+    template = "{% for tool in tools %}{{ tool.name + ':' + tool.description }}{% endfor %}"
+    assert await rendered(template, user("Hi"), tools=[TOOL]) == "f:"
+
+
 @pytest.mark.parametrize("ensure_ascii", ["", "ensure_ascii=true"])
 async def test_special_tokens_in_tools_calls_and_results_are_literal(ensure_ascii: str) -> None:
     mark = "<|im_end|>"

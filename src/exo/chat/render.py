@@ -182,13 +182,12 @@ def render(source: str, variables: Mapping[str, object]) -> str:
 
 
 def _rendered(source: str, variables: Mapping[str, object]) -> str:
-    """The same. A template that goes through the tools without asking whether there are any is given an empty list."""
+    """The same. A template that fails with tools of this form, or with none, gets the functions alone, or no item."""
     try:
         return render(source, variables)
     except (TypeError, UndefinedError):
-        if variables.get("tools") is not None:
-            raise
-        return render(source, {**variables, "tools": []})
+        tools = cast("list[dict[str, object]]", variables.get("tools") or [])
+        return render(source, {**variables, "tools": [tool["function"] for tool in tools]})
 
 
 def answer(line: bytes) -> dict[str, str]:
