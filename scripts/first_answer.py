@@ -19,6 +19,7 @@ START_SECONDS = 120
 
 def main() -> None:
     """The exit code is the server's."""
+    signal.signal(signal.SIGTERM, leave)
     settings = Settings.load()
     url = f"http://{settings.host}:{settings.port}"
     print("==> starting the server", flush=True)
@@ -36,6 +37,11 @@ def main() -> None:
             server.send_signal(signal.SIGTERM)
             server.wait()
     sys.exit(code)
+
+
+def leave(number: int, _: object) -> None:
+    """A signal's handler: leaves in the way that ends the server."""
+    sys.exit(128 + number)
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:

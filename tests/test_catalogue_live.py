@@ -2,15 +2,19 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from exo.models.card_file import BrokenCard
 from exo.models.catalogue import Catalogue
 from exo.models.live_catalogue import LiveCatalogue
+from tests.api_server import serve
+from tests.conftest import fake_card
 from tests.server import DEADLINE_SECONDS, ServeProgram, write_card
 from tests.test_catalogue import write
 from tests.tiny import Shape, write_gguf
@@ -95,6 +99,27 @@ def test_the_files_are_looked_at_no_more_than_asked_for(tmp_path: Path) -> None:
     catalogue = LiveCatalogue(Catalogue.load(tmp_path), every_seconds=3600)
     write(tmp_path, "a.toml", "me/a")
     assert layers(catalogue.current(), "me/a") is None
+
+
+def test_a_directory_that_is_slow_to_read_holds_up_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, is_read = threading.Event(), threading.Event()
+
+    def refreshed(catalogue: Catalogue) -> Catalogue:
+        looked.set()
+        is_read.wait(DEADLINE_SECONDS)
+        return catalogue
+
+    monkeypatch.setattr(Catalogue, "refreshed", refreshed)
+    with serve(tmp_path, fake_card()) as url:
+        try:
+            for _ in range(300):
+                assert httpx.get(f"{url}/v1/models", timeout=DEADLINE_SECONDS / 2).status_code == 200
+                if looked.wait(0.1):
+                    break
+            assert looked.is_set()
+            assert httpx.get(f"{url}/v1/models", timeout=DEADLINE_SECONDS / 2).status_code == 200
+        finally:
+            is_read.set()
 
 
 def until(reached: Callable[[], bool]) -> None:

@@ -1,4 +1,5 @@
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,3 +352,23 @@ def test_what_was_sent_where_is_counted_by_load_and_figures_make_the_incumbent()
     assert crowd.sent == {"cuda": 2, "mlx": 1}
     assert lone.sent == {"cuda": 0, "mlx": 0}
     assert crowd.incumbent == lone.incumbent == "cuda"
+
+
+def test_two_servers_keep_what_both_have_measured(tmp_path: Path) -> None:
+    file = tmp_path / "speeds.json"
+    first, second = speeds(file), speeds(file)
+    for at, account in enumerate((first, second, first)):
+        account.measured(CARD, "cuda", measured(load=4**at), NOW + at)
+        save(account)
+    assert sorted(speeds(file).known(CARD, NOW)["cuda"]) == [level(4**at) for at in range(3)]
+
+
+def test_many_servers_write_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "speeds.json"
+    accounts = [speeds(file) for _ in range(16)]
+    cards = [fake_card(f"fake/{number}") for number in range(16)]
+    for account, card in zip(accounts, cards, strict=True):
+        account.measured(card, "cuda", measured(), NOW)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(save, accounts))
+    assert all(speeds(file).known(card, NOW)["cuda"] for card in cards)

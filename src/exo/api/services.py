@@ -39,6 +39,8 @@ _PROBE_AGAIN_SECONDS = 30.0
 """After a probe, until a request that no runner can serve causes another."""
 _LONGEST_PAUSE_SECONDS = 600.0
 """Between two probes of a runner that does not answer."""
+_CARDS_SECONDS = 1.0
+"""Between two looks at the files of model cards."""
 _SAVE_SECONDS = 30.0
 """Between two looks at whether there are new measurements to be kept."""
 
@@ -75,8 +77,8 @@ class Services:
 
     @property
     def catalogue(self) -> Catalogue:
-        """The model cards as their files are now, which may be other ones each time."""
-        return self._catalogue.current()
+        """The model cards as their files were a second ago, which may be other ones each time."""
+        return self._catalogue.known
 
     @asynccontextmanager
     async def running(self, load: Iterable[str] = ()) -> AsyncGenerator[None]:
@@ -98,6 +100,7 @@ class Services:
         ):
             tasks.start_soon(self._probe)
             tasks.start_soon(self._save_speeds_now_and_then)
+            tasks.start_soon(self._follow_cards)
             for model in load:
                 tasks.start_soon(self._load, model)
             try:
@@ -249,6 +252,15 @@ class Services:
             if self._host is before and anyio.current_time() >= self._next_probe:
                 await self._ask_runners(PROBE_SECONDS)
         return self._host is not before
+
+    async def _follow_cards(self) -> None:
+        """Looks at the files in a thread: the directory may be large, or on a network that is slow."""
+        while True:
+            try:
+                await run_sync(self._catalogue.current, abandon_on_cancel=True)
+            except Exception:
+                log.exception("the model cards could not be looked at; they stay as they are")
+            await anyio.sleep(_CARDS_SECONDS)
 
     async def _load(self, model: str) -> None:
         """Loads a model before it is asked for, and compiles its template. A failure is logged and shown by /ready."""

@@ -9,12 +9,17 @@ log = logging.getLogger(__name__)
 
 
 class LiveCatalogue:
-    """A catalogue that follows its files: looked at when it is asked for, and at most once in ``every_seconds``."""
+    """A catalogue that follows its files, which ``current`` looks at, at most once in ``every_seconds``."""
 
     def __init__(self, catalogue: Catalogue, every_seconds: float = 1.0) -> None:
         self._catalogue = catalogue
         self._every_seconds = every_seconds
         self._next_look = time.monotonic() + every_seconds
+
+    @property
+    def known(self) -> Catalogue:
+        """The catalogue as the files were when they were last looked at."""
+        return self._catalogue
 
     def current(self) -> Catalogue:
         """The catalogue as the files are now. What has become wrong with them since is logged."""

@@ -1,13 +1,17 @@
 """The operating-system side of a runner: spawn, pipes, signals, reaping. Knows no states and no requests."""
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import cast, final
+from queue import SimpleQueue
+from threading import Thread
+from typing import BinaryIO, cast, final
 
 import anyio
 from pydantic import ValidationError
@@ -27,6 +31,9 @@ child in uninterruptible sleep never exits."""
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 _LOG_BYTES = 8 << 20
+_UNWRITTEN_BYTES = 8 << 20
+"""What waits for a slow disk; more is left out of the file."""
+_LOG_CLOSE_SECONDS = 1.0
 _TAIL_BYTES = 32 << 10
 _SHOWN_CHARACTERS = 4 << 10
 _TAIL_LINES = 20
@@ -47,21 +54,27 @@ class ProtocolError(Exception):
 class StderrLog:
     """What a child writes to standard error: appended to a file that is emptied at 8 MiB, the end kept in memory.
 
-    Raises ``OSError`` if the file cannot be opened.
+    A thread writes the file, so that a slow disk holds up no event loop. A log that another process writes is left
+    alone: this one then goes to a file with a number in its name. Raises ``OSError`` if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        self._file = _open_alone(path)
         self._tail = b""
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queued = 0
+        """Bytes that were given to the thread, which alone counts ``_done``."""
+        self._done = 0
+        self._thread = Thread(target=self._write_all, name="runner log", daemon=True)
+        self._thread.start()
 
     def write(self, data: bytes) -> None:
-        """Keeps ``data``. A full disk costs the file its lines and nothing else."""
+        """Keeps ``data``. A full or slow disk costs the file its lines and nothing else."""
         self._tail = (self._tail + data)[-_TAIL_BYTES:]
-        with suppress(OSError):
-            if self._file.tell() > _LOG_BYTES:
-                self._file.truncate(0)
-            self._file.write(data)
+        if self._queued - self._done <= _UNWRITTEN_BYTES:
+            self._queued += len(data)
+            self._queue.put(data)
 
     def last_lines(self) -> str:
         """At most the last 20 lines and 4 KiB, without a debugger's backtrace."""
@@ -69,8 +82,34 @@ class StderrLog:
         return "\n".join(lines[-_TAIL_LINES:])[-_SHOWN_CHARACTERS:]
 
     def close(self) -> None:
-        """Closes the file; ``last_lines`` still answers."""
+        """Has the file closed once everything is in it, and waits a second for that. ``last_lines`` still answers."""
+        self._queue.put(None)
+        self._thread.join(_LOG_CLOSE_SECONDS)
+
+    def _write_all(self) -> None:
+        while (data := self._queue.get()) is not None:
+            with suppress(OSError):
+                if self._file.tell() > _LOG_BYTES:
+                    self._file.truncate(0)
+                self._file.write(data)
+            self._done += len(data)
         self._file.close()
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Opens a log to append to it, or the first of ``name-server-2.log`` and so on that no other process has open."""
+    for number in count(1):
+        own = path if number == 1 else path.with_stem(f"{path.stem}-server-{number}")
+        file = own.open("ab", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        except OSError:
+            pass  # a file system without locks
+        return file
+    raise AssertionError  # count never ends
 
 
 @final

@@ -1,12 +1,14 @@
 """What was measured of every runner's speed, by model and host, and the file in which it outlives the server."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 86400.0
 """After which a point counts for nothing: a runner that lost once gets another chance."""
+_LOCK_SECONDS = 5.0
+"""How long another server may take to write its measurements."""
 _LARGEST = 16 << 20
 """Bytes of a file that is read at all."""
 
@@ -127,10 +131,14 @@ class Speeds:
         with self._saving:
             if self._file is None or not entries:
                 return
-            all_entries = _read(self._file) | {entry.key: entry for entry in entries}
-            text = _File(entries=tuple(all_entries[key] for key in sorted(all_entries))).model_dump_json(indent=1)
             try:
-                _replace(self._file, text)
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with _alone_in(self._file.parent):
+                    all_entries = _read(self._file)
+                    for entry in entries:
+                        all_entries[entry.key] = _merged(all_entries.get(entry.key), entry)
+                    content = _File(entries=tuple(all_entries[key] for key in sorted(all_entries)))
+                    _replace(self._file, content.model_dump_json(indent=1))
             except OSError as error:
                 log.warning("%s cannot be written; measured speeds end with this server: %s", self._file, error)
                 self._file = None
@@ -140,6 +148,17 @@ class Speeds:
         if entry is None or entry.table != _table_digest(card, runner):
             return {}
         return {at: entry.points[at] for at in sorted(entry.points) if _fresh(entry.points[at], now)}
+
+
+def _merged(written: Entry | None, measured: Entry) -> Entry:
+    """Of each load the later point, whichever server has measured it."""
+    if written is None or written.table != measured.table:
+        return measured
+    points = dict(written.points)
+    for load, point in measured.points.items():
+        if load not in points or points[load].at <= point.at:
+            points[load] = point
+    return measured.model_copy(update={"points": points})
 
 
 def _read(file: Path) -> dict[tuple[str, str, str], Entry]:
@@ -161,11 +180,33 @@ def _read(file: Path) -> dict[tuple[str, str, str], Entry]:
     return {}
 
 
+@contextmanager
+def _alone_in(directory: Path) -> Generator[None]:
+    """Waits until no other server is in this context, some seconds at most. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _locked(descriptor) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
 def _replace(file: Path, text: str) -> None:
     """Raises OSError, with the file as it was."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(file)
     finally:
