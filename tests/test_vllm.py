@@ -282,7 +282,7 @@ def test_a_wrong_setting_is_named_before_vllm_is_imported(twin: Path, table: dic
         program.send(load_command(twin, **table))
         assert program.drain() != 0
         assert program.failure is not None
-        assert program.failure.code == "model_load_failed"
+        assert program.failure.code == "model_misconfigured"
         assert named in program.failure.message
 
 
