@@ -53,14 +53,14 @@ def test_a_body_of_another_type(http: httpx.Client, media_type: str) -> None:
 
 
 def test_a_body_without_a_type_or_with_an_unknown_encoding(http: httpx.Client) -> None:
-    assert error(http.post(CHAT, content=b"{}")) == (400, "missing_parameter", "model")
+    assert error(http.post(CHAT, content=b"{}")) == (400, "missing_parameter", "messages")
     reply = http.post(CHAT, content=b"{}", headers={**JSON, "content-encoding": "br"})
     assert error(reply) == (415, "unsupported_media_type", None)
 
 
 def test_a_type_with_parameters_is_accepted(http: httpx.Client) -> None:
     reply = http.post(CHAT, content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"})
-    assert error(reply) == (400, "missing_parameter", "model")
+    assert error(reply) == (400, "missing_parameter", "messages")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\xff"}', b"[" * 100_000])
