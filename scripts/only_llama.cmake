@@ -1,3 +1,23 @@
-# Read by CMake right after vendor/llama.cpp's own project() call. The bindings force the "common" helper library
-# on; nothing here uses it, and it is a quarter of the build.
+# CMake reads this file right after vendor/llama.cpp's own project() call.
+
+# The bindings force the "common" helper library on. Nothing here uses it, and it is a quarter of the build.
 set(LLAMA_BUILD_COMMON OFF)
+
+# GCC 12 drops the stores to AMX's tile configuration, so llama.cpp's AMX code dies of an illegal instruction on Xeons
+# that have it. No other processor does.
+if(CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-mno-amx-int8>)
+endif()
+
+# The wheel carries its own libgomp: a machine or container without a compiler often has none. The libraries beside it
+# look for it in their own folder first.
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  execute_process(
+    COMMAND "${CMAKE_CXX_COMPILER}" -print-file-name=libgomp.so.1
+    OUTPUT_VARIABLE LIBGOMP
+    OUTPUT_STRIP_TRAILING_WHITESPACE)
+  get_filename_component(LIBGOMP "${LIBGOMP}" REALPATH)
+  if(EXISTS "${LIBGOMP}")
+    install(FILES "${LIBGOMP}" DESTINATION "${SKBUILD_PLATLIB_DIR}/llama_cpp/lib" RENAME libgomp.so.1)
+  endif()
+endif()

@@ -19,6 +19,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CLIENTS = ROOT / ".venv-clients"
 VLLM = ROOT / ".venv-vllm"
+ONLY_LLAMA = ROOT / "scripts" / "only_llama.cmake"
 LLAMA = "llama-cpp-python==0.3.36"
 VLLM_VERSION = "0.32.0"
 
@@ -99,10 +100,9 @@ def cmake_arguments(cuda: str, architectures: str) -> list[str]:
         sys.exit("CUDA=1 needs the CUDA toolkit, but there is no nvcc in PATH or /usr/local/cuda/bin")
     if cuda == "1" and not (architectures or found):
         sys.exit("CUDA=1 finds no NVIDIA card here; say which to build for, such as CUDA_ARCHS=90-real")
-    # Neither the multimodal nor the common library is used, and they are most of the build. llama.cpp's own
-    # threads wait for each other a little faster than OpenMP's.
-    arguments = ["-DLLAVA_BUILD=OFF", f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'scripts' / 'only_llama.cmake'}"]
-    arguments.append("-DGGML_OPENMP=OFF")
+    # Neither the multimodal nor the common library is used, and they are most of the build. OpenMP's threads sleep
+    # soon while they wait for each other; llama.cpp's own spin, which starves them on a busy CPU.
+    arguments = ["-DLLAVA_BUILD=OFF", f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ONLY_LLAMA}", "-DGGML_OPENMP=ON"]
     if cuda == "1" or (cuda == "auto" and nvcc and found):
         arguments += ["-DGGML_CUDA=on", f"-DCMAKE_CUDA_ARCHITECTURES={architectures or found}"]
         arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
@@ -124,7 +124,7 @@ def install_llama(arguments: list[str]) -> None:
     """Builds llama-cpp-python once for this processor and these options, keeps the wheel, installs it."""
     processor = Path("/proc/cpuinfo")
     flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
-    key = digest(LLAMA, flags, *(argument for argument in arguments if "_INCLUDE=" not in argument))
+    key = digest(LLAMA, flags, ONLY_LLAMA.read_text(), *(each for each in arguments if "_INCLUDE=" not in each))
     if stamped("llama", key):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo" / "wheels" / key

@@ -35,6 +35,8 @@ from exo.worker.messages import (
     Capabilities,
     Choice,
     Command,
+    Cores,
+    CpuUse,
     Delta,
     Deltas,
     Embed,
@@ -250,6 +252,7 @@ class FakeRunner:
     """In order of arrival: each step answers one."""
     tokens: int = 0
     steps: int = 0
+    cpu: CpuUse | None = None
     beat: float = field(default_factory=time.monotonic)
 
     def emit(self, *messages: Message) -> None:
@@ -300,7 +303,7 @@ class FakeRunner:
         if time.monotonic() >= self.beat:
             requests = len(self.sequences) + len(self.questions)
             active = min(requests, self.options.slots)
-            self.emit(Heartbeat(steps=self.steps, active=active, waiting=requests - active))
+            self.emit(Heartbeat(steps=self.steps, active=active, waiting=requests - active, cpu=self.cpu))
             self.beat = time.monotonic() + 1.0
 
     def take(self, command: Command | Failed) -> None:
@@ -321,6 +324,8 @@ class FakeRunner:
                 elif request in self.questions:
                     usage = Usage(prompt_tokens=0, completion_tokens=0)
                     self.answer(Finished(id=request, reason="cancelled", usage=usage))
+            case Cores(count=count):
+                self.cpu = CpuUse(threads=count, reason="as it was told", delay=0, slowdown=1)
             case Shutdown():
                 self.shut_down()
             case Failed():

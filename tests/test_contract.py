@@ -21,6 +21,7 @@ from exo.worker.messages import (
     PART_LOGPROBS,
     Cancel,
     Capabilities,
+    Cores,
     Generate,
     Grammar,
     Load,
@@ -78,6 +79,8 @@ class Case:
     """What makes it slow enough for a test to step in between two tokens, where it is not slow by itself."""
     small_chunks: Table = field(default_factory=lambda: {"n_batch": 32, "n_ubatch": 32})
     """What makes it compute a prompt in many steps."""
+    free_threads: Table = field(default_factory=dict[str, JsonValue])
+    """What leaves the number of its threads open."""
     cache_block: int = 1
     """Tokens that its prefix cache reuses together or not at all."""
     tasks: tuple[str, ...] = ()
@@ -93,7 +96,9 @@ CASES = {
         slow={"step_seconds": 0.01},
         small_chunks={"chunk": 32},
     ),
-    "cuda": Case(tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table),
+    "cuda": Case(
+        tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table, free_threads={"threads": None}
+    ),
     "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
     "vllm": Case(
         RUNNERS["vllm"].command,
@@ -199,6 +204,17 @@ def test_a_model_that_does_not_load_fails_the_runner(start: Start) -> None:
     assert program.drain() != 0
     assert program.failure is not None
     assert "no_such_key" in program.failure.message
+
+
+def test_a_share_of_the_cores_may_come_at_any_time_and_changes_no_token(start: Start) -> None:
+    program = start.slow(n_ctx=512, slots=2, **start.case.free_threads)
+    undisturbed = one(program, ask(next(name), max_tokens=40))
+    first, exact = next(name), next(name)
+    program.send(Cores(count=1), ask(first, max_tokens=40))
+    program.until(lambda: first in program.results and len(program.results[first].tokens) > 2)
+    program.send(Cores(count=2), ask(exact, max_tokens=40).model_copy(update={"exact": True}), Cores(count=1))
+    program.until(program.ended(first, exact))
+    assert program.results[first].tokens == program.results[exact].tokens == undisturbed.tokens
 
 
 # --- one request ---

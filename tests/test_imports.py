@@ -18,6 +18,7 @@ ENGINE_HOMES = {
 
 RUNNER_MAY_USE = {
     "exo.worker.messages",
+    "exo.worker.cores",
     "exo.worker.wire",
     "exo.worker.text",
     "exo.worker.randomness",

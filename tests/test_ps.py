@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from rich.console import Console
 
 from exo.api.instances import DeviceMemory, Instance, InstanceList, LastFailure
 from exo.ps import show
+from exo.worker.cores import physical_cores, shares
+from exo.worker.messages import CpuUse
 from tests.server import ServeProgram, environment, write_card
 from tests.tiny import Shape, write_gguf
 
@@ -55,6 +58,37 @@ def fakes(home: Path, **tables: dict[str, JsonValue]) -> Generator[ServeProgram]
         yield server
 
 
+def an_instance(**fields: object) -> Instance:
+    usual: dict[str, object] = {
+        "model": "org/model",
+        "runner": "cuda",
+        "instance": "x",
+        "backend": "LlamaCppCpu",
+        "devices": [],
+        "state": "Running",
+        "layers_loaded": 0,
+        "total_layers": 0,
+        "slots": 0,
+        "active": 0,
+        "waiting": 0,
+        "model_bytes": 0,
+        "pid": None,
+        "started": 0,
+        "deaths": 0,
+        "last_failure": None,
+        "tokens_per_second": 0,
+        "memory_reserved": 0,
+        "device_memory_reserved": 0,
+        "memory_measured": None,
+        "device_memory_measured": None,
+        "device_memory": [],
+        "pinned": False,
+        "expires_seconds": None,
+        "retry_seconds": 0,
+    }
+    return Instance.model_validate({**usual, **fields})
+
+
 def test_a_killed_runner_is_shown_with_its_signal_until_another_works_and_counted_for_ever(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", Shape())
     table: dict[str, JsonValue] = {"path": str(tmp_path / "tiny.gguf"), "n_ctx": 512, "threads": 1, "slots": 3}
@@ -77,7 +111,8 @@ def test_a_killed_runner_is_shown_with_its_signal_until_another_works_and_counte
         assert row["last_failure"] is None
         shown = json.loads(ps(server, "--json").stdout)
         (same,) = shown["data"]
-        assert shown == {"object": "list", "data": [{**row, "tokens_per_second": same["tokens_per_second"]}]}
+        moving = {key: same[key] for key in ("tokens_per_second", "cpu")}
+        assert shown == {"object": "list", "data": [{**row, **moving}]}
 
         runner.send_signal(signal.SIGKILL)
         until(server, lambda each: each["pid"] is None)
@@ -112,6 +147,38 @@ def test_a_model_that_keeps_dying_shows_what_its_replies_say_and_when_it_is_trie
         assert f"ago: {message}" in ps(server).stdout
 
 
+def test_models_that_answer_at_the_same_time_share_the_cores_and_ps_says_so(tmp_path: Path) -> None:
+    def threads() -> list[int | None]:
+        return [each["cpu"] and each["cpu"]["threads"] for each in rows(server)]
+
+    slow: dict[str, JsonValue] = {"step_seconds": 0.05}
+    with fakes(tmp_path, one=slow, other=slow) as server, ThreadPoolExecutor(2) as clients:
+        for model in ("one", "other"):
+            assert server.complete(model, max_tokens=1).status_code == 200
+        replies = [clients.submit(server.complete, model, max_tokens=80) for model in ("one", "other")]
+        expected = sorted(shares(physical_cores(), ("one", "other")).values())
+        while None in threads() or sorted(filter(None, threads())) != expected:
+            assert not all(each.done() for each in replies), threads()
+        shown = ps(server).stdout
+        assert "test/one@cuda computes with" in shown
+        assert [each.result().status_code for each in replies] == [200, 200]
+
+        alone = clients.submit(server.complete, "one", max_tokens=60)
+        while threads()[0] != physical_cores():
+            assert not alone.done()
+        assert alone.result().status_code == 200
+
+
+def test_what_other_programs_cost_a_model_is_told(tmp_path: Path) -> None:
+    busy = CpuUse(threads=1, reason="of 2 cores, because other programs use the CPU", delay=0.31, slowdown=2.3)
+    out = io.StringIO()
+    row = an_instance(active=1, cpu=busy)
+    show(InstanceList(data=[row]), Console(file=out, width=200))
+    assert "computes with 1 thread, of 2 cores, because other programs use the CPU" in out.getvalue()
+    assert "its threads wait 31% of the time for a core" in out.getvalue()
+    assert "CPU is shared: steps take 2.3 times as long as when quiet" in out.getvalue()
+
+
 def test_a_load_that_fails_is_shown_with_its_reason(tmp_path: Path) -> None:
     with fakes(tmp_path, torn={"fail_load": "the weights are \x1b[31mtorn\nin two"}) as server:
         assert server.complete("torn").status_code == 503
@@ -125,33 +192,7 @@ def test_a_load_that_fails_is_shown_with_its_reason(tmp_path: Path) -> None:
 
 def test_it_says_when_a_runner_may_be_started_again() -> None:
     failed = LastFailure(code="runner_died", message="the runner exited with code 1", at=int(time.time()) - 125)
-    row = Instance(
-        model="org/model",
-        runner="cuda",
-        instance="x",
-        backend="LlamaCppCpu",
-        devices=[],
-        state="Failed",
-        layers_loaded=0,
-        total_layers=0,
-        slots=0,
-        active=0,
-        waiting=0,
-        model_bytes=0,
-        pid=None,
-        started=0,
-        deaths=5,
-        last_failure=failed,
-        tokens_per_second=0,
-        memory_reserved=0,
-        device_memory_reserved=0,
-        memory_measured=None,
-        device_memory_measured=None,
-        device_memory=[],
-        pinned=False,
-        expires_seconds=None,
-        retry_seconds=7.2,
-    )
+    row = an_instance(state="Failed", deaths=5, last_failure=failed, retry_seconds=7.2)
     shown = io.StringIO()
     show(InstanceList(data=[row]), Console(file=shown, width=200))
     assert "org/model@cuda failed 2 min ago: the runner exited with code 1\n" in shown.getvalue()

@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from exo.worker.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
 from exo.worker.host import Host
 from exo.worker.messages import Probe
+
+CROWDED = 0.1
+"""Share of the time in which processes wait for a CPU, from which on it counts as shared."""
 
 
 def as_json(host: Host) -> dict[str, object]:
@@ -23,6 +27,7 @@ def as_json(host: Host) -> dict[str, object]:
 def as_text(host: Host) -> Iterator[str]:
     """The findings line by line."""
     yield f"host      {host.system} {host.machine}, {host.cpu_count} processors"
+    yield from _cpu()
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"
     for device in host.nvidia_devices:
         used = f"{_gib(device.memory_total - device.memory_free)} in use of {_gib(device.memory_total)}"
@@ -32,6 +37,17 @@ def as_text(host: Host) -> Iterator[str]:
         yield "NVIDIA    no device, or no driver that answers"
     for name, probe in host.probes.items():
         yield from _runner(name, probe)
+
+
+def _cpu() -> Iterator[str]:
+    """Cores that a runner may use, what limits them, and whether processes wait for them at the moment."""
+    cores, cpus, quota = physical_cores(), len(usable_cpus()), cpu_quota()
+    limits = [f"{cpus} logical CPUs in the affinity mask", *([] if quota is None else [f"a quota of {quota:g} CPUs"])]
+    yield f"CPU       a model computes with up to {cores} thread{'s'[: cores > 1]}: {', '.join(limits)}"
+    pressure = cpu_pressure()
+    if pressure is not None:
+        busy = "CPU is shared; a model next to it computes with fewer threads" if pressure >= CROWDED else "quiet"
+        yield f"          a process waited for a CPU in {pressure:.0%} of the last 10 s: {busy}"
 
 
 def healthy(host: Host) -> bool:

@@ -12,6 +12,9 @@ from rich.table import Table
 from exo.api.instances import Instance, InstanceList
 from exo.client import ask, foreign
 
+TOLD_DELAY, TOLD_SLOWDOWN = 0.1, 1.3
+"""From which on the cost of other programs is worth a line."""
+
 
 def ask_server(client: httpx.Client) -> InstanceList:
     """The server's instances. Raises CommandError."""
@@ -23,7 +26,7 @@ def ask_server(client: httpx.Client) -> InstanceList:
 
 
 def show(instances: InstanceList, out: Console) -> None:
-    """A table, and below it why each runner failed that has."""
+    """A table, and below it how each model computes on the CPU and why each runner failed that has."""
     if not instances.data:
         out.print("no model is loaded; one is when it is asked for")
         return
@@ -45,7 +48,7 @@ def show(instances: InstanceList, out: Console) -> None:
             str(each.deaths),
         )
     out.print(table, markup=False, highlight=False)
-    for line in _failures(instances, now):
+    for line in (*_cpu_use(instances), *_failures(instances, now)):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -60,6 +63,19 @@ def _state(instance: Instance) -> str:
     loading = instance.state == "Loading" and instance.total_layers
     state = f"Loading {instance.layers_loaded}/{instance.total_layers}" if loading else instance.state
     return f"{state}, old settings" if instance.outdated else state
+
+
+def _cpu_use(instances: InstanceList) -> Iterator[str]:
+    """Threads and why, and what other programs cost the model."""
+    for each in instances.data:
+        if (cpu := each.cpu) is None:
+            continue
+        yield ""
+        yield f"{each.model}@{each.runner} computes with {cpu.threads} thread{'s'[: cpu.threads > 1]}, {cpu.reason}"
+        if cpu.delay >= TOLD_DELAY and each.active:
+            yield f"its threads wait {cpu.delay:.0%} of the time for a core"
+        if cpu.slowdown >= TOLD_SLOWDOWN and each.active:
+            yield f"CPU is shared: steps take {cpu.slowdown:.1f} times as long as when quiet"
 
 
 def _failures(instances: InstanceList, now: float) -> Iterator[str]:

@@ -140,6 +140,7 @@ class Generation:
                 logprobs=request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
                 show_special=each.special,
+                exact=request.seed is not None,
             )
             sequences.append(first)
             for choice in range(1, request.n):  # copies, so that they have one prompt between them

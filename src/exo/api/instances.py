@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel
 
 from exo.worker.instance import Report
-from exo.worker.messages import ErrorCode, RunnerState
+from exo.worker.messages import CpuUse, ErrorCode, RunnerState
 
 
 class LastFailure(BaseModel):
@@ -56,6 +56,8 @@ class Instance(BaseModel):
     """The last time; it stays here when the runner works again."""
     tokens_per_second: float
     """Generated over the last seconds, of all sequences together."""
+    cpu: CpuUse | None = None
+    """How it computes on the CPU; null for a runner that does not, or does not tell."""
     memory_reserved: int
     """Bytes of the processors' memory that are kept for it, and below of all devices together."""
     device_memory_reserved: int
@@ -99,6 +101,7 @@ class Instance(BaseModel):
             if failed
             else None,
             tokens_per_second=round(report.tokens_per_second, 2),
+            cpu=report.cpu,
             memory_reserved=report.reserved.host,
             device_memory_reserved=report.reserved.device,
             memory_measured=report.measured.host if report.measured else None,

@@ -36,6 +36,7 @@ class Wanted:
             sampling=sampling,
             max_tokens=self.tokens,
             ignore_eos=True,
+            exact=True,
         )
 
     def seed_of(self, prompt: int) -> int:

@@ -9,6 +9,7 @@ from exo.worker.answer import Answer, AnswerEvent
 from exo.worker.child import ProtocolError
 from exo.worker.messages import (
     Capabilities,
+    CpuUse,
     Deltas,
     Embedded,
     Estimated,
@@ -61,6 +62,8 @@ class Conversation:
         """Why the runner itself failed, if it said so."""
         self.requests: dict[str, Recipient] = {}
         """Those whose terminal event the runner still owes, by id."""
+        self.cpu: CpuUse | None = None
+        """From the last heartbeat."""
         self.proven = asyncio.Event()
         """Set with the first token or vector that the runner computes: it loads, and it works."""
         self._step_seconds = step_seconds
@@ -141,6 +144,7 @@ class Conversation:
 
     def _on_heartbeat(self, beat: Heartbeat) -> None:
         """Raises ``ProtocolError`` for a loop that has something to compute and stands still."""
+        self.cpu = beat.cpu
         steps, since = self._steps
         now = time.monotonic()
         if beat.steps != steps or not (beat.active or beat.waiting or self.requests):

@@ -16,6 +16,7 @@ from exo.worker.effort import effort
 from exo.worker.messages import (
     LINE_BYTES,
     PART_LOGPROBS,
+    CpuUse,
     Delta,
     Deltas,
     Embedded,
@@ -158,6 +159,8 @@ class Emitter:
     """Told the id of a request that a stop string ended while the engine went on."""
     load: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
     """Steps, active and waiting sequences, for the heartbeat."""
+    cpu: Callable[[], CpuUse | None] = lambda: None
+    """How the engine uses the CPU, for the heartbeat."""
     _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
     _outputs: dict[str, Output] = field(default_factory=dict[str, Output])
     _leaving: bool = False
@@ -194,7 +197,7 @@ class Emitter:
     def _heartbeat(self) -> Heartbeat:
         steps, active, waiting = self.load()
         if self._ready:
-            return Heartbeat(steps=steps, active=active, waiting=waiting)
+            return Heartbeat(steps=steps, active=active, waiting=waiting, cpu=self.cpu())
         cpu_seconds, bytes_read = effort()
         return Heartbeat(steps=steps, active=active, waiting=waiting, cpu_seconds=cpu_seconds, bytes_read=bytes_read)
 

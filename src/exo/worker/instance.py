@@ -12,7 +12,7 @@ from exo.worker.conversation import ENDINGS
 from exo.worker.health import Health
 from exo.worker.ledger import Entry
 from exo.worker.memory import Memory
-from exo.worker.messages import Choice, Failed, Status
+from exo.worker.messages import Choice, CpuUse, Failed, Status
 from exo.worker.process import RunnerError, RunnerProcess
 from exo.worker.router import LiveRunner
 
@@ -44,6 +44,8 @@ class Report:
     pause: float
     """Seconds until this runner may be started again with this model; 0 if it runs or may be started now."""
     tokens_per_second: float
+    cpu: CpuUse | None
+    """How it uses the CPU; None where it does not, or does not tell."""
     reserved: Memory
     """On the account of memory; nothing until it may load."""
     measured: Memory | None
@@ -130,6 +132,7 @@ class Instance:
             failed=time.time() - (now - health.last_at),
             pause=health.pause(now),
             tokens_per_second=self.process.rate.per_second(now),
+            cpu=self.process.cpu,
             reserved=Memory() if entry is None else entry.reserved,
             measured=None if entry is None else entry.measured,
             pinned=entry is not None and entry.pinned,

@@ -19,6 +19,7 @@ from anyio.to_thread import run_sync
 
 from exo.models.card import ModelCard
 from exo.worker.capacity import room, taken
+from exo.worker.cores import physical_cores, shares
 from exo.worker.deadlines import DEADLINES, Deadlines
 from exo.worker.health import Health
 from exo.worker.instance import Instance, Kind, Report, settings_digest
@@ -85,6 +86,7 @@ class Instances:
         self._device_names: tuple[str, ...] = ()
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
+        self._n_cores = physical_cores()
         self._in_flight = Count()
         """Requests of all runners."""
         self._background = anyio.CancelScope()
@@ -256,6 +258,7 @@ class Instances:
             self._deadlines,
             admit if counted else None,
             Stopwatch(self._in_flight, partial(self._on_measured, card, route.runner)),
+            self._share_cores,
         )
         others = list(self._of(card.model_id, route.runner))
         # Where memory is counted, an instance with other settings may go on beside this one if there is room for both.
@@ -300,6 +303,16 @@ class Instances:
         for each in self._instances.values():
             if each.kind in staying and not each.process.began:
                 each.process.displace("its model stays loaded in another process")
+
+    def _share_cores(self) -> None:
+        """Divides the cores among the runners that compute on them at the moment, so that threads need not wait."""
+        busy = {
+            name: each.process
+            for name, each in self._instances.items()
+            if each.process.pending and each.process.computes_on_cpu
+        }
+        for name, share in shares(self._n_cores, busy).items():
+            busy[name].share_cores(share)
 
     async def _look_after(self) -> None:
         """Unloads what has not been used for too long, and looks how much memory the runners have."""

@@ -145,6 +145,9 @@ class Generate(Message):
     show_special: bool = False
     """The texts of control tokens are part of the output's text. Those that end generation never are."""
     delivered: tuple[int, ...] = ()
+    exact: bool = False
+    """The result has to be repeatable to the last bit, so nothing may change its rounding meanwhile, such as the number
+    of threads."""
     also: tuple[Sibling, ...] = ()
     """Further sequences with the same prompt, which is sent once. Nothing was ``delivered`` of any of them."""
 
@@ -183,6 +186,16 @@ class Cancel(Message):
     id: str
 
 
+class Cores(Message):
+    """Tells how many CPU cores the runner may compute on from now on, since other runners compute as well.
+
+    May come at any time after ``Ready``. A runner that cannot change its number of threads ignores it.
+    """
+
+    type: Literal["cores"] = "cores"
+    count: int = Field(ge=1)
+
+
 class Shutdown(Message):
     """Ends the runner; what is in flight is failed with code "shutdown"."""
 
@@ -191,7 +204,7 @@ class Shutdown(Message):
 
 Request = Generate | Embed | Rank | Tokenize
 """What has an id and ends with one message."""
-Command = Annotated[Estimate | Load | Request | Cancel | Shutdown, Field(discriminator="type")]
+Command = Annotated[Estimate | Load | Request | Cancel | Cores | Shutdown, Field(discriminator="type")]
 
 # --- runner to server ---
 
@@ -419,6 +432,19 @@ class Failed(Message):
     param: str | None = None
 
 
+class CpuUse(Message):
+    """How a runner computes on the CPU, and what other programs cost it."""
+
+    threads: int = Field(ge=1)
+    """Threads that compute a step of one row."""
+    reason: str
+    """Why there are so many, in words that follow the number."""
+    delay: float = Field(ge=0, le=1)
+    """Share of the time in which the computing threads wanted to run and waited for a core."""
+    slowdown: float = Field(ge=0)
+    """Times as long as when the machine is quiet that a step takes."""
+
+
 class Heartbeat(Message):
     """Sent about once a second. ``steps`` counts the loop's steps; a busy runner whose count stands still is stuck.
 
@@ -433,6 +459,8 @@ class Heartbeat(Message):
     cpu_seconds: float = 0.0
     """Without the thread that sends heartbeats."""
     bytes_read: int = 0
+    cpu: CpuUse | None = None
+    """None from a runner that does not compute on the CPU, or cannot tell."""
 
 
 Event = Annotated[

@@ -13,12 +13,15 @@ import anyio
 from exo.worker.answer import ANSWERS, Answer, AnswerEvent, Question
 from exo.worker.child import Child, ProtocolError, StderrLog, spawn
 from exo.worker.conversation import FINAL, LOADING, SERVING, Conversation, Recipient, for_request
+from exo.worker.cores import CPU_BACKENDS
 from exo.worker.deadlines import DEADLINES, Deadlines, Progress, Silence
 from exo.worker.diagnosis import diagnose
 from exo.worker.messages import (
     Cancel,
     Capabilities,
     Choice,
+    Cores,
+    CpuUse,
     Deltas,
     Embed,
     Embedded,
@@ -83,7 +86,9 @@ class RunnerProcess:
         deadlines: Deadlines = DEADLINES,
         admit: Admit | None = None,
         stopwatch: Stopwatch | None = None,
+        on_activity: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_activity`` is called when the runner gets its first request, and when it has none any more."""
         self._command = tuple(command)
         self._admit = admit
         self._refused: Failed | None = None
@@ -115,6 +120,10 @@ class RunnerProcess:
         self.rate = Rate()
         """Of the tokens that it delivers."""
         self._stopwatch = stopwatch or Stopwatch(Count(), lambda _: None)
+        self._on_activity = on_activity
+        self._busy = False
+        self._cores: int | None = None
+        """The share of the CPU that the runner was told last."""
 
     @property
     def status(self) -> Status:
@@ -163,6 +172,28 @@ class RunnerProcess:
     def pending(self) -> int:
         """Requests whose terminal event the runner still owes."""
         return len(self._conversation.requests)
+
+    @property
+    def cpu(self) -> CpuUse | None:
+        """How it uses the CPU, as far as it tells."""
+        return self._conversation.cpu
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether it needs cores while it has requests."""
+        model = self.capabilities
+        return self.cpu is not None or (model is not None and (model.backend in CPU_BACKENDS or "CPU" in model.devices))
+
+    def share_cores(self, count: int) -> None:
+        """Has the runner compute on so many cores at most."""
+        if count != self._cores and self._child is not None and self.capabilities is not None:
+            self._cores = count
+            self._child.send(Cores(count=count))
+
+    def _note_activity(self) -> None:
+        if self._busy != bool(self._conversation.requests):
+            self._busy = not self._busy
+            self._on_activity()
 
     def loading(self) -> AsyncIterator[Status]:
         """The status now and after each change, until the runner is ready or gone.
@@ -240,6 +271,7 @@ class RunnerProcess:
             raise RuntimeError(f"{request.type} before ready()")
         else:
             requests[request.id] = recipient  # before the command, so that no answer comes too early
+            self._note_activity()
             self._outbox.post(request)
         try:
             yield
@@ -247,6 +279,7 @@ class RunnerProcess:
             if requests.get(request.id) is recipient and self._child is not None:
                 if self._outbox is not None and self._outbox.withdraw(request.id):
                     del requests[request.id]
+                    self._note_activity()
                 else:
                     self._child.send(Cancel(id=request.id))
 
@@ -355,6 +388,7 @@ class RunnerProcess:
         else:
             self._conversation.take(event)
             self._stopwatch.take(event, asyncio.get_running_loop().time())
+            self._note_activity()
             if self.status.state in FINAL:
                 self._final.set()
 
@@ -445,6 +479,7 @@ class RunnerProcess:
         self._failure = failure
         with ExitStack() as steps:  # in reverse order, and all of them, whichever fails, so that nobody waits for ever
             steps.callback(self._ended.set)
+            steps.callback(self._note_activity)
             steps.callback(self._conversation.end, failure)
             steps.callback(self._stopwatch.close, asyncio.get_running_loop().time())
             steps.callback(on_end, failure)

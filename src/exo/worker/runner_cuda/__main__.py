@@ -16,6 +16,10 @@ from exo.worker.runner_cuda.devices import probe
 from exo.worker.runner_cuda.huge_pages import restart_with_huge_pages
 from exo.worker.wire import exit_now, read_commands, take_protocol_stream
 
+SPIN_COUNT = "1000"
+"""How often a thread of llama.cpp's looks whether the others are done before it sleeps (GCC's OpenMP). This takes some
+microseconds. A thread that spins for longer occupies the core that the thread it waits for needs: next to another busy
+process, a step then takes up to fifty times as long."""
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter from the one that has just finished a decode; Python's own 5 ms is a tenth
 of a step."""
@@ -34,6 +38,7 @@ def main() -> None:
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before the library that reads it is loaded
     restart_with_huge_pages()
     protocol = take_protocol_stream()
     if sys.argv[1:] == ["--score"]:

@@ -1,9 +1,7 @@
 """What this llama.cpp build can use on this host: ggml's device list, physical cores, and the answer to --probe."""
 
 import ctypes
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from exo.worker.messages import Device, Probe
 
@@ -142,13 +140,3 @@ def _library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, result
     return lib
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, hyperthreads counted once: a second thread of a core slows matrix work down."""
-    allowed = os.sched_getaffinity(0)
-    cores: set[str] = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
-    return max(1, len(cores))

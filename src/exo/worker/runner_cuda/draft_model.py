@@ -12,6 +12,7 @@ from exo.worker.runner_cuda.llama import Context, Logits, Model
 from exo.worker.runner_cuda.sampler import Turn, choose
 from exo.worker.runner_cuda.scheduler import LEAST
 from exo.worker.runner_cuda.sequence import Sequence as Stream
+from exo.worker.runner_cuda.threads import Threads
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 LITTLE = 16
@@ -28,12 +29,15 @@ class DraftModel:
     tokens probable, both draw the same one.
     """
 
-    def __init__(self, model: Model, context: Context, n_slots: int, chunk: int, longest: int) -> None:
+    def __init__(
+        self, model: Model, context: Context, n_slots: int, chunk: int, longest: int, threads: Threads
+    ) -> None:
         """``context`` has room for ``chunk`` rows and ``n_slots`` rows of logits in a step."""
         self.seconds = 0.0
         self.longest = longest
         self._model = model
         self._context = context
+        self._threads = threads
         self._chunk = chunk
         self._held: list[list[int]] = [[] for _ in range(n_slots)]
         """Tokens whose cells each slot has."""
@@ -42,6 +46,7 @@ class DraftModel:
 
     def catch_up(self, streams: Sequence[Stream]) -> bool:
         """One piece a step, and beside other streams a small one: so a long prompt does not stall them."""
+        self._context.use_threads(*self._threads.counts(exact=False))
         lacking = [(stream, self._aligned(stream)) for stream in streams]
         behind = [(stream, start) for stream, start in lacking if len(stream.tokens) - start > LITTLE]
         for stream, start in islice(behind, 1):

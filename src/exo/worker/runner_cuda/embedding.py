@@ -95,6 +95,8 @@ class Embedder:
     longest: int = field(init=False)
     """Tokens that a text may have."""
     waiting: deque[Job] = field(default_factory=deque[Job])
+    n_threads: int = 1
+    """Threads of the CPU part."""
     _n_rows: int = field(init=False)
     _n_texts: int = field(init=False)
     _context: PooledContext | None = None
@@ -178,6 +180,7 @@ class Embedder:
         batch.tokens[:n_rows] = texts.tokens[rows]
         batch.positions[:n_rows] = texts.positions[rows]
         batch.slots[:n_rows] = texts.numbers[rows]
+        context.use_threads(self.n_threads)
         context.compute(n_rows)
         numbers, counts = np.unique(texts.numbers[rows], return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):

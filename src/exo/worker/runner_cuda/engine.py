@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from exo.worker.constraint import Constraint, GrammarError, Mask, grammar_failure
 from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
-from exo.worker.messages import Failed, FinishReason
+from exo.worker.messages import Cores, Failed, FinishReason
 from exo.worker.runner_cuda.backend_sampling import BackendSampling, Best
 from exo.worker.runner_cuda.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.embedding import Embedder, Job
@@ -16,6 +16,7 @@ from exo.worker.runner_cuda.llama import Context, Logits
 from exo.worker.runner_cuda.sampler import Sampler, Turn, choose, score
 from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.threads import Threads
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 
@@ -50,15 +51,17 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         sampling: BackendSampling,
+        threads: Threads,
         emitter: Emitter,
     ) -> None:
-        self.commands: SimpleQueue[Sequence | Job | Leave | Stop] = SimpleQueue()
+        self.commands: SimpleQueue[Sequence | Job | Leave | Cores | Stop] = SimpleQueue()
         self.steps = 0
         self._context = context
         self._embedder = embedder
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._sampling = sampling
+        self._threads = threads
         self._emitter = emitter
 
     def load(self) -> tuple[int, int, int]:
@@ -76,9 +79,13 @@ class Engine:
                 continue
             n_outputs = self._fill(step)
             self._sampling.prepare(step)
+            exact = any(chunk.sequence.exact for chunk in step.chunks)
+            self._context.use_threads(*self._threads.counts(exact=exact))
             began = time.perf_counter()
             self._context.decode(step.n_rows)
-            self._scheduler.computed(step, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._threads.computed(step.n_rows, seconds, prefills=step.prefills, exact=exact)
+            self._scheduler.computed(step, seconds)
             processed = [(c.sequence.id, c.stop) for c in step.chunks if c.stop <= c.sequence.n_prefill]
             done = StepDone(step.started, processed)
             if n_outputs:
@@ -90,6 +97,7 @@ class Engine:
 
     def _embed(self) -> None:
         """One batch of texts, so that streams and texts take turns."""
+        self._embedder.n_threads = self._threads.counts(exact=False)[1]
         for answer in self._embedder.step():
             self._emitter.put(answer)
         self.steps += 1
@@ -112,6 +120,8 @@ class Engine:
                     found = self._scheduler.remove(command.id) is not None or self._embedder.remove(command.id)
                     if found and not command.told:
                         self._emitter.put(Cancelled(command.id))
+                case Cores():
+                    self._threads.restrict(command.count)
                 case Stop():
                     return False
 

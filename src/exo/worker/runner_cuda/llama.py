@@ -210,7 +210,7 @@ class Context:
         return np.ctypeslib.as_array(address, shape=(n_outputs, self.n_vocab))
 
     def use_threads(self, one_row: int, more: int) -> None:
-        """Threads of the CPU part, for a step of one row and for steps of more."""
+        """Sets the threads of the CPU part, for steps of one row and for steps of more."""
         llama_cpp.llama_set_n_threads(self.handle, one_row, more)
 
     def trim(self, slot: int, length: int) -> bool:
@@ -289,6 +289,10 @@ class PooledContext:
         self.size = 1 if pooling == "rank" else llama_cpp.llama_model_n_embd_out(model.handle)
         """Numbers that ``pooled`` gives."""
         self._memory = llama_cpp.llama_get_memory(handle)
+
+    def use_threads(self, count: int) -> None:
+        """Sets the threads of the CPU part."""
+        llama_cpp.llama_set_n_threads(self.handle, count, count)
 
     def compute(self, n_rows: int) -> None:
         """The batch's first ``n_rows``. Raises EngineError; the context is then unusable."""

@@ -1,6 +1,5 @@
 """From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -10,11 +9,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from exo.worker.cores import physical_cores, usable_cpus
 from exo.worker.load_error import LoadError
 from exo.worker.messages import Capabilities, Load, Status
 from exo.worker.runner_cuda.backend_sampling import BackendSampling, backend_sampling
 from exo.worker.runner_cuda.chains import Chains
-from exo.worker.runner_cuda.devices import ENGINE, Gpu, gpus, physical_cores
+from exo.worker.runner_cuda.devices import ENGINE, Gpu, gpus
 from exo.worker.runner_cuda.draft import LONGEST
 from exo.worker.runner_cuda.draft_model import LITTLE, DraftModel, check_vocabulary
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
@@ -28,7 +28,7 @@ from exo.worker.runner_cuda.placement import check_architecture, chosen
 from exo.worker.runner_cuda.prefix_cache import PrefixCache
 from exo.worker.runner_cuda.scheduler import SCORED_ROWS, Scheduler
 from exo.worker.runner_cuda.speculation import Speculation
-from exo.worker.runner_cuda.threads import settle
+from exo.worker.runner_cuda.threads import Threads
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 from exo.worker.wire import describe
 
@@ -59,6 +59,7 @@ class Loaded:
     chunk: int
     draft: DraftModel | None
     sampling: BackendSampling
+    threads: Threads
 
     def free(self) -> None:
         """Contexts first: they borrow from the model, and from the chains of backend sampling."""
@@ -106,13 +107,12 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     if embedder.pooling == "rank" and not any(Header.read(part).has(*RANKING_HEADS) for part in parts(path)):
         raise LoadError("model_load_failed", f"{path} has no head that ranks, and its pooling is to be rank")
     _warm_up(context, embedder, score)
-    if context.generates and not (on_gpu or score or _says_threads(command)):
-        settle(context, physical_cores(), len(os.sched_getaffinity(0)))
     on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
     chains = Chains(context)
     given = (context, chains, options)
     sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
-    draft = None if score else _load_draft(command, options, devices, model, context, chunk, log)
+    threads = Threads(physical_cores(), len(usable_cpus()), _fixed_threads(command, options))
+    draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log)
     tokenizer = Tokenizer(model)
     names = tuple(device.name for device in devices) or (CPU,)
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
@@ -123,7 +123,9 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     enough = budget if on_gpu else CPU_ENOUGH
     scheduler = Scheduler(options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation)
     framing = Framing(model, tokenizer)
-    return Loaded(model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling)
+    return Loaded(
+        model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling, threads
+    )
 
 
 def _capabilities(
@@ -180,9 +182,12 @@ def read_options(command: Load) -> CudaOptions:
     return options.model_copy(update=updates)
 
 
-def _says_threads(command: Load) -> bool:
-    """Whether the card has the number of threads."""
-    return any(command.table.get(key) is not None for key in ("threads", "threads_batch"))
+def _fixed_threads(command: Load, options: CudaOptions) -> tuple[int, int] | None:
+    """The model card's threads for steps of one row and of more; None where it leaves them open."""
+    if all(command.table.get(key) is None for key in ("threads", "threads_batch")):
+        return None
+    one = options.threads or physical_cores()
+    return one, options.threads_batch or one
 
 
 def check_header(path: Path) -> None:
@@ -239,7 +244,14 @@ def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
 
 
 def _load_draft(
-    command: Load, options: CudaOptions, devices: Sequence[Gpu], target: Model, context: Context, chunk: int, log: Log
+    command: Load,
+    options: CudaOptions,
+    devices: Sequence[Gpu],
+    target: Model,
+    context: Context,
+    chunk: int,
+    threads: Threads,
+    log: Log,
 ) -> DraftModel | None:
     """Raises LoadError naming the key."""
     path, draft = draft_file(command, options), options.draft
@@ -256,7 +268,7 @@ def _load_draft(
         if not (guessing.generates and model.can_cut):
             raise LoadError("model_load_failed", "it cannot take tokens back, as a draft model must")
     _decode_one(guessing)
-    return DraftModel(model, guessing, options.slots, chunk, draft.max_tokens)
+    return DraftModel(model, guessing, options.slots, chunk, draft.max_tokens, threads)
 
 
 @contextmanager

@@ -90,11 +90,11 @@ class CudaOptions(ModelFile):
     "auto": with every layer on GPUs and no speculation, if that is found to be faster when the model is loaded. By
     default "off", since this has not run on a GPU yet."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of the CPU part; by default one for each core, or without hyperthreads one less for a step of one row,
-    where that is found not to be much slower."""
+    """Threads of the CPU part. By default one for each core that this process may use, and fewer while other programs
+    or other models compute, as far as that is measured to be faster."""
     threads_batch: int | None = Field(default=None, ge=1, le=1024)
-    """Of these, for prompts and for several sequences at a time; by default as many as ``threads``, if they are given,
-    or else as is found to be fastest."""
+    """Threads for prompts and for several sequences at a time; by default ``threads``, if that is given, or else as
+    many as are measured to be fastest, hyperthreads included."""
     flash_attn: Literal["auto", "on", "off"] = "auto"
     cache_type_k: CacheType = "f16"
     cache_type_v: CacheType = "f16"

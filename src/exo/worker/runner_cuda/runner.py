@@ -15,6 +15,7 @@ from exo.worker.load_error import LoadError
 from exo.worker.messages import (
     Cancel,
     Command,
+    Cores,
     Embed,
     Estimate,
     Failed,
@@ -62,6 +63,9 @@ class Runner:
                 self._arrived.put(command)
             case Cancel():
                 self._cancel(command)
+            case Cores():
+                if self._ready is not None:
+                    self._ready[0].commands.put(command)
             case Shutdown():
                 self._shut_down()
             case Failed():
@@ -156,6 +160,7 @@ class Runner:
                 constraint=constraint,
                 logprobs=request.logprobs,
                 prompt_logprobs=request.prompt_logprobs,
+                exact=request.exact or bool(request.delivered),
             )
         )
 
@@ -204,10 +209,11 @@ class Runner:
         try:
             loaded = load(command, self._emitter.put)
             parts = loaded.context, loaded.embedder, loaded.scheduler, loaded.tokenizer, loaded.sampling
-            engine = Engine(*parts, self._emitter)
+            engine = Engine(*parts, loaded.threads, self._emitter)
             self._emitter.vocabulary = loaded.tokenizer
             self._emitter.stop_engine = lambda request: engine.commands.put(Leave(request, told=True))
             self._emitter.load = engine.load
+            self._emitter.cpu = loaded.threads.use
             self._ready = engine, loaded
             self._emitter.put(Status(state="Ready", capabilities=loaded.capabilities))
             engine.run()

@@ -45,6 +45,8 @@ class Sequence:
     """What the request's grammar allows next; has seen all of the output known."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    exact: bool = False
+    """Whether the number of threads may not change its rounding."""
     drafter: Drafter | None = None
     """Made when it is first asked for a draft."""
     draft_rate: Rate = field(default_factory=lambda: Rate(HOPE, 4.0))

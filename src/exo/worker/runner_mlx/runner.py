@@ -17,6 +17,7 @@ from exo.worker.load_error import LoadError
 from exo.worker.messages import (
     Cancel,
     Command,
+    Cores,
     Embed,
     Estimate,
     Failed,
@@ -62,6 +63,8 @@ class Runner:
                 self._arrived.put(command)
             case Cancel():
                 self._cancel(command)
+            case Cores():
+                pass  # MLX computes on a CPU with one thread
             case Shutdown():
                 self._shut_down()
             case Failed():

@@ -1,6 +1,5 @@
 """From a ``Load`` command to a warm model: options, folder, vLLM, tokenizer and what they can do."""
 
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from exo.worker.cores import physical_cores
 from exo.worker.embedding import Job
 from exo.worker.hf_tokenizer import Tokenizer
 from exo.worker.load_error import LoadError
@@ -52,7 +52,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     layers = layer_count(config)
     report(Status(state="Loading", total_layers=layers))
     eager = checked.processors if options.enforce_eager is None else options.enforce_eager
-    prepare(options.threads or os.cpu_count() or 1 if checked.processors else None, eager=eager)
+    prepare(options.threads or physical_cores() if checked.processors else None, eager=eager)
     try:
         from exo.worker.runner_vllm.core import Core, open_tokenizer
     except (ImportError, OSError, RuntimeError) as error:

@@ -17,6 +17,7 @@ from exo.worker.load_error import LoadError
 from exo.worker.messages import (
     Cancel,
     Command,
+    Cores,
     Embed,
     Estimate,
     Failed,
@@ -61,6 +62,8 @@ class Runner:
                 self._arrived.put(command)
             case Cancel():
                 self._cancel(command)
+            case Cores():
+                pass  # vLLM does not let its number of threads change once it has loaded
             case Shutdown():
                 self._shut_down()
             case Failed():

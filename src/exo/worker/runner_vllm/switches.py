@@ -4,9 +4,10 @@ import os
 
 
 def prepare(threads: int | None, *, eager: bool) -> None:
-    """What only the environment can tell vLLM; before it is imported.
+    """Sets what only the environment can tell vLLM, before it is imported.
 
-    Nothing is fetched or reported, and nothing listens on the network.
+    Nothing is fetched or reported, and nothing listens on the network. Threads of the CPU part sleep soon while they
+    wait for each other: spinning, they would take the core that the one they wait for needs.
     """
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -19,6 +20,8 @@ def prepare(threads: int | None, *, eager: bool) -> None:
         VLLM_LOOPBACK_IP="127.0.0.1",
         GLOO_SOCKET_IFNAME="lo",
         TOKENIZERS_PARALLELISM="false",
+        GOMP_SPINCOUNT="1000",
+        KMP_BLOCKTIME="0",
     )
     if eager:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else a log-probability would compile C++ for twenty seconds
