@@ -16,6 +16,10 @@ KEYS = (ApiKey("alice", "alice's-secret"), ApiKey("bob", "bob-has-another"))
 PAGE = "https://page.example"
 
 
+OPEN = [("GET", "/health"), ("GET", "/health/"), ("GET", "//health"), ("GET", "//health//")]
+"""What needs no key, as clients may write it."""
+
+
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
     """A server with two keys, which pages of one origin may use."""
@@ -56,7 +60,7 @@ def routes(http: httpx.Client) -> list[tuple[str, str]]:
         ("GET", "/"),
         ("GET", "/docs/oauth2-redirect"),
     ]
-    unknown = [("POST", "/v1/embeddings"), ("GET", "/health/"), ("GET", "//health"), ("GET", "/HEALTH")]
+    unknown = [("POST", "/v1/embeddings"), *OPEN, ("GET", "/HEALTH"), ("GET", "//health//x")]
     methods = [("PUT", "/v1/models"), ("DELETE", "/health/x"), ("OPTIONS", "/v1/chat/completions"), ("HEAD", "/docs")]
     return [*described, *hidden, *unknown, *methods]
 
@@ -80,9 +84,10 @@ def routes(http: httpx.Client) -> list[tuple[str, str]]:
 )
 def test_every_route_but_health_needs_a_key(locked: httpx.Client, headers: dict[str, str]) -> None:
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    root = str(locked.base_url).rstrip("/")  # httpx takes the beginning of "//health" for a host
     for method, path in routes(locked):
-        if (method, path) != ("GET", "/health"):
-            reply = locked.request(method, path, headers=raw)
+        if (method, path) not in OPEN:
+            reply = locked.request(method, f"{root}{path}", headers=raw)
             assert reply.status_code == 401, (method, path)
             assert reply.headers["www-authenticate"].startswith("Bearer")
             if path.startswith("/v1/messages"):
@@ -91,7 +96,8 @@ def test_every_route_but_health_needs_a_key(locked: httpx.Client, headers: dict[
                 assert "key" in reply.json()["error"]
             elif method != "HEAD":
                 assert error(reply) == (401, "invalid_api_key")
-    assert locked.get("/health", headers=raw).json() == {"status": "ok"}
+    for method, path in OPEN:
+        assert locked.request(method, f"{root}{path}", headers=raw).json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)

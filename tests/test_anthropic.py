@@ -20,7 +20,7 @@ from anthropic.types import (
 )
 from pydantic import BaseModel
 
-from exo.api.request import short_id
+from exo.chat.reshaping import short_id
 from exo.config import Access, ApiKey
 from exo.models.card import SamplingDefaults
 from tests.api_server import CHAT_TEMPLATE, serve
@@ -117,6 +117,21 @@ def test_a_stream(client: anthropic.Anthropic) -> None:
     assert "".join(event.text for event in events if event.type == "text") == expected_text(HI, 5)
     assert [block.text for block in final.content if block.type == "text"] == [expected_text(HI, 5)]
     assert (final.stop_reason, final.usage.input_tokens, final.usage.output_tokens) == ("max_tokens", len(HI), 5)
+
+
+def test_values_that_mean_none_or_all_are_accepted(client: anthropic.Anthropic, url: str) -> None:
+    def text(**fields: object) -> object:
+        body = {"model": MODEL, "max_tokens": 5, "messages": USER_HI, **fields}
+        reply = httpx.post(f"{url}/v1/messages", json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["content"]
+
+    assert text(top_p=0) == text(temperature=0)
+    assert text(temperature=0, top_k=-1, stop_sequences="") == text(temperature=0)
+    assert text(temperature=0, stop_sequences=["", "nowhere to be found"]) == text(temperature=0)
+    assert text(model="fake/eos", max_tokens=-1) == text(model="fake/eos", max_tokens=40)
+    full = client.messages.create(model=MODEL, max_tokens=-1, messages=USER_HI)
+    assert full.stop_reason == "model_context_window_exceeded"
 
 
 def test_why_a_message_ends(client: anthropic.Anthropic) -> None:
@@ -273,7 +288,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "left out"}, "max_tokens: this field is required"),
     ({"messages": []}, "messages: "),
     ({"temperature": 1.5}, "temperature: "),
-    ({"top_p": 0}, "top_p: "),
+    ({"top_p": -0.1}, "top_p: "),
+    ({"top_k": -2}, "top_k: "),
+    ({"max_tokens": -2}, "max_tokens: "),
+    ({"max_tokens": None}, "max_tokens: this field is required"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text: "),

@@ -142,6 +142,8 @@ def test_a_server_follows_its_users_cards_and_goes_on_with_what_is_loaded(tmp_pa
         (cards / "tiny.toml").write_text(text.replace("slots = 1", "slots = 2").replace('["tiny"]', '["small"]'))
         until(lambda: server.complete("small", max_tokens=1).status_code == 200)
         assert server.complete("tiny", max_tokens=1).status_code == 404
+        until(lambda: runner.pid not in [each.pid for each in server.runners()])
+        (runner,) = server.runners()  # by the edited card
         (cards / "tiny.toml").write_text("broken")
         until(lambda: "test/tiny" in names() and "not TOML" in server.log.read_text())
         assert server.complete("small", max_tokens=1).status_code == 200

@@ -163,6 +163,16 @@ def test_a_model_stays_as_long_as_a_request_says_and_is_unloaded_after_one_that_
         assert time.monotonic() < deadline
 
 
+def test_values_that_mean_none_or_all_are_accepted(client: ollama.Client) -> None:
+    hot = {"num_predict": 5, "temperature": 1.5, "seed": 1}
+    everything = chat(client, options={**hot, "top_k": 0}).message.content
+    assert chat(client, options={**hot, "top_k": -1, "stop": ""}).message.content == everything
+    assert chat(client, options={**hot, "stop": ["", "nowhere to be found"]}).message.content == everything
+    whole = expected_text(HI, 40)
+    assert chat(client, options={"num_predict": 40, "stop": whole[10:13]}).done_reason == "stop"
+    assert chat(client, "fake/eos", options={"num_predict": 0}).done_reason == "stop"
+
+
 def test_options_are_honoured(client: ollama.Client) -> None:
     whole = expected_text(HI, 40)
     stopped = chat(client, options={"num_predict": 40, "stop": [whole[10:13]]})
@@ -336,8 +346,11 @@ def test_what_is_not_there_says_so(client: ollama.Client, url: str) -> None:
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"options": {"temperature": "1"}}, "options.temperature: "),
-    ({"options": {"num_predict": 0}}, "options.num_predict: must be 1 or more"),
+    ({"options": {"num_predict": False}}, "options.num_predict: "),
     ({"options": {"num_predict": -3}}, "options.num_predict: "),
+    ({"options": {"top_p": -0.1}}, "options.top_p: "),
+    ({"options": {"top_k": -2}}, "options.top_k: "),
+    ({"options": {"stop": 5}}, "options.stop: "),
     ({"options": 5}, "options: "),
     ({"keep_alive": "soon"}, "keep_alive: must be"),
     ({"format": "xml"}, "format: must be 'json' or a JSON Schema"),
@@ -413,6 +426,9 @@ def test_a_real_runner_speaks_it_too(twin: ServeProgram) -> None:
     with connected(twin.url) as client:
         whole = chat(client, "twin:latest", options=options)
         assert whole.eval_count == 12
+        hot = {"num_predict": 12, "temperature": 2.0, "seed": 7}
+        assert chat(client, "twin", options=hot).message.content != whole.message.content
+        assert chat(client, "twin", options={**hot, "top_p": 0}).message.content == whole.message.content
         pieces = streamed(client, "twin", options=options)
         assert "".join(piece.message.content or "" for piece in pieces) == whole.message.content
         raw = client.generate("twin", "once", raw=True, options=options, logprobs=True)

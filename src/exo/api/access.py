@@ -61,7 +61,7 @@ class AccessControl:
             if origin is not None and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await self._preflight(headers, origin)(scope, receive, send)
                 return
-            if scope["path"] not in OPEN_PATHS:
+            if route_path(scope["path"]) not in OPEN_PATHS:
                 self._check_key(headers)
         except DeniedError as denied:
             await denied.body.response(route_path(scope["path"]), self._cors(origin))(scope, receive, send)

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, mode
 from pydantic_core import to_json
 
 from exo.api.fields import RequestBody, Unsupported, invalid, missing, unsupported
-from exo.api.request import short_id
+from exo.chat.reshaping import short_id
 
 MAX_BLOCKS = 10_000
 _TEXT_ONLY = ("text",)

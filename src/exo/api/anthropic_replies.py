@@ -117,7 +117,7 @@ class MessagesDialect:
 
     media_type = sse.MEDIA_TYPE
 
-    def __init__(self, reply_id: str, *, max_tokens: int, thinking: bool = True) -> None:
+    def __init__(self, reply_id: str, *, max_tokens: int | None, thinking: bool = True) -> None:
         self._id = reply_id
         self._max_tokens = max_tokens
         self._thinking = thinking
@@ -234,6 +234,6 @@ class MessagesDialect:
         if stop is not None:
             return "stop_sequence"
         if reason == "length":
-            full = usage.completion_tokens < self._max_tokens
+            full = self._max_tokens is None or usage.completion_tokens < self._max_tokens
             return "model_context_window_exceeded" if full else "max_tokens"
         return "tool_use" if reason == "tool_calls" else "end_turn"

@@ -18,7 +18,7 @@ from exo.api.anthropic_blocks import (
 from exo.api.anthropic_history import readable
 from exo.api.fields import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.openai_chat_requests import MAX_TOOLS, Parameters, ToolName
-from exo.api.openai_requests import StopText
+from exo.api.openai_requests import NoLimit, Stops, TopK, TopP
 from exo.api.request import Constraint, Conversation, GenerationRequest
 from exo.chat.tools import NamedChoice, Tool, ToolChoice
 
@@ -238,11 +238,15 @@ class MessagesRequest(CountTokensRequest):
 
     ignored: ClassVar[Unsupported] = _IGNORED
 
-    max_tokens: int = Field(ge=0, le=1 << 31, description="0 only computes the prompt, which is cached then.")
+    max_tokens: Annotated[int | None, NoLimit] = Field(
+        ge=0,
+        le=1 << 31,
+        description="-1: until the context is full. 0 only computes the prompt, which is cached then.",
+    )
     temperature: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most probable token.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the most probable tokens up to this sum.")
-    top_k: int = Field(default=0, ge=0, le=1 << 31, description="Keep this many tokens; 0 keeps all.")
-    stop_sequences: list[StopText] = Field(default=[], max_length=16, description="Strings that end the reply.")
+    top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
+    top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
+    stop_sequences: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
     stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
     metadata: AnthropicMetadata | None = Field(default=None, description="Has no effect.")
     service_tier: str = Field(default="auto", description="Has no effect.")
@@ -250,7 +254,7 @@ class MessagesRequest(CountTokensRequest):
     @model_validator(mode="after")
     def _budget_fits(self) -> "MessagesRequest":
         budget = self.thinking.budget_tokens if self.thinking is not None else None
-        if budget is not None and budget >= self.max_tokens:
+        if budget is not None and self.max_tokens is not None and budget >= self.max_tokens:
             raise invalid(f"must be less than max_tokens, which is {self.max_tokens}", "thinking.budget_tokens")
         return self
 

@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, JsonValue
 
-from exo.api.fields import RequestBody, Unsupported, invalid
-from exo.api.openai_requests import StopText
+from exo.api.fields import RequestBody, Unsupported
+from exo.api.openai_requests import Stops, TopK, TopP
 
 _NEUTRAL: Unsupported = {
     "embedding_only": (False,),
@@ -47,21 +47,19 @@ class LoadOptions(RequestBody):
 
 
 def _length(value: JsonValue) -> JsonValue:
-    """Both of Ollama's ways to say "no limit" as none; there is no context shift that would tell them apart."""
-    if value == 0:
-        raise invalid("must be 1 or more, or -1 or -2 for as long as the context has room (got 0)")
-    return None if value in (-1, -2) else value
+    """Ollama's ways to say "no limit" as none; there is no context shift that would tell them apart."""
+    return None if type(value) is int and value in (0, -1, -2) else value
 
 
 class OllamaOptions(LoadOptions):
     """How to generate. Where a request says nothing, the model card decides, then the default."""
 
     num_predict: Annotated[int | None, BeforeValidator(_length)] = Field(
-        default=None, ge=1, le=1 << 31, description="Tokens at most; -1 and -2: until the context is full."
+        default=None, ge=1, le=1 << 31, description="Tokens at most; 0, -1 and -2: until the context is full."
     )
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 always takes the most probable token.")
-    top_k: int = Field(default=0, ge=0, le=1 << 31, description="Keep this many tokens; 0 keeps all.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the most probable tokens up to this sum.")
+    top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
+    top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
     min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
     repeat_penalty: float = Field(
         default=1.0, ge=0.01, le=100, description="1 is none. Over all tokens so far: repeat_last_n is -1."
@@ -69,7 +67,7 @@ class OllamaOptions(LoadOptions):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
-    stop: list[StopText] = Field(default=[], max_length=16, description="Strings that end the reply.")
+    stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
 
     def sampling(self) -> dict[str, float]:
         """What is set of ``SamplingParams``, by its names."""

@@ -13,7 +13,8 @@ from exo.api.ollama_options import EmbedOptions, OllamaOptions
 from exo.api.openai_chat_requests import MAX_TOOLS, ToolDefinition, ToolName
 from exo.api.openai_embeddings import MAX_INPUTS
 from exo.api.openai_messages import UNSEEN
-from exo.api.request import Constraint, Conversation, GenerationRequest, Prompt, short_id
+from exo.api.request import Constraint, Conversation, GenerationRequest, Prompt
+from exo.chat.reshaping import short_id
 from exo.worker.messages import MAX_LOGPROBS
 
 _DURATION = re.compile(r"[+-]?([0-9]{1,12}(\.[0-9]{0,12})?(ns|us|µs|ms|s|m|h))+")

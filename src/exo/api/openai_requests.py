@@ -88,6 +88,7 @@ def _no_limit(value: JsonValue) -> JsonValue:
 
 
 NoLimit = BeforeValidator(_no_limit)
+Stops = Annotated[list[StopText], BeforeValidator(_stops, json_schema_input_type=str | list[str]), Field(max_length=16)]
 
 
 class StreamOptions(RequestBody):
@@ -164,9 +165,7 @@ class GenerationFields(RequestBody):
         default={}, description="Added to the logits of these token ids."
     )
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
-    stop: Annotated[list[StopText], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = Field(
-        default=[], max_length=16, description="A string or up to 16 strings that end the reply."
-    )
+    stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Literal
 
 from pydantic import JsonValue
@@ -49,11 +48,6 @@ class Conversation:
     def must_call(self) -> bool:
         """Whether the reply has to be a call."""
         return self.choice == "required" or isinstance(self.choice, NamedChoice)
-
-
-def short_id(whole: str) -> str:
-    """A call's id for a chat template: nine letters and digits, since Mistral's refuse any other length."""
-    return sha256(whole.encode()).hexdigest()[:9]
 
 
 Prompt = Conversation | str | tuple[int, ...]
