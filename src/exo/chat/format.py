@@ -23,6 +23,9 @@ FrameWriter = Callable[[Grammar, bool, bool], str]
 inside reasoning. Empty where nothing has to come."""
 
 
+_BRACE = "{"
+
+
 class OutputParser(Protocol):
     """Reads one reply as its text arrives. The parts do not depend on how the text was cut into pieces."""
 
@@ -59,6 +62,8 @@ class OutputFormat:
     read_call: CallReader | None = None
     read_bare: CallReader | None = None
     """Reads calls at the very beginning of a reply, where the format has some without a marker."""
+    closing_calls: Callable[[Reply], Steps[bool]] | None = None
+    """Reads calls that begin with a brace on a line behind other text and end the reply, where the format has some."""
     write_calls: CallWriter | None = None
     read_reply: ReplyReader | None = None
     """For a format in which content, too, has its marker."""
@@ -129,7 +134,9 @@ class OutputFormat:
         if thinking is not None:
             yield from reply.before_answer(thinking, begin, inside=in_reasoning)
         dropped = (*self.opening, *self.frame, *(self.stray if begin else ()))
-        found = markers(*begin, *((thinking.begin,) if thinking and thinking.anywhere else ()), *dropped)
+        thoughts = (thinking.begin,) if thinking and thinking.anywhere else ()
+        closing = self.closing_calls if reply.calls_allowed else None
+        found = markers(*begin, *thoughts, *dropped, *((_BRACE,) if closing else ()))
         bare = self.read_bare if reply.calls_allowed else None
         if bare is not None:
             yield from _attempt(reply, "", bare)
@@ -139,6 +146,8 @@ class OutputFormat:
                 yield from reply.thought(thinking, begin)
                 if bare is not None:
                     yield from _attempt(reply, "", bare)
+            elif closing is not None and marker == _BRACE:
+                yield from _attempt_closing(reply, closing)
             elif marker in self.stray:
                 reply.prose.marker()
             elif marker in dropped:
@@ -159,6 +168,17 @@ def _drop(reply: Reply, marker: str) -> Steps[None]:
             yield reply.prose.add(text)
             return
     reply.prose.marker()
+
+
+def _attempt_closing(reply: Reply, read: Callable[[Reply], Steps[bool]]) -> Steps[None]:
+    """A call may begin with the brace that was read, if the brace begins a line of the content."""
+    if reply.prose is not reply.content or not reply.prose.at_line:
+        yield reply.prose.add(_BRACE)
+        return
+    reply.scanner.unread(_BRACE)
+    reply.open()
+    whole = yield from read(reply)
+    yield from reply.end(whole=whole)
 
 
 def _attempt(reply: Reply, marker: str, read: CallReader) -> Steps[None]:

@@ -43,6 +43,8 @@ class _Found:
     begun: bool = False
     whole: bool = False
     """The call has its name and its arguments, whatever comes behind them."""
+    held: bool = False
+    """The call begins when the whole object is read. Only a tool of the request counts as its name."""
 
 
 def json_call(reply: Reply, *, marked: bool) -> Steps[bool]:
@@ -50,23 +52,50 @@ def json_call(reply: Reply, *, marked: bool) -> Steps[bool]:
 
     Unless something before the object has ``marked`` it as a call, one without arguments is none.
     """
-    scanner = reply.scanner
     found = _Found()
-    if not (yield from scanner.either("{")):
-        return False
-    end = ","
-    while end == ",":
-        if not (yield from _member(reply, found)):
-            return found.whole
-        yield from scanner.space()
-        end = yield from scanner.either(",", "}")
+    ended = yield from _members(reply, found)
     if found.whole:
         return True
-    if not end or found.name is None or (found.early is None and not marked):
+    if not ended or found.name is None or (found.early is None and not marked):
         return False
     yield reply.call(found.name)
     yield reply.arguments(found.early or "{}")
     return True
+
+
+def closing_json_calls(reply: Reply) -> Steps[bool]:
+    """Reads such objects, which text came before. They are calls only if they end the reply.
+
+    A model also writes such an object to explain a call. Each object must therefore name a tool of the request and
+    have arguments that suit it, and no text may follow. The calls begin when all of this is known.
+    """
+    scanner = reply.scanner
+    calls: list[tuple[str, str]] = []
+    while not calls or (yield from scanner.peek()):
+        found = _Found(held=True)
+        ended = yield from _members(reply, found)
+        if not ended or found.name is None or found.early is None or not reply.suits(found.name, found.early):
+            return False
+        calls.append((found.name, found.early))
+        yield from scanner.space()
+        yield from scanner.either(";")
+        yield from scanner.space()
+    for name, arguments in calls:
+        yield reply.call(name)
+        yield reply.arguments(arguments)
+    return True
+
+
+def _members(reply: Reply, found: _Found) -> Steps[bool]:
+    """Reads an object. False where a member means nothing in a call, or the end is missing."""
+    scanner = reply.scanner
+    end = "," if (yield from scanner.either("{")) else ""
+    while end == ",":
+        if not (yield from _member(reply, found)):
+            return False
+        yield from scanner.space()
+        end = yield from scanner.either(",", "}")
+    return bool(end)
 
 
 def _member(reply: Reply, found: _Found) -> Steps[bool]:
@@ -79,7 +108,7 @@ def _member(reply: Reply, found: _Found) -> Steps[bool]:
     yield from scanner.space()
     if key in _NAME and found.name is None:
         found.name = yield from json_string(scanner)
-        return bool(found.name)
+        return bool(found.name) and (not found.held or reply.offers(found.name or ""))
     if key in _ARGUMENTS and not found.begun and found.early is None:
         return (yield from _arguments(reply, found))
     return key in _ASIDE and (yield from json_string(scanner)) is not None
@@ -93,7 +122,7 @@ def _arguments(reply: Reply, found: _Found) -> Steps[bool]:
         return found.early is not None
     if begins != "{":
         return False
-    if found.name is None:
+    if found.name is None or found.held:
         found.early = yield from _object(reply.scanner)
         return found.early is not None
     found.begun = True

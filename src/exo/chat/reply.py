@@ -1,5 +1,6 @@
 """What the parsers of all formats have in common: one reply, read part by part."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class Thinking:
 _MARKUP = ("", "<", "`", "[")
 """What may follow arguments whose closing brackets are missing: the end, or the beginning of a format's marker."""
 _PLAIN = re.compile(r"</?[\w:]+>|[\w ]+:")
+_FENCE = re.compile(r" *(```|~~~)")
+_LINE_BEGINNING = 40
+"""Characters that tell what kind of line it is."""
 
 
 def is_plain(marker: str) -> bool:
@@ -48,9 +52,23 @@ class Prose:
         self._trim = trim
         self._space: list[str] = []
         self._before_marker: tuple[list[str], bool] = ([], trim)
+        self._line = ""
+        """The beginning of the last line."""
+        self._fence = ""
+        """What ends the code block that the text is in."""
+
+    @property
+    def at_line(self) -> bool:
+        """Whether a line begins here that is not in a fenced code block."""
+        return not self._fence and not self._line.strip()
 
     def add(self, text: str) -> Part | None:
         """More text."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if (match := _FENCE.match(line)) and self._fence in ("", match[1]):
+                self._fence = "" if self._fence else match[1]
+        self._line = self._line[:_LINE_BEGINNING]
         body = text.rstrip()
         if not body:
             self._space.append(text)
@@ -106,6 +124,23 @@ class Reply:
     def knows(self, name: str) -> bool:
         """Whether a tool may be called so."""
         return name in self._schemas or not self._schemas
+
+    def offers(self, name: str) -> bool:
+        """Whether the request has a tool of this name."""
+        return name in self._schemas
+
+    def suits(self, name: str, arguments: str) -> bool:
+        """Whether the tool's schema knows these arguments, a JSON object, and misses none. Values are not examined."""
+        schema = self.schema(name)
+        given: Mapping[str, JsonValue] = json.loads(arguments)
+        required, properties = schema.get("required"), schema.get("properties")
+        if isinstance(required, list) and not all(each in given for each in required):
+            return False
+        return (
+            not isinstance(properties, dict)
+            or bool(schema.get("additionalProperties"))
+            or given.keys() <= properties.keys()
+        )
 
     def open(self, marker: str = "") -> None:
         """A call may begin here, after ``marker``."""

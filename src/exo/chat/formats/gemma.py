@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from exo.chat.fields import Field, fields
 from exo.chat.format import OutputFormat
-from exo.chat.json_call import LONGEST_NAME, json_call
+from exo.chat.json_call import LONGEST_NAME, closing_json_calls, json_call
 from exo.chat.lark import Grammar
 from exo.chat.loose import Notation, loose_call
 from exo.chat.python_calls import python_calls, writable, write_python_calls
@@ -100,7 +100,12 @@ _FUNCTION_GEMMA = _Marked("<start_function_call>", "<end_function_call>", "<esca
 _GEMMA4 = _Marked("<|tool_call>", "<tool_call|>", '<|"|>')
 
 GEMMA = OutputFormat(
-    "gemma", begin=(_CODE, _JSON), read_call=_read_fenced, read_bare=_read_bare, write_calls=_write_fenced
+    "gemma",
+    begin=(_CODE, _JSON),
+    read_call=_read_fenced,
+    read_bare=_read_bare,
+    closing_calls=closing_json_calls,
+    write_calls=_write_fenced,
 )
 FUNCTION_GEMMA = OutputFormat(
     "function-gemma",

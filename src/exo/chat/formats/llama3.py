@@ -1,14 +1,14 @@
 """The JSON calls of Llama 3.1 to 4: ``{"name": …, "parameters": {…}}``, perhaps after ``<|python_tag|>``.
 
 Published in Meta's repository llama-models (models/llama3_1/prompt_format.md and its successors). The object is the
-whole reply; where there are several, ";" is between them.
+whole reply; where there are several, ";" is between them. The models also write a sentence before it.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from exo.chat.format import OutputFormat
-from exo.chat.json_call import json_call, write_json_call
+from exo.chat.json_call import closing_json_calls, json_call, write_json_call
 from exo.chat.lark import Grammar
 from exo.chat.reply import Reply
 from exo.chat.scanner import Steps
@@ -32,5 +32,13 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
     return grammar.several(write_json_call(grammar, tools, "parameters"), "; ", parallel)
 
 
-LLAMA3 = OutputFormat("llama3", special=True, begin=(_BEGIN,), read_call=_read, read_bare=_read, write_calls=_write)
+LLAMA3 = OutputFormat(
+    "llama3",
+    special=True,
+    begin=(_BEGIN,),
+    read_call=_read,
+    read_bare=_read,
+    closing_calls=closing_json_calls,
+    write_calls=_write,
+)
 LLAMA4 = replace(LLAMA3, name="llama4", begin=("<|python_start|>",), frame=("<|python_end|>",))
