@@ -25,7 +25,7 @@ from typing import Annotated, BinaryIO, Literal, NoReturn
 import numpy as np
 from pydantic import BeforeValidator, JsonValue, ValidationError
 
-from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized
+from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized, within
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.effort import effort
 from exo.worker.messages import (
@@ -455,6 +455,9 @@ class FakeRunner:
         if self.capabilities is None:
             self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
             return
+        if isinstance(request, Embed):
+            tokens = within(request, tokens, self.options.n_ctx, ())
+            request = request.model_copy(update={"prompt": tuple(tokens)})
         if refused := input_refusal(request, tokens, self.capabilities, self.options.n_ctx):
             self.emit(refused)
             return

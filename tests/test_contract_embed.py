@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exo.worker.admission import within
 from exo.worker.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
 from tests.program import Program, Result, ask, names
 from tests.test_contract import CASES, Start, Table, long_prompt
@@ -110,6 +111,33 @@ def test_what_cannot_be_embedded_is_refused_by_name_and_disturbs_nobody(program:
     assert "512" in results[5].failed.message
     assert results[0].embedded.vector != results[-1].embedded.vector
     assert len(one(program, embed(long_prompt(512))).embedded.vector) > 0
+
+
+def test_a_text_that_may_be_cut_is_cut_to_what_a_text_may_have(program: Program) -> None:
+    def cut(text: str | list[int]) -> Embed:
+        return embed(text).model_copy(update={"truncate": True})
+
+    long = long_prompt(600)
+    most, more, short = program.generate(embed(long[:512]), cut(long), cut(long[:7]))
+    assert more.embedded.usage.prompt_tokens == 512
+    assert more.embedded.vector == pytest.approx(most.embedded.vector, abs=1e-5)
+    assert short.embedded.usage.prompt_tokens == 7
+    texts = [one(program, each).embedded for each in (cut("once upon a time " * 500), embed("once upon a time"))]
+    assert texts[0].usage.prompt_tokens == 512
+    assert len(texts[0].vector) == len(texts[1].vector)
+    assert one(program, cut("")).failed.code == "invalid_request"
+
+
+def test_a_cut_text_keeps_the_control_tokens_at_its_end() -> None:
+    def cut(tokens: list[int], closing: list[int], longest: int = 4, *, truncate: bool = True) -> list[int]:
+        return within(Embed(id="x", prompt=(), truncate=truncate), tokens, longest, closing)
+
+    assert cut([1, 5, 6, 7, 8, 2], [2]) == [1, 5, 6, 2]
+    assert cut([1, 5, 6, 7, 8, 2], []) == [1, 5, 6, 7]
+    assert cut([1, 5, 6, 7, 8], [2]) == [1, 5, 6, 7]
+    assert cut([1, 5, 6, 2], [2]) == [1, 5, 6, 2]
+    assert cut([1, 5, 6, 2, 3], [2, 3], longest=1) == [3]
+    assert cut([1, 5, 6, 7, 2], [2], truncate=False) == [1, 5, 6, 7, 2]
 
 
 @pytest.mark.parametrize("program", GENERATING, indirect=True)

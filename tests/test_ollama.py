@@ -298,7 +298,13 @@ def test_embeddings(client: ollama.Client, url: str) -> None:
     assert short == pytest.approx([each / math.hypot(*first[:3]) for each in first[:3]])
     assert client.embed(MODEL, []).embeddings == []
     assert error(post(url, "/api/embed", input="x", dimensions=9999))[1].startswith("dimensions: ")
-    assert post(url, "/api/embed", input="x", truncate=True).status_code == 200
+    (cut,) = client.embed(MODEL, "x" * 5000).embeddings
+    (whole,) = client.embed(MODEL, "x" * 4096).embeddings
+    assert cut == whole
+    assert client.embeddings(MODEL, "x" * 5000).embedding == whole
+    for path, field in (("/api/embed", "input"), ("/api/embeddings", "prompt")):
+        status, message = error(post(url, path, **{field: "x" * 5000}, truncate=False))
+        assert (status, "5000" in message, "at most 4096" in message) == (400, True, True)
     assert post(url, "/api/embed", input="x", options={"temperature": 1}).status_code == 200
     assert error(post(url, "/api/embeddings", prompt=""))[1].startswith("prompt: ")
 

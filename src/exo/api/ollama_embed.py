@@ -10,9 +10,8 @@ from pydantic import BaseModel
 from exo.api.answer import Answered, AnswerReply, Question, ask
 from exo.api.body import read_body
 from exo.api.docs import json_body
-from exo.api.ollama_options import EmbedOptions
 from exo.api.ollama_replies import OllamaReply
-from exo.api.ollama_requests import OllamaBody, OllamaEmbeddingsRequest, OllamaEmbedRequest
+from exo.api.ollama_requests import OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama_routes import served_name
 from exo.api.openai_embeddings import embed_commands, shortened
 from exo.api.services import Services
@@ -40,17 +39,17 @@ def embed_routes(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/api", tags=["Ollama"])
 
     async def vectors(
-        body: OllamaBody, texts: list[str], options: EmbedOptions, field: str
+        body: OllamaEmbedRequest | OllamaEmbeddingsRequest, texts: list[str], field: str
     ) -> tuple[Answered, list[Embedded]]:
         question = Question(
             model=served_name(services, body.model),
             keep_seconds=body.keep_seconds,
             needs={"embeddings": "model"},
-            commands=embed_commands(list[str | list[int]](texts)),
+            commands=embed_commands(list[str | list[int]](texts), truncate=body.truncate),
             params={"prompt": field},
         )
         answered = await ask(services, question)
-        warn_of_context("options.num_ctx", options.num_ctx or 0, answered.runner.capabilities.context_length)
+        warn_of_context("options.num_ctx", body.options.num_ctx or 0, answered.runner.capabilities.context_length)
         return answered, [answer for answer in answered.answers if isinstance(answer, Embedded)]
 
     @routes.post("/embed", response_model=OllamaEmbedResponse, openapi_extra=json_body(OllamaEmbedRequest))
@@ -60,7 +59,7 @@ def embed_routes(services: Services) -> APIRouter:
         body = await read_body(request, OllamaEmbedRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            answered, embedded = await vectors(body, body.input, body.options, "input")
+            answered, embedded = await vectors(body, body.input, "input")
             reply = OllamaEmbedResponse(
                 model=answered.runner.card.model_id,
                 embeddings=[shortened(each.vector, body.dimensions) for each in embedded],
@@ -79,7 +78,7 @@ def embed_routes(services: Services) -> APIRouter:
         body = await read_body(request, OllamaEmbeddingsRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            answered, (embedded,) = await vectors(body, [body.prompt], body.options, "prompt")
+            answered, (embedded,) = await vectors(body, [body.prompt], "prompt")
             return OllamaEmbeddingsResponse(embedding=list(embedded.vector)), answered.headers
 
         return AnswerReply(work)

@@ -50,7 +50,9 @@ _MODEL = Field(
     min_length=1, max_length=300, description='A model id or alias, optionally with @runner; ":latest" may follow it.'
 )
 
-
+_TRUNCATE: bool = Field(
+    default=True, description="Cut a text at its end that is longer than the model can read; false: refuse it."
+)
 _LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -275,9 +277,7 @@ class OllamaGenerateRequest(OllamaGeneration):
 
 
 class OllamaEmbedRequest(OllamaBody):
-    """The body of ``POST /api/embed``. A text that is too long is refused, and not cut off."""
-
-    ignored: ClassVar[Unsupported] = {"truncate": (False,)}
+    """The body of ``POST /api/embed``."""
 
     input: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
         default=[],
@@ -288,6 +288,7 @@ class OllamaEmbedRequest(OllamaBody):
     dimensions: int | None = Field(
         default=None, ge=1, description="Keep this many of a vector's first components, made length 1 again."
     )
+    truncate: bool = _TRUNCATE
     options: EmbedOptions = Field(default=EmbedOptions(), description="num_ctx is the only one.")
 
 
@@ -295,6 +296,7 @@ class OllamaEmbeddingsRequest(OllamaBody):
     """The body of ``POST /api/embeddings``, the older form."""
 
     prompt: str = Field(description="The text.", json_schema_extra=honoured("embeddings"))
+    truncate: bool = _TRUNCATE
     options: EmbedOptions = Field(default=EmbedOptions(), description="num_ctx is the only one.")
 
 

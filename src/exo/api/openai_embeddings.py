@@ -68,11 +68,15 @@ class EmbeddingList(Reply):
     usage: EmbeddingUsage
 
 
-def embed_commands(inputs: list[str | list[int]]) -> list[Embed]:
+def embed_commands(inputs: list[str | list[int]], *, truncate: bool = False) -> list[Embed]:
     """One for each input; special tokens in a text are ordinary characters."""
     request = uuid4().hex
     return [
-        Embed(id=f"embd-{request}-{at}", prompt=(Text(text=each),) if isinstance(each, str) else tuple(each))
+        Embed(
+            id=f"embd-{request}-{at}",
+            prompt=(Text(text=each),) if isinstance(each, str) else tuple(each),
+            truncate=truncate,
+        )
         for at, each in enumerate(inputs)
     ]
 

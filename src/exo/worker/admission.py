@@ -95,6 +95,14 @@ def input_refusal(
     return None
 
 
+def within(request: Embed, tokens: Sequence[int], longest: int, closing: Sequence[int]) -> list[int]:
+    """The text's tokens, cut to ``longest`` where the request says so. ``closing`` control tokens at the end stay."""
+    if not request.truncate or len(tokens) <= longest:
+        return list(tokens)
+    kept = list(closing)[-longest:] if closing and list(tokens[-len(closing) :]) == list(closing) else []
+    return [*tokens[: longest - len(kept)], *kept]
+
+
 def tokenized(
     request: Tokenize, tokens: Sequence[int], vocabulary: int, pieces: Vocabulary
 ) -> Iterator[Tokenized | Failed]:

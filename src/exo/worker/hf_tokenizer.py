@@ -57,7 +57,7 @@ class Tokenizer:
         self.bos = tokenizer.bos_token_id
         begins = tokenizer.encode("", add_special_tokens=True, split_special_tokens=False)
         self.adds_bos = self.bos is not None and begins[:1] == [self.bos]
-        self._after_text = begins[1:] if self.adds_bos else begins
+        self.closing = begins[1:] if self.adds_bos else begins
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eog_tokens = tuple(sorted(token for token in {*ends, *own} if token < n_vocab))
         self.bos_text = tokenizer.bos_token or ""
@@ -87,7 +87,7 @@ class Tokenizer:
 
     def encode_whole(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:
         """Token ids of a text to be made a vector: as given, or with the control tokens around it that it lacks."""
-        tokens, after = self.encode(prompt), self._after_text
+        tokens, after = self.encode(prompt), self.closing
         given = not any(isinstance(part, Text) for part in prompt)
         return tokens if given or not after or tokens[-len(after) :] == after else [*tokens, *after]
 

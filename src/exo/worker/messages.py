@@ -158,6 +158,8 @@ class Embed(Message):
     type: Literal["embed"] = "embed"
     id: str
     prompt: Prompt
+    truncate: bool = False
+    """Whether a text that is too long is cut at its end; otherwise it is refused."""
 
 
 class Rank(Message):

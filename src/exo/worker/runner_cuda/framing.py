@@ -23,7 +23,7 @@ class Framing:
         adds_eos, adds_sep = llama_cpp.llama_vocab_get_add_eos(vocab), llama_cpp.llama_vocab_get_add_sep(vocab)
         self._tokenizer = tokenizer
         self._before = _known(tokenizer.adds_bos or wordpiece, tokenizer.bos)
-        self._after = _known(True, sep) if wordpiece else _known(adds_eos, eos)
+        self.closing = _known(True, sep) if wordpiece else _known(adds_eos, eos)
         self._between = _known(adds_eos, eos) + _known(adds_sep, sep)
         self._after_pair = _known(adds_eos, eos)
         template = llama_cpp.llama_model_chat_template(model.handle, b"rerank")
@@ -35,7 +35,7 @@ class Framing:
         if not any(isinstance(part, Text) for part in prompt):
             return tokens
         before = [] if tokens[: len(self._before)] == self._before else self._before
-        after = [] if self._after and tokens[-len(self._after) :] == self._after else self._after
+        after = [] if self.closing and tokens[-len(self.closing) :] == self.closing else self.closing
         return [*before, *tokens, *after]
 
     def pair(self, query: str, document: str) -> list[int]:

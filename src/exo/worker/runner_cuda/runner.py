@@ -8,7 +8,7 @@ import threading
 from dataclasses import replace
 from queue import Queue, SimpleQueue
 
-from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized
+from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized, within
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.emitter import Accepted, Asked, Emitter
 from exo.worker.load_error import LoadError
@@ -193,12 +193,14 @@ class Runner:
             for part in tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer):
                 self._emitter.put(part)
             return
+        longest = loaded.embedder.longest
         match request:
             case Embed():
-                job = Job(request.id, loaded.framing.text(request.prompt), "vector")
+                whole = loaded.framing.text(request.prompt)
+                job = Job(request.id, within(request, whole, longest, loaded.framing.closing), "vector")
             case Rank():
                 job = Job(request.id, loaded.framing.pair(request.query, request.document), "score")
-        if refused := input_refusal(request, job.tokens, loaded.capabilities, loaded.embedder.longest):
+        if refused := input_refusal(request, job.tokens, loaded.capabilities, longest):
             self._emitter.put(refused)
             return
         self._emitter.put(Asked(job.id, len(job.tokens)))

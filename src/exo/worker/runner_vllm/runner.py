@@ -8,7 +8,7 @@ import threading
 from dataclasses import replace
 from queue import Queue, SimpleQueue
 
-from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized
+from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized, within
 from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.embedding import Job
 from exo.worker.emitter import Accepted, Asked, Emitter
@@ -191,8 +191,12 @@ class Runner:
             for part in tokenized(request, tokens, loaded.tokenizer.n_vocab, loaded.tokenizer):
                 self._emitter.put(part)
             return
-        tokens = loaded.tokenizer.encode_whole(request.prompt) if isinstance(request, Embed) else []
-        if refused := input_refusal(request, tokens, loaded.capabilities, loaded.capabilities.context_length):
+        longest = loaded.capabilities.context_length
+        tokens: list[int] = []
+        if isinstance(request, Embed):
+            whole = loaded.tokenizer.encode_whole(request.prompt)
+            tokens = within(request, whole, longest, loaded.tokenizer.closing)
+        if refused := input_refusal(request, tokens, loaded.capabilities, longest):
             self._emitter.put(refused)
             return
         self._emitter.put(Asked(request.id, len(tokens)))
