@@ -173,6 +173,10 @@ VARIANTS: list[tuple[str, str, list[tuple[str, JsonValue]]]] = [
     ("gemma", "```tool_code\nprint(f(a='it\\'s', b=(True, -1.5)))\n```", [("f", {"a": "it's", "b": [True, -1.5]})]),
     ("gemma", "```tool_code\nf(a=1)\ng(b='x,y)')\n```", [("f", {"a": 1}), ("g", {"b": "x,y)"})]),
     ("gemma4", '<|tool_call>call:f{a:{k:<|"|>"},<|"|>,n:[1]}}<tool_call|>', [("f", {"a": {"k": '"},', "n": [1]}})]),
+    ("gemma4", "<|tool_call>call:f{a:1}call:g{}<tool_call|>", [("f", {"a": 1}), ("g", {})]),
+    ("gemma4", "<|tool_call>call:f{},\ncall:g{b:2}\n<tool_call|>", [("f", {}), ("g", {"b": 2})]),
+    ("gemma4", "<|tool_call>call:f{}call:g{}<tool_call|><|tool_call>call:h{}", [("f", {}), ("g", {}), ("h", {})]),
+    ("function-gemma", "<start_function_call>call:f{}call:g{}<end_function_call>", [("f", {}), ("g", {})]),
     ("qwen3-coder", "<tool_call>\n<function=time>\n</function>\n</tool_call>", [("time", {})]),
     (
         "qwen3-coder",

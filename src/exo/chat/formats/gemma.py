@@ -60,19 +60,26 @@ class _Marked:
     quote: str
 
     def read(self, reply: Reply, marker: str) -> Steps[bool]:
-        """Reads on behind ``begin``."""
+        """Reads on behind ``begin``. Several calls may come before ``end``, perhaps with commas between them."""
         scanner = reply.scanner
         yield from scanner.space()
+        while (yield from self._read_call(reply)):
+            yield from scanner.space()
+            between = yield from scanner.either(",", self.end)
+            if between == self.end:
+                return True
+            reply.next_call(between)
+            yield from scanner.space()
+        return False
+
+    def _read_call(self, reply: Reply) -> Steps[bool]:
+        scanner = reply.scanner
         if not (yield from scanner.either("call:")):
             return False
         name = yield from scanner.run(_MARKED_NAME, LONGEST_NAME)
         if not name or not (yield from scanner.either("{")):
             return False
-        if not (yield from loose_call(reply, name, Notation(assign=":", close="}", quotes=(self.quote,)))):
-            return False
-        yield from scanner.space()
-        yield from scanner.either(self.end)
-        return True
+        return (yield from loose_call(reply, name, Notation(assign=":", close="}", quotes=(self.quote,))))
 
     def write(self, grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
         """The expression of calls."""
