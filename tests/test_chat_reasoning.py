@@ -140,3 +140,11 @@ def test_reasoning_is_released_as_it_arrives() -> None:
 
 def test_without_marks_for_reasoning_its_tags_are_text() -> None:
     assert read(FORMATS["none"], "<think>a</think>b") == [Content("<think>a</think>b")]
+
+
+def test_a_prompt_that_begins_minimax_m3s_reasoning() -> None:
+    by = FORMATS["minimax-m3"]
+    assert by.starts_in_reasoning("]~b]ai\n<mm:think>")
+    assert not by.starts_in_reasoning("]~b]ai\n</mm:think>")
+    for text in ("Hm.</mm:think>\n\nYes.", "<mm:think>Hm.</mm:think>\n\nYes."):
+        assert read(by, text, in_reasoning=True) == [Reasoning("Hm."), Content("Yes.")]

@@ -19,6 +19,11 @@ TEMPLATES = {
     "none": SAY,
     "switch": SAY + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}",
     "levels": SAY + "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}{# </think> #}",
+    "thinking": SAY + "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    "{{ '<think>' if thinking else '</think>' }}",
+    "mode": SAY
+    + "{% if thinking_mode == 'enabled' %}<mm:think>{% elif thinking_mode == 'disabled' %}</mm:think>{% endif %}"
+    "{# ]<]minimax[>[ #}",
     "always": SAY + "<think>\n{# </think> #}",
     "opens itself": SAY + "{# </think> #}",
     "channels": SAY + "{{ reasoning_effort }}{# <|channel|> <|message|> #}<|start|>assistant",
@@ -48,6 +53,11 @@ def applied(http: httpx.Client, name: str, **fields: JsonValue) -> tuple[str, st
         ("switch", "none", "<think></think>", ""),
         ("switch", "medium", "", ""),
         ("switch", "high", "", "reasoning_effort: this model's chat template knows no levels"),
+        ("thinking", "none", "</think>", ""),
+        ("thinking", "medium", "<think>", ""),
+        ("mode", "none", "</mm:think>", ""),
+        ("mode", "medium", "<mm:think>", ""),
+        ("mode", "high", "<mm:think>", "reasoning_effort: this model's chat template knows no levels"),
         ("levels", "none", "<think>\n\n</think>\n\n", ""),
         ("levels", "low", "(low)", ""),
         ("levels", "minimal", "(low)", ""),
@@ -78,6 +88,7 @@ def test_an_effort_works_or_is_said_to_have_no_effect(
 def test_no_effort_leaves_the_prompt_as_the_template_makes_it(http: httpx.Client) -> None:
     assert applied(http, "always") == ("<think>\n", "")
     assert applied(http, "opens itself") == ("", "")
+    assert applied(http, "mode") == ("", "")
 
 
 def test_variables_that_the_template_does_not_read_have_no_effect_and_off_is_off(http: httpx.Client) -> None:

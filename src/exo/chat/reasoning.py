@@ -19,12 +19,24 @@ def effort_variables(source: str, effort: str | None) -> list[dict[str, JsonValu
     """
     if effort is None:
         return [{}]
-    named = any(f"{quote}{effort}{quote}" in source for quote in "\"'")
+    named = _names(source, effort)
+    switches = _switches(source, on=effort != "none")
     if effort == "none":
         levels: list[dict[str, JsonValue]] = [{"reasoning_effort": effort}] if named else []
-        return [*({**level, "enable_thinking": False} for level in levels), {"enable_thinking": False}, *levels, {}]
+        return [*({**level, **switch} for level in levels for switch in switches), *switches, *levels, {}]
     level: dict[str, JsonValue] = {"reasoning_effort": effort if named else _NEAREST.get(effort, effort)}
-    return [{**level, "enable_thinking": True}, level, {"enable_thinking": True}, {}]
+    return [*({**level, **switch} for switch in switches), level, *switches, {}]
+
+
+def _switches(source: str, *, on: bool) -> list[dict[str, JsonValue]]:
+    """What turns reasoning on or off: most templates have the first, DeepSeek V3.1 the second, MiniMax M3 the last."""
+    mode = "enabled" if on else "disabled"
+    modes: list[dict[str, JsonValue]] = [{"thinking_mode": mode}] if _names(source, mode) else []
+    return [{"enable_thinking": on}, {"thinking": on}, *modes]
+
+
+def _names(source: str, word: str) -> bool:
+    return any(f"{quote}{word}{quote}" in source for quote in "\"'")
 
 
 def empty_reasoning(form: OutputFormat, prompt: str) -> str:
