@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -204,24 +204,27 @@ def _free_port() -> str:
         return str(taken.getsockname()[1])
 
 
-def test_tools_are_shown_called_and_what_is_typed_next_is_their_result(tmp_path: Path) -> None:
-    write_scripted(
-        tmp_path / "calls.gguf",
-        ["<think>", "hm", "</think>", '<tool_call>{"name": "time", "arguments": {"zone": "UTC"}}</tool_call>'],
-    )
+def calling(home: Path, pieces: Sequence[str], *arguments: str) -> Terminal:
+    """A chat with a model that says these pieces, and that may call ``time``."""
+    write_scripted(home / "calls.gguf", pieces)
     template = (
         "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
         "{% if tools %}{{ tools | tojson ~ '\n' }}{% endif %}{# <tool_call> </think> #}"
     )
     write_card(
-        tmp_path,
+        home,
         "calls",
-        {"cuda": {"path": str(tmp_path / "calls.gguf"), "n_ctx": 2048, "threads": 1, "chat_template": template}},
+        {"cuda": {"path": str(home / "calls.gguf"), "n_ctx": 2048, "threads": 1, "chat_template": template}},
         tool_format="hermes",
     )
     function = {"name": "time", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}
-    (tmp_path / "tools.json").write_text(json.dumps([{"type": "function", "function": function}]))
-    with Terminal(tmp_path, "chat", "calls", "--port", _free_port(), "--temperature", "0") as terminal:
+    (home / "tools.json").write_text(json.dumps([{"type": "function", "function": function}]))
+    return Terminal(home, "chat", "calls", "--port", _free_port(), "--temperature", "0", *arguments)
+
+
+def test_tools_are_shown_called_and_what_is_typed_next_is_their_result(tmp_path: Path) -> None:
+    call = '<tool_call>{"name": "time", "arguments": {"zone": "UTC"}}</tool_call>'
+    with calling(tmp_path, ["<think>", "hm", "</think>", call]) as terminal:
         terminal.wait_for(PROMPT)
         terminal.say(f"/set tools {tmp_path / 'tools.json'}")
         said = terminal.say("what time is it?")
@@ -229,6 +232,36 @@ def test_tools_are_shown_called_and_what_is_typed_next_is_their_result(tmp_path:
         assert 'calls time {"zone": "UTC"}' in said
         assert "type the result of time" in said
         assert "calls time" in terminal.say("noon")
+        terminal.keys(CTRL_D)
+        assert terminal.end() == 0
+
+
+BROKEN = ["<tool_call>", '{"name": "time", "arguments": {"zone": ', "UTC or so}}", "</tool_call>"]
+
+
+def test_a_call_that_cannot_be_read_waits_for_no_result(tmp_path: Path) -> None:
+    with calling(tmp_path, BROKEN) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.say(f"/set tools {tmp_path / 'tools.json'}")
+        for question in ("what time is it?", "and now?"):
+            said = terminal.say(question)
+            assert "calls time" in said
+            assert "(cannot be read as a call)" in said
+            assert "UTC or so" in said
+            assert "type the result" not in said
+            assert "exo: " not in said
+        terminal.keys(CTRL_D)
+        assert terminal.end() == 0
+
+
+def test_a_call_that_the_limit_cuts_off_waits_for_no_result(tmp_path: Path) -> None:
+    with calling(tmp_path, BROKEN, "--max-tokens", "2") as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.say(f"/set tools {tmp_path / 'tools.json'}")
+        for question in ("what time is it?", "and now?"):
+            said = terminal.say(question)
+            assert "(cut off)" in said
+            assert "type the result" not in said
         terminal.keys(CTRL_D)
         assert terminal.end() == 0
 

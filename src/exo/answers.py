@@ -4,11 +4,11 @@ import json
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import httpx
 
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.client import foreign, refusal, told
 from exo.exit_code import CommandError
 
@@ -48,8 +48,42 @@ def answer(client: httpx.Client, body: Mapping[str, object]) -> Generator[Iterat
         raise CommandError(f"the server at {client.base_url} broke off: {error}") from error
 
 
+@final
+class _StreamedCall:
+    """The call that a stream is in. A stream marks no call as broken: its arguments are then no JSON object."""
+
+    def __init__(self) -> None:
+        self._index: int | None = None
+        self._arguments: list[str] = []
+
+    def before(self, part: Part | CallId) -> Iterator[BrokenCall]:
+        """Takes the next part. It may end the call before it, which may turn out to be broken."""
+        match part:
+            case CallId():
+                pass
+            case Arguments(_, text):
+                self._arguments.append(text)
+            case _:
+                yield from self.end(cut_off=False)
+                self._index = part.index if isinstance(part, ToolCall) else None
+
+    def end(self, *, cut_off: bool) -> Iterator[BrokenCall]:
+        """The call ends, if there is one."""
+        index, text = self._index, "".join(self._arguments)
+        self._index, self._arguments = None, []
+        if index is None:
+            return
+        try:
+            whole = isinstance(json.loads(text), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            yield BrokenCall(index, cut_off)
+
+
 def _events(client: httpx.Client, reply: httpx.Response) -> Iterator[AnswerEvent]:
     ended = False
+    call = _StreamedCall()
     for line in reply.iter_lines():
         if line.startswith(": "):
             yield Note(line[2:])
@@ -61,9 +95,16 @@ def _events(client: httpx.Client, reply: httpx.Response) -> Iterator[AnswerEvent
                 if "error" in event:
                     raise told(event["error"])
                 parts = [part for choice in event["choices"] for part in _parts(choice)]
+                finish = next(
+                    (choice["finish_reason"] for choice in event["choices"] if "finish_reason" in choice), None
+                )
             except (ValueError, KeyError, TypeError) as error:
                 raise foreign(client) from error
-            yield from parts
+            for part in parts:
+                yield from call.before(part)
+                yield part
+            if finish is not None:
+                yield from call.end(cut_off=finish == "length")
     if not ended:
         raise CommandError(f"the server at {client.base_url} ended its answer early")
 

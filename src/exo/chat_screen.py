@@ -72,8 +72,8 @@ class AnswerScreen:
                 self._add("call", f"\n{name} " if self._kind == "call" else f"{name} ")
             case Arguments(_, text):
                 self._add("call", text)
-            case BrokenCall():
-                pass
+            case BrokenCall(_, cut_off):
+                self._add("call", " (cut off)" if cut_off else " (cannot be read as a call)")
 
     def _add(self, kind: Kind, text: str) -> None:
         if kind != self._kind:
