@@ -164,6 +164,44 @@ def test_what_is_not_noted_is_enforced(constraints: Constraints, schema: Schema)
     assert told == [(value, valid.is_valid(value)) for value in SAMPLES]
 
 
+def test_a_definition_that_nothing_refers_to_may_say_anything(constraints: Constraints) -> None:
+    unused: Schema = {"a": {"not": {"type": "null"}}, "b": {"$ref": "#/$defs/a"}, "c": {"type": "integer"}, "d": None}
+    schema: Schema = {"properties": {"$defs": {"$ref": "#/$defs/c"}}, "default": {"$ref": "#/$defs/a"}, "$defs": unused}
+    assert writes(constraints, schema, {"$defs": 1})
+    assert not writes(constraints, schema, {"$defs": "a"})
+
+
+NULLABLE: list[Schema] = [
+    {"type": "string"},
+    {"type": "string", "enum": ["a", "ab"]},
+    {"const": "a"},
+    {"type": "string", "minLength": 2, "pattern": "^a"},
+    {"type": "integer", "minimum": 1},
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
+    {"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 1},
+    {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "string", "maxLength": 1}}},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string", "maxLength": 1}}},
+    {"oneOf": [{"type": "string"}, {"type": "array", "maxItems": 1}]},
+    {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    {"type": ["string", "null"], "enum": ["a"]},
+    {"minLength": 2},
+]
+
+
+@pytest.mark.parametrize("schema", NULLABLE)
+def test_null_matches_what_is_nullable_and_nothing_else_does_besides(constraints: Constraints, schema: Schema) -> None:
+    valid = jsonschema_rs.validator_for(schema)
+    expected = [(value, value is None or valid.is_valid(value)) for value in SAMPLES]
+    nullable: Schema = {**schema, "nullable": True}
+    assert notes(nullable) == []
+    assert [(value, writes(constraints, nullable, value)) for value in SAMPLES] == expected
+    definitions = {key: each for key, each in schema.items() if key == "$defs"}
+    inside: Schema = {"type": "object", "properties": {"k": nullable}, "required": ["k"], **definitions}
+    assert [(value, writes(constraints, inside, {"k": value})) for value in SAMPLES] == expected
+    assert enforced(enforced(inside).schema) == enforced(inside), "the server and the runner each rewrite it"
+    assert writes(constraints, {**schema, "nullable": False}, None) == valid.is_valid(None)
+
+
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
@@ -175,6 +213,23 @@ def test_what_is_not_noted_is_enforced(constraints: Constraints, schema: Schema)
         ({"type": "array", "minItems": -1}, "minItems: must be a whole number, 0 or more (got -1)"),
         ({"type": "string", "pattern": r"^a(?=b)"}, "pattern: '^a(?=b)' has look-around"),
         ({"enum": []}, "enum: is empty"),
+        (
+            {"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"properties": {"y": {"not": {"const": 1}}}}}},
+            "$defs.a.properties.y.not: this keyword",
+        ),
+        (
+            {
+                "anyOf": [{"$ref": "#/definitions/a"}],
+                "definitions": {
+                    "a": {"items": {"$ref": "#/definitions/b"}},
+                    "b": {"contains": {"const": 1}},
+                    "c": {"if": {}, "then": {}},
+                },
+            },
+            "definitions.b.contains: this keyword",
+        ),
+        ({"items": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "any"}}}, "$defs.a.type: 'any' is no type"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": 3}}, "$defs.a: a JSON Schema must be"),
         ({"properties": {"a": 3}}, "properties.a: a JSON Schema must be an object, true or false"),
     ],
 )
@@ -190,7 +245,7 @@ def test_what_cannot_be_enforced_is_refused_at_its_place(schema: Schema, reason:
         ({"type": "string", "pattern": "("}, "the pattern '(' cannot be used: unclosed group"),
         ({"$ref": "#/$defs/none"}, "$ref: '#/$defs/none' is not in the schema"),
         ({"$ref": "http://x.y/z"}, "$ref: 'http://x.y/z' is another document"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"not": {"type": "null"}}}}, "'not' cannot be enforced here"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"not": {"type": "null"}}}}, "$defs.a.not: this keyword cannot be"),
         ({"type": "object", "minProperties": 1, "properties": {"a": {}}}, "minProperties and maxProperties can be"),
         ({"patternProperties": {"a": {}, "b": {}}}, "the patternProperties 'a' and 'b' overlap"),
         ({"type": "string", "pattern": "^a", "format": "date"}, "nothing matches the schema"),

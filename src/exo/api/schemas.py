@@ -61,7 +61,7 @@ def _tool(tool: Tool, param: str) -> Tool:
     """A tool whose arguments can be held to its schema, and whose schema says whose it is."""
     owner = f"tool {tool.name!r}"
     try:
-        found = enforced(dict(tool.parameters))
+        found = enforced({key: each for key, each in tool.parameters.items() if key != "nullable"})
     except SchemaError as error:
         raise ApiError(400, f"{param}: {owner}: {error}", code="unsupported_value", param=param) from None
     for note in found.notes:

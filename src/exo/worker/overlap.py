@@ -26,14 +26,15 @@ def resolve(schema: JsonValue, root: JsonValue) -> JsonValue:
     for _ in range(_DEPTH):
         if not isinstance(schema, dict) or "$ref" not in schema:
             break
-        target = _target(schema["$ref"], root)
+        target = target_of(schema["$ref"], root)
         if target is None:
             break
         schema = target
     return schema
 
 
-def _target(reference: JsonValue, root: JsonValue) -> JsonValue:
+def target_of(reference: JsonValue, root: JsonValue) -> JsonValue:
+    """The schema within ``root`` that a ``$ref`` refers to; None where there is none."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     found = root
@@ -74,7 +75,7 @@ class _Comparison:
             return
         self.left -= 1 + sum(len(each) for each in (schema.get("enum"), schema.get("properties")) if _is_table(each))
         yield schema
-        if (target := _target(schema.get("$ref"), self.root)) is not None:
+        if (target := target_of(schema.get("$ref"), self.root)) is not None:
             yield from self._conjuncts(target, depth - 1)
         both = schema.get("allOf")
         for each in both if isinstance(both, list) else []:

@@ -7,14 +7,14 @@ or refused by name, except for ``uniqueItems``, overlapping ``oneOf`` and unknow
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import cast
 
 from pydantic import JsonValue
 
-from exo.worker.overlap import disjoint, resolve, type_of
+from exo.worker.overlap import disjoint, resolve, target_of, type_of
 from exo.worker.pattern import without_look_ahead
 
 Schema = dict[str, JsonValue]
@@ -26,6 +26,10 @@ FORMATS = frozenset(
 TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_DEFINITIONS = ("$defs", "definitions")
+_OF_PLACE = {*_DEFINITIONS, "$schema", "$id", "$anchor", "x-guidance"}
+"""Keywords that belong to the place of a schema, and not to the values that match it."""
+_EXCLUDING_NULL = {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
 _OF_ONE = ("additionalProperties", "items", "additionalItems")
 _OF_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 _OF_VALUES = ("const", "enum", "default", "example", "examples")
@@ -97,6 +101,7 @@ def enforced(schema: JsonValue) -> Enforced:
     rewriting = _Rewriting(schema)
     try:
         made = rewriting.schema(schema, "")
+        rewriting.check_references()
     except RecursionError:
         raise SchemaError("", "it is nested too deeply") from None
     return Enforced(made, tuple(rewriting.notes))
@@ -119,6 +124,8 @@ class _Rewriting:
     root: JsonValue
     notes: list[Note] = field(default_factory=list[Note])
     schemas: int = 0
+    unenforceable: dict[int, SchemaError] = field(default_factory=dict[int, SchemaError])
+    """Why a definition cannot be enforced, by its identity."""
 
     def schema(self, value: JsonValue, where: str) -> JsonValue:
         if isinstance(value, bool):
@@ -129,6 +136,7 @@ class _Rewriting:
         if self.schemas > _MOST_SCHEMAS:
             raise SchemaError("", f"it has more than {_MOST_SCHEMAS} schemas in it")
         made = {key: each for key, each in value.items() if each is not None or key in _OF_VALUES}
+        nullable = made.pop("nullable", False) is True
         if _negates_all(made.get("not")):
             return False
         _check(made, where)
@@ -145,12 +153,25 @@ class _Rewriting:
             if keyword in made:
                 raise SchemaError(_at(where, keyword), "this keyword cannot be enforced here")
         self._inner(made, where)
-        return made
+        return _or_null(made) if nullable else made
+
+    def check_references(self) -> None:
+        """Raises ``SchemaError`` for a definition that cannot be enforced and that something refers to."""
+        waiting, seen = [self.root] if self.unenforceable else [], set[int]()
+        while waiting:
+            value = waiting.pop()
+            if value is None or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if (error := self.unenforceable.get(id(value))) is not None:
+                raise error
+            if isinstance(value, dict):
+                waiting += [*_parts(value), target_of(value.get("$ref"), self.root)]
 
     def _inner(self, made: Schema, where: str) -> None:
         for key in _OF_SCHEMAS:
             if isinstance(named := made.get(key), dict):
-                step = self._definition if key in ("$defs", "definitions") else self.schema
+                step = self._definition if key in _DEFINITIONS else self.schema
                 made[key] = {name: step(each, _at(where, key, name)) for name, each in named.items()}
         for key in _OF_ONE:
             if key in made:
@@ -160,12 +181,13 @@ class _Rewriting:
                 made[key] = [self.schema(each, _at(where, key, str(at))) for at, each in enumerate(listed)]
 
     def _definition(self, value: JsonValue, where: str) -> JsonValue:
-        """One that nothing refers to may say what cannot be enforced; the grammar's compiler refuses the others."""
+        """One that nothing refers to may say what cannot be enforced; ``check_references`` refuses the others."""
         told = len(self.notes)
         try:
             return self.schema(value, where)
-        except SchemaError:
+        except SchemaError as error:
             del self.notes[told:]
+            self.unenforceable[id(value)] = error
             return value
 
     def _note(self, where: str, text: str) -> None:
@@ -268,6 +290,25 @@ class _Rewriting:
 
 def _at(*parts: str) -> str:
     return ".".join(filter(None, parts))
+
+
+def _parts(schema: Schema) -> Iterator[JsonValue]:
+    """The schemas in a schema, without its definitions."""
+    for key in _OF_SCHEMAS:
+        if key not in _DEFINITIONS and isinstance(named := schema.get(key), dict):
+            yield from named.values()
+    for key in (*_OF_ONE, *_OF_LISTS):
+        one = schema.get(key)
+        yield from one if isinstance(one, list) else [one]
+
+
+def _or_null(made: Schema) -> Schema:
+    """A schema that null matches, too. What others refer to or read at its place stays there."""
+    if not made.keys() & _EXCLUDING_NULL:
+        return made
+    outside = {key: each for key, each in made.items() if key in _OF_PLACE}
+    inside = {key: each for key, each in made.items() if key not in _OF_PLACE}
+    return {**outside, "anyOf": [inside, {"type": "null"}]}
 
 
 def _negates_all(value: JsonValue) -> bool:
