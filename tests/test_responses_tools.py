@@ -93,6 +93,7 @@ def test_codex_request_is_served_and_what_has_no_effect_is_told() -> None:
         "reasoning.summary",
         "service_tier",
         "text.verbosity",
+        "tools.apply_patch.format",
         "tools.tools.web_search",
         "tools.web_search",
         "truncation",
@@ -104,6 +105,16 @@ def test_codex_request_is_served_and_what_has_no_effect_is_told() -> None:
     patch = conversation.tools[1]
     assert patch.parameters["required"] == ["input"]
     assert "Begin Patch" in patch.description
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "allowed_tools", "tools": [{"name": "apply_patch"}]}])
+def test_a_grammar_that_is_not_enforced_is_told(choice: JsonValue) -> None:
+    assert warned(request(tools=[LOOK, PATCH], tool_choice=choice)) == ["tools.apply_patch.format"]
+
+
+@pytest.mark.parametrize("choice", ["none", {"type": "allowed_tools", "tools": [{"name": "look"}]}])
+def test_the_grammar_of_a_tool_that_cannot_be_called_is_not_told_of(choice: JsonValue) -> None:
+    assert warned(request(tools=[LOOK, PATCH], tool_choice=choice)) == []
 
 
 def test_calls_are_given_back_under_the_clients_names_and_types() -> None:
@@ -191,10 +202,18 @@ def test_a_history_of_openais_own_items() -> None:
     assert sorted(warned(body)) == ["input.encrypted_content", "input.phase", "input.web_search_call"]
 
 
-def test_a_picture_in_an_earlier_result_does_not_end_the_session() -> None:
-    call: JsonValue = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"type": "function_call", "name": "look", "arguments": "{}"},
+        {"type": "custom_tool_call", "name": "apply_patch", "input": "x"},
+        {"type": "local_shell_call", "action": {}},
+    ],
+)
+def test_a_picture_in_an_earlier_result_does_not_end_the_session(called: dict[str, JsonValue]) -> None:
     picture: JsonValue = [{"type": "input_image", "image_url": "data:"}]
-    result: JsonValue = {"type": "function_call_output", "call_id": "c", "output": picture}
+    call, result = ({"call_id": "c", **each} for each in (called, {"type": f"{called['type']}_output"}))
+    result["output"] = picture
     user: JsonValue = {"role": "user", "content": "go on"}
     assert refused(input=[call, result]).startswith("input.1.output.0.type: 'input_image' is not supported")
     assert told(given(request(input=[call, result, user])))[1]["content"] == UNSEEN

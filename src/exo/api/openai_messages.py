@@ -39,11 +39,11 @@ def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
     return "\n".join(texts)
 
 
-def with_unseen_pictures(entries: JsonValue, where: str, results: str, content: str) -> JsonValue:
+def with_unseen_pictures(entries: JsonValue, where: str, results: tuple[str, ...], content: str) -> JsonValue:
     """Puts words in the place of pictures in the results of calls, but for those that the reply is to answer.
 
     An agent cannot take a picture out of its history again, so an error would end its session. ``where`` is the field
-    of ``entries``, ``results`` the role or type of a result, and ``content`` its field that may hold parts.
+    of ``entries``, ``results`` the roles or types of a result, and ``content`` its field that may hold parts.
     """
     if not isinstance(entries, list):
         return entries
@@ -56,8 +56,8 @@ def with_unseen_pictures(entries: JsonValue, where: str, results: str, content: 
     ]
 
 
-def _is_result(entry: JsonValue, results: str) -> bool:
-    return isinstance(entry, dict) and results in (entry.get("role"), entry.get("type"))
+def _is_result(entry: JsonValue, results: tuple[str, ...]) -> bool:
+    return isinstance(entry, dict) and (entry.get("role") in results or entry.get("type") in results)
 
 
 def _without_pictures(entry: JsonValue, where: str, content: str) -> JsonValue:
@@ -150,7 +150,7 @@ class ChatMessage(RequestBody):
 
 
 def _without_unseen_pictures(messages: JsonValue) -> JsonValue:
-    return with_unseen_pictures(messages, "messages", "tool", "content")
+    return with_unseen_pictures(messages, "messages", ("tool",), "content")
 
 
 ChatMessages = Annotated[list[ChatMessage], BeforeValidator(_without_unseen_pictures)]

@@ -10,6 +10,7 @@ from exo.api.openai_messages import Arguments, CalledName, with_unseen_pictures
 from exo.api.responses_tools import custom_arguments, told_name
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
 _VENDOR_ITEMS = (
     "additional_tools",
     "code_interpreter_call",
@@ -163,7 +164,7 @@ def _item(value: JsonValue) -> InputItem | InputReference:
 def _items(value: JsonValue) -> JsonValue:
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
-    return with_unseen_pictures(value, "input", "function_call_output", "output")
+    return with_unseen_pictures(value, "input", _OUTPUTS, "output")
 
 
 Input = Annotated[

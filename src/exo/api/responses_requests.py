@@ -151,6 +151,10 @@ class ResponsesRequest(RequestBody):
                 )
         if any(each.has_grammar and self.choice == NamedChoice(each.tool.name) for each in self.offered):
             raise invalid("the grammar of a custom tool cannot be enforced", "tool_choice")
+        callable_names = [tool.name for tool in self.callable_tools]
+        for each in self.offered:
+            if each.has_grammar and each.tool.name in callable_names:
+                self.note(f"tools.{each.name}.format", "is told to the model and not enforced: its input is any text")
         if self.choice == "required" and not names:
             raise invalid("there are no tools to choose from", "tool_choice")
         if self.choice not in ("auto", "none") and self.text.format.constraint is not None:

@@ -33,7 +33,9 @@ class CustomFormat(RequestBody):
 
     type: Literal["text", "grammar"] = Field(default="text", description="Any text, or text that follows a grammar.")
     syntax: str = Field(default="", max_length=32, description="Of the grammar; the model is told it.")
-    definition: str = Field(default="", description="The grammar; the model is told it, and not held to it.")
+    definition: str = Field(
+        default="", description="The grammar; the model is told it, and not held to it, as x-exo-warning says."
+    )
 
 
 class CustomTool(RequestBody):
