@@ -381,3 +381,22 @@ def test_harmony_calls_a_function_that_is_named_without_its_namespace() -> None:
     assert read(form("harmony"), text) == THE_CALL
     parts = read(form("harmony"), text.replace("get_weather", "python"))
     assert parts == [Content('{"city": "Paris", "days": 3}')]
+
+
+@pytest.mark.parametrize("name", [name for name in MARKED if FORMATS[name].stray and name != "kimi-k3"])
+def test_what_cannot_be_read_as_a_call_is_shown_with_its_end(name: str) -> None:
+    bad_value = ONE_CALL[name].replace("3", "}{x]<]minimax[>[<", 1)
+    bad_name = ONE_CALL[name].replace("get_weather", "<>{}", 1)
+    shown = 0
+    for text in (f"So: {bad_value} Hm.", f"So: {bad_name} Hm."):
+        for pieces in (text, [text]):
+            parts = read(form(name), pieces)
+            begun = sum(isinstance(part, ToolCall) for part in parts)
+            if begun == sum(isinstance(part, BrokenCall) for part in parts):
+                assert text_of(parts, Content) == text
+                shown += 1
+    assert shown
+    text = f"{bad_name}{ONE_CALL[name]}"
+    assert not any(
+        text_of(read(form(name), text), Content).count(end) > bad_name.count(end) for end in form(name).stray
+    )

@@ -138,6 +138,7 @@ class OutputFormat:
         closing = self.closing_calls if reply.calls_allowed else None
         found = markers(*begin, *thoughts, *dropped, *((_BRACE,) if closing else ()))
         bare = self.read_bare if reply.calls_allowed else None
+        shown = False  # whether the last call could not be read, so that its end belongs to the text as well
         if bare is not None:
             yield from _attempt(reply, "", bare)
         while marker := (yield from reply.scanner.until(found, reply.prose.add)):
@@ -148,12 +149,14 @@ class OutputFormat:
                     yield from _attempt(reply, "", bare)
             elif closing is not None and marker == _BRACE:
                 yield from _attempt_closing(reply, closing)
+            elif marker in self.stray and shown:
+                yield reply.prose.add(marker)
             elif marker in self.stray:
                 reply.prose.marker()
             elif marker in dropped:
                 yield from _drop(reply, marker)
             elif self.read_call is not None:
-                yield from _attempt(reply, marker, self.read_call)
+                shown = yield from _attempt(reply, marker, self.read_call)
         yield reply.prose.finish()
 
 
@@ -181,10 +184,11 @@ def _attempt_closing(reply: Reply, read: Callable[[Reply], Steps[bool]]) -> Step
     yield from reply.end(whole=whole)
 
 
-def _attempt(reply: Reply, marker: str, read: CallReader) -> Steps[None]:
+def _attempt(reply: Reply, marker: str, read: CallReader) -> Steps[bool]:
+    """Reads calls. Returns whether the last one, or what looked like one, is content instead."""
     reply.open(marker)
     whole = yield from read(reply, marker)
-    yield from reply.end(whole=whole)
+    return (yield from reply.end(whole=whole))
 
 
 @final

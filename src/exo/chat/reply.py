@@ -116,6 +116,8 @@ class Reply:
         self._calls = 0
         self._begun = False
         self._marked = False
+        self._before = 0
+        """Calls before the last attempt to read some."""
 
     def schema(self, name: str) -> Mapping[str, JsonValue]:
         """The JSON Schema of a tool's arguments; empty where it is unknown."""
@@ -145,6 +147,7 @@ class Reply:
     def open(self, marker: str = "") -> None:
         """A call may begin here, after ``marker``."""
         self._marked = bool(marker)
+        self._before = self._calls
         self.next_call(marker)
 
     def call(self, name: str) -> ToolCall:
@@ -163,19 +166,23 @@ class Reply:
         self.scanner.hold(marker)
         self._begun = False
 
-    def end(self, *, whole: bool) -> Steps[None]:
-        """A call, or the attempt to read one, ends here. What is not ``whole`` is content, unless it was cut off."""
+    def end(self, *, whole: bool) -> Steps[bool]:
+        """A call, or the attempt to read one, ends here. What is not ``whole`` is content, unless it was cut off.
+
+        Returns whether a call, or all that the attempt has read, is content.
+        """
         text = self.scanner.release()
         if whole:
-            return
+            return False
         cut_off = self.scanner.at_end and self.scanner.cut_off
         if self._begun:
             yield BrokenCall(self._calls - 1, cut_off)
         if not text or (cut_off and (self._begun or self._marked or any(name in text for name in self._schemas))):
-            return
+            return False
         if self._begun:
             self.prose.unmark()
         yield self.prose.add(text)
+        return self._begun or self._calls == self._before
 
     def several(self, begin: str, end: str, read: Callable[[], Steps[bool]], *, begun: bool = False) -> Steps[bool]:
         """Reads calls that each come after ``begin``, the last one before ``end``; ``read`` reads one of them.

@@ -126,9 +126,9 @@ GEMMA4 = OutputFormat(
     "gemma4",
     special=True,
     thinking=Thinking("<|channel>thought", "<channel|>"),
-    frame=("<channel|>",),
+    frame=("<channel|>", "<|tool_response>"),
     begin=(_GEMMA4.begin,),
-    stray=(_GEMMA4.end, "<|tool_response>"),
+    stray=(_GEMMA4.end,),
     read_call=_GEMMA4.read,
     write_calls=_GEMMA4.write,
 )
