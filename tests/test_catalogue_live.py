@@ -153,5 +153,14 @@ def test_a_server_follows_its_users_cards_and_goes_on_with_what_is_loaded(tmp_pa
         reply = server.complete("test/tiny", max_tokens=1)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
         assert [each.pid for each in server.runners()] == [runner.pid]
-        assert server.client.get("/api/ps").status_code == 200
+        assert [each["name"] for each in server.client.get("/api/ps").json()["models"]] == ["test/tiny"]
         assert [each["model"] for each in server.client.get("/v1/instances").json()["data"]] == ["test/tiny"]
+        body = {"model": "small:latest", "keep_alive": 0}
+        for path in ("/api/generate", "/api/chat"):
+            assert server.client.post(path, json={**body, "model": "tiny"}).status_code == 404
+        reply = server.client.post("/api/generate", json=body)
+        assert (reply.status_code, reply.json()["model"], reply.json()["done_reason"]) == (200, "test/tiny", "unload")
+        assert server.runners() == []
+        assert server.client.get("/api/ps").json() == {"models": []}
+        assert server.client.post("/api/generate", json=body).status_code == 404
+        assert server.client.post("/v1/models/unload", json={"model": "small"}).status_code == 404

@@ -210,8 +210,8 @@ def model_routes(services: Services) -> APIRouter:
     async def ps() -> OllamaLoadedModels:
         """The models that are loaded."""
         cards = services.catalogue.cards
-        reports = [report for report in services.instances.reports() if report.now.model_id in cards]
-        found = [running(cards[report.now.model_id], report) for report in reports]
+        reports = services.instances.reports()
+        found = [running(cards.get(report.now.model_id, report.card), report) for report in reports]
         return OllamaLoadedModels(models=[each for each in found if each is not None])
 
     @routes.get("/version")

@@ -39,8 +39,8 @@ def ollama_routes(services: Services) -> APIRouter:
     def load(body: OllamaGeneration, model: str, *, chat: bool) -> AnswerReply:
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if body.keep_alive == 0:
-                await services.unload(model)
-                return loaded(services.card(parse_model(model).name).model_id, chat=chat, reason="unload"), {}
+                model_id, _ = await services.unload(model)
+                return loaded(model_id, chat=chat, reason="unload"), {}
             question = Question(model=model, needs=None, commands=[], params={}, keep_seconds=body.keep_seconds)
             answered = await ask(services, question)
             runner = answered.runner

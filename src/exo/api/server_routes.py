@@ -95,7 +95,8 @@ def server_routes(services: Services) -> APIRouter:
         body = await read_body(request, UnloadRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            return Unloaded(model=body.model, unloaded=await services.unload(body.model)), {}
+            _, unloaded = await services.unload(body.model)
+            return Unloaded(model=body.model, unloaded=unloaded), {}
 
         return AnswerReply(work)
 

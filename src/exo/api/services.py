@@ -178,19 +178,27 @@ class Services:
         if self._commands is None:
             await self.pulls.ensure(card, runner, on_progress)
 
-    async def unload(self, model: str) -> bool:
+    async def unload(self, model: str) -> tuple[str, bool]:
         """Unloads a model once its requests have ended, or been cut off after the time that a stop gives them.
 
-        Whether it was loaded, or about to be. A model whose card is gone can be unloaded by its id. Raises
-        ``ApiError``.
+        Returns its id, and whether it was loaded or about to be. A model that was loaded by a card that is gone still
+        has that card's names. Raises ``ApiError``.
         """
         name = parse_model(model).name
         card = self.catalogue.get(name)
-        model_id = name if card is None else card.model_id
+        model_id = self._started_as(name) if card is None else card.model_id
         unloaded = await self.instances.unload(model_id, self._settings.limits.drain_seconds)
         if card is None and not unloaded:
             raise self._unknown(name)
-        return unloaded > 0
+        return model_id, unloaded > 0
+
+    def _started_as(self, name: str) -> str:
+        """The id of the only model that was called ``name`` when a runner was started for it. Raises ``ApiError``."""
+        cards = [each.card for each in self.instances.reports()]
+        found = {card.model_id for card in cards if name in (card.model_id, *card.aliases)}
+        if len(found) != 1:
+            raise self._unknown(name)
+        return found.pop()
 
     def is_outdated(self, report: Report) -> bool:
         """Whether the model card has changed or gone since the instance was started."""

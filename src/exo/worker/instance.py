@@ -28,6 +28,8 @@ class Report:
     """One instance for whoever looks after the server. Times are in seconds since 1970."""
 
     now: LiveRunner
+    card: ModelCard
+    """By which it was started."""
     status: Status
     backend: str
     settings: str
@@ -65,9 +67,10 @@ class Instance:
 
     id: str
     runner: str
-    model_id: str
+    card: ModelCard
+    """By which it was started; there may be a newer one, or none, since then."""
     settings: str
-    """The digest of what it is told to load, by the model card of then."""
+    """The digest of what it is told to load, by that card."""
     backend: str
     started: float
     """In seconds since 1970."""
@@ -91,6 +94,11 @@ class Instance:
                 raise error
             case None:
                 raise AssertionError("decided without a decision")
+
+    @property
+    def model_id(self) -> str:
+        """The card's."""
+        return self.card.model_id
 
     @property
     def usable(self) -> bool:
@@ -122,6 +130,7 @@ class Instance:
         """``now`` is on the clock of ``health`` and ``entry``, which is its own on the account of memory."""
         return Report(
             now=self.describe(),
+            card=self.card,
             status=self.process.status,
             backend=self.backend,
             settings=self.settings,

@@ -245,7 +245,7 @@ class Instances:
             directories=self._models_directories,
             tasks=card.tasks,
         )
-        instance = Instance(name, route.runner, card.model_id, settings, route.backend, time.time())
+        instance = Instance(name, route.runner, card, settings, route.backend, time.time())
 
         async def admit(estimated: Estimated) -> Choice:
             return await self._admit(instance, estimated)
