@@ -87,8 +87,9 @@ def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
     """The JSON of the value that ``text`` stands for, as argument ``name`` of a tool with these ``parameters``.
 
     It is a string wherever the schema accepts that string. Where a rule such as a pattern leaves some strings out, a
-    grammar has the model write JSON, and so a string in quotes is what is in them. Objects and arrays as Python writes
-    them count where the schema accepts no string.
+    grammar has the model write JSON, and so a string in quotes is what is in them. Objects and arrays that are nearly
+    JSON count where the schema accepts no string. Words without quotes in them are strings only if there is a schema:
+    otherwise "[optional]" is more likely a text than an array.
     """
     schema = argument_schema(parameters, name)
     accepted = Strings(frozenset()) if schema is None else strings(schema, parameters)
@@ -104,7 +105,7 @@ def to_json(text: str, parameters: Mapping[str, JsonValue], name: str) -> str:
         no_text = schema is None or accepted == Strings(frozenset())
         if not no_text or word[:1] not in _LOOSE_BEGINS:
             return _quoted(text)
-        return loose_json(word) or (loose_value(word) if schema is not None else None) or _quoted(text)
+        return (loose_json if schema is None else loose_value)(word) or _quoted(text)
     only_text = accepted.ruled or (isinstance(schema, dict) and schema.get("type") == "string") or _choices(schema)
     return _quoted(text) if only_text and not isinstance(value, str) else word
 

@@ -20,7 +20,8 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _BRACKETS = {"(": "[", "[": "[", "{": "{", ")": "]", "]": "]", "}": "}"}
 _ESCAPED = re.compile(r"\\(u[0-9A-Fa-f]{4}|.)", re.DOTALL)
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\n": "", **{char: char for char in "\"'\\/"}}
+"""What stands for what behind a backslash. Before anything else, a backslash stands for itself, as in Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,9 @@ def loose_call(reply: Reply, name: str, notation: Notation) -> Steps[bool]:
             yield reply.call(name)
         yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
         before = ", "
-        end = end.removeprefix(",")
+        if end == ",":
+            yield from scanner.space()
+            end = yield from scanner.either(notation.close)
     if before == "{":
         yield reply.call(name)
         yield reply.arguments(before)
@@ -93,6 +96,8 @@ def _value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
         depth += (token in ("[", "{")) - (token in ("]", "}"))
         if depth < 0:
             return None
+        if token in ("]", "}") and tokens[-1] == "," and tokens[-2] not in ("[", "{"):
+            tokens.pop()  # one comma too many
         if token == ":" and tokens and not tokens[-1].startswith('"'):
             tokens.append(json.dumps(tokens.pop()))  # a key without quotes
         tokens.append(token)
@@ -141,7 +146,7 @@ def _unescaped(inside: str) -> str:
 
 
 def _character(escape: str) -> str:
-    return chr(int(escape[1:], 16)) if len(escape) > 1 else _ESCAPES.get(escape, escape)
+    return chr(int(escape[1:], 16)) if len(escape) > 1 else _ESCAPES.get(escape, f"\\{escape}")
 
 
 def _quoted(text: str) -> str:
