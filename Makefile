@@ -34,8 +34,9 @@ faults: setup-dev demo-model  ## kill, stop and flood under load and check every
 bench: setup  ## measure an OpenAI-compatible server; URL=http://127.0.0.1:52415 MODEL=gemma-3-270m ARGS="--concurrency 1,4 --goodput ttft:1000"
 	$(BIN)/python -m exo.bench $(or $(URL),http://127.0.0.1:52415) --model $(or $(MODEL),gemma-3-270m) $(ARGS)
 
-bench-peers: setup-dev demo-model  ## exo beside llama-server, llama-cpp-python and mlx_lm.server; writes docs/performance.md; PAIRS=5 ARGS=--tiny
+bench-peers: setup-dev demo-model  ## exo beside llama-server, llama-cpp-python and mlx_lm.server; writes docs/performance.md and docs/one_user.md; PAIRS=5 ARGS=--tiny
 	$(BIN)/python -m bench.peers --pairs $(or $(PAIRS),5) $(ARGS)
+	$(BIN)/python -m bench.one_user --pairs $(or $(PAIRS),5)
 
 bench-server: setup-dev  ## what the server path costs, with the fake runner; PAIRS=5
 	$(BIN)/python -m bench.server_path --pairs $(or $(PAIRS),5)

@@ -47,6 +47,16 @@ def test_running_streams_get_a_token_after_every_chunk_of_a_long_prompt() -> Non
     assert rows(advance(target)) == {"short": (7, 8), "long": (20, 21)}
 
 
+def test_a_prompt_takes_larger_steps_while_nothing_else_decodes() -> None:
+    target = Scheduler(2, 64, 4, 1000, Pace(1.0), PrefixCache(RecordedCells(2), 0), alone=16)
+    target.add(sequence("long", list(range(40))))
+    assert rows(advance(target)) == {"long": (0, 16)}
+    assert rows(advance(target)) == {"long": (16, 32)}
+    target.add(sequence("short", [1, 2]))
+    advance(target)
+    assert all(stop - start <= 4 for start, stop in rows(advance(target)).values())
+
+
 def test_the_oldest_prompt_and_the_one_nearest_its_end_take_turns() -> None:
     target = scheduler(n_slots=3, budget=4, chunk=4)
     for name, length in (("a", 24), ("b", 16), ("c", 12)):

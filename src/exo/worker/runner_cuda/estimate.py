@@ -227,7 +227,7 @@ class _Model:
 
     def _compute(self, plan: Plan, where: _Where) -> Part:
         """The graph's buffer: logits of all rows that give any, or one layer's activations, and the mask."""
-        chunk, _ = chunks(self.options, on_gpu=bool(plan.n_gpu_layers))
+        chunk = chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).alone
         n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
         return self._graph("compute", where, chunk, n_outputs, plan.n_ctx)
 
@@ -252,7 +252,7 @@ class _Model:
     def _texts(self, plan: Plan, where: _Where) -> list[Part]:
         """The context for texts to embed; see ``embedding``."""
         options = self.options
-        chunk, _ = chunks(options, on_gpu=bool(plan.n_gpu_layers))
+        chunk = chunks(options, on_gpu=bool(plan.n_gpu_layers)).beside
         longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
         rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
         return [

@@ -33,9 +33,9 @@ from exo.worker.runner_cuda.tokenizer import Tokenizer
 from exo.worker.wire import describe
 
 DEFAULT_CONTEXT = 4096
-CPU_CHUNK, CPU_BUDGET = 128, 768
-"""Prompt tokens of one prompt and of all between two steps of the streams, on a CPU. Of one: so few that a prompt is
-gone soon after it is cancelled; 128 take hardly longer than 100, and 132 as long as 150."""
+CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
+"""Prompt tokens on a CPU: of one prompt next to streams and without any, and of all prompts between two steps of the
+streams. A step of one prompt is short, so that the prompt ends soon after it is cancelled."""
 CPU_ENOUGH = 32
 """Prompt tokens from which on a CPU computes the next prompt in a step of its own, so that the first can begin its
 output: with more, a token takes hardly less. A GPU has use for all that there are."""
@@ -92,12 +92,13 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
 
     model = Model(path, options, devices, progress, log)
     report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
-    chunk, budget = chunks(options, on_gpu=on_gpu)
+    sizes = chunks(options, on_gpu=on_gpu)
+    chunk, budget = sizes.beside, sizes.budget
     n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
     try:
         outputs = budget if score else options.slots + SCORED_ROWS
         reduced = 1 if options.speculation == "off" else 1 + LONGEST
-        rows = Rows(step=budget + options.slots, graph=chunk, outputs=outputs, reduced=reduced)
+        rows = Rows(step=budget + options.slots, graph=sizes.alone, outputs=outputs, reduced=reduced)
         context = Context(model, options, n_ctx, rows, log)
     except LoadError:
         model.free()
@@ -121,7 +122,9 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     speculate = options.speculation if model.can_cut else "off"
     speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
     enough = budget if on_gpu else CPU_ENOUGH
-    scheduler = Scheduler(options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation)
+    scheduler = Scheduler(
+        options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation, sizes.alone
+    )
     framing = Framing(model, tokenizer)
     return Loaded(
         model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling, threads
@@ -158,10 +161,20 @@ def _capabilities(
     )
 
 
-def chunks(options: CudaOptions, *, on_gpu: bool) -> tuple[int, int]:
-    """Prompt tokens per step, of one prompt and in all."""
-    chunk = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-    return chunk, max(chunk, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET))
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Prompt tokens per step: of one prompt, next to streams and without any, and of all prompts."""
+
+    beside: int
+    alone: int
+    budget: int
+
+
+def chunks(options: CudaOptions, *, on_gpu: bool) -> Chunks:
+    """The sizes that the model card sets, or else those that were measured to be fastest on such a device."""
+    beside = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+    alone = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_ALONE)
+    return Chunks(beside, alone, max(alone, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET)))
 
 
 def read_options(command: Load) -> CudaOptions:

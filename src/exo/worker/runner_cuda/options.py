@@ -68,7 +68,7 @@ class CudaOptions(ModelFile):
     """Prompt tokens between two tokens of the running streams, over all prompts; by default 2,048 on a GPU and 768 on
     a CPU, or fewer as ``max_itl_ms`` has it."""
     n_ubatch: int | None = Field(default=None, ge=32, le=1 << 16)
-    """Of these, of one prompt: the size that the graph is built for; by default 512, on a CPU 128."""
+    """Prompt tokens of one prompt in a step, at most; by default 512, and on a CPU 128 next to running streams."""
     max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
     """Milliseconds from one token of the running streams to the next at most, where prompts are computed in between,
     as far as the least piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU. Prompts that

@@ -50,6 +50,12 @@ class Pace:
         share = (n_rows - low) / (high - low)
         return self._decoding[low] + share * (self._decoding[high] - self._decoding[low])
 
+    def tokens_in(self, seconds: float, least: int, most: int) -> int:
+        """Prompt tokens that take about so long, from ``least`` to ``most``; ``most`` before anything is known."""
+        if not self._prompt_seconds:
+            return most
+        return min(max(int(seconds * self._prompt_tokens / self._prompt_seconds), least), most)
+
     def prompt_tokens(self, n_decoding: int, least: int, most: int) -> int:
         """Prompt tokens to compute after a step of so many decoding rows: from ``least`` to ``most``.
 
@@ -59,6 +65,4 @@ class Pace:
             return most
         decoding = self.decoding(n_decoding)
         seconds = max(self.bound - decoding, decoding)
-        if not self._prompt_seconds:
-            return min(least, most)
-        return min(max(int(seconds * self._prompt_tokens / self._prompt_seconds), least), most)
+        return self.tokens_in(seconds, least, most) if self._prompt_seconds else min(least, most)

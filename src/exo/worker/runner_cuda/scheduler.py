@@ -17,6 +17,8 @@ of fewer: flash attention computes 64 rows or more by other means than fewer."""
 GROUP = 8
 """All chunks but the last are multiples of this, since a matrix product takes rows by fours. Where a prompt is cut then
 does not matter, bit for bit, on a CPU (cut otherwise, logits of a Q4_K_M model are up to 4.6 apart)."""
+ALONE_SECONDS = 1.5
+"""How long a step of a prompt may take while nothing else decodes: a request that comes meanwhile waits for its end."""
 SCORED_ROWS = 32
 """Rows of a step that may tell a prompt's log-probabilities: each takes the width of the vocabulary in memory."""
 
@@ -95,7 +97,9 @@ class Scheduler:
         pace: Pace,
         cache: PrefixCache,
         speculation: Speculation | None = None,
+        alone: int | None = None,
     ) -> None:
+        """While no sequence decodes, a prompt's chunk has up to ``alone`` tokens, as far as a step stays short."""
         self.slots = [Slot(index) for index in range(n_slots)]
         self.waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
@@ -107,8 +111,10 @@ class Scheduler:
         self._oldest_first = True
         self._by_id: dict[str, Sequence] = {}
         self._budget = budget
-        self._chunk = min(chunk, budget)
-        self._least = min(LEAST, self._chunk)
+        self._beside, self._alone = min(chunk, budget), min(alone or chunk, budget)
+        self._chunk = self._alone
+        """The most tokens of one prompt in the next step."""
+        self._least = min(LEAST, self._beside)
         self._enough = min(enough, budget)
         self._pace = pace
         self._cache = cache
@@ -152,6 +158,7 @@ class Scheduler:
         """The next step; without chunks when there is nothing to do."""
         started = self._admit()
         due = [slot.sequence for slot in self.slots if slot.sequence is not None and slot.sequence.n_missing == 1]
+        self._chunk = self._beside if due else self._pace.tokens_in(ALONE_SECONDS, self._beside, self._alone)
         if not due:
             self._left = self._budget
             self._served.clear()
