@@ -133,7 +133,7 @@ def test_a_folder_that_is_not_there_is_not_found_and_the_places_are_named(tmp_pa
 def test_a_table_with_a_wrong_key_is_refused_by_its_name(table: dict[str, JsonValue], words: str) -> None:
     with pytest.raises(LoadError) as refusal:
         read_options({"path": "folder", **table})
-    assert refusal.value.code == "model_load_failed"
+    assert refusal.value.code == "model_misconfigured"
     assert "[mlx]" in str(refusal.value)
     assert words in str(refusal.value)
 
