@@ -307,7 +307,7 @@ def test_a_device_that_is_not_there_is_refused_by_the_runner(
         program.send(Estimate(load=command) if estimating else command)
         program.until(lambda: program.failure is not None)
         assert isinstance(program.failure, Failed)
-        assert program.failure.code == "model_load_failed"
+        assert program.failure.code == "model_misconfigured"
         assert why in program.failure.message
         assert program.drain() == 1
 
