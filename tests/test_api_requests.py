@@ -120,6 +120,12 @@ def test_a_body_that_is_no_object_is_refused() -> None:
     assert (body.status, body.param, body.message) == (400, None, "Input should be an object (got [1])")
 
 
+@pytest.mark.parametrize("name", ["response_format", "tools"])
+def test_a_completion_cannot_have_chats_output(name: str) -> None:
+    body = refusal(CompletionRequest, json.dumps({**COMPLETION, name: {"type": "json_object"}}))
+    assert (body.status, body.code, body.param) == (400, "unsupported_parameter", name)
+
+
 @pytest.mark.parametrize(("left_out", "of"), [("messages", CHAT), ("prompt", COMPLETION)])
 def test_a_missing_field_is_named(left_out: str, of: dict[str, object]) -> None:
     model = ChatCompletionRequest if of is CHAT else CompletionRequest

@@ -36,6 +36,8 @@ UNSUPPORTED: Unsupported = {
     "use_beam_search": (False,),
 }
 """Fields known elsewhere that nothing here can honour yet, with the values that ask for nothing, besides null."""
+OF_CHAT: Unsupported = {"response_format": ({"type": "text"},), "tools": ([],)}
+"""Fields of chat completions that decide what the answer must be, which completions do not have."""
 IGNORED: Unsupported = {
     "allowed_token_ids": ([],),
     "cache_prompt": (True,),
@@ -266,6 +268,7 @@ Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
 class CompletionRequest(GenerationFields):
     """The body of ``POST /v1/completions``. A prompt is tokenized as it is: special tokens in its text are special."""
 
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, **OF_CHAT}
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None,
         ge=0,
