@@ -111,7 +111,7 @@ def test_a_vllm_that_cannot_be_imported_is_told_by_doctor_and_by_loading(tmp_pat
         program.send(load_command(twin))
         assert program.drain() != 0
         assert program.failure is not None
-        assert program.failure.code == "model_load_failed"
+        assert program.failure.code == "model_misconfigured"
         assert "libcudart.so.13 is missing" in program.failure.message
 
 
@@ -244,7 +244,7 @@ def test_what_a_build_cannot_do_is_refused_with_the_reason(twin: Path) -> None:
     def refusal(processors: bool, config: dict[str, JsonValue] | None = None, **table: JsonValue) -> str:
         with pytest.raises(LoadError) as refused:
             check_limits(read_options(table), config or {}, processors=processors, devices=1)
-        assert refused.value.code == "model_load_failed"
+        assert refused.value.code == "model_misconfigured"
         return str(refused.value).removeprefix("model card, [vllm] ")
 
     pipelines = "vLLM's build for CPUs computes no pipelines; tensor_parallel_size divides a model there"
