@@ -111,7 +111,7 @@ def test_a_vllm_that_cannot_be_imported_is_told_by_doctor_and_by_loading(tmp_pat
         program.send(load_command(twin))
         assert program.drain() != 0
         assert program.failure is not None
-        assert program.failure.code == "model_misconfigured"
+        assert program.failure.code == "model_load_failed"
         assert "libcudart.so.13 is missing" in program.failure.message
 
 
@@ -187,6 +187,10 @@ def test_a_computation_that_goes_wrong_fails_its_own_request_only(twin: Path) ->
             assert (result.failed.code, result.tokens) == ("engine_error", [])
 
 
+@pytest.mark.skipif(
+    "amx_int8" in Path("/proc/cpuinfo").read_text(),
+    reason="on a CPU with AMX, vLLM's kernel for eight bits takes no float32, and crashes with so small a model",
+)
 def test_a_folder_that_is_quantised_is_computed_as_it_says(twin: Path) -> None:
     """Eight bits a weight and eight an activation, as vLLM's own tools write it: nearly what the whole numbers give."""
     prompt = [97 + at % 23 for at in range(40)]
