@@ -57,6 +57,16 @@ def test_a_prompt_takes_larger_steps_while_nothing_else_decodes() -> None:
     assert all(stop - start <= 4 for start, stop in rows(advance(target)).values())
 
 
+def test_the_first_stream_of_a_burst_waits_no_longer_for_its_second_token_than_others_do() -> None:
+    target = scheduler(n_slots=4, budget=64, chunk=8, enough=8, bound=0.2)
+    for name in "abcd":
+        target.add(sequence(name, [ord(name), *range(7)]))
+    advance(target, seconds=0.1)
+    steps = [advance(target, seconds=0.1) for _ in range(6)]
+    before_second_token = next(at for at, step in enumerate(steps) if not step.prefills)
+    assert before_second_token <= 2
+
+
 def test_the_oldest_prompt_and_the_one_nearest_its_end_take_turns() -> None:
     target = scheduler(n_slots=3, budget=4, chunk=4)
     for name, length in (("a", 24), ("b", 16), ("c", 12)):

@@ -71,8 +71,8 @@ class CudaOptions(ModelFile):
     """Prompt tokens of one prompt in a step, at most; by default 512, and on a CPU 128 next to running streams."""
     max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
     """Milliseconds from one token of the running streams to the next at most, where prompts are computed in between,
-    as far as the least piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU. Prompts that
-    find no stream running come first, ``n_batch`` tokens of them."""
+    as far as the least piece of a prompt (64 tokens) allows it; by default 100 on a GPU and 260 on a CPU. It holds from
+    the first stream's first token on."""
     prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Of the host's memory, for prefixes that are in no slot any more; 0: none are kept."""
     speculate: Speculate | None = None

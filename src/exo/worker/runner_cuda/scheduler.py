@@ -106,6 +106,8 @@ class Scheduler:
         """In the order of their arrival."""
         self._left = 0
         """Prompt tokens that may be computed before the streams' next step."""
+        self._streaming = False
+        """Whether a sequence was decoding when the last step was planned."""
         self._served: set[str] = set()
         """Who has had a chunk since their last step."""
         self._oldest_first = True
@@ -162,6 +164,9 @@ class Scheduler:
         if not due:
             self._left = self._budget
             self._served.clear()
+        elif not self._streaming:  # the first streams of a burst wait no longer for their second token than others do
+            self._left = min(self._left, self._pace.prompt_tokens(len(due), self._least, self._budget))
+        self._streaming = bool(due)
         chunks = self._prefill_chunks()
         if chunks:
             self._left -= sum(chunk.n_rows for chunk in chunks)
