@@ -30,7 +30,7 @@ from exo.bench.report import Stage
 PAGE = "one_user.md"
 STREAMS = (1, 4)
 OUTPUT_TOKENS, FEW_TOKENS = 48, 12
-"""Of a stream next to another process; few where a server is known to crawl."""
+"""Output tokens of each stream next to another process. The second is for a server that is known to be very slow."""
 LONE_PAIRS = 3
 """Long prompts take long, and their times differ little from pair to pair."""
 SECOND = "demo/second"

@@ -114,7 +114,7 @@ def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[Name, S
 
 
 def commit() -> str:
-    """What is measured: the commit, and whether it was changed."""
+    """The commit that is measured, with a remark if the working tree differs from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=peers_setup.ROOT)

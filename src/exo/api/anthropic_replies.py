@@ -34,7 +34,7 @@ class ThinkingTokens(AnthropicReply):
 class AnthropicUsage(AnthropicReply):
     """Tokens. ``input_tokens`` are those of the prompt that had to be computed; the others were cached.
 
-    What is computed is cached, too, but not counted again as ``cache_creation_input_tokens``.
+    Computed tokens are cached, too, but ``cache_creation_input_tokens`` does not count them again.
     """
 
     input_tokens: int

@@ -14,7 +14,7 @@ from exo.api.fields import RequestBody, warn_of_notes
 BODY_LIMIT = 16 << 20
 """Bytes, as sent and unpacked."""
 WEIGHT_LIMIT = 2 << 20
-"""Of a body's JSON values, see ``_weight``. The validator does not let the event loop run meanwhile: under a second."""
+"""The most that a body may weigh, see ``_weight``. Validation blocks the event loop for less than a second then."""
 _LARGE = 128 << 10
 """Bytes of a body that is not validated on the event loop."""
 _SLICE = 64 << 10

@@ -26,7 +26,7 @@ from exo.worker.router import parse_model
 OLLAMA_VERSION = "0.13.5"
 """The version of Ollama whose API this is. Clients refuse a server whose version is older than they need."""
 CONTEXT_LENGTH = 4096
-"""What is told of a model of which neither its card nor a file says more."""
+"""The context length that is reported where neither the model card nor a file states one."""
 _MISSING = ("/pull", "/push", "/create", "/copy", "/delete", "/blobs/{digest}")
 """Not here, by path."""
 NEVER = "9999-12-31T23:59:59Z"

@@ -83,7 +83,7 @@ def _as_json_text(arguments: JsonValue) -> JsonValue:
 
 
 CalledName = Annotated[str, Field(min_length=1, max_length=256)]
-"""Of a tool that was called earlier, perhaps by another server's rules."""
+"""The name of a tool that was called earlier. Another server's rules may have allowed it."""
 Arguments = Annotated[str, BeforeValidator(_as_json_text, json_schema_input_type=str | dict[str, JsonValue])]
 
 

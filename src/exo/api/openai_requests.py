@@ -79,7 +79,7 @@ TopK = Annotated[int, Field(ge=-1, le=1 << 31), AfterValidator(lambda count: max
 
 
 def _stops(value: JsonValue) -> JsonValue:
-    """As a list without empty strings, which some clients send for no stop string."""
+    """Returns a list without empty strings, which some clients send instead of leaving the field out."""
     values = [value] if isinstance(value, str) else value
     return [each for each in values if each != ""] if isinstance(values, list) else values
 

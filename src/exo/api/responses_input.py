@@ -222,7 +222,7 @@ def told(items: list[InputItem]) -> list[dict[str, JsonValue]]:
 
 
 def stored_input(item: InputItem, number: str) -> dict[str, JsonValue]:
-    """The item as it is told to whoever asks for a response's input. ``number`` makes an id for one that has none."""
+    """Returns the item in the form of a response's input list. ``number`` makes an id for an item without one."""
     if isinstance(item, VendorItem):
         return {"type": item.type}
     own = item.id

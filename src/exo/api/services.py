@@ -231,7 +231,7 @@ class Services:
                 for note in probe.notes:
                     log.info("runner %s: %s", name, note)
             self._probed.set()
-            if host.unanswered:  # whoever needs such a runner waits for this
+            if host.unanswered:  # requests that need such a runner wait for this probe
                 host = await self._ask_runners(TRY_SECONDS)
         pause = _PROBE_AGAIN_SECONDS
         while host.unanswered:

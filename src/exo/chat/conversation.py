@@ -1,6 +1,6 @@
 """Messages as published chat templates read them, made from messages as OpenAI's API has them.
 
-What is done here holds for every template; what only some templates need is in ``exo.chat.reshaping``.
+These steps suit every template. Steps that only some templates need are in ``exo.chat.reshaping``.
 """
 
 import re
