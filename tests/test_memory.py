@@ -68,11 +68,11 @@ def test_a_kv_cache_that_does_not_fit_is_refused_in_words_and_in_bytes(server: S
         error = json.loads(reply.text.strip().rpartition("data: ")[2])["error"]
     else:
         assert reply.status_code == 503, reply.text
+        assert reply.headers["x-should-retry"] == "false"
         error = reply.json()["error"]
     assert (error["code"], error["type"]) == ("out_of_memory", "server_error")
     assert "not enough memory" in error["message"]
     assert str(8 << 30) in error["message"]
-    assert reply.headers["x-should-retry"] == "false"
     shown = row(server, "huge")
     assert (shown["state"], shown["last_failure"]["message"]) == ("Failed", error["message"])
 
