@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from bench.report import Judge, NearTie
 from exo.compare.engine import Engine
-from exo.worker.runner_cuda.loading import Loaded, load
+from exo.worker.runner_cuda.loading.loader import Loaded, load
 from exo.worker.runner_cuda.score import log_probabilities
 
 CHUNKINGS = (1, 8, 32, 64, 128)

@@ -2,8 +2,8 @@
 
 ``python bench/prefix.py MODEL.gguf shared|long [--scale S] [--repeats N]``: a stem that 4 streams share against stems
 of their own; a prompt of 4,000 tokens among 8 running streams with the step's time bounded and without. ``--scale``
-shrinks lengths, for a trial. The runner is driven directly, by the messages of ``exo.worker.messages``. The two kinds
-take turns; medians are printed. ``bench/speculation.py`` measures guessing ahead.
+shrinks lengths, for a trial. The runner is driven directly, by the messages of ``exo.worker.protocol.messages``. The
+two kinds take turns; medians are printed. ``bench/speculation.py`` measures guessing ahead.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     Deltas,
     Failed,
     Finished,
@@ -31,8 +31,8 @@ from exo.worker.messages import (
     Status,
     Text,
 )
-from exo.worker.runners import RUNNERS
-from exo.worker.wire import decode_event, encode
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.wire import decode_event, encode
 
 Table = dict[str, JsonValue]
 

@@ -16,10 +16,10 @@ from functools import partial
 import llama_cpp
 
 from bench.peer_servers import demo_model
-from exo.worker.messages import SamplingParams
-from exo.worker.runner_cuda.llama import Context, Log, Logits, Model, Rows
-from exo.worker.runner_cuda.options import CudaOptions
-from exo.worker.runner_cuda.sampler import Sampler, Turn, choose
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
+from exo.worker.runner_cuda.loading.options import CudaOptions
+from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose
 
 ROWS = 16
 PROMISED = 3.0

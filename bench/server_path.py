@@ -27,8 +27,8 @@ from exo.bench.options import Options
 from exo.bench.prompts import Prompts
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
-from exo.worker.messages import Command, Deltas, Event, Finished, Generate, Load, SamplingParams, Status, Text
-from exo.worker.wire import decode_event, encode
+from exo.worker.protocol.messages import Command, Deltas, Event, Finished, Generate, Load, SamplingParams, Status, Text
+from exo.worker.protocol.wire import decode_event, encode
 from tests.fake_runner import COMMAND
 from tests.server import ServeProgram, write_card
 

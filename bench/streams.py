@@ -161,7 +161,7 @@ def cancel_time(home: Path, runs: int) -> None:
     """A model with one slot, whose client leaves during a prompt of some 2,000 tokens while the next one waits."""
     cards = home / "exo" / "custom_model_cards"
     cards.mkdir(parents=True)
-    built_in = Path(__file__).parent.parent / "src/exo/models/cards/gemma-3-270m.toml"
+    built_in = Path(__file__).parent.parent / "src/exo/cards/built_in/gemma-3-270m.toml"
     (cards / "one-slot.toml").write_text(built_in.read_text().replace("slots = 16", "slots = 1"))
     server, url, _ = start_server(home, "--load", MODEL)
     wait_until_ready(url)

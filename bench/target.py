@@ -11,13 +11,13 @@ from typing import Literal
 import anyio
 from pydantic import JsonValue
 
+from exo.cards.catalogue import Catalogue
 from exo.compare.engine import Engine, choose_engine
 from exo.compare.scoring import score
 from exo.config import Settings
-from exo.models.catalogue import Catalogue
 from exo.worker.host import probe_host
-from exo.worker.instances import runner_commands
-from exo.worker.process import RunnerError, RunnerProcess
+from exo.worker.supervisor.pool import runner_commands
+from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.server import write_card
 from tests.tiny import Shape, write_gguf, write_mlx
 

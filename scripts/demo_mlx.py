@@ -2,9 +2,9 @@
 
 from typing import cast
 
+from exo.cards.catalogue import Catalogue
 from exo.config import Settings
-from exo.models.catalogue import Catalogue
-from exo.models.convert import convert
+from exo.convert import convert
 
 
 def main() -> None:

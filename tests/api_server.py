@@ -9,11 +9,11 @@ from pathlib import Path
 import uvicorn
 
 from exo.api.app import create_app
-from exo.api.connection import BoundedConnection
-from exo.api.services import Services
+from exo.api.http.connection import BoundedConnection
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
 from exo.config import Access, Limits, Settings
-from exo.models.card import ModelCard
-from exo.models.catalogue import Catalogue
+from exo.serving.app_state import Services
 from tests import fake_runner
 
 CHAT_TEMPLATE = (

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exo.worker.runner_cuda.prefix_cache import State
+from exo.worker.runner_cuda.prefix.cache import State
 from exo.worker.runner_cuda.scheduler import Step
 
 MISSING = -1
@@ -15,7 +15,7 @@ NAN = -2
 
 @dataclass(slots=True)
 class RecordedCells:
-    """``exo.worker.runner_cuda.prefix_cache.Cells``. ``window`` is how many cells a saved state has; None: all."""
+    """``exo.worker.runner_cuda.prefix.cache.Cells``. ``window`` is how many cells a saved state has; None: all."""
 
     n_slots: int
     n_ctx: int = 1 << 12

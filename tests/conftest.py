@@ -2,7 +2,7 @@ import pytest
 from hypothesis import settings
 from pydantic import JsonValue
 
-from exo.models.card import ModelCard, StorageSize
+from exo.cards.card import ModelCard, StorageSize
 
 settings.register_profile("campaign", max_examples=5000)
 

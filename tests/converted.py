@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.models.convert import ConvertError, Dtype, convert
+from exo.convert import ConvertError, Dtype, convert
 from tests.test_tiny import TEXTS, log_softmax
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.question import Answer, Question, ask

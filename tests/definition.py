@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from exo.worker.messages import SamplingParams
-from exo.worker.randomness import BLOCK, gumbels
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 
 Row = NDArray[np.float32]
 

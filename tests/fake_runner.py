@@ -25,10 +25,7 @@ from typing import Annotated, BinaryIO, Literal, NoReturn
 import numpy as np
 from pydantic import BeforeValidator, JsonValue, ValidationError
 
-from exo.worker.admission import input_refusal, length_limit, refusal, resume, tokenized, within
-from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
-from exo.worker.effort import effort
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     LINE_BYTES,
     PART_LOGPROBS,
     Cancel,
@@ -64,9 +61,12 @@ from exo.worker.messages import (
     TokenLogprobs,
     Usage,
 )
-from exo.worker.randomness import uniforms
-from exo.worker.text import TextStream
-from exo.worker.wire import describe, encode, read_commands, take_protocol_stream
+from exo.worker.protocol.wire import describe, encode, read_commands, take_protocol_stream
+from exo.worker.runner_common.detokenizer import TextStream
+from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.keyed_rng import uniforms
+from exo.worker.runner_common.load_effort import effort
+from exo.worker.runner_common.request_checks import input_refusal, length_limit, refusal, resume, tokenized, within
 
 COMMAND = (sys.executable, os.path.abspath(__file__))
 

@@ -1,8 +1,8 @@
 """``exo serve`` as a program with the fake runner: ``python -m tests.fake_serve``, settings from the environment."""
 
 from exo.api.server import serve_forever
+from exo.cards.catalogue import Catalogue
 from exo.config import Settings
-from exo.models.catalogue import Catalogue
 from tests import fake_runner
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from exo.chat.program import serve
+from exo.chat.template.sandbox_main import serve
 
 ADDRESS_SPACE = 512 << 20
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     Cancel,
     Capabilities,
     Deltas,
@@ -34,7 +34,7 @@ from exo.worker.messages import (
     Tokenized,
     TokenLogprobs,
 )
-from exo.worker.wire import decode_event, encode
+from exo.worker.protocol.wire import decode_event, encode
 
 DEADLINE_SECONDS = 60.0
 """How long a test waits for what must come; reached only when something is broken."""

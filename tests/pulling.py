@@ -15,13 +15,13 @@ from typing import Self
 
 from pydantic import JsonValue
 
+from exo.cards.card import ModelCard
 from exo.config import HubAccess
-from exo.models.card import ModelCard
-from exo.models.hub import Hub
-from exo.models.meter import Progress
-from exo.models.pull import plan, pull
-from exo.models.pull_error import PullError
-from exo.models.store import OnDisk, Store
+from exo.store.errors import PullError
+from exo.store.hub import Hub
+from exo.store.progress import Progress
+from exo.store.pull import plan, pull
+from exo.store.store import OnDisk, Store
 from tests.conftest import fake_card
 from tests.hub import REPO
 from tests.server import inherited

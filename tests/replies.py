@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from exo.chat.output import FORMATS, OutputFormat
-from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.chat.reply import Thinking
-from exo.chat.tools import Tool
+from exo.chat.grammar.tool_schema import Tool
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.chat.output.parser import Thinking
+from exo.chat.output.registry import FORMATS, OutputFormat
 
 BAR = "\uff5c"
 WEATHER = Tool(

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from exo.models.card import ModelCard
+from exo.cards.card import ModelCard
 
-_CARDS = Path(__file__).parent.parent / "src/exo/models/cards"
+_CARDS = Path(__file__).parent.parent / "src/exo/cards/built_in"
 _TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 _END = "{% if add_generation_prompt %}<assistant>{% endif %}"
 _ALTERNATE = (

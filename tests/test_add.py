@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
 from exo.config import HubAccess
-from exo.models.add import AddError, add, as_text
-from exo.models.card import ModelCard
-from exo.models.catalogue import Catalogue
-from exo.models.hub import Hub
-from exo.models.inspection import HEADER_LIMIT
-from exo.models.pull_error import PullError
-from exo.models.selection import Source
-from exo.models.store import Store
+from exo.store.discover.add import AddError, add, as_text
+from exo.store.discover.inspection import HEADER_LIMIT
+from exo.store.errors import PullError
+from exo.store.file_selection import Source
+from exo.store.hub import Hub
+from exo.store.store import Store
 from exo.worker.host import Host
-from exo.worker.messages import Probe
+from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Route, route
-from exo.worker.runners import RUNNERS
 from tests.hub import REPO, Fault, LocalHub
 from tests.pulling import hub_at, pull_card
 from tests.test_gguf_header import LLAMA, field, header, text

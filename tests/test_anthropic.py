@@ -20,9 +20,9 @@ from anthropic.types import (
 )
 from pydantic import BaseModel
 
-from exo.chat.reshaping import short_id
+from exo.cards.card import SamplingDefaults
+from exo.chat.template.reshaping import short_id
 from exo.config import Access, ApiKey
-from exo.models.card import SamplingDefaults
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
 from tests.fake_runner import expected_text

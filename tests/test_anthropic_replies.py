@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from exo.api.anthropic_replies import MessagesDialect
-from exo.api.errors import ErrorBody
-from exo.api.generation import Serving
-from exo.api.openai_chat import call_id
-from exo.api.reading import Ended, Reason, Said
-from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.worker.messages import Capabilities, Usage
+from exo.api.anthropic.response import MessagesDialect
+from exo.api.http.errors import ErrorBody
+from exo.api.http.response import Call, Choice
+from exo.api.openai.chat_response import call_id
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.serving.generation import Serving
+from exo.serving.output_reader import Ended, Reason, Said
+from exo.worker.protocol.messages import Capabilities, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
 MODEL = Capabilities(

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from exo.api.body import BODY_LIMIT
-from exo.api.errors import from_failed, install
-from exo.worker.messages import ErrorCode, Failed
+from exo.api.http.body import BODY_LIMIT
+from exo.api.http.errors import from_failed, install
+from exo.worker.protocol.messages import ErrorCode, Failed
 from tests.api_server import serve
 from tests.conftest import fake_card
 

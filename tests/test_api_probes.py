@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from exo import __version__
-from exo.api.body import BODY_LIMIT
+from exo.api.http.body import BODY_LIMIT
 from exo.config import Access
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card

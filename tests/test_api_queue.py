@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.api.errors import ApiError
-from exo.api.queue import Queues
+from exo.api.http.errors import ApiError
 from exo.config import Limits
+from exo.serving.admission import Queues
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.server import DEADLINE_SECONDS, ServeProgram, write_card
@@ -42,8 +42,8 @@ def gate(tmp_path: Path) -> Path:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams open, and tell their place, without waiting."""
-    monkeypatch.setattr("exo.api.reply.GRACE_SECONDS", 0)
-    monkeypatch.setattr("exo.api.reply.PLACE_SECONDS", 0)
+    monkeypatch.setattr("exo.api.http.response.GRACE_SECONDS", 0)
+    monkeypatch.setattr("exo.api.http.response.PLACE_SECONDS", 0)
 
 
 @contextmanager

@@ -5,9 +5,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from exo.api.errors import ErrorBody, from_validation
-from exo.api.openai_chat_requests import ChatCompletionRequest
-from exo.api.openai_requests import UNSUPPORTED, CompletionRequest, GenerationFields
+from exo.api.http.errors import ErrorBody, from_validation
+from exo.api.openai.chat_request import ChatCompletionRequest
+from exo.api.openai.common_request import UNSUPPORTED, CompletionRequest, GenerationFields
 
 CHAT: dict[str, object] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, object] = {"model": "m", "prompt": "hi"}

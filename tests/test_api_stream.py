@@ -33,7 +33,7 @@ def open_gate(gate: Path) -> None:
 @pytest.fixture
 def grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets how long a stream waits before it opens."""
-    return lambda seconds: monkeypatch.setattr("exo.api.reply.GRACE_SECONDS", seconds)
+    return lambda seconds: monkeypatch.setattr("exo.api.http.response.GRACE_SECONDS", seconds)
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def test_a_long_silence_is_filled(
     tmp_path: Path, gate: Path, grace: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grace(0)
-    monkeypatch.setattr("exo.api.reply.KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("exo.api.http.response.KEEP_ALIVE_SECONDS", 0.05)
     with server(tmp_path, load_gate=str(gate)) as http, stream(http, SHORT) as lines:
         assert ": keep-alive" in lines
         assert ": keep-alive" in lines

@@ -5,9 +5,9 @@ import json
 import pytest
 from pydantic import JsonValue
 
-from exo.chat.argument_schema import argument_names, argument_schema
-from exo.chat.fields import fields, to_json
-from exo.chat.tools import Tool
+from exo.chat.grammar.tool_schema import Tool
+from exo.chat.output.argument_schema import argument_names, argument_schema
+from exo.chat.output.call_fields import fields, to_json
 
 DEFS: dict[str, JsonValue] = {
     "Text": {"type": "string"},

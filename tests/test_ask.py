@@ -11,7 +11,7 @@ import anyio
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     Capabilities,
     Delta,
     Embed,
@@ -24,8 +24,8 @@ from exo.worker.messages import (
     Tokenize,
     Usage,
 )
-from exo.worker.process import Deadlines, RunnerError, RunnerProcess
-from exo.worker.wire import encode
+from exo.worker.protocol.wire import encode
+from exo.worker.supervisor.runner_process import Deadlines, RunnerError, RunnerProcess
 from tests.fake_runner import COMMAND, score_of, tokenize, vector_of
 from tests.program import DEADLINE_SECONDS, ask, names
 

@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue, ValidationError
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Generate, Grammar, Load, SamplingParams
-from exo.worker.runner_cuda.backend_sampling import SIZES, Best, backend_sampling, needed
-from exo.worker.runner_cuda.candidates import Candidates, NotFinite, Row
-from exo.worker.runner_cuda.loading import Loaded, load
-from exo.worker.runner_cuda.options import CudaOptions
-from exo.worker.runner_cuda.pace import Pace
-from exo.worker.runner_cuda.prefix_cache import PrefixCache
-from exo.worker.runner_cuda.sampler import Sampler, choose
+from exo.worker.protocol.messages import Generate, Grammar, Load, SamplingParams
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.loader import Loaded, load
+from exo.worker.runner_cuda.loading.options import CudaOptions
+from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
+from exo.worker.runner_cuda.sampling.device_sampling import SIZES, Best, backend_sampling, needed
+from exo.worker.runner_cuda.sampling.sampler import Sampler, choose
 from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Sequence
-from exo.worker.runner_cuda.speculation import Speculation
-from exo.worker.runners import RUNNERS
+from exo.worker.runner_cuda.speculation.speculation import Speculation
+from exo.worker.runner_cuda.step_time import Pace
 from tests.cells import RecordedCells
 from tests.edited_gguf import Edit, rewrite
 from tests.program import Program, Result, ask, names, runner_command

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.api.llama_routes import MAX_TEXT
-from exo.worker.messages import MAX_PROMPT_LOGPROBS, MAX_TOKENIZED, PART_TOKENS
+from exo.api.llama_server import MAX_TEXT
+from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS, MAX_TOKENIZED, PART_TOKENS
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.fake_runner import expected_text

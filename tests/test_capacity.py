@@ -7,10 +7,10 @@ import psutil
 import pytest
 
 from exo.config import Limits, SettingsError
-from exo.worker.capacity import capacity, taken
 from exo.worker.host import Host, NvidiaDevice
-from exo.worker.messages import Device, Probe
-from exo.worker.rate import WINDOW_SECONDS, Rate
+from exo.worker.protocol.messages import Device, Probe
+from exo.worker.supervisor.host_memory import capacity, taken
+from exo.worker.supervisor.token_rate import WINDOW_SECONDS, Rate
 from tests.nvml import FakeDevice, fake_nvml
 
 GIB = 1 << 30

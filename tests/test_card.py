@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from exo.models.card import CardError, ModelCard, SamplingValues
-from exo.worker.messages import SamplingParams
-from exo.worker.runners import RUNNERS, RunnerSpec
+from exo.cards.card import CardError, ModelCard, SamplingValues
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.runners import RUNNERS, RunnerSpec
 
 UPSTREAM = sorted((Path(__file__).parent / "data/upstream_cards").glob("*.toml"))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 from pydantic import JsonValue
 
-from exo.worker.messages import Capabilities
-from exo.worker.replay import other_model
+from exo.worker.protocol.messages import Capabilities
+from exo.worker.supervisor.replay import other_model
 from tests.server import DEADLINE_SECONDS, ServeProgram, write_card
 
 LONG: dict[str, JsonValue] = {"step_seconds": 0.01, "n_ctx": 100_000}

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from exo.models.card import ModelCard
-from exo.models.card_text import card_text
+from exo.cards.card import ModelCard
+from exo.cards.card_toml import card_text
 from tests.test_card import SMALL, UPSTREAM
 
-BUILT_IN = [Path(str(entry)) for entry in files("exo.models").joinpath("cards").iterdir()]
+BUILT_IN = [Path(str(entry)) for entry in files("exo.cards").joinpath("built_in").iterdir()]
 
 
 @pytest.mark.parametrize("path", [*BUILT_IN, *UPSTREAM], ids=lambda path: path.stem)

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from exo.models.card import ModelCard
-from exo.models.card_file import BrokenCard
-from exo.models.catalogue import Catalogue
-from exo.worker.runner_cuda import options as cuda_options
+from exo.cards.card import ModelCard
+from exo.cards.card_file import BrokenCard
+from exo.cards.catalogue import Catalogue
+from exo.worker.runner_cuda.loading import options as cuda_options
 from exo.worker.runner_mlx import options as mlx_options
 from tests.test_card import SMALL
 
@@ -24,7 +24,7 @@ def write(directory: Path, name: str, model_id: str, *aliases: str, layers: int 
 def test_every_built_in_card_is_sound() -> None:
     catalogue = Catalogue.load()
     assert catalogue.problems == ()
-    assert len(catalogue.cards) == len([*files("exo.models").joinpath("cards").iterdir()])
+    assert len(catalogue.cards) == len([*files("exo.cards").joinpath("built_in").iterdir()])
 
 
 BUILT_IN = Catalogue.load().cards

@@ -10,11 +10,11 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from pydantic import JsonValue
 
-from exo.chat.format import OutputFormat
-from exo.chat.output import FORMATS
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
-from exo.chat.tools import Tool
-from exo.worker.messages import Grammar
+from exo.chat.grammar.tool_schema import Tool
+from exo.chat.output.events import Arguments, Content, Part, Reasoning, ToolCall
+from exo.chat.output.format import OutputFormat
+from exo.chat.output.registry import FORMATS
+from exo.worker.protocol.messages import Grammar
 from tests.replies import BAR, ONE_CALL, THE_CALL, TOOLS, form, read, text_of
 
 NAMES = sorted(ONE_CALL)

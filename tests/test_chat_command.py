@@ -15,9 +15,9 @@ import pytest
 from pydantic import JsonValue
 from rich.console import Console
 
-from exo.chat.parts import Arguments, Content, Reasoning, ToolCall
-from exo.chat_screen import AnswerScreen, settled
-from exo.chat_settings import ChatSettings, SettingError
+from exo.chat.output.events import Arguments, Content, Reasoning, ToolCall
+from exo.cli.chat.screen import AnswerScreen, settled
+from exo.cli.chat.settings import ChatSettings, SettingError
 from tests.api_server import CHAT_TEMPLATE
 from tests.server import ServeProgram, environment, write_card
 from tests.terminal import CTRL_C, CTRL_D, PROMPT, UP, Terminal, plain

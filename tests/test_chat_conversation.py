@@ -8,17 +8,17 @@ from typing import TypedDict, Unpack
 import pytest
 from pydantic import JsonValue
 
-from exo.chat.output import output_format
-from exo.chat.parts import Arguments, ToolCall
-from exo.chat.template import (
+from exo.cards.card import ModelCard
+from exo.chat.output.events import Arguments, ToolCall
+from exo.chat.output.registry import output_format
+from exo.chat.template.renderer import (
     ConversationRefusedError,
     TemplateError,
     ToolsUnsupportedError,
     VariableRefusedError,
     chat_prompt,
 )
-from exo.models.card import ModelCard
-from exo.worker.messages import Text
+from exo.worker.protocol.messages import Text
 from tests.test_template import CHATML, joined, model, user, worker
 
 
@@ -220,7 +220,7 @@ async def test_ids_of_calls_are_names_where_the_template_writes_them_for_names()
 
 async def test_the_demo_cards_template_writes_tools_as_hermes_does() -> None:
     assert isinstance(TOOL, dict)
-    card = (Path(__file__).parent.parent / "src/exo/models/cards/gemma-3-270m.toml").read_text()
+    card = (Path(__file__).parent.parent / "src/exo/cards/built_in/gemma-3-270m.toml").read_text()
     template = ModelCard.from_toml(card).engines["cuda"]["chat_template"]
     assert isinstance(template, str)
     text = await rendered(template, user("Hi"), call('{"a": "<|im_end|>"}'), result("7"), tools=[TOOL])

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.chat.output import FORMATS
-from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.chat.output.registry import FORMATS
 from tests.replies import BAR, MARKED, ONE_CALL, THE_CALL, TOOLS, form, fragments, merged, read, text_of
 
 NAMES = sorted(ONE_CALL)

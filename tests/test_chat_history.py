@@ -12,23 +12,23 @@ from typing import Any
 import pytest
 from pydantic import JsonValue
 
-from exo.api.anthropic_replies import MessagesDialect
-from exo.api.anthropic_requests import MessagesRequest
-from exo.api.generation import Serving
-from exo.api.ollama_replies import OllamaDialect
-from exo.api.ollama_requests import OllamaChatRequest
-from exo.api.openai_chat import ChatDialect
-from exo.api.openai_chat_requests import ChatCompletionRequest
-from exo.api.openai_routes import conversation_of
-from exo.api.reply import Call, Choice, Dialect
-from exo.api.responses_input import InputReference, told
-from exo.api.responses_requests import ResponsesRequest
-from exo.api.responses_routes import ResponsesDialect
-from exo.api.responses_store import ResponseStore
-from exo.chat.conversation import template_messages
-from exo.chat.outline import outline
-from exo.chat.template import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
-from exo.worker.messages import Capabilities, Usage
+from exo.api.anthropic.request import MessagesRequest
+from exo.api.anthropic.response import MessagesDialect
+from exo.api.http.response import Call, Choice, Dialect
+from exo.api.ollama.request import OllamaChatRequest
+from exo.api.ollama.response import OllamaDialect
+from exo.api.openai.chat_request import ChatCompletionRequest
+from exo.api.openai.chat_response import ChatDialect
+from exo.api.openai.responses.input import InputReference, told
+from exo.api.openai.responses.request import ResponsesRequest
+from exo.api.openai.responses.routes import ResponsesDialect
+from exo.api.openai.responses.store import ResponseStore
+from exo.api.openai.routes import conversation_of
+from exo.chat.template.messages import template_messages
+from exo.chat.template.outline import outline
+from exo.chat.template.renderer import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
+from exo.serving.generation import Serving
+from exo.worker.protocol.messages import Capabilities, Usage
 from tests.templates import FAMILIES, known_templates
 from tests.test_template import joined, model, worker
 

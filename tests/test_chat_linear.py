@@ -6,8 +6,8 @@ from types import FrameType
 
 import pytest
 
-from exo.chat.scanner import MORE, Scanner, markers
-from exo.chat.tools import Tool
+from exo.chat.grammar.tool_schema import Tool
+from exo.chat.output.scanner import MORE, Scanner, markers
 from tests.replies import ONE_CALL, TOOLS, form
 from tests.test_tagged_call import DONE, END, KEY, call
 from tests.test_tagged_call import TOOLS as VALUE_TOOLS

@@ -5,9 +5,9 @@ from typing import get_args
 
 import pytest
 
-from exo.chat.output import FORMATS, output_format
-from exo.chat.reply import Thinking
-from exo.models.card import ModelCard, ToolFormat
+from exo.cards.card import ModelCard, ToolFormat
+from exo.chat.output.parser import Thinking
+from exo.chat.output.registry import FORMATS, output_format
 from tests.replies import BAR
 
 CARDS = Path(__file__).parent / "data" / "upstream_cards"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from exo.chat.output import FORMATS, OutputFormat, output_format
-from exo.chat.parts import Content, Part, Reasoning
+from exo.chat.output.events import Content, Part, Reasoning
+from exo.chat.output.registry import FORMATS, OutputFormat, output_format
 from tests.replies import MARKED, ONE_CALL, THE_CALL, form, read
 
 TAGS = output_format("{{ messages }}</think>")

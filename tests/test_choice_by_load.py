@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from exo.models.card import ModelCard
+from exo.cards.card import ModelCard
 from exo.worker.speed import Prefer
 from tests.api_server import serve
 from tests.conftest import fake_card

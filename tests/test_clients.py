@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.messages import Load, Score, Scored
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Load, Score, Scored
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import runner_command
 from tests.server import ServeProgram, write_card
 from tests.test_serve_openai import TEMPLATE

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from exo.chat.output import FORMATS
-from exo.chat.parts import Arguments, BrokenCall, Content, ToolCall
+from exo.chat.output.events import Arguments, BrokenCall, Content, ToolCall
+from exo.chat.output.registry import FORMATS
 from tests.replies import TIME, TOOLS, read, text_of
 from tests.test_chat_linear import reading
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic import JsonValue
 from rich.console import Console
 
+from exo.cards.catalogue import Catalogue
 from exo.compare.comparison import CompareError, Comparison
 from exo.compare.engine import Engine
 from exo.compare.plot import check_plot, draw
@@ -16,10 +17,9 @@ from exo.compare.prompts import PROMPTS, read_prompts
 from exo.compare.run import Options, Subject, compare, examine
 from exo.compare.table import show
 from exo.config import Settings
-from exo.models.catalogue import Catalogue
 from exo.worker.host import Host
-from exo.worker.instances import runner_commands
-from exo.worker.messages import Load
+from exo.worker.protocol.messages import Load
+from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
 from tests.server import write_card
 from tests.tiny import Shape, write_gguf, write_mlx

@@ -19,8 +19,8 @@ from exo.compare.divergence import (
     seeded_margin,
 )
 from exo.compare.scoring import Scoring
-from exo.worker.messages import Capabilities, SamplingParams
-from exo.worker.randomness import BLOCK, gumbels
+from exo.worker.protocol.messages import Capabilities, SamplingParams
+from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from tests.definition import by_definition
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.api import connection
-from exo.api.body import BODY_LIMIT
+from exo.api.http import connection
+from exo.api.http.body import BODY_LIMIT
 from exo.config import Access, ApiKey
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card

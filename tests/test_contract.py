@@ -1,4 +1,4 @@
-"""The contract of ``exo.worker.messages``, run against every runner. A runner joins by one line in CASES."""
+"""The contract of ``exo.worker.protocol.messages``, run against every runner. A runner joins by one line in CASES."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     LINE_BYTES,
     MAX_PROMPT_LOGPROBS,
     PART_LOGPROBS,
@@ -31,7 +31,7 @@ from exo.worker.messages import (
     Text,
     Tokenize,
 )
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.runners import RUNNERS
 from tests import fake_runner
 from tests.program import Program, Result, ask, names, runner_command
 from tests.tiny import Shape, write_gguf, write_mlx

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exo.worker.admission import within
-from exo.worker.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
+from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
+from exo.worker.runner_common.request_checks import within
 from tests.program import Program, Result, ask, names
 from tests.test_contract import CASES, Start, Table, long_prompt
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from exo.models.convert import Progress, Report, convert
-from exo.worker.messages import Load
+from exo.convert import Progress, Report, convert
+from exo.worker.protocol.messages import Load
 from tests.converted import Said, ask_both, bits, change_json, config, question, weights
 from tests.edited_gguf import decoded
 from tests.program import Program, runner_command
@@ -179,7 +179,7 @@ def test_what_a_gguf_file_has_no_place_for_is_reported(tmp_path: Path) -> None:
 def test_importing_the_package_imports_no_library() -> None:
     """So that the command line starts at once."""
     heavy = ("numpy", "gguf", "mlx", "safetensors", "tokenizers", "torch", "transformers")
-    code = f"import sys, exo.models.convert; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, exo.convert; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -189,7 +189,7 @@ def test_converting_needs_neither_torch_nor_transformers(tmp_path: Path, build: 
     source, target = ("m.gguf", "out") if build is write_gguf else ("m", "out.gguf")
     build(tmp_path / source, Shape())
     code = (
-        "import sys; from pathlib import Path; from exo.models.convert import convert;"
+        "import sys; from pathlib import Path; from exo.convert import convert;"
         f"convert(Path({source!r}), Path({target!r}), to={'mlx' if target == 'out' else 'gguf'!r}, dtype='f32');"
         "print([name for name in ('torch', 'transformers', 'mlx') if name in sys.modules])"
     )

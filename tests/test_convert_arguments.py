@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exo.models.convert import Bits, ConvertError, convert
+from exo.convert import Bits, ConvertError, convert
 from tests.converted import make_twins, refuse, weights
 from tests.edited_gguf import Edit, decoded, rewrite
 from tests.tiny import Shape, write_gguf, write_mlx
@@ -80,7 +80,7 @@ def test_a_package_that_is_not_installed(
 ) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from pathlib import Path; from exo.models.convert import ConvertError, convert\n"
+        "from pathlib import Path; from exo.convert import ConvertError, convert\n"
         f"try: convert(Path(sys.argv[1]), Path('out'), to='mlx', bits={bits})\n"
         "except ConvertError as error: print(error)"
     )

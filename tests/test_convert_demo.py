@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from exo.config import Settings
-from exo.models.convert import convert
+from exo.convert import convert
 from tests.test_tiny import log_softmax
 from tests.tiny.question import Question, ask
 

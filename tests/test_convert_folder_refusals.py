@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.models.convert import convert
+from exo.convert import convert
 from tests.converted import change_json, config, refuse, weights
 from tests.tiny import Shape, write_mlx
 from tests.tiny.shape import Architecture

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from exo.models.convert import Bits, Dtype, convert
+from exo.convert import Bits, Dtype, convert
 from tests.converted import ask_both, config, make_twins, question, weights
 from tests.edited_gguf import Edit, decoded, rewrite
 from tests.tiny import Shape, write_gguf, write_mlx

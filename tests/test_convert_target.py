@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from exo.models.convert import ConvertError, Format, Progress, convert
+from exo.convert import ConvertError, Format, Progress, convert
 from tests.converted import bits, make_twins, weights
 from tests.edited_gguf import decoded
 from tests.tiny import Shape, write_gguf, write_mlx
@@ -23,7 +23,7 @@ from tests.tiny.tokenizer import Tokenizer
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from exo.models.convert import convert
+from exo.convert import convert
 
 def step(progress):
     print(progress.done_bytes / progress.total_bytes, flush=True)

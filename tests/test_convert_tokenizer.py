@@ -8,7 +8,7 @@ import gguf
 import pytest
 from pydantic import JsonValue
 
-from exo.models.convert import convert
+from exo.convert import convert
 from tests.converted import Said, ask_both, change_json, config, question
 from tests.sentencepiece import RUNS, SPACE, added_token, write_sentencepiece
 from tests.test_tiny import TEXTS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.models.convert import convert
+from exo.convert import convert
 from tests.converted import ask_both, bits, change_json, config, make_twins, question, weights
 from tests.edited_gguf import Edit, decoded, rewrite
 from tests.test_tiny import TEXTS

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from exo.worker.cores import cpu_quota, physical_cores, shares, usable_cpus
+from exo.worker.protocol.cores import cpu_quota, physical_cores, shares, usable_cpus
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from exo.worker.messages import Probe
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import runner_command
 
 WITHOUT_LLAMA = """

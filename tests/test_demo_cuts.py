@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from exo.config import Settings
-from exo.worker.messages import Load
+from exo.worker.protocol.messages import Load
 from exo.worker.runner_cuda.scheduler import LEAST
 from tests.program import Program, Result, ask, runner_command
 

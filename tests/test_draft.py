@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.messages import Deltas, Event, Generate, Grammar, Load
-from exo.worker.runner_cuda.draft import Drafter
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Deltas, Event, Generate, Grammar, Load
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
 from tests.program import Program, Result, ask, runner_command
 from tests.tiny import Shape, write_gguf, write_scripted
 

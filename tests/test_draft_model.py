@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Estimate, Generate, Grammar, Load
-from exo.worker.runner_cuda.estimate import estimate
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Estimate, Generate, Grammar, Load
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.estimate import estimate
 from tests.program import Program, Result, ask, runner_command
 from tests.test_draft import Counting
 from tests.tiny import Shape, write_gguf, write_scripted

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from pydantic import JsonValue
 
-from exo.chat.output import output_format
-from exo.chat.reasoning import effort_variables, empty_reasoning
+from exo.chat.output.registry import output_format
+from exo.chat.template.reasoning import effort_variables, empty_reasoning
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.test_chat_conversation import rendered

@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from exo.worker.embedding import choose_pooling
-from exo.worker.messages import Embed, Load, Rank, Text, Tokenize
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Embed, Load, Rank, Text, Tokenize
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.hf_embedding import choose_pooling
 from tests.program import DEADLINE_SECONDS, Program, ask, names, runner_command
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.encoder import CLS, SEP, Encoder

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from exo.worker.estimate import SHORTEST, USUAL, Open, Part, Plan, cells, estimated, steps
+from exo.worker.runner_common.memory_plan import SHORTEST, USUAL, Open, Part, Plan, cells, estimated, steps
 
 WEIGHTS = 1000
 

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.models.catalogue import Catalogue
-from exo.worker.messages import Choice, Embed, Estimate, Failed, Load
-from exo.worker.runners import RUNNERS
+from exo.cards.catalogue import Catalogue
+from exo.worker.protocol.messages import Choice, Embed, Estimate, Failed, Load
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import Program, ask
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.shape import ARCHITECTURES, Architecture

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.models.card import ModelCard
-from exo.worker.messages import Probe
+from exo.cards.card import ModelCard
+from exo.worker.protocol.messages import Probe
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND, expected_text

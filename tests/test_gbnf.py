@@ -8,8 +8,8 @@ import anyio
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from exo.chat.gbnf import GbnfError, GbnfWorker
-from exo.worker.grammar_trial import LIMITS, tokenizer_of
+from exo.chat.grammar.gbnf import GbnfError, GbnfWorker
+from exo.worker.runner_common.grammar_sandbox import LIMITS, tokenizer_of
 
 
 @pytest.fixture(scope="module")

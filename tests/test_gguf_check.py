@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exo.worker.load_error import LoadError
-from exo.worker.runner_cuda.gguf_check import TENSOR_TYPES, HeaderError, check_file
-from exo.worker.runner_cuda.loading import check_header
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.gguf_check import TENSOR_TYPES, HeaderError, check_file
+from exo.worker.runner_cuda.loading.loader import check_header
 from tests.edited_gguf import Edit, rewrite
 from tests.tiny import Shape, write_gguf
 
@@ -190,7 +190,7 @@ def test_the_check_runs_without_a_shell_and_without_the_command_pipe(sound: Path
 
 
 def test_a_file_without_an_end_runs_into_a_limit() -> None:
-    command = [sys.executable, "-m", "exo.worker.runner_cuda.gguf_check", "/dev/zero"]
+    command = [sys.executable, "-m", "exo.worker.runner_cuda.loading.gguf_check", "/dev/zero"]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stdout

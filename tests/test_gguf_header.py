@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from exo.models.description import from_gguf
-from exo.models.gguf_header import GgufHeader, HeaderError, read_header
+from exo.store.discover.description import from_gguf
+from exo.store.discover.gguf_header import GgufHeader, HeaderError, read_header
 from tests.edited_gguf import Edit, rewrite
 from tests.tiny import Shape, write_gguf
 

@@ -20,7 +20,7 @@ from bench.gpu_check.record import CheckError, Record, Step, find, perform
 from bench.gpu_check.sweep import SERVERS, name_of
 from exo.bench.options import Options as Asked
 from exo.bench.report import Distribution, Load, Report, Requests, Stage, Tokens
-from exo.worker.messages import Load as LoadModel
+from exo.worker.protocol.messages import Load as LoadModel
 from tests.program import Program, ask, runner_command
 
 # --- calls ---

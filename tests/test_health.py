@@ -1,8 +1,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.worker.health import AVOIDED_SECONDS, FAILURES_TO_AVOID, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Health
-from exo.worker.messages import Failed
+from exo.worker.protocol.messages import Failed
+from exo.worker.supervisor.circuit_breaker import (
+    AVOIDED_SECONDS,
+    FAILURES_TO_AVOID,
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    Health,
+)
 
 DIED = Failed(code="runner_died", message="the runner was killed by SIGKILL")
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from exo.models.card import SamplingDefaults
+from exo.cards.card import SamplingDefaults
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.fake_runner import expected_text

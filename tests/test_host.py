@@ -6,10 +6,10 @@ import sys
 import psutil
 import pytest
 
-from exo.doctor import as_text
+from exo.cli.doctor import as_text
 from exo.worker.host import Host, NvidiaDevice, called, probe_commands, probe_host
-from exo.worker.messages import Device, Probe
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Device, Probe
+from exo.worker.protocol.runners import RUNNERS
 from tests.nvml import FakeDevice, fake_nvml
 
 ANSWER = Probe(installed=True, engine="abacus", version="1", backends=("AbacusWood",))

@@ -9,13 +9,13 @@ import httpx
 import pytest
 from pydantic import JsonValue
 
-from exo.models.card import ModelCard
-from exo.worker.capacity import room
+from exo.cards.card import ModelCard
 from exo.worker.host import probe_host, updated
-from exo.worker.instances import Instances
-from exo.worker.memory import Memory
-from exo.worker.messages import Probe
-from exo.worker.process import RunnerError
+from exo.worker.protocol.messages import Probe
+from exo.worker.supervisor.host_memory import room
+from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.pool import Instances
+from exo.worker.supervisor.runner_process import RunnerError
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND
@@ -48,7 +48,7 @@ def complete(url: str) -> httpx.Response:
 def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.api.services.PROBE_SECONDS", 3.0)
+    monkeypatch.setattr("exo.serving.app_state.PROBE_SECONDS", 3.0)
     mark = tmp_path / "mark"
     slow = runner(mark, f"open({str(mark)!r}, 'w').close(); time.sleep(1000)")
     with serve(tmp_path, fake_card(), commands={"cuda": slow}) as url:
@@ -59,7 +59,7 @@ def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
 def test_a_runner_that_is_installed_later_is_found_without_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.api.services._PROBE_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("exo.serving.app_state._PROBE_AGAIN_SECONDS", 0.0)
     mark = tmp_path / "mark"
     with serve(tmp_path, fake_card(), commands={"cuda": runner(mark, "sys.exit('no engine')")}) as url:
         refused = complete(url)
@@ -128,7 +128,7 @@ async def test_memory_that_another_program_frees_is_used_without_a_restart(
 async def test_who_waits_for_a_device_gets_what_another_program_frees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.worker.instances._MEASURE_SECONDS", 0.1)
+    monkeypatch.setattr("exo.worker.supervisor.pool._MEASURE_SECONDS", 0.1)
     use_driver(monkeypatch, FakeDevice(0, used=40 * GIB))
     with anyio.fail_after(DEADLINE_SECONDS):
         async with Instances((), tmp_path, {"cuda": COMMAND}) as instances:

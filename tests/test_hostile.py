@@ -22,7 +22,7 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_cuda.gguf_check import HeaderError, check_file
+from exo.worker.runner_cuda.loading.gguf_check import HeaderError, check_file
 from tests.server import ServeProgram, write_card
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.encoder import Encoder

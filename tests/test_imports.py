@@ -14,37 +14,27 @@ ENGINE_HOMES = {
     "mlx": "exo.worker.runner_mlx",
     "mlx_lm": "exo.worker.runner_mlx",
 }
-"""`exo.models.convert` may also import engines, but only inside a function."""
+"""`exo.convert` may also import engines, but only inside a function."""
 
-RUNNER_MAY_USE = {
-    "exo.worker.messages",
-    "exo.worker.cores",
-    "exo.worker.wire",
-    "exo.worker.text",
-    "exo.worker.randomness",
-    "exo.worker.admission",
-    "exo.worker.estimate",
-    "exo.worker.emitter",
-    "exo.worker.constraint",
-    "exo.worker.load_error",
-    "exo.worker.model_folder",
-    "exo.worker.model_name",
-    "exo.worker.hf_tokenizer",
-    "exo.worker.embedding",
-}
+RUNNER_MAY_USE = {"exo.worker.protocol", "exo.worker.runner_common"}
+
+SERVER = ("exo.api", "exo.cli", "exo.serving", "exo.worker.supervisor")
 
 MAY_NOT_IMPORT = {
-    "exo.worker.messages": ("exo",),
-    "exo.worker.runners": ("exo",),
-    "exo.worker.text": ("exo",),
-    "exo.worker.randomness": ("exo",),
-    "exo.models": ("exo.api", "exo.cli", "exo.chat", "exo.worker.process", "exo.worker.instances"),
-    "exo.chat": ("exo.api", "exo.cli", "exo.models", "exo.worker.process", "exo.worker.instances"),
-    "exo.worker": ("exo.api", "exo.cli"),
-    "exo.worker.router": ("exo.worker.process", "exo.worker.instances", "exo.config"),
-    "exo.config": ("exo.api", "exo.cli", "exo.worker", "exo.models"),
+    "exo.worker.protocol.messages": ("exo",),
+    "exo.worker.protocol.runners": ("exo",),
+    "exo.worker.runner_common.detokenizer": ("exo",),
+    "exo.worker.runner_common.keyed_rng": ("exo",),
+    "exo.cards": (*SERVER, "exo.chat", "exo.store"),
+    "exo.store": (*SERVER, "exo.chat"),
+    "exo.convert": (*SERVER, "exo.chat"),
+    "exo.chat": (*SERVER, "exo.cards", "exo.store", "exo.convert"),
+    "exo.worker": ("exo.api", "exo.cli", "exo.serving"),
+    "exo.worker.router": (*SERVER, "exo.config"),
+    "exo.config": (*SERVER, "exo.worker", "exo.cards", "exo.store", "exo.convert"),
+    "exo.serving": ("exo.cli",),
     "exo.api": ("exo.cli",),
-    "exo.bench": ("exo.cli", "exo.api", "exo.chat", "exo.worker", "exo.models"),
+    "exo.bench": (*SERVER, "exo.chat", "exo.worker", "exo.cards", "exo.store", "exo.convert"),
 }
 
 
@@ -80,7 +70,7 @@ def test_engines_stay_in_their_runner(path: Path) -> None:
         engine = imported.partition(".")[0]
         if engine in ENGINES:
             at_home = inside(name, ENGINE_HOMES.get(engine, "exo.worker.runner_vllm"))
-            converting = inside(name, "exo.models.convert") and not at_top
+            converting = inside(name, "exo.convert") and not at_top
             assert at_home or converting, f"{name} imports {imported}"
 
 
@@ -89,8 +79,9 @@ def test_runners_know_only_the_contract(path: Path) -> None:
     name = module_name(path)
     home = next((".".join(name.split(".")[:3]) for _ in [0] if name.startswith("exo.worker.runner_")), None)
     for imported, _ in imports(path):
-        if home is None:
-            assert not imported.startswith("exo.worker.runner_"), f"{name} imports the runner module {imported}"
+        if home in (None, "exo.worker.runner_common"):
+            own = inside(imported, "exo.worker.runner_common")
+            assert own or not imported.startswith("exo.worker.runner_"), f"{name} imports the runner module {imported}"
         elif inside(imported, "exo") and not inside(imported, home):
             assert any(inside(imported, allowed) for allowed in RUNNER_MAY_USE), f"{name} imports {imported}"
 

@@ -9,13 +9,13 @@ import anyio
 import psutil
 import pytest
 
-from exo.models.card import ModelCard
-from exo.worker.health import FAILURES_TO_AVOID
-from exo.worker.instances import Instances, runner_commands
-from exo.worker.messages import Failed, Finished, Load, Status
-from exo.worker.process import RunnerError, RunnerProcess
+from exo.cards.card import ModelCard
+from exo.worker.protocol.messages import Failed, Finished, Load, Status
+from exo.worker.protocol.wire import encode
 from exo.worker.router import LiveRunner, Route
-from exo.worker.wire import encode
+from exo.worker.supervisor.circuit_breaker import FAILURES_TO_AVOID
+from exo.worker.supervisor.pool import Instances, runner_commands
+from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND
 from tests.program import DEADLINE_SECONDS, ask
@@ -181,7 +181,7 @@ async def test_a_runner_that_cannot_load_is_to_be_avoided_until_it_works(tmp_pat
 async def test_a_runner_that_dies_is_to_be_avoided_when_it_does_so_again_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.worker.health.FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("exo.worker.supervisor.circuit_breaker.FIRST_PAUSE_SECONDS", 0)
     async with opened(tmp_path, (sys.executable, "-c", "raise SystemExit(3)")) as instances:
         for _ in range(FAILURES_TO_AVOID):
             assert instances.avoided(fake_card()) == frozenset()

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.ledger import ALTERNATING_SECONDS, Entry, Ledger, Verdicts
-from exo.worker.memory import Memory
-from exo.worker.messages import Choice, Estimated
+from exo.worker.protocol.messages import Choice, Estimated
+from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory_budget import ALTERNATING_SECONDS, Entry, Ledger, Verdicts
 
 CAPACITY = Memory(100, {"CUDA0": 50, "CUDA1": 30})
 

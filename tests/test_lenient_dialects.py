@@ -7,10 +7,10 @@ import httpx
 import pytest
 from pydantic import JsonValue
 
-from exo.api.anthropic_history import readable
-from exo.api.anthropic_requests import MessagesRequest
-from exo.api.openai_messages import UNSEEN
-from exo.api.warning import HEADER
+from exo.api.anthropic.history import readable
+from exo.api.anthropic.request import MessagesRequest
+from exo.api.http.warnings import HEADER
+from exo.api.openai.messages import UNSEEN
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
 

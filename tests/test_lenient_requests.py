@@ -7,13 +7,13 @@ import httpx
 import pytest
 from pydantic import JsonValue, ValidationError
 
-from exo.api.errors import from_validation
-from exo.api.openai_chat_requests import ChatCompletionRequest
-from exo.api.openai_messages import UNSEEN
-from exo.api.openai_requests import IGNORED, UNSUPPORTED
-from exo.api.openai_routes import chat_request
-from exo.api.request import Conversation
-from exo.api.warning import HEADER
+from exo.api.http.errors import from_validation
+from exo.api.http.warnings import HEADER
+from exo.api.openai.chat_request import ChatCompletionRequest
+from exo.api.openai.common_request import IGNORED, UNSUPPORTED
+from exo.api.openai.messages import UNSEEN
+from exo.api.openai.routes import chat_request
+from exo.serving.request import Conversation
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
 

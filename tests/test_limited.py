@@ -15,8 +15,8 @@ import psutil
 import pytest
 from anyio.abc import TaskGroup
 
-from exo.chat import limited as limited_module
-from exo.chat.limited import PROCESSES, LimitedBusyError, LimitedError, LimitedProcess, LimitedProcesses
+from exo.chat.template import sandbox
+from exo.chat.template.sandbox import PROCESSES, LimitedBusyError, LimitedError, LimitedProcess, LimitedProcesses
 
 PROGRAM = "tests.limited_program"
 
@@ -143,7 +143,7 @@ def test_the_program_ends_by_itself_where_its_owner_does_not_end_it() -> None:
 async def test_work_goes_on_beside_slow_work_and_waits_for_a_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limited_module, "TURN_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "TURN_SECONDS", 0.2)
     processes = LimitedProcesses(PROGRAM, seconds=60, answer_limit=4096)
 
     async def start_slow_work(tasks: TaskGroup, number: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.models.card import Task
+from exo.cards.card import Task
 from tests.api_server import serve
 from tests.conftest import fake_card
 

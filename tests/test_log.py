@@ -1,7 +1,7 @@
 import io
 import logging
 
-from exo.api.log import OneLineFormatter
+from exo.api.http.log import OneLineFormatter
 
 
 def test_what_a_client_sent_begins_no_line_and_reaches_no_terminal() -> None:

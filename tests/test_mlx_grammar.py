@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.messages import Generate, Grammar, SamplingParams
+from exo.worker.protocol.messages import Generate, Grammar, SamplingParams
 from tests.program import Program, Result, ask, names
 from tests.twins import Models, Start
 

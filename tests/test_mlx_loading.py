@@ -8,12 +8,12 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Failed, Load
-from exo.worker.model_folder import check_folder, find_folder
+from exo.worker.protocol.messages import Failed, Load
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_folder import check_folder, find_folder
 from exo.worker.runner_mlx.options import read_options
 from exo.worker.runner_mlx.probe import probe
-from exo.worker.runners import RUNNERS
 from tests.program import Program, ask, runner_command
 from tests.tiny import Shape, write_mlx
 from tests.tiny.tokenizer import CHAT_TEMPLATE

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.messages import Generate, Grammar, SamplingParams, Score, TokenLogprobs
+from exo.worker.protocol.messages import Generate, Grammar, SamplingParams, Score, TokenLogprobs
+from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_mlx.logprobs import SUM_BLOCK, score
-from exo.worker.runners import RUNNERS
 from tests.program import Program, Result, ask, names, runner_command
 from tests.tiny import Shape, write_mlx
 from tests.twins import mlx_load

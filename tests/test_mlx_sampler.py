@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from exo.worker.messages import SamplingParams
-from exo.worker.randomness import BLOCK
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.keyed_rng import BLOCK
 from exo.worker.runner_mlx.sampler import FAILED, Sampler
 from exo.worker.runner_mlx.sequence import Sequence
 from tests.definition import by_definition

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.messages import SamplingParams
+from exo.worker.protocol.messages import SamplingParams
 from exo.worker.runner_mlx.scheduler import Scheduler, Step
 from exo.worker.runner_mlx.sequence import Phase, Sequence
 

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.messages import Failed, Load, Score, Scored, Text
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Failed, Load, Score, Scored, Text
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import Program, ask, runner_command
 from tests.tiny import Shape, write_mlx
 

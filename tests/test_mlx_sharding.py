@@ -14,14 +14,14 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Embed, Estimate, Generate, Load, SamplingParams
+from exo.worker.protocol.messages import Embed, Estimate, Generate, Load, SamplingParams
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.estimate import estimate
 from exo.worker.runner_mlx.kv_cache import LayerCache
-from exo.worker.runner_mlx.loading import check
+from exo.worker.runner_mlx.loader import check
 from exo.worker.runner_mlx.options import read_options
-from exo.worker.runner_mlx.pipeline import Layer, chained
-from exo.worker.runners import RUNNERS
+from exo.worker.runner_mlx.ranks.pipeline import Layer, chained
 from tests import test_contract as contract
 from tests.program import Program, Result, ask, names, runner_command
 from tests.server import ServeProgram, write_card

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.hf_tokenizer import Tokenizer
-from exo.worker.messages import Text
+from exo.worker.protocol.messages import Text
+from exo.worker.runner_common.hf_tokenizer import Tokenizer
 from exo.worker.runner_mlx.model import open_tokenizer
 from tests.tiny import Shape, write_mlx
 

@@ -14,8 +14,8 @@ import pytest
 from pydantic import JsonValue
 
 from exo import __version__
-from exo.api.ollama_models import OLLAMA_VERSION
-from exo.models.card import ModelCard, SamplingDefaults
+from exo.api.ollama.models import OLLAMA_VERSION
+from exo.cards.card import ModelCard, SamplingDefaults
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
 from tests.fake_runner import expected_text

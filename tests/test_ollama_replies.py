@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from exo.api.errors import ErrorBody
-from exo.api.generation import Serving
-from exo.api.ollama_replies import OllamaDialect
-from exo.api.openai_chat import call_id
-from exo.api.reading import Ended, Reason, Said
-from exo.api.reply import Call, Choice
-from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.worker.messages import Capabilities, Logprob, TokenLogprobs, Usage
+from exo.api.http.errors import ErrorBody
+from exo.api.http.response import Call, Choice
+from exo.api.ollama.response import OllamaDialect
+from exo.api.openai.chat_response import call_id
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.serving.generation import Serving
+from exo.serving.output_reader import Ended, Reason, Said
+from exo.worker.protocol.messages import Capabilities, Logprob, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
 MODEL = Capabilities(
@@ -35,7 +35,7 @@ def _ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             return datetime.fromtimestamp(1700000000.5, UTC)
 
     seconds: Iterator[int] = count(100)
-    monkeypatch.setattr("exo.api.ollama_replies.datetime", Clock)
+    monkeypatch.setattr("exo.api.ollama.response.datetime", Clock)
     monkeypatch.setattr("time.monotonic_ns", lambda: next(seconds) * 10**9)
 
 

@@ -11,16 +11,16 @@ from gguf import GGUFWriter
 from gguf.constants import MODEL_ARCH_NAMES
 from pydantic import JsonValue, ValidationError
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Choice, Estimate, Estimated, Failed, Load
-from exo.worker.runner_cuda import estimate as estimates
-from exo.worker.runner_cuda import loading
-from exo.worker.runner_cuda.devices import Gpu
-from exo.worker.runner_cuda.header import Header
-from exo.worker.runner_cuda.llama import Context, Log, Logits, Model, Rows
-from exo.worker.runner_cuda.options import CudaOptions
-from exo.worker.runner_cuda.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Choice, Estimate, Estimated, Failed, Load
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
+from exo.worker.runner_cuda.loading import estimate as estimates
+from exo.worker.runner_cuda.loading import loader
+from exo.worker.runner_cuda.loading.devices import Gpu
+from exo.worker.runner_cuda.loading.gguf_metadata import Header
+from exo.worker.runner_cuda.loading.options import CudaOptions
+from exo.worker.runner_cuda.loading.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
 from tests.program import Program, runner_command
 from tests.tiny import Shape, write_gguf
 
@@ -190,7 +190,7 @@ def test_layers_on_the_devices_of_a_list_compute_what_they_compute_without_one(t
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(estimates, "gpus", lambda: CARDS)
-    monkeypatch.setattr(loading, "gpus", lambda: CARDS)
+    monkeypatch.setattr(loader, "gpus", lambda: CARDS)
     write_gguf(tmp_path / "wide.gguf", WIDE)
     return tmp_path / "wide.gguf"
 

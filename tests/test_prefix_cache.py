@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.messages import Load, SamplingParams
-from exo.worker.runner_cuda.pace import Pace
-from exo.worker.runner_cuda.prefix_cache import WORTH_SAVING, PrefixCache
-from exo.worker.runner_cuda.prefix_tree import BLOCK, PrefixTree
-from exo.worker.runner_cuda.sampler import Sampler
+from exo.worker.protocol.messages import Load, SamplingParams
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache
+from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
+from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import Scheduler, Step
 from exo.worker.runner_cuda.sequence import Phase, Sequence
-from exo.worker.runners import RUNNERS
+from exo.worker.runner_cuda.step_time import Pace
 from tests.cells import RecordedCells
 from tests.program import Program, ask, runner_command
 from tests.tiny import Shape, write_gguf

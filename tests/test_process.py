@@ -13,8 +13,7 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import JsonValue
 
-from exo.worker.deadlines import Deadlines
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     COMMANDS,
     LINE_BYTES,
     Capabilities,
@@ -29,9 +28,10 @@ from exo.worker.messages import (
     Status,
     Usage,
 )
-from exo.worker.process import RunnerError, RunnerProcess
-from exo.worker.request_events import RequestEvent, RequestEvents
-from exo.worker.wire import encode
+from exo.worker.protocol.wire import encode
+from exo.worker.supervisor.pending_events import RequestEvent, RequestEvents
+from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.watchdog import Deadlines
 from tests.fake_runner import COMMAND, expected_text
 from tests.program import DEADLINE_SECONDS, ask
 
@@ -661,8 +661,8 @@ SERVER = """
 import sys
 from pathlib import Path
 import anyio, psutil
-from exo.worker.messages import Load
-from exo.worker.process import RunnerProcess
+from exo.worker.protocol.messages import Load
+from exo.worker.supervisor.runner_process import RunnerProcess
 from tests.fake_runner import COMMAND
 from tests.program import ask
 

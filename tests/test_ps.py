@@ -19,10 +19,10 @@ import pytest
 from pydantic import JsonValue
 from rich.console import Console
 
-from exo.api.instances import DeviceMemory, Instance, InstanceList, LastFailure
-from exo.ps import show
-from exo.worker.cores import physical_cores, shares
-from exo.worker.messages import CpuUse
+from exo.api.admin.runners import DeviceMemory, Instance, InstanceList, LastFailure
+from exo.cli.ps import show
+from exo.worker.protocol.cores import physical_cores, shares
+from exo.worker.protocol.messages import CpuUse
 from tests.server import ServeProgram, environment, write_card
 from tests.tiny import Shape, write_gguf
 

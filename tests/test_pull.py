@@ -10,14 +10,14 @@ import anyio
 import pytest
 
 from exo.config import HubAccess
-from exo.models.hub import Hub
-from exo.models.meter import Progress
-from exo.models.pull import plan
-from exo.models.pull_error import PullError
-from exo.models.selection import Source
-from exo.models.store import Store
-from exo.worker.model_folder import FolderOptions, find_folder
-from exo.worker.runner_cuda import options as cuda_options
+from exo.store.errors import PullError
+from exo.store.file_selection import Source
+from exo.store.hub import Hub
+from exo.store.progress import Progress
+from exo.store.pull import plan
+from exo.store.store import Store
+from exo.worker.runner_common.model_folder import FolderOptions, find_folder
+from exo.worker.runner_cuda.loading import options as cuda_options
 from tests.hub import REPO, Fault, LocalHub
 from tests.pulling import PullProgram, gguf_card, hub_at, mlx_card, pull_card
 

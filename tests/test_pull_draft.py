@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from exo.models.card import ModelCard
-from exo.models.catalogue import Catalogue
-from exo.models.pull_error import PullError
-from exo.models.selection import Source
-from exo.models.show import Engine, show_model
-from exo.models.store import Store
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
+from exo.cli.show import Engine, show_model
+from exo.store.errors import PullError
+from exo.store.file_selection import Source
+from exo.store.store import Store
 from exo.worker.host import Host
 from tests.conftest import fake_card
 from tests.hub import REPO, LocalHub

@@ -10,9 +10,9 @@ from time import time
 
 import pytest
 
-from exo.models.pull_error import PullError
-from exo.models.selection import Source
-from exo.models.store import Store
+from exo.store.errors import PullError
+from exo.store.file_selection import Source
+from exo.store.store import Store
 from tests.hub import Fault, LocalHub
 from tests.pulling import PullProgram, gguf_card, hub_at, pull_card
 

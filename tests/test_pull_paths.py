@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from exo.models.pull_error import PullError
-from exo.models.selection import Source
-from exo.models.store import Store
+from exo.store.errors import PullError
+from exo.store.file_selection import Source
+from exo.store.store import Store
 from tests.hub import LocalHub
 from tests.pulling import gguf_card, hub_at, pull_card
 

@@ -15,11 +15,11 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from exo.api.errors import ApiError
-from exo.api.pulls import Pulls, pull_note
+from exo.api.http.errors import ApiError
 from exo.config import HubAccess, Settings
-from exo.models.meter import Progress
-from exo.models.pull_error import PullError
+from exo.serving.pull_jobs import Pulls, pull_note
+from exo.store.errors import PullError
+from exo.store.progress import Progress
 from tests.hub import REPO, Fault, LocalHub
 from tests.pulling import gguf_card
 from tests.server import ServeProgram, write_card

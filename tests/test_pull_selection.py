@@ -2,8 +2,8 @@
 
 import pytest
 
-from exo.models.pull_error import PullError
-from exo.models.selection import Source, select
+from exo.store.errors import PullError
+from exo.store.file_selection import Source, select
 from tests.pulling import gguf_card, mlx_card
 
 GGUFS = [

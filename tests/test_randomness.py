@@ -1,6 +1,6 @@
 import numpy as np
 
-from exo.worker.randomness import gumbels, uniforms
+from exo.worker.runner_common.keyed_rng import gumbels, uniforms
 
 STREAMS = np.arange(4000)
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from exo.api.reading import Ended, Reader, Said
-from exo.api.reply import Choice
-from exo.chat.output import FORMATS
-from exo.worker.messages import Delta, Finished, Usage
+from exo.api.http.response import Choice
+from exo.chat.output.registry import FORMATS
+from exo.serving.output_reader import Ended, Reader, Said
+from exo.worker.protocol.messages import Delta, Finished, Usage
 from tests.replies import ONE_CALL, TOOLS
 
 BROKEN = ONE_CALL["hermes"].replace("3", "tree")

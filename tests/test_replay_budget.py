@@ -1,5 +1,5 @@
-from exo.worker.messages import Delta, Logprob, PromptLogprobs, TokenLogprobs
-from exo.worker.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Budget, Replay
+from exo.worker.protocol.messages import Delta, Logprob, PromptLogprobs, TokenLogprobs
+from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Budget, Replay
 from tests.program import ask
 
 

@@ -1,7 +1,7 @@
 import anyio
 import pytest
 
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     Delta,
     Failed,
     Finished,
@@ -11,7 +11,7 @@ from exo.worker.messages import (
     TokenLogprobs,
     Usage,
 )
-from exo.worker.request_events import RequestEvent, RequestEvents
+from exo.worker.supervisor.pending_events import RequestEvent, RequestEvents
 
 END = Finished(id="r", reason="stop", usage=Usage(prompt_tokens=9, completion_tokens=5000), text="!")
 

@@ -8,17 +8,17 @@ import pytest
 from pydantic import JsonValue, ValidationError
 from pydantic_core import to_json
 
-from exo.api.errors import ApiError, ErrorBody
-from exo.api.generation import Serving
-from exo.api.openai_chat import call_id
-from exo.api.reading import Ended, Said
-from exo.api.reply import Call, Choice
-from exo.api.responses_input import InputItem, InputReference, told
-from exo.api.responses_requests import ResponsesRequest
-from exo.api.responses_routes import ResponsesDialect, responses_request
-from exo.api.responses_store import ResponseStore, StoredResponse
-from exo.chat.parts import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.worker.messages import Capabilities, Logprob, SamplingParams, TokenLogprobs, Usage
+from exo.api.http.errors import ApiError, ErrorBody
+from exo.api.http.response import Call, Choice
+from exo.api.openai.chat_response import call_id
+from exo.api.openai.responses.input import InputItem, InputReference, told
+from exo.api.openai.responses.request import ResponsesRequest
+from exo.api.openai.responses.routes import ResponsesDialect, responses_request
+from exo.api.openai.responses.store import ResponseStore, StoredResponse
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.serving.generation import Serving
+from exo.serving.output_reader import Ended, Said
+from exo.worker.protocol.messages import Capabilities, Logprob, SamplingParams, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 LLAMA = Capabilities(
@@ -337,7 +337,7 @@ def ids(store: ResponseStore, *candidates: str) -> list[str]:
 
 
 def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exo.api.responses_store.MAX_RESPONSES", 3)
+    monkeypatch.setattr("exo.api.openai.responses.store.MAX_RESPONSES", 3)
     store = ResponseStore()
     for name in "abc":
         store.put(name, stored())
@@ -348,7 +348,7 @@ def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_they_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(to_json(stored("x" * 100)))
-    monkeypatch.setattr("exo.api.responses_store.MAX_BYTES", 3 * size)
+    monkeypatch.setattr("exo.api.openai.responses.store.MAX_BYTES", 3 * size)
     store = ResponseStore()
     for name in "abc":
         store.put(name, stored("x" * 100))
@@ -362,7 +362,7 @@ def test_they_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_room_that_a_deleted_one_had_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exo.api.responses_store.MAX_BYTES", 2 * len(to_json(stored())))
+    monkeypatch.setattr("exo.api.openai.responses.store.MAX_BYTES", 2 * len(to_json(stored())))
     store = ResponseStore()
     store.put("a", stored())
     store.put("b", stored())

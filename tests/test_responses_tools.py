@@ -7,20 +7,20 @@ import httpx
 import pytest
 from pydantic import JsonValue, ValidationError
 
-from exo.api.errors import from_validation
-from exo.api.openai_messages import UNSEEN
-from exo.api.reading import Ended, Said
-from exo.api.reply import Call, Choice
-from exo.api.request import Conversation
-from exo.api.responses_input import InputItem, InputReference, told
-from exo.api.responses_requests import ResponsesRequest
-from exo.api.responses_routes import ResponsesDialect, responses_request
-from exo.api.responses_store import ResponseStore
-from exo.api.responses_tools import custom_arguments, custom_input
-from exo.api.warning import HEADER
-from exo.chat.parts import Arguments, ToolCall
-from exo.chat.tools import NamedChoice
-from exo.worker.messages import Usage
+from exo.api.http.errors import from_validation
+from exo.api.http.response import Call, Choice
+from exo.api.http.warnings import HEADER
+from exo.api.openai.messages import UNSEEN
+from exo.api.openai.responses.input import InputItem, InputReference, told
+from exo.api.openai.responses.request import ResponsesRequest
+from exo.api.openai.responses.routes import ResponsesDialect, responses_request
+from exo.api.openai.responses.store import ResponseStore
+from exo.api.openai.responses.tools import custom_arguments, custom_input
+from exo.chat.grammar.tool_schema import NamedChoice
+from exo.chat.output.events import Arguments, ToolCall
+from exo.serving.output_reader import Ended, Said
+from exo.serving.request import Conversation
+from exo.worker.protocol.messages import Usage
 from tests.api_server import serve
 from tests.conftest import fake_card
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.messages import SamplingParams
-from exo.worker.randomness import BLOCK
-from exo.worker.runner_cuda.candidates import Mask, NotFinite, Row
-from exo.worker.runner_cuda.sampler import Sampler, Turn, choose, score
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.keyed_rng import BLOCK
+from exo.worker.runner_cuda.sampling.candidates import Mask, NotFinite, Row
+from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose, score
 from tests.definition import by_definition
 
 SIZES = st.sampled_from([5, 300, BLOCK, 3 * BLOCK + 7, 9000])

@@ -1,11 +1,11 @@
 import pytest
 
-from exo.worker.messages import SamplingParams
-from exo.worker.runner_cuda.pace import Pace
-from exo.worker.runner_cuda.prefix_cache import PrefixCache
-from exo.worker.runner_cuda.sampler import Sampler
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import GROUP, LEAST, SCORED_ROWS, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Phase, Sequence
+from exo.worker.runner_cuda.step_time import Pace
 from tests.cells import RecordedCells
 
 

@@ -9,14 +9,14 @@ import jsonschema_rs
 import pytest
 from pydantic import JsonValue
 
-from exo.chat.output import FORMATS
-from exo.chat.tools import Tool
-from exo.worker.constraint import Constraints, GrammarError
-from exo.worker.grammar_errors import named
-from exo.worker.messages import Grammar
-from exo.worker.overlap import disjoint
-from exo.worker.pattern import without_look_ahead
-from exo.worker.schema import SchemaError, enforced
+from exo.chat.grammar.tool_schema import Tool
+from exo.chat.output.registry import FORMATS
+from exo.worker.protocol.messages import Grammar
+from exo.worker.runner_common.grammar_errors import named
+from exo.worker.runner_common.guided_decoding import Constraints, GrammarError
+from exo.worker.runner_common.json_schema import SchemaError, enforced
+from exo.worker.runner_common.schema_overlap import disjoint
+from exo.worker.runner_common.schema_pattern import without_look_ahead
 
 END = 256
 Schema = dict[str, JsonValue]

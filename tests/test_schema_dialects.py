@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from exo.api.warning import HEADER
+from exo.api.http.warnings import HEADER
 from tests.api_server import serve
 from tests.conftest import fake_card
 

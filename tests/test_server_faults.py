@@ -9,9 +9,9 @@ import anyio
 import psutil
 import pytest
 
-from exo.models.card import ModelCard
-from exo.worker.instances import Instances
+from exo.cards.card import ModelCard
 from exo.worker.speed import Measurement
+from exo.worker.supervisor.pool import Instances
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND
 from tests.program import DEADLINE_SECONDS

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from exo.models.card import ModelCard
-from exo.models.catalogue import Catalogue
-from exo.models.show import ShownModel, render, show_model
-from exo.models.store import Store
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
+from exo.cli.show import ShownModel, render, show_model
+from exo.store.store import Store
 from exo.worker.host import Host
-from exo.worker.messages import Probe
+from exo.worker.protocol.messages import Probe
 from tests.hub import LocalHub
 from tests.pulling import gguf_card, hub_at, pull_card
 from tests.test_card import SMALL

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.messages import SamplingParams
-from exo.worker.runner_cuda.draft import LONGEST
-from exo.worker.runner_cuda.options import Speculate
-from exo.worker.runner_cuda.pace import Pace
-from exo.worker.runner_cuda.prefix_cache import PrefixCache
-from exo.worker.runner_cuda.sampler import Sampler
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_cuda.loading.options import Speculate
+from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import SCORED_ROWS, Scheduler
 from exo.worker.runner_cuda.sequence import Sequence as Stream
-from exo.worker.runner_cuda.speculation import Guesser, Speculation
+from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
+from exo.worker.runner_cuda.speculation.speculation import Guesser, Speculation
+from exo.worker.runner_cuda.step_time import Pace
 from tests.cells import RecordedCells
 
 FRESH = [(7919 * n) % 10007 for n in range(2000)]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.models.card import ModelCard
+from exo.cards.card import ModelCard
 from exo.worker.host import Host, NvidiaDevice
-from exo.worker.messages import Delta, Failed, Finished, FinishReason, Probe, Usage
 from exo.worker.preference import NEEDED
+from exo.worker.protocol.messages import Delta, Failed, Finished, FinishReason, Probe, Usage
 from exo.worker.speed import Measurement, Point, Prefer, figure_at, level
-from exo.worker.speeds import FRESH_SECONDS, Speeds
-from exo.worker.stopwatch import Count, Stopwatch
+from exo.worker.supervisor.request_timer import Count, Stopwatch
+from exo.worker.supervisor.speed_store import FRESH_SECONDS, Speeds
 from tests.conftest import fake_card
 
 NOW = 1_800_000_000.0

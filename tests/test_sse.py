@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from exo.api import sse
-from exo.api.errors import ErrorBody
-from exo.api.generation import Serving
-from exo.api.openai_chat import ChatDialect, call_id
-from exo.api.openai_completions import CompletionDialect
-from exo.api.reading import Ended, Reason, Said
-from exo.chat.parts import Arguments, Content, Part, Reasoning, ToolCall
-from exo.worker.messages import Capabilities, Logprob, PromptLogprobs, TokenLogprobs, Usage
+from exo.api.http import sse
+from exo.api.http.errors import ErrorBody
+from exo.api.openai.chat_response import ChatDialect, call_id
+from exo.api.openai.completions import CompletionDialect
+from exo.chat.output.events import Arguments, Content, Part, Reasoning, ToolCall
+from exo.serving.generation import Serving
+from exo.serving.output_reader import Ended, Reason, Said
+from exo.worker.protocol.messages import Capabilities, Logprob, PromptLogprobs, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 CHAT_HEAD = (

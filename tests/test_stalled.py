@@ -14,11 +14,11 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker import child
-from exo.worker.deadlines import Deadlines, Progress
-from exo.worker.effort import effort
-from exo.worker.messages import Choice, Estimated, Failed, Heartbeat, Load
-from exo.worker.process import Admit, RunnerError, RunnerProcess
+from exo.worker.protocol.messages import Choice, Estimated, Failed, Heartbeat, Load
+from exo.worker.runner_common.load_effort import effort
+from exo.worker.supervisor import child_process
+from exo.worker.supervisor.runner_process import Admit, RunnerError, RunnerProcess
+from exo.worker.supervisor.watchdog import Deadlines, Progress
 from tests.fake_runner import COMMAND
 from tests.program import DEADLINE_SECONDS, ask, runner_command
 from tests.server import ServeProgram, write_card
@@ -121,7 +121,7 @@ async def test_a_rank_that_never_joins_ends_the_load(tmp_path: Path) -> None:
 def _ranks() -> Iterator[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "exo.worker.runner_mlx.rank" in process.cmdline():
+            if "exo.worker.runner_mlx.ranks.rank_main" in process.cmdline():
                 yield process
 
 
@@ -223,7 +223,7 @@ def traced(pid: int) -> Generator[None]:
 async def test_a_child_that_does_not_exit_after_sigkill_is_abandoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child, "REAP_SECONDS", 0.5)
+    monkeypatch.setattr(child_process, "REAP_SECONDS", 0.5)
     may_be_traced = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_PTRACER}, ctypes.c_ulong({_ANY}), 0, 0, 0)"
     command = (sys.executable, "-c", f"{may_be_traced}; from tests import fake_runner; fake_runner.main()")
     process, pid = RunnerProcess(command, fake(), tmp_path / "runner.log", Deadlines(grace=0.1)), 0

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.chat.output import FORMATS
-from exo.chat.parts import Arguments, BrokenCall, Content, Part, ToolCall
-from exo.chat.tools import Tool
+from exo.chat.grammar.tool_schema import Tool
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, ToolCall
+from exo.chat.output.registry import FORMATS
 from tests.replies import read, text_of
 
 WRITE = Tool(

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.chat import render
-from exo.chat.literal import NoncharacterError, SpecialTokens
-from exo.chat.marks import CLOSE, OPEN
-from exo.chat.template import ConversationRefusedError, TemplateError, TemplateWorker, chat_prompt
-from exo.worker.messages import Capabilities, Text
+from exo.chat.template import render_main
+from exo.chat.template.renderer import ConversationRefusedError, TemplateError, TemplateWorker, chat_prompt
+from exo.chat.template.special_tokens import NoncharacterError, SpecialTokens
+from exo.chat.template.token_marks import CLOSE, OPEN
+from exo.worker.protocol.messages import Capabilities, Text
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
@@ -146,7 +146,7 @@ async def test_a_hostile_or_faulty_template_is_an_error_and_the_next_one_works(t
     ],
 )
 async def test_an_endless_template_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exo.chat.template.SECONDS", 1)
+    monkeypatch.setattr("exo.chat.template.renderer.SECONDS", 1)
     async with worker() as templates:
         with pytest.raises(TemplateError, match="longer than 1 s"):
             await templates.render(template, {})
@@ -182,8 +182,8 @@ async def test_callers_take_turns() -> None:
 
 
 def test_the_rendering_process_answers_a_malformed_request_as_an_error() -> None:
-    assert "error" in render.answer(b"{")
-    assert "error" in render.answer(b"[]")
+    assert "error" in render_main.answer(b"{")
+    assert "error" in render_main.answer(b"[]")
 
 
 TOKENS = st.lists(st.text("<|>ab", min_size=1, max_size=6), max_size=6)

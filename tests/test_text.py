@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.worker.text import TextStream
+from exo.worker.runner_common.detokenizer import TextStream
 
 ALPHABET = st.text(alphabet="abé😀 <|>", max_size=40)
 

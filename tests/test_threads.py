@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from exo.worker.messages import Load
-from exo.worker.runner_cuda.llama import Context
-from exo.worker.runner_cuda.loading import load
-from exo.worker.runner_cuda.threads import CpuWindow, ThreadCount, Threads, Trial
+from exo.worker.protocol.messages import Load
+from exo.worker.runner_cuda.bindings import Context
+from exo.worker.runner_cuda.loading.loader import load
+from exo.worker.runner_cuda.loading.threads import CpuWindow, ThreadCount, Threads, Trial
 from tests.tiny import Shape, write_gguf
 
 ONE_ROW = (False, 1)

@@ -13,13 +13,13 @@ import pytest
 from anyio.abc import TaskGroup
 from pydantic import JsonValue
 
-from exo.api.instances import Instance
-from exo.models.card import ModelCard
-from exo.worker.instance import Report
-from exo.worker.instances import Instances
-from exo.worker.memory import Memory
-from exo.worker.messages import Finished
-from exo.worker.process import RunnerError, RunnerProcess
+from exo.api.admin.runners import Instance
+from exo.cards.card import ModelCard
+from exo.worker.protocol.messages import Finished
+from exo.worker.supervisor.instance import Report
+from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.pool import Instances
+from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND, PROCESS_BYTES
 from tests.program import DEADLINE_SECONDS, ask
@@ -274,7 +274,7 @@ async def test_random_lives_over_commit_nothing_leak_nothing_and_lose_no_request
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests, stops, kills and times over, on a machine with room for two of five models."""
-    monkeypatch.setattr("exo.worker.health.FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("exo.worker.supervisor.circuit_breaker.FIRST_PAUSE_SECONDS", 0)
     chance = random.Random(1)
     cards = [large(f"model-{at}", ttl=0.1 if at == 4 else None) for at in range(5)]
     unanswered: set[int] = set()

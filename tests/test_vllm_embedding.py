@@ -12,8 +12,8 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.messages import Embed, Load, Text
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Embed, Load, Text
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import Program, ask, names
 from tests.server import ServeProgram, write_card
 from tests.test_estimate_runners import TOLERANCE, choices, prompt

@@ -3,7 +3,7 @@ import io
 import pytest
 from pydantic import ValidationError
 
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     LINE_BYTES,
     Cancel,
     Delta,
@@ -14,7 +14,7 @@ from exo.worker.messages import (
     SamplingParams,
     Sibling,
 )
-from exo.worker.wire import decode_event, encode, read_commands
+from exo.worker.protocol.wire import decode_event, encode, read_commands
 from tests.program import ask
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from exo.worker.messages import Load
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Load
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import Program, runner_command
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.shape import Architecture

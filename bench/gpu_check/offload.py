@@ -9,8 +9,8 @@ from typing import Any
 from bench.gpu_check.models import Model, file_of, models
 from bench.gpu_check.options import Options
 from bench.gpu_check.record import CheckError, Step
-from exo.worker.messages import Load, Probe
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Load, Probe
+from exo.worker.protocol.runners import RUNNERS
 from tests.program import Program, ask, runner_command
 
 _MODULE = RUNNERS["cuda"].module

@@ -15,8 +15,8 @@ from exo.compare.comparison import Comparison
 from exo.compare.engine import Engine
 from exo.compare.run import Subject
 from exo.worker.host import probe_host
-from exo.worker.instances import runner_commands
-from exo.worker.messages import Load
+from exo.worker.protocol.messages import Load
+from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
 from tests.tiny import Shape, write_gguf
 from tests.tiny.shape import ARCHITECTURES, Architecture

@@ -6,23 +6,23 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from exo import __version__
-from exo.api.access import AccessControl
-from exo.api.anthropic_routes import anthropic_routes
-from exo.api.docs import describe
-from exo.api.errors import install
-from exo.api.llama_routes import llama_routes
-from exo.api.ollama_embed import embed_routes
-from exo.api.ollama_models import model_routes
-from exo.api.ollama_routes import ollama_routes, root_routes
-from exo.api.openai_embeddings import embedding_routes
-from exo.api.openai_routes import openai_routes
-from exo.api.paths import ForgivingPaths
-from exo.api.pull_routes import pull_routes
-from exo.api.responses_routes import responses_routes
-from exo.api.server_routes import server_routes
-from exo.api.services import Services
-from exo.api.warning import WarningHeader
+from exo.api.admin.pulls import pull_routes
+from exo.api.admin.status import server_routes
+from exo.api.anthropic.routes import anthropic_routes
+from exo.api.http.access import AccessControl
+from exo.api.http.errors import install
+from exo.api.http.openapi_schema import describe
+from exo.api.http.path_check import ForgivingPaths
+from exo.api.http.warnings import WarningHeader
+from exo.api.llama_server import llama_routes
+from exo.api.ollama.embed import embed_routes
+from exo.api.ollama.models import model_routes
+from exo.api.ollama.routes import ollama_routes, root_routes
+from exo.api.openai.embeddings import embedding_routes
+from exo.api.openai.responses.routes import responses_routes
+from exo.api.openai.routes import openai_routes
 from exo.config import Settings
+from exo.serving.app_state import Services
 
 
 def create_app(settings: Settings, services: Services, *, load: Iterable[str] = ()) -> FastAPI:

@@ -12,11 +12,11 @@ import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 
 from exo.api.app import create_app
-from exo.api.log import OneLineFormatter
-from exo.api.services import Services
-from exo.api.stall import cutting_off_after
+from exo.api.http.connection_limits import cutting_off_after
+from exo.api.http.log import OneLineFormatter
+from exo.cards.catalogue import Catalogue
 from exo.config import Settings
-from exo.models.catalogue import Catalogue
+from exo.serving.app_state import Services
 
 log = logging.getLogger(__name__)
 

@@ -63,8 +63,8 @@ def run(
     ssl_certfile: ServerCertificate = None,
 ) -> None:
     """Answer one prompt, through the running server or, where there is none, a runner of its own."""
-    from exo.own_server import some_server
-    from exo.run import Screen, compose, read_pipe, run_prompt
+    from exo.cli.embedded_server import some_server
+    from exo.cli.run import Screen, compose, read_pipe, run_prompt
     from exo.terminal import printable
 
     if raw and system is not None:
@@ -124,10 +124,10 @@ def chat(
     ssl_certfile: ServerCertificate = None,
 ) -> None:
     """Talk with a model, through the running server or, where there is none, a runner of its own. /help inside."""
-    from exo.chat_command import Chat
-    from exo.chat_input import ChatInput
-    from exo.chat_settings import ChatSettings
-    from exo.own_server import some_server
+    from exo.cli.chat.command import Chat
+    from exo.cli.chat.input import ChatInput
+    from exo.cli.chat.settings import ChatSettings
+    from exo.cli.embedded_server import some_server
 
     chosen = _given(
         system=system,
@@ -154,8 +154,8 @@ def _given(**options: "JsonValue") -> "dict[str, JsonValue]":
 
 def _schema(path: Path) -> object:
     """Raises CommandError."""
+    from exo.cli.run import read_text
     from exo.exit_code import CommandError
-    from exo.run import read_text
 
     try:
         return json.loads(read_text("--json-schema", path))

@@ -13,9 +13,9 @@ from rich.console import Console
 from exo.exit_code import CommandError, ExitCode
 
 if TYPE_CHECKING:
+    from exo.cards.card import ModelCard
+    from exo.cards.catalogue import Catalogue
     from exo.config import Access, Limits, Settings
-    from exo.models.card import ModelCard
-    from exo.models.catalogue import Catalogue
 
 out = Console()
 err = Console(stderr=True)
@@ -23,8 +23,8 @@ err = Console(stderr=True)
 
 def complete_model(incomplete: str) -> list[str]:
     """Model ids and aliases that begin so, for the shell; a card that is broken is nothing to speak of here."""
+    from exo.cards.catalogue import Catalogue
     from exo.config import Settings, SettingsError
-    from exo.models.catalogue import Catalogue
 
     try:
         catalogue = Catalogue.load(Settings.load().cards_directory)
@@ -160,7 +160,7 @@ def limits_from(
 
 def check_runner(runner: str | None) -> None:
     """Fails where ``--runner`` names none."""
-    from exo.worker.runners import RUNNERS
+    from exo.worker.protocol.runners import RUNNERS
 
     if runner is not None and runner not in RUNNERS:
         fail(f"--runner: there is no runner {runner!r}; there are {', '.join(RUNNERS)}", ExitCode.USAGE)
@@ -168,7 +168,7 @@ def check_runner(runner: str | None) -> None:
 
 def catalogue_from(settings: "Settings") -> "Catalogue":
     """The catalogue; what is wrong with single cards goes to standard error and stops nothing."""
-    from exo.models.catalogue import Catalogue
+    from exo.cards.catalogue import Catalogue
 
     catalogue = Catalogue.load(settings.cards_directory)
     for problem in catalogue.problems:

@@ -28,12 +28,12 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     """Say which runner would serve a model here, and why, without running anything."""
     import anyio
 
-    from exo.api.speeds import SpeedAtLoad, known_speeds
-    from exo.models.purpose import needs_of
+    from exo.api.admin.speeds import SpeedAtLoad, known_speeds
+    from exo.cards.tasks import needs_of
     from exo.worker.host import probe_host
     from exo.worker.router import Refusal, model_not_found, parse_model
     from exo.worker.router import route as decide
-    from exo.worker.speeds import Speeds
+    from exo.worker.supervisor.speed_store import Speeds
 
     settings = settings_from(models_dir=models_dir)
     catalogue = catalogue_from(settings)
@@ -68,8 +68,8 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has, which engines work on it, and the command that mends what does not."""
     import anyio
 
-    from exo.doctor import as_json as to_json
-    from exo.doctor import as_text, healthy
+    from exo.cli.doctor import as_json as to_json
+    from exo.cli.doctor import as_text, healthy
     from exo.worker.host import TRY_SECONDS, probe_commands, probe_host
 
     host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
@@ -94,8 +94,8 @@ def convert(
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    from exo.models.convert import Bits, ConvertError, Dtype, Format, Progress
-    from exo.models.convert import convert as carry_over
+    from exo.convert import Bits, ConvertError, Dtype, Format, Progress
+    from exo.convert import convert as carry_over
 
     to: Format = "gguf" if target.suffix == ".gguf" else "mlx"
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -33,7 +33,7 @@ from exo.exit_code import ExitCode
 
 def pull(model: Model, runner: Runner = None, quant: Quant = None, models_dir: ModelsDir = None) -> None:
     """Fetch a model's files, verified; what an interrupted pull has left is not fetched again."""
-    from exo.pull_command import is_what_the_card_loads, pull_model
+    from exo.cli.pull import is_what_the_card_loads, pull_model
     from exo.worker.router import parse_model
 
     wish = parse_model(model)
@@ -55,7 +55,7 @@ def list_models(models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
     """List the models that have a card, and what of them is on disk."""
     from pydantic_core import to_json
 
-    from exo.listing import rows, show, store_of
+    from exo.cli.list import rows, show, store_of
 
     settings = settings_from(models_dir=models_dir)
     listed = rows(catalogue_from(settings), store_of(settings))
@@ -69,8 +69,8 @@ def show(model: Card, models_dir: ModelsDir = None, as_json: AsJson = False) -> 
     """Print a model's card, what is on disk, and which engines could serve it here and why the others not."""
     import anyio
 
-    from exo.listing import store_of
-    from exo.models.show import render, show_model
+    from exo.cli.list import store_of
+    from exo.cli.show import render, show_model
     from exo.worker.host import probe_host
 
     settings = settings_from(models_dir=models_dir)
@@ -91,11 +91,11 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Write a model card from what a repository says of itself, without fetching the weights."""
-    from exo.models.add import AddError, as_text
-    from exo.models.add import add as add_card
-    from exo.models.hub import Hub
-    from exo.models.pull_error import PullError
-    from exo.pull_command import pull_failure
+    from exo.cli.pull import pull_failure
+    from exo.store.discover.add import AddError, as_text
+    from exo.store.discover.add import add as add_card
+    from exo.store.errors import PullError
+    from exo.store.hub import Hub
 
     settings = settings_from()
     catalogue, directory = catalogue_from(settings), settings.cards_directory
@@ -126,7 +126,7 @@ def remove(
     ssl_certfile: ServerCertificate = None,
 ) -> None:
     """Delete the files that were pulled for a model. Its card stays; files put there by hand do too."""
-    from exo.removal import begin_removal
+    from exo.cli.rm import begin_removal
 
     check_runner(runner)
     access = access_from(api_key, api_key_file, ssl_certfile=ssl_certfile)

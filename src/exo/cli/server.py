@@ -97,8 +97,8 @@ def ps(
     as_json: AsJson = False,
 ) -> None:
     """Show what the running server has loaded, how busy it is, and what died of what."""
-    from exo.client import server_client
-    from exo.ps import ask_server, show
+    from exo.cli.http_client import server_client
+    from exo.cli.ps import ask_server, show
 
     settings = settings_from(host, port, access=access_from(api_key, api_key_file, ssl_certfile=ssl_certfile))
     with told_failures(), server_client(settings) as client:
@@ -119,7 +119,7 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Have the running server unload a model and give its memory back. The server itself is stopped with Ctrl-C."""
-    from exo.client import ask, server_client
+    from exo.cli.http_client import ask, server_client
 
     settings = settings_from(host, port, access=access_from(api_key, api_key_file, ssl_certfile=ssl_certfile))
     with told_failures(), server_client(settings) as client:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from exo.compare.comparison import CompareError, Divergence, PositionDivergence
 from exo.compare.scoring import Scoring
-from exo.worker.randomness import BLOCK, gumbels
+from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 
 Row = npt.NDArray[np.float64]
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from exo.cards.card import ModelCard
 from exo.compare.comparison import CompareError
-from exo.models.card import ModelCard
 from exo.worker.host import Host
-from exo.worker.messages import Load
+from exo.worker.protocol.messages import Load
+from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Refusal, route
-from exo.worker.runners import RUNNERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,16 @@ from exo.compare.comparison import MODES, CompareError, MemoryUse, Mode, Speed
 from exo.compare.engine import Engine
 from exo.compare.memory import MemoryWatch
 from exo.compare.scoring import Tokens
-from exo.worker.messages import Delta, Failed, Finished, Generate, PrefillProgress, PromptLogprobs, SamplingParams
-from exo.worker.process import RunnerError, RunnerProcess
+from exo.worker.protocol.messages import (
+    Delta,
+    Failed,
+    Finished,
+    Generate,
+    PrefillProgress,
+    PromptLogprobs,
+    SamplingParams,
+)
+from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 
 Texts = Mapping[Mode, tuple[Tokens, ...]]
 """What was generated, by mode and prompt."""

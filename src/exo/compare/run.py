@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory, mkdtemp
 import anyio
 
 import exo
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
 from exo.compare.agreement import agreement, judge, partings
 from exo.compare.comparison import (
     MODES,
@@ -27,11 +29,9 @@ from exo.compare.generation import Generated, Wanted, generate
 from exo.compare.prompts import PROMPTS
 from exo.compare.scoring import Scoring, score, score_same
 from exo.config import Settings
-from exo.models.card import ModelCard
-from exo.models.catalogue import Catalogue
 from exo.worker.host import Host, probe_host
-from exo.worker.instances import runner_commands
 from exo.worker.router import model_not_found
+from exo.worker.supervisor.pool import runner_commands
 
 Note = Callable[[str], None]
 

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from exo.compare.comparison import CompareError, TokenisationDifference
 from exo.compare.engine import Engine
-from exo.worker.messages import Capabilities, Failed, Score, Scored, Text
-from exo.worker.wire import encode
+from exo.worker.protocol.messages import Capabilities, Failed, Score, Scored, Text
+from exo.worker.protocol.wire import encode
 
 Tokens = tuple[int, ...]
 _ANSWER: TypeAdapter[Scored | Failed] = TypeAdapter(Scored | Failed)

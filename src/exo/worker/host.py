@@ -14,8 +14,8 @@ import psutil
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
-from exo.worker.messages import Probe
-from exo.worker.runners import RUNNERS
+from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.runners import RUNNERS
 
 PROBE_SECONDS = 15.0
 TRY_SECONDS = 120.0

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
-from exo.models.card import ModelCard, Task
+from exo.cards.card import ModelCard, Task
 from exo.worker.host import Host
-from exo.worker.messages import Capabilities, RunnerState
 from exo.worker.preference import Basis, Pick, Preference, pick
-from exo.worker.runners import RUNNERS, Need
+from exo.worker.protocol.messages import Capabilities, RunnerState
+from exo.worker.protocol.runners import RUNNERS, Need
 
 RefusalCode = Literal[
     "model_not_found", "runner_not_found", "unsupported_task", "runner_unavailable", "unsupported_parameter"

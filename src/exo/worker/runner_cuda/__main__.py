@@ -10,11 +10,11 @@ import threading
 import traceback
 from types import TracebackType
 
-from exo.worker.emitter import Emitter
-from exo.worker.messages import Status
-from exo.worker.runner_cuda.devices import probe
-from exo.worker.runner_cuda.huge_pages import restart_with_huge_pages
-from exo.worker.wire import exit_now, read_commands, take_protocol_stream
+from exo.worker.protocol.messages import Status
+from exo.worker.protocol.wire import exit_now, read_commands, take_protocol_stream
+from exo.worker.runner_common.output_processor import Emitter
+from exo.worker.runner_cuda.loading.devices import probe
+from exo.worker.runner_cuda.loading.huge_pages import restart_with_huge_pages
 
 SPIN_COUNT = "1000"
 """How often a thread of llama.cpp's looks whether the others are done before it sleeps (GCC's OpenMP). This takes some

@@ -13,10 +13,10 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Embedded, Failed, Ranked, Usage
-from exo.worker.runner_cuda.llama import POOLING, Log, Model, PooledContext, Vector
-from exo.worker.runner_cuda.options import CudaOptions, Pooling
+from exo.worker.protocol.messages import Embedded, Failed, Ranked, Usage
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.bindings import POOLING, Log, Model, PooledContext, Vector
+from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
 
 LONGEST = 2048
 """Tokens of a text, where the card does not say."""

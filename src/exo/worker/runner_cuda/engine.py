@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from exo.worker.constraint import Constraint, GrammarError, Mask, grammar_failure
-from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
-from exo.worker.messages import Cores, Failed, FinishReason
-from exo.worker.runner_cuda.backend_sampling import BackendSampling, Best
-from exo.worker.runner_cuda.candidates import Candidates, NotFinite, Row
+from exo.worker.protocol.messages import Cores, Failed, FinishReason
+from exo.worker.runner_common.guided_decoding import Constraint, GrammarError, Mask, grammar_failure
+from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
+from exo.worker.runner_cuda.bindings import Context, Logits
 from exo.worker.runner_cuda.embedding import Embedder, Job
-from exo.worker.runner_cuda.llama import Context, Logits
-from exo.worker.runner_cuda.sampler import Sampler, Turn, choose, score
+from exo.worker.runner_cuda.loading.threads import Threads
+from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
+from exo.worker.runner_cuda.sampling.device_sampling import BackendSampling, Best
+from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose, score
 from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Sequence
-from exo.worker.runner_cuda.threads import Threads
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 

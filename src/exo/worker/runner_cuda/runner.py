@@ -8,11 +8,7 @@ import threading
 from dataclasses import replace
 from queue import Queue, SimpleQueue
 
-from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized, within
-from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
-from exo.worker.emitter import Accepted, Asked, Emitter
-from exo.worker.load_error import LoadError
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     Cancel,
     Command,
     Cores,
@@ -26,15 +22,27 @@ from exo.worker.messages import (
     Status,
     Tokenize,
 )
+from exo.worker.protocol.wire import exit_now
+from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter
+from exo.worker.runner_common.request_checks import (
+    ARRIVED,
+    input_refusal,
+    length_limit,
+    refusal,
+    resume,
+    tokenized,
+    within,
+)
+from exo.worker.runner_cuda.bindings import EngineError
 from exo.worker.runner_cuda.embedding import Job
 from exo.worker.runner_cuda.engine import Engine, Leave, Stop
-from exo.worker.runner_cuda.estimate import estimate
-from exo.worker.runner_cuda.llama import EngineError
-from exo.worker.runner_cuda.loading import Loaded, load
-from exo.worker.runner_cuda.sampler import Sampler
+from exo.worker.runner_cuda.loading.estimate import estimate
+from exo.worker.runner_cuda.loading.loader import Loaded, load
+from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.tokenizer import Tokenizer
-from exo.worker.wire import exit_now
 
 
 class Runner:

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from exo.worker.runner_cuda.pace import Pace
-from exo.worker.runner_cuda.prefix_cache import Found, PrefixCache
+from exo.worker.runner_cuda.prefix.cache import Found, PrefixCache
 from exo.worker.runner_cuda.sequence import Phase, Sequence
 from exo.worker.runner_cuda.slot import Slot
-from exo.worker.runner_cuda.speculation import Speculation
+from exo.worker.runner_cuda.speculation.speculation import Speculation
+from exo.worker.runner_cuda.step_time import Pace
 
 LEAST = 64
 """Prompts are cut into chunks of no fewer tokens, the last one too, and only a prompt of fewer is computed as one chunk

@@ -7,11 +7,11 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Failed, Score, Scored
-from exo.worker.runner_cuda.llama import Context
-from exo.worker.runner_cuda.loading import Loaded, load, read_options
-from exo.worker.wire import encode
+from exo.worker.protocol.messages import Failed, Score, Scored
+from exo.worker.protocol.wire import encode
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.bindings import Context
+from exo.worker.runner_cuda.loading.loader import Loaded, load, read_options
 
 
 def main(protocol: BinaryIO) -> int:

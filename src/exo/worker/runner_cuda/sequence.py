@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from exo.worker.constraint import Constraint
-from exo.worker.runner_cuda.draft import HOPE, Drafter, Rate
-from exo.worker.runner_cuda.sampler import Sampler
+from exo.worker.runner_common.guided_decoding import Constraint
+from exo.worker.runner_cuda.sampling.sampler import Sampler
+from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, Drafter, Rate
 
 
 class Phase(Enum):

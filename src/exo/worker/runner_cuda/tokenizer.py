@@ -5,8 +5,8 @@ from functools import cached_property
 
 import llama_cpp
 
-from exo.worker.messages import Text
-from exo.worker.runner_cuda.llama import Model
+from exo.worker.protocol.messages import Text
+from exo.worker.runner_cuda.bindings import Model
 
 
 class Tokenizer:

@@ -4,8 +4,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Device
+from exo.worker.protocol.messages import Device
+from exo.worker.runner_common.load_error import LoadError
 
 Backend = Literal["MlxMetal", "MlxCuda", "MlxCpu"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.embedding import Job, Pooling, answer
-from exo.worker.messages import Embedded, Failed
+from exo.worker.protocol.messages import Embedded, Failed
+from exo.worker.runner_common.hf_embedding import Job, Pooling, answer
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.model import Model, wait_for
 

@@ -7,15 +7,15 @@ from queue import Empty, SimpleQueue
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.constraint import GrammarError, grammar_failure
-from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
-from exo.worker.hf_tokenizer import Tokenizer
-from exo.worker.messages import Failed, FinishReason
+from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.runner_common.guided_decoding import GrammarError, grammar_failure
+from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_mlx.embedding import Embedder, Job
+from exo.worker.runner_mlx.inflight_step import Queued, inputs
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.logprobs import ROWS_AT_ONCE, score
 from exo.worker.runner_mlx.model import Model, queue
-from exo.worker.runner_mlx.queued import Queued, inputs
 from exo.worker.runner_mlx.sampler import FAILED, Sampler
 from exo.worker.runner_mlx.scheduler import Chunk, Row, Scheduler, Step
 from exo.worker.runner_mlx.sequence import Phase, Sequence

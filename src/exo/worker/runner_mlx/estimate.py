@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from exo.worker.embedding import LONGEST
-from exo.worker.estimate import Open, Part, Plan, cells, estimated
-from exo.worker.messages import Estimate, Estimated
-from exo.worker.model_folder import Json, Tensor, language_config, tensors
-from exo.worker.runner_mlx.loading import Checked, check, computed_in, trained_context
-from exo.worker.runner_mlx.pipeline import own_layers
-from exo.worker.runner_mlx.sharding import Sharding
+from exo.worker.protocol.messages import Estimate, Estimated
+from exo.worker.runner_common.hf_embedding import LONGEST
+from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
+from exo.worker.runner_common.model_folder import Json, Tensor, language_config, tensors
+from exo.worker.runner_mlx.loader import Checked, check, computed_in, trained_context
+from exo.worker.runner_mlx.ranks.pipeline import own_layers
+from exo.worker.runner_mlx.ranks.sharding import Sharding
 
 _PROCESS = 102_000_000
 """Interpreter and libraries."""

@@ -4,7 +4,7 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from exo.worker.emitter import Scores
+from exo.worker.runner_common.output_processor import Scores
 
 SUM_BLOCK = 512
 """Probabilities are summed in blocks, then these sums: what float32 rounds off grows with the terms of one sum."""

@@ -16,13 +16,13 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
-from exo.worker.hf_tokenizer import HfTokenizer
-from exo.worker.load_error import LoadError, from_library
-from exo.worker.model_folder import Json
+from exo.worker.runner_common.hf_tokenizer import HfTokenizer
+from exo.worker.runner_common.load_error import LoadError, from_library
+from exo.worker.runner_common.model_folder import Json
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
-from exo.worker.runner_mlx.pipeline import Body
-from exo.worker.runner_mlx.plans import Clear, Pass, TextPass
-from exo.worker.runner_mlx.sharding import Part
+from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
+from exo.worker.runner_mlx.ranks.pipeline import Body
+from exo.worker.runner_mlx.ranks.sharding import Part
 
 
 @contextmanager

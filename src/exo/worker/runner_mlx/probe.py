@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from exo.worker.messages import Probe
+from exo.worker.protocol.messages import Probe
 
 ENGINE = "MLX"
 

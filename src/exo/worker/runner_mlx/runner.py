@@ -8,13 +8,7 @@ import threading
 from dataclasses import replace
 from queue import Queue, SimpleQueue
 
-from exo.worker.admission import ARRIVED, input_refusal, length_limit, refusal, resume, tokenized, within
-from exo.worker.constraint import Constraint, Constraints, GrammarError, grammar_failure
-from exo.worker.embedding import Job
-from exo.worker.emitter import Accepted, Asked, Emitter
-from exo.worker.hf_tokenizer import Tokenizer
-from exo.worker.load_error import LoadError
-from exo.worker.messages import (
+from exo.worker.protocol.messages import (
     Cancel,
     Command,
     Cores,
@@ -28,13 +22,27 @@ from exo.worker.messages import (
     Status,
     Tokenize,
 )
+from exo.worker.protocol.wire import exit_now
+from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.hf_embedding import Job
+from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter
+from exo.worker.runner_common.request_checks import (
+    ARRIVED,
+    input_refusal,
+    length_limit,
+    refusal,
+    resume,
+    tokenized,
+    within,
+)
 from exo.worker.runner_mlx.engine import Engine, Leave, Stop
 from exo.worker.runner_mlx.estimate import estimate
-from exo.worker.runner_mlx.loading import Loaded, load
+from exo.worker.runner_mlx.loader import Loaded, load
 from exo.worker.runner_mlx.model import ran_out_of_memory
 from exo.worker.runner_mlx.scheduler import Scheduler
 from exo.worker.runner_mlx.sequence import Sequence
-from exo.worker.wire import exit_now
 
 
 class Runner:

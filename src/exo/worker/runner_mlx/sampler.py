@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.randomness import BLOCK, gumbels
+from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from exo.worker.runner_mlx.sequence import Sequence
 
 FAILED = -1

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Failed, Score, Scored
-from exo.worker.runner_mlx.loading import Loaded, load
-from exo.worker.wire import encode
+from exo.worker.protocol.messages import Failed, Score, Scored
+from exo.worker.protocol.wire import encode
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_mlx.loader import Loaded, load
 
 
 def main(protocol: BinaryIO) -> int:

@@ -9,10 +9,10 @@ import threading
 import traceback
 from types import TracebackType
 
-from exo.worker.emitter import Emitter
-from exo.worker.messages import Status
+from exo.worker.protocol.messages import Status
+from exo.worker.protocol.wire import encode, exit_now, read_commands, take_protocol_stream
+from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_vllm.probe import probe, try_engine
-from exo.worker.wire import encode, exit_now, read_commands, take_protocol_stream
 
 
 def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo.worker.messages import Load
-from exo.worker.model_folder import Json, check_folder, find_folder
+from exo.worker.protocol.messages import Load
+from exo.worker.runner_common.model_folder import Json, check_folder, find_folder
 from exo.worker.runner_vllm.limits import check_limits
 from exo.worker.runner_vllm.options import VllmOptions, read_options
 from exo.worker.runner_vllm.probe import nvidia_devices, on_cpu

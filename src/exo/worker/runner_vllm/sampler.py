@@ -15,8 +15,8 @@ from typing import Any, Protocol, final
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.constraint import GrammarError
-from exo.worker.randomness import BLOCK, gumbels
+from exo.worker.runner_common.guided_decoding import GrammarError
+from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from exo.worker.runner_vllm.sequence import Choice
 
 # Neither package is in the environment that checks types, so a plain import would not check.

@@ -7,11 +7,11 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.load_error import LoadError
-from exo.worker.messages import Failed, SamplingParams, Score, Scored
-from exo.worker.runner_vllm.loading import Loaded, load
+from exo.worker.protocol.messages import Failed, SamplingParams, Score, Scored
+from exo.worker.protocol.wire import encode
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_vllm.loader import Loaded, load
 from exo.worker.runner_vllm.sequence import Choice, Sequence
-from exo.worker.wire import encode
 
 _BEHIND = 2
 """Cells that reading a text takes behind it: a token whose own probability is told last, and one that is generated."""

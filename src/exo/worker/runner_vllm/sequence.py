@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from exo.worker.constraint import Constraint
-from exo.worker.messages import SamplingParams
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.guided_decoding import Constraint
 
 
 @dataclass(slots=True, eq=False)

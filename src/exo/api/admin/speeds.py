@@ -1,0 +1,50 @@
+"""What was measured of the runners' speed, in the form in which it is told."""
+
+import time
+from typing import Self
+
+from pydantic import BaseModel
+
+from exo.cards.card import ModelCard
+from exo.worker.speed import Point
+from exo.worker.supervisor.speed_store import Speeds
+
+
+class SpeedAtLoad(BaseModel):
+    """How fast a runner lately was with a model. Rates are in output tokens a second."""
+
+    runner: str
+    load: int
+    """Sequences at once, about."""
+    count: float
+    """How often it was measured, where the sequences of one load count for one."""
+    first_token_seconds: float
+    tokens_per_second: float
+    """Of each sequence, after its first token."""
+    total_tokens_per_second: float
+    """Of all sequences together."""
+
+    @classmethod
+    def of(cls, runner: str, load: int, point: Point) -> Self:
+        """The wire's form of a point."""
+        return cls(
+            runner=runner,
+            load=load,
+            count=round(point.count, 2),
+            first_token_seconds=round(point.first, 4),
+            tokens_per_second=round(point.stream, 2),
+            total_tokens_per_second=round(point.total, 2),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runner}, {self.load} at once: {self.first_token_seconds:g} s to the first token,"
+            f" then {self.tokens_per_second:g} tokens/s each, {self.total_tokens_per_second:g} tokens/s in all"
+            f" (measured {self.count:g} times)"
+        )
+
+
+def known_speeds(speeds: Speeds, card: ModelCard) -> list[SpeedAtLoad]:
+    """What is known now of a model, by runner and load."""
+    known = speeds.known(card, time.time())
+    return [SpeedAtLoad.of(runner, load, point) for runner, speed in known.items() for load, point in speed.items()]

@@ -1,0 +1,118 @@
+"""What a server says about itself: whether it runs, whether it can answer, and where it would send a request."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+
+from exo.api.admin.runners import Instance, InstanceList
+from exo.api.admin.speeds import SpeedAtLoad, known_speeds
+from exo.api.http.body import read_body
+from exo.api.http.errors import ApiError, shutting_down
+from exo.api.http.openapi_schema import json_body
+from exo.api.http.strict_model import RequestBody
+from exo.serving.app_state import Services
+from exo.serving.unary import AnswerReply
+from exo.worker.router import LiveRunner
+
+
+class Health(BaseModel):
+    """The process is up."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """A model can answer."""
+
+    status: Literal["ready"] = "ready"
+    models: list[str]
+
+
+class RouteReport(BaseModel):
+    """Where a request for ``model`` would go now. ``instance`` is null where a runner would be started."""
+
+    model: str
+    runner: str
+    instance: str | None
+    backend: str
+    reason: str
+    speeds: list[SpeedAtLoad]
+
+
+class UnloadRequest(RequestBody):
+    """The body of ``POST /v1/models/unload``."""
+
+    refuses_unknown: ClassVar[bool] = True
+
+    model: str = Field(min_length=1, max_length=300, description="A model id or alias.")
+
+
+class Unloaded(BaseModel):
+    """Whether the model was loaded, or about to be; it is not any more."""
+
+    model: str
+    unloaded: bool
+
+
+def _why_not_ready(live: tuple[LiveRunner, ...], failures: dict[str, str]) -> str:
+    loading = [f"{each.model_id} is {each.state}" for each in live]
+    failed = [f"{model} could not be loaded: {why}" for model, why in failures.items()]
+    return "; ".join(["no model can answer yet", *(loading or ["none is being loaded"]), *failed])
+
+
+def server_routes(services: Services) -> APIRouter:
+    """Health, readiness, the instances and the router's dry run."""
+    routes = APIRouter(tags=["server"])
+
+    @routes.get("/health")
+    async def health() -> Health:
+        """Whether the process is up."""
+        return Health()
+
+    @routes.get("/ready")
+    async def ready() -> Ready:
+        """Whether a model can answer; 503 with the reason where none can."""
+        if services.queues.closed:
+            raise shutting_down()
+        live = services.instances.live()
+        models = sorted({each.model_id for each in live if each.state in ("Ready", "Running")})
+        if not models:
+            raise ApiError(503, _why_not_ready(live, services.start_failures), code="not_ready")
+        return Ready(models=models)
+
+    @routes.get("/v1/instances")
+    async def instances() -> InstanceList:
+        """What is loaded, how busy it is, how often it died and why."""
+        reports = services.instances.reports()
+        return InstanceList(data=[Instance.of(each, outdated=services.is_outdated(each)) for each in reports])
+
+    @routes.post("/v1/models/unload", response_model=Unloaded, openapi_extra=json_body(UnloadRequest))
+    async def unload(request: Request) -> Response:
+        """Unloads a model when its requests have ended; the next one that needs it loads it again."""
+        body = await read_body(request, UnloadRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            _, unloaded = await services.unload(body.model)
+            return Unloaded(model=body.model, unloaded=unloaded), {}
+
+        return AnswerReply(work)
+
+    @routes.get("/v1/route")
+    async def route(
+        model: str = Query(min_length=1, max_length=300, description="A model id or alias, optionally with @runner."),
+    ) -> RouteReport:
+        """Which runner would serve the model, and why; a refusal is the error that a request would get."""
+        card, chosen = await services.choose(model, arriving=1)
+        return RouteReport(
+            model=card.model_id,
+            runner=chosen.runner,
+            instance=chosen.instance,
+            backend=chosen.backend,
+            reason=chosen.reason,
+            speeds=known_speeds(services.speeds, card),
+        )
+
+    return routes

@@ -1,0 +1,288 @@
+"""Anthropic's requests: the fields that are honoured, and those that have no effect."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic_core import to_json
+
+from exo.api.anthropic.blocks import (
+    AnthropicMessage,
+    CacheControl,
+    PlainContent,
+    ToolUseBlock,
+    check_results,
+    plain_text,
+    told,
+)
+from exo.api.anthropic.history import readable
+from exo.api.http.strict_model import RequestBody, Unsupported, honoured, invalid, missing, note
+from exo.api.openai.chat_request import MAX_TOOLS, Parameters, ToolName
+from exo.api.openai.common_request import NoLimit, Stops, TopK, TopP
+from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
+from exo.serving.request import Constraint, Conversation, GenerationRequest
+
+_SAMPLING = {"temperature", "top_k", "top_p"}
+
+
+def _only_custom(value: JsonValue) -> JsonValue:
+    """Leaves out tools that Anthropic runs or defines itself, which are known by their type."""
+    if value is None:
+        raise invalid("must be a tool, an object with a name and an input_schema")
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind in (None, "custom"):
+        return value
+    note(f"tools.{str(kind)[:64]}", "is left out, since only Anthropic's own models have this tool")
+    return None
+
+
+class AnthropicTool(RequestBody):
+    """A tool that the client runs."""
+
+    ignored: ClassVar[Unsupported] = {
+        "allowed_callers": (["direct"],),
+        "defer_loading": (False,),
+        "input_examples": ([],),
+    }
+
+    type: Literal["custom"] = Field(default="custom", description="Tools of Anthropic's own are left out.")
+    name: ToolName = Field(description="What the model calls it by.")
+    description: str = Field(default="", description="What it does, for the model.")
+    input_schema: Parameters = Field(description="JSON Schema of the input, an object.")
+    strict: bool = Field(default=False, description="Inputs that a call is forced into always follow the schema.")
+    cache_control: CacheControl | None = Field(default=None, description="Has no effect: all prompts are cached.")
+    eager_input_streaming: bool | None = Field(default=None, description="Has no effect: inputs come as they are made.")
+
+    def tool(self) -> Tool:
+        """The same in no dialect."""
+        return Tool(self.name, self.description, self.input_schema, self.strict)
+
+
+class AnthropicToolChoice(RequestBody):
+    """Whether the reply may, must not or must call a tool."""
+
+    type: Literal["auto", "any", "tool", "none"] = Field(description="any: some tool; tool: the one that is named.")
+    name: str | None = Field(default=None, description="Of the tool to call; with type 'tool' only.")
+    disable_parallel_tool_use: bool = Field(default=False, description="At most one call in the reply.")
+
+    @model_validator(mode="after")
+    def _name_where_due(self) -> "AnthropicToolChoice":
+        if self.type == "tool" and self.name is None:
+            raise missing("name")
+        if self.type != "tool" and self.name is not None:
+            raise invalid(f"not accepted where type is {self.type!r}", "name")
+        return self
+
+
+class AnthropicThinkingConfig(RequestBody):
+    """Whether the model is to reason first."""
+
+    type: Literal["enabled", "disabled", "adaptive"] = Field(
+        description="adaptive, or no thinking field at all, leaves it to the model."
+    )
+    budget_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Needed where type is enabled, and less than max_tokens. No runner can end reasoning at a number "
+        "of tokens, so this is not a limit, as the reply's header x-exo-warning says; max_tokens is, for all of it.",
+    )
+    display: Literal["summarized", "omitted"] = Field(
+        default="summarized", description="Reasoning is told in full, or with 'omitted' not at all."
+    )
+
+    @model_validator(mode="after")
+    def _budget_where_due(self) -> "AnthropicThinkingConfig":
+        if self.type == "enabled" and self.budget_tokens is None:
+            raise missing("budget_tokens")
+        if self.type != "enabled" and self.budget_tokens is not None:
+            raise invalid(f"not accepted where type is {self.type!r}", "budget_tokens")
+        return self
+
+
+class AnthropicOutputFormat(RequestBody):
+    """What the reply must follow."""
+
+    type: Literal["json_schema"] = Field(description="The only one there is.")
+    schema_: dict[str, JsonValue] = Field(alias="schema", description="A JSON Schema.")
+
+
+class AnthropicOutputConfig(RequestBody):
+    """How the reply is to be made."""
+
+    ignored: ClassVar[Unsupported] = {"task_budget": ()}
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None,
+        description="How much to reason, where the chat template knows levels; max is xhigh.",
+    )
+    format: AnthropicOutputFormat | None = Field(
+        default=None, description="A JSON Schema that the reply follows.", json_schema_extra=honoured("grammar")
+    )
+
+
+class AnthropicMetadata(RequestBody):
+    """About the request."""
+
+    user_id: str | None = Field(default=None, description="Has no effect.")
+
+
+_IGNORED: Unsupported = {
+    "betas": ([],),
+    "container": (),
+    "context_management": (),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+    "thread": (),
+    "user_profile_id": (),
+    "workspace_id": (),
+}
+_OF_GENERATION: Unsupported = dict.fromkeys(
+    ("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "service_tier"), ()
+)
+"""What has no effect on how many tokens a prompt has."""
+
+
+class CountTokensRequest(RequestBody):
+    """The body of ``POST /v1/messages/count_tokens``: what a prompt is made of."""
+
+    ignored: ClassVar[Unsupported] = {**_IGNORED, **_OF_GENERATION}
+
+    model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
+    messages: Annotated[
+        list[AnthropicMessage], BeforeValidator(readable, json_schema_input_type=list[AnthropicMessage])
+    ] = Field(
+        min_length=1,
+        max_length=10_000,
+        description="The conversation. Where the last message is the assistant's, the reply goes on with it.",
+    )
+    system: PlainContent = Field(default=[], description="Text, as a string or in blocks; the first message of all.")
+    tools: list[
+        Annotated[AnthropicTool | None, BeforeValidator(_only_custom, json_schema_input_type=AnthropicTool)]
+    ] = Field(default=[], max_length=MAX_TOOLS, description="What the model may call.")
+    tool_choice: AnthropicToolChoice | None = Field(
+        default=None,
+        description="With type 'any' or 'tool', the reply is a call that follows its input_schema.",
+        json_schema_extra=honoured("grammar"),
+    )
+    thinking: AnthropicThinkingConfig | None = Field(default=None, description="Whether to reason first.")
+    output_config: AnthropicOutputConfig = Field(
+        default=AnthropicOutputConfig(), description="How the reply is to be made."
+    )
+    cache_control: CacheControl | None = Field(default=None, description="Has no effect: all prompts are cached.")
+
+    @model_validator(mode="after")
+    def _results_answer_calls(self) -> "CountTokensRequest":
+        check_results(self.messages)
+        if any(isinstance(block, ToolUseBlock) for block in self.messages[-1].content):
+            raise invalid("the last message has tool_use blocks, which need tool_result blocks after them", "messages")
+        return self
+
+    @model_validator(mode="after")
+    def _a_choice_of_tools(self) -> "CountTokensRequest":
+        names = [tool.name for tool in self.own_tools]
+        if len(set(names)) < len(names):
+            raise invalid("two tools have the same name", "tools")
+        if self.tool_choice is None:
+            return self
+        if self.tool_choice.name is not None and self.tool_choice.name not in names:
+            known = ", ".join(names) or "none"
+            raise invalid(f"there is no such tool; given are {known}", "tool_choice.name")
+        if self.tool_choice.type == "any" and not names:
+            raise invalid("there are no tools to choose from", "tool_choice")
+        return self
+
+    def conversation(self) -> Conversation:
+        """The prompt, in no dialect."""
+        effort, param = self._effort
+        choice = self.tool_choice
+        return Conversation(
+            messages=told(plain_text(self.system), self.messages),
+            tools=tuple(tool.tool() for tool in self.own_tools) if self._choice != "none" else (),
+            choice=self._choice,
+            parallel=choice is None or not choice.disable_parallel_tool_use,
+            effort=effort,
+            effort_param=param,
+            continues=self.messages[-1].role == "assistant",
+        )
+
+    @property
+    def own_tools(self) -> list[AnthropicTool]:
+        """The tools that the client runs."""
+        return [tool for tool in self.tools if tool is not None]
+
+    @property
+    def _choice(self) -> ToolChoice:
+        choice = self.tool_choice
+        if choice is None or choice.type == "auto":
+            return "auto"
+        if choice.name is not None:
+            return NamedChoice(choice.name)
+        return "required" if choice.type == "any" else "none"
+
+    @property
+    def _effort(self) -> tuple[str | None, str]:
+        """How much to reason, and the field that says so."""
+        kind = self.thinking.type if self.thinking is not None else "adaptive"
+        effort = self.output_config.effort
+        if kind == "disabled":
+            return "none", "thinking"
+        if effort is not None:
+            return ("xhigh" if effort == "max" else effort), "output_config.effort"
+        return ("medium" if kind == "enabled" else None), "thinking"
+
+
+class MessagesRequest(CountTokensRequest):
+    """The body of ``POST /v1/messages``. Where it says nothing, the model card decides, then the default."""
+
+    ignored: ClassVar[Unsupported] = _IGNORED
+
+    max_tokens: Annotated[int | None, NoLimit] = Field(
+        ge=0,
+        le=1 << 31,
+        description="-1: until the context is full. 0 only computes the prompt, which is cached then.",
+    )
+    temperature: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most probable token.")
+    top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
+    top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
+    stop_sequences: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
+    stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
+    metadata: AnthropicMetadata | None = Field(default=None, description="Has no effect.")
+    service_tier: str = Field(default="auto", description="Has no effect.")
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> "MessagesRequest":
+        budget = self.thinking.budget_tokens if self.thinking is not None else None
+        if budget is not None and self.max_tokens is not None and budget >= self.max_tokens:
+            raise invalid(f"must be less than max_tokens, which is {self.max_tokens}", "thinking.budget_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> "MessagesRequest":
+        if self.output_config.format is not None and self._choice not in ("auto", "none"):
+            raise invalid("not accepted together with output_config.format", "tool_choice")
+        return self
+
+    @property
+    def shows_thinking(self) -> bool:
+        """Whether the reply tells the model's reasoning."""
+        return self.thinking is None or self.thinking.display != "omitted"
+
+    def request(self) -> GenerationRequest:
+        """What is asked for, in no dialect."""
+        format_ = self.output_config.format
+        constraint = None
+        if format_ is not None:
+            schema = to_json(format_.schema_).decode()
+            constraint = Constraint("json_schema", schema, "output_config.format.schema")
+        sampling: dict[str, Any] = self.model_dump(include=_SAMPLING, exclude_unset=True)
+        return GenerationRequest(
+            model=self.model,
+            prompts=(self.conversation(),),
+            prompt_field="messages",
+            sampling=sampling,
+            stop=tuple(self.stop_sequences),
+            max_tokens=self.max_tokens,
+            constraint=constraint,
+        )

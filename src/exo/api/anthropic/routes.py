@@ -1,0 +1,64 @@
+"""Anthropic's endpoints: a body in, a generation request out, and the dialect that answers it."""
+
+from collections.abc import Mapping
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from exo.api.anthropic.request import CountTokensRequest, MessagesRequest
+from exo.api.anthropic.response import AnthropicReplyMessage, MessagesDialect, TokenCount
+from exo.api.http.body import read_body
+from exo.api.http.openapi_schema import json_body
+from exo.api.http.raw_route import DirectRoute
+from exo.api.http.response import GenerationReply
+from exo.api.http.warnings import warn
+from exo.serving.app_state import Services
+from exo.serving.generation import Generation
+from exo.serving.rendering import render
+from exo.serving.unary import AnswerReply, Question, ask
+from exo.worker.protocol.messages import Tokenize, Tokenized
+
+_PARAMS = {"prompt": "messages"}
+_NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply together"
+
+
+async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
+    """Raises ``ApiError``."""
+    loaded = await ask(services, Question(model=body.model, needs={}, commands=[], params=_PARAMS))
+    prompt = await render(services, loaded.runner, body.conversation(), "messages")
+    command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
+    answered = await ask(services, Question(model=body.model, needs={}, commands=[command], params=_PARAMS))
+    (answer,) = answered.answers
+    assert isinstance(answer, Tokenized)
+    return TokenCount(input_tokens=len(answer.tokens)), answered.headers
+
+
+def anthropic_routes(services: Services) -> APIRouter:
+    """Messages, and their tokens. Any ``anthropic-version`` will do."""
+    routes = APIRouter(prefix="/v1", tags=["Anthropic"], route_class=DirectRoute)
+
+    @routes.post("/messages", response_model=AnthropicReplyMessage, openapi_extra=json_body(MessagesRequest))
+    async def messages(request: Request) -> GenerationReply:
+        """Replies to a conversation."""
+        body = await read_body(request, MessagesRequest)
+        reply_id = f"msg_{uuid4().hex}"
+        if body.thinking is not None and body.thinking.budget_tokens is not None:
+            warn("thinking.budget_tokens", _NO_LIMIT)
+        headers = {"request-id": f"req_{reply_id.removeprefix('msg_')}"}
+        generation = Generation(services, body.request(), reply_id, headers)
+        dialect = MessagesDialect(reply_id, max_tokens=body.max_tokens, thinking=body.shows_thinking)
+        return GenerationReply(generation, dialect, stream=body.stream)
+
+    @routes.post("/messages/count_tokens", response_model=TokenCount, openapi_extra=json_body(CountTokensRequest))
+    async def count_tokens(request: Request) -> Response:
+        """Counts the tokens of the prompt that a message would be generated from."""
+        body = await read_body(request, CountTokensRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            return await _count(services, body)
+
+        return AnswerReply(work)
+
+    return routes

@@ -1,0 +1,230 @@
+"""One client's connection: uvicorn's, with bounds on the head of a request and on the time that a request may take.
+
+uvicorn itself reads a head of any length and waits for the rest of a request for ever. It also loses the body of a
+request that asks for an upgrade, and then parses that body as the next request.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import httptools
+from uvicorn._types import ASGI3Application
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from exo.api.http.errors import ErrorBody
+
+HEAD_LIMIT = 64 << 10
+"""Bytes of a request's line and headers."""
+HEADER_LIMIT = 128
+HEAD_SECONDS = 20.0
+"""Until a request's head is there, from the connection or, on one that is kept, from the head's first byte."""
+BODY_SECONDS = 120.0
+"""Until a request's body is there, from the end of its head."""
+LINGER_SECONDS = 1.0
+"""How long what a refused client still sends is thrown away: closed at once, it might not get to read the reply."""
+
+_TOO_LARGE = ErrorBody(
+    status=431,
+    message=f"the request's head is too large; accepted are {HEAD_LIMIT} bytes and {HEADER_LIMIT} headers",
+    code="headers_too_large",
+)
+_TOO_SLOW = ErrorBody(status=408, message="the request did not arrive in time", code="request_timeout")
+_MALFORMED = ErrorBody(status=400, message="this is not an HTTP request", code="malformed_request")
+_NO_PROXY = ErrorBody(status=405, message="this server is no proxy: CONNECT is not accepted", code="method_not_allowed")
+_UNKNOWN_CODING = ErrorBody(
+    status=501,
+    message="the only transfer-encoding accepted is chunked, in HTTP/1.1",
+    code="unsupported_transfer_encoding",
+)
+
+
+class _RefusedError(Exception):
+    """Raised in a callback of the parser, which then stops."""
+
+    def __init__(self, body: ErrorBody) -> None:
+        super().__init__(body.message)
+        self.body = body
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """A connection to hand to ``uvicorn.Config`` as ``http``."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._reading: Literal["nothing", "head", "body"] = "head"
+        """The part of a request that the next byte belongs to; ``nothing`` between two requests."""
+        self._received = 0
+        """Bytes read since the last request was complete, or the read after that where the two share one."""
+        self._head = 0
+        """Bytes of the current head, and of the trailers behind its body, that the parser has passed on."""
+        self._answering: RequestResponseCycle | None = None
+        """The last request that the application was given; later ones are in uvicorn's pipeline."""
+        self._refusal: ErrorBody | None = None
+        """The last reply on this connection. Once it is set, what the client sends is thrown away."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._give_time(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+        # uvicorn tells only the last request of a pipeline, which is not the one that a runner is working on.
+        if self._answering is not None and not self._answering.response_complete:
+            _abandon(self._answering)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        if self._reading != "nothing":
+            self._unset_keepalive_if_required()
+        self._received += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            raised = error.__context__
+            self._refuse(raised.body if isinstance(raised, _RefusedError) else _MALFORMED)
+        else:
+            if self._reading != "body" and self._received > HEAD_LIMIT:
+                self._refuse(_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._unset_keepalive_if_required()
+        self._reading = "head"
+        self._head = 0
+        if self._deadline is None:  # the first request's time runs from the connection
+            self._give_time(HEAD_SECONDS)
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Trailers count towards the limits, but are not merged into the headers, which have been checked by then."""
+        self._count(len(name) + len(value) + len(b": \r\n"))
+        if self._reading == "head":
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise _RefusedError(_NO_PROXY)
+        if self.parser.should_upgrade():
+            return  # see _parse
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or self.parser.get_http_version() != "1.1"):
+            raise _RefusedError(_UNKNOWN_CODING)
+        self._reading = "body"
+        self._give_time(BODY_SECONDS)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._reading = "nothing"
+        self._received = 0
+        self._stop_clock()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._reading == "head":
+            self._unset_keepalive_if_required()  # the next request is on its way, and its head has a deadline
+        if self._refusal is not None and not self._replying():
+            self._write_refusal(self._refusal)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _parse(self, data: bytes) -> None:
+        """Raises ``httptools.HttpParserError``.
+
+        At the end of a head that asks for an upgrade the parser stops and takes the request for complete. No upgrade is
+        accepted here, so the request is one like any other (RFC 9110, section 7.8): a new parser gets its head without
+        the wish, and then what follows the head.
+        """
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            head = b"".join(self._head_without_upgrade())
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
+            self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> Iterator[bytes]:
+        """What the parser has read, again. Without an ``Upgrade`` header, ``Connection: upgrade`` means nothing."""
+        yield b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        yield from (b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade")
+        yield b"\r\n"
+
+    def _count(self, length: int) -> None:
+        self._head += length
+        if self._head > HEAD_LIMIT or len(self.headers) >= HEADER_LIMIT:
+            raise _RefusedError(_TOO_LARGE)
+
+    def _give_time(self, seconds: float) -> None:
+        self._stop_clock()
+        self._deadline = self.loop.call_later(seconds, self._out_of_time)
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _out_of_time(self) -> None:
+        """A request behind one that is being answered is not late: the server may not even be reading it."""
+        if self._is_behind_another():
+            self._give_time(HEAD_SECONDS if self._reading == "head" else BODY_SECONDS)
+        else:
+            self._refuse(_TOO_SLOW)
+
+    def _replying(self) -> bool:
+        return self._answering is not None and not self._answering.response_complete
+
+    def _is_behind_another(self) -> bool:
+        """Whether the client may be sent nothing about the request that it sends now: an earlier one has no reply."""
+        return self._replying() and not (self._reading == "body" and self.cycle is self._answering)
+
+    def _refuse(self, error: ErrorBody) -> None:
+        """Replies, once the requests before this one have their replies, and closes."""
+        self._refusal = error
+        self._stop_clock()
+        if self._is_behind_another():
+            if self._reading == "body":
+                self.pipeline.popleft()  # this request, which would wait for the rest of its body
+        elif self._reading != "body":
+            self._write_refusal(error)
+        elif self.cycle.response_started:
+            self.transport.close()
+        else:
+            _abandon(self.cycle)
+            self._write_refusal(error)
+
+    def _write_refusal(self, error: ErrorBody) -> None:
+        if self.transport.is_closing():
+            return
+        body = error.openai()
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+
+def _abandon(cycle: RequestResponseCycle) -> None:
+    """Has the application find that its client has left."""
+    cycle.disconnected = True
+    cycle.message_event.set()

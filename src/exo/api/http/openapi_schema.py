@@ -1,0 +1,102 @@
+"""The OpenAPI document: request bodies, which FastAPI cannot see because ``read_body`` validates them, and errors."""
+
+import json
+from collections.abc import Container, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from exo.api.http import sse
+from exo.api.http.errors import ErrorBody
+
+_REF = "#/components/schemas/{model}"
+_DESCRIPTION = """
+One server, several inference engines; a router picks the engine, which is called a runner here, for every request.
+
+* `model` is a model id or an alias. `name@runner` insists on a runner.
+* A field does the same on every runner, unless its description names runners.
+* A field that is not in these tables has no effect, and the header `x-exo-warning` names it; with `exo serve --strict`
+  it is a 400. A field that no runner can honour for this model is a 400 that names it. An explicit null means the
+  default. Where a request says nothing of sampling, the model card decides, then the default told here.
+* Replies of a runner have the headers `x-exo-runner`, which one it is, and `x-exo-route`, why.
+"""
+
+_bodies: dict[str, type[BaseModel]] = {}
+"""Those that routes take, by the name that the document has for them."""
+
+_EVERYWHERE = {401: "There is no API key, or a wrong one.", 403: "This host name or web origin is not allowed."}
+_OF_BODIES = {
+    400: "Something about the request is wrong or cannot be done; the message names the field.",
+    404: "There is no such model.",
+    413: "The body is larger than 16 MiB, or holds too many values.",
+    415: "The content type is not application/json, or the content encoding is not accepted.",
+    429: "The model's queue is full; retry-after says when to come again.",
+    500: "A fault of the server's; its log has the details.",
+    503: "The model cannot be loaded, or the server is stopping; where it may be over soon, there is a retry-after.",
+}
+_OF_PATHS: Mapping[str, Mapping[int, str]] = {
+    "/ready": {503: "No model can answer yet."},
+    "/v1/route": {400: _OF_BODIES[400], 503: "No runner here can serve the model."},
+}
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What a route adds to its description to say that it takes ``model``."""
+    _bodies[model.__name__] = model
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI) -> None:
+    """Adds to the document of ``app`` what is not to be seen from its routes."""
+    app.description = _DESCRIPTION
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _complete(generate())
+        return generate()
+
+    app.openapi = openapi
+
+
+def _complete(document: dict[str, Any]) -> None:
+    _, bodies = models_json_schema([(body, "validation") for body in _bodies.values()], ref_template=_REF)
+    schemas: dict[str, Any] = document["components"]["schemas"]
+    schemas.update(bodies["$defs"])
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)  # nothing here answers in FastAPI's own way
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["summary"] = operation.pop("description", "").rstrip(".")
+            replies = operation["responses"]
+            replies.pop("422", None)
+            if "stream" in _fields(operation):
+                media_type = "application/x-ndjson" if path.startswith("/api/") else sse.MEDIA_TYPE
+                replies["200"]["content"][media_type] = {"schema": {"type": "string"}}
+            replies.update(_errors(path, operation))
+
+
+def _fields(operation: Mapping[str, Any]) -> Container[str]:
+    if "requestBody" not in operation:
+        return ()
+    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    return _bodies[name].model_fields
+
+
+def _errors(path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
+    """What may go wrong, each with an example in the envelope of the path's dialect."""
+    if path == "/health":
+        return {}
+    found = dict(_EVERYWHERE)
+    found |= _OF_BODIES if "requestBody" in operation else {}
+    found |= {404: "There is none of this name."} if "parameters" in operation else {}
+    found |= _OF_PATHS.get(path, {})
+    return {str(status): _error(path, status, found[status]) for status in sorted(found)}
+
+
+def _error(path: str, status: int, meaning: str) -> dict[str, Any]:
+    example = ErrorBody(status=status, message="what is wrong", code="a_word_for_programs").in_envelope(path)
+    return {"description": meaning, "content": {"application/json": {"example": json.loads(example)}}}

@@ -1,0 +1,199 @@
+"""Endpoints that llama-server has besides OpenAI's: tokens, chat templates and ranking."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+
+from exo.api.http.body import read_body
+from exo.api.http.openapi_schema import json_body
+from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, honoured
+from exo.api.openai.chat_request import ChatCompletionRequest
+from exo.api.openai.chunks import Reply
+from exo.api.openai.common_request import TokenId
+from exo.api.openai.embeddings import EmbeddingUsage
+from exo.api.openai.routes import conversation_of
+from exo.serving.app_state import Services
+from exo.serving.rendering import render
+from exo.serving.unary import AnswerReply, Question, ask, in_pieces
+from exo.worker.protocol.messages import MAX_TOKENIZED, Rank, Ranked, Text, Tokenize, Tokenized
+from exo.worker.router import parse_model
+
+MAX_DOCUMENTS = 1024
+MAX_TEXT = 1 << 22
+"""Characters of a text to be tokenized, which as English is about ``MAX_TOKENIZED`` tokens."""
+_PART = 1024
+"""Tokens that are made text of at once."""
+
+
+class TokenizeRequest(RequestBody):
+    """The body of ``POST /tokenize``."""
+
+    model: str = MODEL
+    content: str = Field(max_length=MAX_TEXT, description="The text to be cut into tokens, of which it may have 2^20.")
+    add_special: bool = Field(default=False, description="Begin with a BOS token where the model wants one.")
+    parse_special: bool = Field(default=True, description="Whether special tokens in the text are special.")
+    with_pieces: bool = Field(default=False, description="Tell each token's text too.")
+
+
+class TokenPiece(Reply):
+    """One token; ``piece`` is its text, or its bytes where they are no whole text."""
+
+    id: int
+    piece: str | list[int]
+
+
+class Tokens(Reply):
+    """The reply of ``/tokenize``."""
+
+    tokens: list[int] | list[TokenPiece]
+
+
+class DetokenizeRequest(RequestBody):
+    """The body of ``POST /detokenize``."""
+
+    model: str = MODEL
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENIZED, description="Ids, of which text is made.")
+
+
+class Detokenized(Reply):
+    """The reply of ``/detokenize``; bytes that are no text become U+FFFD."""
+
+    content: str
+
+
+class TemplateApplied(Reply):
+    """The reply of ``/apply-template``."""
+
+    prompt: str
+
+
+class RerankRequest(RequestBody):
+    """The body of ``POST /v1/rerank``."""
+
+    unsupported: ClassVar[Unsupported] = {"return_documents": (False,), "return_text": (False,)}
+
+    model: str = MODEL
+    query: str = Field(min_length=1, description="What the documents are to answer.")
+    documents: list[str] = Field(
+        min_length=1, max_length=MAX_DOCUMENTS, description="The texts.", json_schema_extra=honoured("rerank")
+    )
+    top_n: int | None = Field(default=None, ge=1, description="Tell only of this many; null: of all.")
+
+
+class RerankResult(Reply):
+    """How well one document answers the query; only the order of scores means something."""
+
+    index: int
+    relevance_score: float
+
+
+class Reranked(Reply):
+    """The reply of ``/v1/rerank``, the best document first."""
+
+    object: Literal["list"] = "list"
+    model: str
+    usage: EmbeddingUsage
+    results: list[RerankResult]
+
+
+def _piece(raw: tuple[int, ...]) -> str | list[int]:
+    try:
+        return bytes(raw).decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+async def _tokenized(
+    services: Services, model: str, command: Tokenize, field: str
+) -> tuple[Tokenized, Mapping[str, str]]:
+    question = Question(model=model, needs=None, commands=[command], params={"prompt": field})
+    answered = await ask(services, question)
+    (answer,) = answered.answers
+    assert isinstance(answer, Tokenized)
+    return answer, answered.headers
+
+
+def llama_routes(services: Services) -> APIRouter:
+    """Tokenizing, detokenizing, chat templates and ranking."""
+    routes = APIRouter(tags=["llama-server"])
+
+    @routes.post("/tokenize", response_model=Tokens, openapi_extra=json_body(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        """Cuts text into tokens."""
+        body = await read_body(request, TokenizeRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            if not body.content and not body.add_special:
+                services.card(parse_model(services.named(body.model)).name)
+                return Tokens(tokens=[]), {}
+            text = (Text(text=body.content, special=body.parse_special),)
+            command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
+            answer, headers = await _tokenized(services, body.model, command, "content")
+            if not body.with_pieces:
+                return Tokens.model_construct(tokens=list(answer.tokens)), headers
+            pieces: list[TokenPiece] = []
+            async for part in in_pieces(list(zip(answer.tokens, answer.bytes, strict=True)), _PART):
+                pieces += [TokenPiece(id=token, piece=_piece(raw)) for token, raw in part]
+            return Tokens.model_construct(tokens=pieces), headers
+
+        return AnswerReply(work)
+
+    @routes.post("/detokenize", response_model=Detokenized, openapi_extra=json_body(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        """Makes text of tokens."""
+        body = await read_body(request, DetokenizeRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            if not body.tokens:
+                services.card(parse_model(services.named(body.model)).name)
+                return Detokenized(content=""), {}
+            command = Tokenize(id=f"detok-{uuid4().hex}", prompt=tuple(body.tokens))
+            answer, headers = await _tokenized(services, body.model, command, "tokens")
+            parts = [b"".join(map(bytes, part)) async for part in in_pieces(answer.bytes, _PART)]
+            return Detokenized(content=b"".join(parts).decode(errors="replace")), headers
+
+        return AnswerReply(work)
+
+    @routes.post("/apply-template", response_model=TemplateApplied, openapi_extra=json_body(ChatCompletionRequest))
+    async def apply_template(request: Request) -> Response:
+        """Shows the prompt that a chat completion would be generated from."""
+        body = await read_body(request, ChatCompletionRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            answered = await ask(services, Question(model=body.model, needs={}, commands=[], params={}))
+            texts = await render(services, answered.runner, conversation_of(body), "messages")
+            return TemplateApplied(prompt="".join(text.text for text in texts)), answered.headers
+
+        return AnswerReply(work)
+
+    @routes.post("/v1/rerank", response_model=Reranked, openapi_extra=json_body(RerankRequest))
+    @routes.post("/rerank", include_in_schema=False)
+    async def rerank(request: Request) -> Response:
+        """Sorts documents by how well they answer a query."""
+        body = await read_body(request, RerankRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            ids = uuid4().hex
+            commands = [
+                Rank(id=f"rank-{ids}-{at}", query=body.query, document=document)
+                for at, document in enumerate(body.documents)
+            ]
+            question = Question(
+                model=body.model, needs={"rerank": "model"}, commands=commands, params={"document": "documents"}
+            )
+            answered = await ask(services, question)
+            ranked = [answer for answer in answered.answers if isinstance(answer, Ranked)]
+            results = [RerankResult(index=at, relevance_score=each.score) for at, each in enumerate(ranked)]
+            results.sort(key=lambda each: (-each.relevance_score, each.index))
+            tokens = sum(each.usage.prompt_tokens for each in ranked)
+            usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+            reply = Reranked(model=answered.runner.card.model_id, usage=usage, results=results[: body.top_n])
+            return reply, answered.headers
+
+        return AnswerReply(work)
+
+    return routes

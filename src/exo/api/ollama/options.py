@@ -1,0 +1,89 @@
+"""Ollama's model options: those that are honoured, and those that have no effect."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field, JsonValue
+
+from exo.api.http.strict_model import RequestBody, Unsupported
+from exo.api.openai.common_request import Stops, TopK, TopP
+
+_NEUTRAL: Unsupported = {
+    "embedding_only": (False,),
+    "f16_kv": (True,),
+    "logits_all": (False,),
+    "low_vram": (False,),
+    "main_gpu": (0,),
+    "mirostat": (0,),
+    "mirostat_eta": (0.1,),
+    "mirostat_tau": (5, 5.0),
+    "num_batch": (),
+    "num_gpu": (-1,),
+    "num_keep": (0,),
+    "num_thread": (0,),
+    "numa": (False,),
+    "penalize_newline": (True,),
+    "repeat_last_n": (-1,),
+    "tfs_z": (1, 1.0),
+    "typical_p": (1, 1.0),
+    "use_mlock": (False,),
+    "use_mmap": (True,),
+    "vocab_only": (False,),
+}
+"""Options that have no effect, with the values that ask for nothing. Some are decided when a model is loaded."""
+
+
+class LoadOptions(RequestBody):
+    """Options of every request."""
+
+    ignored: ClassVar[Unsupported] = _NEUTRAL
+
+    num_ctx: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 31,
+        description="Tokens that the context should hold. The model card decides, by n_ctx in its table for the "
+        "runner; x-exo-warning tells where that is less.",
+    )
+
+
+def _length(value: JsonValue) -> JsonValue:
+    """Ollama's ways to say "no limit" as none; there is no context shift that would tell them apart."""
+    return None if type(value) is int and value in (0, -1, -2) else value
+
+
+class OllamaOptions(LoadOptions):
+    """How to generate. Where a request says nothing, the model card decides, then the default."""
+
+    num_predict: Annotated[int | None, BeforeValidator(_length)] = Field(
+        default=None, ge=1, le=1 << 31, description="Tokens at most; 0, -1 and -2: until the context is full."
+    )
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 always takes the most probable token.")
+    top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
+    top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
+    repeat_penalty: float = Field(
+        default=1.0, ge=0.01, le=100, description="1 is none. Over all tokens so far: repeat_last_n is -1."
+    )
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
+    stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
+
+    def sampling(self) -> dict[str, float]:
+        """What is set of ``SamplingParams``, by its names."""
+        given: dict[str, float] = self.model_dump(
+            include={"temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"},
+            exclude_unset=True,
+        )
+        if "repeat_penalty" in self.model_fields_set:
+            given["repetition_penalty"] = self.repeat_penalty
+        return given
+
+
+class EmbedOptions(LoadOptions):
+    """Options where nothing is generated."""
+
+    ignored: ClassVar[Unsupported] = {
+        **_NEUTRAL,
+        **{name: () for name in OllamaOptions.model_fields if name not in LoadOptions.model_fields},
+    }

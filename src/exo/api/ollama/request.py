@@ -1,0 +1,349 @@
+"""Ollama's requests: the fields that are honoured, those that have no effect, and those that are refused by name."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic_core import to_json
+
+from exo.api.http.strict_model import RequestBody, Unsupported, honoured, invalid, missing, note
+from exo.api.ollama.options import EmbedOptions, OllamaOptions
+from exo.api.openai.chat_request import MAX_TOOLS, ToolDefinition, ToolName
+from exo.api.openai.embeddings import MAX_INPUTS
+from exo.api.openai.messages import UNSEEN
+from exo.chat.template.reshaping import short_id
+from exo.serving.request import Constraint, Conversation, GenerationRequest, Prompt
+from exo.worker.protocol.messages import MAX_LOGPROBS
+
+_DURATION = re.compile(r"[+-]?([0-9]{1,12}(\.[0-9]{0,12})?(ns|us|µs|ms|s|m|h))+")
+_SECONDS_ALONE = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,12})?")
+_LONGEST = 1e9
+_PART_OF_DURATION = re.compile(r"([0-9]+(?:\.[0-9]*)?)(ns|us|µs|ms|s|m|h)")
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: JsonValue) -> JsonValue:
+    """Go's notation of a duration, such as "1h30m", in seconds; -1 for all that is less than nothing."""
+    if isinstance(value, str) and _SECONDS_ALONE.fullmatch(value):
+        value = float(value)
+    elif isinstance(value, str):
+        if not _DURATION.fullmatch(value):
+            raise invalid('must be a number of seconds, or a duration such as "5m"')
+        parts = _PART_OF_DURATION.findall(value)
+        seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+        value = -1 if value.startswith("-") and seconds else seconds
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return -1 if value < 0 else min(value, _LONGEST)
+
+
+KeepAlive = Annotated[float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)]
+_KEEP_ALIVE = Field(
+    default=None,
+    le=_LONGEST,
+    description="How long the model then stays loaded without being used, in seconds or as in '5m'; 0: not at all, "
+    "-1: for ever. What it is by default, its card or the server says.",
+)
+_MODEL = Field(
+    min_length=1, max_length=300, description='A model id or alias, optionally with @runner; ":latest" may follow it.'
+)
+
+_TRUNCATE: bool = Field(
+    default=True, description="Cut a text at its end that is longer than the model can read; false: refuse it."
+)
+_LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def _levels(value: JsonValue) -> JsonValue:
+    if isinstance(value, bool) or value in _LEVELS:
+        return "xhigh" if value == "max" else value
+    raise invalid(f"must be true, false or one of {', '.join(map(repr, _LEVELS))}")
+
+
+def _formats(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict) or value in ("", "json"):
+        return value
+    raise invalid("must be 'json' or a JSON Schema, which is an object")
+
+
+def _as_list(value: JsonValue) -> JsonValue:
+    return ([value] if value else []) if isinstance(value, str) else value
+
+
+class OllamaBody(RequestBody):
+    """What all bodies name."""
+
+    model: str = _MODEL
+    keep_alive: KeepAlive = _KEEP_ALIVE
+
+    @property
+    def keep_seconds(self) -> float | None:
+        """How long the model then stays loaded without being used; None changes nothing."""
+        return math.inf if self.keep_alive is not None and self.keep_alive < 0 else self.keep_alive
+
+
+class OllamaGeneration(OllamaBody):
+    """What chats and completions both accept."""
+
+    stream: bool = Field(default=True, description="Tell the reply as it is made, in lines of JSON.")
+    format: Annotated[dict[str, JsonValue] | Literal["", "json"], BeforeValidator(_formats)] = Field(
+        default="",
+        description="'json' or a JSON Schema that the reply then follows.",
+        json_schema_extra=honoured("grammar"),
+    )
+    options: OllamaOptions = Field(default=OllamaOptions(), description="How to generate.")
+    think: Annotated[
+        bool | Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None,
+        BeforeValidator(
+            _levels,
+            json_schema_input_type=bool | Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+        ),
+    ] = Field(
+        default=None,
+        description="Whether or how much to reason, where the model does; true is 'medium'.",
+    )
+    logprobs: bool = Field(
+        default=False, description="Tell each token's log-probability.", json_schema_extra=honoured("logprobs")
+    )
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, description="And of this many others; needs logprobs.")
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> "OllamaGeneration":
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("only allowed where logprobs is true", "top_logprobs")
+        return self
+
+    def generation(self, model: str, prompt: Prompt, prompt_field: str) -> GenerationRequest:
+        """What is asked for, in no dialect."""
+        schema = '{"type":"object"}' if self.format == "json" else to_json(self.format).decode()
+        return GenerationRequest(
+            model=model,
+            prompts=(prompt,),
+            prompt_field=prompt_field,
+            sampling=self.options.sampling(),
+            seed=self.options.seed,
+            stop=tuple(self.options.stop),
+            max_tokens=self.options.num_predict,
+            constraint=Constraint("json_schema", schema, "format") if self.format else None,
+            logprobs=self.top_logprobs if self.logprobs else None,
+            keep_seconds=self.keep_seconds,
+            context=self.options.num_ctx or 0,
+            context_param="options.num_ctx",
+        )
+
+    @property
+    def effort(self) -> str | None:
+        """How much to reason, in no dialect."""
+        if isinstance(self.think, bool):
+            return "medium" if self.think else "none"
+        return self.think
+
+
+class OllamaFunction(RequestBody):
+    """What an earlier reply called."""
+
+    index: int | None = Field(default=None, ge=0, description="Has no effect.")
+    name: ToolName = Field(description="Of the tool.")
+    arguments: dict[str, JsonValue] = Field(description="An object.")
+
+
+class OllamaCall(RequestBody):
+    """A call in an earlier reply."""
+
+    id: str | None = Field(default=None, max_length=256, description="What a result may refer to.")
+    type: Literal["function"] = Field(default="function", description="The only one there is.")
+    function: OllamaFunction = Field(description="What is called.")
+
+
+class OllamaMessage(RequestBody):
+    """One message."""
+
+    unsupported: ClassVar[Unsupported] = {"images": ([],)}
+
+    @classmethod
+    def why_unsupported(cls, name: str) -> str:
+        return "not supported: no model here can see pictures"
+
+    role: Literal["system", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    content: str = Field(default="", description="What is said; special tokens in it are ordinary text.")
+    thinking: str | None = Field(default=None, description="Of an earlier reply.")
+    tool_calls: list[OllamaCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
+    tool_name: str | None = Field(default=None, max_length=256, description="Of the tool whose result this is.")
+    name: str | None = Field(default=None, max_length=256, description="Older name of tool_name.")
+    tool_call_id: str | None = Field(default=None, max_length=256, description="Of the call that this answers.")
+
+    @model_validator(mode="after")
+    def _calls_are_the_assistants(self) -> "OllamaMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise invalid("only a message of the assistant has calls", "tool_calls")
+        return self
+
+
+def _without_earlier_pictures(messages: JsonValue) -> JsonValue:
+    """Puts words in the place of pictures, but for those that the reply is to answer."""
+    if not isinstance(messages, list):
+        return messages
+    last = len(messages) - 1
+    while last > 0 and _role(messages[last]) == "assistant":
+        last -= 1
+    return [_without_pictures(each) if at < last else each for at, each in enumerate(messages)]
+
+
+def _role(message: JsonValue) -> JsonValue:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _without_pictures(message: JsonValue) -> JsonValue:
+    if not isinstance(message, dict) or not isinstance(message.get("images"), list) or not message["images"]:
+        return message
+    note("messages.images", f"the model reads {UNSEEN!r} in the place of an earlier picture")
+    kept = {name: value for name, value in message.items() if name != "images"}
+    return {**kept, "content": "\n".join(filter(None, (str(message.get("content") or ""), UNSEEN)))}
+
+
+_OF_CONTEXT: Unsupported = {"truncate": (False,), "shift": (False,)}
+"""What Ollama does with a conversation that is too long; here it is an error."""
+
+
+class OllamaChatRequest(OllamaGeneration):
+    """The body of ``POST /api/chat``. Without messages it only loads the model."""
+
+    ignored: ClassVar[Unsupported] = _OF_CONTEXT
+
+    messages: Annotated[
+        list[OllamaMessage], BeforeValidator(_without_earlier_pictures, json_schema_input_type=list[OllamaMessage])
+    ] = Field(
+        default=[],
+        max_length=10_000,
+        description="The conversation. Where the last message is the assistant's, the reply goes on with it.",
+    )
+    tools: list[ToolDefinition] = Field(default=[], max_length=MAX_TOOLS, description="What the model may call.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "OllamaChatRequest":
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise invalid("two tools have the same name", "tools")
+        return self
+
+    def conversation(self) -> Conversation:
+        """The prompt, in no dialect."""
+        last = self.messages[-1]
+        return Conversation(
+            messages=_told(self.messages),
+            tools=tuple(tool.function.tool() for tool in self.tools),
+            effort=self.effort,
+            effort_param="think",
+            continues=last.role == "assistant" and not last.tool_calls,
+        )
+
+
+class OllamaGenerateRequest(OllamaGeneration):
+    """The body of ``POST /api/generate``. Without a prompt it only loads the model."""
+
+    ignored: ClassVar[Unsupported] = _OF_CONTEXT
+
+    unsupported: ClassVar[Unsupported] = {
+        "context": ([],),
+        "height": (),
+        "images": ([],),
+        "steps": (),
+        "suffix": ("",),
+        "template": ("",),
+        "width": (),
+    }
+
+    prompt: str = Field(default="", description="What the user says; with raw, the prompt as the model reads it.")
+    system: str = Field(default="", description="Comes before the prompt, as the system's message.")
+    raw: bool = Field(default=False, description="Whether the prompt does without the model's chat template.")
+
+    @model_validator(mode="after")
+    def _raw_is_raw(self) -> "OllamaGenerateRequest":
+        if self.raw and self.system:
+            raise invalid("not accepted where raw is true", "system")
+        if self.raw and self.think is not None:
+            raise invalid("not accepted where raw is true", "think")
+        return self
+
+    def content(self) -> Prompt:
+        """The prompt, in no dialect."""
+        if self.raw:
+            return self.prompt
+        system: list[dict[str, JsonValue]] = [{"role": "system", "content": self.system}] if self.system else []
+        messages = (*system, {"role": "user", "content": self.prompt})
+        return Conversation(messages=messages, effort=self.effort, effort_param="think")
+
+
+class OllamaEmbedRequest(OllamaBody):
+    """The body of ``POST /api/embed``."""
+
+    input: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
+        default=[],
+        max_length=MAX_INPUTS,
+        description="A text or several; each becomes one vector. Nothing only loads the model.",
+        json_schema_extra=honoured("embeddings"),
+    )
+    dimensions: int | None = Field(
+        default=None, ge=1, description="Keep this many of a vector's first components, made length 1 again."
+    )
+    truncate: bool = _TRUNCATE
+    options: EmbedOptions = Field(default=EmbedOptions(), description="num_ctx is the only one.")
+
+
+class OllamaEmbeddingsRequest(OllamaBody):
+    """The body of ``POST /api/embeddings``, the older form."""
+
+    prompt: str = Field(description="The text.", json_schema_extra=honoured("embeddings"))
+    truncate: bool = _TRUNCATE
+    options: EmbedOptions = Field(default=EmbedOptions(), description="num_ctx is the only one.")
+
+
+class OllamaShowRequest(RequestBody):
+    """The body of ``POST /api/show``."""
+
+    ignored: ClassVar[Unsupported] = {"options": ({},), "system": ("",), "template": ("",)}
+
+    model: str = Field(default="", max_length=300, description="A model id or alias.")
+    name: str = Field(default="", max_length=300, description="Older name of model.")
+    verbose: bool = Field(default=False, description="Has no effect: all that is known is told.")
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> "OllamaShowRequest":
+        if not self.model and not self.name:
+            raise missing("model")
+        return self
+
+
+def _told(messages: Sequence[OllamaMessage]) -> tuple[dict[str, JsonValue], ...]:
+    """The conversation in OpenAI's form, in which calls and their results are tied by ids."""
+    conversation: list[dict[str, JsonValue]] = []
+    waiting: list[tuple[OllamaCall, str]] = []
+    for at, message in enumerate(messages):
+        told: dict[str, JsonValue] = {"role": message.role, "content": message.content}
+        if message.thinking:
+            told["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            waiting = [(call, short_id(f"{at}/{number}")) for number, call in enumerate(message.tool_calls)]
+            told["tool_calls"] = [_call(call, identity) for call, identity in waiting]
+        if message.role == "tool":
+            if (name := message.tool_name or message.name) is not None:
+                told["name"] = name
+            if (answered := _answered(message, waiting)) is not None:
+                waiting.remove(answered)
+                told["tool_call_id"] = answered[1]
+        conversation.append(told)
+    return tuple(conversation)
+
+
+def _answered(result: OllamaMessage, waiting: Sequence[tuple[OllamaCall, str]]) -> tuple[OllamaCall, str] | None:
+    """The call that a tool's result belongs to: by its id, else the first of the tool's name, else the first."""
+    by_id = [each for each in waiting if each[0].id is not None and each[0].id == result.tool_call_id]
+    by_name = [each for each in waiting if each[0].function.name == (result.tool_name or result.name)]
+    return next(iter(by_id or by_name or waiting), None)
+
+
+def _call(call: OllamaCall, identity: str) -> JsonValue:
+    arguments = to_json(call.function.arguments).decode()
+    return {"id": identity, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -1,0 +1,273 @@
+"""OpenAI's chat requests: messages, tools and what a reply is to look like."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic_core import to_json
+
+from exo.api.http.strict_model import RequestBody, Unsupported, few, honoured, invalid, missing, note, unsupported
+from exo.api.openai.common_request import UNSUPPORTED, GenerationFields, NoLimit
+from exo.api.openai.messages import MAX_TOOLS, ChatMessages
+from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
+from exo.serving.request import Constraint
+from exo.worker.protocol.messages import MAX_LOGPROBS
+
+_CHOICES = ("none", "auto", "required")
+_ANY_OBJECT = '{"type":"object"}'
+
+
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh"],
+    BeforeValidator(
+        lambda effort: "xhigh" if effort == "max" else effort,
+        json_schema_input_type=Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+    ),
+]
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
+def _of_an_object(schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if schema.get("type", "object") != "object":
+        raise invalid("must be 'object', which arguments always are", "type")
+    return schema
+
+
+Parameters = Annotated[dict[str, JsonValue], AfterValidator(_of_an_object)]
+"""JSON Schema of a tool's arguments."""
+
+
+class FunctionDefinition(RequestBody):
+    """A function that the model may call."""
+
+    name: ToolName = Field(description="What the model calls it by.")
+    description: str = Field(default="", description="What it does, for the model.")
+    parameters: Parameters = Field(
+        default={"type": "object", "properties": {}}, description="JSON Schema of the arguments, an object."
+    )
+    strict: bool = Field(default=False, description="Arguments that a call is forced into always follow the schema.")
+
+    def tool(self) -> Tool:
+        """The same in no dialect."""
+        return Tool(self.name, self.description, self.parameters, self.strict)
+
+
+class ToolDefinition(RequestBody):
+    """One tool."""
+
+    type: Literal["function"] = Field(default="function", description="The only one there is.")
+    function: FunctionDefinition = Field(description="What may be called.")
+
+
+class NamedFunction(RequestBody):
+    """The name of one of the tools."""
+
+    name: str = Field(description="Of a function among the tools.")
+
+
+class NamedTool(RequestBody):
+    """Demands a call of this tool."""
+
+    type: Literal["function"] = Field(description="The only one there is.")
+    function: NamedFunction = Field(description="Which one.")
+
+
+class JsonSchema(RequestBody):
+    """A JSON Schema that the reply must follow, whether ``strict`` or not."""
+
+    name: JsonValue = Field(default=None, description="Has no effect.")
+    description: JsonValue = Field(default=None, description="Has no effect.")
+    schema_: dict[str, JsonValue] | bool = Field(default=True, alias="schema", description="A JSON Schema.")
+    strict: bool | None = Field(default=None, description="Has no effect: the schema is always followed.")
+
+
+class ResponseFormat(RequestBody):
+    """What the reply is to look like."""
+
+    unsupported: ClassVar[Unsupported] = {"grammar": ("",)}
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="Anything, any JSON object, or JSON that follows json_schema."
+    )
+    json_schema: JsonSchema | None = Field(default=None, description="Needed by the type of its name, and only there.")
+    schema_: dict[str, JsonValue] | bool | None = Field(
+        default=None, alias="schema", description="A JSON Schema, as llama-server has it; not where type is text."
+    )
+
+    @model_validator(mode="after")
+    def _schema_where_due(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
+            raise missing("json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise invalid(f"not accepted where type is {self.type!r}", "json_schema")
+        if self.schema_ is not None and (self.type == "text" or self.json_schema is not None):
+            other = f"where type is {self.type!r}" if self.type == "text" else "together with json_schema"
+            raise invalid(f"not accepted {other}", "schema")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the output must match."""
+        if self.type == "text":
+            return None
+        if self.schema_ is not None:
+            return Constraint("json_schema", to_json(self.schema_).decode(), "response_format.schema")
+        if self.json_schema is None:
+            return Constraint("json_schema", _ANY_OBJECT, "response_format")
+        schema = to_json(self.json_schema.schema_).decode()
+        return Constraint("json_schema", schema, "response_format.json_schema.schema")
+
+
+class VendorTool(RequestBody):
+    """A tool that only its vendor can run: the model is not told of it."""
+
+    type: str = Field(description="Any other type.")
+
+
+def vendor_tool(kind: str, field: str) -> VendorTool:
+    """Makes one, with a warning."""
+    note(f"{field}.{kind[:64]}", "no tool of this type can be run here, and the model is not told of it")
+    return VendorTool(type=kind)
+
+
+def _tool(value: JsonValue) -> ToolDefinition | VendorTool:
+    """By its type, since a union would explain what is wrong with each of its members."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in ("function", "custom"):
+        return vendor_tool(kind, "tools")
+    return ToolDefinition.model_validate(value)
+
+
+def _by_type(value: JsonValue) -> JsonValue:
+    """Refused here, since a union would explain what is wrong with each of its types."""
+    if isinstance(value, dict) and value.get("type") in (*_CHOICES, "any"):
+        value = value["type"]
+    if value == "any":
+        return "required"
+    if value in _CHOICES:
+        return value
+    if not isinstance(value, dict):
+        raise invalid('must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": "…"}}')
+    if (kind := value.get("type")) != "function":
+        raise unsupported(f"only functions can be called (got {str(kind)[:80]!r})", "type")
+    return value
+
+
+class ThinkingSwitch(RequestBody):
+    """DeepSeek's and others' way of switching reasoning."""
+
+    ignored: ClassVar[Unsupported] = {"budget_tokens": (), "clear_thinking": (True,), "keep": ()}
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"] = Field(description="Whether to reason.")
+
+
+class ReasoningSwitch(RequestBody):
+    """OpenRouter's way of asking for reasoning."""
+
+    ignored: ClassVar[Unsupported] = {"exclude": (False,), "max_tokens": (), "summary": ("auto",)}
+
+    effort: Effort | None = Field(default=None, description="How much to reason.")
+    enabled: bool | None = Field(default=None, description="Whether to reason.")
+
+
+class ChatCompletionRequest(GenerationFields):
+    """The body of ``POST /v1/chat/completions``."""
+
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, "echo": (False,)}
+
+    messages: ChatMessages = Field(min_length=1, max_length=10_000, description="The conversation.")
+    max_completion_tokens: Annotated[int | None, NoLimit] = Field(
+        default=None, ge=1, le=1 << 31, description="Newer name of max_tokens."
+    )
+    logprobs: bool = Field(
+        default=False, description="Tell each token's log-probability.", json_schema_extra=honoured("logprobs")
+    )
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, description="And of this many others; needs logprobs.")
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the reply is to look like.", json_schema_extra=honoured("grammar")
+    )
+    tools: list[Annotated[ToolDefinition | VendorTool, BeforeValidator(_tool)]] = Field(
+        default=[], max_length=MAX_TOOLS, description="What the model may call; other types are left out."
+    )
+    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_by_type)] = Field(
+        default="auto",
+        description="With 'required' or a name, the reply is a call that follows its schema.",
+        json_schema_extra=honoured("grammar"),
+    )
+    parallel_tool_calls: bool = Field(default=True, description="Whether one reply may call several times.")
+    reasoning_effort: Effort | None = Field(
+        default=None, description="How much to reason, where the model does; max is xhigh."
+    )
+    reasoning: ReasoningSwitch | None = Field(default=None, description="OpenRouter's name of reasoning_effort.")
+    thinking: ThinkingSwitch | None = Field(default=None, description="DeepSeek's way of switching reasoning.")
+    enable_thinking: bool | None = Field(default=None, description="Qwen's way of switching reasoning.")
+    chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(few)] = Field(
+        default={}, description="Variables for the chat template, such as enable_thinking."
+    )
+    continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Has no effect but what continue_final_message says: true without it, false with it."
+    )
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        found = [self.response_format.constraint] if self.response_format is not None else []
+        return [each for each in found if each is not None] + super().constraints
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatCompletionRequest":
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise invalid("differs from max_tokens; give one of the two", "max_completion_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("only allowed where logprobs is true", "top_logprobs")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise invalid("the last message is not the assistant's", "continue_final_message")
+        if self.add_generation_prompt == self.continue_final_message:
+            other = f"where continue_final_message is {to_json(self.continue_final_message).decode()}"
+            raise invalid(
+                f"must be {to_json(not self.continue_final_message).decode()} {other}", "add_generation_prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_choice_of_tools(self) -> "ChatCompletionRequest":
+        names = [tool.function.name for tool in self.functions]
+        if len(set(names)) < len(names):
+            raise invalid("two tools have the same name", "tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            known = ", ".join(names) or "none"
+            raise invalid(f"there is no such tool; given are {known}", "tool_choice.function.name")
+        if self.tool_choice == "required" and not names:
+            raise invalid("there are no tools to choose from", "tool_choice")
+        if self.choice not in ("auto", "none"):
+            if other := super().constraints:
+                raise invalid(f"not accepted together with {other[0].param}", "tool_choice")
+            if self.constraints:
+                self.note("response_format", "has no effect, because tool_choice demands a call")
+        return self
+
+    @property
+    def effort(self) -> tuple[str | None, str]:
+        """How much to reason, and the field that says so."""
+        if self.reasoning_effort is not None:
+            return self.reasoning_effort, "reasoning_effort"
+        if self.reasoning is not None and self.reasoning.effort is not None:
+            return self.reasoning.effort, "reasoning.effort"
+        if self.reasoning is not None and self.reasoning.enabled is not None:
+            return ("medium" if self.reasoning.enabled else "none"), "reasoning.enabled"
+        if self.thinking is not None and self.thinking.type in ("enabled", "disabled"):
+            return ("medium" if self.thinking.type == "enabled" else "none"), "thinking"
+        if self.enable_thinking is not None:
+            return ("medium" if self.enable_thinking else "none"), "enable_thinking"
+        return None, "reasoning_effort"
+
+    @property
+    def functions(self) -> list[ToolDefinition]:
+        """The tools that the model is told of."""
+        return [tool for tool in self.tools if isinstance(tool, ToolDefinition)]
+
+    @property
+    def choice(self) -> ToolChoice:
+        """What is to be called, in no dialect."""
+        if isinstance(self.tool_choice, NamedTool):
+            return NamedChoice(self.tool_choice.function.name)
+        return self.tool_choice

@@ -1,0 +1,197 @@
+"""OpenAI's chat completions: the reply, whole and in chunks."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, final
+
+from pydantic import Field
+from pydantic_core import to_json
+
+from exo.api.http.response import Call, Choice
+from exo.api.openai.chunks import Chunks, CompletionUsage, Reply, absent, token_text
+from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
+from exo.serving.generation import Serving
+from exo.serving.output_reader import Ended, Reason, Said
+from exo.worker.protocol.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
+
+
+class TopLogprob(Reply):
+    """A token that could have been."""
+
+    token: str
+    logprob: float | None
+    bytes: list[int]
+
+
+class ContentLogprob(TopLogprob):
+    """A token that was generated."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Reply):
+    """Of every token of a reply, whatever part of it it belongs to."""
+
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class Function(Reply):
+    """What a call calls. ``arguments`` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(Reply):
+    """One call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class AssistantMessage(Reply):
+    """What the model said."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    """Null where there is nothing but calls."""
+    reasoning_content: str | None = Field(default=None, exclude_if=absent)
+    tool_calls: list[MessageToolCall] | None = Field(default=None, exclude_if=absent)
+
+
+class ChatChoice(Reply):
+    """One of ``n`` replies to a conversation."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChoiceLogprobs | None = Field(default=None, exclude_if=absent)
+    finish_reason: Reason
+    token_ids: list[int] | None = Field(default=None, exclude_if=absent)
+
+
+class ChatCompletion(Reply):
+    """The reply of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+def call_id(reply_id: str, choice: int, index: int) -> str:
+    """Nine letters and digits, since Mistral's templates refuse any other length."""
+    return hashlib.sha256(f"{reply_id}/{choice}/{index}".encode()).hexdigest()[:9]
+
+
+def _top(logprob: Logprob) -> TopLogprob:
+    return TopLogprob(token=token_text(logprob), logprob=logprob.logprob, bytes=list(logprob.bytes))
+
+
+def choice_logprobs(items: Sequence[TokenLogprobs]) -> ChoiceLogprobs:
+    """The wire's form."""
+    return ChoiceLogprobs(
+        content=[
+            ContentLogprob(**_top(item.chosen).model_dump(), top_logprobs=[_top(each) for each in item.top])
+            for item in items
+        ]
+    )
+
+
+@final
+class ChatDialect(Chunks):
+    """``/v1/chat/completions``."""
+
+    def __init__(
+        self, reply_id: str, *, include_usage: bool = False, logprobs: bool = False, token_ids: bool = False
+    ) -> None:
+        super().__init__(reply_id, "chat.completion.chunk", include_usage=include_usage)
+        self._logprobs = logprobs
+        self._token_ids = token_ids
+
+    def serving(self, serving: Serving) -> None:
+        self.start(serving)
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        return (
+            ChatCompletion(
+                id=self.id,
+                created=self.created,
+                model=self.model,
+                system_fingerprint=self.fingerprint,
+                choices=[
+                    ChatChoice(
+                        index=index,
+                        message=self._message(index, choice),
+                        logprobs=choice_logprobs(choice.logprobs) if self._logprobs else None,
+                        finish_reason=choice.reason,
+                        token_ids=choice.tokens if self._token_ids else None,
+                    )
+                    for index, choice in enumerate(choices)
+                ],
+                usage=CompletionUsage.of(usage),
+            )
+            .model_dump_json()
+            .encode()
+        )
+
+    def opening(self, choice: int, prompt_tokens: int = 0) -> bytes:
+        return self.chunk(b'{"index":%d,"delta":{"role":"assistant","content":""},"finish_reason":null' % choice)
+
+    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
+        if isinstance(event, PromptLogprobs):
+            return b""
+        # A broken call has no words of its own here: its arguments end early, and the reply does not end for its calls.
+        deltas = [self._delta(choice, part) for part in event.parts if not isinstance(part, BrokenCall)]
+        if isinstance(event, Ended):
+            chunks = [self.chunk(b'{"index":%d,"delta":%b,"finish_reason":null' % (choice, each)) for each in deltas]
+            last = self.chunk(b'{"index":%d,"delta":{},"finish_reason":"%b"' % (choice, event.reason.encode()))
+            return b"".join(chunks) + last
+        extra = self._extra(event)
+        if extra and not deltas:
+            deltas = [b'{"content":""}']
+        data = b""
+        for delta in deltas:
+            data += self.chunk(b'{"index":%d,"delta":%b%b,"finish_reason":null' % (choice, delta, extra))
+            extra = b""  # each token's is told once
+        return data
+
+    def _extra(self, said: Said) -> bytes:
+        extra = b""
+        if self._logprobs and said.logprobs:
+            extra += b',"logprobs":' + choice_logprobs(said.logprobs).model_dump_json().encode()
+        if self._token_ids:
+            extra += b',"token_ids":' + to_json(said.tokens)
+        return extra
+
+    def _delta(self, choice: int, part: Content | Reasoning | ToolCall | Arguments) -> bytes:
+        match part:
+            case Content(text):
+                return b'{"content":%b}' % to_json(text)
+            case Reasoning(text):
+                return b'{"reasoning_content":%b}' % to_json(text)
+            case ToolCall(index, name):
+                call = {
+                    "index": index,
+                    "id": call_id(self.id, choice, index),
+                    "type": "function",
+                    "function": {"name": name, "arguments": ""},
+                }
+                return to_json({"tool_calls": [call]})
+            case Arguments(index, text):
+                return to_json({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+
+    def _message(self, index: int, choice: Choice) -> AssistantMessage:
+        return AssistantMessage(
+            content=choice.content if choice.content or not choice.calls else None,
+            reasoning_content=choice.reasoning or None,
+            tool_calls=[self._call(index, at, call) for at, call in enumerate(choice.calls)] or None,
+        )
+
+    def _call(self, choice: int, index: int, call: Call) -> MessageToolCall:
+        function = Function(name=call.name, arguments=call.arguments)
+        return MessageToolCall(id=call_id(self.id, choice, index), function=function)

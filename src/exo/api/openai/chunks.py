@@ -1,0 +1,120 @@
+"""What OpenAI's replies have in common. Chunks are put together as bytes: there may be thousands in a second."""
+
+import time
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
+
+from exo.api.http import sse
+from exo.api.http.errors import ErrorBody
+from exo.serving.generation import Serving
+from exo.worker.protocol.messages import Logprob, Usage
+
+
+class Reply(BaseModel):
+    """Frozen; a field that OpenAI leaves out where there is nothing to say is None, and left out."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+def absent(value: object) -> bool:
+    """For ``Field(exclude_if=absent)``."""
+    return value is None
+
+
+class PromptTokensDetails(Reply):
+    """``cached_tokens`` of the prompt were not computed again."""
+
+    cached_tokens: int
+
+
+class CompletionUsage(Reply):
+    """Tokens, as OpenAI counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, usage: Usage) -> "CompletionUsage":
+        """The wire's form of a usage."""
+        return cls(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        )
+
+
+class Model(Reply):
+    """One model that may be asked for."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class ModelList(Reply):
+    """The reply of ``/v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def token_text(logprob: Logprob) -> str:
+    r"""A token as text; one that is no whole text by itself as ``bytes:\xe2\x80``, as OpenAI writes it."""
+    raw = bytes(logprob.bytes)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class Chunks:
+    """The parts of a chunk that stay the same through a stream."""
+
+    media_type = sse.MEDIA_TYPE
+
+    def __init__(self, reply_id: str, kind: str, *, include_usage: bool) -> None:
+        self.id = reply_id
+        self.created = int(time.time())
+        self.model = ""
+        self.fingerprint = ""
+        self._kind = kind
+        self._include_usage = include_usage
+        self._head = b""
+        # With the usage asked for, OpenAI's chunks all have the field, null but in the last.
+        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+
+    def start(self, serving: Serving) -> None:
+        """Fixes what all chunks begin with."""
+        self.model, self.fingerprint = serving.model_id, serving.fingerprint
+        common = {
+            "id": self.id,
+            "object": self._kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+        self._head = b"data: " + to_json(common)[:-1] + b',"choices":['
+
+    def chunk(self, choice: bytes) -> bytes:
+        """A chunk with one choice, given as a JSON object without its closing brace."""
+        return self._head + choice + self._tail
+
+    def end(self, usage: Usage) -> bytes:
+        """The last of a stream: the usage, if asked for."""
+        if not self._include_usage:
+            return sse.DONE
+        return self._head + b'],"usage":' + CompletionUsage.of(usage).model_dump_json().encode() + b"}\n\n" + sse.DONE
+
+    def error(self, body: ErrorBody) -> bytes:
+        """In the stream, without the mark of a whole one."""
+        return sse.event(body.openai())
+
+    def note(self, text: str) -> bytes:
+        """A comment, which clients skip."""
+        return sse.comment(text)

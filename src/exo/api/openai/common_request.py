@@ -1,0 +1,300 @@
+"""OpenAI's requests: the fields that are honoured, ignored with a warning, and refused by name.
+
+Numbers are numbers and flags are flags: nothing is read out of strings, and 1.0 is no integer. An explicit null means
+the default.
+"""
+
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic_core import to_json
+
+from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, few, honoured, invalid
+from exo.serving.request import Constraint
+from exo.worker.protocol.messages import MAX_LOGPROBS, SamplingParams
+
+_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
+MAX_CHOICES = 1024
+"""Sequences that one request may ask for: prompts times ``n``."""
+UNSUPPORTED: Unsupported = {
+    "add_special_tokens": (False,),
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "length_penalty": (1,),
+    "lora": ([],),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "n_probs": (0,),
+    "prompt_logprobs": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+"""Fields known elsewhere that nothing here can honour yet, with the values that ask for nothing, besides null."""
+OF_CHAT: Unsupported = {"response_format": ({"type": "text"},), "tools": ([],)}
+"""Fields of chat completions that decide what the answer must be, which completions do not have."""
+IGNORED: Unsupported = {
+    "allowed_token_ids": ([],),
+    "cache_prompt": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "extra_body": ({},),
+    "id_slot": (-1,),
+    "mirostat": (0,),
+    "parse_tool_calls": (True,),
+    "post_sampling_probs": (False,),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_cache_options": ({},),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "reasoning_format": ("auto", "deepseek"),
+    "repetition_context_size": (),
+    "return_progress": (False,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "timings_per_token": (False,),
+    "top_n_sigma": (-1,),
+    "typical_p": (1,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "xtc_probability": (0,),
+    "xtc_threshold": (0.1,),
+}
+"""Fields known elsewhere that do not decide what an answer must be, with the values that need no warning."""
+_LEAST_TOP_P = 1e-6
+"""Less than the share of the most probable token of any vocabulary; a sum of 0 would keep no token at all."""
+
+TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, _LEAST_TOP_P))]
+"""0, like every other share below the most probable token's, keeps that token alone."""
+TopK = Annotated[int, Field(ge=-1, le=1 << 31), AfterValidator(lambda count: max(count, 0))]
+"""-1 is what vLLM and others call all tokens."""
+
+
+def _stops(value: JsonValue) -> JsonValue:
+    """Returns a list without empty strings, which some clients send instead of leaving the field out."""
+    values = [value] if isinstance(value, str) else value
+    return [each for each in values if each != ""] if isinstance(values, list) else values
+
+
+def _no_limit(value: JsonValue) -> JsonValue:
+    """-1 is what llama-server and others call no limit."""
+    return None if value == -1 and isinstance(value, int) else value
+
+
+NoLimit = BeforeValidator(_no_limit)
+Stops = Annotated[list[StopText], BeforeValidator(_stops, json_schema_input_type=str | list[str]), Field(max_length=16)]
+
+
+class StreamOptions(RequestBody):
+    """What a stream holds besides its text."""
+
+    ignored: ClassVar[Unsupported] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+
+    include_usage: bool = Field(default=False, description="End the stream with a chunk that holds the usage.")
+
+
+def grammar_constraint(source: str, param: str) -> Constraint:
+    """A grammar in either of the two notations, which only GBNF's sign for "is" tells apart."""
+    return Constraint("gbnf" if "::=" in source else "lark", source, param)
+
+
+def _literal(text: str) -> str:
+    """As a string of llguidance's Lark, whose strings are JSON's."""
+    return to_json(text).decode()
+
+
+def _choice_constraint(texts: list[str], param: str) -> Constraint:
+    return Constraint("lark", f"start: {' | '.join(map(_literal, texts))}", param)
+
+
+def _schema_text(schema: JsonValue) -> str:
+    return schema if isinstance(schema, str) else to_json(schema).decode()
+
+
+class StructuredOutputs(RequestBody):
+    """What the output must match; exactly one of these."""
+
+    json_: JsonValue = Field(default=None, alias="json", description="A JSON Schema, as an object or as its text.")
+    regex: str | None = Field(default=None, min_length=1, description="In Rust's notation, without look-around.")
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=1024, description="Any one of these texts.")
+    grammar: str | None = Field(default=None, min_length=1, description="In GBNF or in llguidance's Lark.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "StructuredOutputs":
+        if len(self.model_fields_set) != 1:
+            raise invalid("give exactly one of json, regex, choice and grammar")
+        return self
+
+    @property
+    def constraint(self) -> Constraint:
+        """What is given."""
+        where = "structured_outputs"
+        if self.regex is not None:
+            return Constraint("regex", self.regex, f"{where}.regex")
+        if self.choice is not None:
+            return _choice_constraint(self.choice, f"{where}.choice")
+        if self.grammar is not None:
+            return grammar_constraint(self.grammar, f"{where}.grammar")
+        return Constraint("json_schema", _schema_text(self.json_), f"{where}.json")
+
+
+class GenerationFields(RequestBody):
+    """What both endpoints accept. Where a request says nothing, the model card decides, then the default."""
+
+    unsupported: ClassVar[Unsupported] = UNSUPPORTED
+    ignored: ClassVar[Unsupported] = IGNORED
+
+    model: str = MODEL
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most probable token.")
+    top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
+    top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="1 is none.")
+    repeat_penalty: float | None = Field(
+        default=None, ge=0.01, le=100, description="llama-server's name of repetition_penalty."
+    )
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
+    logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few)] = Field(
+        default={}, description="Added to the logits of these token ids."
+    )
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
+    stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
+    max_tokens: Annotated[int | None, NoLimit] = Field(
+        default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
+    )
+    ignore_eos: bool = Field(default=False, description="Go on after an end-of-generation token.")
+    grammar: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What the output must match, in GBNF or in llguidance's Lark.",
+        json_schema_extra=honoured("grammar"),
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="The same, as vLLM has it.", json_schema_extra=honoured("grammar")
+    )
+    json_schema: dict[str, JsonValue] | None = Field(
+        default=None, description="The same, as llama-server has it.", json_schema_extra=honoured("grammar")
+    )
+    guided_json: JsonValue = Field(default=None, description="Older name of structured_outputs.json.")
+    guided_regex: str | None = Field(default=None, min_length=1, description="Older name of structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(
+        default=None, min_length=1, max_length=1024, description="Older name of structured_outputs.choice."
+    )
+    guided_grammar: str | None = Field(
+        default=None, min_length=1, description="Older name of structured_outputs.grammar."
+    )
+    return_token_ids: bool = Field(default=False, description="Tell the ids of the generated tokens.")
+    n: int = Field(default=1, ge=1, le=16, description="Choices for each prompt.")
+    stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
+    stream_options: StreamOptions | None = Field(default=None, description="What a stream holds besides its text.")
+    user: JsonValue = Field(default=None, description="Has no effect.")
+    metadata: JsonValue = Field(default=None, description="Has no effect.")
+    prompt_cache_key: JsonValue = Field(default=None, description="Has no effect: all prompts are cached.")
+    safety_identifier: JsonValue = Field(default=None, description="Has no effect.")
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        """Everything that the output is to match, of which there may be one."""
+        found = [self.structured_outputs.constraint] if self.structured_outputs is not None else []
+        if self.grammar is not None:
+            found.append(grammar_constraint(self.grammar, "grammar"))
+        if self.guided_grammar is not None:
+            found.append(grammar_constraint(self.guided_grammar, "guided_grammar"))
+        if self.guided_regex is not None:
+            found.append(Constraint("regex", self.guided_regex, "guided_regex"))
+        if self.guided_choice is not None:
+            found.append(_choice_constraint(self.guided_choice, "guided_choice"))
+        for schema, param in ((self.json_schema, "json_schema"), (self.guided_json, "guided_json")):
+            if schema is not None:
+                found.append(Constraint("json_schema", _schema_text(schema), param))
+        return found
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The sampling parameters that the request sets, by their names in ``SamplingParams``."""
+        chosen: dict[str, float] = self.model_dump(include=_SAMPLING, exclude_unset=True)
+        if self.repeat_penalty is not None:
+            chosen.setdefault("repetition_penalty", self.repeat_penalty)
+        return chosen
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> "GenerationFields":
+        if len(found := self.constraints) > 1:
+            both = " and ".join(each.param for each in found)
+            raise invalid(f"give only one of {both}", found[1].param)
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def prompts(value: JsonValue) -> JsonValue:
+    """Every accepted form as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise invalid("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+    return [value] if isinstance(value[0], int) else value
+
+
+def _prompt(value: JsonValue) -> JsonValue:
+    """Refused here, since a union would explain what is wrong with each of its types."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_token_id, value))):
+        return value
+    raise invalid("each prompt must be a string or a list of token ids, not empty")
+
+
+def _is_token_id(value: JsonValue) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
+
+
+class CompletionRequest(GenerationFields):
+    """The body of ``POST /v1/completions``. A prompt is tokenized as it is: special tokens in its text are special."""
+
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, **OF_CHAT}
+    max_tokens: Annotated[int | None, NoLimit] = Field(
+        default=None,
+        ge=0,
+        le=1 << 31,
+        description="Null or -1: until the context is full. 0, with echo: the prompt alone.",
+    )
+    echo: bool = Field(default=False, description="Begin the text with the prompt.")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Tell each token's log-probability, and of this many others.",
+        json_schema_extra=honoured("logprobs"),
+    )
+    prompt: Annotated[
+        list[Prompt], BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    ] = Field(max_length=MAX_CHOICES, description="Each text, or list of token ids, is continued by itself, n times.")
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> "CompletionRequest":
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            raise invalid(f"the number of prompts times n must not exceed {MAX_CHOICES}", "n")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_reply(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("0 is only accepted together with echo", "max_tokens")
+        return self

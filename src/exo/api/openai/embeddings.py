@@ -1,0 +1,128 @@
+"""OpenAI's embeddings: request, reply and route."""
+
+import base64
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
+
+from exo.api.http.body import read_body
+from exo.api.http.errors import ApiError
+from exo.api.http.openapi_schema import json_body
+from exo.api.http.strict_model import MODEL, RequestBody, honoured
+from exo.api.openai.chunks import Reply
+from exo.api.openai.common_request import Prompt, prompts
+from exo.serving.app_state import Services
+from exo.serving.unary import AnswerReply, Question, ask
+from exo.worker.protocol.messages import Embed, Embedded, Text
+
+MAX_INPUTS = 2048
+
+
+class EmbeddingRequest(RequestBody):
+    """The body of ``POST /v1/embeddings``."""
+
+    model: str = MODEL
+    input: Annotated[
+        list[Prompt], BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    ] = Field(
+        max_length=MAX_INPUTS,
+        description="Each text, or list of token ids, becomes one vector.",
+        json_schema_extra=honoured("embeddings"),
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="base64: of the vector as little-endian float32."
+    )
+    dimensions: int | None = Field(
+        default=None, ge=1, description="Keep this many of a vector's first components, made length 1 again."
+    )
+    user: JsonValue = Field(default=None, description="Has no effect.")
+
+
+class Embedding(Reply):
+    """One vector, of length 1."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Reply):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Reply):
+    """The reply of ``/v1/embeddings``."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+def embed_commands(inputs: list[str | list[int]], *, truncate: bool = False) -> list[Embed]:
+    """One for each input; special tokens in a text are ordinary characters."""
+    request = uuid4().hex
+    return [
+        Embed(
+            id=f"embd-{request}-{at}",
+            prompt=(Text(text=each),) if isinstance(each, str) else tuple(each),
+            truncate=truncate,
+        )
+        for at, each in enumerate(inputs)
+    ]
+
+
+def shortened(vector: Sequence[float], dimensions: int | None) -> list[float]:
+    """The first components, made length 1 again. Raises ``ApiError`` where there are not so many."""
+    if dimensions is None:
+        return list(vector)
+    if dimensions > len(vector):
+        message = f"dimensions: vectors of this model have {len(vector)} components (got {dimensions})"
+        raise ApiError(400, message, code="invalid_value", param="dimensions")
+    kept = vector[:dimensions]
+    length = math.hypot(*kept) or 1.0
+    return [component / length for component in kept]
+
+
+def _encoded(vector: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def embedding_routes(services: Services) -> APIRouter:
+    """Embeddings."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+    @routes.post("/embeddings", response_model=EmbeddingList, openapi_extra=json_body(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """Makes vectors of texts."""
+        body = await read_body(request, EmbeddingRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            commands = embed_commands(body.input)
+            question = Question(
+                model=body.model, needs={"embeddings": "model"}, commands=commands, params={"prompt": "input"}
+            )
+            answered = await ask(services, question)
+            as_floats = body.encoding_format == "float"
+            data: list[Embedding] = []
+            tokens = 0
+            for index, answer in enumerate(answered.answers):
+                assert isinstance(answer, Embedded)
+                vector = shortened(answer.vector, body.dimensions)
+                data.append(Embedding(index=index, embedding=vector if as_floats else _encoded(vector)))
+                tokens += answer.usage.prompt_tokens
+            usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+            return EmbeddingList(data=data, model=answered.runner.card.model_id, usage=usage), answered.headers
+
+        return AnswerReply(work)
+
+    return routes

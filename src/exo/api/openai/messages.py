@@ -1,0 +1,156 @@
+"""The messages of OpenAI's chat requests, as clients and other servers write them."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, model_validator
+from pydantic_core import to_json
+
+from exo.api.http.strict_model import RequestBody, Unsupported, invalid, missing, note, unsupported
+
+MAX_TOOLS = 4096
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+PICTURE_PARTS = ("image_url", "input_image", "image")
+UNSEEN = "[a picture that this model cannot see]"
+
+
+def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
+    """Content given in parts as one string, a line each."""
+    if not isinstance(content, list):
+        return content
+    where = info.field_name or ""
+    texts: list[str] = []
+    for at, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not (isinstance(part, dict) and isinstance(kind, str)):
+            raise invalid('must be {"type": "text", "text": "…"}', str(at))
+        if kind in REASONING_PARTS:
+            note(f"{where}.{kind}", "reasoning inside content is left out")
+            continue
+        if kind not in TEXT_PARTS:
+            raise unsupported(f"{kind[:80]!r} is not supported; accepted is 'text'", f"{at}.type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise invalid("must be a string", f"{at}.{'refusal' if kind == 'refusal' else 'text'}")
+        for name, value in part.items():
+            if name not in ("type", "text", "refusal", "annotations", "logprobs") and value is not None:
+                note(f"{where}.{name[:64]}", "has no effect in a part of the content")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def with_unseen_pictures(entries: JsonValue, where: str, results: tuple[str, ...], content: str) -> JsonValue:
+    """Puts words in the place of pictures in the results of calls, but for those that the reply is to answer.
+
+    An agent cannot take a picture out of its history again, so an error would end its session. ``where`` is the field
+    of ``entries``, ``results`` the roles or types of a result, and ``content`` its field that may hold parts.
+    """
+    if not isinstance(entries, list):
+        return entries
+    last = len(entries)
+    while last and _is_result(entries[last - 1], results):
+        last -= 1
+    return [
+        _without_pictures(entry, where, content) if at < last and _is_result(entry, results) else entry
+        for at, entry in enumerate(entries)
+    ]
+
+
+def _is_result(entry: JsonValue, results: tuple[str, ...]) -> bool:
+    return isinstance(entry, dict) and (entry.get("role") in results or entry.get("type") in results)
+
+
+def _without_pictures(entry: JsonValue, where: str, content: str) -> JsonValue:
+    parts = entry.get(content) if isinstance(entry, dict) else None
+    if not (isinstance(entry, dict) and isinstance(parts, list)):
+        return entry
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    seen: list[JsonValue] = [
+        {"type": "text", "text": UNSEEN} if kind in PICTURE_PARTS else part
+        for kind, part in zip(kinds, parts, strict=True)
+    ]
+    for kind in kinds:
+        if kind in PICTURE_PARTS:
+            note(f"{where}.{content}.{kind}", f"the model reads {UNSEEN!r} in the place of an earlier result's picture")
+    return {**entry, content: seen}
+
+
+Content = Annotated[str, BeforeValidator(text_of, json_schema_input_type=str | list[dict[str, JsonValue]])]
+
+
+def _as_json_text(arguments: JsonValue) -> JsonValue:
+    return arguments if isinstance(arguments, str) else to_json(arguments).decode()
+
+
+CalledName = Annotated[str, Field(min_length=1, max_length=256)]
+"""The name of a tool that was called earlier. Another server's rules may have allowed it."""
+Arguments = Annotated[str, BeforeValidator(_as_json_text, json_schema_input_type=str | dict[str, JsonValue])]
+
+
+class CalledFunction(RequestBody):
+    """What an earlier reply called."""
+
+    name: CalledName = Field(description="Of the tool.")
+    arguments: Arguments = Field(default="", description="JSON text as the reply had it, or the object itself.")
+
+
+class MessageToolCall(RequestBody):
+    """A call in an earlier reply."""
+
+    id: str = Field(default="", max_length=256, description="What its result refers to.")
+    type: Literal["function"] = Field(default="function", description="The only one there is.")
+    function: CalledFunction = Field(description="What is called.")
+    index: JsonValue = Field(default=None, description="Has no effect.")
+
+
+class ChatMessage(RequestBody):
+    """One message."""
+
+    unsupported: ClassVar[Unsupported] = {"audio": (), "function_call": ()}
+    ignored: ClassVar[Unsupported] = {
+        "annotations": ([],),
+        "cache_control": (),
+        "provider_specific_fields": ({},),
+        "reasoning_details": ([],),
+        "thinking_blocks": ([],),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    content: Content = Field(
+        default="",
+        description="Text, or parts of type text; special tokens in it are ordinary text. May be left out by the "
+        "assistant and by tools.",
+    )
+    reasoning_content: str | None = Field(default=None, description="Of an earlier reply.")
+    reasoning: str | None = Field(default=None, description="Other servers' name of reasoning_content.")
+    refusal: str | None = Field(default=None, description="Of an earlier reply; stands for content that is left out.")
+    tool_calls: list[MessageToolCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
+    name: str | None = Field(
+        default=None, max_length=256, description="Of the speaker or the tool, for chat templates that read it."
+    )
+    tool_call_id: str | None = Field(default=None, max_length=256, description="Of the call that this answers.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if "content" not in self.model_fields_set and self.role not in ("assistant", "tool"):
+            raise missing("content")
+        if self.tool_calls and self.role != "assistant":
+            raise invalid("only a message of the assistant has calls", "tool_calls")
+        return self
+
+    def told(self) -> dict[str, JsonValue]:
+        """The message as a chat template reads it."""
+        message = self.model_dump(exclude_unset=True, exclude_none=True, exclude={"reasoning", "refusal"})
+        message["content"] = self.content or self.refusal or ""
+        if self.reasoning and not self.reasoning_content:
+            message["reasoning_content"] = self.reasoning
+        for call in message.get("tool_calls", ()):
+            call.pop("index", None)
+        return message
+
+
+def _without_unseen_pictures(messages: JsonValue) -> JsonValue:
+    return with_unseen_pictures(messages, "messages", ("tool",), "content")
+
+
+ChatMessages = Annotated[list[ChatMessage], BeforeValidator(_without_unseen_pictures)]

@@ -1,0 +1,76 @@
+"""Responses that later requests may go on from, in memory and bounded."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+from pydantic_core import to_json
+
+from exo.api.http.errors import ApiError
+
+MAX_RESPONSES = 10_000
+MAX_BYTES = 64 << 20
+"""Of all that is stored, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """``body`` is the response as it was sent; ``input`` the items of its request; ``messages`` all up to its end."""
+
+    body: dict[str, JsonValue]
+    input: list[JsonValue]
+    messages: tuple[dict[str, JsonValue], ...]
+
+    def items(self) -> dict[str, JsonValue]:
+        """Its input and output items by their ids."""
+        output = self.body.get("output")
+        items = [*self.input, *(output if isinstance(output, list) else ())]
+        return {str(item["id"]): item for item in items if isinstance(item, dict) and "id" in item}
+
+
+class ResponseStore:
+    """The newest responses, and those last asked for. What is not here any more was never promised."""
+
+    def __init__(self) -> None:
+        self._responses: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._items: dict[str, tuple[str, JsonValue]] = {}
+        """Input and output items by their ids, each with its response's."""
+        self._bytes = 0
+
+    def put(self, response_id: str, response: StoredResponse) -> None:
+        """Keeps a response and forgets the oldest ones where there is no room for all."""
+        size = len(to_json(response))
+        self._responses[response_id] = (response, size)
+        self._bytes += size
+        self._items.update({identity: (response_id, item) for identity, item in response.items().items()})
+        while self._bytes > MAX_BYTES or len(self._responses) > MAX_RESPONSES:
+            self._forget(next(iter(self._responses)))
+
+    def get(self, response_id: str, param: str | None = None) -> StoredResponse:
+        """Raises ``ApiError``: 404, or 400 where a request's ``param`` names the response."""
+        if response_id not in self._responses:
+            message = f"no response {response_id[:80]!r} is in memory; old ones make room for new ones"
+            if param is None:
+                raise ApiError(404, message, code="response_not_found")
+            raise ApiError(400, f"{param}: {message}", code="previous_response_not_found", param=param)
+        self._responses.move_to_end(response_id)
+        return self._responses[response_id][0]
+
+    def delete(self, response_id: str) -> None:
+        """Raises ``ApiError`` 404."""
+        self.get(response_id)
+        self._forget(response_id)
+
+    def item(self, item_id: str, param: str) -> JsonValue:
+        """An input or output item of a response that is here. Raises ``ApiError`` 400."""
+        if item_id not in self._items:
+            message = f"{param}: no item {item_id[:80]!r} is in memory; old ones make room for new ones"
+            raise ApiError(400, message, code="item_not_found", param=param)
+        return self._items[item_id][1]
+
+    def _forget(self, response_id: str) -> None:
+        response, freed = self._responses.pop(response_id)
+        self._bytes -= freed
+        for identity in response.items():
+            if self._items.get(identity, ("",))[0] == response_id:
+                del self._items[identity]

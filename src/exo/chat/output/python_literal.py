@@ -1,0 +1,162 @@
+"""Arguments written nearly as JSON: ``key=value`` or ``key:value``, with quotes and words of another language.
+
+Python writes ``True`` and ``'text'``, Gemma's own notation ``<escape>text<escape>`` and keys without quotes.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from exo.chat.output.json_call import LONGEST_NAME
+from exo.chat.output.parser import Reply
+from exo.chat.output.scanner import Scanner, Steps, markers
+
+_KEY = re.compile(r"[^\s=:,(){}\[\]<>\"']*")
+_WORD = re.compile(r"[^\s=:,(){}\[\]<\"']*")
+_AFTER_STRING = ("", ",", ":", ")", "]", "}")
+_ANY = re.compile(r".*", re.DOTALL)
+_LONGEST_WORD = 400
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_BRACKETS = {"(": "[", "[": "[", "{": "{", ")": "]", "]": "]", "}": "}"}
+_ESCAPED = re.compile(r"\\(u[0-9A-Fa-f]{4}|.)", re.DOTALL)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\n": "", **{char: char for char in "\"'\\/"}}
+"""What stands for what behind a backslash. Before anything else, a backslash stands for itself, as in Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notation:
+    """How arguments are written."""
+
+    assign: str
+    """Between an argument's name and its value."""
+    close: str
+    """One character, after the last argument."""
+    quotes: tuple[str, ...] = ()
+    """Texts that begin and end a string, beside the usual ones; there are no escapes between them."""
+
+
+def loose_call(reply: Reply, name: str, notation: Notation) -> Steps[bool]:
+    """Reads a call's arguments up to the closing text, value by value; the call begins with the first of them.
+
+    False where they are none, or are cut off.
+    """
+    scanner = reply.scanner
+    before = "{"
+    yield from scanner.space()
+    end = yield from scanner.either(notation.close)
+    while not end:
+        yield from scanner.space()
+        key = yield from scanner.run(_KEY, LONGEST_NAME)
+        yield from scanner.space()
+        if not key or not (yield from scanner.either(notation.assign)):
+            return False
+        value = yield from _value(scanner, notation)
+        if value is None or not (end := (yield from scanner.either(",", notation.close))):
+            return False
+        if before == "{":
+            yield reply.call(name)
+        yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
+        before = ", "
+        if end == ",":
+            yield from scanner.space()
+            end = yield from scanner.either(notation.close)
+    if before == "{":
+        yield reply.call(name)
+        yield reply.arguments(before)
+    yield reply.arguments("}")
+    return True
+
+
+def loose_value(text: str) -> str | None:
+    """The JSON of an object or array that is written nearly as JSON. None where ``text`` is none."""
+    scanner = Scanner()
+    scanner.feed(text)
+    scanner.end(cut_off=False)
+    steps = _value(scanner, Notation(assign="", close=""))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            value: str | None = stop.value
+            return value if scanner.at_end else None
+
+
+def _value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
+    """Reads one value, up to a comma or the closing text, and returns it as JSON. None where it is no value."""
+    tokens: list[str] = []
+    depth = 0
+    while True:
+        yield from scanner.space()
+        if depth == 0 and tokens and (yield from scanner.peek()) in (",", notation.close):
+            return _checked("".join(tokens))
+        token = yield from _token(scanner, notation)
+        if token is None:
+            return None
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if depth < 0:
+            return None
+        if token in ("]", "}") and tokens[-1] == "," and tokens[-2] not in ("[", "{"):
+            tokens.pop()  # one comma too many
+        if token == ":" and tokens and not tokens[-1].startswith('"'):
+            tokens.append(json.dumps(tokens.pop()))  # a key without quotes
+        tokens.append(token)
+
+
+def _token(scanner: Scanner, notation: Notation) -> Steps[str | None]:
+    """Reads one token and returns what JSON writes for it."""
+    mark = yield from scanner.either(*notation.quotes, '"', "'", *_BRACKETS, ",", ":")
+    if mark in notation.quotes:
+        return (yield from _plain_string(scanner, mark))
+    if mark in ('"', "'"):
+        return (yield from _string(scanner, mark))
+    if mark:
+        return _BRACKETS.get(mark, mark)
+    word = yield from scanner.run(_WORD, _LONGEST_WORD)
+    if not word or _NUMBER.fullmatch(word):
+        return word or None
+    return _WORDS.get(word) or _quoted(word)
+
+
+def _plain_string(scanner: Scanner, quote: str) -> Steps[str | None]:
+    pieces: list[str] = []
+    if not (yield from scanner.until(markers(quote), pieces.append)):
+        return None
+    return _quoted("".join(pieces))
+
+
+def _string(scanner: Scanner, quote: str) -> Steps[str | None]:
+    pieces: list[str] = []
+    while end := (yield from scanner.until(markers(quote, "\\"), pieces.append)):
+        if end == "\\":
+            pieces += [end, (yield from scanner.run(_ANY, 1))]
+            continue
+        space = yield from scanner.space()
+        if (yield from scanner.peek()) in _AFTER_STRING:
+            return _quoted(_unescaped("".join(pieces)))
+        pieces += [end, space]  # an apostrophe that should have been escaped
+    return None
+
+
+def _unescaped(inside: str) -> str:
+    try:
+        return json.loads(f'"{inside}"', strict=False)
+    except ValueError:
+        return _ESCAPED.sub(lambda escape: _character(escape[1]), inside)
+
+
+def _character(escape: str) -> str:
+    return chr(int(escape[1:], 16)) if len(escape) > 1 else _ESCAPES.get(escape, f"\\{escape}")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _checked(value: str) -> str | None:
+    try:
+        json.loads(value)
+        value.encode()  # an escape may stand for half a character
+    except (ValueError, RecursionError):
+        return None
+    return value

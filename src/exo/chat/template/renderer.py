@@ -1,0 +1,226 @@
+"""Chat templates: messages to prompt, through the process of ``exo.chat.template.render_main``."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from pydantic import JsonValue
+
+from exo.chat.template.fitting import ATTEMPTS, Names, fitting
+from exo.chat.template.messages import template_messages
+from exo.chat.template.outline import outline
+from exo.chat.template.render_main import OUTPUT_LIMIT, SECONDS
+from exo.chat.template.reshaping import Message, reshaped
+from exo.chat.template.sandbox import LimitedError, LimitedProcesses
+from exo.chat.template.special_tokens import SpecialTokens, special_tokens
+from exo.chat.template.token_marks import CLOSE, OPEN
+from exo.worker.protocol.messages import Capabilities, Text
+
+_ANSWER_LIMIT = 12 * OUTPUT_LIMIT + 1024
+"""Bytes of one answer line: JSON spends up to twelve on one character."""
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""The variables that are not the caller's to set."""
+_CUT = CLOSE + CLOSE
+"""Where the prompt ends, if it ends inside the last message. Marking never writes this."""
+_MOST_FITS = 1024
+_SOME_TOOL: dict[str, JsonValue] = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}},
+    },
+}
+"""For trials, which need not know the real ones."""
+
+
+class TemplateError(Exception):
+    """The chat template cannot be used: it is faulty, too slow, or asks for too much."""
+
+
+class TemplateFailedError(TemplateError):
+    """The chat template raised an exception of Python's, perhaps because of the messages."""
+
+
+class ConversationRefusedError(Exception):
+    """The chat template itself refused the messages; the text is the template's own."""
+
+
+class ToolsUnsupportedError(TemplateError):
+    """The chat template has no place for the definitions of tools."""
+
+
+class VariableRefusedError(ConversationRefusedError):
+    """The chat template does not read the variable called ``name``, or it is not the caller's to set."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"this model's chat template does not take {name!r}")
+        self.name = name
+
+
+class PromptTooLongError(Exception):
+    """The prompt cannot fit the context, whatever its tokens turn out to be."""
+
+
+class TemplateWorker:
+    """A few rendering processes, started when first needed and replaced when they die or are late.
+
+    A request takes about a tenth of a millisecond. Where all processes are at work for long, each method raises
+    ``LimitedBusyError``.
+    """
+
+    def __init__(self) -> None:
+        self._processes = LimitedProcesses("exo.chat.template.render_main", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
+        self._fits: dict[tuple[str, str], Names] = {}
+
+    async def prepare(self, source: str) -> None:
+        """Starts a process and compiles ``source``, so that the first request need not. Raises ``TemplateError``."""
+        await self._ask({"source": source})
+
+    async def render(
+        self, source: str, variables: Mapping[str, object], extra: Mapping[str, object] | None = None
+    ) -> str:
+        """The rendered text. The template must read each of the ``extra`` variables, and tools where there are any.
+
+        Raises ``TemplateError`` and ``ConversationRefusedError``.
+        """
+        extra = extra or {}
+        try:
+            return await self._ask({"source": source, "variables": variables, "extra": extra})
+        except VariableRefusedError as refused:
+            if refused.name in extra:
+                raise
+            raise ToolsUnsupportedError("this model's chat template has no place for tools") from None
+
+    async def fit(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        variables: Mapping[str, object],
+        extra: Mapping[str, object] | None = None,
+    ) -> Names:
+        """The reshapings that the template needs for these messages. The other arguments are those of ``render``.
+
+        They depend on the outline of the conversation only, and are looked for once. Raises what ``render`` raises,
+        unless it is because of the messages.
+        """
+        plan = outline(messages)
+        given = {**variables, "tools": [_SOME_TOOL] if variables.get("tools") else None}
+        key = source, json.dumps([plan.messages, given, extra], default=str)
+
+        async def render(tried: Sequence[Message]) -> str | None:
+            try:
+                return await self.render(source, {**given, "messages": tried}, extra)
+            except VariableRefusedError:
+                raise
+            except (ConversationRefusedError, TemplateFailedError):
+                return None
+
+        if key not in self._fits:
+            found = await fitting(plan, render)
+            if len(self._fits) == _MOST_FITS:
+                self._fits.clear()
+            self._fits[key] = found
+        return self._fits[key]
+
+    async def aclose(self) -> None:
+        """Ends the processes, which have nothing to lose."""
+        await self._processes.aclose()
+
+    async def _ask(self, request: Mapping[str, object]) -> str:
+        try:
+            answer = await self._processes.ask(request)
+        except LimitedError as error:
+            raise TemplateError(f"the chat template {error}") from None
+        match answer:
+            case {"raised": message}:
+                raise ConversationRefusedError(message)
+            case {"unread": name}:
+                raise VariableRefusedError(name)
+            case {"error": message}:
+                raise TemplateFailedError(f"the chat template failed: {message}")
+            case _:
+                return answer["text"]
+
+
+async def chat_prompt(
+    worker: TemplateWorker,
+    model: Capabilities,
+    messages: Sequence[Mapping[str, JsonValue]],
+    *,
+    tools: Sequence[Mapping[str, JsonValue]] = (),
+    variables: Mapping[str, JsonValue] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> tuple[Text, ...]:
+    """The prompt that ``model.chat_template`` makes of ``messages``, which each have at least a ``role``.
+
+    ``messages`` and ``tools`` are in OpenAI's form. ``variables`` are what else the template is to know, such as
+    ``enable_thinking``. With ``continue_final_message`` the prompt ends where the last message's content does.
+
+    What they say is taken literally, special tokens in it included. A template that writes the BOS text itself does not
+    double it: the runner's tokenizer adds BOS only where the prompt does not begin with it.
+
+    Raises ``TemplateError``, ``ToolsUnsupportedError``, ``ConversationRefusedError``, ``VariableRefusedError``,
+    ``NoncharacterError`` and ``PromptTooLongError``.
+    """
+    source = model.chat_template
+    assert source is not None
+    tokens = special_tokens(model.special_tokens)
+    told = template_messages(source, messages)
+    if continue_final_message:
+        _check_end(told[-1])
+    given: dict[str, object] = {
+        "tools": [tokens.mark(dict(tool)) for tool in tools] or None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        "bos_token": model.bos_token,
+        "eos_token": model.eos_token,
+    }
+    extra = {name: tokens.mark(value) for name, value in (variables or {}).items()}
+
+    async def rendered(names: Names) -> str:
+        marked = [_marked(tokens, message) for message in reshaped(told, names)]
+        if continue_final_message:
+            _mark_end(marked[-1])
+        return await worker.render(source, {**given, "messages": marked}, extra)
+
+    try:
+        text = await rendered(await worker.fit(source, told, given, extra))
+    except VariableRefusedError:
+        raise
+    except (ConversationRefusedError, TemplateFailedError) as refused:
+        try:
+            text = await rendered(ATTEMPTS)
+        except (ConversationRefusedError, TemplateFailedError):
+            raise refused from None
+    if continue_final_message:
+        text = _cut(text)
+    if (places := text.count(OPEN)) > model.context_length:  # each is at least one token, and costs time to split off
+        raise PromptTooLongError(
+            f"the prompt has at least {places} tokens, but the context holds {model.context_length}"
+        )
+    return tokens.split(text)
+
+
+def _marked(tokens: SpecialTokens, message: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    return {key: value if key == "role" else tokens.mark(value) for key, value in message.items()}
+
+
+def _check_end(last: Mapping[str, JsonValue]) -> None:
+    if last["role"] != "assistant" or last.get("tool_calls") or not isinstance(last.get("content"), str):
+        raise ConversationRefusedError("only an assistant's message that is text and no call can be continued")
+
+
+def _mark_end(last: dict[str, JsonValue]) -> None:
+    match last["content"]:
+        case [{"text": str(text)}]:
+            last["content"] = [{"type": "text", "text": text + _CUT}]
+        case content:
+            last["content"] = f"{content}{_CUT}"
+
+
+def _cut(text: str) -> str:
+    before, found, _ = text.rpartition(_CUT)
+    if not found:
+        raise TemplateError("the chat template leaves out the message that is to be continued")
+    return before

@@ -1,0 +1,223 @@
+"""Which files of a repository a runner needs, by their names alone: for what to fetch and for what is on disk."""
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from exo.cards.card import ModelCard, ModelId
+from exo.store.errors import PullError
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.wire import describe
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[a-z]+)")
+"""A file that was split, as llama.cpp and safetensors name its parts: from 00001 on."""
+_QUANT = re.compile(
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q[1-9](?:_[0-9a-z]{1,3})*|tq[12]_0|bf16|f16|f32|mxfp4(?:_moe)?|nvfp4))(?![a-z0-9])",
+    re.I,
+)
+_OTHER_GGUF = re.compile(r"mmproj|imatrix", re.I)
+"""GGUF files that hold no language model."""
+_MODEL_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model*.safetensors"
+_DENSE = ("config.json", "model.safetensors")
+_FOLDER = (
+    _WEIGHTS, "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt", "1_Pooling/config.json",
+    *(f"{place}_Dense/{name}" for place in (2, 3) for name in _DENSE),
+)  # fmt: skip
+"""What a folder's model is loaded from: weights, configuration and tokenizer, and nothing that could be code.
+
+The folders in it are Sentence Transformers', of models that make vectors.
+"""
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+class _Files(BaseModel):
+    """The keys of a table that say where a model's files are. The rest is for the runner alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    path: str | None = None
+    repo: ModelId | None = None
+    file: str | None = None
+
+
+class _Table(_Files):
+    mmproj: str | None = None
+    draft: _Files | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a card says that a runner's files are. Without a repository they are where ``path`` says, or nowhere."""
+
+    model_id: str
+    runner: str
+    repo: str | None
+    path: str | None = None
+    file: str | None = None
+    """Name or pattern of the GGUF file, of a split one any part."""
+    mmproj: str | None = None
+    """Name or pattern of the vision projector that goes with it."""
+    quant: str | None = None
+    """A quantisation to take instead of what ``file`` names."""
+
+    @classmethod
+    def of(cls, card: ModelCard, runner: str, quant: str | None = None) -> "Source":
+        """What the card says. Raises PullError."""
+        table = _table(card, runner)
+        if runner == "cuda":
+            return cls(card.model_id, runner, table.repo, table.path, table.file, table.mmproj, quant)
+        if quant is not None:
+            raise PullError("no_match", f"{runner} takes a whole repository; a quantisation is chosen for cuda only")
+        return cls(card.model_id, runner, None if table.path else table.repo or card.model_id, table.path)
+
+    @classmethod
+    def of_draft(cls, card: ModelCard, runner: str) -> "Source | None":
+        """Where the draft model is that the card has for the runner, if it has one. Raises PullError.
+
+        It is a model of its own, which other cards may be for, so it lies in its own repository's folder.
+        """
+        draft = _table(card, runner).draft if runner == "cuda" else None
+        if draft is None:
+            return None
+        return cls(draft.repo or card.model_id, runner, draft.repo, draft.path, draft.file)
+
+    def required_repo(self) -> str:
+        """The repository to pull from. Raises PullError where the card names none."""
+        if self.repo is None:
+            missing = f"names the path {self.path}, not a repository" if self.path else "names no repository"
+            raise PullError("not_pullable", f"nothing to pull: the card of {self.model_id}, [{self.runner}], {missing}")
+        return self.repo
+
+
+def _table(card: ModelCard, runner: str) -> _Table:
+    if runner not in RUNNERS:
+        raise PullError("not_pullable", f"there is no runner {runner}; there are {', '.join(RUNNERS)}")
+    try:
+        return _Table.model_validate(card.engines.get(runner, {}))
+    except ValidationError as error:
+        raise PullError("not_pullable", f"card of {card.model_id}, [{runner}] {describe(error)[1]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """Files that make up one model together, the one to load first; ``missing`` are parts of it that are not there."""
+
+    label: str
+    """The quantisation; of a folder, empty."""
+    names: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+
+def select(source: Source, names: Collection[str]) -> FileSet:
+    """What is to be fetched of a repository with these files.
+
+    Raises PullError where nothing fits or the choice is not clear, listing the quantisations that there are.
+    """
+    repo = source.required_repo()
+    found = file_sets(source, names)
+    if not found:
+        raise PullError("no_match", _no_match(source, repo, names))
+    if len(found) > 1:
+        several = ", ".join(found_set.label for found_set in found)
+        if len({found_set.label for found_set in found}) < len(found):
+            several = ", ".join(found_set.names[0] for found_set in found)
+        raise PullError("no_match", f"{repo} has more than one {_wanted(source)}: {several}; choose one of them")
+    chosen = found[0]
+    if chosen.missing:
+        raise PullError("no_match", f"{repo} is not complete: {chosen.missing[0]} is not there")
+    return FileSet(chosen.label, (*chosen.names, *_projector(source, repo, names)))
+
+
+def file_sets(source: Source, names: Collection[str]) -> list[FileSet]:
+    """Everything among ``names`` that the source accepts, complete or not, by name; projectors are left out."""
+    if source.runner != "cuda":
+        return _folder_set(names)
+    found = _gguf_sets(names)
+    if source.quant is not None:
+        return [ggufs for ggufs in found if ggufs.label == source.quant.upper()]
+    pattern = source.path or source.file
+    exact = [ggufs for ggufs in found if pattern in ggufs.names]
+    return exact or [ggufs for ggufs in found if pattern and any(matches(pattern, name) for name in ggufs.names)]
+
+
+def quantisations(names: Iterable[str]) -> tuple[str, ...]:
+    """The quantisations of the GGUF files among ``names``."""
+    return tuple(dict.fromkeys(ggufs.label for ggufs in _gguf_sets(names)))
+
+
+def projectors(source: Source, names: Iterable[str]) -> tuple[str, ...]:
+    """The vision projectors among ``names`` that the card's table asks for."""
+    return tuple(sorted(name for name in names if source.mmproj and matches(source.mmproj, name)))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a file in a repository is meant; ``*`` stands for anything inside its last part, as for the runner."""
+    wanted, file = PurePosixPath(pattern), PurePosixPath(name)
+    return file.parent == wanted.parent and fnmatchcase(file.name, wanted.name)
+
+
+def _gguf_sets(names: Iterable[str]) -> list[FileSet]:
+    parts: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        if name.lower().endswith(".gguf") and not _OTHER_GGUF.search(PurePosixPath(name).name):
+            split = _PART.fullmatch(name)
+            parts.setdefault((split[1], int(split[3])) if split else (name.removesuffix(".gguf"), 0), []).append(name)
+    return [
+        FileSet(_label(stem), tuple(sorted(found)), _missing(found[0], found))
+        for (stem, _), found in sorted(parts.items())
+    ]
+
+
+def _label(stem: str) -> str:
+    """The quantisation that a file's name ends with, or failing that its folder's; else the name itself."""
+    path = PurePosixPath(stem)
+    found = _QUANT.findall(path.name) or _QUANT.findall(path.parent.name)
+    return str(found[-1]).upper() if found else path.name
+
+
+def _missing(name: str, names: Collection[str]) -> tuple[str, ...]:
+    """Parts of the split file ``name`` that are not among ``names``."""
+    split = _PART.fullmatch(name)
+    if split is None:
+        return ()
+    there = set(names)
+    every = (f"{split[1]}-{part:05}-of-{split[3]}{split[4]}" for part in range(1, int(split[3]) + 1))
+    return tuple(part for part in every if part not in there)
+
+
+def _folder_set(names: Collection[str]) -> list[FileSet]:
+    wanted = sorted(name for name in names if any(matches(pattern, name) for pattern in _FOLDER))
+    wanted = [name for name in wanted if name == _MODEL_INDEX or not name.endswith(".index.json")]
+    weights = [name for name in wanted if matches(_WEIGHTS, name)]
+    if "config.json" not in wanted or not weights:
+        return []
+    splits = {(split[1], split[3]): name for name in weights if (split := _PART.fullmatch(name))}
+    missing = sorted(part for name in splits.values() for part in _missing(name, weights))
+    return [FileSet("", ("config.json", *(name for name in wanted if name != "config.json")), tuple(missing))]
+
+
+def _projector(source: Source, repo: str, names: Collection[str]) -> tuple[str, ...]:
+    found = projectors(source, names)
+    if source.mmproj and len(found) != 1:
+        held = ", ".join(name for name in sorted(names) if "mmproj" in name.lower()) or "none"
+        raise PullError(
+            "no_match", f"{repo} has {len(found)} files that match mmproj = {source.mmproj!r}; its projectors: {held}"
+        )
+    return found
+
+
+def _wanted(source: Source) -> str:
+    return f"GGUF file of quantisation {source.quant}" if source.quant else f"GGUF file that matches {source.file!r}"
+
+
+def _no_match(source: Source, repo: str, names: Collection[str]) -> str:
+    if source.runner == "cuda":
+        return f"{repo} has no {_wanted(source)}; it has {', '.join(quantisations(names)) or 'no GGUF file at all'}"
+    pickled = any(name.endswith(_PICKLES) for name in names)
+    lacks = "no config.json" if "config.json" not in names else f"no {_WEIGHTS}"
+    return f"{repo} has {lacks}, so {source.runner} cannot load it" + ("; pickles are never fetched" if pickled else "")

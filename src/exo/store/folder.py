@@ -1,0 +1,220 @@
+"""One repository's folder inside a models directory, and the manifest of what was pulled into it.
+
+    <models>/<owner>--<name>/<file, as in the repository>     only whole files, their hashes verified
+    <models>/<owner>--<name>/.exo/manifest.json               what they are, from which commit, since when
+    <models>/<owner>--<name>/.exo/<name and hash, hashed>     a file on its way, called by what it will be
+    <models>/.locks/<owner>--<name>                           held by whoever changes the folder
+
+A file's content names its part, so a part never grows into a file of another revision.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exo.store.errors import PullError
+from exo.store.remote_file import RemoteFile
+
+OWN = ".exo"
+_NAME_BYTES, _PATH_BYTES = 255, 1024
+"""Longest part of a name that file systems take, and longest name that is accepted."""
+
+
+class Entry(BaseModel):
+    """One file. ``sha256`` and ``pulled_at`` are unknown while it is on its way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Annotated[int, Field(ge=0)]
+    etag: str
+    """As in ``RemoteFile``."""
+    sha256: str | None = None
+    revision: str
+    """The commit at which it was last pulled."""
+    pulled_at: datetime | None = None
+
+
+class Manifest(BaseModel):
+    """What was pulled into a folder. A name can be in both tables: then a newer content is on its way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    repo: str
+    files: Mapping[str, Entry] = {}
+    """Whole and verified."""
+    pending: Mapping[str, Entry] = {}
+    """Being pulled, or left when a pull ended early."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """The folder of ``repo`` in a models directory. It need not exist."""
+
+    directory: Path
+    repo: str
+
+    @property
+    def path(self) -> Path:
+        """Where the runners look for the repository's files."""
+        return self.directory / folder_name(self.repo)
+
+    def manifest(self) -> Manifest:
+        """What is recorded; empty where nothing is. Raises PullError for a manifest that cannot be read."""
+        try:
+            return Manifest.model_validate_json((self.path / OWN / "manifest.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return Manifest(repo=self.repo)
+        except OSError as error:
+            raise store_error(self.path, error) from error
+        except ValidationError as error:
+            broken = self.path / OWN / "manifest.json"
+            raise PullError("store", f"{broken} is not a manifest of exo's; remove it and pull again") from error
+
+    def write(self, manifest: Manifest) -> None:
+        """Replaces the manifest as a whole."""
+        own = self.make(OWN)
+        fresh = own / "manifest.json.new"
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
+            file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(own / "manifest.json")
+        sync(own)
+
+    def part(self, name: str, etag: str) -> Path:
+        """Where a file is while it is on its way."""
+        return self.path / OWN / hashlib.sha256(f"{name}\n{etag}".encode()).hexdigest()[:32]
+
+    def part_size(self, name: str, entry: Entry | RemoteFile) -> int:
+        """Bytes of it that are there already."""
+        return size_of(self.part(name, entry.etag)) or 0
+
+    def holds(self, manifest: Manifest, file: RemoteFile) -> bool:
+        """Whether the file with just this content is there, by the manifest and its size."""
+        entry = manifest.files.get(file.name)
+        return entry is not None and entry.etag == file.etag and size_of(self.path / file.name) == file.size
+
+    def make(self, inside: str = ".") -> Path:
+        """Makes a directory of the folder. Raises PullError where a link would lead out of the models directory."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path = self.directory
+            for part in (self.path.name, *PurePosixPath(inside).parts):
+                path /= part
+                with suppress(FileExistsError):
+                    path.mkdir()
+                if not stat.S_ISDIR(path.lstat().st_mode):
+                    raise PullError("store", f"{path} is not a directory, or a link to one, and is not written through")
+        except OSError as error:
+            raise store_error(self.path, error) from error
+        return path
+
+    def put(self, name: str, etag: str) -> None:
+        """Gives a part, which must be whole and verified, its final name."""
+        check_name(name)
+        target = self.make(str(PurePosixPath(name).parent)) / PurePosixPath(name).name
+        self.part(name, etag).replace(target)
+        sync(target.parent)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes files and the directories that this leaves empty."""
+        for name in names:
+            check_name(name)
+            target = self.path / name
+            if not target.parent.resolve().is_relative_to(self.path.resolve()):
+                raise PullError("store", f"{target.parent} is a link that leads elsewhere; nothing is deleted there")
+            target.unlink(missing_ok=True)
+            for parent in PurePosixPath(name).parents[:-1]:
+                _remove_if_empty(self.path / parent)
+
+    def delete_own(self) -> None:
+        """Deletes the manifest and all parts, and the folder if that leaves it empty."""
+        own = self.path / OWN
+        if own.is_symlink():
+            raise PullError("store", f"{own} is a link; nothing is deleted there")
+        for path in own.iterdir() if own.is_dir() else ():
+            path.unlink()
+        _remove_if_empty(own)
+        _remove_if_empty(self.path)
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Alone among all processes. Raises PullError with code ``busy`` where another one is at it."""
+        locks = self.directory / ".locks"
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            if locks.is_symlink():
+                raise PullError("store", f"{locks} is a link, and is not written through")
+            lock = FileLock(locks / self.path.name, timeout=0)
+            lock.acquire()  # the system ends it with the process, however that ends
+        except Timeout as error:
+            raise PullError("busy", f"{self.repo} is being pulled by another process") from error
+        except OSError as error:
+            raise store_error(locks, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def folder_name(repo: str) -> str:
+    """As upstream names it, and the runners look for it."""
+    return repo.replace("/", "--")
+
+
+def check_name(name: str) -> None:
+    """Whether a file of this name stays in its folder, on every file system. Raises PullError."""
+    parts = name.split("/")
+    reason = None
+    if not name.isprintable() or "\\" in name or _bytes(name) > _PATH_BYTES:
+        reason = "it holds characters that no file name should, or too many"
+    elif any(part in ("", ".", "..") for part in parts):
+        reason = "it leads out of its folder, or nowhere"
+    elif any(_bytes(part) > _NAME_BYTES for part in parts):
+        reason = f"a part of it is longer than {_NAME_BYTES} bytes"
+    elif parts[0].lower() == OWN:
+        reason = f"{OWN} is exo's own"
+    if reason is not None:
+        raise PullError("unsafe_name", f"the hub lists a file named {ascii(name)[:100]}, which is refused: {reason}")
+
+
+def store_error(path: Path, error: OSError) -> PullError:
+    """For whatever the file system would not do."""
+    return PullError("store", f"{error.filename or path}: {error.strerror or error}")
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, links followed; None where there is no file."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def sync(directory: Path) -> None:
+    """Makes what was renamed in a directory outlive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()

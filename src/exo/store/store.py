@@ -1,0 +1,210 @@
+"""The models directories as one store: what is on disk, where a pull goes, and what is removed."""
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from exo.store.errors import PullError
+from exo.store.file_selection import Source, file_sets, projectors
+from exo.store.folder import Entry, Manifest, ModelFolder, folder_name, size_of
+from exo.store.remote_file import RemoteFile
+
+_EMPTY = Manifest(repo="")
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """What there is of a model for a runner. Sizes are bytes."""
+
+    state: Literal["present", "partial", "absent"]
+    bytes: int = 0
+    total: int | None = None
+    """When whole; None where that is not known, as of files that were not pulled by exo."""
+    path: Path | None = None
+    """What the runner loads: a GGUF file, the first of a split one, or a folder."""
+    revision: str | None = None
+    """The commit; None where it is not known."""
+    read_only: bool = False
+    """Whether it is in a directory that is never written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What removing a model has deleted."""
+
+    files: tuple[Path, ...]
+    bytes: int
+
+
+class Store:
+    """``directories`` are searched in this order; those that are also in ``read_only`` are never written."""
+
+    def __init__(self, directories: Sequence[Path], read_only: Collection[Path] = ()) -> None:
+        self.directories = tuple(directories)
+        self.read_only = frozenset(read_only)
+
+    @property
+    def writable(self) -> tuple[Path, ...]:
+        """Where a pull may go, the first choice first."""
+        return tuple(directory for directory in self.directories if directory not in self.read_only)
+
+    def on_disk(self, source: Source) -> OnDisk:
+        """What there is, found where the runner would look for it. Reads names and sizes only."""
+        found = OnDisk("absent")
+        for directory, path, inside in self._places(source):
+            here = self._look(directory, path, inside)
+            if here.state == "present":
+                return here
+            if found.state == "absent":
+                found = here
+        return found
+
+    def holder(self, repo: str, files: Collection[RemoteFile]) -> ModelFolder | None:
+        """The folder that has just these files. In a read-only directory without a manifest, sizes must do."""
+        for directory in self.directories:
+            folder = ModelFolder(directory, repo)
+            manifest = _manifest(folder)
+            if all(folder.holds(manifest, file) for file in files):
+                return folder
+            unrecorded = directory in self.read_only and not manifest.files
+            if unrecorded and all(size_of(folder.path / file.name) == file.size for file in files):
+                return folder
+        return None
+
+    def place(self, repo: str, files: Collection[RemoteFile]) -> ModelFolder:
+        """Where to pull these files to: where the repository is already, else the first directory with room.
+
+        Raises PullError where there is no room, with what is needed and what is free.
+        """
+        if not self.writable:
+            raise PullError("read_only", "every models directory is read-only; set EXO_DEFAULT_MODELS_DIR to another")
+        folders = [ModelFolder(directory, repo) for directory in self.writable]
+        short: list[str] = []
+        for folder in [folder for folder in folders if _manifest(folder) != Manifest(repo=repo)] or folders:
+            needed, free = _needed(folder, files), _free(folder.directory)
+            if needed <= free:
+                return folder
+            short.append(f"{folder.directory} has {free:,} bytes free, {needed:,} are needed")
+        raise PullError("disk_full", f"no room for {repo}: {'; '.join(short)}")
+
+    def remove(self, source: Source) -> Removed:
+        """Deletes what was pulled for a card and runner, parts included, and nothing else. Raises PullError."""
+        repo, deleted, size = source.required_repo(), list[Path](), 0
+        for directory in self.writable:
+            folder = ModelFolder(directory, repo)
+            manifest = folder.manifest()
+            if _chosen(source, manifest.files.keys() | manifest.pending.keys()):
+                with folder.locked():
+                    size += _remove(folder, source, deleted)
+        if deleted:
+            return Removed(tuple(deleted), size)
+        left = self.on_disk(source)
+        if left.state == "absent":
+            raise PullError("not_found", f"{source.model_id} is not on disk for {source.runner}")
+        if left.read_only:
+            raise PullError("read_only", f"{left.path} is in a read-only directory, and stays")
+        raise PullError("not_found", f"{left.path} was not pulled by exo, so it stays; delete it yourself")
+
+    def _places(self, source: Source) -> Iterator[tuple[Path, Path, Source]]:
+        """Models directory, folder in it and what to look for there, in the runners' order."""
+        path = Path(source.path).expanduser() if source.path else None
+        if path is not None and path.is_absolute():
+            gguf = source.runner == "cuda"
+            yield path.parent, path.parent if gguf else path, replace(source, path=path.name)
+            return
+        ids = [folder_name(name) for name in (source.model_id, source.repo) if name]
+        if source.runner == "cuda":
+            folders = [*ids, "."]
+        else:
+            folders = [str(path), f"{ids[0]}/{path}"] if path is not None else ids[-1:]
+        for directory in self.directories:
+            for folder in folders:
+                yield directory, Path(os.path.normpath(directory / folder)), source
+
+    def _look(self, directory: Path, path: Path, source: Source) -> OnDisk:
+        folder = ModelFolder(directory, source.repo) if source.repo else None
+        manifest = _manifest(folder) if folder is not None and folder.path == path else _EMPTY
+        sizes = _whole(path, source, manifest)
+        recorded = set(_chosen(source, manifest.files))
+        read_only = directory in self.read_only
+        for files in file_sets(source, sizes):
+            names = {*files.names, *projectors(source, sizes)}
+            whole = not files.missing and bool(projectors(source, names)) == bool(source.mmproj)
+            if whole and (source.runner == "cuda" or recorded <= names):
+                loaded = path / files.names[0] if source.runner == "cuda" else path
+                held, entry = sum(sizes[name] for name in names), manifest.files.get(files.names[0])
+                return OnDisk("present", held, held, loaded, entry and entry.revision, read_only)
+        begun = {**manifest.files, **manifest.pending}
+        if (known := _chosen(source, begun)) and folder is not None:
+            parts = {name: folder.part_size(name, entry) for name, entry in manifest.pending.items()}
+            held = sum(sizes.get(name, parts.get(name, 0)) for name in known)
+            total, revision = sum(begun[name].size for name in known), begun[known[0]].revision
+            return OnDisk("partial", held, total, path, revision, read_only)
+        there = [name for files in file_sets(source, sizes) for name in files.names]
+        return OnDisk("partial", sum(sizes[name] for name in there), None, path) if there else OnDisk("absent")
+
+
+def _manifest(folder: ModelFolder) -> Manifest:
+    """For looking only: a manifest that cannot be read says nothing. Whoever writes hears of it."""
+    with suppress(PullError):
+        return folder.manifest()
+    return _EMPTY
+
+
+def _chosen(source: Source, names: Collection[str]) -> tuple[str, ...]:
+    """Those of a manifest's names that the source means."""
+    chosen = [name for files in file_sets(source, names) for name in files.names]
+    return (*chosen, *projectors(source, names)) if chosen else ()
+
+
+def _whole(path: Path, source: Source, manifest: Manifest) -> dict[str, int]:
+    """Sizes of files that are what they should be: as long as recorded, or not recorded because put there by hand."""
+    inside = PurePosixPath(source.path or source.file or "").parent if source.runner == "cuda" else PurePosixPath()
+    names = set(manifest.files)
+    with suppress(OSError):
+        names |= {str(inside / name) for name in os.listdir(path / inside)} - manifest.pending.keys()
+    sizes = {name: size_of(path / name) for name in names}
+    expected = {name: entry.size for name, entry in manifest.files.items()}
+    return {name: size for name, size in sizes.items() if size is not None and expected.get(name, size) == size}
+
+
+def _remove(folder: ModelFolder, source: Source, deleted: list[Path]) -> int:
+    manifest = folder.manifest()
+    names = _chosen(source, manifest.files.keys() | manifest.pending.keys())
+    size = sum(size_of(folder.path / name) or 0 for name in names)
+    deleted += [folder.path / name for name in names]
+    for name, entry in manifest.pending.items():
+        if name in names:
+            size += folder.part_size(name, entry)
+            folder.part(name, entry.etag).unlink(missing_ok=True)
+    folder.delete(names)
+    files, pending = _without(manifest.files.items(), names), _without(manifest.pending.items(), names)
+    if files or pending:
+        folder.write(manifest.model_copy(update={"files": files, "pending": pending}))
+    else:
+        folder.delete_own()
+    return size
+
+
+def _without(entries: Collection[tuple[str, Entry]], names: Collection[str]) -> dict[str, Entry]:
+    return {name: entry for name, entry in entries if name not in names}
+
+
+def _needed(folder: ModelFolder, files: Collection[RemoteFile]) -> int:
+    """Bytes that are still to come; a file that is there already in full size may turn out to be it."""
+    manifest = _manifest(folder)
+    there = {file.name for file in files if folder.holds(manifest, file)}
+    there |= {
+        file.name for file in files if file.name not in manifest.files and size_of(folder.path / file.name) == file.size
+    }
+    return sum(file.size - folder.part_size(file.name, file) for file in files if file.name not in there)
+
+
+def _free(directory: Path) -> int:
+    """Bytes that may be written where the directory is, or will be."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return shutil.disk_usage(existing).free

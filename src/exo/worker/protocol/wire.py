@@ -1,0 +1,105 @@
+"""Framing: one JSON object a line, in both directions."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO, NoReturn
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from exo.worker.protocol.messages import COMMANDS, EVENTS, LINE_BYTES, Command, Event, Failed, Generate, Message
+
+_ID = re.compile(rb'"id":\s*"([^"\\]*)"')
+_ID_WITHIN = 1 << 10
+_FIELD_LENGTH = 200
+_ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
+
+
+def encode(message: Message) -> bytes:
+    """The message as one line."""
+    return to_json(message) + b"\n"
+
+
+def decode_event(line: bytes) -> Event:
+    """Raises ``ValidationError`` for anything that is not one whole event."""
+    return EVENTS.validator.validate_json(line)  # validates as EVENTS does, without a layer of Python
+
+
+def take_protocol_stream() -> BinaryIO:
+    """A private copy of standard output for the protocol, after pointing descriptor 1 at standard error.
+
+    So a library that prints cannot corrupt the stream. Called once, first thing in a runner.
+    """
+    protocol = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    return protocol
+
+
+def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
+    """Commands until the stream closes. A ``Generate`` for several sequences is yielded for each, with one prompt.
+
+    A line that is no valid command, or too long, is yielded as the failure of the request it names; one that names no
+    request concerns nobody and is reported on standard error.
+    """
+    while line := stream.readline(LINE_BYTES + 1):
+        param = None
+        if len(line) > LINE_BYTES:
+            request, message = named_request(line), f"the command takes more than {LINE_BYTES} bytes"
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LINE_BYTES)
+        else:
+            try:
+                command = COMMANDS.validate_json(line)
+            except ValidationError as error:
+                request = _request_id(line)
+                param, message = describe(error)
+            else:
+                yield from _each(command)
+                continue
+        if request is not None:
+            yield Failed(id=request, code="invalid_request", message=message, param=param)
+        else:
+            print(f"ignored a line that is no command: {message}", file=sys.stderr, flush=True)
+
+
+def _each(command: Command) -> Iterator[Command]:
+    if not isinstance(command, Generate) or not command.also:
+        yield command
+        return
+    siblings = command.also
+    yield (first := command.model_copy(update={"also": ()}))
+    for sibling in siblings:
+        sampling = command.sampling.model_copy(update={"seed": sibling.seed})
+        yield first.model_copy(update={"id": sibling.id, "sampling": sampling})
+
+
+def _request_id(line: bytes) -> str | None:
+    try:
+        value = _ANY_JSON.validate_json(line)
+    except ValidationError:
+        return None
+    found = value.get("id") if isinstance(value, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def named_request(line: bytes | bytearray) -> str | None:
+    """The request that the beginning of a line names, of which the rest is too long, missing or broken."""
+    found = _ID.search(line[:_ID_WITHIN])
+    return None if found is None else found[1].decode(errors="replace")
+
+
+def describe(error: ValidationError) -> tuple[str, str]:
+    """Field, and a sentence with field, reason and value, of a validation error's first finding."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])[:_FIELD_LENGTH]
+    value = json.dumps(first["input"], default=str)
+    return field, f"{field}: {first['msg']} (got {value if len(value) <= 80 else value[:77] + '...'})"
+
+
+def exit_now(code: int) -> NoReturn:
+    """Leaves without running destructors: an engine's own threads and libraries may not survive them."""
+    sys.stderr.flush()
+    os._exit(code)

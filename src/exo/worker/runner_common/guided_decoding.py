@@ -1,0 +1,186 @@
+"""Output that must match a grammar: which tokens may come next, by llguidance over the model's own vocabulary.
+
+The same in every runner, so that twins allow the same tokens. A grammar is about the text: whichever tokens spell it
+are allowed. A control token has no text here; a grammar reaches it by name, ``<|im_end|>``, or by id, ``<[106]>``.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLTokenizer
+from pydantic import JsonValue
+
+from exo.worker.protocol.messages import Failed, Grammar
+from exo.worker.runner_common.grammar_errors import explain
+from exo.worker.runner_common.grammar_sandbox import LIMITS, Trial, Vocabulary
+from exo.worker.runner_common.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
+
+Mask = npt.NDArray[np.bool_]
+
+_CONTROL = b"\xff"
+"""llguidance's mark of a control token. No text has this byte."""
+_BY_TEXT_ALONE = '\n%llguidance {"no_forcing": true}'
+"""Where only one text can follow, llguidance would else allow only the tokens of its own choice for it."""
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used, or not any further; the message says why, for the client."""
+
+
+def grammar_failure(request: str, error: GrammarError) -> Failed:
+    """The end of a request whose grammar cannot be used."""
+    return Failed(id=request, code="invalid_request", message=f"grammar: {error}", param="grammar")
+
+
+@final
+class Constraints:
+    """Compiles grammars for one loaded model, in one thread."""
+
+    def __init__(
+        self, pieces: Callable[[int], bytes], is_control: Callable[[int], bool], eog: Collection[int], n_vocab: int
+    ) -> None:
+        """``pieces`` gives what a token adds to the text, or a control token's text; ``eog`` ids end generation."""
+        special = {token: pieces(token) for token in range(n_vocab) if is_control(token) or token in eog}
+        # Ids beyond the vocabulary are in no mask.
+        ends = sorted(eog) or [n_vocab]
+        self._trial = Trial(special, n_vocab, ends)
+        self._special = special
+        self._ends = ends
+        self._pieces = pieces
+        self._n_vocab = n_vocab
+        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="mask")
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Made for the first grammar that passes its trial.
+
+        It takes a second for 262,144 tokens, most of which holds the interpreter.
+        """
+        special, ends, n_vocab, pieces = self._special, self._ends, self._n_vocab, self._pieces
+        tokens = [b"" if token in special else pieces(token) for token in range(max(n_vocab, ends[-1] + 1))]
+        tokens = [b"" if piece.startswith(_CONTROL) else piece for piece in tokens]
+        for token, text in special.items():
+            tokens[token] = text
+        return Vocabulary(tokens, [token for token in special if tokens[token]], ends[0]).build(ends)
+
+    def compile(self, grammar: Grammar, delivered: Sequence[int] = ()) -> "Constraint":
+        """The constraint of one sequence whose output so far is ``delivered``. Raises GrammarError.
+
+        Takes a second or two at the most, and leaves the interpreter free meanwhile.
+        """
+        source = _for_llguidance(grammar)
+        if wrong := self._trial.run(source):
+            raise GrammarError(explain(wrong, syntax=grammar.syntax, source=grammar.source))
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise GrammarError(explain(matcher.get_error(), syntax=grammar.syntax, source=grammar.source))
+        if not matcher.consume_tokens(list(delivered)):
+            raise GrammarError("the tokens delivered do not match it")
+        constraint = Constraint(matcher, self._n_vocab, self._threads)
+        if not constraint.finished:
+            constraint.mask()
+        return constraint
+
+    def close(self) -> None:
+        """Ends what it has started."""
+        self._threads.shutdown()
+        self._trial.close()
+
+
+@final
+class Constraint:
+    """What one sequence may go on with. For one thread at a time; masks are computed in others."""
+
+    def __init__(self, matcher: LLMatcher, n_vocab: int, threads: ThreadPoolExecutor) -> None:
+        self._matcher = matcher
+        self._n_vocab = n_vocab
+        self._threads = threads
+        self._next: Future[Mask] | None = None
+        self._finished = matcher.is_stopped()
+        self.spared = False
+        """Whether the last token asked about was allowed, so that it took no mask, and the next may take none."""
+
+    @property
+    def finished(self) -> bool:
+        """The output matches, and nothing but an end can follow."""
+        return self._finished
+
+    def prepare(self) -> None:
+        """Starts computing the next mask in another thread, where that is not done yet."""
+        if self._next is None:
+            self._next = self._threads.submit(self._compute)
+
+    def mask(self) -> Mask:
+        """Shape (n_vocab,), true for the tokens allowed next; where the output may end, all that end generation are.
+
+        Waits for what ``prepare`` began. Raises GrammarError.
+        """
+        self.prepare()
+        assert self._next is not None
+        return self._next.result()
+
+    def allows(self, token: int) -> bool:
+        """What ``mask`` says of one token, without computing it unless that was begun. Raises GrammarError."""
+        begun = self._next
+        self.spared = self._matcher.validate_tokens([token]) == 1 if begun is None else bool(begun.result()[token])
+        return self.spared
+
+    def accept(self, token: int) -> None:
+        """Goes on past a token. Raises GrammarError if it is not allowed."""
+        if self._next is not None:
+            self._next.exception()  # the matcher is for one thread at a time
+            self._next = None
+        if not self._matcher.consume_token(token):
+            raise GrammarError(explain(self._matcher.get_error(), syntax="lark", source=""))
+        self._finished = self._matcher.is_stopped()
+
+    def _compute(self) -> Mask:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise GrammarError(explain(self._matcher.get_error(), syntax="lark", source=""))
+        return np.unpackbits(bits, count=self._n_vocab, bitorder="little").view(np.bool_)
+
+
+def _for_llguidance(grammar: Grammar) -> str:
+    """Raises GrammarError."""
+    if len(grammar.source) > LONGEST_SOURCE:
+        raise GrammarError(f"it has {len(grammar.source)} characters; at most {LONGEST_SOURCE} are taken")
+    match grammar.syntax:
+        case "json_schema":
+            parts: list[JsonValue] = [
+                {"lark_grammar": "start: @schema" + _BY_TEXT_ALONE},
+                {"name": "schema", "json_schema": _schema(grammar.source)},
+            ]
+        case "regex":
+            written = json.loads(LLMatcher.grammar_from_regex(grammar.source))
+            parts = [{"lark_grammar": written["grammars"][0]["lark_grammar"] + _BY_TEXT_ALONE}]
+        case "lark":
+            parts = [{"lark_grammar": grammar.source + _BY_TEXT_ALONE}]
+    return json.dumps({"grammars": parts})
+
+
+def _schema(source: str) -> JsonValue:
+    """Raises GrammarError for what is no JSON Schema that can be enforced."""
+    try:
+        schema: JsonValue = json.loads(source, parse_constant=_number, parse_float=_number)
+        return guided(enforced(schema).schema)
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    except SchemaError as error:
+        raise GrammarError(str(error)) from None
+    except ValueError as error:
+        raise GrammarError(f"it is not JSON: {error}") from None
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that can be used")
+    return number

@@ -1,0 +1,88 @@
+"""Texts to be made vectors: what is the same in the runners that read Hugging Face's folders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from exo.worker.protocol.messages import Embedded, Failed, Usage
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_folder import read_optional
+
+Pooling = Literal["mean", "cls", "last"]
+"""How tokens' vectors become one of the text."""
+
+LONGEST = 2048
+"""Tokens of a text, where the card does not say."""
+
+_MODES: dict[str, Pooling] = {
+    "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
+}  # fmt: skip
+"""Sentence Transformers' names: of a flag that is set, after "pooling_mode_", or the value of "pooling_mode"."""
+
+
+class _Module(BaseModel):
+    type: str
+    path: str
+
+
+_MODULES = TypeAdapter(list[_Module])
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A text to be made a vector."""
+
+    id: str
+    tokens: list[int]
+
+
+def choose_pooling(asked: Pooling | None, folder: Path, table: str) -> Pooling:
+    """What the card's ``table`` asks for, else what the folder says in Sentence Transformers' file, else mean.
+
+    Raises LoadError.
+    """
+    if asked is not None:
+        return asked
+    name = "1_Pooling/config.json"
+    config = read_optional(folder, name)
+    modes = [key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and "_mode_" in key]
+    modes += [mode] if isinstance(mode := config.get("pooling_mode"), str) else []
+    if not (folder / name).exists():
+        return "mean"
+    if len(modes) == 1 and modes[0] in _MODES:
+        return _MODES[modes[0]]
+    said = " and ".join(modes) or "none"
+    message = f"{folder / name} asks for the pooling {said}; [{table}] pooling may be mean, cls or last"
+    raise LoadError("model_load_failed", message)
+
+
+def dense_layers(folder: Path) -> list[Path]:
+    """The layers that a pooled vector goes through at last, by Sentence Transformers' list of a folder's modules.
+
+    Raises LoadError for a list that cannot be read, or leads out of the folder.
+    """
+    path = folder / "modules.json"
+    try:
+        modules = _MODULES.validate_json(path.read_bytes()) if path.exists() else []
+    except (OSError, ValidationError) as error:
+        raise LoadError("model_load_failed", f"{path} cannot be read: {error}") from error
+    layers = [module.path for module in modules if module.type.endswith(".Dense")]
+    if outside := next(
+        (name for name in layers if not (folder / name).resolve().is_relative_to(folder.resolve())), None
+    ):
+        raise LoadError("model_load_failed", f"{path} has the layer {outside!r}, which is not in the folder")
+    return [folder / name for name in layers]
+
+
+def answer(job: Job, pooled: npt.NDArray[np.float64]) -> Embedded | Failed:
+    """The vector that a text's tokens have pooled to, shape (size,), made to have length 1."""
+    length = float(np.linalg.norm(pooled))
+    if not 0 < length < np.inf:
+        message = "the model computed a vector for this text that has a number that is none, or no length"
+        return Failed(id=job.id, code="engine_error", message=message)
+    vector = cast(list[float], (pooled / length).tolist())
+    return Embedded(id=job.id, vector=tuple(vector), usage=Usage(prompt_tokens=len(job.tokens), completion_tokens=0))

@@ -1,0 +1,147 @@
+"""Hugging Face's tokenizers: text to token ids and token ids to bytes.
+
+``encode`` is for one thread; the rest is looked up once and read-only.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from exo.worker.protocol.messages import Text
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class AddedToken(Protocol):
+    """A token outside the tokenizer's model: control tokens and whatever a user added."""
+
+    content: str
+    special: bool
+
+
+class HfTokenizer(Protocol):
+    """What is relied on of Hugging Face's tokenizers."""
+
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    chat_template: str | Mapping[str, str] | None
+    added_tokens_decoder: Mapping[int, AddedToken]
+    backend_tokenizer: "_BackendTokenizer"
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: list[int]) -> str: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]: ...
+
+
+class _BackendTokenizer(Protocol):
+    decoder: "_Decoder | None"
+
+
+class _Decoder(Protocol):
+    def __getstate__(self) -> bytes: ...
+
+
+class Tokenizer:
+    """Encodes prompts and knows the bytes of every token."""
+
+    def __init__(self, tokenizer: HfTokenizer, n_vocab: int, ends: Collection[int], chat_template: str | None) -> None:
+        """``n_vocab`` is the width of the logits, which may be more than the tokenizer has tokens.
+
+        ``ends`` are the ids that the model's files say end generation, besides the tokenizer's own.
+        """
+        self._tokenizer = tokenizer
+        self.n_vocab = n_vocab
+        self.bos = tokenizer.bos_token_id
+        begins = tokenizer.encode("", add_special_tokens=True, split_special_tokens=False)
+        self.adds_bos = self.bos is not None and begins[:1] == [self.bos]
+        self.closing = begins[1:] if self.adds_bos else begins
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.eog_tokens = tuple(sorted(token for token in {*ends, *own} if token < n_vocab))
+        self.bos_text = tokenizer.bos_token or ""
+        self.eos_text = tokenizer.eos_token or ""
+        self.special = {
+            added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        }
+        """Token ids of the control tokens by their text."""
+        self.chat_template = chat_template or _default_template(tokenizer.chat_template)
+        self._latest: tuple[object, bool, list[int]] = (), False, []
+        """The last text that was encoded, and its tokens."""
+        self._control = frozenset(self.special.values())
+        self._pieces = _pieces_of_all(tokenizer)
+
+    def encode(self, prompt: tuple[Text, ...] | tuple[int, ...], *, add_bos: bool = True) -> list[int]:
+        """Token ids of a prompt: as given, or of its text, with BOS in front if the model wants one and it lacks it."""
+        texts = [part for part in prompt if isinstance(part, Text)]
+        if not texts:
+            return [part for part in prompt if isinstance(part, int)]
+        if prompt is self._latest[0] and add_bos == self._latest[1]:  # as several sequences' is
+            return self._latest[2].copy()
+        tokens = [token for part in texts if part.text for token in self._encode(part)]
+        if add_bos and self.adds_bos and self.bos is not None and tokens[:1] != [self.bos]:
+            tokens.insert(0, self.bos)
+        self._latest = prompt, add_bos, tokens.copy()
+        return tokens
+
+    def encode_whole(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:
+        """Token ids of a text to be made a vector: as given, or with the control tokens around it that it lacks."""
+        tokens, after = self.encode(prompt), self.closing
+        given = not any(isinstance(part, Text) for part in prompt)
+        return tokens if given or not after or tokens[-len(after) :] == after else [*tokens, *after]
+
+    def _encode(self, part: Text) -> list[int]:
+        return self._tokenizer.encode(part.text, add_special_tokens=False, split_special_tokens=not part.special)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to the text; nothing for control tokens and for ids that only pad the vocabulary."""
+        return b"" if token in self._control else self.piece_of(token)
+
+    def piece_of(self, token: int) -> bytes:
+        """What a token adds to the text, or the text of a control token."""
+        return self._pieces[token] if token < len(self._pieces) else b""
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token comes from special text only and adds nothing to the text."""
+        return token in self._control
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a token ends generation."""
+        return token in self.eog_tokens
+
+
+def _default_template(template: str | Mapping[str, str] | None) -> str | None:
+    return template if template is None or isinstance(template, str) else template.get("default")
+
+
+def _pieces_of_all(tokenizer: HfTokenizer) -> list[bytes]:
+    """By token id. How a token's name spells its bytes depends on the kind of tokenizer, which its decoder tells."""
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    decoder = tokenizer.backend_tokenizer.decoder
+    steps = "" if decoder is None else decoder.__getstate__().decode()
+    if '"ByteLevel"' in steps:
+        spell = _byte_level_spelling()
+        found = [b"".join(spell.get(letter) or letter.encode() for letter in name or "") for name in names]
+    elif '"ByteFallback"' in steps or '"Metaspace"' in steps:
+        found = [_sentencepiece_bytes(name or "") for name in names]
+    else:
+        found = [tokenizer.decode([token]).encode() for token in range(len(names))]
+    for token, added in tokenizer.added_tokens_decoder.items():
+        found[token] = added.content.encode()
+    return found
+
+
+def _sentencepiece_bytes(name: str) -> bytes:
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        return bytes.fromhex(byte[1])
+    return name.replace("\u2581", " ").encode()
+
+
+def _byte_level_spelling() -> dict[str, bytes]:
+    """GPT-2's alphabet: visible Latin-1 characters stand for their own byte, code points from 256 on for the others."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): bytes([byte]) for byte in visible} | {
+        chr(256 + index): bytes([byte]) for index, byte in enumerate(others)
+    }

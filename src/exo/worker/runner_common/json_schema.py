@@ -1,0 +1,437 @@
+"""A JSON Schema as grammars can enforce it, and what of it they do not.
+
+Annotations lose nothing by being left out. A keyword that restricts values is rewritten into one that grammars know,
+or refused by name, except for ``uniqueItems``, overlapping ``oneOf`` and unknown formats, which are noted.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import cast
+
+from pydantic import JsonValue
+
+from exo.worker.runner_common.schema_overlap import disjoint, resolve, target_of, type_of
+from exo.worker.runner_common.schema_pattern import without_look_ahead
+
+Schema = dict[str, JsonValue]
+
+FORMATS = frozenset(
+    {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"},
+)
+"""Formats that grammars enforce."""
+TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
+
+_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_DEFINITIONS = ("$defs", "definitions")
+_OF_PLACE = {*_DEFINITIONS, "$schema", "$id", "$anchor", "x-guidance"}
+"""Keywords that belong to the place of a schema, and not to the values that match it."""
+_EXCLUDING_NULL = {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
+_OF_ONE = ("additionalProperties", "items", "additionalItems")
+_OF_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
+_OF_VALUES = ("const", "enum", "default", "example", "examples")
+"""Keywords that hold schemas by name, one schema, schemas in a list, and no schema."""
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_EVALUATING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "contains", "dependentSchemas", "$dynamicRef"}
+"""Keywords whose schemas evaluate members of the value besides those that are next to them."""
+_UNENFORCEABLE = (
+    "not",
+    "if",
+    "then",
+    "else",
+    "contains",
+    "minContains",
+    "maxContains",
+    "dependencies",
+    "dependentRequired",
+    "dependentSchemas",
+    "propertyNames",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+    "$dynamicRef",
+    "$recursiveRef",
+)
+_NOTES = {"title", "description", "default", "example", "examples", "deprecated", "$comment", "readOnly", "writeOnly"}
+_DRAFT = re.compile(r"https?://json-schema\.org/(draft-0[4-7])/schema#?")
+_NEWER_DRAFT = re.compile(r"https?://json-schema\.org/draft/20(19-09|20-12)/schema#?")
+_STEP = 1e-6
+_SHOWN = 100
+_MOST_ARRANGED = 4
+_MOST_SCHEMAS = 50_000
+_LARGEST_BOUND = 1e18
+
+
+LONGEST_SOURCE = 1 << 20
+"""Characters of a grammar."""
+WHITESPACE = r"[ \t\n]{0,20}"
+"""Between the parts of JSON, unless the schema says otherwise: a model that may go on with blanks for ever does."""
+
+
+class SchemaError(Exception):
+    """A schema cannot be enforced. The message begins with the place of the keyword at fault."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(": ".join(filter(None, (where, reason))))
+        self.where = where
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A keyword that is not enforced. ``where`` is its place in the schema."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Enforced:
+    """A schema that grammars can enforce, with notes about what they do not."""
+
+    schema: JsonValue
+    notes: tuple[Note, ...]
+
+
+def enforced(schema: JsonValue) -> Enforced:
+    """``schema`` as grammars can enforce it. Raises ``SchemaError``."""
+    rewriting = _Rewriting(schema)
+    try:
+        made = rewriting.schema(schema, "")
+        rewriting.check_references()
+    except RecursionError:
+        raise SchemaError("", "it is nested too deeply") from None
+    return Enforced(made, tuple(rewriting.notes))
+
+
+def guided(schema: JsonValue) -> JsonValue:
+    """An enforced schema with what its compiler has to know besides."""
+    if not isinstance(schema, dict):
+        return schema
+    given = schema.get("x-guidance", {})
+    if not isinstance(given, dict):
+        return schema
+    spaced = given.keys() & {"whitespace_pattern", "whitespace_flexible"}
+    spacing: Schema = {} if spaced else {"whitespace_pattern": WHITESPACE}
+    return {**schema, "x-guidance": {"coerce_one_of": True, **spacing, **given}}
+
+
+@dataclass
+class _Rewriting:
+    root: JsonValue
+    notes: list[Note] = field(default_factory=list[Note])
+    schemas: int = 0
+    unenforceable: dict[int, SchemaError] = field(default_factory=dict[int, SchemaError])
+    """Why a definition cannot be enforced, by its identity."""
+
+    def schema(self, value: JsonValue, where: str) -> JsonValue:
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, dict):
+            raise SchemaError(where, "a JSON Schema must be an object, true or false")
+        self.schemas += 1
+        if self.schemas > _MOST_SCHEMAS:
+            raise SchemaError("", f"it has more than {_MOST_SCHEMAS} schemas in it")
+        made = {key: each for key, each in value.items() if each is not None or key in _OF_VALUES}
+        nullable = made.pop("nullable", False) is True
+        if _negates_all(made.get("not")):
+            return False
+        _check(made, where)
+        _unevaluated(made)
+        _drop_idle(made)
+        self._draft(made)
+        self._annotations(made, where)
+        self._pattern(made, where)
+        self._one_of(made, where)
+        self._property_names(made, where)
+        self._bounds(made, where)
+        _exclude(made)
+        for keyword in _UNENFORCEABLE:
+            if keyword in made:
+                raise SchemaError(_at(where, keyword), "this keyword cannot be enforced here")
+        self._inner(made, where)
+        return _or_null(made) if nullable else made
+
+    def check_references(self) -> None:
+        """Raises ``SchemaError`` for a definition that cannot be enforced and that something refers to."""
+        waiting, seen = [self.root] if self.unenforceable else [], set[int]()
+        while waiting:
+            value = waiting.pop()
+            if value is None or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if (error := self.unenforceable.get(id(value))) is not None:
+                raise error
+            if isinstance(value, dict):
+                waiting += [*_parts(value), target_of(value.get("$ref"), self.root)]
+
+    def _inner(self, made: Schema, where: str) -> None:
+        for key in _OF_SCHEMAS:
+            if isinstance(named := made.get(key), dict):
+                step = self._definition if key in _DEFINITIONS else self.schema
+                made[key] = {name: step(each, _at(where, key, name)) for name, each in named.items()}
+        for key in _OF_ONE:
+            if key in made:
+                made[key] = self.schema(made[key], _at(where, key))
+        for key in _OF_LISTS:
+            if isinstance(listed := made.get(key), list):
+                made[key] = [self.schema(each, _at(where, key, str(at))) for at, each in enumerate(listed)]
+
+    def _definition(self, value: JsonValue, where: str) -> JsonValue:
+        """One that nothing refers to may say what cannot be enforced; ``check_references`` refuses the others."""
+        told = len(self.notes)
+        try:
+            return self.schema(value, where)
+        except SchemaError as error:
+            del self.notes[told:]
+            self.unenforceable[id(value)] = error
+            return value
+
+    def _note(self, where: str, text: str) -> None:
+        self.notes.append(Note(where, text))
+
+    def _draft(self, made: Schema) -> None:
+        if "$schema" in made:
+            named = str(made.pop("$schema"))
+            if match := _DRAFT.fullmatch(named):
+                made["$schema"] = f"http://json-schema.org/{match[1]}/schema#"
+            elif _NEWER_DRAFT.fullmatch(named):
+                made["$schema"] = named
+        if "$dynamicAnchor" in made:
+            made.setdefault("$anchor", made.pop("$dynamicAnchor"))
+        made.pop("$recursiveAnchor", None)
+        old = _DRAFT.fullmatch(str(self.root.get("$schema"))) if isinstance(self.root, dict) else None
+        if isinstance(made.get("items"), list) and old is None:
+            made["prefixItems"] = made.pop("items")
+            if "additionalItems" in made:
+                made["items"] = made.pop("additionalItems")
+
+    def _annotations(self, made: Schema, where: str) -> None:
+        if (name := made.get("format")) is not None and name not in FORMATS:
+            del made["format"]
+            self._note(_at(where, "format"), f"{str(name)[:_SHOWN]!r} is not enforced, as no unknown format is")
+        if made.pop("uniqueItems", False) is not False and made.get("maxItems", 2) not in (0, 1):
+            arrays = _arrangements(made, resolve(made.get("items"), self.root))
+            if arrays is None:
+                self._note(_at(where, "uniqueItems"), "is not enforced")
+            else:
+                made["enum"] = arrays
+        if "required" in made and not isinstance(made["required"], list):
+            del made["required"]
+            self._note(_at(where, "required"), "is not enforced, since it is no list of names")
+
+    def _bounds(self, made: Schema, where: str) -> None:
+        for key in _BOUNDS:
+            if isinstance(bound := made.get(key), int | float) and abs(bound) >= _LARGEST_BOUND:
+                del made[key]
+                self._note(
+                    _at(where, key), f"is not enforced, since grammars know no bounds from {_LARGEST_BOUND:g} on"
+                )
+
+    def _pattern(self, made: Schema, where: str) -> None:
+        pattern = made.get("pattern")
+        if pattern is None:
+            return
+        place = _at(where, "pattern")
+        if not isinstance(pattern, str):
+            raise SchemaError(place, "must be a string")
+        patterns = without_look_ahead(pattern)
+        if patterns is None:
+            if made.get("format") not in FORMATS:
+                reason = f"{pattern[:_SHOWN]!r} has look-around, a back-reference or a word boundary that"
+                raise SchemaError(place, f"{reason} cannot be enforced")
+            del made["pattern"]
+            self._note(place, f"is not enforced, since it has look-around; the format {made['format']!r} is")
+            return
+        made["pattern"] = patterns[0]
+        if more := patterns[1:]:
+            both = made.get("allOf")
+            made["allOf"] = [*(both if isinstance(both, list) else []), *({"pattern": each} for each in more)]
+
+    def _one_of(self, made: Schema, where: str) -> None:
+        choices = made.get("oneOf")
+        if isinstance(choices, list) and not disjoint(choices, self.root):
+            self._note(_at(where, "oneOf"), "is enforced as anyOf, since a value may match several of its schemas")
+
+    def _property_names(self, made: Schema, where: str) -> None:
+        """Properties of certain names become ``properties`` or ``patternProperties``, where there are none yet."""
+        if "propertyNames" not in made:
+            return
+        names = resolve(made["propertyNames"], self.root)
+        if names is True:
+            del made["propertyNames"]
+        if not isinstance(names, dict) or names.get("type", "string") != "string":
+            return
+        names = {key: each for key, each in names.items() if key not in {*_NOTES, "type", "$schema"}}
+        if (name := names.pop("format", None)) is not None:
+            self._note(_at(where, "propertyNames", "format"), f"{str(name)[:_SHOWN]!r} is not enforced")
+        if not names:
+            del made["propertyNames"]
+            return
+        if made.get("patternProperties"):
+            return
+        given, other = made.get("properties", {}), made.get("additionalProperties", True)
+        if not isinstance(given, dict):
+            return
+        allowed = _names(names)
+        if allowed is not None:
+            kept = {name: each for name, each in given.items() if name in allowed}
+            made["properties"] = {**kept, **({name: other for name in allowed if name not in kept})}
+        elif not given and (pattern := _names_pattern(names)) is not None:
+            made["patternProperties"] = {pattern: other}
+        else:
+            return
+        made["additionalProperties"] = False
+        del made["propertyNames"]
+
+
+def _at(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _parts(schema: Schema) -> Iterator[JsonValue]:
+    """The schemas in a schema, without its definitions."""
+    for key in _OF_SCHEMAS:
+        if key not in _DEFINITIONS and isinstance(named := schema.get(key), dict):
+            yield from named.values()
+    for key in (*_OF_ONE, *_OF_LISTS):
+        one = schema.get(key)
+        yield from one if isinstance(one, list) else [one]
+
+
+def _or_null(made: Schema) -> Schema:
+    """A schema that null matches, too. What others refer to or read at its place stays there."""
+    if not made.keys() & _EXCLUDING_NULL:
+        return made
+    outside = {key: each for key, each in made.items() if key in _OF_PLACE}
+    inside = {key: each for key, each in made.items() if key not in _OF_PLACE}
+    return {**outside, "anyOf": [inside, {"type": "null"}]}
+
+
+def _negates_all(value: JsonValue) -> bool:
+    return value is True or value == {}
+
+
+def _names(names: Schema) -> list[str] | None:
+    """The names that a schema lists."""
+    listed = names.get("enum", [names["const"]] if "const" in names else None)
+    if not isinstance(listed, list) or names.keys() - {"enum", "const"}:
+        return None
+    return [each for each in listed if isinstance(each, str) and names.get("const", each) == each]
+
+
+def _names_pattern(names: Schema) -> str | None:
+    """A pattern of the names that match a schema."""
+    pattern, least, most = names.get("pattern"), names.get("minLength", 0), names.get("maxLength", "")
+    if isinstance(pattern, str) and not names.keys() - {"pattern"}:
+        only = without_look_ahead(pattern)
+        return only[0] if only is not None and len(only) == 1 else None
+    return None if names.keys() - {"minLength", "maxLength"} else rf"^[\s\S]{{{least},{most}}}$"
+
+
+def _arrangements(made: Schema, items: JsonValue) -> list[JsonValue] | None:
+    """All arrays of different items, where there are few."""
+    if not isinstance(items, dict) or made.get("type") != "array" or made.keys() & {"prefixItems", "enum", "const"}:
+        return None
+    kind = items.get("type")
+    values = [True, False] if kind == "boolean" and "enum" not in items else items.get("enum")
+    if items.keys() - _NOTES - {"type", "enum"} or not isinstance(values, list) or len(values) > _MOST_ARRANGED:
+        return None
+    if kind is not None and not all(type_of(each) == kind for each in values):
+        return None
+    least, most = made.get("minItems", 0), made.get("maxItems", len(values))
+    if not isinstance(least, int) or not isinstance(most, int):
+        return None
+    lengths = range(least, min(most, len(values)) + 1)
+    return [list(each) for length in lengths for each in permutations(values, length)] or None
+
+
+def _check(made: Schema, where: str) -> None:
+    """Raises ``SchemaError`` for a keyword whose value cannot be; whole numbers become integers."""
+    kinds = made.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in TYPES:
+            raise SchemaError(_at(where, "type"), f"{str(kind)[:_SHOWN]!r} is no type; accepted are {', '.join(TYPES)}")
+    for key in _COUNTS:
+        number = made.get(key, 0)
+        if not _is_count(number):
+            raise SchemaError(_at(where, key), f"must be a whole number, 0 or more (got {json.dumps(number)[:_SHOWN]})")
+        if key in made:
+            made[key] = int(cast(float, number))
+    for key in _BOUNDS:
+        if not isinstance(made.get(key, 1), int | float):
+            raise SchemaError(_at(where, key), f"must be a number (got {json.dumps(made[key])[:_SHOWN]})")
+    if (factor := made.get("multipleOf", 1)) is True or not isinstance(factor, int | float) or factor <= 0:
+        raise SchemaError(_at(where, "multipleOf"), f"must be above 0 (got {json.dumps(factor)[:_SHOWN]})")
+    for key in ("anyOf", "oneOf", "enum"):
+        if made.get(key) == []:
+            raise SchemaError(_at(where, key), "is empty, so nothing matches it")
+
+
+def _is_count(number: JsonValue) -> bool:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        return False
+    return number >= 0 and number == int(number)
+
+
+def _drop_idle(made: Schema) -> None:
+    """Drops keywords whose values restrict nothing."""
+    idle: Mapping[str, Callable[[JsonValue], bool]] = {
+        "not": lambda value: value is False or value == {"not": {}},
+        "dependencies": lambda value: value == {},
+        "dependentRequired": lambda value: isinstance(value, dict) and not any(value.values()),
+        "dependentSchemas": lambda value: value == {},
+        "unevaluatedProperties": lambda value: value is True or value == {},
+        "unevaluatedItems": lambda value: value is True or value == {},
+        "contains": lambda _: made.get("minContains") == 0 and "maxContains" not in made,
+    }
+    for key, restricts_nothing in idle.items():
+        if key in made and restricts_nothing(made[key]):
+            del made[key]
+    if "if" not in made or not made.keys() & {"then", "else"}:
+        for key in ("if", "then", "else"):
+            made.pop(key, None)
+    if "contains" not in made:
+        for key in ("minContains", "maxContains"):
+            made.pop(key, None)
+
+
+def _unevaluated(made: Schema) -> None:
+    """Where no other schema sees the same value, what is unevaluated is what is additional."""
+    if made.keys() & _EVALUATING:
+        return
+    for unevaluated, additional in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+        if unevaluated in made:
+            made.setdefault(additional, made.pop(unevaluated))
+            made.pop(unevaluated, None)
+
+
+def _exclude(made: Schema) -> None:
+    """Draft 4's flags become bounds, and a bound gets a small step away from a whole number that it excludes.
+
+    llguidance takes {"exclusiveMinimum": 3, "maximum": 3.5} to allow 3.
+    """
+    for excluded, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(flag := made.get(excluded), bool):
+            del made[excluded]
+            if flag and bound in made:
+                made[excluded] = made.pop(bound)
+    for excluded, limits, end in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), math.inf),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -math.inf),
+    ):
+        bound = _numeric(made.get(excluded))
+        other = _numeric(next((made[limit] for limit in limits if limit in made), None))
+        if bound is not None and other is not None and bound == round(bound) and 0 < abs(other - bound) < 1:
+            step = bound + (other - bound) * _STEP
+            made[excluded] = step if step != bound else math.nextafter(bound, end)
+
+
+def _numeric(value: JsonValue) -> float | None:
+    """A number that may have another one less than 1 away from it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 1 << 53 else None

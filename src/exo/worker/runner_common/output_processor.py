@@ -1,0 +1,326 @@
+"""Makes text, stop strings and JSON out of tokens, in a thread of its own, while the engine computes the next step.
+
+The emitter is the only writer of the protocol stream and the only one that ends a request, which is what makes every
+request end exactly once.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import BinaryIO
+
+from exo.worker.protocol.messages import (
+    LINE_BYTES,
+    PART_LOGPROBS,
+    CpuUse,
+    Delta,
+    Deltas,
+    Embedded,
+    Failed,
+    Finished,
+    FinishReason,
+    Heartbeat,
+    Logprob,
+    Message,
+    PrefillProgress,
+    PromptLogprobs,
+    Ranked,
+    Status,
+    TokenLogprobs,
+    Usage,
+)
+from exo.worker.protocol.wire import encode, exit_now
+from exo.worker.runner_common.detokenizer import TextStream
+from exo.worker.runner_common.load_effort import effort
+from exo.worker.runner_common.request_checks import Resumed, Vocabulary
+
+HEARTBEAT_SECONDS = 1.0
+LEAST_LOGPROB = -9999.0
+PART_DELTAS = 256
+"""In one message; each may have log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request was found valid and, unless the tokens ``delivered`` before have ended it, is queued."""
+
+    id: str
+    n_prompt: int
+    n_delivered: int
+    resumed: Resumed
+    show_special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How probable the model found one token: natural logarithms, before anything the request asks for changes them.
+
+    ``top`` are the most probable tokens in its place, the most probable first, the lowest id first among equals.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request for a vector or a score was found valid and is queued."""
+
+    id: str
+    n_prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One new token; ``reason`` if the engine ended the sequence with it, ``scores`` if the request asks for them."""
+
+    id: str
+    token: int
+    reason: FinishReason | None
+    is_eog: bool
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Tokens of a prompt from place ``start`` on, and the ``scores`` asked for; the prompt's first token has none."""
+
+    id: str
+    start: int
+    tokens: list[int]
+    scores: list[Scores | None]
+
+    @classmethod
+    def following(cls, request: str, tokens: list[int], told: int, found: list[Scores]) -> "PromptScored":
+        """The scores ``found`` of the next tokens after the first ``told``; the first of all is told without one."""
+        scores: list[Scores | None] = [*found]
+        if not told:
+            scores.insert(0, None)
+        return cls(request, told, tokens[told : told + len(scores)], scores)
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """What one step brought: cells reused by sequences that began, prompt tokens computed, and new tokens.
+
+    ``ended`` are sequences that ended in it without a new token, and why.
+    """
+
+    cached: list[tuple[str, int]]
+    processed: list[tuple[str, int]]
+    sampled: list[Sampled] = field(default_factory=list[Sampled])
+    prompts: list[PromptScored] = field(default_factory=list[PromptScored])
+    ended: list[tuple[str, FinishReason]] = field(default_factory=list[tuple[str, FinishReason]])
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The engine has let go of a request that was cancelled."""
+
+    id: str
+
+
+Item = Accepted | Asked | StepDone | Cancelled | Message
+
+
+@dataclass(slots=True)
+class Output:
+    """What one request has produced so far."""
+
+    text: TextStream
+    n_prompt: int
+    show_special: bool = False
+    n_delivered: int = 0
+    n_cached: int = 0
+    n_tokens: int = 0
+    """Generated, here or before."""
+
+    @property
+    def n_prefill(self) -> int:
+        """Tokens that are known before the first one is generated here."""
+        return self.n_prompt + self.n_delivered
+
+    def usage(self) -> Usage:
+        """Token counts up to now."""
+        cached = min(self.n_cached, self.n_prompt)
+        return Usage(prompt_tokens=self.n_prompt, completion_tokens=self.n_tokens, cached_tokens=cached)
+
+
+@dataclass(slots=True)
+class Emitter:
+    """``put`` takes items from any thread; ``close`` writes what is queued and ends the thread."""
+
+    protocol: BinaryIO
+    vocabulary: Vocabulary = field(init=False)
+    """Set before the first request is accepted, when the tokenizer exists."""
+    stop_engine: Callable[[str], None] = field(init=False)
+    """Told the id of a request that a stop string ended while the engine went on."""
+    load: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+    """Steps, active and waiting sequences, for the heartbeat."""
+    cpu: Callable[[], CpuUse | None] = lambda: None
+    """How the engine uses the CPU, for the heartbeat."""
+    _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
+    _outputs: dict[str, Output] = field(default_factory=dict[str, Output])
+    _leaving: bool = False
+    _ready: bool = False
+    _thread: threading.Thread = field(init=False)
+
+    def start(self) -> None:
+        """Begins writing."""
+        self._thread = threading.Thread(target=self._run, name="emitter", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Item) -> None:
+        """Queues an item; never blocks."""
+        self._queue.put(item)
+
+    def close(self) -> None:
+        """Writes everything queued, then ends the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        beat = time.monotonic() + HEARTBEAT_SECONDS
+        while True:
+            try:
+                item = self._queue.get(timeout=max(0.0, beat - time.monotonic()))
+            except Empty:
+                self._write([self._heartbeat()])
+                beat = time.monotonic() + HEARTBEAT_SECONDS
+                continue
+            if item is None:
+                return
+            self._write(self._messages(item))
+
+    def _heartbeat(self) -> Heartbeat:
+        steps, active, waiting = self.load()
+        if self._ready:
+            return Heartbeat(steps=steps, active=active, waiting=waiting, cpu=self.cpu())
+        cpu_seconds, bytes_read = effort()
+        return Heartbeat(steps=steps, active=active, waiting=waiting, cpu_seconds=cpu_seconds, bytes_read=bytes_read)
+
+    def _write(self, messages: list[Message]) -> None:
+        if messages:
+            self.protocol.write(b"".join(map(self._line, messages)))
+
+    def _line(self, message: Message) -> bytes:
+        """The message. Ends the runner where it is too long, as ``Ready`` with a huge chat template may be."""
+        line = encode(message)
+        if len(line) > LINE_BYTES:
+            said = f"the runner's message {type(message).__name__} takes {len(line)} bytes, of at most {LINE_BYTES}"
+            code = "model_load_failed" if isinstance(message, Status) else "engine_error"
+            self.protocol.write(encode(Failed(code=code, message=said)))
+            exit_now(1)
+        return line
+
+    def _messages(self, item: Item) -> list[Message]:
+        match item:
+            case Accepted():
+                return self._begin(item)
+            case Asked():
+                return self._open(item.id, Output(TextStream(()), item.n_prompt))
+            case StepDone():
+                return self._step(item)
+            case Cancelled():
+                return self._finish(item.id, "cancelled")
+            case Failed(id=str(request)) | Embedded(id=request) | Ranked(id=request):
+                return self._end(request, item)
+            case Status(state="ShuttingDown"):
+                self._leaving = True
+                return [item]
+            case Status(state="Ready"):
+                self._ready = True
+                return [item]
+            case _:
+                return [item]
+
+    def _begin(self, item: Accepted) -> list[Message]:
+        text, n_delivered = item.resumed.text, item.n_delivered
+        output = Output(text, item.n_prompt, item.show_special, n_delivered, n_tokens=n_delivered)
+        begins = self._open(item.id, output)
+        return begins if item.resumed.ended is None else begins + self._finish(item.id, item.resumed.ended)
+
+    def _open(self, request: str, output: Output) -> list[Message]:
+        """The one place where a request begins."""
+        begins: list[Message] = [] if self._outputs else [Status(state="Running")]
+        self._outputs[request] = output
+        return [*begins, PrefillProgress(id=request, processed=0, total=output.n_prefill)]
+
+    def _step(self, step: StepDone) -> list[Message]:
+        for request, cached in step.cached:
+            if request in self._outputs:
+                self._outputs[request].n_cached = cached
+        messages: list[Message] = [
+            PrefillProgress(id=request, processed=processed, total=self._outputs[request].n_prefill)
+            for request, processed in step.processed
+            if request in self._outputs
+        ]
+        messages += [
+            part for prompt in step.prompts if prompt.id in self._outputs for part in self._prompt_logprobs(prompt)
+        ]
+        deltas: list[Delta] = []
+        ends: list[Message] = []
+        for sampled in step.sampled:
+            output = self._outputs.get(sampled.id)
+            if output is None:
+                continue
+            output.n_tokens += 1
+            deltas.append(self._delta(sampled, output))
+            if output.text.stopped_by is not None:
+                if sampled.reason is None:
+                    self.stop_engine(sampled.id)
+                ends += self._finish(sampled.id, "stop")
+            elif sampled.reason is not None:
+                ends += self._finish(sampled.id, sampled.reason)
+        messages += [Deltas(items=tuple(deltas[at : at + PART_DELTAS])) for at in range(0, len(deltas), PART_DELTAS)]
+        for request, reason in step.ended:
+            ends += self._finish(request, reason)
+        return messages + ends
+
+    def _delta(self, sampled: Sampled, output: Output) -> Delta:
+        text = ""
+        if not sampled.is_eog:
+            bytes_of = self.vocabulary.piece_of if output.show_special else self.vocabulary.bytes_of
+            text = output.text.push(bytes_of(sampled.token))
+        logprobs = () if sampled.scores is None else (self._logprobs(sampled.token, sampled.scores),)
+        return Delta(id=sampled.id, tokens=(sampled.token,), text=text, logprobs=logprobs)
+
+    def _prompt_logprobs(self, prompt: PromptScored) -> list[PromptLogprobs]:
+        widest = max((1 + len(scores.top) for scores in prompt.scores if scores is not None), default=1)
+        size = max(1, PART_LOGPROBS // widest)
+        parts: list[PromptLogprobs] = []
+        for at in range(0, len(prompt.tokens), size):
+            told = zip(prompt.tokens[at : at + size], prompt.scores[at : at + size], strict=True)
+            items = tuple(self._logprobs(*each) for each in told)
+            parts.append(PromptLogprobs(id=prompt.id, start=prompt.start + at, items=items))
+        return parts
+
+    def _logprobs(self, token: int, scores: Scores | None) -> TokenLogprobs:
+        if scores is None:
+            return TokenLogprobs(chosen=self._logprob(token, None))
+        top = tuple(self._logprob(*each) for each in scores.top)
+        return TokenLogprobs(chosen=self._logprob(token, scores.chosen), top=top)
+
+    def _logprob(self, token: int, value: float | None) -> Logprob:
+        bounded = None if value is None else max(value, LEAST_LOGPROB)
+        return Logprob(token=token, bytes=tuple(self.vocabulary.piece_of(token)), logprob=bounded)
+
+    def _finish(self, request: str, reason: FinishReason) -> list[Message]:
+        output = self._outputs.get(request)
+        if output is None:
+            return []
+        text = output.text.finish()
+        stop = output.text.stopped_by
+        usage = output.usage()
+        return self._end(
+            request, Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop)
+        )
+
+    def _end(self, request: str, terminal: Finished | Embedded | Ranked | Failed) -> list[Message]:
+        """The one place where a request ends. A refusal ends one that was never accepted."""
+        accepted = self._outputs.pop(request, None) is not None
+        if not accepted or self._outputs or self._leaving:
+            return [terminal]
+        return [terminal, Status(state="Ready")]

@@ -1,0 +1,342 @@
+"""The ctypes edge: the only file that touches llama.cpp's handles. One thread may use a ``Context``; see ``engine``.
+
+Field names and constants are those of llama-cpp-python 0.3.36; every struct starts from its ``default_params``, since
+their layouts change nearly every release.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.devices import Gpu
+from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
+
+Logits = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
+State = npt.NDArray[np.uint8]
+
+CACHE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30,
+}  # fmt: skip
+"""ggml's type numbers (``enum ggml_type``)."""
+SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+POOLING: dict[Pooling, int] = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
+"""``enum llama_pooling_type``."""
+
+
+class EngineError(Exception):
+    """llama.cpp failed in a way after which it cannot be trusted; the process ends."""
+
+
+class Log:
+    """Receives llama.cpp's log: warnings and errors go to standard error, the last errors are kept for a diagnosis."""
+
+    WARNING, ERROR = 3, 4
+    _callbacks: ClassVar[list[object]] = []
+    """llama.cpp keeps the function's address until the process ends, so the function may never be collected."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        callback = llama_cpp.llama_log_callback(self._receive)
+        self._callbacks.append(callback)
+        llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _: object) -> None:
+        if level not in (self.WARNING, self.ERROR):
+            return
+        line = text.decode(errors="replace").strip()
+        sys.stderr.write(line + "\n")
+        if level == self.ERROR:
+            self.errors = [*self.errors[-9:], line]
+
+
+class Model:
+    """A loaded GGUF: weights and vocabulary."""
+
+    def __init__(
+        self,
+        path: Path,
+        options: CudaOptions,
+        devices: Sequence[Gpu],
+        on_progress: Callable[[float], None],
+        log: Log,
+    ) -> None:
+        """Raises LoadError with llama.cpp's own last error lines. ``on_progress`` gets the share done, 0 to 1.
+
+        Without ``devices`` everything is the processors'.
+        """
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = options.n_gpu_layers if devices else 0
+        params.split_mode = SPLIT_MODES[options.split_mode if devices else "none"]
+        if not devices:  # a file's pages cannot be huge ones
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+
+        def progress(done: float, _: object) -> bool:
+            on_progress(done)
+            return True
+
+        callback = llama_cpp.llama_progress_callback(progress)
+        params.progress_callback = callback
+        self._devices = (ctypes.c_void_p * (len(devices) + 1))(*(each.handle for each in devices), None)
+        # The bindings declare this field as a bare pointer, which an array does not assign to.
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore[reportAttributeAccessIssue]
+        if options.tensor_split is not None:
+            shares = (ctypes.c_float * llama_cpp.llama_max_devices())(*options.tensor_split)
+            params.tensor_split = shares
+        handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not handle:
+            raise _load_error(f"llama.cpp could not load {path}", log)
+        self.handle = handle
+        vocab = llama_cpp.llama_model_get_vocab(handle)
+        if vocab is None:
+            raise LoadError("model_load_failed", f"{path} has no vocabulary")
+        self.vocab = vocab
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.n_layers = llama_cpp.llama_model_n_layer(handle)
+        self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
+        self.size_bytes = llama_cpp.llama_model_size(handle)
+        self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
+        """Whether a sequence's last tokens can be taken from the cache."""
+        self.keeps_window = not self.can_cut or llama_cpp.llama_model_n_swa(handle) > 0
+        """Whether a saved state has, in some layers, only what the next token needs."""
+
+    def chat_template(self) -> str | None:
+        """The file's own template, or None."""
+        source = llama_cpp.llama_model_chat_template(self.handle, None)
+        return source.decode(errors="replace") if source else None
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the file's header as text, or None; "{arch}" in the key stands for the architecture's name."""
+        if "{arch}" in key:
+            key = key.replace("{arch}", self.metadata("general.architecture") or "")
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            # The bindings say bytes, which cannot be written into.
+            length = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)  # pyright: ignore[reportArgumentType]
+            if length < size:
+                return None if length < 0 else buffer.value.decode(errors="replace")
+            size = length + 1
+
+    def free(self) -> None:
+        """Call after every context over this model is freed."""
+        llama_cpp.llama_model_free(self.handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The most rows of one step, of one computation graph (llama.cpp's micro-batch), and that give logits."""
+
+    step: int
+    graph: int
+    outputs: int
+    reduced: int = 1
+    """Of those that give logits, in one sequence whose logits ``chains`` reduce."""
+
+
+class Batch:
+    """One preallocated llama_batch whose arrays are written through numpy; each row belongs to exactly one sequence."""
+
+    def __init__(self, size: int) -> None:
+        self.tokens = np.zeros(size, np.int32)
+        self.positions = np.zeros(size, np.int32)
+        self.slots = np.zeros(size, np.int32)
+        self.outputs = np.zeros(size, np.int8)
+        self._ones = np.ones(size, np.int32)
+        int32_pointer = ctypes.POINTER(ctypes.c_int32)
+        address = self.slots.ctypes.data
+        self._rows = (int32_pointer * size)(*(ctypes.cast(address + 4 * row, int32_pointer) for row in range(size)))
+        self.struct = llama_cpp.llama_batch(
+            n_tokens=0,
+            token=self.tokens.ctypes.data_as(int32_pointer),
+            embd=None,
+            pos=self.positions.ctypes.data_as(int32_pointer),
+            n_seq_id=self._ones.ctypes.data_as(int32_pointer),
+            seq_id=self._rows,
+            logits=self.outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+
+class Context:
+    """The KV cache and compute buffers for ``slots`` sequences of ``n_ctx`` tokens each.
+
+    The cache is split (``kv_unified`` off): a sequence's logits then do not depend on its slot or its neighbours, which
+    a unified cache does not give (8.5 apart on a Q4_K_M model).
+    """
+
+    def __init__(self, model: Model, options: CudaOptions, n_ctx: int, rows: Rows, log: Log) -> None:
+        """Raises LoadError."""
+        params = _context_params(options)
+        params.n_ctx = n_ctx * options.slots
+        params.n_seq_max = options.slots
+        params.n_batch = rows.step
+        params.n_ubatch = rows.graph
+        params.n_outputs_max = rows.outputs
+        params.n_outputs_max_per_seq = rows.reduced
+        params.kv_unified = False
+        handle = llama_cpp.llama_init_from_model(model.handle, params)
+        if not handle:
+            raise _load_error("llama.cpp could not make a context", log)
+        self.handle = handle
+        self.n_ctx = llama_cpp.llama_n_ctx_seq(handle)
+        self.batch = Batch(rows.step)
+        self.n_vocab = model.n_vocab
+        self._memory = llama_cpp.llama_get_memory(handle)
+        self.generates = self._memory is not None and llama_cpp.llama_get_causal_attn(handle)
+        """False for an encoder, in which every token sees all others: it can only be asked for vectors of whole texts.
+        llama.cpp tells so of a context and not of a model."""
+        self.keeps_window = model.keeps_window
+
+    def decode(self, n_rows: int) -> None:
+        """Computes the batch's first ``n_rows``, to the end. Raises EngineError; the context is then unusable."""
+        self.batch.struct.n_tokens = n_rows
+        code = llama_cpp.llama_decode(self.handle, self.batch.struct)
+        if code != 0:
+            raise EngineError(f"llama_decode returned {code} for a batch of {n_rows} rows")
+        llama_cpp.llama_synchronize(self.handle)
+
+    def logits(self, n_outputs: int) -> Logits:
+        """A view, shape (n_outputs, n_vocab), of the rows asked for, in batch order; valid until the next decode."""
+        address = llama_cpp.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(address, shape=(n_outputs, self.n_vocab))
+
+    def use_threads(self, one_row: int, more: int) -> None:
+        """Sets the threads of the CPU part, for steps of one row and for steps of more."""
+        llama_cpp.llama_set_n_threads(self.handle, one_row, more)
+
+    def trim(self, slot: int, length: int) -> bool:
+        """Keeps the first ``length`` cells of a slot; false where this model's cache cannot be cut there."""
+        return self._memory is not None and llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Makes a slot's cells those of another, all of them, since a split cache knows no less.
+
+        llama.cpp does so with the next decode, before it computes anything: what overwrites the source's cells until
+        then by other means than a decode is copied in their stead.
+        """
+        assert self._memory is not None
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def wipe(self, slot: int, sound: int | None) -> None:
+        """Empties a slot and overwrites its cells with those of the slot ``sound``, when ``copy`` does.
+
+        None: all slots are emptied and their cells are zeros at once.
+        """
+        assert self._memory is not None
+        if sound is None:
+            llama_cpp.llama_memory_clear(self._memory, True)
+            return
+        self.copy(sound, slot)
+        self.trim(slot, 0)
+
+    def save(self, slot: int, most: int) -> State:
+        """The cells of a slot, but of layers with a sliding window only those that the next token sees.
+
+        Empty if that failed or takes over ``most`` bytes.
+        """
+        size = llama_cpp.llama_state_seq_get_size(self.handle, ctypes.c_int32(slot))
+        if not 0 < size <= most:
+            return np.empty(0, np.uint8)
+        state = np.empty(size, np.uint8)
+        array = (ctypes.c_uint8 * size).from_buffer(state.data)
+        return state[: llama_cpp.llama_state_seq_get_data(self.handle, array, size, ctypes.c_int32(slot))]
+
+    def restore(self, slot: int, state: State) -> bool:
+        """Makes a slot's cells those saved; false, and no cells, if that failed."""
+        array = (ctypes.c_uint8 * state.size).from_buffer(state.data)
+        if llama_cpp.llama_state_seq_set_data(self.handle, array, state.size, ctypes.c_int32(slot)) == state.size:
+            return True
+        self.trim(slot, 0)
+        return False
+
+    def free(self) -> None:
+        """Call from the thread that decodes, before the model is freed."""
+        llama_cpp.llama_free(self.handle)
+
+
+class PooledContext:
+    """Vectors of whole texts, or scores, over the weights that generation uses; at most ``n_texts`` at a time.
+
+    Each text is a sequence of its own, numbered from 0. They share the cells of one cache, since nothing stays in them.
+    """
+
+    def __init__(
+        self, model: Model, options: CudaOptions, pooling: Pooling, n_cells: int, n_rows: int, n_texts: int, log: Log
+    ) -> None:
+        """``n_cells`` tokens of texts, ``n_rows`` of them in one batch. Raises LoadError."""
+        params = _context_params(options)
+        params.n_ctx = n_cells
+        params.n_seq_max = n_texts
+        params.n_batch = params.n_ubatch = n_rows
+        params.kv_unified = True
+        params.embeddings = True
+        params.pooling_type = POOLING[pooling]
+        handle = llama_cpp.llama_init_from_model(model.handle, params)
+        if not handle:
+            raise _load_error("llama.cpp could not make a context for embeddings", log)
+        self.handle = handle
+        self.batch = Batch(n_rows)
+        self.batch.outputs[:] = 1
+        self.size = 1 if pooling == "rank" else llama_cpp.llama_model_n_embd_out(model.handle)
+        """Numbers that ``pooled`` gives."""
+        self._memory = llama_cpp.llama_get_memory(handle)
+
+    def use_threads(self, count: int) -> None:
+        """Sets the threads of the CPU part."""
+        llama_cpp.llama_set_n_threads(self.handle, count, count)
+
+    def compute(self, n_rows: int) -> None:
+        """The batch's first ``n_rows``. Raises EngineError; the context is then unusable."""
+        self.batch.struct.n_tokens = n_rows
+        code = llama_cpp.llama_decode(self.handle, self.batch.struct)
+        if code != 0:
+            raise EngineError(f"llama_decode returned {code} for {n_rows} rows to embed")
+
+    def pooled(self, text: int) -> Vector:
+        """What the rows of a text in the last batch pool to; a copy. Waits for the computation to end."""
+        address = llama_cpp.llama_get_embeddings_seq(self.handle, text)
+        return np.ctypeslib.as_array(address, shape=(self.size,)).copy()
+
+    def clear(self, *, data: bool) -> None:
+        """Empties the cache; with ``data`` also overwrites what was in it, such as values that are not numbers."""
+        if self._memory is not None:
+            llama_cpp.llama_memory_clear(self._memory, data)
+
+    def free(self) -> None:
+        """Call from the thread that computes, before the model is freed."""
+        llama_cpp.llama_free(self.handle)
+
+
+def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
+    """What all contexts of a model have in common."""
+    params = llama_cpp.llama_context_default_params()
+    params.swa_full = True
+    params.n_threads = options.threads or 1
+    params.n_threads_batch = options.threads_batch or params.n_threads
+    params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
+    params.type_k = CACHE_TYPES[options.cache_type_k]
+    params.type_v = CACHE_TYPES[options.cache_type_v]
+    params.no_perf = True
+    return params
+
+
+def _load_error(what: str, log: Log) -> LoadError:
+    detail = "; ".join(log.errors[-3:]) or "it gave no reason"
+    low = detail.lower()
+    if "out of memory" in low or "failed to allocate" in low or "unable to allocate" in low:
+        return LoadError("out_of_memory", f"{what}: not enough memory ({detail})")
+    return LoadError("model_load_failed", f"{what}: {detail}")
+
+
+def engine_version() -> str:
+    """Version of llama.cpp and of its bindings, such as "0.5.0-dev+python.0.3.36"."""
+    return f"{llama_cpp.llama_version().decode()}+python.{llama_cpp.__version__}"

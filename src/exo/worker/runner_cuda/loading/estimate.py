@@ -1,0 +1,306 @@
+"""How much memory a model takes in this runner, from its file's header and the card's settings. Loads nothing.
+
+Weights and KV cache are counted exactly. The rest is fitted to what runner processes were measured to have
+(x86-64, llama.cpp 0.5.0-dev, Python 3.11; ``tests/test_estimate_runners.py`` measures again).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from exo.worker.protocol.messages import Estimate, Estimated, Load
+from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
+from exo.worker.runner_cuda.bindings import CACHE_TYPES
+from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST
+from exo.worker.runner_cuda.loading.devices import gpus
+from exo.worker.runner_cuda.loading.gguf_check import TENSOR_TYPES, parts
+from exo.worker.runner_cuda.loading.gguf_metadata import Header
+from exo.worker.runner_cuda.loading.loader import (
+    DEFAULT_CONTEXT,
+    check_header,
+    chunks,
+    draft_file,
+    draft_options,
+    read_options,
+)
+from exo.worker.runner_cuda.loading.options import CudaOptions, find_model
+from exo.worker.runner_cuda.loading.placement import (
+    Placement,
+    check_architecture,
+    chosen,
+    elsewhere,
+    shared_out,
+    tensor_splits,
+)
+from exo.worker.runner_cuda.scheduler import SCORED_ROWS
+
+_PROCESS = 70_000_000
+"""Interpreter and libraries."""
+_DRIVER = 350_000_000
+"""What CUDA adds to that."""
+DEVICE_CONTEXT = 512 << 20
+"""Of each device, what CUDA takes for itself."""
+_COPIES = 4
+"""Of a graph's inputs, where several devices work on batches one behind the other (GGML_SCHED_MAX_COPIES)."""
+_HANDED_BACK = 4
+"""Times the logits that it takes on the host to have room for what backend sampling may hand back of them, too."""
+_TOKEN = 150
+"""Each token of the vocabulary."""
+_REPACKED = (2, 12, 20, 39)
+"""ggml's types of matrices of which the CPU keeps a second copy, in an order that suits its instructions."""
+_Where = Sequence[Mapping[str, float]]
+"""See ``Placement.layers``."""
+_OF_DRAFT = ("vocabulary", "weights", "KV cache", "outputs", "compute")
+_SMALLER_CACHES = ("q8_0", "q4_0")
+
+
+def estimate(command: Estimate) -> Estimated:
+    """Raises LoadError as loading would: without a file, with a broken one or with wrong settings."""
+    load = command.load
+    options = read_options(load)
+    on_gpu = load.backend == "LlamaCppCuda"
+    present = gpus() if on_gpu else ()
+    devices = chosen(options, load.backend, present)
+    path = find_model(options, load.model_id, load.directories)
+    check_header(path)
+    headers = [Header.read(part) for part in parts(path)]
+    check_architecture(options, lambda: headers[0])
+    model = _Model.of(headers, options)
+    splits = tensor_splits(options, devices)
+    left = Open(
+        n_ctx=load.table.get("n_ctx") == "auto",
+        n_gpu_layers=on_gpu and load.table.get("n_gpu_layers") == "auto",
+        trained=model.trained,
+        layers=len(model.layers) + 1,
+        tensor_splits=splits,
+        devices=elsewhere(options, devices, present),
+    )
+    wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
+    n_ctx = options.n_ctx or min(model.trained, DEFAULT_CONTEXT)
+    plan = Plan(
+        n_ctx=n_ctx,
+        slots=options.slots,
+        n_gpu_layers=wanted if on_gpu else None,
+        prefix_cache_bytes=options.prefix_cache_bytes,
+        devices=tuple(each.name for each in devices),
+        tensor_split=splits[-1] if splits else options.tensor_split,
+    )
+    draft = _draft(load, options)
+
+    def size(plan: Plan) -> list[Part]:
+        return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
+
+    return estimated(plan, left, size, _smaller_caches(options))
+
+
+def _draft(load: Load, options: CudaOptions) -> "_Model | None":
+    path = draft_file(load, options)
+    if path is None or options.draft is None:
+        return None
+    return _Model.of([Header.read(part) for part in parts(path)], draft_options(options, options.draft))
+
+
+def _smaller_caches(options: CudaOptions) -> Sequence[str]:
+    """Values are only quantised where attention is computed in one go, and not for devices that share each layer."""
+    if options.flash_attn == "off" or options.split_mode == "tensor":
+        return ()
+    largest = max(_bytes(options.cache_type_k, 1024), _bytes(options.cache_type_v, 1024))
+    return [kind for kind in _SMALLER_CACHES if _bytes(kind, 1024) < largest]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What one layer has."""
+
+    weights: int = 0
+    """Bytes."""
+    repacked: int = 0
+    """Of these, what a CPU keeps twice."""
+    copied: int = 0
+    """And what each device has whole where they share the layer."""
+    heads: int = 1
+    """Of keys and values, which devices do not divide."""
+    keys: int = 0
+    """Elements of one token's keys, and ``values`` of its values."""
+    values: int = 0
+    state: int = 0
+    """Bytes of a sequence, in a layer that keeps something other than keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """Sizes of weights are in bytes."""
+
+    options: CudaOptions
+    layers: list[_Layer]
+    embedding: int
+    """The matrix for tokens that go in, which stays with the processors."""
+    rest: int
+    """What is behind the last layer."""
+    tied: bool
+    """Whether the embedding is the output's matrix too, of which a device has a copy."""
+    vocabulary: int
+    trained: int
+    hidden: int
+    feed_forward: int
+    heads: int
+
+    @classmethod
+    def of(cls, headers: Sequence[Header], options: CudaOptions) -> "_Model":
+        """From the headers of a model's files, the first of which has the metadata."""
+        header, tensors = headers[0], [tensor for each in headers for tensor in each.tensors]
+        arch = header.texts.get("general.architecture", "")
+        layers = _layers(header, arch)
+        embedding = rest = 0
+        for tensor in tensors:
+            block, _, name = tensor.name.removeprefix("blk.").partition(".")
+            if tensor.name.startswith("blk.") and block.isdecimal() and int(block) < len(layers):
+                layers[int(block)].weights += tensor.size
+                layers[int(block)].copied += 0 if shared_out(tensor.name) else tensor.size
+                if name.endswith(".weight") and tensor.kind in _REPACKED:
+                    layers[int(block)].repacked += tensor.size
+            elif tensor.name.startswith("token_embd."):
+                embedding += tensor.size
+            else:
+                rest += tensor.size
+        hidden = header.numbers.get(f"{arch}.embedding_length", 1)
+        return cls(
+            options=options,
+            layers=layers,
+            embedding=embedding,
+            rest=rest,
+            tied=not any(tensor.name == "output.weight" for tensor in tensors),
+            vocabulary=header.numbers.get("tokenizer.ggml.tokens#", 0),
+            trained=header.numbers.get(f"{arch}.context_length", DEFAULT_CONTEXT),
+            hidden=hidden,
+            feed_forward=max(header.per_layer(f"{arch}.feed_forward_length", len(layers), 4 * hidden)),
+            heads=max(header.per_layer(f"{arch}.attention.head_count", len(layers), 1)),
+        )
+
+    def size(self, plan: Plan) -> list[Part]:
+        """What everything takes."""
+        n_device, on_gpu = plan.n_gpu_layers or 0, plan.n_gpu_layers is not None
+        shares = plan.tensor_split or (1.0,) * len(plan.devices)
+        placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
+        where = placement.layers(len(self.layers), n_device)
+        started = dict.fromkeys(plan.devices, DEVICE_CONTEXT)
+        row = 4 * self.vocabulary * (_HANDED_BACK if self._may_reduce(where) else 1)
+        return [
+            Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
+            Part("vocabulary", self.vocabulary * _TOKEN),
+            self._weights(where),
+            self._cache("KV cache", plan, where, plan.slots, plan.n_ctx),
+            Part("outputs", plan.slots * row),
+            Part("prompt log-probabilities", SCORED_ROWS * row, later=True),
+            Part("prefix cache", plan.prefix_cache_bytes, later=True),
+            self._compute(plan, where),
+            *self._texts(plan, where),
+        ]
+
+    def beside(self, plan: Plan) -> list[Part]:
+        """What a draft model takes beside the one that ``plan`` is for: no process and no caches of its own."""
+        wanted = len(self.layers) + 1 if self.options.n_gpu_layers < 0 else self.options.n_gpu_layers
+        own = replace(plan, n_gpu_layers=plan.n_gpu_layers and wanted, devices=plan.devices[:1], tensor_split=None)
+        return [replace(part, name="draft model") for part in self.size(own) if part.name in _OF_DRAFT]
+
+    def _weights(self, where: _Where) -> Part:
+        *of_layers, behind = where
+        host, devices = self.embedding, dict.fromkeys(_devices(where), 0)
+        for layer, shares in zip(self.layers, of_layers, strict=True):
+            host += 0 if shares else layer.weights + layer.repacked
+            for name, share in shares.items():
+                devices[name] += math.ceil(share * (layer.weights - layer.copied)) + layer.copied
+        host += 0 if behind else self.rest
+        for name, share in behind.items():
+            devices[name] += math.ceil(share * self.rest) + (self.embedding if self.tied else 0)
+        return Part("weights", host, devices=devices)
+
+    def _cache(self, name: str, plan: Plan, where: _Where, slots: int, n_ctx: int, *, later: bool = False) -> Part:
+        """Keys and values of so many slots. Devices that share a layer have whole heads of it."""
+        host, devices = 0, dict.fromkeys(_devices(where), 0)
+        for layer, shares in zip(self.layers, where, strict=False):
+            size = slots * (cells(n_ctx) * self._token(layer, plan) + layer.state)
+            host += 0 if shares else size
+            for device, share in shares.items():
+                whole = math.ceil(share * layer.heads) / layer.heads if layer.heads else share
+                devices[device] += math.ceil(size * whole)
+        return Part(name, host, later=later, devices=devices)
+
+    def _token(self, layer: _Layer, plan: Plan) -> int:
+        """Bytes of one token in one layer's cache."""
+        types = self.options.cache_type_k, self.options.cache_type_v
+        kinds = (plan.cache_type, plan.cache_type) if plan.cache_type is not None else types
+        return _bytes(kinds[0], layer.keys) + _bytes(kinds[1], layer.values)
+
+    def _compute(self, plan: Plan, where: _Where) -> Part:
+        """The graph's buffer: logits of all rows that give any, or one layer's activations, and the mask."""
+        chunk = chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).alone
+        n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
+        return self._graph("compute", where, chunk, n_outputs, plan.n_ctx)
+
+    def _may_reduce(self, where: _Where) -> bool:
+        """Whether there may be backend sampling, whose graph has the logits twice."""
+        wanted = self.options.backend_sampling
+        return wanted == "on" or (wanted == "auto" and all(where) and self.options.split_mode != "tensor")
+
+    def _graph(self, name: str, where: _Where, rows: int, n_outputs: int, n_ctx: int) -> Part:
+        """Of the processors, or of each device, of which those with the end of the model compute the logits."""
+        inputs, activations = self._attention(rows, n_ctx), self._activations(rows)
+        largest = max(4 * n_outputs * self.vocabulary, activations)
+        devices = _devices(where)
+        if not devices:
+            return Part(name, largest + inputs, later=True)
+        if len(devices) > 1 and all(where) and self.options.split_mode == "layer":
+            inputs = _COPIES * (inputs + 4 * rows * self.hidden)
+        ending = where[-1]
+        sizes = {each: inputs + (largest if each in ending else activations) for each in devices}
+        return Part(name, later=True, devices=sizes)
+
+    def _texts(self, plan: Plan, where: _Where) -> list[Part]:
+        """The context for texts to embed; see ``embedding``."""
+        options = self.options
+        chunk = chunks(options, on_gpu=bool(plan.n_gpu_layers)).beside
+        longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
+        rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
+        return [
+            self._cache("embedding", plan, where, 1, longest, later=True),
+            self._graph("embedding", where, rows, rows, longest),
+            Part("embedding", 4 * rows * self.vocabulary, later=True),  # the results, with logits of every row
+        ]
+
+    def _activations(self, rows: int) -> int:
+        return 4 * rows * (4 * self.hidden + 3 * self.feed_forward)
+
+    def _attention(self, rows: int, n_ctx: int) -> int:
+        """The mask and, where attention is not computed in one go, every head's scores."""
+        scores = 4 * self.heads if self.options.flash_attn == "off" else 0
+        return rows * cells(n_ctx) * (6 + scores)
+
+
+def _devices(where: _Where) -> tuple[str, ...]:
+    """All that have something."""
+    return tuple(dict.fromkeys(name for shares in where for name in shares))
+
+
+def _bytes(kind: str, elements: int) -> int:
+    block, size = TENSOR_TYPES[CACHE_TYPES[kind]]
+    return elements // block * size
+
+
+def _layers(header: Header, arch: str) -> list[_Layer]:
+    """The layers' caches; their weights are still to be counted."""
+
+    def number(key: str, default: int) -> int:
+        return header.numbers.get(f"{arch}.{key}", default)
+
+    n_layers = number("block_count", 1)
+    heads = header.per_layer(f"{arch}.attention.head_count", n_layers, 1)
+    kv_heads = header.per_layer(f"{arch}.attention.head_count_kv", n_layers, max(heads))
+    width = number("embedding_length", 1) // max(1, *heads)
+    # An encoder keeps nothing of the tokens that it has seen.
+    causal = number("attention.causal", 1)
+    keys, values = number("attention.key_length", width) * causal, number("attention.value_length", width) * causal
+    inner, state = number("ssm.inner_size", 0), number("ssm.state_size", 0)
+    convolved = (number("ssm.conv_kernel", 1) - 1) * (inner + 2 * number("ssm.group_count", 0) * state)
+    kept = 4 * (inner * state + convolved)
+    return [_Layer(heads=each, keys=each * keys, values=each * values, state=kept) for each in kv_heads]

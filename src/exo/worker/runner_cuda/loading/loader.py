@@ -1,0 +1,294 @@
+"""From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from exo.worker.protocol.cores import physical_cores, usable_cpus
+from exo.worker.protocol.messages import Capabilities, Load, Status
+from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
+from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
+from exo.worker.runner_cuda.embedding_input import Framing
+from exo.worker.runner_cuda.loading.devices import ENGINE, Gpu, gpus
+from exo.worker.runner_cuda.loading.gguf_check import parts
+from exo.worker.runner_cuda.loading.gguf_metadata import Header
+from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
+from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
+from exo.worker.runner_cuda.loading.threads import Threads
+from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.sampling.device_chains import Chains
+from exo.worker.runner_cuda.sampling.device_sampling import BackendSampling, backend_sampling
+from exo.worker.runner_cuda.scheduler import SCORED_ROWS, Scheduler
+from exo.worker.runner_cuda.speculation.model_drafter import LITTLE, DraftModel, check_vocabulary
+from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
+from exo.worker.runner_cuda.speculation.speculation import Speculation
+from exo.worker.runner_cuda.step_time import Pace
+from exo.worker.runner_cuda.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 4096
+CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
+"""Prompt tokens on a CPU: of one prompt next to streams and without any, and of all prompts between two steps of the
+streams. A step of one prompt is short, so that the prompt ends soon after it is cancelled."""
+CPU_ENOUGH = 32
+"""Prompt tokens from which on a CPU computes the next prompt in a step of its own, so that the first can begin its
+output: with more, a token takes hardly less. A GPU has use for all that there are."""
+GPU_CHUNK, GPU_BUDGET = 512, 2048
+CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 260, 100
+_CHECK_SECONDS = 60
+"""Wall time for the check of a file's header, most of it a slow disk's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to generate. ``chunk`` is the prompt tokens per step of one prompt."""
+
+    model: Model
+    context: Context
+    embedder: Embedder
+    tokenizer: Tokenizer
+    framing: Framing
+    capabilities: Capabilities
+    scheduler: Scheduler
+    chunk: int
+    draft: DraftModel | None
+    sampling: BackendSampling
+    threads: Threads
+
+    def free(self) -> None:
+        """Contexts first: they borrow from the model, and from the chains of backend sampling."""
+        if self.draft is not None:
+            self.draft.free()
+        self.embedder.free()
+        self.context.free()
+        self.sampling.chains.free()
+        self.model.free()
+
+
+def load(command: Load, report: Callable[[Status], None], *, score: bool = False) -> Loaded:
+    """Loads and warms up, reporting the way there; with ``score``, every row may give logits. Raises LoadError."""
+    log = Log()
+    options = read_options(command)
+    devices = chosen(options, command.backend, gpus() if command.backend == "LlamaCppCuda" else ())
+    path = find_model(options, command.model_id, command.directories)
+    check_header(path)
+    check_architecture(options, lambda: Header.read(path))
+    on_gpu = bool(devices)
+    report(Status(state="Loading"))
+    last = -1
+
+    def progress(done: float) -> None:
+        nonlocal last
+        percent = int(done * 100)
+        if percent > last:
+            last = percent
+            report(Status(state="Loading", layers_loaded=percent, total_layers=100))
+
+    model = Model(path, options, devices, progress, log)
+    report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
+    sizes = chunks(options, on_gpu=on_gpu)
+    chunk, budget = sizes.beside, sizes.budget
+    n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
+    try:
+        outputs = budget if score else options.slots + SCORED_ROWS
+        reduced = 1 if options.speculation == "off" else 1 + LONGEST
+        rows = Rows(step=budget + options.slots, graph=sizes.alone, outputs=outputs, reduced=reduced)
+        context = Context(model, options, n_ctx, rows, log)
+    except LoadError:
+        model.free()
+        raise
+    report(Status(state="WarmingUp"))
+    embedder = Embedder(model, options, context.generates, context.n_ctx, chunk, log)
+    if embedder.pooling == "rank" and not any(Header.read(part).has(*RANKING_HEADS) for part in parts(path)):
+        raise LoadError("model_load_failed", f"{path} has no head that ranks, and its pooling is to be rank")
+    _warm_up(context, embedder, score)
+    on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
+    chains = Chains(context)
+    given = (context, chains, options)
+    sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
+    threads = Threads(physical_cores(), len(usable_cpus()), _fixed_threads(command, options))
+    draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log)
+    tokenizer = Tokenizer(model)
+    names = tuple(device.name for device in devices) or (CPU,)
+    capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
+    max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
+    cache = PrefixCache(context, options.prefix_cache_bytes)
+    speculate = options.speculation if model.can_cut else "off"
+    speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
+    enough = budget if on_gpu else CPU_ENOUGH
+    scheduler = Scheduler(
+        options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation, sizes.alone
+    )
+    framing = Framing(model, tokenizer)
+    return Loaded(
+        model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling, threads
+    )
+
+
+def _capabilities(
+    options: CudaOptions,
+    backend: str,
+    devices: tuple[str, ...],
+    model: Model,
+    context: Context,
+    embedder: Embedder,
+    tokenizer: Tokenizer,
+) -> Capabilities:
+    return Capabilities(
+        engine=ENGINE,
+        engine_version=engine_version(),
+        backend=backend,
+        devices=devices,
+        context_length=context.n_ctx if context.generates else embedder.longest,
+        slots=options.slots,
+        vocabulary=model.n_vocab,
+        grammar=context.generates,
+        logprobs=context.generates,
+        embeddings=embedder.pooling != "rank",
+        rerank=embedder.pooling == "rank",
+        model_bytes=model.size_bytes,
+        chat_template=options.chat_template or model.chat_template(),
+        bos_token=tokenizer.text_of(tokenizer.bos),
+        eos_token=tokenizer.text_of(tokenizer.eos),
+        special_tokens=tuple(tokenizer.special),
+        special_ids=tuple(tokenizer.special.values()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Prompt tokens per step: of one prompt, next to streams and without any, and of all prompts."""
+
+    beside: int
+    alone: int
+    budget: int
+
+
+def chunks(options: CudaOptions, *, on_gpu: bool) -> Chunks:
+    """The sizes that the model card sets, or else those that were measured to be fastest on such a device."""
+    beside = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+    alone = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_ALONE)
+    return Chunks(beside, alone, max(alone, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET)))
+
+
+def read_options(command: Load) -> CudaOptions:
+    """The card's table, validated and made to fit the backend that was chosen. Raises LoadError naming the key."""
+    try:
+        options = CudaOptions.model_validate(command.table)
+    except ValidationError as error:
+        raise LoadError("model_misconfigured", f"model card, [cuda] {describe(error)[1]}") from error
+    updates: dict[str, object] = {"threads": options.threads or physical_cores()}
+    if command.backend == "LlamaCppCpu":
+        updates["n_gpu_layers"] = 0
+    elif command.backend != "LlamaCppCuda":
+        raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
+    elif not gpus():
+        raise LoadError("model_load_failed", "LlamaCppCuda was asked for, but llama.cpp sees no CUDA device here")
+    elif options.devices == (CPU,):
+        updates["n_gpu_layers"] = 0
+    return options.model_copy(update=updates)
+
+
+def _fixed_threads(command: Load, options: CudaOptions) -> tuple[int, int] | None:
+    """The model card's threads for steps of one row and of more; None where it leaves them open."""
+    if all(command.table.get(key) is None for key in ("threads", "threads_batch")):
+        return None
+    one = options.threads or physical_cores()
+    return one, options.threads_batch or one
+
+
+def check_header(path: Path) -> None:
+    """Has ``gguf_check`` read the file, and the others of a split model, before llama.cpp does. Raises LoadError."""
+    command = [sys.executable, "-m", "exo.worker.runner_cuda.loading.gguf_check", str(path)]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_CHECK_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LoadError("model_load_failed", f"{path}: its header took over {_CHECK_SECONDS} s to check") from None
+    if done.returncode != 0:
+        said = done.stdout.decode(errors="replace") or f"{path}: the check of its header ended with {done.returncode}"
+        raise LoadError("model_load_failed", said)
+
+
+def _warm_up(context: Context, embedder: Embedder, score: bool) -> None:
+    """One token through the model, so that weights are paged in and kernels are built before the first request.
+
+    Of an encoder, the context for its texts is made. Raises LoadError.
+    """
+    if not context.generates:
+        if score:
+            raise LoadError("model_load_failed", "this model is an encoder, which gives no next token a probability")
+        embedder.open()
+        return
+    _decode_one(context)
+
+
+def _decode_one(context: Context) -> None:
+    batch = context.batch
+    batch.tokens[0] = batch.positions[0] = batch.slots[0] = 0
+    batch.outputs[0] = 1
+    context.decode(1)
+    context.logits(1)
+    context.trim(0, 0)
+
+
+def draft_file(command: Load, options: CudaOptions) -> Path | None:
+    """The draft model's file, its header checked; None where none is wanted. Raises LoadError naming the key."""
+    draft = options.draft
+    if draft is None or options.speculation == "off":
+        return None
+    with _about(draft):
+        path = find_model(draft, draft.repo or command.model_id, command.directories)
+        check_header(path)
+    return path
+
+
+def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
+    """A draft model's, as if it were loaded for itself: on one device, since it is small and waited for."""
+    alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off"}
+    return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, **alone})
+
+
+def _load_draft(
+    command: Load,
+    options: CudaOptions,
+    devices: Sequence[Gpu],
+    target: Model,
+    context: Context,
+    chunk: int,
+    threads: Threads,
+    log: Log,
+) -> DraftModel | None:
+    """Raises LoadError naming the key."""
+    path, draft = draft_file(command, options), options.draft
+    if path is None or draft is None:
+        return None
+    own = draft_options(options, draft)
+    with _about(draft):
+        if not (context.generates and target.can_cut):
+            raise LoadError("model_load_failed", "the model cannot take tokens back, so there is no use for guesses")
+        model = Model(path, own, devices[:1] if draft.n_gpu_layers else (), lambda _: None, log)
+        check_vocabulary(model, target)
+        rows = Rows(step=max(chunk, options.slots * LITTLE), graph=chunk, outputs=options.slots)
+        guessing = Context(model, own, context.n_ctx, rows, log)
+        if not (guessing.generates and model.can_cut):
+            raise LoadError("model_load_failed", "it cannot take tokens back, as a draft model must")
+    _decode_one(guessing)
+    return DraftModel(model, guessing, options.slots, chunk, draft.max_tokens, threads)
+
+
+@contextmanager
+def _about(draft: DraftOptions) -> Generator[None]:
+    """Errors in here are of a draft model's file."""
+    try:
+        yield
+    except LoadError as error:
+        key = "file" if draft.path is None else "path"
+        raise LoadError(error.code, f"model card, [cuda.draft] {key}: {error}") from error

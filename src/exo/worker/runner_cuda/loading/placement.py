@@ -1,0 +1,135 @@
+"""Which devices a model goes on and how much of it on each, by the card's settings and llama.cpp's own rules.
+
+The rules are those of llama.cpp 0.5.0-dev (``llama_prepare_model_devices``, ``load_tensors``,
+``llm_arch_supports_sm_tensor`` and ``llama_meta_device_get_split_state``).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.devices import Gpu
+from exo.worker.runner_cuda.loading.gguf_metadata import Header
+from exo.worker.runner_cuda.loading.options import CPU, CudaOptions
+
+WITHOUT_TENSOR = frozenset({
+    "grok", "mpt", "plamo2", "minicpm3", "gemma3n", "mamba", "mamba2", "jamba", "falcon-h1", "olmo2", "olmoe",
+    "deepseek2", "deepseek32", "hy_v4", "dots3note", "glm-dsa", "bitnet", "t5", "nemotron_h", "nemotron_h_moe",
+    "granitehybrid", "minimax-01", "minimax-m2", "minimax-m3", "mistral4", "kimi-linear", "bailingmoe3", "kimi-k3",
+    "glm5-next", "qwen3tts", "qwen4exp",
+})  # fmt: skip
+"""Architectures (``general.architecture``) whose layers llama.cpp cannot share out among devices."""
+_SHARED_OUT = re.compile(
+    r"(?:blk\.\d+\.(?:attn_(?:q|k|v|qkv|output|gate)|ffn_(?:up|gate|gate_up|down)(?:_exps)?|ssm_\w+)|output)"
+    r"(?:\.weight|\.bias)?"
+)
+"""Tensors of which, in split mode "tensor", each device has a share; of all others each has a copy."""
+
+
+def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """The devices to load on, in the card's order, of those that are ``present`` for ``backend``.
+
+    None for a model that stays with the processors. Raises LoadError naming the key that asks for what is not there.
+    """
+    known = {each.name: each for each in present}
+    wanted = () if options.devices == (CPU,) else options.devices
+    names = tuple(known) if wanted is None else wanted
+    for name in names:
+        if name not in known:
+            there = ", ".join(known) or CPU
+            raise _refused(f"devices: there is no device {name!r} for {backend} here; there is {there}")
+    gpus = tuple(known[name] for name in names)
+    listed = ", ".join(names) or "none"
+    if options.tensor_split is not None and len(options.tensor_split) != len(gpus):
+        count = len(options.tensor_split)
+        raise _refused(f"tensor_split: has {count} numbers, and must have one for each device; there are: {listed}")
+    if options.split_mode in ("row", "tensor") and not gpus:
+        raise _refused(f'split_mode: "{options.split_mode}" needs a GPU, and there is none to use')
+    if options.split_mode == "row" and (lacking := [each.name for each in gpus if not each.splits_rows]):
+        what = f"this build of llama.cpp cannot split rows over {', '.join(lacking)}"
+        raise _refused(f'split_mode: {what}; "tensor" also has a share of every layer on each device')
+    if options.main_gpu >= max(1, len(gpus)):
+        raise _refused(f"main_gpu: is {options.main_gpu}, and counts from 0 the devices that there are: {listed}")
+    if options.n_gpu_layers == 0:
+        return ()
+    return gpus[options.main_gpu : options.main_gpu + 1] if options.split_mode == "none" else gpus
+
+
+def check_architecture(options: CudaOptions, header: Callable[[], Header]) -> None:
+    """Raises LoadError where llama.cpp cannot split a model of this architecture as the card asks.
+
+    ``header`` reads that of the model's file, and is called only if it matters.
+    """
+    if options.split_mode != "tensor":
+        return
+    architecture = header().texts.get("general.architecture", "")
+    if architecture in WITHOUT_TENSOR:
+        raise _refused(f'split_mode: llama.cpp cannot split "{architecture}" models by "tensor"; "layer" works')
+
+
+def tensor_splits(options: CudaOptions, devices: Sequence[Gpu]) -> tuple[tuple[float, ...], ...]:
+    """How whole layers may be divided where the card does not say: by the memory that is free, as llama.cpp does, and
+    by all that there is.
+
+    One of them is told to llama.cpp when it loads, since by then other memory may be free.
+    """
+    if options.split_mode == "tensor" or options.tensor_split is not None or len(devices) < 2:
+        return ()
+    memory = [each.memory() for each in devices]
+    both = (_shares([free for free, _ in memory]), _shares([total for _, total in memory]))
+    return tuple(dict.fromkeys(both))
+
+
+def _shares(sizes: Sequence[int]) -> tuple[float, ...]:
+    return tuple(round(size / sum(sizes), 3) for size in sizes) if any(sizes) else (1.0,) * len(sizes)
+
+
+def elsewhere(options: CudaOptions, devices: Sequence[Gpu], present: Sequence[Gpu]) -> tuple[tuple[str, ...], ...]:
+    """Each device by itself, and all of them: what the card's devices could be instead."""
+    if not devices or options.tensor_split is not None or options.main_gpu:
+        return ()
+    names = tuple(each.name for each in present)
+    all_of_them = [names] if options.split_mode != "none" else []
+    here = {each.name for each in devices}
+    return tuple(dict.fromkeys(each for each in [*((name,) for name in names), *all_of_them] if set(each) != here))
+
+
+def _refused(message: str) -> LoadError:
+    return LoadError("model_misconfigured", f"model card, [cuda] {message}")
+
+
+def shared_out(tensor: str) -> bool:
+    """Whether in split mode "tensor" each device has a share of this tensor, not a copy."""
+    return _SHARED_OUT.fullmatch(tensor) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Devices by name, and the proportions in which they share a model. ``by_tensor``: each has a share of each layer.
+
+    ``shares`` is of the same length as ``devices``, and its sum is positive.
+    """
+
+    devices: tuple[str, ...]
+    shares: tuple[float, ...]
+    by_tensor: bool = False
+
+    def layers(self, n_layers: int, n_device: int) -> list[dict[str, float]]:
+        """What part of each layer each device has, empty for a layer of the processors'; ``n_layers`` and one more.
+
+        The last entry is for what is behind the last layer. ``n_device`` is llama.cpp's ``n_gpu_layers``.
+        """
+        n_device = min(n_device, n_layers + 1) if self.devices else 0
+        host: list[dict[str, float]] = [{} for _ in range(n_layers + 1 - n_device)]
+        if self.by_tensor:
+            total = sum(self.shares)
+            return host + [{n: s / total for n, s in zip(self.devices, self.shares, strict=True)}] * n_device
+        # In the same precision as llama.cpp, in which a layer on the border falls to the same side.
+        ends = np.array(list(accumulate(np.float32(each) for each in self.shares)), np.float32)
+        places = np.arange(n_device, dtype=np.float32) / np.float32(max(1, n_device))
+        at = np.searchsorted(ends / ends[-1], places, side="right") if n_device else ()
+        return host + [{self.devices[index]: 1.0} for index in at]

@@ -1,0 +1,253 @@
+"""How many threads compute a step. The count is measured while the model serves, since other programs come and go.
+
+llama.cpp has two counts: one for steps of a single row and one for steps of several. The second changes no bit of the
+results. The first does in contexts of 512 tokens and more, where flash attention divides the cells among the threads.
+A request that has to be repeatable to the last bit therefore gets the same count for single rows whatever else runs.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import psutil
+
+from exo.worker.protocol.cores import usable_cpus
+from exo.worker.protocol.messages import CpuUse
+
+TURNS = 6
+"""Steps with each count in a trial."""
+HOPELESS = 1.25
+"""A trial ends after two steps with each count if the new one takes so many times as long."""
+WORTH_MORE = 1.03
+"""How many times as fast more threads have to be. Whatever else a token takes needs a core, too: its text, the server
+and the client stop a thread for which the others then wait."""
+CROWDED = 0.12
+"""Share of the time that computing threads want to run and have no core, from which on fewer threads are tried."""
+IDLE_CORE = 0.7
+"""Cores that have nothing to do, from which on more threads are tried."""
+WINDOW_SECONDS = 0.5
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds between two trials in the same direction: doubled by each that fails, from the first to the longest."""
+TRIAL_SECONDS = 5.0
+"""A trial that has not ended by then is given up: the number of rows kept changing."""
+_KEPT = 0.8
+"""Weight of earlier measurements at a new one."""
+
+StepKind = tuple[bool, int]
+"""Whether prompts were computed, and the number of rows: steps of the same kind take about the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuWindow:
+    """What the machine did for half a second.
+
+    ``delay`` is the share of the time that the computing threads wanted to run and waited for a core. ``idle`` is the
+    usable CPUs' worth of time in which nothing ran.
+    """
+
+    delay: float
+    idle: float
+
+
+class CpuWatch:
+    """Reads the run-queue delay of this process's busiest threads and the idle time of the CPUs that it may use."""
+
+    def __init__(self) -> None:
+        self._cpus = usable_cpus()
+        self._since = time.monotonic()
+        self._idle = self._idle_seconds()
+        self._tasks = dict(_task_times())
+
+    def window(self, n_threads: int) -> CpuWindow | None:
+        """The window that ends now, for ``n_threads`` computing threads; None until it has lasted half a second."""
+        now = time.monotonic()
+        seconds = now - self._since
+        if seconds < WINDOW_SECONDS:
+            return None
+        tasks, idle = dict(_task_times()), self._idle_seconds()
+        spent = sorted(
+            ((ran - self._tasks.get(task, (0, 0))[0], waited - self._tasks.get(task, (0, 0))[1]))
+            for task, (ran, waited) in tasks.items()
+        )[-n_threads:]
+        wanted = sum(ran + waited for ran, waited in spent)
+        found = CpuWindow(sum(waited for _, waited in spent) / wanted if wanted else 0.0, (idle - self._idle) / seconds)
+        self._since, self._tasks, self._idle = now, tasks, idle
+        return found
+
+    def restart(self) -> None:
+        """Begins a new window, after a pause that says nothing about computing."""
+        self._since, self._tasks, self._idle = time.monotonic(), dict(_task_times()), self._idle_seconds()
+
+    def _idle_seconds(self) -> float:
+        times = psutil.cpu_times(percpu=True)
+        return sum(times[cpu].idle for cpu in self._cpus if cpu < len(times))
+
+
+def _task_times() -> Iterator[tuple[str, tuple[int, int]]]:
+    """Nanoseconds that each thread of this process has run, and that it waited for a core (Linux's ``schedstat``)."""
+    tasks = Path("/proc/self/task")
+    for name in os.listdir(tasks) if tasks.exists() else ():
+        try:
+            ran, waited, _ = (tasks / name / "schedstat").read_text().split()
+        except (OSError, ValueError):  # the thread has ended, or this kernel does not count
+            continue
+        yield name, (int(ran), int(waited))
+
+
+@dataclass(slots=True)
+class Trial:
+    """Steps that take turns with two counts, until it is known which is faster."""
+
+    usual: int
+    other: int
+    began: float
+    turn: int = 0
+    times: dict[tuple[StepKind, int], list[float]] = field(default_factory=dict[tuple[StepKind, int], list[float]])
+
+    @property
+    def count(self) -> int:
+        """The count whose turn it is. The order is A B B A, so that a trend favours neither."""
+        return self.usual if self.turn % 4 in (0, 3) else self.other
+
+    def note(self, kind: StepKind, seconds: float) -> None:
+        """Adds a step that was computed with ``count``."""
+        self.times.setdefault((kind, self.count), []).append(seconds)
+        self.turn += 1
+
+    def verdict(self, kind: StepKind) -> bool | None:
+        """Whether ``other`` is to be used from now on; None while that is not known."""
+        usual, other = self.times.get((kind, self.usual), []), self.times.get((kind, self.other), [])
+        n = min(len(usual), len(other))
+        if n >= 2 and fmean(other) > HOPELESS * fmean(usual):
+            return False
+        if n < TURNS:
+            return None
+        worth = WORTH_MORE if self.other > self.usual else 1.0
+        return fmean(other) * worth <= fmean(usual)
+
+
+class ThreadCount:
+    """The count for one sort of steps: from 1 to ``limit``, beginning with ``cores``."""
+
+    def __init__(self, cores: int, limit: int) -> None:
+        self.cores = cores
+        self.limit = limit
+        """The most threads that are of use here."""
+        self.count = cores
+        self._trial: Trial | None = None
+        self._next = {True: 0.0, False: 0.0}
+        """When more, or fewer, threads may be tried again."""
+        self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
+
+    def restrict(self, limit: int) -> None:
+        """Makes ``limit`` the most from now on. Cores that become free are used at once."""
+        if limit == self.limit:
+            return
+        self.count = min(limit, self.cores if limit > self.limit else self.count)
+        self.limit = limit
+        self._trial = None
+
+    def now(self) -> int:
+        """The count for the next step."""
+        return self.count if self._trial is None else self._trial.count
+
+    def computed(self, kind: StepKind, seconds: float, now: float) -> None:
+        """Takes a step with the count that ``now()`` gave into account."""
+        trial = self._trial
+        if trial is None:
+            return
+        trial.note(kind, seconds)
+        better = trial.verdict(kind)
+        if better is None and now - trial.began < TRIAL_SECONDS:
+            return
+        self._trial = None
+        up = trial.other > trial.usual
+        if better:
+            self.count = trial.other
+            self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
+        else:
+            self._pause[up] = min(2 * self._pause[up], LONGEST_PAUSE)
+        self._next[up] = now + self._pause[up]
+
+    def look(self, window: CpuWindow, now: float) -> None:
+        """Begins a trial where the machine looks as if another count were better."""
+        if self._trial is not None:
+            return
+        step = max(1, self.count // 4)
+        if window.delay >= CROWDED and self.count > 1 and now >= self._next[False]:
+            self._trial = Trial(self.count, self.count - step, now)
+        elif window.idle >= IDLE_CORE and self.count < self.limit and now >= self._next[True]:
+            self._trial = Trial(self.count, min(self.limit, self.count + step), now)
+
+
+class Threads:
+    """Both counts of a context, and what they are worth at the moment. Belongs to the engine's thread.
+
+    ``fixed`` counts, of single rows and of more, are the model card's and never change.
+    """
+
+    def __init__(self, cores: int, hyperthreads: int, fixed: tuple[int, int] | None = None) -> None:
+        self._cores = cores
+        self._fixed = fixed
+        self._one, self._more = ThreadCount(cores, cores), ThreadCount(cores, max(cores, hyperthreads))
+        self._hyperthreads = max(cores, hyperthreads)
+        self._share = cores
+        self._watch = CpuWatch()
+        self._last_step = time.monotonic()
+        self._window = CpuWindow(0.0, 0.0)
+        self._quiet: dict[StepKind, float] = {}
+        """Seconds of a step while nothing else wanted the cores."""
+        self._slowdown = 1.0
+
+    def restrict(self, share: int) -> None:
+        """Uses at most ``share`` cores from now on, since other runners of this server compute as well."""
+        self._share = min(share, self._cores)
+        self._one.restrict(self._share)
+        self._more.restrict(self._hyperthreads if self._share == self._cores else self._share)
+
+    def counts(self, *, exact: bool) -> tuple[int, int]:
+        """Threads for a step of one row and for a step of more; ``exact`` if a sequence has to be repeatable."""
+        if self._fixed is not None:
+            return self._fixed
+        return self._cores if exact else self._one.now(), self._more.now()
+
+    def computed(self, n_rows: int, seconds: float, *, prefills: bool, exact: bool) -> None:
+        """Takes a step with the counts that ``counts()`` gave into account."""
+        now, kind, used = time.monotonic(), (prefills, n_rows), self._one if n_rows == 1 else self._more
+        if now - self._last_step - seconds > WINDOW_SECONDS:
+            self._watch.restart()
+        self._last_step = now
+        if self._fixed is None and not (exact and n_rows == 1):
+            used.computed(kind, seconds, now)
+        self._note_speed(kind, seconds)
+        window = self._watch.window(used.now())
+        if window is not None:
+            self._window = window
+            if self._fixed is None:
+                used.look(window, now)
+
+    def _note_speed(self, kind: StepKind, seconds: float) -> None:
+        quiet = self._quiet.get(kind)
+        if self._window.delay < CROWDED / 2 and (self._one if kind[1] == 1 else self._more).count >= self._cores:
+            self._quiet[kind] = seconds if quiet is None else _KEPT * quiet + (1 - _KEPT) * seconds
+        if quiet:
+            self._slowdown = _KEPT * self._slowdown + (1 - _KEPT) * seconds / quiet
+
+    def use(self) -> CpuUse:
+        """What a heartbeat tells. Safe to call from any thread."""
+        if self._fixed is not None:
+            count, reason = self._fixed[0], "the model card sets it"
+        else:
+            count = self._one.count
+            if self._share < self._cores:
+                reason = f"{self._cores} cores are shared with other models of this server"
+            elif count < self._cores:
+                reason = f"of {self._cores} cores, because other programs use the CPU"
+            else:
+                reason = f"one for each of {self._cores} cores"
+        return CpuUse(
+            threads=count, reason=reason, delay=round(self._window.delay, 3), slowdown=round(self._slowdown, 2)
+        )

@@ -1,0 +1,221 @@
+"""Chooses tokens from views of the logits, by the semantics of ``messages.SamplingParams``.
+
+Everything is exact, and only sampling without top-k and min-p takes the exponential of a whole row: sampling from large
+vocabularies is what slows other llama.cpp servers down. All rows of a step are chosen from together.
+"""
+
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.keyed_rng import BLOCK, gumbels, key
+from exo.worker.runner_common.output_processor import Scores
+from exo.worker.runner_cuda.sampling.candidates import (
+    Candidates,
+    Ids,
+    Mask,
+    NotFinite,
+    Row,
+    Weights,
+    draw,
+    largest,
+    top_k,
+)
+
+_COLDEST = 1e-30
+"""In place of temperatures whose inverse is infinite in float32. The largest logit wins in either."""
+
+
+@dataclass(slots=True)
+class Sampler:
+    """The choices of one sequence. ``seen`` and ``counts`` are kept only where a penalty asks for them."""
+
+    params: SamplingParams
+    forbidden: Sequence[int] = ()
+    """Token ids that are never chosen (end-of-generation ids under ``ignore_eos``)."""
+    seen: set[int] = field(default_factory=set[int])
+    """Distinct tokens of prompt and output."""
+    counts: dict[int, int] = field(default_factory=dict[int, int])
+    """Occurrences in the output."""
+    _bias_ids: Ids = field(init=False)
+    _bias: Row = field(init=False)
+    _forbidden: Ids = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._forbidden = np.asarray(self.forbidden, np.intp)
+        self._bias_ids = np.fromiter(self.params.logit_bias.keys(), np.intp)
+        self._bias = np.fromiter(self.params.logit_bias.values(), np.float32)
+
+    def accept_prompt(self, tokens: Collection[int]) -> None:
+        """Remembers the prompt for the repetition penalty."""
+        if self.params.repetition_penalty != 1.0:
+            self.seen.update(tokens)
+
+    def accept(self, token: int) -> None:
+        """Remembers an output token for the penalties."""
+        if self.params.repetition_penalty != 1.0:
+            self.seen.add(token)
+        if self.params.presence_penalty or self.params.frequency_penalty:
+            self.counts[token] = self.counts.get(token, 0) + 1
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the largest logit wins: one that is allowed then also wins among those allowed alone.
+
+        No other choice is known to be the same before and after a grammar has left tokens out: they are missing among
+        the candidates and in the sums of blocks.
+        """
+        return self.params.temperature == 0
+
+    def choose(self, row: Row, position: int, allowed: Mask | None = None) -> int:
+        """The token at ``position`` from its logits, shape (n_vocab,), which are changed in place.
+
+        ``allowed``, of the same shape, is false for the tokens that a grammar leaves out. Raises NotFinite.
+        """
+        self.adjust(row)
+        [token] = choose([Turn(self, row, position, allowed)])
+        if token is None:
+            raise NotFinite
+        return token
+
+    def among(self, ids: Ids, logits: Row, position: int) -> Candidates:
+        """What the token at ``position`` is drawn from, of tokens in ascending order and their adjusted logits."""
+        params = self.params
+        temperature = max(params.temperature, _COLDEST)
+        return Candidates(ids, logits, temperature, params.min_p, params.top_p, key(params.seed, position))
+
+    def adjust(self, row: Row) -> None:
+        """Penalties, bias and tokens never chosen: no more than a few places of the row are touched."""
+        params = self.params
+        if self.seen:
+            ids = np.fromiter(self.seen, np.intp)
+            found = row[ids]
+            row[ids] = np.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
+        if self.counts:
+            ids = np.fromiter(self.counts.keys(), np.intp)
+            times = np.fromiter(self.counts.values(), np.float32)
+            row[ids] -= params.presence_penalty + params.frequency_penalty * times
+        if self._bias_ids.size:
+            row[self._bias_ids] += self._bias
+        if self._forbidden.size:
+            row[self._forbidden] = -np.inf
+
+
+@dataclass(slots=True)
+class Turn:
+    """A token to be chosen from the adjusted logits, shape (n_vocab,), of one row."""
+
+    sampler: Sampler
+    row: Row
+    position: int
+    allowed: Mask | None = None
+    """Of the same shape: false for the tokens that a grammar leaves out."""
+
+
+def choose(turns: Sequence[Turn | Candidates]) -> list[int | None]:
+    """The tokens of one step, each as if it were alone. None: the row's largest logit is NaN or infinite.
+
+    The rows are changed in place.
+    """
+    tokens: list[int | None] = [None] * len(turns)
+    drawn: dict[int, Candidates] = {}
+    for at, turn in enumerate(turns):
+        if isinstance(turn, Candidates):
+            drawn[at] = turn
+            continue
+        if turn.allowed is not None:
+            np.copyto(turn.row, -np.inf, where=~turn.allowed)
+        with suppress(NotFinite):
+            if turn.sampler.is_greedy:
+                tokens[at] = _greedy(turn.row)
+            elif (candidates := _candidates(turn)) is not None:
+                drawn[at] = candidates
+            else:
+                tokens[at] = _draw_from_all(turn)
+    if drawn:
+        for at, token in zip(drawn, draw(list(drawn.values())), strict=True):
+            tokens[at] = token
+    return tokens
+
+
+def score(row: Row, token: int, n_top: int) -> Scores:
+    """How probable ``token`` and the ``n_top`` most probable ones are by the logits, shape (n_vocab,), as computed.
+
+    The logarithm of the softmax. Raises NotFinite.
+    """
+    peak = largest(row)
+    normaliser = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+    best = top_k(row, min(n_top, row.size)) if n_top else np.empty(0, np.intp)
+    best = best[np.argsort(-row[best], kind="stable")][:n_top]
+    top = [(int(each), float(row[each]) - normaliser) for each in best]
+    return Scores(float(row[token]) - normaliser, top)
+
+
+def _greedy(row: Row) -> int:
+    token = int(row.argmax())
+    if not np.isfinite(row[token]):
+        raise NotFinite
+    return token
+
+
+def _candidates(turn: Turn) -> Candidates | None:
+    """The tokens among which the choice is made; None: all of them. Raises NotFinite."""
+    row, params = turn.row, turn.sampler.params
+    temperature, top_p = max(params.temperature, _COLDEST), params.top_p
+    if 0 < params.top_k < row.size:
+        ids = top_k(row, params.top_k)
+    elif params.min_p > 0:
+        # A weight is at least min_p exactly where the logit is at least top + T ln(min_p); the slack keeps rounding
+        # from dropping a token that the exact comparison would keep.
+        ids = np.flatnonzero(row >= largest(row) + temperature * np.log(params.min_p) - 1e-3)
+    elif top_p < 1:
+        ids, top_p = _top_p(_weights(row, temperature), top_p), 1.0
+    else:
+        return None
+    return Candidates(ids, row[ids], temperature, params.min_p, top_p, key(params.seed, turn.position))
+
+
+def _weights(row: Row, temperature: float) -> Row:
+    """Unnormalised probabilities, of which the largest is 1. Raises NotFinite."""
+    weights = row - largest(row)
+    weights *= np.float32(1.0 / temperature)
+    return np.exp(weights, out=weights)
+
+
+def _top_p(weights: Row, top_p: float) -> Ids:
+    """Ids, ascending, of the smallest set of the heaviest whose share reaches ``top_p``; of equals the lowest.
+
+    The heaviest weight is 1. All tokens above a floor that together reach the share hold the set, so only they are
+    sorted; with the logits of a language model the first floor nearly always does.
+    """
+    target = top_p * float(weights.sum(dtype=np.float64))
+    near = np.empty(0, np.intp)
+    for floor in (1e-2, 1e-4, 1e-6, 0.0):
+        near = np.flatnonzero(weights >= floor)
+        if weights[near].sum(dtype=np.float64) >= target:
+            break
+    order = near[np.argsort(-weights[near], kind="stable")]
+    reached = np.cumsum(weights[order], dtype=np.float64)
+    return np.sort(order[: int(reached.searchsorted(target)) + 1])
+
+
+def _draw_from_all(turn: Turn) -> int:
+    """The block of ids first, then the token in it. Raises NotFinite."""
+    params, position = turn.sampler.params, turn.position
+    weights = _weights(turn.row, max(params.temperature, _COLDEST))
+    whole = weights.size // BLOCK
+    sums = weights[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1, dtype=np.float64)
+    if weights.size > whole * BLOCK:
+        sums = np.append(sums, weights[whole * BLOCK :].sum(dtype=np.float64))
+    block = _winner(sums, gumbels(params.seed, position, BLOCK + np.arange(sums.size)))
+    inside = weights[block * BLOCK : (block + 1) * BLOCK]
+    return block * BLOCK + _winner(inside, gumbels(params.seed, position, np.arange(inside.size)))
+
+
+def _winner(weights: Weights | Row, noise: Weights) -> int:
+    """Index of the largest ln(weight) + noise."""
+    with np.errstate(divide="ignore"):
+        return int((np.log(weights) + noise).argmax())

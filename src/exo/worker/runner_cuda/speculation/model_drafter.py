@@ -1,0 +1,135 @@
+"""A small model that guesses what the large one will say, in a context of its own with the same slots."""
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+
+import llama_cpp
+
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.bindings import Context, Logits, Model
+from exo.worker.runner_cuda.loading.threads import Threads
+from exo.worker.runner_cuda.sampling.candidates import NotFinite
+from exo.worker.runner_cuda.sampling.sampler import Turn, choose
+from exo.worker.runner_cuda.scheduler import LEAST
+from exo.worker.runner_cuda.sequence import Sequence as Stream
+from exo.worker.runner_cuda.tokenizer import Tokenizer
+
+LITTLE = 16
+"""Tokens of each sequence that a draft may begin with computing; more are caught up with in steps before."""
+_KEPT = 0.7
+"""Of the time that a guess took before, at a new one."""
+
+
+class DraftModel:
+    """Follows sequences by comparing their tokens with what it has computed, so that it needs to be told nothing.
+
+    What was guessed and did not come, another sequence in the slot or a replay: all are tokens that differ. It guesses
+    with each sequence's own sampler, whose noise depends on seed and position alone: where both models find the same
+    tokens probable, both draw the same one.
+    """
+
+    def __init__(
+        self, model: Model, context: Context, n_slots: int, chunk: int, longest: int, threads: Threads
+    ) -> None:
+        """``context`` has room for ``chunk`` rows and ``n_slots`` rows of logits in a step."""
+        self.seconds = 0.0
+        self.longest = longest
+        self._model = model
+        self._context = context
+        self._threads = threads
+        self._chunk = chunk
+        self._held: list[list[int]] = [[] for _ in range(n_slots)]
+        """Tokens whose cells each slot has."""
+        self._agreed: list[tuple[Stream | None, int]] = [(None, 0)] * n_slots
+        """The sequence that a slot was last compared with, and how many tokens were found to be the same."""
+
+    def catch_up(self, streams: Sequence[Stream]) -> bool:
+        """One piece a step, and beside other streams a small one: so a long prompt does not stall them."""
+        self._context.use_threads(*self._threads.counts(exact=False))
+        lacking = [(stream, self._aligned(stream)) for stream in streams]
+        behind = [(stream, start) for stream, start in lacking if len(stream.tokens) - start > LITTLE]
+        for stream, start in islice(behind, 1):
+            stop = min(len(stream.tokens) - 1, start + (self._chunk if len(streams) == 1 else min(self._chunk, LEAST)))
+            self._fill(0, stream, start, stream.tokens[start:stop])
+            self._context.decode(stop - start)
+            self._held[stream.slot] += stream.tokens[start:stop]
+        return not behind
+
+    def draft(self, streams: Sequence[Stream], size: int) -> list[list[int]]:
+        """Each of its tokens is chosen from what it makes of those before."""
+        began = time.perf_counter()
+        drafts: list[list[int]] = [[] for _ in streams]
+        try:
+            row = 0
+            for stream in streams:
+                start = self._aligned(stream)
+                row = self._fill(row, stream, start, stream.tokens[start:], output=True)
+                self._held[stream.slot] += stream.tokens[start:]
+            self._guess(streams, row, drafts)
+            for _ in range(size - 1):
+                for row, (stream, draft) in enumerate(zip(streams, drafts, strict=True)):
+                    self._fill(row, stream, len(self._held[stream.slot]), draft[-1:], output=True)
+                    self._held[stream.slot].append(draft[-1])
+                self._guess(streams, len(streams), drafts)
+        except NotFinite:
+            drafts = [[] for _ in streams]
+            for stream in streams:
+                stream.draft_rate.seen(hit=False)
+        took = (time.perf_counter() - began) / size
+        self.seconds = _KEPT * self.seconds + (1 - _KEPT) * took if self.seconds else took
+        return drafts
+
+    def free(self) -> None:
+        """Call from the thread that decodes."""
+        self._context.free()
+        self._model.free()
+
+    def _aligned(self, stream: Stream) -> int:
+        """Drops the cells of what is not the sequence's; how many are left, at least one token less than it has."""
+        held, (known, length) = self._held[stream.slot], self._agreed[stream.slot]
+        length = length if known is stream else 0
+        most = min(len(held), len(stream.tokens) - 1)
+        while length < most and held[length] == stream.tokens[length]:
+            length += 1
+        if length < len(held):
+            self._context.trim(stream.slot, length)
+            del held[length:]
+        self._agreed[stream.slot] = stream, length
+        return length
+
+    def _fill(self, row: int, stream: Stream, start: int, tokens: Sequence[int], *, output: bool = False) -> int:
+        """Writes tokens from position ``start`` on into the batch from ``row`` on; the row after them."""
+        batch, end = self._context.batch, row + len(tokens)
+        batch.tokens[row:end] = tokens
+        batch.positions[row:end] = range(start, start + len(tokens))
+        batch.slots[row:end] = stream.slot
+        batch.outputs[row:end] = 0
+        batch.outputs[end - 1] = output
+        return end
+
+    def _guess(self, streams: Sequence[Stream], n_rows: int, drafts: Sequence[list[int]]) -> None:
+        """Computes the batch and adds a token to each draft. Raises NotFinite."""
+        self._context.decode(n_rows)
+        logits: Logits = self._context.logits(len(streams))
+        turns: list[Turn] = []
+        for stream, row in zip(streams, logits, strict=True):
+            stream.sampler.adjust(row)
+            turns.append(Turn(stream.sampler, row, len(self._held[stream.slot])))
+        for draft, token in zip(drafts, choose(turns), strict=True):
+            if token is None:
+                raise NotFinite
+            draft.append(token)
+
+
+def check_vocabulary(draft: Model, target: Model) -> None:
+    """Raises LoadError unless each token means the same to both models."""
+    if draft.n_vocab != target.n_vocab:
+        raise LoadError("model_load_failed", f"it has {draft.n_vocab:,} tokens, the model has {target.n_vocab:,}")
+    kinds = [llama_cpp.llama_vocab_type(model.vocab) for model in (draft, target)]
+    if kinds[0] != kinds[1]:
+        raise LoadError("model_load_failed", "its vocabulary is of another kind than the model's")
+    for token in range(target.n_vocab):
+        if llama_cpp.llama_vocab_get_text(draft.vocab, token) != llama_cpp.llama_vocab_get_text(target.vocab, token):
+            mine, theirs = (Tokenizer(model).text_of(token) for model in (draft, target))
+            raise LoadError("model_load_failed", f"its token {token:,} is {mine!r}, the model's {theirs!r}")

@@ -1,0 +1,192 @@
+"""From a ``Load`` command to a warm model: options, folder, weights, cache, tokenizer and what they can do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from exo.worker.protocol.messages import Capabilities, Load, Status
+from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
+from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_folder import Json, check_folder, find_folder
+from exo.worker.runner_mlx.devices import Backend, device, use_backend
+from exo.worker.runner_mlx.embedding import Embedder
+from exo.worker.runner_mlx.kv_cache import KVCache
+from exo.worker.runner_mlx.model import (
+    BROKEN_MODEL,
+    ONE_SEQUENCE,
+    Model,
+    divides_layers,
+    keep_weights_in_memory,
+    load_error,
+    open_tokenizer,
+    wait_for,
+)
+from exo.worker.runner_mlx.options import MlxOptions, read_options
+from exo.worker.runner_mlx.probe import ENGINE, engine_version
+from exo.worker.runner_mlx.ranks.ranks import Ranks
+from exo.worker.runner_mlx.ranks.sharding import Part, Sharding, asked_for, refusal
+
+DEFAULT_CONTEXT = 4096
+CPU_CHUNK, GPU_CHUNK = 32, 512
+"""Prompt tokens per step. MLX on a CPU gains nothing from larger chunks, and a cancelled one has to end soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A ``Load`` that may succeed. ``config`` is the folder's config.json."""
+
+    options: MlxOptions
+    backend: Backend
+    folder: Path
+    config: Json
+    n_ctx: int
+    sharding: Sharding | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to generate. ``chunk`` is prompt tokens per step; ``settings`` are what rounding depends on.
+
+    ``ranks`` are the other processes that compute it, if there are any.
+    """
+
+    model: Model
+    cache: KVCache
+    embedder: Embedder
+    tokenizer: Tokenizer
+    capabilities: Capabilities
+    chunk: int
+    settings: dict[str, str]
+    ranks: Ranks | None
+
+
+def check(command: Load) -> Checked:
+    """All that can be known before weights are read, and the backend in use from here on. Raises LoadError."""
+    options = read_options(command.table)
+    backend = use_backend(command.backend)
+    folder = find_folder(options, command.model_id, command.directories)
+    config = check_folder(folder)
+    if config["model_type"] in ONE_SEQUENCE and options.slots > 1:
+        message = f"mlx-lm computes {config['model_type']} for one sequence at a time only: [mlx] needs slots = 1"
+        raise LoadError("model_load_failed", message)
+    n_ctx = options.n_ctx or min(trained_context(config), DEFAULT_CONTEXT)
+    sharding = asked_for(options, config, backend)
+    if sharding is not None and sharding.kind == "tensor" and not divides_layers(config):
+        reason = (
+            f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size needs no such thing"
+        )
+        raise refusal(sharding.kind, sharding.size, reason)
+    return Checked(options, backend, folder, config, n_ctx, sharding)
+
+
+def open_model(checked: Checked, on_layer: Callable[[int, int], None], part: Part | None) -> tuple[Model, KVCache]:
+    """The network, or this rank's part of it, and the slots' cache. Raises LoadError."""
+    keep_weights_in_memory()
+    dtype = computed_in(checked.options, checked.config, checked.backend)
+    model = Model(checked.folder, dtype, on_layer, part)
+    return model, KVCache(model.windows, checked.options.slots, checked.n_ctx)
+
+
+def load(command: Load, report: Callable[[Status], None]) -> Loaded:
+    """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
+    checked = check(command)
+    options, backend, folder = checked.options, checked.backend, checked.folder
+    report(Status(state="Loading"))
+
+    def on_layer(done: int, total: int) -> None:
+        report(Status(state="Loading", layers_loaded=done, total_layers=total))
+
+    ranks = Ranks(command, checked.sharding, backend) if checked.sharding is not None else None
+    model, cache = open_model(checked, on_layer, ranks.part if ranks is not None else None)
+    report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
+    if ranks is not None:
+        ranks.wait_until_loaded()
+    report(Status(state="WarmingUp"))
+    n_vocab = _warm_up(model, cache, folder, options.slots, ranks)
+    found = open_tokenizer(folder, model.eos_token_ids)
+    tokenizer = Tokenizer(found, n_vocab, found.eos_token_ids, options.chat_template)
+    chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
+    longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
+    embedder = Embedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)
+    capabilities = Capabilities(
+        engine=ENGINE,
+        engine_version=engine_version(),
+        backend=backend,
+        devices=_devices(backend, checked.sharding),
+        context_length=checked.n_ctx,
+        slots=options.slots,
+        vocabulary=tokenizer.n_vocab,
+        grammar=True,
+        logprobs=True,
+        embeddings=model.has_states() and not dense_layers(folder),
+        model_bytes=model.size_bytes,
+        chat_template=tokenizer.chat_template,
+        bos_token=tokenizer.bos_text,
+        eos_token=tokenizer.eos_text,
+        special_tokens=tuple(tokenizer.special),
+        special_ids=tuple(tokenizer.special.values()),
+    )
+    settings = {
+        "quantisation": _quantisation(checked.config),
+        "computed in": str(cache.arrays()[0].dtype).removeprefix("mlx.core."),
+        "prompt chunk": str(chunk),
+        "processes": "1" if checked.sharding is None else checked.sharding.describe(),
+    }
+    return Loaded(model, cache, embedder, tokenizer, capabilities, chunk, settings, ranks)
+
+
+def _devices(backend: Backend, sharding: Sharding | None) -> tuple[str, ...]:
+    """One for each rank."""
+
+    def name(index: int) -> str:
+        return "CPU" if backend == "MlxCpu" else device(backend, index).name
+
+    if sharding is None:
+        return (name(0),)
+    kind, size = sharding.kind, sharding.size
+    return tuple(f"{name(rank if backend == 'MlxCuda' else 0)} (rank {rank} of {size}, {kind})" for rank in range(size))
+
+
+def computed_in(options: MlxOptions, config: Json, backend: Backend) -> str | None:
+    """MLX's x86 ``quantized_matmul`` sums in the activations' type: in bfloat16 it is 4.6 % off on average."""
+    quantised = "quantization" in config or "quantization_config" in config
+    return options.dtype or ("float32" if quantised and backend == "MlxCpu" else None)
+
+
+def _quantisation(config: Json) -> str:
+    found = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(found, dict):
+        return "none"
+    return ", ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, int | str))
+
+
+def trained_context(config: Json) -> int:
+    """Models with a vision part nest the language model's numbers."""
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        length = place.get("max_position_embeddings")
+        if isinstance(length, int):
+            return length
+    return DEFAULT_CONTEXT
+
+
+def _warm_up(model: Model, cache: KVCache, folder: Path, n_slots: int, ranks: Ranks | None) -> int:
+    """A prompt's chunk, then steps of one and of two rows, so that kernels are built before the first request.
+
+    The width of the logits.
+    """
+    rows = min(2, n_slots)
+    try:
+        model.forward(mx.array([[0, 0]]), cache, [0], [0], whole=False)
+        wait_for(cache.arrays())
+        logits = model.forward(mx.array([[0]]), cache, [0], [2])
+        wait_for(logits)
+        wait_for(model.forward(mx.zeros((rows, 1), mx.int32), cache, [*range(rows)], [3, 0][:rows]))
+    except BROKEN_MODEL as error:
+        if ranks is not None:
+            ranks.blame()
+        raise load_error(f"the model in {folder} does not compute", error) from error
+    return logits.shape[2]

@@ -1,0 +1,59 @@
+"""What a rank but the first does: loads its share, then computes what rank 0 computes, in the same order."""
+
+from queue import SimpleQueue
+from typing import BinaryIO, cast
+
+import mlx.core as mx
+
+from exo.worker.protocol.messages import Load
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_mlx.kv_cache import KVCache
+from exo.worker.runner_mlx.loader import check, open_model
+from exo.worker.runner_mlx.model import Model
+from exo.worker.runner_mlx.ranks.messages import PLANS, Clear, Pass, TextPass
+from exo.worker.runner_mlx.ranks.sharding import Part, Transport, join
+
+PASSES_PER_SWEEP = 256
+"""How often MLX gives back the buffers that it keeps for reuse."""
+
+
+def follow(lines: SimpleQueue[bytes], said: BinaryIO, by: str) -> None:
+    """Follows the plans in ``lines`` for ever; returns if the model cannot be loaded. Raises what MLX does."""
+    said.write(b"up\n")
+    load = PLANS.validate_json(lines.get())
+    assert isinstance(load, Load)
+    group = join(cast(Transport, by))
+    try:
+        model, cache = _load(load, group)
+    except LoadError as error:
+        said.write(f"{error}\n".encode())
+        return
+    said.write(b"loaded\n")
+    text = cache
+    passes = 0
+    while True:
+        match PLANS.validate_json(lines.get()):
+            case Pass(slots=slots, starts=starts, width=width, whole=whole):
+                model.forward(_no_tokens(len(slots), width), cache, slots, starts, whole=whole)
+            case TextPass(start=start, width=width, cells=cells):
+                text = KVCache(model.windows, 1, cells) if start == 0 else text
+                model.states(_no_tokens(1, width), text, start)
+            case Clear(slot=slot, start=start, stop=stop):
+                model.clear(cache, slot, start, stop)
+            case Load():
+                raise ValueError("a rank loads once")
+        passes += 1
+        if passes % PASSES_PER_SWEEP == 0:
+            mx.clear_cache()
+
+
+def _load(load: Load, group: mx.distributed.Group) -> tuple[Model, KVCache]:
+    checked = check(load)
+    assert checked.sharding is not None
+    part = Part(checked.sharding, group, lambda _: None)
+    return open_model(checked, lambda _done, _total: None, part)
+
+
+def _no_tokens(rows: int, width: int) -> mx.array:
+    """What rank 0's tokens are added to."""
+    return mx.zeros((rows, width), mx.int32)

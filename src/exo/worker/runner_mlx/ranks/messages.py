@@ -1,0 +1,41 @@
+"""What rank 0 tells the other ranks to compute, one JSON object a line; the first line is the contract's ``Load``."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from exo.worker.protocol.messages import Load, Message
+
+
+class Pass(Message):
+    """One forward pass over the slots' cache: the arguments of ``Model.forward`` but for the tokens."""
+
+    type: Literal["pass"] = "pass"
+    slots: list[int]
+    starts: list[int]
+    width: int
+    whole: bool
+
+
+class TextPass(Message):
+    """One forward pass without the head, over the cache of one text to embed; a new text if it starts at 0."""
+
+    type: Literal["text_pass"] = "text_pass"
+    start: int
+    width: int
+    cells: int
+    """How many tokens the text has."""
+
+
+class Clear(Message):
+    """The arguments of ``KVCache.clear``, for the slots' cache."""
+
+    type: Literal["clear"] = "clear"
+    slot: int
+    start: int
+    stop: int
+
+
+Plan = Annotated[Load | Pass | TextPass | Clear, Field(discriminator="type")]
+
+PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)

@@ -1,0 +1,171 @@
+"""From a ``Load`` command to a warm model: options, folder, vLLM, tokenizer and what they can do."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
+
+from exo.worker.protocol.cores import physical_cores
+from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
+from exo.worker.runner_common.hf_embedding import Job
+from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_folder import Json, read_optional, tensors
+from exo.worker.runner_vllm.checked import Checked, check
+from exo.worker.runner_vllm.limits import quantisation
+from exo.worker.runner_vllm.options import load_error
+from exo.worker.runner_vllm.probe import BACKEND, ENGINE, engine_version, nvidia_devices
+from exo.worker.runner_vllm.purpose import Purpose
+from exo.worker.runner_vllm.sequence import Choice, Sequence
+from exo.worker.runner_vllm.sizes import cache_bytes, layer_count, trained_context
+from exo.worker.runner_vllm.switches import prepare
+
+if TYPE_CHECKING:
+    from exo.worker.runner_vllm.vllm_edge import Core
+
+CPU_BLOCK = 32
+"""Tokens of a block of the KV cache, which is what the prefix cache reuses: the smallest that vLLM has for a CPU. On
+a GPU it chooses by itself."""
+_MOST_LOGPROBS = -1
+"""As many as are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready for what it is for. ``settings`` are what rounding depends on."""
+
+    core: "Core"
+    tokenizer: Tokenizer
+    capabilities: Capabilities
+    settings: dict[str, str]
+
+
+def load(command: Load, report: Callable[[Status], None]) -> Loaded:
+    """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
+    if command.backend != BACKEND:
+        message = f"the backend {command.backend!r} was asked for; this runner computes with {BACKEND}"
+        raise LoadError("model_load_failed", message)
+    checked = check(command)
+    options, folder, config, purpose = checked.options, checked.folder, checked.config, checked.purpose
+    layers = layer_count(config)
+    report(Status(state="Loading", total_layers=layers))
+    eager = checked.processors if options.enforce_eager is None else options.enforce_eager
+    prepare(options.threads or physical_cores() if checked.processors else None, eager=eager)
+    try:
+        from exo.worker.runner_vllm.vllm_edge import Core, open_tokenizer
+    except (ImportError, OSError, RuntimeError) as error:
+        raise load_error("vLLM does not load", error) from error
+    core = Core.load({**_arguments(checked, eager=eager), **_cache(checked)}, purpose.pooling)
+    report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
+    report(Status(state="WarmingUp"))
+    tokenizer = Tokenizer(open_tokenizer(folder), core.n_vocab, _ends(folder, config), options.chat_template)
+    _warm_up(core, folder, purpose)
+    generates = purpose.pooling is None
+    capabilities = Capabilities(
+        engine=ENGINE,
+        engine_version=engine_version(),
+        backend=BACKEND,
+        devices=("CPU",) if checked.processors else tuple(each.name for each in nvidia_devices()[: options.processes]),
+        context_length=purpose.n_ctx,
+        slots=options.slots,
+        vocabulary=tokenizer.n_vocab,
+        grammar=generates and options.processes == 1,
+        logprobs=generates,
+        embeddings=not generates,
+        model_bytes=sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors(folder).values()),
+        chat_template=tokenizer.chat_template,
+        bos_token=tokenizer.bos_text,
+        eos_token=tokenizer.eos_text,
+        special_tokens=tuple(tokenizer.special),
+        special_ids=tuple(tokenizer.special.values()),
+    )
+    used = quantisation(options, config) or "none"
+    computed = {"computed in": core.dtype, "prompt chunk": str(purpose.chunk), "quantisation": used}
+    return Loaded(core, tokenizer, capabilities, computed)
+
+
+def _arguments(checked: Checked, *, eager: bool) -> dict[str, object]:
+    """The engine's arguments, as vLLM names them, without those of the KV cache and of pooling.
+
+    Every prompt is cut into chunks of the same size however many rows are being decoded, so that who else is there
+    changes as little as possible in how it is computed.
+    """
+    options, config, purpose = checked.options, checked.config, checked.purpose
+    n_ctx, chunk, generates = purpose.n_ctx, purpose.chunk, purpose.pooling is None
+    return {
+        "model": str(checked.folder),
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "dtype": options.dtype or "auto",
+        "quantization": options.quantization,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+        "distributed_executor_backend": "uni" if options.processes == 1 else "mp",
+        "max_model_len": n_ctx,
+        "hf_overrides": _longer(config, n_ctx),
+        "max_num_seqs": options.slots,
+        "max_num_batched_tokens": chunk + options.slots,
+        "long_prefill_token_threshold": min(chunk, n_ctx) if purpose.divides else 0,
+        "enable_chunked_prefill": purpose.divides,
+        "enable_prefix_caching": generates,
+        "async_scheduling": False,
+        "enforce_eager": eager,
+        "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0} if "vision_config" in config else {},
+        "generation_config": "vllm",
+        "logits_processors": ["exo.worker.runner_vllm.sampler:Chooser"] if generates else [],
+        "max_logprobs": _MOST_LOGPROBS,
+        "seed": 0,
+    }
+
+
+def _longer(config: Json, n_ctx: int) -> dict[str, object]:
+    """What makes vLLM's tables of rotations long enough for a context that the model was not trained for."""
+    if n_ctx <= trained_context(config):
+        return {}
+    longer: dict[str, object] = {"max_position_embeddings": n_ctx}
+    return {"text_config": longer} if isinstance(config.get("text_config"), dict) else longer
+
+
+def _cache(checked: Checked) -> dict[str, object]:
+    """Room for every slot's whole context, unless the card says how much of a GPU to take."""
+    options = checked.options
+    block: dict[str, object] = {"block_size": CPU_BLOCK} if checked.processors else {}
+    if options.gpu_memory_utilization is not None and not checked.processors:
+        return {**block, "gpu_memory_utilization": options.gpu_memory_utilization}
+    return {**block, "kv_cache_memory_bytes": cache_bytes(checked.config, options, checked.purpose.n_ctx)}
+
+
+def _ends(folder: Path, config: Json) -> Collection[int]:
+    """Ids that end generation, as the folder's files say."""
+    found = [config.get("eos_token_id"), read_optional(folder, "generation_config.json").get("eos_token_id")]
+    return {token for value in found for token in _as_list(value)}
+
+
+def _as_list(value: JsonValue) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, int)]
+
+
+def _warm_up(core: "Core", folder: Path, purpose: Purpose) -> None:
+    """A prompt and two tokens, one of them drawn, or a text, so that what is made on first use is there.
+
+    Raises LoadError.
+    """
+    from exo.worker.runner_vllm.vllm_edge import BROKEN_MODEL
+
+    name, tokens = "warm-up", [0, 0]
+    try:
+        if purpose.pooling is None:
+            choice = Choice(SamplingParams(seed=0, temperature=1.0), n_prompt=len(tokens))
+            core.add(Sequence(name, tokens, 4, choice, logprobs=0))
+        else:
+            core.add_text(Job(name, tokens))
+        left = 2 if purpose.pooling is None else 1
+        while left:
+            left -= sum(output.scores is not None or output.vector is not None for output in core.step())
+    except BROKEN_MODEL as error:
+        raise load_error(f"the model in {folder} does not compute", error) from error
+    core.remove(name)

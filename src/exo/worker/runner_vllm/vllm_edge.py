@@ -1,0 +1,266 @@
+"""vLLM's edge: the only file besides ``sampler`` that touches it. Written for vLLM 0.32.
+
+Its engine core batches requests of token ids by itself, in this process and this thread: a step of it is one call, and
+no process of its own is left over when this one is killed. What is spread over several devices has a process each,
+which vLLM ends with this one.
+"""
+
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import isnan
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import time
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from exo.worker.runner_common.hf_embedding import Job, Pooling
+from exo.worker.runner_common.hf_tokenizer import HfTokenizer
+from exo.worker.runner_common.output_processor import Scores
+from exo.worker.runner_vllm.options import load_error
+from exo.worker.runner_vllm.sampler import CHOICE
+from exo.worker.runner_vllm.sequence import Sequence
+
+# None of these packages is in the environment that checks types, so a plain import would not check.
+arguments = import_module("vllm.engine.arg_utils")
+engine = import_module("vllm.v1.engine")
+engine_core = import_module("vllm.v1.engine.core")
+executor = import_module("vllm.v1.executor")
+pooler = import_module("vllm.config.pooler")
+pooling_params = import_module("vllm.pooling_params")
+sampling_params = import_module("vllm.sampling_params")
+transformers = import_module("transformers")
+
+BROKEN_MODEL = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What vLLM and transformers raise for a folder that does not fit together, or settings that do not."""
+
+
+class _Logprobs(Protocol):
+    """Of some rows; arrays or tensors."""
+
+    logprob_token_ids: npt.NDArray[np.int32]
+    """Shape (rows, 1 + the most probable ones), the token itself first."""
+    logprobs: npt.NDArray[np.float32]
+    """Of these."""
+
+
+class _EngineOutput(Protocol):
+    """What is relied on of the core's own answer."""
+
+    request_id: str
+    new_token_ids: list[int]
+    new_logprobs: _Logprobs | None
+    new_prompt_logprobs_tensors: _Logprobs | None
+    finish_reason: int | None
+    pooling_output: "_Tensor | None"
+    num_nans_in_logits: int
+
+
+class _Tensor(Protocol):
+    def numpy(self) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step brought to one request."""
+
+    id: str
+    token: int | None
+    scores: Scores | None = None
+    prompt_scores: list[Scores] | None = None
+    """Of the prompt's tokens from the second on, once all are computed."""
+    vector: npt.NDArray[np.float64] | None = None
+    """What a text's tokens have pooled to, shape (size,)."""
+    broken: bool = False
+    """The model computed something that is not a number, or vLLM gave the request up."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """vLLM's own account of a request."""
+
+    request: Any
+    stats: Any = field(init=False)
+    """vLLM drops its own reference once it has told them."""
+
+    def __post_init__(self) -> None:
+        self.stats = self.request.prefill_stats
+
+    @property
+    def computed(self) -> int:
+        """Tokens in the KV cache, found there or computed."""
+        return int(self.request.num_computed_tokens)
+
+    @property
+    def cached(self) -> int:
+        """Tokens that were found there."""
+        stats = self.stats
+        return 0 if stats is None else int(stats.num_cached_tokens)
+
+
+@dataclass(slots=True)
+class Core:
+    """A loaded model, and the requests that it works on."""
+
+    core: Any
+    steps: int = 0
+    """In which something was computed."""
+    progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
+
+    @classmethod
+    def load(cls, settings: Mapping[str, object], pooling: Pooling | None) -> "Core":
+        """Loads by vLLM's engine arguments; with ``pooling`` to make vectors of texts. Raises LoadError."""
+        try:
+            purpose = {"runner": "generate"} if pooling is None else _pooled(pooling)
+            config = arguments.EngineArgs(**settings, **purpose).create_engine_config()
+            with _temporary_files():
+                return cls(engine_core.EngineCore(config, executor.Executor.get_class(config), log_stats=True))
+        except BROKEN_MODEL as error:
+            raise load_error(f"vLLM could not load {settings['model']}", error) from error
+
+    @property
+    def n_vocab(self) -> int:
+        """The width of the logits."""
+        return int(self.core.vllm_config.model_config.get_vocab_size())
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        return str(self.core.vllm_config.model_config.dtype).removeprefix("torch.")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Sequences in work, and those that wait."""
+        running, waiting = self.core.scheduler.get_request_counts()
+        return int(running), int(waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence. Where it ends is for the caller to see; vLLM ends it only when its context is full."""
+        params = sampling_params.SamplingParams(
+            temperature=0.0,
+            max_tokens=max(1, sequence.n_limit - sequence.n_prefill) + 1,
+            logprobs=sequence.logprobs,
+            prompt_logprobs=sequence.prompt_logprobs,
+            detokenize=False,
+            extra_args={CHOICE: sequence.choice},
+        )
+        self._add(sequence.id, sequence.tokens, "sampling_params", params)
+
+    def add_text(self, job: Job) -> None:
+        """Queues a text to be made a vector. Only of a core that was loaded with a pooling."""
+        params = pooling_params.PoolingParams(task="embed")
+        params.verify(self.core.vllm_config.model_config)
+        self._add(job.id, job.tokens, "pooling_params", params)
+
+    def _add(
+        self, name: str, tokens: list[int], kind: Literal["sampling_params", "pooling_params"], params: object
+    ) -> None:
+        asked = engine.EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=list(tokens),
+            mm_features=None,
+            **{"sampling_params": None, "pooling_params": None, kind: params},
+            arrival_time=time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        request, wave = self.core.preprocess_add_request(asked)
+        self.progress[name] = Progress(request)
+        self.core.add_request(request, wave)
+
+    def remove(self, request: str) -> None:
+        """Forgets a request, in work or not."""
+        if self.progress.pop(request, None) is not None:
+            self.core.abort_requests([request])
+
+    def discard(self, request: str) -> None:
+        """Forgets a request for which the model has computed what is no number, and clears its part of the KV cache.
+
+        Whoever gets the blocks next would be spoiled by them otherwise: what is masked counts as 0 times what is there.
+        Raises RuntimeError where other processes hold the cache, which this one cannot clear.
+        """
+        manager = self.core.scheduler.kv_cache_manager
+        blocks = {block for group in manager.get_block_ids(request) for block in group}
+        manager.evict_blocks(blocks)
+        alone = [block for block in blocks if manager.block_pool.blocks[block].ref_cnt == 1]
+        self.remove(request)
+        self._clear(alone)
+
+    def clear_unused(self) -> None:
+        """Clears what no request holds of the KV cache, where a text has left what is no number.
+
+        Raises RuntimeError as ``discard`` does.
+        """
+        self._clear(
+            [block.block_id for block in self.core.scheduler.kv_cache_manager.block_pool.blocks if not block.ref_cnt]
+        )
+
+    def _clear(self, blocks: list[int]) -> None:
+        driver = getattr(self.core.model_executor, "driver_worker", None)
+        if driver is None:
+            raise RuntimeError("the model computed what is not a number, and its KV cache cannot be cleared")
+        driver.worker.model_runner._zero_block_ids(blocks)  # it has no public name
+
+    def step(self) -> list[Output]:
+        """Computes one step."""
+        found, model_executed = self.core.step_fn()
+        self.core.post_step(model_executed=model_executed)
+        self.steps += bool(model_executed)
+        batch = found.get(0) if found else None
+        return [] if batch is None else [_output(each) for each in batch.outputs]
+
+
+def _pooled(pooling: Pooling) -> dict[str, object]:
+    """The engine's arguments for vectors."""
+    return {"runner": "pooling", "pooler_config": pooler.PoolerConfig(seq_pooling_type=pooling.upper())}
+
+
+@contextmanager
+def _temporary_files() -> Generator[None]:
+    """A place for the file by which a process finds the others that share a model, which vLLM would leave behind."""
+    with TemporaryDirectory(prefix="exo-vllm-") as folder:
+        usual, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = usual
+
+
+def open_tokenizer(folder: Path) -> HfTokenizer:
+    """A Hugging Face tokenizer. Raises LoadError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except BROKEN_MODEL as error:
+        raise load_error(f"transformers could not load the tokenizer in {folder}", error) from error
+
+
+def _output(found: _EngineOutput) -> Output:
+    tokens, told = found.new_token_ids, found.new_prompt_logprobs_tensors
+    scores = None if found.new_logprobs is None or not tokens else _scores(found.new_logprobs)[0]
+    given_up = found.finish_reason in (engine.FinishReason.ERROR, engine.FinishReason.ABORT)
+    return Output(
+        id=found.request_id,
+        token=tokens[0] if tokens else None,
+        scores=scores,
+        prompt_scores=None if told is None else _scores(told),
+        vector=None if found.pooling_output is None else found.pooling_output.numpy().astype(np.float64),
+        broken=given_up or found.num_nans_in_logits > 0 or (scores is not None and isnan(scores.chosen)),
+    )
+
+
+def _scores(found: _Logprobs) -> list[Scores]:
+    ids: list[list[int]] = found.logprob_token_ids.tolist()
+    logprobs: list[list[float]] = found.logprobs.tolist()
+    return [
+        Scores(own, sorted(zip(tokens[1:], others, strict=True), key=lambda each: (-each[1], each[0])))
+        for tokens, (own, *others) in zip(ids, logprobs, strict=True)
+    ]

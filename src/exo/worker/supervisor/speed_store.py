@@ -1,0 +1,235 @@
+"""What was measured of every runner's speed, by model and host, and the file in which it outlives the server."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exo.cards.card import ModelCard
+from exo.worker.host import Host
+from exo.worker.preference import NEEDED, Basis, Preference
+from exo.worker.speed import Measurement, Point, Prefer, Speed, level
+
+log = logging.getLogger(__name__)
+
+FRESH_SECONDS = 86400.0
+"""After which a point counts for nothing: a runner that lost once gets another chance."""
+_LOCK_SECONDS = 5.0
+"""How long another server may take to write its measurements."""
+_LARGEST = 16 << 20
+"""Bytes of a file that is read at all."""
+
+
+class Entry(BaseModel):
+    """One model on one runner on one host."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    runner: str
+    host: str
+    """What the host is, as a digest: processors, devices, and the runner's engine with its version."""
+    table: str
+    """The digest of the runner's table in the card; with another table, nothing of this holds."""
+    points: dict[Annotated[int, Field(ge=1)], Point]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Of which there is one."""
+        return self.model, self.runner, self.host
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    entries: tuple[Entry, ...] = ()
+
+
+@final
+class Speeds:
+    """The account of one server. ``file`` is read now; None keeps nothing. Times are in seconds since 1970."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._entries = {} if file is None else _read(file)
+        self._measured: set[tuple[str, str, str]] = set()
+        """The keys of what is to be written."""
+        self._hosts: dict[str, str] = {}
+        self._sent: Counter[tuple[str, str, int]] = Counter()
+        """Requests that were sent to a runner by preference, by model id, runner and load."""
+        self._incumbents: dict[str, str] = {}
+        """By model id: the runner that was taken the last time that figures decided."""
+        self._saving = Lock()
+
+    def know(self, host: Host) -> None:
+        """What the host is; before that nothing is known, nor may anything be measured."""
+        self._hosts = {runner: _host_digest(host, runner) for runner in host.probes}
+
+    def measured(self, card: ModelCard, runner: str, measured: Measurement, now: float) -> None:
+        """Takes one measurement of a runner that was started with this card."""
+        key, table = (card.model_id, runner, self._hosts[runner]), _table_digest(card, runner)
+        entry = self._entries.get(key)
+        points = dict(entry.points) if entry is not None and entry.table == table else {}
+        at = level(measured.load)
+        before = points.get(at)
+        if before is None or not _fresh(before, now):
+            points[at] = Point.of(measured, now)
+        else:
+            points[at] = before.take(measured, now)
+        self._entries[key] = Entry(model=card.model_id, runner=runner, host=key[2], table=table, points=points)
+        self._measured.add(key)
+
+    def known(self, card: ModelCard, now: float) -> dict[str, Speed]:
+        """All that was measured lately with a model, by runner, however little that is."""
+        return {runner: self._speed(card, runner, now) for runner in self._hosts}
+
+    def preference(self, card: ModelCard, prefer: Prefer | None, load: int, now: float) -> Preference | None:
+        """For the next request for a model, with which there are ``load`` sequences of it at once."""
+        if prefer is None:
+            return None
+        return Preference(
+            prefer=prefer,
+            load=load,
+            speeds={
+                runner: {at: point for at, point in speed.items() if point.count >= NEEDED}
+                for runner, speed in self.known(card, now).items()
+            },
+            sent={runner: self._sent[card.model_id, runner, level(load)] for runner in self._hosts},
+            incumbent=self._incumbents.get(card.model_id),
+        )
+
+    def sent(self, model_id: str, runner: str, load: int, basis: Basis) -> None:
+        """Notes that a request was sent to a runner, and why."""
+        if basis == "figures":
+            self._incumbents[model_id] = runner
+        if basis != "order":
+            self._sent[model_id, runner, level(load)] += 1
+
+    def unsaved(self) -> tuple[Entry, ...]:
+        """What was measured since this was last called, to be given to ``save``."""
+        entries = tuple(self._entries[key] for key in self._measured)
+        self._measured.clear()
+        return entries
+
+    def save(self, entries: Sequence[Entry]) -> None:
+        """Writes entries beside what others have written meanwhile. May be called from any thread.
+
+        A file that cannot be written is not tried again.
+        """
+        with self._saving:
+            if self._file is None or not entries:
+                return
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with _alone_in(self._file.parent):
+                    all_entries = _read(self._file)
+                    for entry in entries:
+                        all_entries[entry.key] = _merged(all_entries.get(entry.key), entry)
+                    content = _File(entries=tuple(all_entries[key] for key in sorted(all_entries)))
+                    _replace(self._file, content.model_dump_json(indent=1))
+            except OSError as error:
+                log.warning("%s cannot be written; measured speeds end with this server: %s", self._file, error)
+                self._file = None
+
+    def _speed(self, card: ModelCard, runner: str, now: float) -> Speed:
+        entry = self._entries.get((card.model_id, runner, self._hosts[runner]))
+        if entry is None or entry.table != _table_digest(card, runner):
+            return {}
+        return {at: entry.points[at] for at in sorted(entry.points) if _fresh(entry.points[at], now)}
+
+
+def _merged(written: Entry | None, measured: Entry) -> Entry:
+    """Of each load the later point, whichever server has measured it."""
+    if written is None or written.table != measured.table:
+        return measured
+    points = dict(written.points)
+    for load, point in measured.points.items():
+        if load not in points or points[load].at <= point.at:
+            points[load] = point
+    return measured.model_copy(update={"points": points})
+
+
+def _read(file: Path) -> dict[tuple[str, str, str], Entry]:
+    """The entries of a file, by key. One that cannot be used counts as empty, and is replaced in time."""
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST:,} bytes")
+        return {entry.key: entry for entry in _File.model_validate_json(content).entries}
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    except (OSError, ValueError) as error:
+        why = str(error)
+    log.warning("the measured speeds in %s are ignored: %s", file, why)
+    return {}
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Generator[None]:
+    """Waits until no other server is in this context, some seconds at most. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _locked(descriptor) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _replace(file: Path, text: str) -> None:
+    """Raises OSError, with the file as it was."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _fresh(point: Point, now: float) -> bool:
+    """Nor may it come from the future, where it would never grow old."""
+    return abs(now - point.at) <= FRESH_SECONDS
+
+
+def _table_digest(card: ModelCard, runner: str) -> str:
+    return _digest([json.dumps(card.engines.get(runner, {}), sort_keys=True).encode()])
+
+
+def _host_digest(host: Host, runner: str) -> str:
+    probe = host.probes[runner]
+    processors = (host.system, host.machine, host.processor, str(host.cpu_count))
+    devices = (each.name for each in host.nvidia_devices)
+    engine = (probe.engine, probe.version, *probe.backends)
+    return _digest([each.encode() for each in chain(processors, devices, engine)])
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
