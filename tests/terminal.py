@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -91,7 +92,8 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Makes the terminal the one that Ctrl-C is typed into."""
+    """Makes the terminal the one that Ctrl-C is typed into, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
