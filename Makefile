@@ -17,7 +17,7 @@ check: setup-dev  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/lint-imports --no-logo
 
 demo-model: setup  ## fetch and assemble the demo model
 	@$(BIN)/python scripts/demo_model.py

