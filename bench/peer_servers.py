@@ -24,7 +24,7 @@ from exo.config import Settings
 SLOTS, CONTEXT = 16, 4096
 """Of exo's card of the demo model; ``CONTEXT`` tokens in each slot. The cache is of f16, as everybody's default is."""
 THREADS = psutil.cpu_count(logical=False) or 1
-DEMO_CARD = Path(exo.__file__).parent / "models" / "cards" / "gemma-3-270m.toml"
+DEMO_CARD = Path(exo.__file__).parent / "cards" / "built_in" / "gemma-3-270m.toml"
 _START_SECONDS = 180.0
 
 Name = Literal["exo", "exo, speculating", "llama-server", "llama-cpp-python", "exo on MLX", "mlx_lm.server"]
