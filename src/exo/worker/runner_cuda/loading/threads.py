@@ -28,6 +28,8 @@ CROWDED = 0.12
 """Share of the time that computing threads want to run and have no core, from which on fewer threads are tried."""
 IDLE_CORE = 0.7
 """Cores that have nothing to do, from which on more threads are tried."""
+QUIET_PAUSE = 0.3
+"""Cores that others used during a pause, up to which the next step finds the machine quiet."""
 WINDOW_SECONDS = 0.5
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two trials in the same direction: doubled by each that fails, from the first to the longest."""
@@ -77,9 +79,16 @@ class CpuWatch:
         self._since, self._tasks, self._idle = now, tasks, idle
         return found
 
-    def restart(self) -> None:
-        """Begins a new window, after a pause that says nothing about computing."""
-        self._since, self._tasks, self._idle = time.monotonic(), dict(_task_times()), self._idle_seconds()
+    def resume(self, last_step: float) -> float:
+        """Begins a new window after a pause since ``last_step``. Returns how many cores others used meanwhile.
+
+        It is a lower bound: all time in which CPUs were busy before the pause counts as this process's own.
+        """
+        now, idle = time.monotonic(), self._idle_seconds()
+        busy = len(self._cpus) * (now - self._since) - (idle - self._idle)
+        own = len(self._cpus) * (last_step - self._since)
+        self._since, self._tasks, self._idle = now, dict(_task_times()), idle
+        return max(0.0, busy - own) / (now - last_step)
 
     def _idle_seconds(self) -> float:
         times = psutil.cpu_times(percpu=True)
@@ -150,6 +159,12 @@ class ThreadCount:
         self.limit = limit
         self._trial = None
 
+    def begin_anew(self) -> None:
+        """Uses all cores, as after a start, since nothing else uses them now. A trial that is under way is void."""
+        self.count = min(self.cores, self.limit)
+        self._trial = None
+        self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
+
     def now(self) -> int:
         """The count for the next step."""
         return self.count if self._trial is None else self._trial.count
@@ -210,6 +225,8 @@ class Threads:
 
     def counts(self, *, exact: bool) -> tuple[int, int]:
         """Threads for a step of one row and for a step of more; ``exact`` if a sequence has to be repeatable."""
+        if time.monotonic() - self._last_step > WINDOW_SECONDS:
+            self._resume()
         if self._fixed is not None:
             return self._fixed
         return self._cores if exact else self._one.now(), self._more.now()
@@ -217,8 +234,6 @@ class Threads:
     def computed(self, n_rows: int, seconds: float, *, prefills: bool, exact: bool) -> None:
         """Takes a step with the counts that ``counts()`` gave into account."""
         now, kind, used = time.monotonic(), (prefills, n_rows), self._one if n_rows == 1 else self._more
-        if now - self._last_step - seconds > WINDOW_SECONDS:
-            self._watch.restart()
         self._last_step = now
         if self._fixed is None and not (exact and n_rows == 1):
             used.computed(kind, seconds, now)
@@ -228,6 +243,18 @@ class Threads:
             self._window = window
             if self._fixed is None:
                 used.look(window, now)
+
+    def _resume(self) -> None:
+        """Forgets, after a pause in which the machine was quiet, that it was busy before.
+
+        The first tokens of a request would otherwise be computed with one thread until a trial has shown better.
+        """
+        quiet = self._watch.resume(self._last_step) <= QUIET_PAUSE
+        self._last_step = time.monotonic()
+        if quiet:
+            self._one.begin_anew()
+            self._more.begin_anew()
+            self._window, self._slowdown = CpuWindow(0.0, 0.0), 1.0
 
     def _note_speed(self, kind: StepKind, seconds: float) -> None:
         quiet = self._quiet.get(kind)
