@@ -28,9 +28,8 @@ CROWDED = 0.12
 """Share of the time that computing threads want to run and have no core, from which on fewer threads are tried."""
 IDLE_CORE = 0.7
 """Cores that have nothing to do, from which on more threads are tried."""
-QUIET_PAUSE = 0.3
-"""Cores that others used during a pause, up to which the next step finds the machine quiet."""
 WINDOW_SECONDS = 0.5
+LOOKS, LOOK_SECONDS = 4, 0.001
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two trials in the same direction: doubled by each that fails, from the first to the longest."""
 TRIAL_SECONDS = 5.0
@@ -79,20 +78,28 @@ class CpuWatch:
         self._since, self._tasks, self._idle = now, tasks, idle
         return found
 
-    def resume(self, last_step: float) -> float:
-        """Begins a new window after a pause since ``last_step``. Returns how many cores others used meanwhile.
-
-        It is a lower bound: all time in which CPUs were busy before the pause counts as this process's own.
-        """
-        now, idle = time.monotonic(), self._idle_seconds()
-        busy = len(self._cpus) * (now - self._since) - (idle - self._idle)
-        own = len(self._cpus) * (last_step - self._since)
-        self._since, self._tasks, self._idle = now, dict(_task_times()), idle
-        return max(0.0, busy - own) / (now - last_step)
+    def restart(self) -> None:
+        """Begins a new window, after a pause that shows nothing about computing."""
+        self._since, self._tasks, self._idle = time.monotonic(), dict(_task_times()), self._idle_seconds()
 
     def _idle_seconds(self) -> float:
         times = psutil.cpu_times(percpu=True)
         return sum(times[cpu].idle for cpu in self._cpus if cpu < len(times))
+
+
+def others_running() -> int | None:
+    """Threads besides this one that run or want to, on the whole machine; None where the kernel does not count them.
+
+    It is the least of a few looks within milliseconds: a program that computes is there at each.
+    """
+    found: list[int] = []
+    for look in range(LOOKS):
+        time.sleep(LOOK_SECONDS if look else 0.0)
+        try:
+            found.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)
+        except (OSError, IndexError, ValueError):
+            return None
+    return max(0, min(found))
 
 
 def _task_times() -> Iterator[tuple[str, tuple[int, int]]]:
@@ -159,11 +166,12 @@ class ThreadCount:
         self.limit = limit
         self._trial = None
 
-    def begin_anew(self) -> None:
-        """Uses all cores, as after a start, since nothing else uses them now. A trial that is under way is void."""
-        self.count = min(self.cores, self.limit)
-        self._trial = None
-        self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
+    def begin_anew(self, count: int) -> None:
+        """Uses ``count`` cores, as far as there are so many, if that is more than now."""
+        if (count := min(count, self.cores, self.limit)) > self.count:
+            self.count = count
+            self._trial = None
+            self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
 
     def now(self) -> int:
         """The count for the next step."""
@@ -245,16 +253,16 @@ class Threads:
                 used.look(window, now)
 
     def _resume(self) -> None:
-        """Forgets, after a pause in which the machine was quiet, that it was busy before.
+        """Begins anew after a pause, with the cores that no other program uses at the moment.
 
-        The first tokens of a request would otherwise be computed with one thread until a trial has shown better.
+        After a program that took a core has ended, a request's prompt and first tokens would otherwise be computed with
+        too few threads until a trial has shown better.
         """
-        quiet = self._watch.resume(self._last_step) <= QUIET_PAUSE
+        self._watch.restart()
         self._last_step = time.monotonic()
-        if quiet:
-            self._one.begin_anew()
-            self._more.begin_anew()
-            self._window, self._slowdown = CpuWindow(0.0, 0.0), 1.0
+        if min(self._one.count, self._more.count) < self._share and (others := others_running()) is not None:
+            self._one.begin_anew(self._cores - others)
+            self._more.begin_anew(self._cores - others)
 
     def _note_speed(self, kind: StepKind, seconds: float) -> None:
         quiet = self._quiet.get(kind)
