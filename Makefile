@@ -10,8 +10,8 @@ BIN = .venv/bin
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
-test: setup-clients setup-vllm demo-model  ## all tests
-	$(BIN)/python -m pytest
+test: setup-clients demo-model  ## all tests; those of vLLM run where make setup-vllm has made its environment
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile
 
 check: setup-dev  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -1,10 +1,17 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 from pydantic import JsonValue
 
 from exo.cards.card import ModelCard, StorageSize
+from exo.worker.protocol.runners import RUNNERS
 
 settings.register_profile("campaign", max_examples=5000)
+
+needs_vllm = pytest.mark.skipif(
+    not Path(RUNNERS["vllm"].interpreter).exists(), reason=f"vLLM is not set up; {RUNNERS['vllm'].setup} does it"
+)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from exo.compare.run import Options, Subject, examine
 from exo.worker.host import Host
 from exo.worker.protocol.messages import Load
 from exo.worker.supervisor.pool import runner_commands
-from tests.conftest import fake_card
+from tests.conftest import fake_card, needs_vllm
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.shape import ARCHITECTURES, Architecture
 
@@ -33,6 +33,7 @@ async def test_both_engines_say_the_same(architecture: Architecture, tmp_path: P
     agree(await compared(Shape(architecture), ("cuda", "mlx"), tmp_path), PROMPTS)
 
 
+@needs_vllm
 async def test_all_three_engines_say_the_same(tmp_path: Path) -> None:
     """With heads of 64 numbers, the smallest that vLLM has attention for."""
     found = await compared(Shape(head_dim=64), ("cuda", "mlx", "vllm"), tmp_path, PROMPTS[::2])

@@ -11,7 +11,7 @@ import pytest
 from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
 from exo.worker.runner_common.request_checks import within
 from tests.program import Program, Result, ask, names
-from tests.test_contract import CASES, Start, Table, long_prompt
+from tests.test_contract import CASES, EVERY_RUNNER, Start, Table, long_prompt
 
 VLLM = CASES["vllm"]
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture(params=EMBEDDING)
+@pytest.fixture(params=EVERY_RUNNER)
 def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
     starter = Start(EMBEDDING[request.param], folder, [])
     yield starter
@@ -41,7 +41,7 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
         program.__exit__(None, None, None)
 
 
-@pytest.fixture(scope="module", params=EMBEDDING)
+@pytest.fixture(scope="module", params=EVERY_RUNNER)
 def program(request: pytest.FixtureRequest, folder: Path) -> Iterator[Program]:
     """One loaded runner for all tests that leave it as they found it."""
     starter = Start(EMBEDDING[request.param], folder, [])

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from exo.cards.catalogue import Catalogue
 from exo.worker.protocol.messages import Choice, Embed, Estimate, Failed, Load
 from exo.worker.protocol.runners import RUNNERS
+from tests.conftest import needs_vllm
 from tests.program import Program, ask
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.shape import ARCHITECTURES, Architecture
@@ -93,7 +94,7 @@ def test_a_tiny_models_estimate_is_what_its_process_has(
     compare(Case(runner, load(runner, path, n_ctx=4096, slots=4), 4090))
 
 
-@pytest.mark.parametrize("runner", ["cuda", "mlx", "vllm"])
+@pytest.mark.parametrize("runner", ["cuda", "mlx", pytest.param("vllm", marks=needs_vllm)])
 def test_a_large_kv_cache_is_counted(tmp_path: Path, runner: str) -> None:
     path = write(tmp_path, runner, Shape("llama", heads=4, kv_heads=4, head_dim=64))
     compare(Case(runner, load(runner, path, n_ctx=4096, slots=32), 300))

@@ -21,6 +21,7 @@ from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_vllm.limits import check_limits
 from exo.worker.runner_vllm.options import read_options
+from tests.conftest import needs_vllm
 from tests.program import Program, Result, ask, names
 from tests.server import ServeProgram, environment, write_card
 from tests.test_replay import BODY, streamed, texts_of, whole
@@ -28,6 +29,8 @@ from tests.tiny import Shape, write_gguf, write_mlx
 
 VLLM = RUNNERS["vllm"]
 TWIN = Shape(head_dim=64)
+
+pytestmark = needs_vllm
 
 name = names()
 

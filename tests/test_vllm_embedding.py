@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnkn
 
 from exo.worker.protocol.messages import Embed, Load, Text
 from exo.worker.protocol.runners import RUNNERS
+from tests.conftest import needs_vllm
 from tests.program import Program, ask, names
 from tests.server import ServeProgram, write_card
 from tests.test_estimate_runners import TOLERANCE, choices, prompt
@@ -24,6 +25,8 @@ from tests.tiny.shape import Architecture
 
 TEXTS = ("once upon a time", "x", "the quick brown fox jumps over the lazy dog " * 12, "hello world and you")
 TASKS = ("TextEmbedding",)
+
+pytestmark = needs_vllm
 
 name = names()
 
