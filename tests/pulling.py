@@ -22,6 +22,7 @@ from exo.store.hub import Hub
 from exo.store.progress import Progress
 from exo.store.pull import plan, pull
 from exo.store.store import OnDisk, Store
+from tests import ROOT
 from tests.conftest import fake_card
 from tests.hub import REPO
 from tests.server import inherited
@@ -63,7 +64,7 @@ class PullProgram:
     def __init__(self, url: str, directory: Path, file: str, limit: int | None = None) -> None:
         command = [sys.executable, "-m", "tests.pulling", url, str(directory), file]
         command += [str(limit)] if limit is not None else []
-        root = Path(__file__).parent.parent
+        root = ROOT
         self.process = subprocess.Popen(
             command, cwd=root, env=inherited(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

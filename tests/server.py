@@ -15,6 +15,8 @@ import httpx
 import psutil
 from pydantic import JsonValue
 
+from tests import ROOT
+
 DEADLINE_SECONDS = 120.0
 """How long a test waits for what must come; reached only when something is broken."""
 
@@ -67,7 +69,7 @@ class ServeProgram:
             self.process = subprocess.Popen(
                 [python, *program],
                 env={**environment(home), **variables},
-                cwd=Path(__file__).parent.parent,
+                cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from exo.cards.card import ModelCard
+from tests import ROOT
 
-_CARDS = Path(__file__).parent.parent / "src/exo/cards/built_in"
+_CARDS = ROOT / "src/exo/cards/built_in"
 _TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 _END = "{% if add_generation_prompt %}<assistant>{% endif %}"
 _ALTERNATE = (

@@ -6,8 +6,9 @@ from pydantic import ValidationError
 from exo.cards.card import CardError, ModelCard, SamplingValues
 from exo.worker.protocol.messages import SamplingParams
 from exo.worker.protocol.runners import RUNNERS, RunnerSpec
+from tests import DATA
 
-UPSTREAM = sorted((Path(__file__).parent / "data/upstream_cards").glob("*.toml"))
+UPSTREAM = sorted((DATA / "upstream_cards").glob("*.toml"))
 
 SMALL = """
 model_id = "someone/small"

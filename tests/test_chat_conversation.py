@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 import pytest
@@ -19,6 +18,7 @@ from exo.chat.template.renderer import (
     chat_prompt,
 )
 from exo.worker.protocol.messages import Text
+from tests import ROOT
 from tests.test_template import CHATML, joined, model, user, worker
 
 
@@ -220,7 +220,7 @@ async def test_ids_of_calls_are_names_where_the_template_writes_them_for_names()
 
 async def test_the_demo_cards_template_writes_tools_as_hermes_does() -> None:
     assert isinstance(TOOL, dict)
-    card = (Path(__file__).parent.parent / "src/exo/cards/built_in/gemma-3-270m.toml").read_text()
+    card = (ROOT / "src/exo/cards/built_in/gemma-3-270m.toml").read_text()
     template = ModelCard.from_toml(card).engines["cuda"]["chat_template"]
     assert isinstance(template, str)
     text = await rendered(template, user("Hi"), call('{"a": "<|im_end|>"}'), result("7"), tools=[TOOL])

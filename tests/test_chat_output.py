@@ -1,6 +1,5 @@
 """Which format a model writes: from its card, or else from its chat template."""
 
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,9 +7,10 @@ import pytest
 from exo.cards.card import ModelCard, ToolFormat
 from exo.chat.output.parser import Thinking
 from exo.chat.output.registry import FORMATS, output_format
+from tests import DATA
 from tests.replies import BAR
 
-CARDS = Path(__file__).parent / "data" / "upstream_cards"
+CARDS = DATA / "upstream_cards"
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Load, Score, Scored
 from exo.worker.protocol.runners import RUNNERS
+from tests import ROOT
 from tests.program import runner_command
 from tests.server import ServeProgram, write_card
 from tests.test_serve_openai import TEMPLATE
 from tests.tiny import Shape, write_gguf, write_mlx, write_scripted
 
 PROGRAMS = Path(__file__).parent / "clients"
-PYTHON = Path(__file__).parent.parent / ".venv-clients" / "bin" / "python"
+PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 FLAT: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 CALL = ("<tool_call>\n", '{"name": "paint", ', '"arguments": {"colour": "red"}}', "\n</tool_call>")
 PAIRS = [("The sky is", " blue and wide"), ("hello world", " you and a user"), ("", "the assistant"), ("a b c", " d")]

@@ -11,19 +11,19 @@ from collections.abc import Generator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
 
 import pytest
 from pydantic import JsonValue
 
+from tests import ROOT
 from tests.server import ServeProgram, write_card
 from tests.test_serve_openai import TEMPLATE
 from tests.tiny import Shape, write_gguf
 from tests.tiny.encoder import Encoder
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+DOCUMENT = (ROOT / "docs" / "api.md").read_text()
 FIELD = re.compile(r"`([a-z_]+)`")
 
 

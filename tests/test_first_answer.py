@@ -10,7 +10,9 @@ from pathlib import Path
 
 import psutil
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "first_answer.py"
+from tests import ROOT
+
+SCRIPT = ROOT / "scripts" / "first_answer.py"
 
 
 def test_a_sigterm_ends_the_server_too(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 from pydantic import JsonValue
 
+from tests import DATA
 from tests.server import ServeProgram, environment, write_card
 from tests.tiny import Shape, write_gguf
 
 TABLE: dict[str, JsonValue] = {"slots": 2, "n_ctx": 512, "threads": 1}
-DATA = Path(__file__).parent / "data"
 
 
 def write_model(home: Path) -> None:

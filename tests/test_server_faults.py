@@ -12,6 +12,7 @@ import pytest
 from exo.cards.card import ModelCard
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.pool import Instances
+from tests import ROOT
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND
 from tests.program import DEADLINE_SECONDS
@@ -65,7 +66,7 @@ def test_a_server_that_cannot_go_on_exits_with_the_error(tmp_path: Path, method:
     done = subprocess.run(
         [sys.executable, "-c", SERVER.format(method=method)],
         env=environment(tmp_path),
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=DEADLINE_SECONDS,

@@ -6,7 +6,9 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "setup_env.py"
+from tests import ROOT
+
+SCRIPT = ROOT / "scripts" / "setup_env.py"
 
 
 @pytest.fixture

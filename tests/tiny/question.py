@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Literal, TypedDict
+
+from tests import ROOT
 
 
 class Question(TypedDict):
@@ -37,7 +38,7 @@ def ask(engine: Literal["llama_engine", "mlx_engine"], questions: list[Question]
         input=json.dumps(questions),
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     if done.returncode != 0:
         raise RuntimeError(f"{engine} ended with {done.returncode}: {done.stderr}")
