@@ -5,7 +5,7 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check setup setup-dev setup-clients setup-vllm clean
+.PHONY: run test check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-vllm clean
 
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
@@ -47,6 +47,10 @@ gpu-archive:  ## pack what a machine with a card and no network needs; ARGS="--p
 gpu-check:  ## on such a machine: build, test, measure, see docs/gpu.md; ARGS="--stages build,contract"
 	PYTHON=$(PYTHON) scripts/gpu_check $(ARGS)
 
+docs:  ## the documentation as a site in build/site; a broken link fails
+	@$(PYTHON) scripts/setup_env.py --docs
+	.venv-docs/bin/mkdocs build
+
 setup:
 	@$(SETUP)
 
@@ -60,4 +64,4 @@ setup-vllm:  ## the vLLM runner's own environment, .venv-vllm: 3 GB on a CPU, mo
 	@$(SETUP) --vllm
 
 clean:  ## remove the virtual environment and caches of this checkout
-	rm -rf .venv .venv-clients .venv-peers .venv-vllm .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-clients .venv-docs .venv-peers .venv-vllm .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -1,4 +1,6 @@
-"""Sets up .venv with everything exo needs, .venv-clients and .venv-vllm. Standard library only: nothing is there yet.
+"""Sets up .venv with everything exo needs, .venv-clients, .venv-docs and .venv-vllm.
+
+Uses the standard library only, because nothing is installed yet.
 
 Each step leaves a stamp with the hash of what it was made from, so a second run does nothing.
 """
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CLIENTS = ROOT / ".venv-clients"
+DOCS = ROOT / ".venv-docs"
 VLLM = ROOT / ".venv-vllm"
 ONLY_LLAMA = ROOT / "scripts" / "only_llama.cmake"
 LLAMA = "llama-cpp-python==0.3.36"
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
     parser.add_argument("--clients", action="store_true", help="also other people's programs, for the tests to drive")
     parser.add_argument("--vllm", action="store_true", help="also the environment of the vLLM runner")
+    parser.add_argument("--docs", action="store_true", help="only the environment that builds the documentation")
     parser.add_argument("--cuda", choices=["auto", "0", "1"], default="auto", help="build llama.cpp for CUDA")
     parser.add_argument("--cuda-archs", default="", help="CMake's architecture list, such as 89-real;90-real")
     options = parser.parse_args()
@@ -37,6 +41,9 @@ def main() -> None:
         sys.exit(
             f"exo needs Python 3.11 or newer, but {sys.executable} is {sys.version.split()[0]}; try PYTHON=python3.12"
         )
+    if options.docs:
+        install_environment("docs", DOCS, stamps=DOCS)
+        return
     if not PYTHON.exists():
         say("making the virtual environment .venv")
         venv.create(VENV, with_pip=True, symlinks=True)
@@ -44,7 +51,7 @@ def main() -> None:
     install_llama(cmake_arguments(options.cuda, options.cuda_archs))
     install_exo()
     if options.clients:
-        install_clients()
+        install_environment("clients", CLIENTS)
     if options.vllm:
         install_vllm(on_cuda=options.cuda == "1" or (options.cuda == "auto" and bool(cuda_architectures())))
 
@@ -66,15 +73,15 @@ def pip(*arguments: str | Path) -> list[str | Path]:
     return [PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments]
 
 
-def stamped(name: str, key: str) -> bool:
+def stamped(name: str, key: str, folder: Path = VENV) -> bool:
     """Whether step ``name`` was last done with ``key``."""
-    stamp = VENV / f"{name}.stamp"
+    stamp = folder / f"{name}.stamp"
     return stamp.exists() and stamp.read_text() == key
 
 
-def stamp(name: str, key: str) -> None:
+def stamp(name: str, key: str, folder: Path = VENV) -> None:
     """Records that step ``name`` is done with ``key``."""
-    (VENV / f"{name}.stamp").write_text(key)
+    (folder / f"{name}.stamp").write_text(key)
 
 
 def digest(*parts: str) -> str:
@@ -84,7 +91,7 @@ def digest(*parts: str) -> str:
 
 def install_requirements(name: str) -> None:
     """Installs a pinned requirements file."""
-    key = digest(*(path.read_text() for path in sorted(ROOT.glob("requirements*.txt"))))
+    key = digest(*((ROOT / each).read_text() for each in ("requirements-dev.txt", "requirements.txt")))
     if stamped(name, key) or (name == "requirements.txt" and stamped("requirements-dev.txt", key)):
         return
     say(f"installing {name}")
@@ -178,17 +185,19 @@ def install_exo() -> None:
         stamp("exo", key)
 
 
-def install_clients() -> None:
-    """Makes the environment of clients that do not go together with exo's own packages."""
-    requirements = ROOT / "requirements-clients.txt"
+def install_environment(name: str, folder: Path, stamps: Path = VENV) -> None:
+    """Makes an environment of its own from ``requirements-NAME.txt``, whose packages conflict with exo's or are no part
+    of it. ``stamps`` is where the step leaves its stamp.
+    """
+    requirements = ROOT / f"requirements-{name}.txt"
     key = digest(requirements.read_text())
-    if stamped("clients", key) and CLIENTS.exists():
+    if stamped(name, key, stamps) and folder.exists():
         return
-    say("installing clients for the tests into .venv-clients")
-    venv.create(CLIENTS, with_pip=True, symlinks=True, clear=True)
+    say(f"installing {requirements.name} into {folder.name}")
+    venv.create(folder, with_pip=True, symlinks=True, clear=True)
     install = ("-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "on", "-r", requirements)
-    run([CLIENTS / "bin" / "python", *install])
-    stamp("clients", key)
+    run([folder / "bin" / "python", *install])
+    stamp(name, key, stamps)
 
 
 def install_vllm(*, on_cuda: bool) -> None:
