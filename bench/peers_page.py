@@ -27,14 +27,14 @@ def _lines(findings: PeerFindings) -> Iterator[str]:
     yield "# Performance beside the peers"
     yield ""
     if findings.tiny:
-        yield "**A try at tiny sizes: these figures say nothing.**"
+        yield "**A trial with tiny sizes: these figures mean nothing.**"
         yield ""
     yield (
         f"Written by `make bench-peers` on {findings.date[:10]} at commit {findings.commit}: {host.processor}, "
         f"{host.cpu_count} processors, {host.memory_total / 2**30:.0f} GiB of memory, {devices}, {host.system}. "
-        f"All servers ran beside each other and took turns, {findings.pairs} times: within a pair, each gets the "
-        "same prompts, which no earlier turn has had. Figures are medians; a ratio is taken within each pair, and is "
-        "how many times as good exo is: above 1 it is ahead. In brackets is the range over the pairs."
+        f"All servers ran side by side and took turns, {findings.pairs} times. Within a pair each gets the same "
+        "prompts, which no earlier turn has had. Figures are medians. A ratio is taken within each pair and is above 1 "
+        "where exo is better. The range over the pairs is in brackets."
     )
     yield ""
     yield "| server | version | started as |"
@@ -42,9 +42,9 @@ def _lines(findings: PeerFindings) -> Iterator[str]:
     for each in findings.contenders:
         yield f"| {each.name} | {each.version} | `{each.flags}` |"
     yield ""
-    yield "The model is Gemma 3 270M, Q4_K_M, but for MLX, where a tiny random one lets the servers show."
+    yield "The model is Gemma 3 270M, Q4_K_M. For MLX it is a tiny random one, so that the servers' own cost shows."
     yield ""
-    yield "| scenario | figure | exo | peer | the peer's | times as good |"
+    yield "| scenario | figure | exo | peer | the peer's | ratio |"
     yield "|---|---|---|---|---|---|"
     for scenario in (*DEMO, *TWIN):
         ours = findings.stages(scenario.name, scenario.us)
@@ -57,8 +57,8 @@ def _lines(findings: PeerFindings) -> Iterator[str]:
     yield "## Beside the engine alone"
     yield ""
     yield (
-        "`llama-batched-bench` prefills and decodes the same batches with nothing around it. The time that this "
-        "predicts for the same work, over the time that exo took from the first request to the last token:"
+        "`llama-batched-bench` prefills and decodes the same batches without a server. The share is the time that it "
+        "predicts for the same work, divided by exo's time from the first request to the last token:"
     )
     yield ""
     yield "| scenario | exo | predicted | share |"

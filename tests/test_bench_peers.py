@@ -90,6 +90,6 @@ def test_the_page_tells_every_scenario_and_its_data_gives_it_again(tmp_path: Pat
     for scenario in (*DEMO, *TWIN):
         assert f"| {scenario.name} |" in page
     assert "| greedy, 1 stream | 4.0 s | 3.0 s | 0.75 (0.75 to 0.75) |" in page
-    assert "a try" not in page
+    assert "tiny sizes" not in page
     assert (tmp_path / PLOT).stat().st_size < 100_000
     assert PeerFindings.model_validate_json((tmp_path / DATA).read_text()) == findings
