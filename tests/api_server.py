@@ -1,4 +1,4 @@
-"""A real server on a free port of the loopback interface, its runners the fake one."""
+"""A real server on a free port of the loopback interface, with the fake runner for its runners."""
 
 import socket
 import threading
@@ -33,7 +33,7 @@ def serve(
     speeds_file: Path | None = None,
     strict: bool = False,
 ) -> Generator[str]:
-    """The server's base URL. Runners' logs are in ``directory``."""
+    """Yields the server's base URL. The runners' logs are in ``directory``."""
     settings = Settings(
         host="127.0.0.1",
         port=0,

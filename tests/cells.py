@@ -1,4 +1,4 @@
-"""Cells that hold token ids, so that tests see what is in each slot. Copies wait for a decode, as llama.cpp's do."""
+"""Cells that hold token ids, so that tests see the contents of each slot. Copies wait for a decode, as in llama.cpp."""
 
 from dataclasses import dataclass, field
 
@@ -8,14 +8,14 @@ from exo.worker.runner_cuda.prefix.cache import State
 from exo.worker.runner_cuda.scheduler import Step
 
 MISSING = -1
-"""A cell that a saved state did not have."""
+"""A cell that was not part of a saved state."""
 NAN = -2
 """A cell that spoils every computation in its slot."""
 
 
 @dataclass(slots=True)
 class RecordedCells:
-    """``exo.worker.runner_cuda.prefix.cache.Cells``. ``window`` is how many cells a saved state has; None: all."""
+    """Implements ``prefix.cache.Cells``. ``window`` is the number of cells in a saved state; None is all."""
 
     n_slots: int
     n_ctx: int = 1 << 12
@@ -49,7 +49,7 @@ class RecordedCells:
         self.held[target] = [MISSING] * len(self.held[source])
 
     def spoil(self, slot: int) -> None:
-        """As a computation does that goes wrong."""
+        """Does what a failed computation does to a slot."""
         self._contents[slot] = [NAN] * self.n_ctx
 
     def wipe(self, slot: int, sound: int | None) -> None:
@@ -74,7 +74,7 @@ class RecordedCells:
         return True
 
     def decode(self, step: Step) -> None:
-        """Makes the pending copies, then writes the step's cells. Each must follow the cells that it needs."""
+        """Makes the pending copies, then writes the step's cells. The cells that a cell needs must precede it."""
         for source, target in self._pending:
             self._contents[target] = self._contents[source].copy()
             self.held[target] = self._contents[target][: len(self.held[target])]

@@ -16,12 +16,12 @@ needs_vllm = pytest.mark.skipif(
 
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, bool]]:
-    """The event loop that the server runs on."""
+    """The server's event loop."""
     return "asyncio", {"use_uvloop": True}
 
 
 def fake_card(model_id: str = "fake/model", **table: JsonValue) -> ModelCard:
-    """A card whose runner_cuda is the fake runner; ``table`` is of ``fake_runner.Options``."""
+    """A model card for the fake runner in place of llama.cpp; ``table`` holds ``fake_runner.Options``."""
     return ModelCard(
         model_id=model_id,
         backends=("LlamaCppCpu",),

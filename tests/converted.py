@@ -1,4 +1,4 @@
-"""What the tests of the converter share: reading what was converted, and asking both engines about it."""
+"""Helpers for the tests of the converter: they read converted models and ask both engines about them."""
 
 import json
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def question(gguf_file: Path, folder: Path, scratch: Path) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What llama.cpp and mlx-lm make of a GGUF file and a folder."""
+    """The answers of llama.cpp and mlx-lm about a GGUF file and a folder."""
 
     question: Question
     llama: Answer
@@ -51,7 +51,7 @@ class Said:
         return np.load(self.question["mlx_logits"])
 
     def agree(self, tolerance: float = 1e-3) -> None:
-        """The engines' log-probabilities over the whole vocabulary, and their tokens."""
+        """Compares the engines' log-probabilities over the whole vocabulary, and their tokens."""
         llama, mlx = log_softmax(self.llama_logits), log_softmax(self.mlx_logits)
         assert np.abs(llama - mlx).max() <= tolerance
         assert self.llama["special"] == self.mlx["special"]
@@ -80,7 +80,7 @@ def change_json(path: Path, **keys: JsonValue) -> None:
 
 
 def make_twins(folder: Path) -> Path:
-    """A GGUF file and a folder of each architecture, as ``llama.gguf`` and ``llama``."""
+    """Writes a GGUF file and a folder for each architecture, such as ``llama.gguf`` and ``llama``."""
     for architecture in ARCHITECTURES:
         write_gguf(folder / f"{architecture}.gguf", Shape(architecture))
         write_mlx(folder / architecture, Shape(architecture))
@@ -88,7 +88,7 @@ def make_twins(folder: Path) -> Path:
 
 
 def refuse(source: Path, target: Path, message: str, dtype: Dtype = "f32") -> None:
-    """The conversion is refused with a message that begins like this, and the target's folder stays as it was."""
+    """Checks that the conversion is refused with a message that begins so, and changes nothing beside the target."""
     before = sorted(target.parent.iterdir())
     with pytest.raises(ConvertError) as error:
         convert(source, target, to="gguf" if target.suffix == ".gguf" else "mlx", dtype=dtype)

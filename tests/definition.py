@@ -1,4 +1,4 @@
-"""``messages.SamplingParams`` written out plainly over the whole vocabulary, for the samplers to be held against."""
+"""A plain implementation of ``messages.SamplingParams`` over the whole vocabulary, as a reference for the samplers."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ Row = NDArray[np.float32]
 
 
 def kept(row: Row, params: SamplingParams) -> NDArray[np.float64]:
-    """Unnormalised probabilities, zero for what top-k, min-p or top-p leave out."""
+    """Unnormalised probabilities; zero for tokens that top-k, min-p or top-p drop."""
     scores = row.astype(np.float64)
     weights = np.exp((scores - scores.max()) / params.temperature)
     if 0 < params.top_k < scores.size:
@@ -25,14 +25,14 @@ def kept(row: Row, params: SamplingParams) -> NDArray[np.float64]:
 
 
 def winners(weights: NDArray[np.float64], noise: NDArray[np.float64], slack: float) -> list[int]:
-    """Indices of the largest ln(weight) + noise, or of all within ``slack`` of it."""
+    """The index of the largest ln(weight) + noise, or the indices of all within ``slack`` of it."""
     with np.errstate(divide="ignore"):
         scores = np.log(weights) + noise
     return [int(scores.argmax())] if slack == 0 else [int(at) for at in np.flatnonzero(scores >= scores.max() - slack)]
 
 
 def by_definition(row: Row, params: SamplingParams, position: int, slack: float = 0.0) -> set[int]:
-    """The token that the definition chooses; with ``slack``, all that it might for logits this little different."""
+    """The token that the definition chooses; with ``slack``, all that it may choose if logits differ by so much."""
     if params.temperature == 0:
         return {int(row.argmax())}
     weights = kept(row, params)

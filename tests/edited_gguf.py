@@ -1,4 +1,4 @@
-"""Writes a GGUF file again with something changed, as another tool or a broken download might have left it."""
+"""Writes a GGUF file with changes, as another tool or a broken download might have left it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +17,17 @@ Kind = gguf.GGMLQuantizationType
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What to change. None removes a key or a tensor."""
+    """The changes. None removes a key or a tensor."""
 
     keys: Mapping[str, Value | None] = field(default_factory=dict[str, Value | None])
-    """Whole numbers become uint32, in an array int32."""
+    """Integers become uint32, in an array int32."""
     tensors: Mapping[str, NDArray[Any] | None] = field(default_factory=dict[str, NDArray[Any] | None])
-    """Stored in their own numpy type."""
+    """Tensors to store in their numpy type."""
     raw: Mapping[str, tuple[NDArray[np.uint8], Kind]] = field(default_factory=dict[str, tuple[NDArray[np.uint8], Kind]])
-    """Bytes to store as they are, [rows, bytes of a row], and what they are said to be."""
+    """Bytes to store unchanged, [rows, bytes of a row], and the type that the file states for them."""
     architecture: str | None = None
     part_size: int = 0
-    """Tensors a file, for a split model; 0 for a whole one."""
+    """Tensors per file of a split model; 0 for a single file."""
 
 
 def rewrite(source: Path, target: Path, edit: Edit) -> None:

@@ -1,9 +1,9 @@
-"""A runner without an engine: the contract on one processor, with faults to order.
+"""A runner without an engine, which speaks the protocol and has faults on demand.
 
 ``python tests/fake_runner.py`` serves; ``--probe`` answers like any runner. A token is a byte, or one of two special
-ones. The next token is a hash of all tokens before it, so that a request that is continued elsewhere, its output
-appended to its prompt, goes on with the same tokens. Above temperature 0 it also depends on (seed, position). Of what a
-grammar allows, it takes what ends the output soonest.
+tokens. The next token is a hash of all tokens before it, so that a request that continues elsewhere, with its output
+appended to its prompt, gets the same tokens. Above temperature 0 the token also depends on (seed, position). Among the
+tokens that a grammar allows, it takes the one that ends the output soonest.
 """
 
 import math
@@ -75,9 +75,9 @@ SPECIAL_TOKENS = {"<bos>": BOS, "<eos>": EOS}
 ALPHABET = "etaoin shrdlu"
 ENDS_SOON = b'}]"'
 CONTEXTS = (4096, 2048, 1024, 512)
-"""What a context left open may be, the second of them worth unloading others for."""
+"""The contexts for ``n_ctx = "auto"``; for the second one others are unloaded."""
 PROCESS_BYTES = 64 << 20
-"""What the process has, more or less."""
+"""About as much memory as the process has."""
 
 
 def _context(value: JsonValue) -> JsonValue:
@@ -85,56 +85,56 @@ def _context(value: JsonValue) -> JsonValue:
 
 
 class Options(Message):
-    """The card's engine table. Counts of tokens are of the whole process, not of one request."""
+    """The engine table of the model card. Counts of tokens are for the whole process, not for one request."""
 
     slots: int = 4
     n_ctx: Annotated[int, BeforeValidator(_context)] = 4096
     """0, or "auto": one of ``CONTEXTS``."""
     memory: int = 0
-    """Bytes that it says it will take with its first request, in addition to what the process has."""
+    """Bytes that the estimate adds, as if they were taken with the first request."""
     memory_per_token: int = 0
     """The same, for each token of the context."""
     on_devices: Mapping[str, int] = {}
-    """Bytes that it says it takes on each device."""
+    """Bytes of the estimate on each device."""
     chunk: int = 256
     """Prompt tokens that one step prefills."""
     step_seconds: float = 0.0
     load_steps: int = 2
     load_gate: str = ""
-    """A FIFO: loading goes on once somebody has opened it for writing."""
+    """A FIFO: loading continues once it has been opened for writing."""
     load_step_seconds: float = 0.0
-    """How long one of them takes, in which the heartbeat goes on."""
+    """Duration of one of them; the heartbeat continues meanwhile."""
     hang: Literal["estimate", "load", "request"] | None = None
-    """Where the main thread hangs, while another one goes on with the heartbeat."""
+    """Where the main thread hangs while another thread sends the heartbeat."""
     hang_computing: bool = False
-    """It hangs in a loop that computes."""
+    """Whether it hangs in a loop that computes."""
     fail_load: str = ""
     eos_after: int | None = None
     """Output tokens of one request before the end-of-generation token."""
     die_after: int | None = None
-    """Tokens until the process ends by ``die_with``: an exit code, or minus a signal's number."""
+    """Tokens until the process ends with ``die_with``: an exit code, or the negative number of a signal."""
     die_with: int = -signal.SIGKILL
     die_at: int | None = None
-    """Like ``die_after``, by the output of one request, whoever generated it: a replay dies there again."""
+    """Like ``die_after``, but counts the output of one request over all its runners: a replay dies there again."""
     say_after: int | None = None
-    """Tokens until ``say`` is written to the protocol stream as it stands."""
+    """Tokens until ``say`` is written to the protocol stream unchanged."""
     say: str = ""
     overlong_for: str = ""
-    """A text that is answered, to be tokenized, with a line longer than any may be."""
+    """A text for whose tokenization the answer is a line that is longer than the limit."""
     ignore_shutdown: bool = False
-    """Also ignores the end of its input, and SIGTERM."""
+    """Whether it also ignores the end of its input, and SIGTERM."""
     stderr_lines: int = 0
     log_commands: bool = False
     embeddings: bool = True
     rerank: bool = True
     chat_template: str | None = None
     template_file: str = ""
-    """Where the chat template is, as it is in a model's file."""
+    """The file with the chat template, in place of a model's file."""
 
 
 @dataclass(slots=True)
 class FakeSequence:
-    """One request. ``state`` is the hash of prompt and output so far, ``output`` counts what was delivered before."""
+    """One request. ``state`` is the hash of prompt and output so far; ``output`` includes tokens delivered before."""
 
     request: Generate
     prompt: list[int]
@@ -220,18 +220,18 @@ def hash_tokens(tokens: Sequence[int], state: int = 0) -> int:
 
 
 def vector_of(tokens: Sequence[int]) -> tuple[float, ...]:
-    """Eight numbers that differ from text to text."""
+    """Eight numbers that depend on the text."""
     drawn = np.random.default_rng(hash_tokens(tokens)).standard_normal(8)
     return tuple((drawn / np.linalg.norm(drawn)).tolist())
 
 
 def score_of(query: str, document: str) -> float:
-    """How many words of the query the document has."""
+    """The number of words of the query that occur in the document."""
     return float(len(set(query.split()) & set(document.split())))
 
 
 def expected_text(prompt: str, tokens: int) -> str:
-    """What greedy decoding answers to ``prompt``."""
+    """The greedy answer to ``prompt``."""
     state, text = hash_tokens(tokenize([Text(text=prompt)])), ""
     for _ in range(tokens):
         text += ALPHABET[state % len(ALPHABET)]
@@ -246,10 +246,10 @@ class FakeRunner:
     options: Options = field(default_factory=Options)
     capabilities: Capabilities | None = None
     sequences: dict[str, FakeSequence] = field(default_factory=dict[str, FakeSequence])
-    """In order of arrival: the first ``slots`` of them run, the others wait."""
+    """In order of arrival; the first ``slots`` run, the others wait."""
     constraints: Constraints | None = None
     questions: dict[str, Embed | Rank] = field(default_factory=dict[str, Embed | Rank])
-    """In order of arrival: each step answers one."""
+    """In order of arrival; each step answers one."""
     tokens: int = 0
     steps: int = 0
     cpu: CpuUse | None = None
@@ -266,11 +266,11 @@ class FakeRunner:
             self.commands.put(command)
         self.commands.put(Shutdown())
         if not self.options.ignore_shutdown:
-            time.sleep(1.0)  # for what is still to be said; a main thread that hangs says nothing
+            time.sleep(1.0)  # for the last events; a main thread that hangs sends none
             os._exit(0)
 
     def keep_beating(self) -> None:
-        """Has another thread send the heartbeat until the model is loaded."""
+        """Sends the heartbeat from another thread until the model is loaded."""
 
         def beat() -> None:
             while self.capabilities is None or self.options.hang == "request":
@@ -294,7 +294,7 @@ class FakeRunner:
                 self.step()
 
     def take_commands(self) -> None:
-        """All that there are; waits for one if there is nothing to do, but not beyond the next heartbeat."""
+        """Takes all that have come; when idle, waits for one until the next heartbeat is due."""
         with suppress(Empty):
             if not self.sequences and not self.questions:
                 self.take(self.commands.get(timeout=max(0.001, self.beat - time.monotonic())))
@@ -441,12 +441,12 @@ class FakeRunner:
         return self.constraints.compile(request.grammar, request.delivered)
 
     def begin(self) -> None:
-        """Before a request is there."""
+        """Reports the state before the first request is added."""
         if not self.sequences and not self.questions:
             self.emit(Status(state="Running"))
 
     def end(self) -> None:
-        """When one is gone."""
+        """Reports the state after the last request is gone."""
         if not self.sequences and not self.questions:
             self.emit(Status(state="Ready"))
 

@@ -1,4 +1,4 @@
-"""A model hub on this machine: speaks the real one's protocol as far as a pull sees it, and misbehaves as told.
+"""A model hub on this machine. It has the part of the real hub's protocol that a pull uses, and faults on demand.
 
 ``python -m tests.hub FILE NAME`` serves one file as the repository org/model, prints its address, and answers ``/sent``
 with the bytes of content that have left the machine's sockets so far.
@@ -27,16 +27,16 @@ from urllib.parse import quote, unquote, urlsplit
 
 REPO = "org/model"
 _IN_GIT = 1000
-"""Files of up to so many bytes are in git itself, so that the hub gives no SHA-256 of them."""
+"""Files up to this size in bytes are in git itself, and the hub gives no SHA-256 for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with one request for a file's content; the next request has the next fault, or none."""
+    """The fault of one request for a file's content; the next request has the next fault, or none."""
 
     kind: Literal["none", "reset", "close", "stall", "whole", "status", "wrong", "range", "more", "gzip"]
     at: int = 0
-    """Bytes of this answer that are sent before a reset, an early end or a stall; 0 with "whole" is all."""
+    """Bytes sent before a reset, an early end or a stall; 0 with "whole" is all."""
     status: int = 503
     retry_after: str | None = None
 
@@ -72,7 +72,7 @@ class _File:
 
 @dataclass(slots=True)
 class State:
-    """What the servers of one hub share."""
+    """State that the servers of one hub share."""
 
     directory: Path
     commits: dict[str, dict[str, _File]] = field(default_factory=dict[str, dict[str, _File]])
@@ -84,7 +84,7 @@ class State:
     elsewhere: str | None = None
     """The address of another host that large files are redirected to."""
     token: str | None = None
-    """What the hub itself wants to see."""
+    """The token that the hub itself asks for."""
     closed_until: float = 0
     """Seconds since the epoch; before that, content is answered with 429."""
     sent: int = 0
@@ -108,7 +108,7 @@ class LocalHub:
         self.other_host = f"localhost:{self._servers[1].server_port}"
 
     def commit(self, files: Mapping[str, bytes | Path], repo: str = REPO) -> str:
-        """A commit with these files, and none of those before; returns its hash."""
+        """Adds a commit with only these files; returns its hash."""
         held: dict[str, _File] = {}
         for at, (name, content) in enumerate(files.items()):
             path = content if isinstance(content, Path) else self.state.directory / f"{len(self.state.commits)}-{at}"
@@ -124,13 +124,13 @@ class LocalHub:
         return self.state.commits[f"{repo}@{self.state.newest[repo]}"][name].sha256
 
     def claim(self, name: str, size: int) -> None:
-        """Lists a file of the newest commit with another size than it has."""
+        """Lists a file of the newest commit with a wrong size."""
         held = self.state.commits[f"{REPO}@{self.state.newest[REPO]}"]
         held[name] = replace(held[name], size=size)
 
     @property
     def starts(self) -> list[int]:
-        """At which byte each request for content began."""
+        """The byte at which each request for content began."""
         return [asked.start for asked in self.state.asked if asked.path.startswith("/content/")]
 
     def __enter__(self) -> Self:
@@ -154,7 +154,7 @@ class _Server(ThreadingHTTPServer):
         self.state = state
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that is killed is no news."""
+        """Ignores clients that were killed."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)  # pyright: ignore[reportArgumentType]
 
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, json.dumps(body).encode(), {"content-type": "application/json"})
 
     def _resolve(self, repo: str, commit: str, name: str) -> None:
-        """Large files are elsewhere; small ones are here, under the same address as their content."""
+        """Redirects large files; small ones are here, at the address of their content."""
         state = self.server.state
         file = state.commits.get(f"{repo}@{commit}", {}).get(name)
         state.asked.append(Asked(self.path, self.headers["host"], self._start(), self.headers.get("authorization")))
@@ -236,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         return int(match[1]) if match else 0
 
     def _end(self, size: int) -> int:
-        """Where the range that is asked for ends, if it does before the file."""
+        """The end of the requested range, if it is before the end of the file."""
         match = re.fullmatch(r"bytes=\d+-(\d+)", self.headers.get("range", ""))
         return min(int(match[1]) + 1, size) if match else size
 
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _unsent(connection: socket.socket) -> int:
-    """Bytes that wait in the socket and that the other side has not acknowledged."""
+    """Bytes in the socket that the other side has not acknowledged."""
     waiting = array.array("i", [0])
     try:
         fcntl.ioctl(connection, termios.TIOCOUTQ, waiting)

@@ -1,4 +1,4 @@
-"""A program for ``LimitedProcess`` that does what it is told to; each answer has the process's id."""
+"""A program for ``LimitedProcess`` that carries out requests; each answer has the process's id."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def answer(line: bytes) -> dict[str, str]:
         case "hang":
             signal.pause()
         case "wait":
-            Path(request["fifo"]).open("wb").close()  # which somebody has to read
+            Path(request["fifo"]).open("wb").close()  # waits for a reader
             signal.pause()
         case "die":
             os._exit(3)

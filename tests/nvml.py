@@ -1,4 +1,4 @@
-"""A driver for machines without one: what of NVML's Python interface is asked, about invented devices."""
+"""A stand-in for the driver: the part of NVML's Python interface that exo uses, with invented devices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class FakeDevice:
-    """Memory in bytes; ``processes`` are what each has, by its id."""
+    """Memory in bytes; ``processes`` maps a process id to the memory that it has."""
 
     bus: int
     used: int = 0
@@ -17,7 +17,7 @@ class FakeDevice:
 
 
 def fake_nvml(*devices: FakeDevice) -> ModuleType:
-    """To stand for the module ``pynvml``. Each device has 80 GiB."""
+    """Replaces the module ``pynvml``. Each device has 80 GiB."""
     module = ModuleType("pynvml")
     module.__dict__.update(
         NVMLError=OSError,

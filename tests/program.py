@@ -1,4 +1,4 @@
-"""A runner driven by hand, as a program that reads and writes JSON lines."""
+"""Drives a runner by hand, as a program that reads and writes JSON lines."""
 
 import os
 import queue
@@ -37,21 +37,21 @@ from exo.worker.protocol.messages import (
 from exo.worker.protocol.wire import decode_event, encode
 
 DEADLINE_SECONDS = 60.0
-"""How long a test waits for what must come; reached only when something is broken."""
+"""How long a test waits for an event that must come; reached only if something is broken."""
 
 
 @dataclass(slots=True)
 class Result:
-    """Everything that came for one request."""
+    """All events of one request."""
 
     tokens: list[int] = field(default_factory=list[int])
     text: str = ""
     pieces: list[str] = field(default_factory=list[str])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list[PromptLogprobs])
-    """One at most, put together from its parts."""
+    """At most one, joined from its parts."""
     parts: int = 0
-    """Of the answer that came in parts."""
+    """Parts of an answer that came in several."""
     tokenized_parts: list[Tokenized] = field(default_factory=list[Tokenized])
     prefill: list[PrefillProgress] = field(default_factory=list[PrefillProgress])
     end: Finished | Embedded | Ranked | Tokenized | Failed | None = None
@@ -65,7 +65,7 @@ class Result:
         self.parts += 1
 
     def add_tokenized(self, part: Tokenized) -> None:
-        """The last part is put together with those before."""
+        """Joins the last part with those before."""
         self.tokenized_parts.append(part)
         self.parts += 1
         if not part.more:
@@ -111,7 +111,7 @@ class Program:
         self.estimated: Estimated | None = None
         self.heartbeats = 0
         self.longest = 0
-        """Bytes of its longest line."""
+        """Bytes of the longest line."""
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -146,7 +146,7 @@ class Program:
         self.write(b"".join(encode(message) for message in messages))
 
     def until(self, done: Callable[[], bool]) -> None:
-        """Reads events until ``done()``; fails if the runner ends or falls silent first."""
+        """Reads events until ``done()``; fails if the runner ends or stops sending first."""
         while not done():
             event = self._events.get(timeout=DEADLINE_SECONDS)
             assert event is not None, f"the runner ended: {self.failure}"

@@ -1,7 +1,7 @@
-"""What the tests of pulling share: a card, a pull from a local hub, and the same as a program that can be killed.
+"""Helpers for the tests of pulling: a model card, a pull from a local hub, and a pull as a program that can be killed.
 
-``python -m tests.pulling HUB DIRECTORY FILE [LIMIT]`` pulls FILE of org/model, prints how many bytes are there each
-time it hears of progress, and its most memory in KiB at the end. LIMIT is the largest file it may write.
+``python -m tests.pulling HUB DIRECTORY FILE [LIMIT]`` pulls FILE of org/model, prints the number of bytes at each
+report of progress, and its peak memory in KiB at the end. LIMIT is the size of the largest file that it may write.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ def gguf_card(file: str, model_id: str = "test/model", **table: JsonValue) -> Mo
 
 
 def mlx_card(repo: str = REPO) -> ModelCard:
-    """As upstream's cards are: the model's id is the repository."""
+    """A card like upstream's, whose model id is the repository."""
     return fake_card(repo).model_copy(update={"backends": ("MlxCpu",), "engines": {}})
 
 
@@ -70,7 +70,7 @@ class PullProgram:
         )
 
     def wait_for(self, done: int) -> None:
-        """Until so many bytes are there."""
+        """Waits until so many bytes have come."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if int(line) >= done:

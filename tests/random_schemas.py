@@ -1,4 +1,4 @@
-"""Seeded random JSON Schemas of all that people write, and what became of a reply that was to follow one."""
+"""Seeded random JSON Schemas as people write them, and the check of a reply that had to follow one."""
 
 import json
 from collections.abc import Callable
@@ -51,7 +51,7 @@ _RARE: tuple[Schema, ...] = (
     {"type": "integer", "if": {"minimum": 5}, "then": {"maximum": 9}},
     {"oneOf": [{"type": "integer"}, {"type": "number", "maximum": 3}]},
 )
-"""What not every grammar can say, and some that it can."""
+"""Keywords that not every grammar can express, and some that all can."""
 
 
 def random_schema(seed: int) -> Schema:
@@ -60,7 +60,7 @@ def random_schema(seed: int) -> Schema:
 
 
 def fate(schema: Schema, reason: str, text: str) -> Fate:
-    """Of a reply that ended for ``reason``. A format is an annotation, as JSON Schema has it by default."""
+    """The outcome for a reply that ended for ``reason``. A format is an annotation, JSON Schema's default."""
     if reason == "length":
         return "cut off"
     try:
@@ -71,12 +71,12 @@ def fate(schema: Schema, reason: str, text: str) -> Fate:
 
 
 def follows_formats(schema: Schema, text: str) -> bool:
-    """Whether a valid text also has the formats that the schema names, by the validator's own idea of them."""
+    """Whether a valid text also has the formats of the schema, as the validator checks them."""
     return jsonschema_rs.validator_for(schema, validate_formats=True).is_valid(_value(text))
 
 
 def _value(text: str) -> JsonValue:
-    """Of numbers that may be too large for a float."""
+    """Handles numbers that may be too large for a float."""
     return json.loads(text, parse_float=Decimal)
 
 

@@ -1,4 +1,4 @@
-"""Replies as published models write them, and helpers to read them: used by the tests of ``exo.chat``."""
+"""Replies in the formats of published models, and helpers to parse them, for the tests of ``exo.chat``."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -103,12 +103,12 @@ THINK = Thinking("<think>", "</think>")
 
 
 def form(name: str) -> OutputFormat:
-    """The format, with ``<think>`` where it has no marks of its own for reasoning."""
+    """The format, with ``<think>`` if it has no marks of its own for reasoning."""
     return replace(FORMATS[name], thinking=FORMATS[name].thinking or THINK)
 
 
 def fragments(name: str) -> list[str]:
-    """The pieces that a reply in this format is made of, to be put together wrongly."""
+    """The pieces of a reply in this format, for tests that combine them wrongly."""
     thinking = form(name).thinking
     assert thinking is not None
     pieces = re.findall(r"</?[^<>\s]+>?|```\w*|\[\w+\]|\w+|\s+|[^\w\s]", ONE_CALL[name])
@@ -116,7 +116,7 @@ def fragments(name: str) -> list[str]:
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """The parts with neighbours of one kind as one."""
+    """The parts, with neighbours of one kind joined."""
     made: list[Part] = []
     for _, run in groupby(
         parts, lambda part: (type(part), part.index if isinstance(part, ToolCall | Arguments | BrokenCall) else 0)
@@ -138,7 +138,7 @@ def read(
     in_reasoning: bool = False,
     cut_off: bool = False,
 ) -> list[Part]:
-    """The parts of a reply that arrives in these pieces, and that something ``cut_off`` or the model ends."""
+    """The parts of a reply that arrives in these pieces; ``cut_off`` if it was not ended by the model."""
     parser = by.parser(tools=tools, in_reasoning=in_reasoning)
     parts = [part for piece in pieces for part in parser.push(piece)]
     return merged([*parts, *parser.finish(cut_off=cut_off)])

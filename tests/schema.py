@@ -1,4 +1,4 @@
-"""Requests made from an OpenAPI document: what it accepts, and the same with something wrong in it."""
+"""Requests made from an OpenAPI document: values that it accepts, and the same with faults."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -75,7 +75,7 @@ def _object(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Json:
 
 @st.composite
 def spoiled(draw: st.DrawFn, sound: Json) -> JsonValue:
-    """A sound value in which up to three places hold something else, are missing or are new."""
+    """A valid value in which up to three places are changed, missing or new."""
     value = draw(sound)
     for _ in range(draw(st.integers(0, 3))):
         value = _spoil(draw, value)

@@ -1,4 +1,4 @@
-"""A small SentencePiece tokenizer as transformers writes it, of Gemma's kind or of Llama 2's."""
+"""A small SentencePiece tokenizer as transformers writes it, like Gemma's or Llama 2's."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ _WORDS = (
     "or ▁w ▁wor ld world ▁world ur se ser user te em stem sy sys system ay aar nt ist as ss ssist ant"
 )
 PIECES = tuple(_WORDS.split())
-"""By falling score."""
+"""In order of falling score."""
 LETTERS = [SPACE, *"abcdefghijklmnopqrstuvwxyzHIWE0123456789.,!'<>/"]
 RUNS = ["▁▁", "▁▁▁", "▁▁▁▁", "\n", "\n\n", "\n\n\n", "\t", "\t\t"]
-"""Tokens of their own in Gemma's vocabulary, found before anything is merged."""
+"""Tokens of Gemma's vocabulary that are found before anything is merged."""
 
 GEMMA_SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 LLAMA_SPECIALS = ["<unk>", "<s>", "</s>"]

@@ -18,11 +18,11 @@ from pydantic import JsonValue
 from tests import ROOT
 
 DEADLINE_SECONDS = 120.0
-"""How long a test waits for what must come; reached only when something is broken."""
+"""How long a test waits for an event that must come; reached only if something is broken."""
 
 
 def write_card(home: Path, name: str, engines: Mapping[str, Mapping[str, JsonValue]], **fields: JsonValue) -> None:
-    """A user's card for ``name`` under ``EXO_HOME``, with a table for each engine."""
+    """Writes a user's model card for ``name`` under ``EXO_HOME``, with a table for each engine."""
     card: dict[str, JsonValue] = {
         "model_id": f"test/{name}",
         "aliases": [name],
@@ -42,12 +42,12 @@ def write_card(home: Path, name: str, engines: Mapping[str, Mapping[str, JsonVal
 
 
 def _toml(value: JsonValue) -> str:
-    """A value that is written the same in TOML as in JSON: anything but null and tables."""
+    """A value that TOML and JSON write alike: anything but null and tables."""
     return json.dumps(value)
 
 
 def inherited() -> dict[str, str]:
-    """The environment but for what the MLX runner's code, which some tests import, sets for its own process."""
+    """The environment without the variables that the MLX runner's code sets, which some tests import."""
     return {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
 
 
@@ -56,7 +56,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class ServeProgram:
-    """Started on a free port; ended with the context. ``url`` is set when it listens."""
+    """Starts on a free port; ends with the context. ``url`` is set when it listens."""
 
     def __init__(
         self, home: Path, *arguments: str, fake: bool = False, python: str = sys.executable, **variables: str
@@ -114,5 +114,5 @@ class ServeProgram:
 def _is_runner(process: psutil.Process) -> bool:
     try:
         return any("exo.worker.runner_" in part for part in process.cmdline())
-    except psutil.NoSuchProcess:  # or has died, and is not reaped yet
+    except psutil.NoSuchProcess:  # or has died and is not reaped yet
         return False

@@ -1,4 +1,4 @@
-"""Short chat templates, each with the restrictions of one family of published ones."""
+"""Short chat templates, each with the restrictions of one family of published templates."""
 
 import os
 from collections.abc import Iterator
@@ -91,11 +91,11 @@ FAMILIES = {
     "{% for c in m.tool_calls or [] %}{% set _ = said.append(c.function | tojson) %}{% endfor %}{% endfor %}"
     "{{ said | join('\n') }}",
 }
-"""By what is special about them."""
+"""By their peculiarity."""
 
 
 def known_templates() -> Iterator[tuple[str, str]]:
-    """Name and source: the ones above, those of model cards, and the files of the folder in EXO_CHAT_TEMPLATES."""
+    """Name and source of the templates above, those of model cards, and the files in EXO_CHAT_TEMPLATES."""
     yield from FAMILIES.items()
     for path in sorted(_CARDS.glob("*.toml")):
         for table in ModelCard.from_toml(path.read_text()).engines.values():

@@ -1,4 +1,4 @@
-"""An ``exo`` command in a terminal of its own, as somebody who types into it sees it."""
+"""An ``exo`` command in a terminal of its own, as its user sees it."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>]|[\x01\x
 
 
 class Terminal:
-    """What is shown is kept without colours and cursor movements."""
+    """Keeps the output without colours and cursor movements."""
 
     def __init__(self, home: Path, *arguments: str, **variables: str) -> None:
         self.shown = ""
@@ -43,7 +43,7 @@ class Terminal:
         os.close(inner)
 
     def wait_for(self, pattern: str) -> str:
-        """What was shown, since the last wait, up to the first match."""
+        """The output since the last wait, up to the first match."""
         end = time.monotonic() + DEADLINE_SECONDS
         while not (match := re.compile(pattern).search(self.shown, self._mark)):
             if not self._read(end):
@@ -53,16 +53,16 @@ class Terminal:
         return seen
 
     def keys(self, text: str) -> None:
-        """Types; what a prompt is to read, only once it is there, since the terminal may drop what comes before."""
+        """Types. Input for a prompt must wait for the prompt: the terminal may drop what comes earlier."""
         os.write(self.master, text.encode())
 
     def say(self, text: str) -> str:
-        """Types a line, and returns what is shown until the next prompt."""
+        """Types a line; returns the output until the next prompt."""
         self.keys(f"{text}\r")
         return self.wait_for(f"\n{PROMPT}")
 
     def end(self) -> int:
-        """The exit status, once everything has been shown."""
+        """The exit status, once all output has come."""
         end = time.monotonic() + DEADLINE_SECONDS
         while self._read(end):
             pass
@@ -74,7 +74,7 @@ class Terminal:
             return False
         try:
             data = os.read(self.master, 1 << 16)
-        except OSError:  # as Linux has it when the other side is gone
+        except OSError:  # Linux, when the other side is gone
             return False
         self._raw += data
         self.shown = plain(self._raw.decode(errors="replace")).replace("\r", "")
@@ -98,5 +98,5 @@ def _take_terminal() -> None:
 
 
 def plain(text: str) -> str:
-    """Without colours and cursor movements."""
+    """The text without colours and cursor movements."""
     return _ESCAPES.sub("", text)

@@ -1,4 +1,4 @@
-"""One tiny float32 model for both engines, and runners of either that compute with it as exactly as they can."""
+"""One tiny float32 model for both engines, and runners of both that compute with it as exactly as possible."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Models:
 
 
 class Start:
-    """Starts runners, which ``stop`` ends."""
+    """Starts runners; ``stop`` ends them."""
 
     def __init__(self, models: Models) -> None:
         self.models = models

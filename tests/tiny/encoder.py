@@ -34,12 +34,12 @@ NORM_EPS = 1e-12
 
 @dataclass(frozen=True)
 class Encoder:
-    """Equal arguments give equal bytes."""
+    """A model; equal arguments give equal bytes."""
 
     pooling: Pooling = "mean"
-    """What the file says of itself; "rank" adds a head, of a dense layer and one output."""
+    """The pooling that the file states; "rank" adds a head with a dense layer and one output."""
     template: str | None = None
-    """In which the model wants query and document."""
+    """The form in which the model expects query and document."""
     seed: int = 0
     hidden: int = 32
     feed_forward: int = 64
@@ -142,7 +142,7 @@ class Encoder:
         return pooled / np.linalg.norm(pooled)
 
     def score(self, tokens: Sequence[int]) -> float:
-        """What the head of a model that ranks makes of the first token's vector."""
+        """The score that a ranking head computes from the first token's vector."""
         return float(self._linear("cls.output", np.tanh(self._linear("cls", self.states(tokens)[:1]))).item())
 
     def _attention(self, block: str, x: Tensor) -> Tensor:

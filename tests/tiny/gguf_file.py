@@ -36,7 +36,7 @@ _GEMMA_NORMS = {
 }
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
 Stored = tuple[str, NDArray[np.generic], gguf.GGMLQuantizationType]
-"""A tensor's name in the file, its values or blocks, and what they are."""
+"""A tensor's name in the file, its values or blocks, and their type."""
 
 
 def write_gguf(path: Path, shape: Shape) -> None:
@@ -120,7 +120,7 @@ def _gguf_name(shape: Shape, name: str) -> str:
 
 
 def _convert(shape: Shape, name: str, tensor: Tensor) -> Tensor:
-    """From Hugging Face's conventions to llama.cpp's."""
+    """Converts from Hugging Face's conventions to llama.cpp's."""
     if shape.architecture == "gemma3" and tensor.ndim == 1:
         return tensor + np.float32(1)
     if shape.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -27,7 +27,7 @@ def _keep_warnings(level: c_int, text: c_char_p, _user_data: c_void_p) -> None:
 
 
 def answer(question: Question) -> Answer:
-    """Everything rounds as little as it can: float32 KV cache, no flash attention."""
+    """A context with as little rounding as possible: float32 KV cache, no flash attention."""
     _warnings.clear()
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = 0

@@ -1,4 +1,4 @@
-"""What a test asks an engine about one tiny model, and what the engine says; both cross a process boundary as JSON."""
+"""A test's question to an engine about one tiny model, and the answer; both cross a process boundary as JSON."""
 
 import json
 import subprocess
@@ -14,9 +14,9 @@ class Question(TypedDict):
     batches: list[list[int]]
     """Token ids, fed batch after batch to one sequence."""
     greedy: int
-    """How many tokens to feed after those, each the likeliest one."""
+    """How many tokens to feed after those, each the most probable one."""
     texts: list[str]
-    """To be tokenized."""
+    """Texts to tokenize."""
     llama_logits: str
     """Where the engine saves the logits after every token, [tokens, vocabulary] float32; a path ending in .npy."""
     mlx_logits: str
@@ -24,9 +24,9 @@ class Question(TypedDict):
 
 class Answer(TypedDict):
     special: list[list[int]]
-    """The tokens of each text, with the special tokens' texts read as special tokens."""
+    """The tokens of each text; the texts of special tokens count as special tokens."""
     plain: list[list[int]]
-    """The same with those texts read as any other."""
+    """The same, but those texts are ordinary text."""
     warnings: list[str]
     """Lines that the engine logged as a warning or an error."""
 

@@ -1,4 +1,4 @@
-"""A tiny model that says what it is told to: whatever the prompt, as long as that ends with a line feed."""
+"""A tiny model with a fixed reply to every prompt that ends with a line feed."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a tiny model looks like: its architecture, sizes, seed and number format."""
+"""The shape of a tiny model: architecture, sizes, seed and number format."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -34,7 +34,7 @@ class Shape:
     sliding_window: int = 16
     """Tokens seen by gemma3's local layers, the current one included; unused by the others."""
     dtype: Dtype = "F32"
-    """Of the matrices; vectors are always F32, embedding and output of a quantised model F16."""
+    """Type of the matrices; vectors are always F32, embedding and output of a quantised model F16."""
     scale: float = 1.0
     """Multiplies every logit: above 1 the model is surer of its next token, below 1 less sure."""
 
@@ -93,12 +93,12 @@ class Shape:
 
     @property
     def rope_base(self) -> float:
-        """Of the layers that see the whole context."""
+        """Base of the layers that see the whole context."""
         return 1e4 if self.architecture == "llama" else 1e6
 
     @property
     def rope_base_local(self) -> float:
-        """Of gemma3's sliding-window layers."""
+        """Base of gemma3's sliding-window layers."""
         return 1e4
 
     @property

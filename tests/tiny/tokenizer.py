@@ -25,10 +25,10 @@ WORDS = (" the", " and", " you", "ing", "er", "user", "system", "assistant", "he
 @dataclass(frozen=True, slots=True)
 class Token:
     text: str
-    """In the byte-level alphabet, where every byte is one printable character; a special token as it stands."""
+    """The text in the byte-level alphabet, in which every byte is one printable character; special tokens stay."""
     special: bool
     printable: bool
-    """Whether it stands for printable ASCII only, the space included."""
+    """Whether it stands for printable ASCII only, including the space."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class _Draw:
         return values * np.float32(gain / np.sqrt(columns))
 
     def writer(self, rows: int, columns: int, gain: float) -> Tensor:
-        """A matrix that leaves channel 0 of the residual stream alone."""
+        """A matrix that does not touch channel 0 of the residual stream."""
         weight = self.matrix(rows, columns, gain)
         weight[0, :] = 0
         return weight
@@ -157,5 +157,5 @@ def _norm(draw: _Draw, shape: Shape, size: int, mean: float) -> Tensor:
 
 
 def _stored_norm(shape: Shape, weight: Tensor) -> Tensor:
-    """gemma's files hold what is to be added to 1."""
+    """gemma's files hold norm weights minus 1."""
     return weight - np.float32(1) if shape.architecture == "gemma3" else weight
