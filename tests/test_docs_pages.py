@@ -1,7 +1,6 @@
 """The tables of docs/ against the code: keys of model cards, settings, commands, and the site's list of pages."""
 
 import re
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -13,8 +12,8 @@ from exo.cli import app
 from exo.worker.runner_cuda.loading.options import CudaOptions, DraftOptions
 from exo.worker.runner_mlx.options import MlxOptions
 from exo.worker.runner_vllm.options import VllmOptions
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 CODE = re.compile(r"`([^`]+)`")
 GROUP: Any = typer.main.get_command(app)  # click's group, which typer's types do not show
