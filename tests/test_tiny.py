@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from .tiny import Shape, write_gguf, write_mlx
-from .tiny.question import Answer, Question, ask
-from .tiny.shape import ARCHITECTURES, Architecture, Dtype
-from .tiny.tokenizer import Tokenizer
+from tests.tiny import Shape, write_gguf, write_mlx
+from tests.tiny.question import Answer, Question, ask
+from tests.tiny.shape import ARCHITECTURES, Architecture, Dtype
+from tests.tiny.tokenizer import Tokenizer
 
 PROMPT = 60
 GREEDY = 64

@@ -7,9 +7,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from .shape import Dtype, Shape
-from .tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, Tokenizer
-from .weights import Tensor, make_weights
+from tests.tiny.shape import Dtype, Shape
+from tests.tiny.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, Tokenizer
+from tests.tiny.weights import Tensor, make_weights
 
 _GLOBAL_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

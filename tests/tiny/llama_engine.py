@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from .question import Answer, Question
+from tests.tiny.question import Answer, Question
 
 Logits = NDArray[np.float32]
 

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load
 
-from .question import Answer, Question
+from tests.tiny.question import Answer, Question
 
 
 def answer(question: Question) -> Answer:

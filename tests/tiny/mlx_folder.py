@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from .shape import Shape
-from .tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, Tokenizer
-from .weights import make_weights
+from tests.tiny.shape import Shape
+from tests.tiny.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, Tokenizer
+from tests.tiny.weights import make_weights
 
 Json = dict[str, object]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .gguf_file import write_tensors
-from .shape import Shape
-from .tokenizer import END_OF_TURN, Token, Tokenizer, byte_characters
-from .weights import make_weights
+from tests.tiny.gguf_file import write_tensors
+from tests.tiny.shape import Shape
+from tests.tiny.tokenizer import END_OF_TURN, Token, Tokenizer, byte_characters
+from tests.tiny.weights import make_weights
 
 _SURE = 10.0
 

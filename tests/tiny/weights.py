@@ -17,8 +17,8 @@ The spread of the numbers is chosen so that the model is a useful test subject, 
 import numpy as np
 from numpy.typing import NDArray
 
-from .shape import Shape
-from .tokenizer import Tokenizer
+from tests.tiny.shape import Shape
+from tests.tiny.tokenizer import Tokenizer
 
 Tensor = NDArray[np.float32]
 
