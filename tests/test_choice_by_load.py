@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from exo.cards.card import ModelCard
-from exo.worker.speed import Prefer
+from exo.worker.protocol.runners import Prefer
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND, expected_text

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo.worker.preference import MARGIN, NEEDED, Pick, Preference, pick
-from exo.worker.speed import Point, Prefer, Speed
+from exo.worker.protocol.runners import Prefer
+from exo.worker.speed import Point, Speed
 
 
 def speed(totals: Mapping[int, float], first: float = 0.1, stream: float = 100) -> Speed:

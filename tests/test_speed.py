@@ -11,7 +11,8 @@ from exo.cards.card import ModelCard
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.preference import NEEDED
 from exo.worker.protocol.messages import Delta, Failed, Finished, FinishReason, Probe, Usage
-from exo.worker.speed import Measurement, Point, Prefer, figure_at, level
+from exo.worker.protocol.runners import Prefer
+from exo.worker.speed import Measurement, Point, figure_at, level
 from exo.worker.supervisor.request_timer import Count, Stopwatch
 from exo.worker.supervisor.speed_store import FRESH_SECONDS, Speeds
 from tests.conftest import fake_card

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-Prefer = Literal["latency", "throughput"]
-"""As ``exo.worker.speed`` has it."""
+from exo.worker.protocol.runners import Prefer
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415

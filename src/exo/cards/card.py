@@ -12,9 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.runners import RUNNERS, Prefer
 from exo.worker.protocol.wire import describe
-from exo.worker.speed import Prefer
 
 UPSTREAM_BACKENDS = ("MlxMetal", "MlxCpu", "MlxCuda", "Vllm")
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from exo.worker.speed import TYPICAL_TOKENS, Prefer, Speed, figure_at, level
+from exo.worker.protocol.runners import Prefer
+from exo.worker.speed import TYPICAL_TOKENS, Speed, figure_at, level
 
 NEEDED = 3
 """How often a runner must have been measured at a load, as ``Point.count`` counts."""

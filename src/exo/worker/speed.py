@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Prefer = Literal["latency", "throughput"]
-"""What a choice by load is for: how soon each request has its answer, or how much is answered in all."""
+from exo.worker.protocol.runners import Prefer
 
 TYPICAL_TOKENS = 100
 """Output tokens of the request whose duration stands for latency."""

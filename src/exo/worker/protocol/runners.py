@@ -11,6 +11,8 @@ from typing import Literal
 
 Need = Literal["grammar", "logprobs", "embeddings", "rerank", "vision"]
 """What a request may need beyond plain generation; ``Capabilities`` has a field of the same name for each."""
+Prefer = Literal["latency", "throughput"]
+"""The aim of a choice between runners: each request's latency, or the tokens a second of all requests together."""
 
 
 @dataclass(frozen=True, slots=True)
