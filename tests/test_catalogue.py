@@ -5,8 +5,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from exo.cards.card import ModelCard
-from exo.cards.card_file import BrokenCard
-from exo.cards.catalogue import Catalogue
+from exo.cards.catalogue import BrokenCard, Catalogue
 from exo.worker.runner_cuda.loading import options as cuda_options
 from exo.worker.runner_mlx import options as mlx_options
 from tests.test_card import SMALL

@@ -10,9 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.cards.card_file import BrokenCard
-from exo.cards.catalogue import Catalogue
-from exo.cards.live_catalogue import LiveCatalogue
+from exo.cards.catalogue import BrokenCard, Catalogue, LiveCatalogue
 from tests.api_server import serve
 from tests.conftest import fake_card
 from tests.server import DEADLINE_SECONDS, ServeProgram, write_card

@@ -1,35 +1,33 @@
-"""Model cards: one TOML file for each model, a superset of upstream exo's, so that every card of upstream's loads.
+"""Model cards: one TOML file for each model. The format is a superset of upstream exo's, so every upstream card loads.
 
-Added here are ``runner``, ``aliases``, ``tool_format``, ``pinned``, ``ttl``, ``prefer``, two tasks and one table for
-each runner, such as ``[cuda]``, which only that runner reads.
+exo adds ``runner``, ``aliases``, ``tool_format``, ``pinned``, ``ttl``, ``prefer``, two tasks and one table for each
+runner, such as ``[cuda]``, which only that runner reads.
 """
 
 import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from exo.worker.protocol.runners import RUNNERS, Prefer
+from exo.worker.protocol.runners import RUNNERS, Need, Prefer
 from exo.worker.protocol.wire import describe
 
 UPSTREAM_BACKENDS = ("MlxMetal", "MlxCpu", "MlxCuda", "Vllm")
 
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
-# No segment can be "." or "..", since an id becomes a directory's name; no "@", which precedes a runner's name.
+# An id becomes a directory name, so no segment is "." or "..". "@" is excluded because it precedes a runner's name.
 ModelId = Annotated[str, Field(pattern=f"^{_SEGMENT}(/{_SEGMENT})?$", max_length=200)]
 Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._:-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
-
 Task = Literal["TextGeneration", "TextToImage", "ImageToImage", "TextEmbedding", "TextRanking"]
-"""Upstream's, and two that are added here: vectors of texts, and scores of documents for a query."""
-
-
+# The names of ``exo.chat.output.registry``; a test compares the two.
 ToolFormat = Literal[
     "auto",
     "none",
@@ -74,11 +72,11 @@ ToolFormat = Literal[
     "tool-calls",
     "xlam",
 ]
-"""Those of ``exo.chat.output.registry``, with which a test compares them."""
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class CardError(ValueError):
-    """A card that cannot be used: the ``key`` at fault, dotted and empty for the file as a whole, and the reason."""
+    """A card is invalid. ``key`` is the dotted key at fault, or empty if the file as a whole is."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(reason)
@@ -86,20 +84,20 @@ class CardError(ValueError):
         self.reason = reason
 
 
-class _Table(BaseModel):
-    """A number is a number and a flag a flag: nothing is read out of strings. Unknown keys are refused."""
+class _CardTable(BaseModel):
+    """A table of a card. Strings are not converted to numbers or flags, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StorageSize(_Table):
-    """Size of the weights on disk."""
+class StorageSize(_CardTable):
+    """The size of the weights on disk."""
 
     in_bytes: Bytes
 
 
-class Component(_Table):
-    """Upstream's: a part of an image model."""
+class Component(_CardTable):
+    """A part of an image model (upstream's key)."""
 
     component_name: str
     component_path: str
@@ -109,8 +107,8 @@ class Component(_Table):
     safetensors_index_filename: str | None = None
 
 
-class Vision(_Table):
-    """Upstream's: the image encoder beside a language model."""
+class Vision(_CardTable):
+    """The image encoder of a language model (upstream's key)."""
 
     image_token_id: Annotated[int, Field(ge=0)]
     model_type: str
@@ -119,8 +117,8 @@ class Vision(_Table):
     processor_repo: str | None = None
 
 
-class SamplingValues(_Table):
-    """Sampling parameters that apply where a request says nothing; bounds as in ``SamplingParams``."""
+class SamplingValues(_CardTable):
+    """Default sampling parameters, with the bounds of ``SamplingParams``."""
 
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_k: int | None = Field(default=None, ge=0)
@@ -132,59 +130,57 @@ class SamplingValues(_Table):
 
 
 class SamplingDefaults(SamplingValues):
-    """The sub-tables hold whatever differs when a model thinks, or does not."""
+    """The sub-tables override the defaults for requests with and without thinking."""
 
     thinking: SamplingValues | None = None
     non_thinking: SamplingValues | None = None
 
 
-class ModelCard(_Table):
-    """One model: what it is, which backends may serve it, and each runner's own table."""
+class ModelCard(_CardTable):
+    """A model, the backends that may serve it, and each runner's own table."""
 
     model_id: ModelId
     aliases: Annotated[tuple[Alias, ...], Field(strict=False)] = ()
-    """Short names by which a request may ask for the model."""
     runner: str = "auto"
-    """The one runner to use, or "auto"."""
     backends: Names = Field(min_length=1)
-    """Backends that may serve the model, the preferred one first."""
+    """In order of preference."""
     storage_size: StorageSize
     n_layers: Count
     hidden_size: Count
     num_key_value_heads: Count | None = None
     context_length: Annotated[int, Field(ge=0, le=1 << 31)] = 0
-    """Tokens that the model was trained for; 0 where unknown."""
+    """Tokens the model was trained for; 0 if unknown."""
     supports_tensor: bool
     tasks: Annotated[tuple[Task, ...], Field(strict=False)]
     family: str = ""
     quantization: str = ""
     base_model: str = ""
     capabilities: Names = ()
-    """Upstream's words for the model itself, such as "thinking"; what a runner can do is in ``messages``."""
+    """Upstream's terms for the model itself, such as "thinking". A runner reports its own in ``Ready``."""
     reasoning_dialect: str = "none"
     tool_format: ToolFormat = "auto"
-    """How the model writes calls of tools; "auto": as its chat template gives away."""
+    """How the model writes tool calls; "auto" detects it from the chat template."""
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     pinned: bool = False
-    """Never unloaded to make room for another model, nor after a time."""
+    """Exempts the model from eviction and from ``ttl``."""
     ttl: Annotated[float, Field(ge=0, le=1e9)] | Literal[-1] | None = None
-    """Seconds that the model stays loaded without being used; -1 is for ever, None what the server is set to."""
+    """Seconds an idle model stays loaded; -1 keeps it loaded, None takes the server's setting."""
     prefer: Prefer | None = None
-    """What decides between runners that have loaded the model; None is what the server is set to, by default the
+    """How to choose between runners that have loaded the model. None takes the server's setting, whose default is the
     order of ``backends``."""
     uses_cfg: bool = False
     trust_remote_code: bool = False
-    """Upstream's default is true; here code that comes with weights is never run unasked."""
+    """Upstream's key. It has no effect: exo never runs code that comes with weights."""
     is_custom: bool = False
-    """Upstream marks the cards that its users added."""
+    """Upstream sets this on cards that users added."""
     vision: Vision | None = None
     components: Annotated[tuple[Component, ...], Field(strict=False)] | None = None
     engines: Mapping[str, Mapping[str, JsonValue]] = {}
-    """The runners' tables by runner name, unread: ``[cuda]`` in the file is ``engines["cuda"]`` here."""
+    """The runners' tables, unvalidated, by runner name: ``[cuda]`` in the file is ``engines["cuda"]``."""
 
     @classmethod
     def from_toml(cls, text: str) -> "ModelCard":
-        """The card in a TOML document. Raises CardError."""
+        """Parses a TOML document. Raises CardError."""
         try:
             document = tomllib.loads(text)
         except ValueError as error:  # TOMLDecodeError, or an integer with too many digits
@@ -195,20 +191,39 @@ class ModelCard(_Table):
         accepted = cls.model_fields.keys() - {"engines"}
         if unknown := sorted(document.keys() - accepted):
             tables = ", ".join(f"[{name}]" for name in RUNNERS)
-            raise CardError(
-                unknown[0], f"unknown key; accepted are {', '.join(sorted(accepted))} and the tables {tables}"
-            )
+            keys = ", ".join(sorted(accepted))
+            raise CardError(unknown[0], f"unknown key; accepted are {keys} and the tables {tables}")
         try:
             return cls.model_validate({**document, "engines": engines})
         except ValidationError as error:
             key, reason = describe(error)
             raise CardError(key.removeprefix("engines."), reason.removeprefix("engines.")) from error
 
-    def keep_seconds(self, usual: float) -> float:
-        """How long the model stays loaded without being used; infinity for ever."""
+    def to_toml(self) -> str:
+        """The document that ``from_toml`` reads as this card. Keys with default values are left out."""
+        fields = self.model_dump(mode="json", exclude_defaults=True, exclude={"engines"})
+        tables: dict[str, Mapping[str, JsonValue]] = {
+            key: value for key, value in fields.items() if isinstance(value, dict)
+        }
+        lines = list(_toml_pairs({key: value for key, value in fields.items() if key not in tables}))
+        for name, table in (tables | dict(self.engines)).items():
+            lines += ["", f"[{name}]", *_toml_pairs(table)]
+        return "\n".join(lines) + "\n"
+
+    def keep_seconds(self, default: float) -> float:
+        """How long an idle model stays loaded; infinity if it is never unloaded."""
         if self.ttl is None:
-            return usual
+            return default
         return math.inf if self.ttl < 0 else float(self.ttl)
+
+    @property
+    def needs(self) -> dict[Need, str]:
+        """The needs of every request for this model, as ``router.route`` takes them; none if it generates text."""
+        if "TextGeneration" in self.tasks:
+            return {}
+        if "TextEmbedding" in self.tasks:
+            return {"embeddings": "model"}
+        return {"rerank": "model"} if "TextRanking" in self.tasks else {}
 
     @field_validator("runner")
     @classmethod
@@ -224,7 +239,7 @@ class ModelCard(_Table):
         if not set(backends) <= set(known):
             raise _rejected("not all of these are known; accepted are", *dict.fromkeys(known))
         if len(set(backends)) < len(backends):
-            raise _rejected("each may be listed once, at its place of preference")
+            raise _rejected("each may be listed only once")
         spec = RUNNERS.get(info.data.get("runner", "auto"))
         if spec and not set(spec.backends) & set(backends):
             raise _rejected(f"runner {info.data['runner']} serves none of these; it serves", *spec.backends)
@@ -233,3 +248,27 @@ class ModelCard(_Table):
 
 def _rejected(reason: str, *accepted: str) -> PydanticCustomError:
     return PydanticCustomError("card", "{reason}", {"reason": f"{reason} {', '.join(accepted)}".rstrip()})
+
+
+def _toml_pairs(table: Mapping[str, JsonValue]) -> Iterator[str]:
+    for key, value in table.items():
+        yield f"{key if _BARE_KEY.fullmatch(key) else _toml_string(key)} = {_toml_value(value)}"
+
+
+def _toml_value(value: JsonValue) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return _toml_string(value)
+        case list():
+            return f"[{', '.join(map(_toml_value, value))}]"
+        case dict():
+            return f"{{ {', '.join(_toml_pairs(value))} }}"
+        case _:
+            return repr(value)
+
+
+def _toml_string(text: str) -> str:
+    """A basic string. TOML 1.0 excludes only quotation marks, backslashes and control characters from it."""
+    return '"' + "".join(f"\\u{ord(each):04x}" if each in '"\\\x7f' or each < " " else each for each in text) + '"'

@@ -1,63 +1,98 @@
-"""The catalogue: built-in model cards and the user's own, found by exact name.
+"""The catalogue: built-in model cards and the user's own, looked up by exact name.
 
-A built-in card's ``storage_size`` is that of its GGUF file when the card was written, for lists. Wherever a size
-counts, as for disk space, it comes from the hub's answer.
+A built-in card's ``storage_size`` is that of its GGUF file when the card was written. It is for lists only: disk
+space is computed from the sizes that the hub reports.
 """
 
 import difflib
+import logging
+import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from exo.cards.card import ModelCard
-from exo.cards.card_file import BrokenCard, CardFile, read_again
+from exo.cards.card import CardError, ModelCard
+
+log = logging.getLogger(__name__)
 
 _BUILT_IN = Path(__file__).parent / "built_in"
+_MAX_CARD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenCard:
+    """An error in a card file, to be fixed by its author. ``key`` is dotted; empty for the file as a whole."""
+
+    file: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key}: {self.reason}" if self.key else f"{self.file}: {self.reason}"
+
+
+class Stamp(NamedTuple):
+    """Changes whenever a file does. ctime is the file system's own clock, which no copied date can turn back."""
+
+    inode: int
+    size: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardFile:
+    """A card file as it was last read. With both a card and a problem, the card is the last valid one."""
+
+    path: Path
+    stamp: Stamp | None
+    """None if the file cannot be read."""
+    card: ModelCard | None
+    problem: BrokenCard | None
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Every usable card, and what is wrong with the files that have a fault, which take no other file down."""
+    """Every valid card, and the errors in the other files. An invalid file does not affect the others."""
 
     cards: Mapping[str, ModelCard]
     """By model id, in alphabetical order."""
     aliases: Mapping[str, tuple[str, ...]]
-    """Model ids by alias; an alias of several models is ambiguous and finds none of them."""
+    """Model ids by alias. An alias of several models is ambiguous and finds none of them."""
     problems: tuple[BrokenCard, ...]
     files: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """The file of each card, by model id."""
+    """Card files by model id."""
     user_directory: Path | None = None
-    """Where the user's cards are; None where there are none to be read."""
     user_files: tuple[CardFile, ...] = ()
-    """Every file there, as it was last read."""
 
     @classmethod
     def load(cls, user_directory: Path | None = None) -> "Catalogue":
-        """Reads the built-in cards, then every ``*.toml`` below ``user_directory``, if there is such a directory.
+        """Reads the built-in cards, then every ``*.toml`` below ``user_directory``, if that exists.
 
         A user's card replaces the built-in card of the same model id, and takes any alias from a built-in card.
         """
-        return _merged(user_directory, read_again(user_directory) if user_directory is not None else ())
+        return _merge(user_directory, _read_cards(user_directory) if user_directory is not None else ())
 
     def refreshed(self) -> "Catalogue":
-        """The same catalogue or, where the user's files have changed, what they say now.
+        """The catalogue after the latest changes to the user's files; ``self`` if there are none.
 
-        A file that cannot be used any more is a problem, and its card stays as it was. Built-in cards are part of the
-        program and are not looked at again.
+        A file that has become invalid is a problem, and its last valid card stays. Built-in cards are part of the
+        program and are not read again.
         """
         if self.user_directory is None:
             return self
-        files = read_again(self.user_directory, self.user_files)
-        return self if files == self.user_files else _merged(self.user_directory, files)
+        files = _read_cards(self.user_directory, self.user_files)
+        return self if files == self.user_files else _merge(self.user_directory, files)
 
     def get(self, name: str) -> ModelCard | None:
-        """The card with this model id or, failing that, this alias. Nothing merely similar is ever returned."""
+        """The card with this model id or, failing that, this alias. Similar names never match."""
         owners = self.aliases.get(name, ())
         return self.cards.get(name) or (self.cards[owners[0]] if len(owners) == 1 else None)
 
     def suggest(self, name: str) -> tuple[str, ...]:
-        """Names for the error message about an unknown one: an ambiguous alias's models, or else near misses."""
+        """Suggestions for the error message about an unknown name: the models of an ambiguous alias, or near misses."""
         if owners := self.aliases.get(name):
             return owners
         known = {model_id.rpartition("/")[2].lower(): model_id for model_id in self.cards}
@@ -65,12 +100,72 @@ class Catalogue:
         return tuple(dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known)))
 
 
+class LiveCatalogue:
+    """A catalogue that follows its files. ``current`` checks them for changes at most once in ``every_seconds``."""
+
+    def __init__(self, catalogue: Catalogue, every_seconds: float = 1.0) -> None:
+        self.known = catalogue
+        """The catalogue as of the last check."""
+        self._every_seconds = every_seconds
+        self._next_check = time.monotonic() + every_seconds
+
+    def current(self) -> Catalogue:
+        """The catalogue as of now. New problems are logged."""
+        now = time.monotonic()
+        if now >= self._next_check:
+            before, self.known = self.known, self.known.refreshed()
+            self._next_check = now + self._every_seconds
+            if self.known is not before:
+                log.info("the model cards have changed; there are %d now", len(self.known.cards))
+                for problem in self.known.problems:
+                    if problem not in before.problems:
+                        log.warning("model card %s", problem)
+        return self.known
+
+
+def _read_cards(directory: Path, known: Iterable[CardFile] = ()) -> tuple[CardFile, ...]:
+    """Every ``*.toml`` below a directory, in order of path. Files of ``known`` that have not changed are not reread."""
+    before = {str(file.path): file for file in known}
+    # Paths stay strings until a file has changed: a server walks through all of them once a second.
+    names = (os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names)
+    files: list[CardFile] = []
+    for name in sorted(name for name in names if name.endswith(".toml")):
+        old, stamp = before.get(name), _stamp(name)
+        files.append(old if old is not None and old.stamp == stamp else _read_card(Path(name), stamp, old))
+    return tuple(files)
+
+
+def _stamp(name: str) -> Stamp | None:
+    try:
+        found = os.stat(name)
+    except OSError:
+        return None
+    return Stamp(found.st_ino, found.st_size, found.st_ctime_ns)
+
+
+def _read_card(path: Path, stamp: Stamp | None, old: CardFile | None) -> CardFile:
+    key = ""
+    try:
+        if stamp is not None and stamp.size > _MAX_CARD_BYTES:
+            raise CardError("", f"is larger than {_MAX_CARD_BYTES:,} bytes")
+        return CardFile(path, stamp, ModelCard.from_toml(path.read_text(encoding="utf-8")), None)
+    except CardError as error:
+        key, reason = error.key, error.reason
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"cannot be read: {error}"
+    if old is None or old.card is None:
+        return CardFile(path, stamp, None, BrokenCard(str(path), key, reason))
+    return replace(
+        old, stamp=stamp, problem=BrokenCard(str(path), key, f"{reason}; the card stays as it was before this change")
+    )
+
+
 @cache
 def _built_in() -> tuple[CardFile, ...]:
-    return read_again(_BUILT_IN)
+    return _read_cards(_BUILT_IN)
 
 
-def _merged(user_directory: Path | None, user_files: tuple[CardFile, ...]) -> Catalogue:
+def _merge(user_directory: Path | None, user_files: tuple[CardFile, ...]) -> Catalogue:
     built_in, duplicates = _by_id(_built_in())
     own, own_duplicates = _by_id(user_files)
     found = built_in | own
@@ -83,7 +178,7 @@ def _merged(user_directory: Path | None, user_files: tuple[CardFile, ...]) -> Ca
 
 
 def _by_id(files: Iterable[CardFile]) -> tuple[dict[str, CardFile], list[BrokenCard]]:
-    """The cards of one place by model id; of several with the same id, the first in order of file name."""
+    """Card files by model id. Of several with the same id, the first in order of path wins; the others are problems."""
     found: dict[str, CardFile] = {}
     duplicates: list[BrokenCard] = []
     for file in files:
@@ -94,7 +189,7 @@ def _by_id(files: Iterable[CardFile]) -> tuple[dict[str, CardFile], list[BrokenC
 
 
 def _by_alias(cards: Mapping[str, ModelCard], own: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Owners of each alias. A built-in card gives way where one of the user's, in ``own``, has the name."""
+    """The owners of each alias. A built-in card loses an alias that is a name of one of the user's cards, ``own``."""
     owners: dict[str, tuple[str, ...]] = {}
     for model_id in sorted(cards, key=lambda model_id: model_id not in own):
         for alias in dict.fromkeys(cards[model_id].aliases):
@@ -105,7 +200,7 @@ def _by_alias(cards: Mapping[str, ModelCard], own: Collection[str]) -> dict[str,
 
 
 def _ambiguous(found: Mapping[str, CardFile], aliases: Mapping[str, tuple[str, ...]]) -> Iterator[BrokenCard]:
-    """One problem for each card and alias of it that is also a name of another card."""
+    """A problem for each alias of a card that is also a name of another card."""
     for alias, owners in aliases.items():
         claims = {*owners, alias} if alias in found else set(owners)
         for owner in owners:

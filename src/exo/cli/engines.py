@@ -29,7 +29,6 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     import anyio
 
     from exo.api.admin.speeds import SpeedAtLoad, known_speeds
-    from exo.cards.tasks import needs_of
     from exo.worker.host import probe_host
     from exo.worker.router import Refusal, model_not_found, parse_model
     from exo.worker.router import route as decide
@@ -47,7 +46,7 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
         speeds.know(host)
         known = known_speeds(speeds, card)
         preference = speeds.preference(card, card.prefer or settings.prefer, load=1, now=time.time())
-        decision = decide(wish.runner, card, host, (), needs_of(card), preference=preference)
+        decision = decide(wish.runner, card, host, (), card.needs, preference=preference)
     if isinstance(decision, Refusal):
         code = ExitCode.NOT_FOUND if decision.code == "model_not_found" else ExitCode.FAILED
         if as_json:

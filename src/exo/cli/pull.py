@@ -8,7 +8,6 @@ from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextCol
 from rich.progress import Progress as ProgressBar
 
 from exo.cards.card import ModelCard
-from exo.cards.tasks import needs_of
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.errors import PullError, PullErrorCode
@@ -122,7 +121,7 @@ def _runner(card: ModelCard, wish: str | None) -> str:
         return card.runner
     if len(served) == 1:
         return served[0]
-    decision = route(None, card, anyio.run(probe_host), (), needs_of(card))
+    decision = route(None, card, anyio.run(probe_host), (), card.needs)
     if isinstance(decision, Refusal):
         raise CommandError(f"{decision.message}; --runner says for which to pull all the same")
     return decision.runner

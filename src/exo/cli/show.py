@@ -10,7 +10,6 @@ from rich.table import Table
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
-from exo.cards.tasks import needs_of
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
@@ -84,7 +83,7 @@ def show_model(card: ModelCard, catalogue: Catalogue, store: Store, host: Host) 
 
 def _decide(runner: str | None, card: ModelCard, host: Host) -> Route | Refusal:
     """For what the model is for: text, or else vectors or scores."""
-    return route(runner, card, host, (), needs_of(card))
+    return route(runner, card, host, (), card.needs)
 
 
 def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> Engine:

@@ -10,9 +10,7 @@ from anyio.to_thread import run_sync
 
 from exo.api.http.errors import ApiError, from_refusal
 from exo.cards.card import ModelCard
-from exo.cards.catalogue import Catalogue
-from exo.cards.live_catalogue import LiveCatalogue
-from exo.cards.tasks import needs_of
+from exo.cards.catalogue import Catalogue, LiveCatalogue
 from exo.chat.grammar.gbnf import GbnfWorker
 from exo.chat.template.renderer import TemplateError, TemplateWorker
 from exo.config import Settings
@@ -153,7 +151,7 @@ class Services:
         if self._host is None:
             await self._probed.wait()
         assert self._host is not None
-        needs = needs_of(card) if needs is None else needs
+        needs = card.needs if needs is None else needs
         failing = self.instances.avoided(card)
         prefer, load = card.prefer or self._settings.prefer, self._load_of(card, arriving)
         preference = self.speeds.preference(card, prefer, load, time.time())

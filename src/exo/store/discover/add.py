@@ -8,7 +8,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from exo.cards.card import Alias, ModelCard, ModelId, StorageSize
-from exo.cards.card_toml import card_text
 from exo.cards.catalogue import Catalogue
 from exo.store.discover.inspection import Found, inspect
 from exo.store.folder import folder_name
@@ -148,7 +147,7 @@ def _card(model_id: str, aliases: tuple[str, ...], found: Found) -> ModelCard:
 
 def _write(path: Path, card: ModelCard) -> None:
     """The file is there as a whole or not at all: a server may read it at any moment."""
-    text = card_text(card)
+    text = card.to_toml()
     assert ModelCard.from_toml(text) == card
     fresh = path.with_name(f".{path.name}.new")
     try:
