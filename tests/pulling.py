@@ -18,6 +18,7 @@ from pydantic import JsonValue
 from exo.cards.card import ModelCard
 from exo.config import HubAccess
 from exo.store.errors import PullError
+from exo.store.file_selection import Source
 from exo.store.hub import Hub
 from exo.store.progress import Progress
 from exo.store.pull import plan, pull
@@ -55,7 +56,7 @@ async def pull_card(
     quant: str | None = None,
     report: Callable[[Progress], None] = ignore,
 ) -> OnDisk:
-    return await pull(await plan(card, runner, hub, quant), store, hub, report)
+    return await pull(await plan(Source.of(card, runner, quant), hub), store, hub, report)
 
 
 class PullProgram:

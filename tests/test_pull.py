@@ -119,7 +119,7 @@ async def test_another_quantisation_on_request(hub: LocalHub, store: Store) -> N
     assert found.path.name == "a-Q8_0.gguf"
     assert store.on_disk(Source.of(card, "cuda")).state == "absent"
     with pytest.raises(PullError, match=r"no GGUF file of quantisation Q2_K; it has Q4_K_M, Q8_0, BF16"):
-        await plan(card, "cuda", hub_at(hub.url), "Q2_K")
+        await plan(Source.of(card, "cuda", "Q2_K"), hub_at(hub.url))
 
 
 async def test_what_is_there_is_not_fetched_again(hub: LocalHub, store: Store) -> None:
@@ -278,7 +278,7 @@ async def test_a_pull_goes_on_in_the_directory_that_has_the_repository(hub: Loca
 
 async def test_offline_nothing_is_asked_and_the_remedy_is_named(hub: LocalHub) -> None:
     with pytest.raises(PullError, match="org/model cannot be pulled offline: unset EXO_OFFLINE") as error:
-        await plan(gguf_card("*Q4_K_M.gguf"), "cuda", Hub(HubAccess(hub.url, offline="EXO_OFFLINE")))
+        await plan(Source.of(gguf_card("*Q4_K_M.gguf"), "cuda"), Hub(HubAccess(hub.url, offline="EXO_OFFLINE")))
     assert error.value.code == "offline"
     assert hub.state.listing_tokens == []
 
@@ -288,14 +288,14 @@ async def test_the_token_opens_what_is_closed() -> None:
         closed.commit(ALL)
         card = gguf_card("*Q8_0.gguf")
         with pytest.raises(PullError, match=r"gated: accept its terms at http.*/org/model, and set HF_TOKEN") as error:
-            await plan(card, "cuda", hub_at(closed.url, "hf_wrong"))
+            await plan(Source.of(card, "cuda"), hub_at(closed.url, "hf_wrong"))
         assert error.value.code == "denied"
-        assert (await plan(card, "cuda", hub_at(closed.url, "hf_right"))).total == 2000
+        assert (await plan(Source.of(card, "cuda"), hub_at(closed.url, "hf_right"))).total == 2000
 
 
 async def test_an_unknown_repository_is_not_found(hub: LocalHub) -> None:
     with pytest.raises(PullError, match="no repository org/nothing; check the name, and HF_TOKEN") as error:
-        await plan(mlx_card("org/nothing"), "mlx", hub_at(hub.url))
+        await plan(Source.of(mlx_card("org/nothing"), "mlx"), hub_at(hub.url))
     assert error.value.code == "not_found"
 
 

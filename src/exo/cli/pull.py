@@ -14,7 +14,7 @@ from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source, matches
 from exo.store.hub import Hub
 from exo.store.progress import Progress
-from exo.store.pull import Plan, plan_source, pull
+from exo.store.pull import PullPlan, plan, pull
 from exo.store.store import OnDisk, Store
 from exo.worker.host import probe_host
 from exo.worker.protocol.runners import RUNNERS
@@ -30,7 +30,7 @@ _EXIT_CODES: Mapping[PullErrorCode, ExitCode] = {
 
 def pull_model(
     settings: Settings, card: ModelCard, runner: str | None, quant: str | None, console: Console
-) -> tuple[Plan, OnDisk]:
+) -> tuple[PullPlan, OnDisk]:
     """Pulls, and shows how far it is on ``console``. Without ``runner``, for the one that would serve the model here.
 
     Raises CommandError.
@@ -56,7 +56,7 @@ def pull_model(
         raise CommandError(f"interrupted{share}, and `{again}` goes on from there", ExitCode.INTERRUPTED) from None
 
 
-def is_what_the_card_loads(settings: Settings, card: ModelCard, planned: Plan) -> bool:
+def is_what_the_card_loads(settings: Settings, card: ModelCard, planned: PullPlan) -> bool:
     """Whether a runner will find what was pulled, which may be of another quantisation."""
     if planned.source.quant is None:
         return True
@@ -69,10 +69,10 @@ def pull_failure(error: PullError) -> CommandError:
     return CommandError(str(error), _EXIT_CODES.get(error.code, ExitCode.FAILED))
 
 
-async def _pull(source: Source, store: Store, hub: Hub, console: Console) -> tuple[Plan, OnDisk]:
+async def _pull(source: Source, store: Store, hub: Hub, console: Console) -> tuple[PullPlan, OnDisk]:
     with _bar(console) as bar:
         task = bar.add_task(f"asking the hub about {source.repo}", total=None, rate="")
-        planned = await plan_source(source, hub)
+        planned = await plan(source, hub)
         console.print(
             f"pulling {len(planned.files)} files, {planned.total:,} bytes, of {source.repo}"
             f" at {planned.revision[:12]} for runner {source.runner}",

@@ -21,7 +21,7 @@ from exo.store.progress import Progress
 
 if TYPE_CHECKING:  # what imports the hub's library, a tenth of a second, is imported when there is something to pull
     from exo.store.hub import Hub
-    from exo.store.pull import Plan
+    from exo.store.pull import PullPlan
     from exo.store.store import OnDisk, Store
 
 OnProgress = Callable[[Progress], Awaitable[None]]
@@ -47,7 +47,7 @@ _STATUS: Mapping[PullErrorCode, int] = {
 class Pulled:
     """A model that is there, and what was pulled for it."""
 
-    plan: "Plan"
+    plan: "PullPlan"
     found: "OnDisk"
 
 
@@ -129,9 +129,9 @@ class Pulls:
         try:
             with job.scope:
                 hub, store = await run_sync(self._library)
-                from exo.store.pull import plan_source, pull
+                from exo.store.pull import plan, pull
 
-                planned = await plan_source(source, hub)
+                planned = await plan(source, hub)
                 job.pulled = Pulled(planned, await pull(planned, store, hub, partial(setattr, job, "progress")))
         except Exception as error:  # noqa: BLE001 - raised to those who wait
             job.failure = error

@@ -1,182 +1,210 @@
-"""One file over plain HTTP into a part that grows, survives the process, and is hashed while it comes."""
+"""Downloads one file into a part that survives the process, and verifies it.
+
+DOCSTRING
+"""
 
 import errno
+import hashlib
 import os
-import re
 import threading
-from collections.abc import Mapping
-from http.client import HTTPResponse
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import HTTPError
 
-from exo.store.backoff import RETRIED_STATUSES, Backoff, Stopped, retry_after
-from exo.store.digest import BATCH, Digest
 from exo.store.errors import PullError
-from exo.store.folder import store_error
-from exo.store.http_stream import Client, ConnectionLost, pieces
-from exo.store.hub import RemoteFile, denied
+from exo.store.folder import ModelFolder, RemoteFile, store_error
+from exo.store.hub import Hub, Interrupted, Stopped, WrongRange
 from exo.store.progress import Meter
-from exo.store.writeback import Writeback
 
-_PIECE = 1 << 18
-"""Bytes that are received at once; as many are lost at most when the process is killed."""
+_BATCH = 1 << 20
+"""Bytes that are hashed at once."""
+_MAX_QUEUED = 4
+"""Batches that may wait to be hashed. More would only fill memory."""
+_SYNCED_AT_ONCE = 64 << 20
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 
 
-class _Failed(Exception):  # noqa: N818 - not an error yet: it may be tried again
-    """A try that brought no more, and how long the server asks to wait."""
+class Digest:
+    """The hashes of a file. They are computed in ``thread``, since hashing takes about as long as writing."""
 
-    def __init__(self, message: str, asked_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.asked_seconds = asked_seconds
+    def __init__(self, file: RemoteFile, thread: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._thread = thread
+        self._queued: deque[Future[None]] = deque()
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts again at the file's first byte."""
+        self._batch = bytearray()
+        self._hashes = [hashlib.sha256()]
+        if (
+            len(self._file.etag) != 64
+        ):  # a git blob id: SHA-1 of a header and the content ("Git Internals", Git Objects)
+            header = f"blob {self._file.size}\0".encode()
+            self._hashes.append(hashlib.sha1(header, usedforsecurity=False))
+
+    def add(self, data: bytes) -> None:
+        """Adds the next bytes."""
+        self._batch += data
+        if len(self._batch) >= _BATCH:
+            self._submit()
+
+    def finish(self) -> tuple[str, str]:
+        """The SHA-256 and the hash to compare with the etag."""
+        self._submit()
+        self._queued[-1].result()
+        return self._hashes[0].hexdigest(), self._hashes[-1].hexdigest()
+
+    def _submit(self) -> None:
+        if len(self._queued) >= _MAX_QUEUED:
+            self._queued.popleft().result()
+        hashes, batch = self._hashes, self._batch
+
+        def update() -> None:
+            for each in hashes:
+                each.update(batch)
+
+        self._queued.append(self._thread.submit(update))
+        self._batch = bytearray()
+
+
+def hash_file(path: Path, file: RemoteFile, meter: Meter, stop: threading.Event) -> tuple[str, str]:
+    """The SHA-256 of a file on disk and the hash to compare with the etag. Raises Stopped and OSError."""
+    with path.open("rb") as opened, ThreadPoolExecutor(1) as thread:
+        digest = Digest(file, thread)
+        while data := opened.read(_BATCH):
+            digest.add(data)
+            meter.file_done += len(data)
+            if stop.is_set():
+                raise Stopped
+        return digest.finish()
 
 
 class Download:
-    """Fetches one file. ``url`` may redirect; a token in ``headers`` stays with the first host."""
+    """The download of one file of ``folder``'s repository at a commit."""
 
     def __init__(
-        self,
-        client: Client,
-        url: str,
-        headers: Mapping[str, str],
-        file: RemoteFile,
-        part: Path,
-        *,
-        meter: Meter,
-        stop: threading.Event,
-        backoff: Backoff,
+        self, hub: Hub, folder: ModelFolder, revision: str, file: RemoteFile, meter: Meter, stop: threading.Event
     ) -> None:
-        self._client = client
-        self._url = url
-        self._headers = headers
+        self._hub = hub
+        self._folder = folder
+        self._revision = revision
         self._file = file
-        self._part = part
+        self._path = folder.part(file.name, file.etag)
         self._meter = meter
         self._stop = stop
-        self._backoff = backoff
+        self._backoff = hub.backoff(stop)
         self._have = 0
         self._most = 0
-        """The most bytes there ever were: a server that starts over again and again makes no headway."""
+        """The most bytes there ever were. A server that starts over again and again makes no progress."""
+        self._unsynced = 0
+        self._syncing: Future[None] | None = None
 
     def run(self) -> str:
         """Completes the part, verifies it and forces it to the disk. Returns its SHA-256.
 
-        Raises PullError, after which the part is still there unless its content is wrong, and Stopped.
+        Raises Stopped, and PullError, which deletes the part only if its content is wrong.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             with (
-                open(os.open(self._part, flags, 0o644), "r+b", buffering=0) as part,
-                Digest(self._file) as digest,
-                Writeback(part.fileno()) as self._writeback,
+                open(os.open(self._path, flags, 0o644), "r+b", buffering=0) as part,
+                ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher,
+                ThreadPoolExecutor(1, thread_name_prefix="sync") as self._syncer,
             ):
-                return self._complete(part.fileno(), digest)
+                self._part = part.fileno()
+                self._digest = Digest(self._file, hasher)
+                return self._complete()
         except OSError as error:
             if error.errno not in _NO_ROOM:
-                raise store_error(self._part, error) from error
-            place, lacking = self._part.parent.parent.parent, self._file.size - self._part.stat().st_size
-            message = f"no room in {place}: {self._file.name} needs {lacking:,} bytes more ({error.strerror})"
+                raise store_error(self._path, error) from error
+            missing = self._file.size - self._path.stat().st_size
+            message = f"no room in {self._folder.directory}: {self._file.name} needs {missing:,} bytes more"
             raise PullError(
-                "disk_full", f"{message}; what has come is kept, so pull again when there is room"
+                "disk_full",
+                f"{message} ({error.strerror}); what has come is kept, so pull again when there is room",
             ) from error
 
-    def _complete(self, part: int, digest: Digest) -> str:
-        resumed = self._resume(part, digest)
+    def _complete(self) -> str:
+        self._meter.step = "checking"
+        if os.fstat(self._part).st_size > self._file.size:
+            os.truncate(self._part, 0)
+        while data := os.pread(self._part, _BATCH, self._have):
+            self._add(data)
+        resumed, self._most = self._have > 0, self._have
         while True:
             while self._have < self._file.size:
-                self._try(part, digest)
-            sha256, found = digest.finish()
+                self._try()
+            sha256, found = self._digest.finish()
             if found == self._file.etag:
-                self._writeback.finish()
+                self._sync_result()
+                os.fsync(self._part)
                 return sha256
-            self._restart(part, digest)
-            if not resumed:  # else what was there before may be at fault, as after a power cut
-                self._part.unlink()
+            self._restart()
+            if not resumed:  # otherwise the old part may be at fault, as after a power cut
+                self._path.unlink()
                 message = f"{self._file.name} came with the hash {found} instead of {self._file.etag}; it was deleted"
                 raise PullError("wrong_content", message)
             resumed = False
 
-    def _resume(self, part: int, digest: Digest) -> bool:
-        """Hashes what is there. Returns whether there is anything."""
-        if os.fstat(part).st_size > self._file.size:
-            os.truncate(part, 0)
-        self._meter.step = "checking"
-        while data := os.pread(part, BATCH, self._have):
-            self._came(data, digest)
-        self._most = self._have
-        return self._have > 0
-
-    def _try(self, part: int, digest: Digest) -> None:
+    def _try(self) -> None:
+        """One request for everything that is missing. If it fails, waits until the next may be sent."""
         self._meter.step = "downloading"
+        before, retry_after = self._have, None
         try:
-            self._receive(part, digest)
-        except ConnectionLost as error:
-            failure, asked = f"{self._file.name}: the connection failed: {error}", None
-        except _Failed as error:
-            failure, asked = f"{self._file.name}: {error}", error.asked_seconds
-        else:
-            return
-        if self._have > self._most + BATCH:
+            with self._hub.content(self._folder.repo, self._revision, self._file, self._have) as (start, pieces):
+                if start < self._have:
+                    self._restart()
+                for data in pieces:
+                    self._write(data)
+            if self._have == self._file.size:
+                return
+            failure = f"the server sent {self._have} of {self._file.size} bytes"
+        except WrongRange as error:
+            self._restart()
+            failure = str(error)
+        except Interrupted as error:
+            failure, retry_after = str(error), error.retry_after
+            if self._have > before:
+                failure += f" after {self._have} of {self._file.size} bytes"
+        if self._have > self._most + _BATCH:
             self._backoff.succeeded()
         self._most = max(self._most, self._have)
-        self._meter.note = failure
-        self._backoff.failed(PullError("unreachable", f"{failure}; what has come is kept, so pull again"), asked)
+        self._meter.note = f"{self._file.name}: {failure}"
+        message = f"{self._meter.note}; what has come is kept, so pull again"
+        self._backoff.failed(PullError("unreachable", message), retry_after)
         self._meter.note = ""
 
-    def _receive(self, part: int, digest: Digest) -> None:
-        """One request, for all that is lacking."""
-        with self._client.get(self._url, self._headers, self._have) as answer:
-            if isinstance(answer, HTTPError):
-                raise self._refusal(answer, part, digest)
-            self._check_answer(answer, part, digest)
-            for data in pieces(answer, _PIECE):
-                if self._have + len(data) > self._file.size:
-                    self._restart(part, digest)
-                    raise _Failed(f"the server sends more than {self._file.size} bytes")
-                written = 0
-                while written < len(data):
-                    written += os.write(part, data[written:] if written else data)
-                self._writeback.wrote(len(data))
-                self._came(data, digest)
-                self._meter.fetched += len(data)
-        if self._have < self._file.size:
-            raise _Failed(f"the server sent {self._have} of {self._file.size} bytes")
+    def _write(self, data: bytes) -> None:
+        if self._have + len(data) > self._file.size:
+            self._restart()
+            raise Interrupted(f"the server sends more than {self._file.size} bytes")
+        written = 0
+        while written < len(data):
+            written += os.write(self._part, data[written:] if written else data)
+        self._add(data)
+        self._meter.fetched += len(data)
+        self._unsynced += len(data)
+        # If the whole file were left to the end, the kernel would first slow down the writer, because too much memory
+        # waits to be written, and the last sync would take long.
+        if self._unsynced >= _SYNCED_AT_ONCE and (self._syncing is None or self._syncing.done()):
+            self._sync_result()
+            self._unsynced = 0
+            self._syncing = self._syncer.submit(os.fsync, self._part)
 
-    def _refusal(self, answer: HTTPError, part: int, digest: Digest) -> Exception:
-        """What an answer without the file means."""
-        status = answer.status or 0
-        if status in RETRIED_STATUSES:
-            return _Failed(f"the server answers {status}", retry_after(answer.headers.get("retry-after")))
-        if status == 416:
-            self._restart(part, digest)
-            return _Failed("the server cannot go on where the download ended, so it starts over")
-        if status in (401, 403):
-            return denied(self._file.name, status)
-        code = "not_found" if status in (404, 410) else "unreachable"
-        return PullError(code, f"{self._file.name}: the server answers {status}: {answer.reason}")
+    def _sync_result(self) -> None:
+        """Raises the error of the last sync: the kernel reports a failed write only once."""
+        if self._syncing is not None:
+            self._syncing.result()
 
-    def _check_answer(self, answer: HTTPResponse, part: int, digest: Digest) -> None:
-        """Whether the body goes on where the part ends; a whole file is taken from its start."""
-        if answer.headers.get("content-encoding", "identity") != "identity":
-            raise PullError("unreachable", f"{self._file.name}: the server compresses what it should send as it is")
-        if answer.status == 206:
-            sent = answer.headers.get("content-range", "")
-            found = _CONTENT_RANGE.fullmatch(sent)
-            if not found or (int(found[1]), int(found[2])) != (self._have, self._file.size):
-                self._restart(part, digest)
-                raise _Failed(f"the server sends another range than asked for: {sent}")
-        elif self._have:
-            self._restart(part, digest)
-
-    def _restart(self, part: int, digest: Digest) -> None:
-        os.truncate(part, 0)
-        digest.restart()
-        self._have = self._meter.file_done = 0
-
-    def _came(self, data: bytes, digest: Digest) -> None:
-        digest.add(data)
+    def _add(self, data: bytes) -> None:
+        self._digest.add(data)
         self._have += len(data)
         self._meter.file_done = self._have
         if self._stop.is_set():
             raise Stopped
+
+    def _restart(self) -> None:
+        os.truncate(self._part, 0)
+        self._digest.restart()
+        self._have = self._meter.file_done = 0

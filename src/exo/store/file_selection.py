@@ -1,4 +1,4 @@
-"""Which files of a repository a runner needs, by their names alone: for what to fetch and for what is on disk."""
+"""Selects the files of a repository that a runner needs, by name alone, whether they are on the hub or on disk."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -14,13 +14,13 @@ from exo.worker.protocol.runners import RUNNERS
 from exo.worker.protocol.wire import describe
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[a-z]+)")
-"""A file that was split, as llama.cpp and safetensors name its parts: from 00001 on."""
+"""A part of a split file, numbered from 00001, as llama.cpp and safetensors name it."""
 _QUANT = re.compile(
     r"(?<![a-z0-9])((?:ud-)?(?:i?q[1-9](?:_[0-9a-z]{1,3})*|tq[12]_0|bf16|f16|f32|mxfp4(?:_moe)?|nvfp4))(?![a-z0-9])",
     re.I,
 )
 _OTHER_GGUF = re.compile(r"mmproj|imatrix", re.I)
-"""GGUF files that hold no language model."""
+"""GGUF files that are not language models."""
 _MODEL_INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model*.safetensors"
 _DENSE = ("config.json", "model.safetensors")
@@ -28,15 +28,15 @@ _FOLDER = (
     _WEIGHTS, "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt", "1_Pooling/config.json",
     *(f"{place}_Dense/{name}" for place in (2, 3) for name in _DENSE),
 )  # fmt: skip
-"""What a folder's model is loaded from: weights, configuration and tokenizer, and nothing that could be code.
+"""The files of a model folder: weights, configuration and tokenizer, but nothing that could be code.
 
-The folders in it are Sentence Transformers', of models that make vectors.
+Subfolders are those of Sentence Transformers, for embedding models.
 """
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-class _Files(BaseModel):
-    """The keys of a table that say where a model's files are. The rest is for the runner alone."""
+class _FileKeys(BaseModel):
+    """The keys of a runner's table that locate files. Only the runner reads the others."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -45,29 +45,29 @@ class _Files(BaseModel):
     file: str | None = None
 
 
-class _Table(_Files):
+class _RunnerTable(_FileKeys):
     mmproj: str | None = None
-    draft: _Files | None = None
+    draft: _FileKeys | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a card says that a runner's files are. Without a repository they are where ``path`` says, or nowhere."""
+    """The location of a runner's files according to a card: a repository on the hub, or ``path`` on this machine."""
 
     model_id: str
     runner: str
     repo: str | None
     path: str | None = None
     file: str | None = None
-    """Name or pattern of the GGUF file, of a split one any part."""
+    """Name or pattern of the GGUF file, or of any part of a split one."""
     mmproj: str | None = None
-    """Name or pattern of the vision projector that goes with it."""
+    """Name or pattern of the vision projector."""
     quant: str | None = None
-    """A quantisation to take instead of what ``file`` names."""
+    """A quantisation that replaces ``file``."""
 
     @classmethod
     def of(cls, card: ModelCard, runner: str, quant: str | None = None) -> "Source":
-        """What the card says. Raises PullError."""
+        """The source in a card. Raises PullError."""
         table = _table(card, runner)
         if runner == "cuda":
             return cls(card.model_id, runner, table.repo, table.path, table.file, table.mmproj, quant)
@@ -77,9 +77,9 @@ class Source:
 
     @classmethod
     def of_draft(cls, card: ModelCard, runner: str) -> "Source | None":
-        """Where the draft model is that the card has for the runner, if it has one. Raises PullError.
+        """The source of the draft model, if the card has one for the runner. Raises PullError.
 
-        It is a model of its own, which other cards may be for, so it lies in its own repository's folder.
+        Other cards may use the same model, so it is stored in its own repository's folder.
         """
         draft = _table(card, runner).draft if runner == "cuda" else None
         if draft is None:
@@ -87,36 +87,36 @@ class Source:
         return cls(draft.repo or card.model_id, runner, draft.repo, draft.path, draft.file)
 
     def required_repo(self) -> str:
-        """The repository to pull from. Raises PullError where the card names none."""
+        """The repository to pull from. Raises PullError if the card names none."""
         if self.repo is None:
             missing = f"names the path {self.path}, not a repository" if self.path else "names no repository"
             raise PullError("not_pullable", f"nothing to pull: the card of {self.model_id}, [{self.runner}], {missing}")
         return self.repo
 
 
-def _table(card: ModelCard, runner: str) -> _Table:
+def _table(card: ModelCard, runner: str) -> _RunnerTable:
     if runner not in RUNNERS:
         raise PullError("not_pullable", f"there is no runner {runner}; there are {', '.join(RUNNERS)}")
     try:
-        return _Table.model_validate(card.engines.get(runner, {}))
+        return _RunnerTable.model_validate(card.engines.get(runner, {}))
     except ValidationError as error:
         raise PullError("not_pullable", f"card of {card.model_id}, [{runner}] {describe(error)[1]}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class FileSet:
-    """Files that make up one model together, the one to load first; ``missing`` are parts of it that are not there."""
+    """The files of one model, the one to load first. ``missing`` are the absent parts of a split file."""
 
     label: str
-    """The quantisation; of a folder, empty."""
+    """The quantisation; empty for a folder."""
     names: tuple[str, ...]
     missing: tuple[str, ...] = ()
 
 
 def select(source: Source, names: Collection[str]) -> FileSet:
-    """What is to be fetched of a repository with these files.
+    """The files to pull from a repository that has these names.
 
-    Raises PullError where nothing fits or the choice is not clear, listing the quantisations that there are.
+    Raises PullError, with a list of the quantisations, if not exactly one model fits.
     """
     repo = source.required_repo()
     found = file_sets(source, names)
@@ -134,7 +134,7 @@ def select(source: Source, names: Collection[str]) -> FileSet:
 
 
 def file_sets(source: Source, names: Collection[str]) -> list[FileSet]:
-    """Everything among ``names`` that the source accepts, complete or not, by name; projectors are left out."""
+    """Every model among ``names`` that the source accepts, complete or not, in order of name and without projectors."""
     if source.runner != "cuda":
         return _folder_set(names)
     found = _gguf_sets(names)
@@ -156,7 +156,7 @@ def projectors(source: Source, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a file in a repository is meant; ``*`` stands for anything inside its last part, as for the runner."""
+    """Whether a pattern matches a file of a repository. As in the runner, ``*`` matches within the last segment."""
     wanted, file = PurePosixPath(pattern), PurePosixPath(name)
     return file.parent == wanted.parent and fnmatchcase(file.name, wanted.name)
 
@@ -174,14 +174,14 @@ def _gguf_sets(names: Iterable[str]) -> list[FileSet]:
 
 
 def _label(stem: str) -> str:
-    """The quantisation that a file's name ends with, or failing that its folder's; else the name itself."""
+    """The last quantisation in a file's name, or in its folder's name; otherwise the name itself."""
     path = PurePosixPath(stem)
     found = _QUANT.findall(path.name) or _QUANT.findall(path.parent.name)
     return str(found[-1]).upper() if found else path.name
 
 
 def _missing(name: str, names: Collection[str]) -> tuple[str, ...]:
-    """Parts of the split file ``name`` that are not among ``names``."""
+    """The parts of the split file ``name`` that are not in ``names``."""
     split = _PART.fullmatch(name)
     if split is None:
         return ()

@@ -1,11 +1,11 @@
-"""One repository's folder inside a models directory, and the manifest of what was pulled into it.
+"""A repository's folder in a models directory, and the manifest of the files that were pulled into it.
 
-    <models>/<owner>--<name>/<file, as in the repository>     only whole files, their hashes verified
-    <models>/<owner>--<name>/.exo/manifest.json               what they are, from which commit, since when
-    <models>/<owner>--<name>/.exo/<name and hash, hashed>     a file on its way, called by what it will be
-    <models>/.locks/<owner>--<name>                           held by whoever changes the folder
+    <models>/<owner>--<name>/<file, as in the repository>     complete files, their hashes verified
+    <models>/<owner>--<name>/.exo/manifest.json               their hashes, commits and dates
+    <models>/<owner>--<name>/.exo/<name and hash, hashed>     a part: a file that is being pulled
+    <models>/.locks/<owner>--<name>                           the lock for changes to the folder
 
-A file's content names its part, so a part never grows into a file of another revision.
+A part's name depends on the content it will have, so a part is never continued with another revision's content.
 """
 
 import hashlib
@@ -22,15 +22,24 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exo.store.errors import PullError
-from exo.store.remote_file import RemoteFile
 
 OWN = ".exo"
 _NAME_BYTES, _PATH_BYTES = 255, 1024
-"""Longest part of a name that file systems take, and longest name that is accepted."""
+"""The longest path segment of common file systems, and the longest path that is accepted."""
 
 
-class Entry(BaseModel):
-    """One file. ``sha256`` and ``pulled_at`` are unknown while it is on its way."""
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file in a repository. The hub chose its name, so it is not safe to use as a path."""
+
+    name: str
+    size: int
+    etag: str
+    """The SHA-256 of the content (64 digits), or the git blob id (40) of a small file that is in git itself."""
+
+
+class PulledFile(BaseModel):
+    """A file in a manifest. ``sha256`` and ``pulled_at`` are unknown until the file is complete."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,21 +48,21 @@ class Entry(BaseModel):
     """As in ``RemoteFile``."""
     sha256: str | None = None
     revision: str
-    """The commit at which it was last pulled."""
+    """The commit of the last pull."""
     pulled_at: datetime | None = None
 
 
 class Manifest(BaseModel):
-    """What was pulled into a folder. A name can be in both tables: then a newer content is on its way."""
+    """The files of a folder. A name is in both tables while its newer content is being pulled."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
     repo: str
-    files: Mapping[str, Entry] = {}
-    """Whole and verified."""
-    pending: Mapping[str, Entry] = {}
-    """Being pulled, or left when a pull ended early."""
+    files: Mapping[str, PulledFile] = {}
+    """Complete and verified."""
+    pending: Mapping[str, PulledFile] = {}
+    """Being pulled, or left over from a pull that ended early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class ModelFolder:
         return self.directory / folder_name(self.repo)
 
     def manifest(self) -> Manifest:
-        """What is recorded; empty where nothing is. Raises PullError for a manifest that cannot be read."""
+        """The manifest, empty if there is none. Raises PullError for a manifest that cannot be read."""
         try:
             return Manifest.model_validate_json((self.path / OWN / "manifest.json").read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +90,7 @@ class ModelFolder:
             raise PullError("store", f"{broken} is not a manifest of exo's; remove it and pull again") from error
 
     def write(self, manifest: Manifest) -> None:
-        """Replaces the manifest as a whole."""
+        """Replaces the manifest atomically."""
         own = self.make(OWN)
         fresh = own / "manifest.json.new"
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
@@ -92,20 +101,20 @@ class ModelFolder:
         sync(own)
 
     def part(self, name: str, etag: str) -> Path:
-        """Where a file is while it is on its way."""
+        """The path of a file's part."""
         return self.path / OWN / hashlib.sha256(f"{name}\n{etag}".encode()).hexdigest()[:32]
 
-    def part_size(self, name: str, entry: Entry | RemoteFile) -> int:
-        """Bytes of it that are there already."""
+    def part_size(self, name: str, entry: PulledFile | RemoteFile) -> int:
+        """The size of a file's part in bytes; 0 if there is none."""
         return size_of(self.part(name, entry.etag)) or 0
 
     def holds(self, manifest: Manifest, file: RemoteFile) -> bool:
-        """Whether the file with just this content is there, by the manifest and its size."""
+        """Whether the file is complete and has this content, judged by the manifest and its size."""
         entry = manifest.files.get(file.name)
         return entry is not None and entry.etag == file.etag and size_of(self.path / file.name) == file.size
 
     def make(self, inside: str = ".") -> Path:
-        """Makes a directory of the folder. Raises PullError where a link would lead out of the models directory."""
+        """Makes a directory inside the folder. Raises PullError if a link would lead out of the models directory."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory
@@ -120,7 +129,7 @@ class ModelFolder:
         return path
 
     def put(self, name: str, etag: str) -> None:
-        """Gives a part, which must be whole and verified, its final name."""
+        """Gives a part, which must be complete and verified, its final name."""
         check_name(name)
         target = self.make(str(PurePosixPath(name).parent)) / PurePosixPath(name).name
         self.part(name, etag).replace(target)
@@ -149,14 +158,14 @@ class ModelFolder:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Alone among all processes. Raises PullError with code ``busy`` where another one is at it."""
+        """Locks the folder against other processes. Raises PullError, with code ``busy`` if one of them has it."""
         locks = self.directory / ".locks"
         try:
             locks.mkdir(parents=True, exist_ok=True)
             if locks.is_symlink():
                 raise PullError("store", f"{locks} is a link, and is not written through")
             lock = FileLock(locks / self.path.name, timeout=0)
-            lock.acquire()  # the system ends it with the process, however that ends
+            lock.acquire()  # the system releases it with the process, however that ends
         except Timeout as error:
             raise PullError("busy", f"{self.repo} is being pulled by another process") from error
         except OSError as error:
@@ -168,33 +177,33 @@ class ModelFolder:
 
 
 def folder_name(repo: str) -> str:
-    """As upstream names it, and the runners look for it."""
+    """The folder in which upstream and the runners look for a repository."""
     return repo.replace("/", "--")
 
 
 def check_name(name: str) -> None:
-    """Whether a file of this name stays in its folder, on every file system. Raises PullError."""
+    """Raises PullError for a file name that could leave its folder on some file system."""
     parts = name.split("/")
     reason = None
     if not name.isprintable() or "\\" in name or _bytes(name) > _PATH_BYTES:
-        reason = "it holds characters that no file name should, or too many"
+        reason = "it is too long, or contains characters that do not belong in a file name"
     elif any(part in ("", ".", "..") for part in parts):
-        reason = "it leads out of its folder, or nowhere"
+        reason = "it leads out of its folder or has an empty segment"
     elif any(_bytes(part) > _NAME_BYTES for part in parts):
-        reason = f"a part of it is longer than {_NAME_BYTES} bytes"
+        reason = f"a segment of it is longer than {_NAME_BYTES} bytes"
     elif parts[0].lower() == OWN:
-        reason = f"{OWN} is exo's own"
+        reason = f"{OWN} is reserved for exo"
     if reason is not None:
         raise PullError("unsafe_name", f"the hub lists a file named {ascii(name)[:100]}, which is refused: {reason}")
 
 
 def store_error(path: Path, error: OSError) -> PullError:
-    """For whatever the file system would not do."""
+    """The error of a file system operation as a PullError."""
     return PullError("store", f"{error.filename or path}: {error.strerror or error}")
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file, links followed; None where there is no file."""
+    """The size of a file in bytes, links followed; None if there is no regular file."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -203,7 +212,7 @@ def size_of(path: Path) -> int | None:
 
 
 def sync(directory: Path) -> None:
-    """Makes what was renamed in a directory outlive a power cut."""
+    """Makes renames in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

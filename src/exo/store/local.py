@@ -1,4 +1,4 @@
-"""What the files of a model that is on disk say of it, before anything has loaded it."""
+"""Describes a model on disk before a runner has loaded it."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +17,9 @@ _JSON_LIMIT = 32 << 20
 
 
 def describe_on_disk(card: ModelCard, store: Store) -> Description | None:
-    """A description made of the first of the card's files that are on disk and can be read; None where there are none.
+    """A description from the first runner's files that are on disk and readable; None if there are none.
 
-    Reads up to some megabytes, but a file that has not changed only once.
+    Reads up to several megabytes, but only once unless the file changes.
     """
     for runner, spec in RUNNERS.items():
         if not set(spec.backends) & set(card.backends):
@@ -32,7 +32,7 @@ def describe_on_disk(card: ModelCard, store: Store) -> Description | None:
             state = name.stat()
             return _described(found.path, state.st_mtime_ns, state.st_size)
         except (PullError, HeaderError, DescriptionError, OSError):
-            continue  # the runner says what is wrong when it loads the model
+            continue  # the runner reports the error when it loads the model
     return None
 
 

@@ -1,4 +1,4 @@
-"""How far a pull has come. The thread that pulls writes the meter; whoever shows progress reads it."""
+"""The progress of a pull. The pulling thread writes the meter; the event loop reads it."""
 
 import threading
 import time
@@ -13,27 +13,27 @@ _WINDOW_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of a pull. Sizes are bytes; ``done`` and ``total`` count the whole pull, what was there included."""
+    """A snapshot of a pull. Sizes are in bytes; ``done`` and ``total`` include files that were already on disk."""
 
     step: Step
-    """Waiting for another pull of the same model, hashing what is there already, or downloading."""
+    """Waiting for another pull of the same model, hashing data that is already on disk, or downloading."""
     file: str
-    """The file at hand; empty between files."""
+    """The current file; empty between files."""
     file_done: int
     file_total: int
     done: int
     total: int
     rate: float
-    """Bytes a second that came over the network in the last five seconds."""
+    """Bytes a second over the network in the last five seconds."""
     seconds_left: float | None
-    """At that rate; None where there is none."""
+    """At this rate; None if it is 0."""
     note: str = ""
-    """Why nothing comes at the moment, where that is known."""
+    """Why the pull is stalled, if known."""
 
 
 @dataclass(slots=True)
 class Meter:
-    """Counters with one writer."""
+    """Counters with one writer and one reader."""
 
     total: int
     step: Step = "checking"
@@ -41,26 +41,26 @@ class Meter:
     file_done: int = 0
     file_total: int = 0
     before: int = 0
-    """Bytes of the files that are whole already."""
+    """Bytes of the complete files."""
     fetched: int = 0
-    """Bytes that came over the network."""
+    """Bytes received over the network."""
     note: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _seen: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
 
     def start(self, file: str, size: int) -> None:
-        """The next file."""
+        """Makes the next file the current one."""
         with self._lock:
             self.file, self.file_done, self.file_total = file, 0, size
 
     def finish(self) -> None:
-        """The file at hand is whole."""
+        """Marks the current file as complete."""
         with self._lock:
             self.before += self.file_total
             self.file, self.file_done, self.file_total = "", 0, 0
 
     def read(self) -> Progress:
-        """For one reader, which sees the rate since it last looked, over at most five seconds."""
+        """A snapshot, with the rate since the previous snapshots of at most five seconds ago."""
         with self._lock:
             file, file_done, file_total = self.file, self.file_done, self.file_total
             done = self.before + file_done

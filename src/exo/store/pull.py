@@ -1,4 +1,4 @@
-"""Pulling: asks the hub which files a runner needs, and fetches those, verified, into the store."""
+"""Pulling: asks the hub which files a runner needs, and downloads those into the store."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -10,15 +10,11 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from exo.cards.card import ModelCard
-from exo.store.backoff import Stopped
-from exo.store.digest import hash_file
-from exo.store.download import Download
+from exo.store.download import Download, hash_file
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, file_sets, select
-from exo.store.folder import Entry, Manifest, ModelFolder, check_name, size_of, store_error
-from exo.store.http_stream import Client
-from exo.store.hub import Hub, RemoteFile
+from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, check_name, size_of, store_error
+from exo.store.hub import Hub, Stopped
 from exo.store.progress import Meter, Progress
 from exo.store.store import OnDisk, Store
 
@@ -27,28 +23,23 @@ _LOCK_EVERY_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a pull will bring: files at one commit, as many as the runner needs and no more."""
+class PullPlan:
+    """The files that a runner needs, at one commit."""
 
     source: Source
     quant: str
-    """The quantisation of a GGUF file; of a folder, empty."""
+    """The quantisation of a GGUF file; empty for a folder."""
     revision: str
     files: tuple[RemoteFile, ...]
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(file.size for file in self.files)
 
 
-async def plan(card: ModelCard, runner: str, hub: Hub, quant: str | None = None) -> Plan:
-    """Asks the hub. Raises PullError, which lists the quantisations where none, or more than one, is meant."""
-    return await plan_source(Source.of(card, runner, quant), hub)
-
-
-async def plan_source(source: Source, hub: Hub) -> Plan:
-    """As ``plan``."""
+async def plan(source: Source, hub: Hub) -> PullPlan:
+    """Asks the hub for the files. Raises PullError; it lists the quantisations if not exactly one fits."""
     stop = threading.Event()
     try:
         return await anyio.to_thread.run_sync(partial(_plan, source, hub, stop), abandon_on_cancel=True)
@@ -56,11 +47,11 @@ async def plan_source(source: Source, hub: Hub) -> Plan:
         stop.set()
 
 
-async def pull(planned: Plan, store: Store, hub: Hub, report: Callable[[Progress], None]) -> OnDisk:
-    """Fetches what is not there yet, and says where the model is. Raises PullError.
+async def pull(planned: PullPlan, store: Store, hub: Hub, report: Callable[[Progress], None]) -> OnDisk:
+    """Downloads the missing files and returns the place of the model. Raises PullError.
 
-    Progress is reported some ten times a second. If it is cancelled, or the process is killed, what has come is kept,
-    and the next pull goes on from there; a pull of the same model elsewhere waits, and finds the files there.
+    Progress is reported about ten times a second. A pull that is cancelled or killed keeps its parts, and the next one
+    continues them. A pull of the same model in another process waits for this one and then finds the files.
     """
     meter, stop = Meter(planned.total), threading.Event()
     job = _Pull(planned, store, hub, meter, stop)
@@ -68,7 +59,7 @@ async def pull(planned: Plan, store: Store, hub: Hub, report: Callable[[Progress
     async with anyio.create_task_group() as group:
         group.start_soon(_show, meter, report)
         try:
-            # A limiter of its own: a long pull takes no other work's thread.
+            # A limiter of its own, so that a long pull takes no thread of the default limiter.
             await anyio.to_thread.run_sync(job.run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         except PullError as error:
             failure = error
@@ -87,7 +78,7 @@ async def _show(meter: Meter, report: Callable[[Progress], None]) -> None:
         await anyio.sleep(_SHOWN_EVERY_SECONDS)
 
 
-def _plan(source: Source, hub: Hub, stop: threading.Event) -> Plan:
+def _plan(source: Source, hub: Hub, stop: threading.Event) -> PullPlan:
     listing = hub.listing(source.required_repo(), stop=stop)
     chosen = select(source, listing.files)
     files: list[RemoteFile] = []
@@ -97,13 +88,13 @@ def _plan(source: Source, hub: Hub, stop: threading.Event) -> Plan:
         if file is None:
             raise PullError("unreachable", f"the hub gives no size and hash of {name}, so it could not be verified")
         files.append(file)
-    return Plan(source, chosen.label, listing.revision, tuple(files))
+    return PullPlan(source, chosen.label, listing.revision, tuple(files))
 
 
 class _Pull:
-    """One pull, in a thread from beginning to end."""
+    """One pull. It runs in one thread from beginning to end."""
 
-    def __init__(self, planned: Plan, store: Store, hub: Hub, meter: Meter, stop: threading.Event) -> None:
+    def __init__(self, planned: PullPlan, store: Store, hub: Hub, meter: Meter, stop: threading.Event) -> None:
         self._plan = planned
         self._repo = planned.source.required_repo()
         self._store = store
@@ -130,7 +121,7 @@ class _Pull:
         self._meter.start("", 0)
 
     def _watch(self, folder: ModelFolder) -> None:
-        """Shows the progress of the pull that has the folder, until the next look at it."""
+        """Shows the progress of the process that has locked the folder, until the next attempt to lock it."""
         with suppress(PullError):
             manifest = folder.manifest()
             held = sum(file.size for file in self._plan.files if folder.holds(manifest, file))
@@ -140,20 +131,23 @@ class _Pull:
             raise Stopped
 
     def _fill(self, folder: ModelFolder) -> None:
-        """Stages every file that is not there, and names them all when the last is whole."""
+        """Completes the parts of all missing files before it names the first, so that the old revision stays usable."""
         manifest = folder.manifest()
         if manifest.repo != self._repo:
             raise PullError("store", f"{folder.path} holds {manifest.repo}, not {self._repo}; move one of them away")
-        lacking = [file for file in self._plan.files if not folder.holds(manifest, file)]
-        self._meter.note, self._meter.before = "", self._plan.total - sum(file.size for file in lacking)
-        hashes = {file.name: sha256 for file in lacking if (sha256 := self._adopt(folder, manifest, file))}
-        staged = [file for file in lacking if file.name not in hashes]
+        missing = [file for file in self._plan.files if not folder.holds(manifest, file)]
+        self._meter.note, self._meter.before = "", self._plan.total - sum(file.size for file in missing)
+        hashes = {file.name: sha256 for file in missing if (sha256 := self._adopt(folder, manifest, file))}
+        staged = [file for file in missing if file.name not in hashes]
         manifest = self._begin(folder, manifest, staged)
-        hashes |= self._fetch(folder, staged)
+        for file in staged:
+            self._meter.start(file.name, file.size)
+            hashes[file.name] = Download(self._hub, folder, self._plan.revision, file, self._meter, self._stop).run()
+            self._meter.finish()
         self._commit(folder, manifest, staged, hashes)
 
     def _adopt(self, folder: ModelFolder, manifest: Manifest, file: RemoteFile) -> str | None:
-        """The SHA-256 of a file that is there, but not recorded, and is what the hub has."""
+        """The SHA-256 of a file that is on disk but not in the manifest; None if its content is not the hub's."""
         check_name(file.name)
         path = folder.path / file.name
         size = size_of(path)
@@ -172,53 +166,33 @@ class _Pull:
         return None
 
     def _begin(self, folder: ModelFolder, manifest: Manifest, staged: Iterable[RemoteFile]) -> Manifest:
-        """Records what is on its way. Parts of what is no longer wanted go."""
+        """Records the files to pull, and deletes the parts of their older contents."""
         pending = dict(manifest.pending)
         for file in staged:
             if (old := pending.get(file.name)) is not None and old.etag != file.etag:
                 folder.part(file.name, old.etag).unlink(missing_ok=True)
-            pending[file.name] = Entry(size=file.size, etag=file.etag, revision=self._plan.revision)
+            pending[file.name] = PulledFile(size=file.size, etag=file.etag, revision=self._plan.revision)
         manifest = manifest.model_copy(update={"pending": pending})
         folder.write(manifest)
         return manifest
 
-    def _fetch(self, folder: ModelFolder, staged: Iterable[RemoteFile]) -> dict[str, str]:
-        """SHA-256 by name, when all parts are whole."""
-        hashes: dict[str, str] = {}
-        client = Client()
-        for file in staged:
-            self._meter.start(file.name, file.size)
-            download = Download(
-                client,
-                self._hub.url(self._repo, self._plan.revision, file.name),
-                self._hub.headers(),
-                file,
-                folder.part(file.name, file.etag),
-                meter=self._meter,
-                stop=self._stop,
-                backoff=self._hub.backoff(self._stop),
-            )
-            hashes[file.name] = download.run()
-            self._meter.finish()
-        return hashes
-
     def _commit(
         self, folder: ModelFolder, manifest: Manifest, staged: Iterable[RemoteFile], hashes: Mapping[str, str]
     ) -> None:
-        """Names the parts. Between the two manifests the model counts as partial: it may be of two revisions."""
+        """Names the parts. Between the two manifests the model counts as partial, because it may mix two revisions."""
         names = {file.name for file in staged}
         kept = {name: entry for name, entry in manifest.files.items() if name not in names}
         folder.write(manifest.model_copy(update={"files": kept}))
         for file in staged:
             folder.put(file.name, file.etag)
         wanted = {file.name: file for file in self._plan.files}
-        if self._plan.source.runner != "cuda":  # else what an older revision has left would be loaded too
+        if self._plan.source.runner != "cuda":  # files of an older revision would be loaded too
             old = {name for files in file_sets(self._plan.source, kept) for name in files.names}
             folder.delete(old - wanted.keys())
             kept = {name: entry for name, entry in kept.items() if name not in old - wanted.keys()}
         now = datetime.now(UTC)
         for name, file in wanted.items():
-            entry = kept.get(name) or Entry(
+            entry = kept.get(name) or PulledFile(
                 size=file.size, etag=file.etag, sha256=hashes[name], revision=self._plan.revision, pulled_at=now
             )
             kept[name] = entry.model_copy(update={"revision": self._plan.revision})

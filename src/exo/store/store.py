@@ -1,4 +1,4 @@
-"""The models directories as one store: what is on disk, where a pull goes, and what is removed."""
+"""The models directories as one store: finds models, chooses where to pull to, and removes models."""
 
 import os
 import shutil
@@ -10,38 +10,36 @@ from typing import Literal
 
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, file_sets, projectors
-from exo.store.folder import Entry, Manifest, ModelFolder, folder_name, size_of
-from exo.store.remote_file import RemoteFile
+from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, folder_name, size_of
 
 _EMPTY = Manifest(repo="")
 
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
-    """What there is of a model for a runner. Sizes are bytes."""
+    """A model on disk, as a runner would find it. Sizes are in bytes."""
 
     state: Literal["present", "partial", "absent"]
     bytes: int = 0
     total: int | None = None
-    """When whole; None where that is not known, as of files that were not pulled by exo."""
+    """The size when complete; None if unknown, as for files that exo did not pull."""
     path: Path | None = None
-    """What the runner loads: a GGUF file, the first of a split one, or a folder."""
+    """The path that the runner loads: a GGUF file, the first part of a split one, or a folder."""
     revision: str | None = None
-    """The commit; None where it is not known."""
+    """The commit, if known."""
     read_only: bool = False
-    """Whether it is in a directory that is never written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What removing a model has deleted."""
+    """The files that were deleted, and their size."""
 
     files: tuple[Path, ...]
     bytes: int
 
 
 class Store:
-    """``directories`` are searched in this order; those that are also in ``read_only`` are never written."""
+    """``directories`` are searched in order. Those that are also in ``read_only`` are never written to."""
 
     def __init__(self, directories: Sequence[Path], read_only: Collection[Path] = ()) -> None:
         self.directories = tuple(directories)
@@ -49,11 +47,11 @@ class Store:
 
     @property
     def writable(self) -> tuple[Path, ...]:
-        """Where a pull may go, the first choice first."""
+        """The directories a pull may write to, in order of preference."""
         return tuple(directory for directory in self.directories if directory not in self.read_only)
 
     def on_disk(self, source: Source) -> OnDisk:
-        """What there is, found where the runner would look for it. Reads names and sizes only."""
+        """Looks for the files where the runner would. Reads names and sizes only."""
         found = OnDisk("absent")
         for directory, path, inside in self._places(source):
             here = self._look(directory, path, inside)
@@ -64,7 +62,7 @@ class Store:
         return found
 
     def holder(self, repo: str, files: Collection[RemoteFile]) -> ModelFolder | None:
-        """The folder that has just these files. In a read-only directory without a manifest, sizes must do."""
+        """The folder that has these files. In a read-only directory without a manifest, equal sizes are enough."""
         for directory in self.directories:
             folder = ModelFolder(directory, repo)
             manifest = _manifest(folder)
@@ -76,9 +74,9 @@ class Store:
         return None
 
     def place(self, repo: str, files: Collection[RemoteFile]) -> ModelFolder:
-        """Where to pull these files to: where the repository is already, else the first directory with room.
+        """The folder to pull these files to: one that has the repository already, else the first with enough room.
 
-        Raises PullError where there is no room, with what is needed and what is free.
+        Raises PullError if none has; its message gives the bytes needed and free.
         """
         if not self.writable:
             raise PullError("read_only", "every models directory is read-only; set EXO_DEFAULT_MODELS_DIR to another")
@@ -92,7 +90,7 @@ class Store:
         raise PullError("disk_full", f"no room for {repo}: {'; '.join(short)}")
 
     def remove(self, source: Source) -> Removed:
-        """Deletes what was pulled for a card and runner, parts included, and nothing else. Raises PullError."""
+        """Deletes the files and parts that were pulled for a source, and nothing else. Raises PullError."""
         repo, deleted, size = source.required_repo(), list[Path](), 0
         for directory in self.writable:
             folder = ModelFolder(directory, repo)
@@ -110,7 +108,7 @@ class Store:
         raise PullError("not_found", f"{left.path} was not pulled by exo, so it stays; delete it yourself")
 
     def _places(self, source: Source) -> Iterator[tuple[Path, Path, Source]]:
-        """Models directory, folder in it and what to look for there, in the runners' order."""
+        """Models directory, folder in it and source to look for there, in the order in which runners look."""
         path = Path(source.path).expanduser() if source.path else None
         if path is not None and path.is_absolute():
             gguf = source.runner == "cuda"
@@ -149,20 +147,20 @@ class Store:
 
 
 def _manifest(folder: ModelFolder) -> Manifest:
-    """For looking only: a manifest that cannot be read says nothing. Whoever writes hears of it."""
+    """The manifest, for reading only: a broken one counts as empty. Writers use ``folder.manifest``, which raises."""
     with suppress(PullError):
         return folder.manifest()
     return _EMPTY
 
 
 def _chosen(source: Source, names: Collection[str]) -> tuple[str, ...]:
-    """Those of a manifest's names that the source means."""
+    """The names of a manifest that belong to the source."""
     chosen = [name for files in file_sets(source, names) for name in files.names]
     return (*chosen, *projectors(source, names)) if chosen else ()
 
 
 def _whole(path: Path, source: Source, manifest: Manifest) -> dict[str, int]:
-    """Sizes of files that are what they should be: as long as recorded, or not recorded because put there by hand."""
+    """Sizes of complete files: as long as the manifest records, or not in it because the user put them there."""
     inside = PurePosixPath(source.path or source.file or "").parent if source.runner == "cuda" else PurePosixPath()
     names = set(manifest.files)
     with suppress(OSError):
@@ -190,12 +188,12 @@ def _remove(folder: ModelFolder, source: Source, deleted: list[Path]) -> int:
     return size
 
 
-def _without(entries: Collection[tuple[str, Entry]], names: Collection[str]) -> dict[str, Entry]:
+def _without(entries: Collection[tuple[str, PulledFile]], names: Collection[str]) -> dict[str, PulledFile]:
     return {name: entry for name, entry in entries if name not in names}
 
 
 def _needed(folder: ModelFolder, files: Collection[RemoteFile]) -> int:
-    """Bytes that are still to come; a file that is there already in full size may turn out to be it."""
+    """Bytes still to be pulled. An unrecorded file of the right size counts as present; its hash is checked later."""
     manifest = _manifest(folder)
     there = {file.name for file in files if folder.holds(manifest, file)}
     there |= {
@@ -205,6 +203,6 @@ def _needed(folder: ModelFolder, files: Collection[RemoteFile]) -> int:
 
 
 def _free(directory: Path) -> int:
-    """Bytes that may be written where the directory is, or will be."""
+    """Free bytes on the file system where the directory is, or will be."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     return shutil.disk_usage(existing).free

@@ -1,19 +1,13 @@
 """The first bytes of a file on the hub, by range requests for as many as are asked for."""
 
-import re
 import threading
-from http.client import HTTPResponse
-from urllib.error import HTTPError
 
-from exo.store.backoff import RETRIED_STATUSES, retry_after
 from exo.store.errors import PullError
-from exo.store.http_stream import Client, ConnectionLost, pieces
-from exo.store.hub import Hub, RemoteFile, denied
+from exo.store.folder import RemoteFile
+from exo.store.hub import Hub, Interrupted, WrongRange
 
 FIRST = 1 << 20
 """Bytes of the first request; each later one doubles what there is."""
-_PIECE = 1 << 16
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 
 
 class RemoteBytes:
@@ -21,9 +15,9 @@ class RemoteBytes:
 
     def __init__(self, hub: Hub, repo: str, revision: str, file: RemoteFile) -> None:
         self._hub = hub
-        self._url = hub.url(repo, revision, file.name)
+        self._repo = repo
+        self._revision = revision
         self._file = file
-        self._client = Client()
         self._data = bytearray()
 
     @property
@@ -36,45 +30,19 @@ class RemoteBytes:
         backoff = self._hub.backoff(threading.Event())
         while len(self._data) < end:
             wanted, before = min(max(end, FIRST, 2 * len(self._data)), self._file.size), len(self._data)
-            after: str | None = None
+            after: float | None = None
             try:
-                headers = {**self._hub.headers(), "Range": f"bytes={before}-{wanted - 1}"}
-                with self._client.get(self._url, headers, 0) as answer:
-                    after = answer.headers.get("retry-after")
-                    self._receive(answer, wanted)
+                with self._hub.content(self._repo, self._revision, self._file, before, wanted) as (start, pieces):
+                    del self._data[start:]  # all of it if the server ignores the range
+                    for piece in pieces:
+                        self._data += piece[: wanted - len(self._data)]
+                        if len(self._data) >= wanted:
+                            break
                 failure = f"the server sent {len(self._data)} of {wanted} bytes"
-            except ConnectionLost as error:
-                failure = f"the connection failed: {error}"
-            except HTTPError as error:
-                failure = f"the server answers {error.status}"
+            except WrongRange as error:
+                raise PullError("unreachable", f"{self._file.name}: {error}") from error
+            except Interrupted as error:
+                failure, after = str(error), error.retry_after
             if len(self._data) <= before:
-                backoff.failed(PullError("unreachable", f"{self._file.name}: {failure}"), retry_after(after))
+                backoff.failed(PullError("unreachable", f"{self._file.name}: {failure}"), after)
         return self._data
-
-    def _receive(self, answer: HTTPResponse | HTTPError, wanted: int) -> None:
-        """Adds what comes, and stops at ``wanted`` bytes, whatever the server goes on to send."""
-        if isinstance(answer, HTTPError):
-            raise self._refusal(answer)
-        if answer.headers.get("content-encoding", "identity") != "identity":
-            raise PullError("unreachable", f"{self._file.name}: the server compresses what it should send as it is")
-        if answer.status == 206:
-            sent = answer.headers.get("content-range", "")
-            found = _CONTENT_RANGE.fullmatch(sent)
-            if not found or (int(found[1]), int(found[2])) != (len(self._data), self._file.size):
-                raise PullError("unreachable", f"{self._file.name}: the server sends another range: {sent}")
-        else:  # the whole file
-            self._data.clear()
-        for piece in pieces(answer, _PIECE):
-            self._data += piece[: wanted - len(self._data)]
-            if len(self._data) >= wanted:
-                return
-
-    def _refusal(self, answer: HTTPError) -> Exception:
-        """What to raise for an answer without the file: the answer itself where it may be asked again."""
-        status = answer.status or 0
-        if status in RETRIED_STATUSES:
-            return answer
-        if status in (401, 403):
-            return denied(self._file.name, status)
-        code = "not_found" if status in (404, 410) else "unreachable"
-        return PullError(code, f"{self._file.name}: the server answers {status}: {answer.reason}")
