@@ -20,7 +20,7 @@ from exo.config import HubAccess
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.hub import Hub
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 from exo.store.pull import plan, pull
 from exo.store.store import OnDisk, Store
 from tests import ROOT
@@ -44,7 +44,7 @@ def hub_at(url: str, token: str | None = None) -> Hub:
     return Hub(HubAccess(url, token), backoff_seconds=BACKOFF_SECONDS)
 
 
-def ignore(_: Progress) -> None:
+def ignore(_: DownloadProgress) -> None:
     pass
 
 
@@ -54,7 +54,7 @@ async def pull_card(
     hub: Hub,
     runner: str = "cuda",
     quant: str | None = None,
-    report: Callable[[Progress], None] = ignore,
+    report: Callable[[DownloadProgress], None] = ignore,
 ) -> OnDisk:
     return await pull(await plan(Source.of(card, runner, quant), hub), store, hub, report)
 
@@ -98,7 +98,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
     store, hub = Store([Path(sys.argv[2])]), hub_at(sys.argv[1])
     try:
-        show: Callable[[Progress], None] = lambda progress: print(progress.done, flush=True)  # noqa: E731
+        show: Callable[[DownloadProgress], None] = lambda progress: print(progress.done, flush=True)  # noqa: E731
         asyncio.run(pull_card(gguf_card(sys.argv[3]), store, hub, report=show))
     except PullError as error:
         sys.exit(f"{error.code}: {error}")

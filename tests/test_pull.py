@@ -13,7 +13,7 @@ from exo.config import HubAccess
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.hub import Hub
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 from exo.store.pull import plan
 from exo.store.store import Store
 from exo.worker.runner_common.model_folder import FolderOptions, find_folder
@@ -129,10 +129,10 @@ async def test_what_is_there_is_not_fetched_again(hub: LocalHub, store: Store) -
 
 
 async def test_progress_counts_up_to_the_whole(hub: LocalHub, store: Store) -> None:
-    seen: list[Progress] = []
+    seen: list[DownloadProgress] = []
     hub.state.faults = [Fault("stall", at=1000)]
 
-    def report(progress: Progress) -> None:
+    def report(progress: DownloadProgress) -> None:
         seen.append(progress)
         if progress.file_done == 1000:
             hub.state.go_on.set()
@@ -303,7 +303,7 @@ async def test_two_pulls_at_once_share_one_download(hub: LocalHub, store: Store)
     hub.state.faults = [Fault("stall", at=70_000)]
     steps: list[str] = []
 
-    def report(progress: Progress) -> None:
+    def report(progress: DownloadProgress) -> None:
         steps.append(progress.step)
         if progress.step == "waiting" and progress.done == 70_000:
             hub.state.go_on.set()

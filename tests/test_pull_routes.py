@@ -19,7 +19,7 @@ from exo.api.http.errors import ApiError
 from exo.config import HubAccess, Settings
 from exo.serving.pull_jobs import Pulls, pull_note
 from exo.store.errors import PullError
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 from tests.hub import REPO, Fault, LocalHub
 from tests.pulling import gguf_card
 from tests.server import ServeProgram, write_card
@@ -147,10 +147,10 @@ async def test_a_pull_stops_when_the_last_who_waits_leaves_and_the_next_goes_on_
     hub.state.faults.append(Fault("stall", at=300_000))
     card = gguf_card(file_of("other"))
 
-    async def ignore(_: Progress) -> None:
+    async def ignore(_: DownloadProgress) -> None:
         pass
 
-    async def release(_: Progress) -> None:
+    async def release(_: DownloadProgress) -> None:
         """By now the first pull has been told to stop; it sees so as soon as anything comes."""
         hub.state.go_on.set()
 
@@ -172,7 +172,7 @@ async def test_whoever_waits_hears_that_the_server_stops(settings: Settings, hub
     hub.state.faults.append(Fault("stall", at=300_000))
     caught: list[ApiError] = []
 
-    async def ignore(_: Progress) -> None:
+    async def ignore(_: DownloadProgress) -> None:
         pass
 
     async def wait(pulls: Pulls) -> None:
@@ -194,7 +194,7 @@ async def test_a_failure_is_told_to_all_who_wait_and_the_next_request_tries_agai
 ) -> None:
     caught: list[PullError] = []
 
-    async def ignore(_: Progress) -> None:
+    async def ignore(_: DownloadProgress) -> None:
         pass
 
     async def wait(pulls: Pulls) -> None:
@@ -342,13 +342,13 @@ def test_a_stop_does_not_wait_for_a_pull_longer_than_for_other_requests(tmp_path
 @pytest.mark.parametrize(
     ("progress", "says"),
     [
-        (Progress("downloading", "f", 1, 2, 415, 1000, 12.3e6, 4.0), "pulling 41% 12 MB/s"),
-        (Progress("checking", "f", 1, 2, 0, 1000, 0.0, None), "pulling 0%, checking"),
+        (DownloadProgress("downloading", "f", 1, 2, 415, 1000, 12.3e6, 4.0), "pulling 41% 12 MB/s"),
+        (DownloadProgress("checking", "f", 1, 2, 0, 1000, 0.0, None), "pulling 0%, checking"),
         (
-            Progress("waiting", "", 0, 0, 0, 0, 0.0, None, "another process is pulling it"),
+            DownloadProgress("waiting", "", 0, 0, 0, 0, 0.0, None, "another process is pulling it"),
             "pulling 100%, waiting; another",
         ),
     ],
 )
-def test_a_waiting_request_hears_it_in_a_few_words(progress: Progress, says: str) -> None:
+def test_a_waiting_request_hears_it_in_a_few_words(progress: DownloadProgress, says: str) -> None:
     assert pull_note(progress).startswith(says)

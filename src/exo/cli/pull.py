@@ -13,7 +13,7 @@ from exo.exit_code import CommandError, ExitCode
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source, matches
 from exo.store.hub import Hub
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 from exo.store.pull import PullPlan, plan, pull
 from exo.store.store import OnDisk, Store
 from exo.worker.host import probe_host
@@ -81,7 +81,7 @@ async def _pull(source: Source, store: Store, hub: Hub, console: Console) -> tup
             soft_wrap=True,
         )
 
-        def show(progress: Progress) -> None:
+        def show(progress: DownloadProgress) -> None:
             bar.update(
                 task, description=_what(progress), completed=progress.done, total=progress.total, rate=_rate(progress)
             )
@@ -100,11 +100,11 @@ def _bar(console: Console) -> ProgressBar:
     return ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _what(progress: Progress) -> str:
+def _what(progress: DownloadProgress) -> str:
     return " ".join(filter(None, (progress.step, progress.file.rpartition("/")[2], progress.note)))
 
 
-def _rate(progress: Progress) -> str:
+def _rate(progress: DownloadProgress) -> str:
     if progress.step != "downloading" or not progress.rate:
         return ""
     left = int(progress.seconds_left or 0)

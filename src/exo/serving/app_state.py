@@ -18,7 +18,7 @@ from exo.serving.admission import Queues
 from exo.serving.pull_jobs import OnProgress, Pulls
 from exo.store.discover.description import Description
 from exo.store.local import describe_on_disk
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 from exo.store.store import Store
 from exo.worker.host import PROBE_SECONDS, TRY_SECONDS, Host, probe_host, updated
 from exo.worker.protocol.runners import Need
@@ -286,5 +286,5 @@ class Services:
             self.start_failures[model] = f"internal error: {error!r}"
 
 
-async def _tell_nobody(_: Progress) -> None:
+async def _tell_nobody(_: DownloadProgress) -> None:
     """For a pull that no request waits for."""

@@ -12,7 +12,7 @@ from exo.api.http.errors import ApiError
 from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
 from exo.serving.pull_jobs import pull_note
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 from exo.worker.protocol.messages import (
     Capabilities,
     Delta,
@@ -146,7 +146,7 @@ class Attempts:
             raise _model_changed(runner.card.model_id, why)
         return runner
 
-    async def _pulling(self, progress: Progress) -> None:
+    async def _pulling(self, progress: DownloadProgress) -> None:
         await self._on_loading(pull_note(progress))
 
     async def generate(

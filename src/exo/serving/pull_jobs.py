@@ -17,14 +17,14 @@ from exo.cards.card import ModelCard
 from exo.config import Settings
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source
-from exo.store.progress import Progress
+from exo.store.progress import DownloadProgress
 
 if TYPE_CHECKING:  # what imports the hub's library, a tenth of a second, is imported when there is something to pull
     from exo.store.hub import Hub
     from exo.store.pull import PullPlan
     from exo.store.store import OnDisk, Store
 
-OnProgress = Callable[[Progress], Awaitable[None]]
+OnProgress = Callable[[DownloadProgress], Awaitable[None]]
 
 _TOLD_EVERY_SECONDS = 0.5
 _STATUS: Mapping[PullErrorCode, int] = {
@@ -161,7 +161,7 @@ class Pulls:
 class _Job:
     """One pull. ``Pulls._run`` is the only writer of how far it is, ``Pulls.pull`` of who waits."""
 
-    progress: Progress | None = None
+    progress: DownloadProgress | None = None
     pulled: Pulled | None = None
     failure: Exception | None = None
     waiting: int = 0
@@ -170,7 +170,7 @@ class _Job:
 
     async def follow(self, on_progress: OnProgress) -> Pulled:
         """Tells how far it is, a few times a second, until it ends. However slowly one listens, nothing piles up."""
-        told: Progress | None = None
+        told: DownloadProgress | None = None
         while not self.ended.is_set():
             with anyio.move_on_after(_TOLD_EVERY_SECONDS):
                 await self.ended.wait()
@@ -192,7 +192,7 @@ def from_pull_error(error: PullError, *, param: str) -> ApiError:
     return ApiError(_STATUS[error.code], str(error), code=error.code, param=param if about_the_request else None)
 
 
-def pull_note(progress: Progress) -> str:
+def pull_note(progress: DownloadProgress) -> str:
     """What people may want to read while a request waits for a pull: "pulling 41% 12 MB/s"."""
     percent = math.floor(100 * progress.done / progress.total) if progress.total else 100
     rate = f" {progress.rate / 1e6:.0f} MB/s" if progress.step == "downloading" else f", {progress.step}"

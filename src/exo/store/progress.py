@@ -12,7 +12,7 @@ _WINDOW_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class DownloadProgress:
     """A snapshot of a pull. Sizes are in bytes; ``done`` and ``total`` include files that were already on disk."""
 
     step: Step
@@ -59,7 +59,7 @@ class Meter:
             self.before += self.file_total
             self.file, self.file_done, self.file_total = "", 0, 0
 
-    def read(self) -> Progress:
+    def read(self) -> DownloadProgress:
         """A snapshot, with the rate since the previous snapshots of at most five seconds ago."""
         with self._lock:
             file, file_done, file_total = self.file, self.file_done, self.file_total
@@ -71,4 +71,4 @@ class Meter:
         seconds = now - self._seen[0][0]
         rate = (self._seen[-1][1] - self._seen[0][1]) / seconds if seconds else 0.0
         left = (self.total - done) / rate if rate else None
-        return Progress(self.step, file, file_done, file_total, done, self.total, rate, left, self.note)
+        return DownloadProgress(self.step, file, file_done, file_total, done, self.total, rate, left, self.note)

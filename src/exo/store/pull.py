@@ -15,7 +15,7 @@ from exo.store.errors import PullError
 from exo.store.file_selection import Source, file_sets, select
 from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, check_name, size_of, store_error
 from exo.store.hub import Hub, Stopped
-from exo.store.progress import Meter, Progress
+from exo.store.progress import DownloadProgress, Meter
 from exo.store.store import OnDisk, Store
 
 _SHOWN_EVERY_SECONDS = 0.1
@@ -47,7 +47,7 @@ async def plan(source: Source, hub: Hub) -> PullPlan:
         stop.set()
 
 
-async def pull(planned: PullPlan, store: Store, hub: Hub, report: Callable[[Progress], None]) -> OnDisk:
+async def pull(planned: PullPlan, store: Store, hub: Hub, report: Callable[[DownloadProgress], None]) -> OnDisk:
     """Downloads the missing files and returns the place of the model. Raises PullError.
 
     Progress is reported about ten times a second. A pull that is cancelled or killed keeps its parts, and the next one
@@ -72,7 +72,7 @@ async def pull(planned: PullPlan, store: Store, hub: Hub, report: Callable[[Prog
     return store.on_disk(planned.source)
 
 
-async def _show(meter: Meter, report: Callable[[Progress], None]) -> None:
+async def _show(meter: Meter, report: Callable[[DownloadProgress], None]) -> None:
     while True:
         report(meter.read())
         await anyio.sleep(_SHOWN_EVERY_SECONDS)

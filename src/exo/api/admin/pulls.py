@@ -20,7 +20,7 @@ from exo.serving.app_state import Services
 from exo.serving.pull_jobs import OnProgress, Pulled, from_pull_error
 from exo.serving.unary import AnswerReply, cancel_when_client_leaves
 from exo.store.errors import PullError
-from exo.store.progress import Progress, Step
+from exo.store.progress import DownloadProgress, Step
 from exo.worker.router import parse_model
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class PullProgress(BaseModel):
     """Why nothing comes at the moment, where that is known."""
 
     @classmethod
-    def of(cls, progress: Progress) -> Self:
+    def of(cls, progress: DownloadProgress) -> Self:
         """The wire's form."""
         return cls(**asdict(progress))
 
@@ -128,7 +128,7 @@ def pull_routes(services: Services) -> APIRouter:
     return routes
 
 
-async def _ignore(_: Progress) -> None:
+async def _ignore(_: DownloadProgress) -> None:
     """For a client that wants the end only."""
 
 
@@ -144,7 +144,7 @@ class _PullStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replies, as ASGI has it."""
 
-        async def tell(progress: Progress) -> None:
+        async def tell(progress: DownloadProgress) -> None:
             await self._write(send, sse.event(PullProgress.of(progress).model_dump_json().encode()))
 
         async with anyio.create_task_group() as tasks:
