@@ -1,37 +1,37 @@
-"""Settings: a flag beats the environment, which beats the default. Nothing else in exo reads the environment."""
+"""Settings: a flag overrides the environment, which overrides the default. No other module reads the environment."""
 
 import ipaddress
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 from exo.worker.protocol.runners import Prefer
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
-_KEY_LENGTH = 8
-"""Characters that an API key has at least."""
-_KEY = re.compile(rf"(?:([A-Za-z0-9_.-]{{1,64}}):)?([!-9;-~]{{{_KEY_LENGTH},512}})")
+_MIN_KEY_LENGTH = 8
+_KEY = re.compile(rf"(?:([A-Za-z0-9_.-]{{1,64}}):)?([!-9;-~]{{{_MIN_KEY_LENGTH},512}})")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,3})?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {"": 1} | {
     letter + i: base**power for power, letter in enumerate("KMGT", 1) for i, base in (("", 1000), ("I", 1024))
 }
 _HOST_PATTERN = re.compile(r"\*|[A-Za-z0-9_.-]{1,253}|[0-9a-fA-F:.]{2,45}")
 _ORIGIN_PATTERN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]{1,255}")
+_T = TypeVar("_T")
 
 
 class SettingsError(ValueError):
-    """A flag or an environment variable has a value that cannot be used; the message names it."""
+    """A flag or an environment variable has an invalid value; the message names both."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that opens the server. ``name`` says whose it is; the key itself is in no message and no ``repr``."""
+    """An API key and its owner's name. The key itself never appears in a message or ``repr``."""
 
     name: str
     key: str = field(repr=False)
@@ -39,7 +39,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Files in PEM form; without a key file the key is in the certificate's."""
+    """Files in PEM format. Without a key file, the certificate file holds the key as well."""
 
     certificate: Path
     key: Path | None
@@ -47,16 +47,16 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may use the server, and how."""
+    """Who may use the server."""
 
     keys: tuple[ApiKey, ...] = ()
-    """None: whoever reaches the server may use it."""
+    """Without keys, every client that reaches the server may use it."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host names by which it may be addressed besides those that are always accepted; "*" is any."""
+    """Accepted host names in addition to the built-in ones; "*" accepts any."""
     cors_origins: tuple[str, ...] = ()
-    """Web origins whose pages may use it besides its own; "*" is any."""
+    """Web origins that may use the server in addition to its own; "*" allows any."""
     insecure: bool = False
-    """Whether it may listen beyond this machine without a key."""
+    """Whether the server may listen on the network without a key."""
     tls: Tls | None = None
 
     @classmethod
@@ -71,7 +71,7 @@ class Access:
         certificate: Path | None = None,
         certificate_key: Path | None = None,
     ) -> "Access":
-        """From the flags of ``exo serve``; keys that are not given so are in EXO_API_KEY. Raises SettingsError."""
+        """From the flags of ``exo serve``, and EXO_API_KEY if no flag gives a key. Raises SettingsError."""
         if certificate_key is not None and certificate is None:
             raise SettingsError("--ssl-keyfile: needs --ssl-certfile as well")
         return cls(
@@ -87,24 +87,24 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much the server takes on, and how long it waits."""
+    """How many requests the server accepts, how much memory it uses and how long it waits."""
 
     max_queue: int = 256
     """Sequences of one model that may wait for a slot."""
     drain_seconds: float = 30
-    """How long running requests may go on when the server is told to stop."""
+    """How long running requests may continue after SIGTERM."""
     stall_seconds: float = 60
-    """How long a client may leave what it was sent unread."""
+    """How long a client may stop reading before it is disconnected."""
     memory: int | None = None
-    """Bytes of the processors' memory that all models together may take; None is all but a margin."""
+    """Bytes of RAM for all models together; None means all but a margin."""
     keep_seconds: float = math.inf
-    """How long a model stays loaded without being used, where its card does not say."""
+    """How long an idle model stays loaded, unless its card has a ``ttl``."""
     evict_seconds: float = 120
-    """How long the requests of a model may keep others waiting for its memory; then they are put off."""
+    """How long a model's requests may delay its eviction before they are interrupted and replayed later."""
     residence_seconds: float = 10
-    """How long a model at least stays loaded that takes turns with another in the same memory."""
+    """The minimum time a model stays loaded when several take turns in the same memory."""
     load_seconds: float = 300
-    """How long loading a model may make no progress."""
+    """How long a load may make no progress before it fails."""
 
     @classmethod
     def load(
@@ -116,33 +116,33 @@ class Limits:
         memory: int | str | None = None,
         ttl: float | str | None = None,
     ) -> "Limits":
-        """From the flags ``--max-queue``, ``--drain-timeout``, ``--stall-timeout``, ``--memory-limit`` and ``--ttl``,
-        where given, else from EXO_MAX_QUEUE, EXO_DRAIN_TIMEOUT, EXO_STALL_TIMEOUT, EXO_MEMORY_LIMIT and EXO_TTL. The
-        environment alone has EXO_EVICT_TIMEOUT, EXO_MIN_RESIDENCE and EXO_LOAD_TIMEOUT. Times are in seconds. Raises
-        SettingsError.
+        """From the flags of ``exo serve`` and their environment variables. Times are in seconds. Raises SettingsError.
+
+        EXO_EVICT_TIMEOUT, EXO_MIN_RESIDENCE and EXO_LOAD_TIMEOUT have no flag.
         """
+        unset = cls()
         return cls(
-            max_queue=_count(_given("--max-queue", max_queue, "EXO_MAX_QUEUE"), cls().max_queue),
-            drain_seconds=_seconds(_given("--drain-timeout", drain, "EXO_DRAIN_TIMEOUT"), cls().drain_seconds),
-            stall_seconds=_seconds(_given("--stall-timeout", stall, "EXO_STALL_TIMEOUT"), cls().stall_seconds),
-            memory=_bytes(_given("--memory-limit", memory, "EXO_MEMORY_LIMIT")),
-            keep_seconds=_seconds(_given("--ttl", ttl, "EXO_TTL"), cls().keep_seconds),
-            evict_seconds=_seconds(_variable("EXO_EVICT_TIMEOUT"), cls().evict_seconds),
-            residence_seconds=_seconds(_variable("EXO_MIN_RESIDENCE"), cls().residence_seconds),
-            load_seconds=_seconds(_variable("EXO_LOAD_TIMEOUT"), cls().load_seconds),
+            max_queue=_parse("--max-queue", max_queue, "EXO_MAX_QUEUE", _count, unset.max_queue),
+            drain_seconds=_parse("--drain-timeout", drain, "EXO_DRAIN_TIMEOUT", _seconds, unset.drain_seconds),
+            stall_seconds=_parse("--stall-timeout", stall, "EXO_STALL_TIMEOUT", _seconds, unset.stall_seconds),
+            memory=_parse("--memory-limit", memory, "EXO_MEMORY_LIMIT", _bytes, None),
+            keep_seconds=_parse("--ttl", ttl, "EXO_TTL", _seconds, unset.keep_seconds),
+            evict_seconds=_parse("", None, "EXO_EVICT_TIMEOUT", _seconds, unset.evict_seconds),
+            residence_seconds=_parse("", None, "EXO_MIN_RESIDENCE", _seconds, unset.residence_seconds),
+            load_seconds=_parse("", None, "EXO_LOAD_TIMEOUT", _seconds, unset.load_seconds),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class HubAccess:
-    """Where models are pulled from, and whether that is allowed."""
+    """Access to the model hub."""
 
     endpoint: str | None = None
-    """The hub's address; None is the one that huggingface_hub knows."""
+    """The hub's address; None takes huggingface_hub's default."""
     token: str | None = field(default=None, repr=False)
-    """None is the token, if any, that `hf auth login` has stored."""
+    """None takes the token that `hf auth login` stored, if any."""
     offline: str | None = None
-    """The variable that forbids the network, where one does."""
+    """The environment variable that forbids pulling, if one is set."""
 
     @classmethod
     def load(cls) -> "HubAccess":
@@ -152,48 +152,46 @@ class HubAccess:
             raise endpoint.error("expected an address: https://hub.example")
         if token is not None and not re.fullmatch(r"\s*[!-~]{1,4096}\s*", token.value):
             raise SettingsError("HF_TOKEN: expected printable ASCII characters without spaces")
-        offline = (name for name in ("EXO_OFFLINE", "HF_HUB_OFFLINE") if _flag(_variable(name)))
+        offline = (name for name in ("EXO_OFFLINE", "HF_HUB_OFFLINE") if _flag(name))
         return cls(endpoint and endpoint.value.rstrip("/"), token and token.value.strip(), next(offline, None))
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the command line and the environment decide. Directories are absolute and need not exist."""
+    """The settings of the command line and the environment. Directories are absolute and need not exist."""
 
     host: str
     port: int
-    """0 asks the system for a free port."""
+    """0 takes any free port."""
     models_directory: Path
-    """Where models are stored."""
+    """The default directory for pulled models."""
     models_directories: tuple[Path, ...]
-    """Where models are looked for, in this order: read-only directories, ``models_directory``, the others."""
+    """Search order: read-only directories, ``models_directory``, the others."""
     cards_directory: Path
-    """The user's own model cards."""
     log_directory: Path
-    """One log file for each runner."""
     access: Access = Access()
     limits: Limits = Limits()
     read_only_directories: tuple[Path, ...] = ()
-    """Those of ``models_directories`` that are never written."""
+    """The members of ``models_directories`` that are never written to."""
     hub: HubAccess = HubAccess()
     auto_pull: bool = False
-    """Whether the server pulls a model that is asked for and not on disk."""
+    """Whether the server pulls models that are requested but not on disk."""
     history_file: Path | None = None
-    """What was typed in `exo chat`; None keeps nothing."""
+    """The input history of `exo chat`; None keeps none."""
     prefer: Prefer | None = None
-    """What decides between runners that have loaded the same model, where its card does not say; None is its order."""
+    """How to choose between runners that have loaded the same model, unless its card decides; None: by its order."""
     speeds_file: Path | None = None
-    """How fast runners were; None keeps nothing."""
+    """Measured speeds of the runners; None keeps none."""
     strict: bool = False
-    """Whether the server refuses unknown fields of requests instead of warning of them."""
+    """Whether the server refuses unknown request fields instead of warning about them."""
 
     @property
     def is_local(self) -> bool:
-        """Whether only programs on this machine can reach the server."""
+        """Whether the server is reachable from this machine only."""
         return is_loopback(self.host)
 
     def url(self, port: int | None = None) -> str:
-        """Where the server is, at ``port`` if that is known better than from the settings."""
+        """The server's address, with ``port`` instead of the configured one if given."""
         scheme = "https" if self.access.tls is not None else "http"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}://{host}:{self.port if port is None else port}"
@@ -211,21 +209,19 @@ class Settings:
         prefer: str | None = None,
         strict: bool = False,
     ) -> "Settings":
-        """Settings from the flags ``--host``, ``--port``, ``--models-dir``, ``--auto-pull``, ``--prefer`` and
-        ``--strict``, where given, and the environment.
+        """From the flags of the command line and the environment. Raises SettingsError.
 
-        An empty environment variable counts as unset. Raises SettingsError.
+        An empty environment variable counts as unset.
         """
         data = _base_directory("XDG_DATA_HOME", ".local/share")
         cache = _base_directory("XDG_CACHE_HOME", ".cache")
         state = _base_directory("XDG_STATE_HOME", ".local/state")
-        given = _given("--models-dir", models_directory, "EXO_DEFAULT_MODELS_DIR")
-        models = _directory(given) if given else data / "models"
+        models = _parse("--models-dir", models_directory, "EXO_DEFAULT_MODELS_DIR", _directory, data / "models")
         others = _directories("EXO_MODELS_DIRS")
         read_only = _directories("EXO_MODELS_READ_ONLY_DIRS")
         return cls(
-            host=_host(_given("--host", host, "EXO_HOST")),
-            port=_port(_given("--port", port, "EXO_PORT")),
+            host=_parse("--host", host, "EXO_HOST", _host, DEFAULT_HOST),
+            port=_parse("--port", port, "EXO_PORT", _port, DEFAULT_PORT),
             models_directory=models,
             models_directories=tuple(dict.fromkeys((*read_only, models, *others))),
             cards_directory=data / "custom_model_cards",
@@ -234,16 +230,16 @@ class Settings:
             limits=limits or Limits.load(),
             read_only_directories=read_only,
             hub=HubAccess.load(),
-            auto_pull=auto_pull or _flag(_variable("EXO_AUTO_PULL")),
+            auto_pull=auto_pull or _flag("EXO_AUTO_PULL"),
             history_file=data / "chat_history",
-            prefer=_prefer(_given("--prefer", prefer, "EXO_PREFER")),
+            prefer=_parse("--prefer", prefer, "EXO_PREFER", _prefer, None),
             speeds_file=state / "speeds.json",
-            strict=strict or _flag(_variable("EXO_STRICT")),
+            strict=strict or _flag("EXO_STRICT"),
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address stands for this machine and no other."""
+    """Whether a host name or address always refers to this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -252,7 +248,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """A value and the flag or variable that it came from."""
+    """A value and the flag or variable that it comes from."""
 
     source: str
     value: str
@@ -266,61 +262,54 @@ def _variable(name: str) -> _Given | None:
     return _Given(name, value) if value else None
 
 
-def _given(flag: str, value: float | str | Path | None, variable: str) -> _Given | None:
-    return _variable(variable) if value is None else _Given(flag, str(value))
+def _parse(
+    flag: str, value: float | str | Path | None, variable: str, parse: Callable[[_Given], _T], default: _T
+) -> _T:
+    given = _variable(variable) if value is None else _Given(flag, str(value))
+    return default if given is None else parse(given)
 
 
-def _host(given: _Given | None) -> str:
-    if given is None:
-        return DEFAULT_HOST
+def _host(given: _Given) -> str:
     if not given.value or any(character.isspace() or character == "/" for character in given.value):
         raise given.error("expected a host name or address, such as 127.0.0.1")
     return given.value
 
 
-def _port(given: _Given | None) -> int:
-    if given is None:
-        return DEFAULT_PORT
+def _port(given: _Given) -> int:
     if not (given.value.isdecimal() and len(given.value) <= 5 and int(given.value) <= 65535):
         raise given.error("expected a port from 0 to 65535, where 0 is any free one")
     return int(given.value)
 
 
-def _count(given: _Given | None, default: int) -> int:
-    if given is None:
-        return default
+def _count(given: _Given) -> int:
     if not (given.value.isdecimal() and len(given.value) <= 6):
         raise given.error("expected a number from 0 to 999999")
     return int(given.value)
 
 
-def _seconds(given: _Given | None, default: float) -> float:
-    if given is None:
-        return default
+def _seconds(given: _Given) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", given.value):
         raise given.error("expected seconds, such as 30 or 0.5")
     return float(given.value)
 
 
-def _bytes(given: _Given | None) -> int | None:
-    if given is None:
-        return None
+def _bytes(given: _Given) -> int:
     match = _SIZE.fullmatch(given.value)
     if match is None or not (size := int(float(match[1]) * _UNITS[match[2].upper().removesuffix("B")])):
         raise given.error("expected a size, such as 12GiB, 12GB or a number of bytes")
     return size
 
 
-def _flag(given: _Given | None) -> bool:
-    value = given.value.lower() if given is not None else "false"
-    if given is not None and value not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+def _flag(variable: str) -> bool:
+    given = _variable(variable)
+    if given is None or given.value.lower() in ("0", "false", "no", "off"):
+        return False
+    if given.value.lower() not in ("1", "true", "yes", "on"):
         raise given.error("expected true or false")
-    return value in ("1", "true", "yes", "on")
+    return True
 
 
-def _prefer(given: _Given | None) -> Prefer | None:
-    if given is None:
-        return None
+def _prefer(given: _Given) -> Prefer:
     for known in get_args(Prefer):
         if given.value == known:
             return known
@@ -328,7 +317,7 @@ def _prefer(given: _Given | None) -> Prefer | None:
 
 
 def _keys(flags: Sequence[str], file: Path | None) -> tuple[ApiKey, ...]:
-    """The keys of flags and file or, failing both, of the environment. A message about a key never holds it."""
+    """The keys of the flags and the file or, without either, of the environment. Messages never contain a key."""
     texts = [("--api-key", text) for text in flags]
     if file is not None:
         try:
@@ -337,7 +326,7 @@ def _keys(flags: Sequence[str], file: Path | None) -> tuple[ApiKey, ...]:
             raise SettingsError(f"--api-key-file: {file} cannot be read: {error}") from error
         found = [(f"{file}, line {at}", line) for at, line in enumerate(lines, 1) if line and not line.startswith("#")]
         if not found:
-            raise SettingsError(f"--api-key-file: {file} holds no key; expected one a line, as NAME:KEY or KEY")
+            raise SettingsError(f"--api-key-file: {file} holds no key; expected one on each line, as NAME:KEY or KEY")
         texts += found
     if not texts and (variable := _variable("EXO_API_KEY")):
         texts = [(variable.source, variable.value)]
@@ -352,7 +341,7 @@ def _key(source: str, text: str, at: int) -> ApiKey:
     match = _KEY.fullmatch(text)
     if match is None:
         raise SettingsError(
-            f"{source}: expected NAME:KEY or KEY, where KEY is {_KEY_LENGTH} to 512 printable ASCII characters"
+            f"{source}: expected NAME:KEY or KEY, where KEY is {_MIN_KEY_LENGTH} to 512 printable ASCII characters"
             " without a colon or space"
         )
     return ApiKey(match[1] or f"key-{at}", match[2])
@@ -372,9 +361,9 @@ def _file(flag: str, path: Path) -> Path:
 
 
 def _base_directory(variable: str, below_home: str) -> Path:
-    """Upstream's rule: EXO_HOME holds everything; else the XDG directories, and outside Linux ``~/.exo``.
+    """Upstream's rule: EXO_HOME for everything, otherwise the XDG directories, or ``~/.exo`` outside Linux.
 
-    Source: XDG Base Directory Specification 0.8, by which a relative path is invalid.
+    A relative XDG path is invalid according to the XDG Base Directory Specification 0.8.
     """
     if home := _variable("EXO_HOME"):
         return _home() / _directory(home, relative_to=_home())
@@ -396,7 +385,7 @@ def _directory(given: _Given, relative_to: Path | None = None) -> Path:
     try:
         path = (relative_to or Path.cwd()) / Path(given.value).expanduser()
     except RuntimeError as error:
-        raise given.error("the home directory that ~ stands for is unknown") from error
+        raise given.error("~ stands for an unknown home directory") from error
     if not given.value or os.path.isfile(path):
         raise given.error("expected a directory")
     return path
