@@ -1,7 +1,4 @@
-"""Downloads one file into a part that survives the process, and verifies it.
-
-DOCSTRING
-"""
+"""Downloads one file into a part that survives the process, and verifies it."""
 
 import errno
 import hashlib
