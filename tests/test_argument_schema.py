@@ -6,8 +6,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.chat.grammar.tool_schema import Tool
-from exo.chat.output.argument_schema import argument_names, argument_schema
-from exo.chat.output.call_fields import fields, to_json
+from exo.chat.output.arguments import argument_names, argument_schema, fields, to_json
 
 DEFS: dict[str, JsonValue] = {
     "Text": {"type": "string"},

@@ -1,8 +1,7 @@
-"""Writing grammars in llguidance's dialect of Lark.
+"""Builds grammars in llguidance's dialect of Lark.
 
-Its syntax is described in docs/syntax.md and docs/json_schema.md of the repository guidance-ai/llguidance: ``<[7]>`` is
-the token with id 7, ``%json`` a value that follows a JSON Schema, and a rule with ``suffix`` is text up to the first
-place where that suffix comes.
+llguidance documents the syntax in docs/syntax.md and docs/json_schema.md: ``<[7]>`` is the token with id 7, ``%json`` a
+value that follows a JSON Schema, and a rule with ``suffix`` is text up to the first occurrence of that suffix.
 """
 
 import json
@@ -11,38 +10,41 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
+from exo.chat.grammar.tool_schema import Tool
+
+# JSON in the spacing that models have learned. If any white space is allowed, some models write it without end.
 _GUIDANCE: dict[str, JsonValue] = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
     "coerce_one_of": True,
 }
-"""JSON as models have learned to write it. Where any white space is allowed, some models write it for ever."""
-
-
 _UNESCAPED_SLASH = re.compile(r"(\\.)|/", re.DOTALL)
+_PLACE = re.compile('("NAME"|NAME|INDEX|ARGUMENTS)')
 
 
-class Grammar:
-    """Rules being collected. What the methods return are expressions, to be put into other rules."""
+class GrammarBuilder:
+    """Collects rules. The methods return expressions, to be used in other rules."""
 
     def __init__(self, special_tokens: Mapping[str, int]) -> None:
-        """``special_tokens`` are the ids of control tokens by text: such a marker is reachable by its token alone."""
+        """``special_tokens`` maps the text of control tokens to ids. Such a text is allowed only as its token."""
         self._special = special_tokens
         longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
         self._any_special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._rules: list[str] = []
 
     def source(self, start: str) -> str:
-        """The whole grammar, of which ``start`` is the expression that the output must match."""
+        """Returns the grammar whose output must match the expression ``start``."""
         return "\n".join([f"start: {start}", *self._rules, ""])
 
-    def rule(self, body: str) -> str:
-        """A rule of its own."""
-        return self._rule("", body)
+    def rule(self, body: str, options: str = "") -> str:
+        """Adds a rule."""
+        name = f"rule_{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
 
     def marked(self, text: str) -> str:
-        """``text``, with control tokens where it has any."""
+        """``text``, in which control tokens are tokens."""
         pieces: list[str] = []
         at = 0
         for match in self._any_special.finditer(text):
@@ -59,8 +61,31 @@ class Grammar:
         guided = {"x-guidance": _GUIDANCE, **schema} if isinstance(schema, dict) else schema
         return self.rule(f"%json {json.dumps(guided)}")
 
+    def call(self, tools: Sequence[Tool], syntax: str) -> str:
+        """A call of one of ``tools``.
+
+        In ``syntax``, NAME (in quotes for a JSON string), INDEX and ARGUMENTS stand for the parts of the call. The rest
+        is written as it is, with control tokens as tokens.
+        """
+
+        def written(piece: str, tool: Tool) -> str:
+            match piece:
+                case '"NAME"':
+                    return self.plain(json.dumps(tool.name))
+                case "NAME":
+                    return self.plain(tool.name)
+                case "INDEX":
+                    return "/[0-9]{1,3}/"
+                case "ARGUMENTS":
+                    return self.json(tool.schema)
+                case _:
+                    return self.marked(piece)
+
+        pieces = _PLACE.split(syntax)
+        return self.one_of([self.sequence(*[written(piece, tool) for piece in pieces]) for tool in tools])
+
     def embedded(self, syntax: str, source: str) -> str:
-        """A grammar of a client's. ``syntax`` is "json_schema", "regex" or "lark"."""
+        """A client's grammar. ``syntax`` is "json_schema", "regex" or "lark"."""
         match syntax:
             case "json_schema":
                 return self.rule(f"%json {source}")
@@ -71,24 +96,25 @@ class Grammar:
                 return self.rule(f"%lark {{\n{source}\n}}")
 
     def text_until(self, marker: str) -> str:
-        """Any text, and the ``marker`` behind it, which is not in it."""
+        """Any text without ``marker``, then ``marker``."""
         if (match := self._any_special.match(marker)) is None:
-            return self._rule(f"[suffix={self.plain(marker)}]", "/(?s:.*)/")
+            return self.rule("/(?s:.*)/", f"[suffix={self.plain(marker)}]")
         return self.rule(f"/(?s:.*)/ {self.marked(match[0])} {self.marked(marker[match.end() :])}")
 
     def sequence(self, *expressions: str) -> str:
-        """One after the other."""
+        """The expressions one after the other."""
         return self.rule(" ".join(filter(None, expressions)))
 
     def several(self, expression: str, between: str, allowed: bool) -> str:
-        """One or more of these with the text ``between`` them; only one unless more are ``allowed``."""
+        """One or more of ``expression`` with the text ``between`` them. Exactly one unless more are ``allowed``."""
         if not allowed:
             return expression
         return self.rule(f"{expression} ({self.plain(between)} {expression})*")
 
     def listed(self, members: Sequence[tuple[str, bool]], between: str) -> str:
-        """These one after the other with the text ``between`` them; those whose flag is false may be missing."""
+        """The members in order with the text ``between`` them. Members whose flag is false are optional."""
         separator = self.plain(between)
+        # ``first`` is the rest of the list if no member has been written yet, ``after`` the rest otherwise.
         first, after = '""', '""'
         for member, required in reversed(members):
             begun = self.sequence(member, after)
@@ -98,10 +124,5 @@ class Grammar:
         return first
 
     def one_of(self, expressions: Sequence[str]) -> str:
-        """Any one of these."""
+        """Any one of the expressions."""
         return self.rule(" | ".join(expressions))
-
-    def _rule(self, options: str, body: str) -> str:
-        name = f"rule_{len(self._rules)}"
-        self._rules.append(f"{name}{options}: {body}")
-        return name

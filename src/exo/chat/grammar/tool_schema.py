@@ -1,4 +1,4 @@
-"""The functions that a request lets the model call."""
+"""The tools of a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from pydantic import JsonValue
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One function. ``parameters`` is the JSON Schema of its arguments, an object."""
+    """A function that the model may call. ``parameters`` is the JSON Schema of its arguments."""
 
     name: str
     description: str
     parameters: Mapping[str, JsonValue]
     strict: bool = False
-    """Whether the client insists that arguments follow the schema."""
+    """Whether the arguments must follow the schema."""
 
     @property
     def schema(self) -> dict[str, JsonValue]:
-        """The JSON Schema of the arguments, which are an object whatever ``parameters`` says."""
+        """The JSON Schema of the arguments, with type "object" whatever ``parameters`` has."""
         return {**self.parameters, "type": "object"}
 
     def definition(self) -> dict[str, JsonValue]:
-        """The tool as OpenAI writes it, which is also what published chat templates read."""
+        """Returns the tool in OpenAI's form, which published chat templates read."""
         function: dict[str, JsonValue] = {
             "name": self.name,
             "description": self.description,
@@ -34,10 +34,9 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class NamedChoice:
-    """The reply must be a call of this one tool."""
+    """The model must call the tool of this name."""
 
     name: str
 
 
 ToolChoice = Literal["auto", "none", "required"] | NamedChoice
-"""Whether the model may, must not or must call a tool."""

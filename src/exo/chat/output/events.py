@@ -1,25 +1,25 @@
-"""What a model's reply is made of, once its text has been read: see ``exo.chat.output.registry``."""
+"""The parts of a parsed reply."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """More of what the reader is to see."""
+    """More of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of what the model thinks aloud."""
+    """More of the reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call begins. ``index`` counts the calls of this reply from 0."""
+    """A call begins. ``index`` counts the calls of the reply from 0."""
 
     index: int
     name: str
@@ -27,7 +27,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """More of the arguments of call ``index``. The texts of a whole call, put together, are one JSON object."""
+    """More of the arguments of call ``index``. The texts of a complete call concatenate to one JSON object."""
 
     index: int
     text: str
@@ -35,10 +35,10 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class BrokenCall:
-    """Call ``index`` ends and is not whole: its arguments, put together, are no JSON object.
+    """Call ``index`` ends incomplete: its arguments do not concatenate to a JSON object.
 
-    With ``cut_off``, the reply was cut off inside the call. Otherwise the model wrote something that is no call, and
-    the text of the call follows as content.
+    With ``cut_off``, the reply was cut off inside the call. Otherwise the text is not a valid call, and follows as
+    content.
     """
 
     index: int

@@ -2,17 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exo.chat.grammar.builder import Grammar
-from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.json_scanner import JsonObject, loose_json
-from exo.chat.output.parser import Reply
+from exo.chat.output.parser import ReplyState
 from exo.chat.output.scanner import Scanner, Steps
 
 LONGEST_NAME = 256
-"""Characters; what is longer names no tool."""
+"""Characters. No tool has a longer name."""
 
 _STRING_PIECES = {quote: re.compile(rf"[^{quote}\\\x00-\x1f]*") for quote in "\"'"}
 _ANY = re.compile(r"[^\x00-\x1f]*")
@@ -21,38 +18,24 @@ _ARGUMENTS = ("arguments", "parameters")
 _ASIDE = ("type", "id", "tool_call_id")
 
 
-def write_json_call(grammar: Grammar, tools: Sequence[Tool], key: str = "arguments") -> str:
-    """The expression of such an object for one of ``tools``, with the arguments under ``key``."""
-    return grammar.one_of(
-        [
-            grammar.sequence(
-                grammar.plain(f'{{"name": {json.dumps(tool.name)}, "{key}": '),
-                grammar.json(tool.schema),
-                grammar.plain("}"),
-            )
-            for tool in tools
-        ]
-    )
-
-
 @dataclass(slots=True)
-class _Found:
+class _JsonCall:
     name: str | None = None
     early: str | None = None
-    """Arguments that came before the name."""
+    """Arguments that precede the name, or that are held."""
     begun: bool = False
     whole: bool = False
-    """The call has its name and its arguments, whatever comes behind them."""
+    """Whether the call has its name and arguments, whatever follows in the object."""
     held: bool = False
-    """The call begins when the whole object is read. Only a tool of the request counts as its name."""
+    """Report the call only after the whole object, and only if the request has a tool of its name."""
 
 
-def json_call(reply: Reply, *, marked: bool) -> Steps[bool]:
-    """Reads one such object; the call begins with its arguments. False where it is none, or is cut off.
+def json_call(reply: ReplyState, marked: bool) -> Steps[bool]:
+    """Reads one object, whose call begins with its arguments. Returns false if it is invalid or cut off.
 
-    Unless something before the object has ``marked`` it as a call, one without arguments is none.
+    A call without arguments counts only if a marker before the object has ``marked`` it as a call.
     """
-    found = _Found()
+    found = _JsonCall()
     ended = yield from _members(reply, found)
     if found.whole:
         return True
@@ -63,16 +46,16 @@ def json_call(reply: Reply, *, marked: bool) -> Steps[bool]:
     return True
 
 
-def closing_json_calls(reply: Reply) -> Steps[bool]:
-    """Reads such objects, which text came before. They are calls only if they end the reply.
+def closing_json_calls(reply: ReplyState) -> Steps[bool]:
+    """Reads objects that follow text. They are calls only if they end the reply.
 
-    A model also writes such an object to explain a call. Each object must therefore name a tool of the request and
-    have arguments that suit it, and no text may follow. The calls begin when all of this is known.
+    A model also writes such an object to explain a call. So each object must name a tool of the request and have
+    arguments that suit it, no text may follow, and no call is reported before.
     """
     scanner = reply.scanner
     calls: list[tuple[str, str]] = []
     while not calls or (yield from scanner.peek()):
-        found = _Found(held=True)
+        found = _JsonCall(held=True)
         ended = yield from _members(reply, found)
         if not ended or found.name is None or found.early is None or not reply.suits(found.name, found.early):
             return False
@@ -86,8 +69,8 @@ def closing_json_calls(reply: Reply) -> Steps[bool]:
     return True
 
 
-def _members(reply: Reply, found: _Found) -> Steps[bool]:
-    """Reads an object. False where a member means nothing in a call, or the end is missing."""
+def _members(reply: ReplyState, found: _JsonCall) -> Steps[bool]:
+    """Reads an object. Returns false if it has a member that no call has, or does not end."""
     scanner = reply.scanner
     end = "," if (yield from scanner.either("{")) else ""
     while end == ",":
@@ -98,7 +81,7 @@ def _members(reply: Reply, found: _Found) -> Steps[bool]:
     return bool(end)
 
 
-def _member(reply: Reply, found: _Found) -> Steps[bool]:
+def _member(reply: ReplyState, found: _JsonCall) -> Steps[bool]:
     scanner = reply.scanner
     yield from scanner.space()
     key = yield from json_string(scanner)
@@ -114,9 +97,9 @@ def _member(reply: Reply, found: _Found) -> Steps[bool]:
     return key in _ASIDE and (yield from json_string(scanner)) is not None
 
 
-def _arguments(reply: Reply, found: _Found) -> Steps[bool]:
+def _arguments(reply: ReplyState, found: _JsonCall) -> Steps[bool]:
     begins = yield from reply.scanner.peek()
-    if begins == '"':  # an object in a string, as OpenAI's API has it
+    if begins == '"':  # an object in a string, as in OpenAI's API
         text = yield from json_string(reply.scanner, None)
         found.early = loose_json(text) if text and text.lstrip().startswith("{") else None
         return found.early is not None
@@ -141,7 +124,7 @@ def _object(scanner: Scanner) -> Steps[str | None]:
 
 
 def json_string(scanner: Scanner, limit: int | None = LONGEST_NAME) -> Steps[str | None]:
-    """Reads a JSON string of at most ``limit`` characters, perhaps in Python's quotes. None where there is none."""
+    """Reads a string of at most ``limit`` characters, in JSON's or Python's quotes. Returns None if there is none."""
     quote = yield from scanner.either('"', "'")
     if not quote:
         return None
@@ -164,7 +147,7 @@ def _decoded(inside: str, quote: str) -> str | None:
     escaped = inside.replace("\\'", "'").replace('"', '\\"') if quote == "'" else inside
     try:
         text: str = json.loads(f'"{escaped}"')
-        text.encode()  # an escape may stand for half a character
+        text.encode()  # an escape may be a lone surrogate
     except ValueError:
         return None
     return text

@@ -1,14 +1,14 @@
-"""One JSON object as its text arrives: where it ends, and whether it still can be one (RFC 8259).
+"""Scans one JSON object (RFC 8259) as its text arrives, and repairs common mistakes of models.
 
-Models write JSON nearly right: with a comma before a closing bracket, with quotes and words of Python, with line breaks
-in strings, with escapes that there are not. What is meant is clear, and what is passed on is JSON.
+Models write a comma before a closing bracket, Python's quotes and constants, line breaks in strings and invalid
+escapes. The meaning is clear, and the output is valid JSON.
 """
 
 import re
 from typing import final
 
 DEEPEST = 128
-"""Objects and arrays inside one another; what reads the arguments later has a limit of its own."""
+"""The nesting limit. The client's JSON reader has one too."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _PLAIN = {'"': re.compile(r'[^"\\\x00-\x1f]*'), "'": re.compile(r'[^"\'\\\x00-\x1f]*')}
@@ -22,7 +22,7 @@ _LONGEST_WORD = 400
 
 @final
 class JsonObject:
-    """Reads one object. ``whole`` or ``broken`` is true when it ends, and nothing is read from then on."""
+    """Reads one object. When it ends, ``whole`` or ``broken`` becomes true, and nothing more is read."""
 
     def __init__(self) -> None:
         self.whole = False
@@ -34,10 +34,10 @@ class JsonObject:
         self._escape = ""
         self._quote = '"'
         self._comma: list[str] = []
-        """A comma that may turn out to be one too many, and the white space after it."""
+        """A comma that may prove superfluous, and the white space after it."""
 
     def read(self, text: str, at: int) -> int:
-        """Reads ``text`` from ``at`` on and returns where it stopped, which is the end unless the object ended."""
+        """Reads ``text`` from ``at`` on and returns where it stopped: at the end, unless the object ended before."""
         while at < len(text) and not self.whole and not self.broken:
             if self._expected in ("in string", "in key"):
                 at = self._string(text, at)
@@ -51,17 +51,17 @@ class JsonObject:
         return at
 
     def taken(self) -> str:
-        """The text read since the last time."""
+        """Returns the JSON read since the last call."""
         text = "".join(self._written)
         self._written.clear()
         return text
 
     def pending(self) -> str:
-        """What was read and is not yet known to be right: a comma, the beginning of a number, a word or an escape."""
+        """Returns the undecided text: a comma, or the beginning of a number, a word or an escape."""
         return "".join(self._comma) + self._word + self._escape
 
     def complete(self) -> bool:
-        """Closes what is open at the end of the text, where nothing but closing brackets is missing."""
+        """Closes the open brackets at the end of the text, if nothing else is missing. Returns ``whole``."""
         if self._expected == "word" and (word := _scalar(self._word)):
             self._written.append(word)
             self._word, self._expected = "", "comma"
@@ -76,7 +76,7 @@ class JsonObject:
         return end
 
     def _structure(self, text: str, at: int) -> int:
-        """One character between values."""
+        """Reads one character between values."""
         char = text[at]
         expected = self._expected
         if char in "{[" and expected in (("object",) if not self._closers else ("value", "value or ]")):
@@ -134,13 +134,13 @@ class JsonObject:
             self._written.append(begun)
             self._escape = ""
         elif not _ESCAPE_BEGUN.fullmatch(begun):
-            self._written.append("\\\\" + begun[:-1])  # no escape: a backslash that stands for itself
+            self._written.append("\\\\" + begun[:-1])  # an invalid escape: the backslash stands for itself
             self._escape = ""
             return at
         return at + 1
 
     def _read_word(self, text: str, at: int) -> int:
-        """A number, or true, false or null. It is written when the character after it has come."""
+        """Reads a number or constant. It is written once the character after it has arrived."""
         end = _end(_WORD, text, at)
         self._word += text[at:end]
         word = _scalar(self._word) if end < len(text) else ""
@@ -153,7 +153,7 @@ class JsonObject:
 
 
 def loose_json(text: str) -> str | None:
-    """The JSON of one value that is written nearly so; None where it is none."""
+    """Returns a value in nearly valid JSON as JSON, or None if it is invalid."""
     found = JsonObject()
     before = '{"":'
     wrapped = f"{before}{text}}}"
@@ -162,7 +162,7 @@ def loose_json(text: str) -> str | None:
 
 
 def _scalar(word: str) -> str:
-    """A number, true, false or null as JSON; empty where the word is something else."""
+    """Returns a number or constant as JSON, "" for any other word."""
     return _PYTHON.get(word) or (word if _SCALAR.fullmatch(word) else "")
 
 

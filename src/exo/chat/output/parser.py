@@ -1,9 +1,10 @@
-"""What the parsers of all formats have in common: one reply, read part by part."""
+"""The parser of one reply, and the state that the parsers of all formats share."""
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import final
 
 from pydantic import JsonValue
@@ -11,41 +12,83 @@ from pydantic import JsonValue
 from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.chat.output.json_scanner import JsonObject
-from exo.chat.output.scanner import Scanner, Steps, markers
+from exo.chat.output.scanner import MORE, Scanner, Steps, markers
+
+# What may follow arguments whose closing brackets are missing: the end, or the beginning of a format's marker.
+_MARKUP = ("", "<", "`", "[")
+_PLAIN = re.compile(r"</?[\w:]+>|[\w ]+:")
+_FENCE = re.compile(r" *(```|~~~)")
+_LINE_PREFIX = 40
+"""Characters that suffice to recognise a code fence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """The markers around what a model thinks aloud."""
+    """The markers around reasoning."""
 
     begin: str
     end: str
 
     @property
     def anywhere(self) -> bool:
-        """Whether ``begin`` counts wherever it comes."""
+        """Whether ``begin`` counts anywhere in the reply, and not only before the answer."""
         return not is_plain(self.begin)
 
 
-_MARKUP = ("", "<", "`", "[")
-"""What may follow arguments whose closing brackets are missing: the end, or the beginning of a format's marker."""
-_PLAIN = re.compile(r"</?[\w:]+>|[\w ]+:")
-_FENCE = re.compile(r" *(```|~~~)")
-_LINE_BEGINNING = 40
-"""Characters that tell what kind of line it is."""
-
-
 def is_plain(marker: str) -> bool:
-    """Whether the marker is a tag or a phrase, which an answer may have in its text."""
+    """Whether the marker is a tag or a phrase, which an answer may contain as text."""
     return _PLAIN.fullmatch(marker) is not None
 
 
 @final
+class OutputParser:
+    """Parses one reply as its text arrives. The parts do not depend on how the text was cut into pieces."""
+
+    def __init__(self, scanner: Scanner, steps: Steps[None]) -> None:
+        self._scanner = scanner
+        self._steps = steps
+
+    def push(self, text: str) -> list[Part]:
+        """Returns the parts that ``text`` completes."""
+        self._scanner.feed(text)
+        return self._advance()
+
+    def finish(self, *, cut_off: bool = False) -> list[Part]:
+        """Returns the parts held back. Never raises.
+
+        Set ``cut_off`` if something other than the model ended the reply. Then an unfinished call is not completed, and
+        its markup is not content.
+        """
+        self._scanner.end(cut_off=cut_off)
+        return self._advance()
+
+    def _advance(self) -> list[Part]:
+        parts: list[Part] = []
+        for step in self._steps:
+            if step is MORE:
+                break
+            if step is not None:
+                parts.append(step)
+        return [_joined(list(run)) for _, run in groupby(parts, _kind)]
+
+
+def _kind(part: Part) -> tuple[type[Part], int]:
+    return type(part), part.index if isinstance(part, ToolCall | Arguments | BrokenCall) else 0
+
+
+def _joined(run: list[Part]) -> Part:
+    first = run[0]
+    if isinstance(first, ToolCall | BrokenCall):
+        return first
+    return replace(first, text="".join(part.text for part in run if not isinstance(part, ToolCall | BrokenCall)))
+
+
+@final
 class Prose:
-    """Text between markers, less the white space that is next to one. White space is held back until more follows."""
+    """Text between markers, without the white space next to a marker. White space is held until more text follows."""
 
     def __init__(self, part: Callable[[str], Part], *, trim: bool) -> None:
-        """With ``trim``, a marker came before."""
+        """With ``trim``, the text begins after a marker."""
         self.begun = False
         """Whether there is text already."""
         self._part = part
@@ -55,20 +98,20 @@ class Prose:
         self._line = ""
         """The beginning of the last line."""
         self._fence = ""
-        """What ends the code block that the text is in."""
+        """The fence that ends the current code block."""
 
     @property
     def at_line(self) -> bool:
-        """Whether a line begins here that is not in a fenced code block."""
+        """Whether a line begins here, outside a fenced code block."""
         return not self._fence and not self._line.strip()
 
     def add(self, text: str) -> Part | None:
-        """More text."""
+        """Appends text."""
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             if (match := _FENCE.match(line)) and self._fence in ("", match[1]):
                 self._fence = "" if self._fence else match[1]
-        self._line = self._line[:_LINE_BEGINNING]
+        self._line = self._line[:_LINE_PREFIX]
         body = text.rstrip()
         if not body:
             self._space.append(text)
@@ -81,50 +124,51 @@ class Prose:
         return self._part(trimmed)
 
     def marker(self) -> None:
-        """A marker comes here."""
+        """Notes a marker."""
         self._before_marker = (self._space, self._trim)
         self._space = []
         self._trim = True
 
     def unmark(self) -> None:
-        """The last marker was none, and nothing was added since."""
+        """Takes back ``marker``, if no text was added since."""
         self._space, self._trim = self._before_marker
 
     def paragraph(self) -> None:
-        """What is added from here on is a paragraph of its own."""
+        """Begins a paragraph."""
         self._space = [] if self._trim else ["\n\n"]
 
     def finish(self) -> Part | None:
-        """The reply ends here."""
+        """Ends the text."""
         space = "".join(self._space)
         self._space.clear()
         return self._part(space) if space and not self._trim else None
 
 
 @final
-class Reply:
-    """One reply being read: its text so far, and the calls in it."""
+class ReplyState:
+    """The state of one reply's parser: the scanner, the text so far and the calls so far."""
 
     def __init__(self, scanner: Scanner, tools: Sequence[Tool] | bool) -> None:
-        """``tools`` as for ``OutputFormat.parser``."""
+        """``tools`` as in ``OutputFormat.parser``."""
         self.scanner = scanner
         self.content = Prose(Content, trim=False)
         self.prose = self.content
-        """Where text goes that is no call: the content, or reasoning that the model never ends."""
+        """The prose that gets text outside calls: the content, or reasoning that the model never ends."""
         self.calls_allowed = bool(tools)
         self._schemas = {} if isinstance(tools, bool) else {tool.name: tool.parameters for tool in tools}
         self._calls = 0
         self._begun = False
+        """Whether the current call has begun, so that it has been reported."""
         self._marked = False
         self._before = 0
-        """Calls before the last attempt to read some."""
+        """The number of calls before the current attempt to read some."""
 
     def schema(self, name: str) -> Mapping[str, JsonValue]:
-        """The JSON Schema of a tool's arguments; empty where it is unknown."""
+        """Returns the JSON Schema of a tool's arguments, empty if unknown."""
         return self._schemas.get(name, {})
 
     def knows(self, name: str) -> bool:
-        """Whether a tool may be called so."""
+        """Whether the request has a tool of this name, or its tools are unknown."""
         return name in self._schemas or not self._schemas
 
     def offers(self, name: str) -> bool:
@@ -132,7 +176,10 @@ class Reply:
         return name in self._schemas
 
     def suits(self, name: str, arguments: str) -> bool:
-        """Whether the tool's schema knows these arguments, a JSON object, and misses none. Values are not examined."""
+        """Whether the schema of tool ``name`` has these arguments, a JSON object, and requires no other.
+
+        Values are not examined.
+        """
         schema = self.schema(name)
         given: Mapping[str, JsonValue] = json.loads(arguments)
         required, properties = schema.get("required"), schema.get("properties")
@@ -145,31 +192,31 @@ class Reply:
         )
 
     def open(self, marker: str = "") -> None:
-        """A call may begin here, after ``marker``."""
+        """Begins an attempt to read calls, after ``marker``."""
         self._marked = bool(marker)
         self._before = self._calls
         self.next_call(marker)
 
     def call(self, name: str) -> ToolCall:
-        """A call begins. Its text stays held until it is known to be whole."""
+        """Begins a call. Its text stays held until the call is complete."""
         self.prose.marker()
         self._begun = True
         self._calls += 1
         return ToolCall(self._calls - 1, name)
 
     def arguments(self, text: str) -> Arguments | None:
-        """More arguments of the last call."""
+        """Adds to the arguments of the current call."""
         return Arguments(self._calls - 1, text) if text else None
 
     def next_call(self, marker: str = "") -> None:
-        """A call ends here and is whole. Another one may begin, after ``marker``."""
+        """Completes the current call. Another one may begin, after ``marker``."""
         self.scanner.hold(marker)
         self._begun = False
 
     def end(self, *, whole: bool) -> Steps[bool]:
-        """A call, or the attempt to read one, ends here. What is not ``whole`` is content, unless it was cut off.
+        """Ends the attempt to read calls. Text that is not a ``whole`` call is content, unless it was cut off.
 
-        Returns whether a call, or all that the attempt has read, is content.
+        Returns whether the last call, or all that the attempt has read, is content.
         """
         text = self.scanner.release()
         if whole:
@@ -177,6 +224,7 @@ class Reply:
         cut_off = self.scanner.at_end and self.scanner.cut_off
         if self._begun:
             yield BrokenCall(self._calls - 1, cut_off)
+        # A call that was cut off shows no markup. Without a marker, only a tool's name reveals that it is a call.
         if not text or (cut_off and (self._begun or self._marked or any(name in text for name in self._schemas))):
             return False
         if self._begun:
@@ -185,7 +233,7 @@ class Reply:
         return self._begun or self._calls == self._before
 
     def several(self, begin: str, end: str, read: Callable[[], Steps[bool]], *, begun: bool = False) -> Steps[bool]:
-        """Reads calls that each come after ``begin``, the last one before ``end``; ``read`` reads one of them.
+        """Reads calls that each follow ``begin``, the last one followed by ``end``. ``read`` reads one of them.
 
         With ``begun``, the first ``begin`` has been read.
         """
@@ -199,8 +247,16 @@ class Reply:
                 return True  # a missing end is forgiven
         return False
 
+    def call_in_json(self, name: str) -> Steps[bool]:
+        """Reads white space and a call's arguments, a JSON object. Returns false if there is no complete object."""
+        yield from self.scanner.space()
+        if not name or (yield from self.scanner.peek()) != "{":
+            return False
+        yield self.call(name)
+        return (yield from self.json_arguments())
+
     def json_arguments(self) -> Steps[bool]:
-        """Reads a JSON object as the last call's arguments. False where it is none, or is cut off."""
+        """Reads a JSON object as the current call's arguments. Returns false if it is invalid or cut off."""
         found = JsonObject()
         while not found.whole and not found.broken and (yield from self.scanner.peek()):
             self.scanner.advance(found.read)
@@ -212,9 +268,9 @@ class Reply:
         return found.whole
 
     def before_answer(self, thinking: Thinking, begin: tuple[str, ...], *, inside: bool) -> Steps[None]:
-        """Reads reasoning up to the answer; the reply begins ``inside`` it or before it. ``begin`` are calls' markers.
+        """Reads reasoning up to the answer. With ``inside``, the reply begins within it. ``begin`` are calls' markers.
 
-        An end of reasoning that was not begun, which the prompt has ended already, means nothing.
+        An end of reasoning without a beginning is dropped: the prompt has ended the reasoning already.
         """
         scanner = self.scanner
         while self.prose is self.content:
@@ -233,10 +289,10 @@ class Reply:
             inside = False
 
     def thought(self, thinking: Thinking, begin: tuple[str, ...]) -> Steps[None]:
-        """Reads on behind the end of what the model thinks, which it may begin once more.
+        """Reads past the end of reasoning, whose opening marker may be repeated.
 
-        A draft of a call is part of it. If the model never ends its reasoning, what looks like a draft may be a call:
-        it is still to be read, and what is none of it is reasoning.
+        Calls inside reasoning are drafts, and part of it. If the model never ends its reasoning, the draft may be the
+        call itself: it is put back to be read as one, and other text around it is reasoning.
         """
         scanner = self.scanner
         prose = Prose(Reasoning, trim=True)
@@ -249,7 +305,7 @@ class Reply:
         marker = yield from scanner.until(markers(thinking.end, *begin), prose.add)
         if marker and marker != thinking.end:
             scanner.hold(marker)
-            marker = yield from scanner.until(markers(thinking.end), _nothing)
+            marker = yield from scanner.until(markers(thinking.end), skip)
             draft = scanner.release()
             if marker or scanner.cut_off:
                 yield prose.add(draft.removesuffix(thinking.end))
@@ -262,5 +318,5 @@ class Reply:
         self.content.marker()
 
 
-def _nothing(text: str) -> None:
-    """The text is held."""
+def skip(text: str) -> None:
+    """For ``Scanner.until``, if the text is needed only as held text or not at all."""

@@ -1,6 +1,6 @@
-"""Arguments written nearly as JSON: ``key=value`` or ``key:value``, with quotes and words of another language.
+"""Arguments in a notation like JSON's: ``key=value`` or ``key:value``, with other quotes and constants.
 
-Python writes ``True`` and ``'text'``, Gemma's own notation ``<escape>text<escape>`` and keys without quotes.
+Python has ``True`` and ``'text'``, Gemma's notation ``<escape>text<escape>`` and keys without quotes.
 """
 
 import json
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from exo.chat.output.json_call import LONGEST_NAME
-from exo.chat.output.parser import Reply
+from exo.chat.output.parser import ReplyState
 from exo.chat.output.scanner import Scanner, Steps, markers
 
 _KEY = re.compile(r"[^\s=:,(){}\[\]<>\"']*")
@@ -21,25 +21,23 @@ _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "fal
 _BRACKETS = {"(": "[", "[": "[", "{": "{", ")": "]", "]": "]", "}": "}"}
 _ESCAPED = re.compile(r"\\(u[0-9A-Fa-f]{4}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "\n": "", **{char: char for char in "\"'\\/"}}
-"""What stands for what behind a backslash. Before anything else, a backslash stands for itself, as in Python."""
+"""Escapes by the character after the backslash. Before any other, a backslash stands for itself, as in Python."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notation:
-    """How arguments are written."""
+    """How arguments are written. ``close`` is one character."""
 
     assign: str
-    """Between an argument's name and its value."""
     close: str
-    """One character, after the last argument."""
     quotes: tuple[str, ...] = ()
-    """Texts that begin and end a string, beside the usual ones; there are no escapes between them."""
+    """Additional quotes. A string between them has no escapes."""
 
 
-def loose_call(reply: Reply, name: str, notation: Notation) -> Steps[bool]:
-    """Reads a call's arguments up to the closing text, value by value; the call begins with the first of them.
+def loose_call(reply: ReplyState, name: str, notation: Notation) -> Steps[bool]:
+    """Reads a call's arguments up to the closing character. The call begins with the first whole argument.
 
-    False where they are none, or are cut off.
+    Returns false if the arguments are invalid or cut off.
     """
     scanner = reply.scanner
     before = "{"
@@ -69,7 +67,7 @@ def loose_call(reply: Reply, name: str, notation: Notation) -> Steps[bool]:
 
 
 def loose_value(text: str) -> str | None:
-    """The JSON of an object or array that is written nearly as JSON. None where ``text`` is none."""
+    """Returns an object or array in a notation like JSON's as JSON, or None if it is invalid."""
     scanner = Scanner()
     scanner.feed(text)
     scanner.end(cut_off=False)
@@ -83,7 +81,7 @@ def loose_value(text: str) -> str | None:
 
 
 def _value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
-    """Reads one value, up to a comma or the closing text, and returns it as JSON. None where it is no value."""
+    """Reads one value, up to a comma or the closing character, and returns it as JSON, or None if it is invalid."""
     tokens: list[str] = []
     depth = 0
     while True:
@@ -97,14 +95,14 @@ def _value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
         if depth < 0:
             return None
         if token in ("]", "}") and tokens[-1] == "," and tokens[-2] not in ("[", "{"):
-            tokens.pop()  # one comma too many
+            tokens.pop()  # a trailing comma
         if token == ":" and tokens and not tokens[-1].startswith('"'):
             tokens.append(json.dumps(tokens.pop()))  # a key without quotes
         tokens.append(token)
 
 
 def _token(scanner: Scanner, notation: Notation) -> Steps[str | None]:
-    """Reads one token and returns what JSON writes for it."""
+    """Reads one token and returns its JSON."""
     mark = yield from scanner.either(*notation.quotes, '"', "'", *_BRACKETS, ",", ":")
     if mark in notation.quotes:
         return (yield from _plain_string(scanner, mark))
@@ -134,7 +132,7 @@ def _string(scanner: Scanner, quote: str) -> Steps[str | None]:
         space = yield from scanner.space()
         if (yield from scanner.peek()) in _AFTER_STRING:
             return _quoted(_unescaped("".join(pieces)))
-        pieces += [end, space]  # an apostrophe that should have been escaped
+        pieces += [end, space]  # an unescaped apostrophe
     return None
 
 
@@ -156,7 +154,7 @@ def _quoted(text: str) -> str:
 def _checked(value: str) -> str | None:
     try:
         json.loads(value)
-        value.encode()  # an escape may stand for half a character
+        value.encode()  # an escape may be a lone surrogate
     except (ValueError, RecursionError):
         return None
     return value

@@ -1,8 +1,7 @@
-"""Reading text that arrives in pieces, by parsers that are generators.
+"""Scans text that arrives in pieces. Parsers are generators that read from a ``Scanner``.
 
-A parser yields the parts it has read, and ``MORE`` where it cannot go on without more text; ``Scanner`` is what it
-reads from. Each character is examined a bounded number of times: what cannot be decided yet is never longer than the
-longest marker, and nothing is read more than a few times.
+A parser yields the parts it has read, and ``MORE`` if it needs more text to continue. Parsing is linear: undecided text
+is never longer than the longest marker, and each character is read a bounded number of times.
 """
 
 import re
@@ -21,27 +20,26 @@ class _More(Enum):
 
 
 MORE = _More.TEXT
-"""What a parser yields to wait for more text, or for the end."""
+"""Yielded by a parser to wait for more text, or for the end."""
 Steps = Generator[Part | _More | None, None, Result]
-"""A parser, or a piece of one. It may also yield MORE, which means nothing."""
+"""A parser or a part of one. A ``None`` that it yields is ignored."""
 
 
 class Markers:
-    """Texts to be found, none the beginning of another."""
+    """A search for the first of several texts, none of which is a prefix of another. Immutable."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        """Immutable."""
         self.texts = tuple(texts)
         self._any = re.compile("|".join(map(re.escape, self.texts)) or "(?!)")
         self._beginnings = {text[:length] for text in self.texts for length in range(1, len(text))}
         self._longest = max(map(len, self.texts), default=1)
 
     def search(self, text: str, at: int) -> re.Match[str] | None:
-        """The first marker in ``text`` from ``at`` on."""
+        """Returns the first marker in ``text`` from ``at`` on."""
         return self._any.search(text, at)
 
     def unsure(self, text: str, at: int) -> int:
-        """How many characters at the end of ``text``, from ``at`` on, may be the beginning of a marker."""
+        """Returns how many characters at the end of ``text``, from ``at`` on, may begin a marker."""
         for length in range(min(self._longest - 1, len(text) - at), 0, -1):
             if text[-length:] in self._beginnings:
                 return length
@@ -50,26 +48,25 @@ class Markers:
 
 @lru_cache(maxsize=64)
 def markers(*texts: str) -> Markers:
-    """The markers with these texts, made once."""
+    """Returns the markers with these texts, compiled once."""
     return Markers(texts)
 
 
 @final
 class Scanner:
-    """The text of one reply. What is read between ``hold`` and ``release`` can be had back as it stood."""
+    """The text of one reply. ``release`` returns the text read since ``hold``."""
 
     def __init__(self) -> None:
         self.ended = False
-        """No more text will come."""
         self.cut_off = False
-        """Something other than the model ended the text."""
+        """Whether something other than the model ended the text."""
         self._text = ""
         self._at = 0
         self._held: list[str] | None = None
 
     @property
     def waiting(self) -> int:
-        """Characters that came and are not read yet: fewer than the longest marker has, whenever more text is due."""
+        """The number of unread characters. It is less than the longest marker while a parser waits for more text."""
         return len(self._text) - self._at
 
     @property
@@ -78,26 +75,26 @@ class Scanner:
         return self.ended and not self.waiting
 
     def feed(self, text: str) -> None:
-        """More text."""
+        """Appends text."""
         self._text = self._text[self._at :] + text
         self._at = 0
 
     def end(self, *, cut_off: bool) -> None:
-        """No more text will come."""
+        """Marks the end of the text."""
         self.ended = True
         self.cut_off = cut_off
 
     def hold(self, text: str = "") -> None:
-        """From here on, remember what is read, after ``text``."""
+        """Starts to record the text read, beginning with ``text``."""
         self._held = [text]
 
     def release(self) -> str:
-        """What was read since ``hold``; it is remembered no longer."""
+        """Stops recording and returns the text read since ``hold``."""
         held, self._held = self._held or [], None
         return "".join(held)
 
     def unread(self, text: str) -> None:
-        """Puts back ``text``, which was the last to be read. A parser may do so a few times with each character."""
+        """Puts back ``text``, the last text read. To stay linear, do so only a few times with each character."""
         left = len(text)
         while left and self._held:
             piece = self._held.pop()
@@ -111,7 +108,7 @@ class Scanner:
             self._at = 0
 
     def peek(self) -> Steps[str]:
-        """The next character, unread; empty at the end."""
+        """Returns the next character without reading it, or "" at the end."""
         while not self.waiting:
             if self.ended:
                 return ""
@@ -119,7 +116,7 @@ class Scanner:
         return self._text[self._at]
 
     def until(self, found: Markers, write: Callable[[str], Part | None]) -> Steps[str]:
-        """Reads on behind the next marker and returns it; empty at the end. ``write`` gets the text before it."""
+        """Reads past the next marker and returns it, or "" at the end. ``write`` gets the text before it."""
         while True:
             match = found.search(self._text, self._at)
             unsure = 0 if match else self._unsure(found)
@@ -133,9 +130,9 @@ class Scanner:
             yield MORE
 
     def either(self, *texts: str) -> Steps[str]:
-        """Reads that one of ``texts`` which comes next, the first of several, and returns it; else empty.
+        """Reads and returns the first of ``texts`` that comes next, or returns "" if none does.
 
-        The beginning of one at the end of a reply, which was cut off there, is read too, and nothing is returned.
+        At the end of the reply, the beginning of one of ``texts`` is read too, and "" returned.
         """
         while True:
             rest = self._text[self._at : self._at + max(map(len, texts))]
@@ -150,10 +147,7 @@ class Scanner:
             yield MORE
 
     def run(self, pattern: re.Pattern[str], limit: int | None = None) -> Steps[str]:
-        """Reads the characters that come next and match ``pattern`` one by one, at most ``limit``.
-
-        ``pattern`` is a repeated class of characters.
-        """
+        """Reads and returns up to ``limit`` characters that match ``pattern``, a repeated character class."""
         pieces: list[str] = []
         room = limit
         while True:
@@ -167,15 +161,18 @@ class Scanner:
             yield MORE
 
     def space(self) -> Steps[str]:
-        """Reads the white space that comes next."""
+        """Reads and returns white space."""
         return self.run(_SPACE)
 
     def advance(self, read: Callable[[str, int], int]) -> None:
-        """Reads as much of the text at hand as ``read`` does, which gets text and place and returns the next place."""
+        """Reads up to the position that ``read`` returns. It gets the available text and the current position."""
         self._take(read(self._text, self._at))
 
     def _unsure(self, found: Markers) -> int:
-        """Characters at the end that may begin a marker. At a cut, one alone counts in a call only."""
+        """Returns how many characters at the end may begin a marker.
+
+        Where the reply was cut off, a single character counts only inside a call.
+        """
         if self.ended and not self.cut_off:
             return 0
         unsure = found.unsure(self._text, self._at)

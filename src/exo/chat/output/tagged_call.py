@@ -1,8 +1,8 @@
-"""Reading calls whose arguments stand between tags, such as ``<parameter=path>`` and ``</parameter>``.
+"""Calls whose arguments are written between tags, such as ``<parameter=path>`` and ``</parameter>``.
 
 A value is bare text and may contain the very tags that end it: a model that edits a parser of such calls writes them.
-What comes behind a closing tag tells whether the value ends there. It does if another argument that the tool has
-follows, or the end of the call; a call that is written out inside the value is part of it.
+A closing tag ends the value only if another argument of the tool or the end of the call follows. A whole call inside
+the value is part of it.
 """
 
 import json
@@ -13,16 +13,13 @@ from typing import final
 
 from pydantic import JsonValue
 
-from exo.chat.output.argument_schema import argument_names
-from exo.chat.output.call_fields import is_text, to_json, typed_to_json, written_as_json
+from exo.chat.output.arguments import argument_names, argument_strings, to_json, typed_to_json
 from exo.chat.output.events import Arguments, Part
 from exo.chat.output.json_call import LONGEST_NAME, json_call
-from exo.chat.output.parser import Reply
+from exo.chat.output.parser import ReplyState
 from exo.chat.output.scanner import Steps, markers
 
 NAME = re.compile(r"[^<>\"\s]*")
-"""The characters of names."""
-
 _WORD = re.compile(r"[\w.-]*")
 _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
 _CDATA, _CDATA_END = "<![CDATA[", "]]>"
@@ -31,22 +28,20 @@ _JSON_BEGINS = ('"', "[", "{")
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """The texts around the parts of a call. White space between them means nothing."""
+    """The markers around the parts of a call, between white space. ``call`` and ``call_end`` may be ""."""
 
     begin: str
     call: str
-    """Before the name; empty where nothing but ``begin`` is."""
-    named: str
+    name_end: str
     key: str
-    keyed: tuple[str, ...]
+    key_end: tuple[str, ...]
     value_end: str
     call_end: str
-    """Empty where nothing but ``end`` is."""
     end: str
-    own_line: bool
+    own_line: bool = False
     """Whether a line break before and after each value is not part of it."""
-    text_keyed: str = ""
-    """The same as ``keyed`` for a text, where the model tells texts and JSON apart; ``keyed`` is then for JSON."""
+    text_key_end: str = ""
+    """Replaces ``key_end`` before a text, in formats that mark texts."""
     grouped: bool = False
     """Whether several calls are written between one ``begin`` and ``end``."""
     cdata: bool = False
@@ -54,57 +49,50 @@ class Tags:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """What ends a call, the first where nothing is left out."""
+        """The markers that end a call. The first one comes first if none is missing."""
         return (self.call_end, self.end) if self.call_end else (self.end,)
 
-    def read(self, reply: Reply, marker: str) -> Steps[bool]:
-        """Reads on behind ``begin``, or behind ``call`` where the model left ``begin`` out."""
+    def read(self, reply: ReplyState, marker: str) -> Steps[bool]:
+        """Reads on after ``begin``, or after ``call`` if the model left out ``begin``."""
+        scanner = reply.scanner
         bare = bool(self.call) and marker == self.call
         if not bare:
-            yield from reply.scanner.space()
-            if (yield from reply.scanner.peek()) == "{":
-                return (yield from self._json(reply))
+            yield from scanner.space()
+            if (yield from scanner.peek()) == "{":  # some models write JSON between the tags of their template
+                if whole := (yield from json_call(reply, marked=True)):
+                    yield from scanner.space()
+                    yield from scanner.either(self.end)
+                return whole
         if not self.call:
             return (yield from self._call(reply, known=False))
         return (yield from reply.several(self.call, self.end, lambda: self._call(reply, known=bare), begun=bare))
 
-    def _json(self, reply: Reply) -> Steps[bool]:
-        """Reads a call in JSON, which some models write between the tags of their template."""
-        if not (yield from json_call(reply, marked=True)):
+    def _call(self, reply: ReplyState, *, known: bool) -> Steps[bool]:
+        """Reads one call from its name on. With ``known``, it counts only if the request has a tool of this name."""
+        name = yield from reply.scanner.run(NAME, LONGEST_NAME)
+        if not name or (known and not reply.knows(name)):
             return False
-        yield from reply.scanner.space()
-        yield from reply.scanner.either(self.end)
-        return True
-
-    def _call(self, reply: Reply, *, known: bool) -> Steps[bool]:
-        """Reads one call from its name on, which must be that of a tool if it is to be ``known``."""
-        scanner = reply.scanner
-        name = yield from scanner.run(NAME, LONGEST_NAME)
-        if (
-            not name
-            or (known and not reply.knows(name))
-            or (self.named and not (yield from scanner.either(self.named)))
-        ):
+        if self.name_end and not (yield from reply.scanner.either(self.name_end)):
             return False
         return (yield from _TaggedCall(self, reply, name).read())
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """An argument that begins; at the end of a call without a name."""
+    """The beginning of an argument. The name is "" at the end of the call."""
 
     name: str = ""
     text: bool | None = None
-    """Whether its value is text, where the model tells."""
+    """Whether the value is marked as a text; None in formats that do not mark texts."""
     seen: str = ""
-    """All that was read of it."""
+    """The text read, to be put back if this is no argument."""
 
 
 @final
 class _TaggedCall:
-    """One call, from behind its name on."""
+    """The parser of one call after its name."""
 
-    def __init__(self, tags: Tags, reply: Reply, name: str) -> None:
+    def __init__(self, tags: Tags, reply: ReplyState, name: str) -> None:
         self._tags = tags
         self._reply = reply
         self._scanner = reply.scanner
@@ -140,26 +128,27 @@ class _TaggedCall:
         return True
 
     def _key(self) -> Steps[_Key]:
-        """Reads what stands between ``key`` and the value; without a name if it is something else."""
+        """Reads from ``key`` up to the value. The result has no name if this is no argument."""
         name = yield from self._scanner.run(NAME, LONGEST_NAME)
         seen, is_text = name, None
-        for text in self._tags.keyed:
+        for text in self._tags.key_end:
             seen += yield from self._scanner.space()
-            found = yield from self._scanner.either(*filter(None, (self._tags.text_keyed, text)))
+            found = yield from self._scanner.either(*filter(None, (self._tags.text_key_end, text)))
             seen += found
             if not found:
                 return _Key(seen=seen)
-            is_text = found == self._tags.text_keyed if self._tags.text_keyed else None
+            is_text = found == self._tags.text_key_end if self._tags.text_key_end else None
         return _Key(name, is_text, seen)
 
     def _value(self, key: _Key) -> Steps[_Key | None]:
-        """Reads a value and its end. Returns the next argument.
+        """Reads a value and its end. Returns the next argument, or None if the value does not end.
 
-        None where the value does not end.
+        A tag inside the value may look like one that ends it, so what follows it decides. Where that leaves a doubt,
+        the place is remembered, and the value ends there unless a better end comes.
         """
         tags, scanner = self._tags, self._scanner
         value = _Value(self._reply, self._schema, key, tags)
-        depth = 0
+        depth = 0  # calls open inside the value
         while marker := (yield from scanner.until(self._stops, value.add)):
             seen = marker
             if marker == self._opening:
@@ -200,19 +189,19 @@ class _TaggedCall:
                 if marker == tags.ends[0]:
                     depth = max(0, depth - 1)
             if scanner.at_end and scanner.cut_off:
-                return None  # what was seen is the beginning of a tag
+                return None  # ``seen`` is the beginning of a tag
             yield value.add(seen)
         return (yield from self._ended(value)) if value.may_have_ended and not scanner.cut_off else None
 
     def _is_next(self, name: str, value: "_Value") -> bool:
-        """Whether the call may go on with this argument. Models invent some, but hardly in the midst of a long text."""
+        """Whether an argument of this name may follow. Models invent arguments, but hardly amid a long text."""
         known = self._names is None or name in self._names or not value.several_lines
         return bool(name) and name not in self._used and known
 
     def _is_end(self, end: str, closed: bool, *, nested: bool) -> Steps[bool]:
-        """Whether what comes behind ``end`` shows that it ends the call. ``closed`` if the value was closed before it.
+        """Whether the text after ``end``, which stays unread, shows that it ends the call.
 
-        Nothing of what comes behind is read.
+        With ``closed``, the value was closed before ``end``. With ``nested``, ``end`` ends a call inside the value.
         """
         tags, scanner = self._tags, self._scanner
         if closed and not nested and end == tags.end:
@@ -233,15 +222,15 @@ class _TaggedCall:
         return is_end
 
     def _called(self) -> Steps[str]:
-        """The name in a call that begins here; empty where none does. Nothing is read."""
+        """Returns the name in the call that begins here, or "" if none does. Reads nothing."""
         seen = yield from self._scanner.space()
         name = yield from self._scanner.run(_WORD, LONGEST_NAME)
-        named = (yield from self._scanner.either(self._tags.named)) if self._tags.named else ""
-        self._scanner.unread(seen + name + named)
-        return name if named or not self._tags.named else ""
+        name_end = (yield from self._scanner.either(self._tags.name_end)) if self._tags.name_end else ""
+        self._scanner.unread(seen + name + name_end)
+        return name if name_end or not self._tags.name_end else ""
 
     def _ended(self, value: "_Value") -> Steps[_Key]:
-        """The value has ended where it may have; what came behind it is still to be read."""
+        """Ends the value at the last place where it may have ended, and puts back the text after it."""
         self._scanner.unread(value.behind())
         yield from value.end(on_own_line=True)
         return _Key()
@@ -249,19 +238,21 @@ class _TaggedCall:
 
 @final
 class _Value:
-    """One value as it comes. What is text whatever it looks like is passed on at once, as JSON."""
+    """A value as it arrives. If it is certain to be a text, it is passed on at once, as a JSON string."""
 
-    def __init__(self, reply: Reply, schema: Mapping[str, JsonValue], key: _Key, tags: Tags) -> None:
+    def __init__(self, reply: ReplyState, schema: Mapping[str, JsonValue], key: _Key, tags: Tags) -> None:
+        accepted = argument_strings(schema, key.name)
+        is_text = accepted is not None and accepted.every
+        only_json = accepted is not None and not accepted.every and not accepted.texts
         self._reply = reply
         self._schema = schema
         self._key = key
         self._own_line = tags.own_line
-        told = key.text is not None
-        self._streams = is_text(schema, key.name) and key.text is not False and not tags.cdata
-        self._as_json = not key.text if told else written_as_json(schema, key.name)
+        self._streams = is_text and key.text is not False and not tags.cdata
+        self._as_json = only_json if key.text is None else not key.text
         self._cdata = tags.cdata
         self._bounds = ("", "")
-        """The first and last characters."""
+        """The first and last characters, to recognise a CDATA section."""
         self._escape = ""
         self._quotes = 0
         self._begun = False
@@ -270,11 +261,11 @@ class _Value:
         self.several_lines = False
         """Whether there is a line break within the text."""
         self._line_break: bool | None = None
-        """Whether one came after the last character that is no white space; None before the first."""
+        """Whether a line break follows the last character that is not white space; None before the first."""
         self._text: list[str] = []
-        """All of a value that does not stream; otherwise the white space at the end."""
+        """The whole value if it does not stream, else the white space at its end."""
         self._behind: list[str] | None = None
-        """What came behind a place where the value may have ended, beginning with the closing tags."""
+        """The closing tags at the last place where the value may have ended, and the text after them."""
 
     @property
     def may_have_ended(self) -> bool:
@@ -288,7 +279,7 @@ class _Value:
         return self._as_json and self._quotes % 2 == 1
 
     def add(self, text: str) -> Part | None:
-        """More of the value, or of what comes behind it."""
+        """Appends to the value, or to the text after a place where it may have ended."""
         self.at_line = text.endswith("\n")
         if body := text.rstrip():
             line_break = self._line_break or "\n" in (body.lstrip() if self._line_break is None else body)
@@ -302,18 +293,18 @@ class _Value:
         return self._more(text)
 
     def may_end(self, tags: str) -> Part | None:
-        """The value may have ended before ``tags``, unless a better end comes."""
+        """Notes that the value may have ended before ``tags``. A later end takes precedence."""
         part = self._go_on()
         self._behind = [tags]
         return part
 
     def behind(self) -> str:
-        """What came behind the tags of the place where the value may have ended."""
+        """Returns the text after the closing tags at the place where the value may have ended."""
         behind, self._behind = self._behind or [""], None
         return "".join(behind[1:])
 
     def end(self, *, on_own_line: bool) -> Steps[None]:
-        """The value ends here. Unless it ends ``on_own_line`` as it should, white space before the end is dropped."""
+        """Ends the value. Unless it ends ``on_own_line`` as it should, white space before the end is dropped."""
         yield self._go_on()
         text = "".join(self._text)
         if not self._streams:
@@ -359,7 +350,7 @@ class _Value:
         return self._reply.arguments(quote + json.dumps(text, ensure_ascii=False)[1:-1])
 
     def _count(self, text: str) -> None:
-        """Counts the quotation marks that begin or end a string."""
+        """Counts the quotation marks that begin or end a JSON string."""
         if not self._as_json:
             return
         if not self._begun and (first := text.lstrip()[:1]):

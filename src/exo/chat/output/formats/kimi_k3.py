@@ -1,20 +1,18 @@
 """The format of Kimi K3: elements between control tokens, ``<|open|>argument key="city" type="string"<|sep|>Paris…``.
 
-Published in the model's chat template. An argument tells its type, so that its text needs no schema. A call may also
-hold all its arguments as one JSON object, in an element called "json".
+Published in the model's chat template. An argument has its type as an attribute, so that its text needs no schema. A
+call may also have all its arguments as one JSON object, in an element "json".
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from pydantic import JsonValue
-
-from exo.chat.grammar.builder import Grammar
+from exo.chat.grammar.builder import GrammarBuilder
 from exo.chat.grammar.tool_schema import Tool
-from exo.chat.output.call_fields import Field, fields, to_json, typed_to_json
+from exo.chat.output.arguments import Field, fields, to_json, typed_to_json
 from exo.chat.output.format import OutputFormat
-from exo.chat.output.parser import Reply, Thinking
+from exo.chat.output.parser import ReplyState, Thinking, skip
 from exo.chat.output.scanner import Scanner, Steps, markers
 
 _OPEN, _CLOSE, _SEPARATOR = "<|open|>", "<|close|>", "<|sep|>"
@@ -31,11 +29,11 @@ def _end(tag: str) -> str:
     return f"{_CLOSE}{tag}{_SEPARATOR}"
 
 
-def _read(reply: Reply, marker: str) -> Steps[bool]:
-    return (yield from reply.several(_CALL, _end("tools"), lambda: _call(reply), begun=marker == _CALL))
+def _read(reply: ReplyState, marker: str) -> Steps[bool]:
+    return (yield from reply.several(_CALL, _end("tools"), lambda: _read_call(reply), begun=marker == _CALL))
 
 
-def _call(reply: Reply) -> Steps[bool]:
+def _read_call(reply: ReplyState) -> Steps[bool]:
     scanner = reply.scanner
     name = (yield from _attributes(scanner)).get("tool")
     yield from scanner.space()
@@ -44,7 +42,7 @@ def _call(reply: Reply) -> Steps[bool]:
         return False
     yield reply.call(name)
     if follows == _JSON:
-        yield from scanner.until(markers(_SEPARATOR), _nothing)
+        yield from scanner.until(markers(_SEPARATOR), skip)
         yield from scanner.space()
         whole = yield from reply.json_arguments()
         yield from scanner.either(_end("json"))
@@ -54,10 +52,11 @@ def _call(reply: Reply) -> Steps[bool]:
     while follows == _ARGUMENT:
         attributes = yield from _attributes(scanner)
         key = attributes.get("key")
-        text: list[str] = []
-        if key is None or not (yield from scanner.until(markers(_end("argument")), text.append)):
+        pieces: list[str] = []
+        if key is None or not (yield from scanner.until(markers(_end("argument")), pieces.append)):
             return False
-        value = _value("".join(text), attributes.get("type"), reply.schema(name), key)
+        text, kind, schema = "".join(pieces), attributes.get("type"), reply.schema(name)
+        value = typed_to_json(text, kind == "string", schema, key) if kind else to_json(text, schema, key)
         yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
         before = ", "
         yield from scanner.space()
@@ -69,7 +68,7 @@ def _call(reply: Reply) -> Steps[bool]:
 
 
 def _attributes(scanner: Scanner) -> Steps[dict[str, str]]:
-    """Reads the attributes of an element, and the separator behind them."""
+    """Reads the attributes of an element, and the separator after them."""
     pieces: list[str] = []
     yield from scanner.until(markers(_SEPARATOR), pieces.append)
     found = _ATTRIBUTE.findall("".join(pieces))
@@ -80,16 +79,7 @@ def _escaped(value: str) -> str:
     return value.replace("&", "&amp;").replace('"', "&quot;")
 
 
-def _nothing(text: str) -> None:
-    """The attributes of an element in JSON say nothing."""
-
-
-def _value(text: str, kind: str | None, parameters: Mapping[str, JsonValue], key: str) -> str:
-    """The JSON of an argument, of which the type may be missing."""
-    return typed_to_json(text, kind == "string", parameters, key) if kind else to_json(text, parameters, key)
-
-
-def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
+def _write(grammar: GrammarBuilder, tools: Sequence[Tool], parallel: bool) -> str:
     calls = [
         grammar.sequence(
             grammar.plain(f'tool="{_escaped(tool.name)}" index="'),
@@ -100,7 +90,7 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
         for tool in tools
     ]
     call = grammar.sequence(grammar.marked(_CALL), grammar.one_of(calls), grammar.marked(_end("call")))
-    # The reply begins inside the response, or has to begin one after reasoning: either way it is empty.
+    # The reply begins inside a response, or must begin one after reasoning. Either way the response is empty.
     response = grammar.sequence(f"({grammar.marked(_begin('response'))})?", grammar.marked(_end("response")))
     return grammar.sequence(
         f"{response}?",
@@ -110,8 +100,8 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
     )
 
 
-def _write_arguments(grammar: Grammar, tool: Tool) -> str:
-    """Each argument by itself; all as one object where an argument's type is not certain."""
+def _write_arguments(grammar: GrammarBuilder, tool: Tool) -> str:
+    """Returns the expression of each argument, or of one JSON object if an argument's type is not certain."""
     try:
         members = [_write_argument(grammar, field) for field in fields(tool)]
     except ValueError:
@@ -120,31 +110,28 @@ def _write_arguments(grammar: Grammar, tool: Tool) -> str:
     return grammar.sequence(*members)
 
 
-def _write_argument(grammar: Grammar, field: Field) -> str:
-    """Raises ``ValueError`` where values of the field may be of several types."""
-    end = _end("argument")
+def _write_argument(grammar: GrammarBuilder, field: Field) -> str:
+    """Raises ``ValueError`` if values of the field may be of several types."""
     kind = field.schema.get("type") if isinstance(field.schema, dict) else None
-    if field.is_text:
-        kind, value = "string", grammar.text_until(end)
-    elif field.choices:
-        kind, value = "string", grammar.sequence(grammar.one_of([*map(json.dumps, field.choices)]), grammar.marked(end))
-    elif isinstance(kind, str) and kind in _TYPES:
-        kind, value = _TYPES[kind], grammar.sequence(grammar.json(field.schema), grammar.marked(end))
-    else:
+    text = field.is_text or field.choices
+    if not text and not (isinstance(kind, str) and kind in _TYPES):
         raise ValueError(field.name)
-    before = f'{_ARGUMENT}key="{_escaped(field.name)}" type="{kind}"{_SEPARATOR}'
-    member = grammar.sequence(grammar.marked(before), value)
+    written = "string" if text else _TYPES[str(kind)]
+    before = f'{_ARGUMENT}key="{_escaped(field.name)}" type="{written}"{_SEPARATOR}'
+    member = grammar.sequence(grammar.marked(before), field.written(grammar, _end("argument")))
     return member if field.required else f"{member}?"
 
 
-KIMI_K3 = OutputFormat(
-    "kimi-k3",
-    special=True,
-    thinking=Thinking(_begin("think"), _end("think")),
-    opening=(_begin("response"),),
-    frame=(_end("response"), _end("message")),
-    begin=(_begin("tools"), _CALL),
-    stray=(_end("tools"), _end("call")),
-    read_call=_read,
-    write_calls=_write,
+FORMATS = (
+    OutputFormat(
+        "kimi-k3",
+        special=True,
+        thinking=Thinking(_begin("think"), _end("think")),
+        opening=(_begin("response"),),
+        frame=(_end("response"), _end("message")),
+        begin=(_begin("tools"), _CALL),
+        stray=(_end("tools"), _end("call")),
+        read_calls=_read,
+        write_calls=_write,
+    ),
 )

@@ -1,7 +1,7 @@
-"""The format of MiniMax M3: arguments as elements named after them, objects and arrays as elements inside.
+"""The format of MiniMax M3: each argument is an element of its name, and objects and arrays are nested elements.
 
-Published in the model's chat template. The text ``]<]minimax[>[`` comes before each tag, so that tags inside a value
-are text. An array's elements are called "item".
+Published in the model's chat template. The text ``]<]minimax[>[`` precedes each tag, so that tags in a value are text.
+The elements of an array are named "item".
 """
 
 import json
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-from exo.chat.grammar.builder import Grammar
+from exo.chat.grammar.builder import GrammarBuilder
 from exo.chat.grammar.tool_schema import Tool
-from exo.chat.output.call_fields import Field, fields, to_json
+from exo.chat.output.arguments import Field, fields, to_json
 from exo.chat.output.format import OutputFormat
 from exo.chat.output.json_call import LONGEST_NAME
-from exo.chat.output.parser import Reply, Thinking
+from exo.chat.output.parser import ReplyState, Thinking
 from exo.chat.output.scanner import Scanner, Steps, markers
 
 _MARK = "]<]minimax[>["
@@ -24,16 +24,15 @@ _CALL, _CALL_END = f'{_MARK}<invoke name="', "</invoke>"
 _NAME = re.compile(r"[^<>\"\s]*")
 _ITEM = "item"
 _DEEPEST = 32
-"""Elements inside one another."""
 _PLAIN_OBJECT = {"type", "properties", "required", "additionalProperties", "title", "description"}
 _PLAIN_ARRAY = {"type", "items", "title", "description"}
 
 
-def _read(reply: Reply, marker: str) -> Steps[bool]:
-    return (yield from reply.several(_CALL, _END, lambda: _call(reply), begun=marker == _CALL))
+def _read(reply: ReplyState, marker: str) -> Steps[bool]:
+    return (yield from reply.several(_CALL, _END, lambda: _read_call(reply), begun=marker == _CALL))
 
 
-def _call(reply: Reply) -> Steps[bool]:
+def _read_call(reply: ReplyState) -> Steps[bool]:
     scanner = reply.scanner
     name = yield from scanner.run(_NAME, LONGEST_NAME)
     if not name or not (yield from scanner.either('">')):
@@ -44,8 +43,8 @@ def _call(reply: Reply) -> Steps[bool]:
     yield reply.call(name)
     before = "{"
     while not (yield from scanner.either(_CALL_END)):
-        key = yield from _opened(scanner)
-        value = (yield from _element(scanner, reply.schema(name), key)) if key else None
+        key = yield from _read_tag(scanner)
+        value = (yield from _read_element(scanner, reply.schema(name), key)) if key else None
         if value is None:
             return False
         yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
@@ -57,25 +56,26 @@ def _call(reply: Reply) -> Steps[bool]:
     return True
 
 
-def _opened(scanner: Scanner) -> Steps[str]:
-    """Reads an opening tag and returns its name; empty where there is none."""
+def _read_tag(scanner: Scanner) -> Steps[str]:
+    """Reads an opening tag and returns its name, or "" if there is none."""
     if not (yield from scanner.either("<")):
         return ""
     name = yield from scanner.run(_NAME, LONGEST_NAME)
     return name if (yield from scanner.either(">")) else ""
 
 
-def _element(scanner: Scanner, parameters: Mapping[str, JsonValue], name: str, depth: int = 0) -> Steps[str | None]:
-    """Reads on behind the opening tag of ``name``, a property of ``parameters``, and returns its value as JSON.
-
-    None where there is no whole element.
-    """
+def _read_element(
+    scanner: Scanner, parameters: Mapping[str, JsonValue], name: str, depth: int = 0
+) -> Steps[str | None]:
+    """Reads on after the opening tag of property ``name``. Returns its value as JSON, or None if it is incomplete."""
     end = f"</{name}>"
     pieces: list[str] = []
     if depth == _DEEPEST or not (yield from scanner.until(markers(_MARK), pieces.append)):
         return None
     text = "".join(pieces)
-    schema = _property(parameters, name)
+    properties = parameters.get("properties")
+    found = properties.get(name) if isinstance(properties, dict) else None
+    schema: Mapping[str, JsonValue] = found if isinstance(found, dict) else {}
     listed = schema.get("type") == "array"
     if (yield from scanner.either(end)):
         empty = "" if text else {"array": "[]", "object": "{}"}.get(str(schema.get("type")), "")
@@ -86,8 +86,8 @@ def _element(scanner: Scanner, parameters: Mapping[str, JsonValue], name: str, d
     keys: list[str] = []
     values: list[str] = []
     while not keys or not (yield from scanner.either(end)):
-        key = yield from _opened(scanner)
-        value = (yield from _element(scanner, inner, key, depth + 1)) if key else None
+        key = yield from _read_tag(scanner)
+        value = (yield from _read_element(scanner, inner, key, depth + 1)) if key else None
         if value is None:
             return None
         keys.append(key)
@@ -101,14 +101,7 @@ def _element(scanner: Scanner, parameters: Mapping[str, JsonValue], name: str, d
     return "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in pairs) + "}"
 
 
-def _property(parameters: Mapping[str, JsonValue], name: str) -> Mapping[str, JsonValue]:
-    """The schema of a property; empty where it is unknown."""
-    properties = parameters.get("properties")
-    schema = properties.get(name) if isinstance(properties, dict) else None
-    return schema if isinstance(schema, dict) else {}
-
-
-def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
+def _write(grammar: GrammarBuilder, tools: Sequence[Tool], parallel: bool) -> str:
     calls: list[str] = []
     for tool in tools:
         name = grammar.sequence(grammar.plain(tool.name), grammar.plain('">'))
@@ -117,10 +110,10 @@ def _write(grammar: Grammar, tools: Sequence[Tool], parallel: bool) -> str:
     return grammar.sequence(grammar.marked(_BEGIN + "\n"), grammar.several(call, "", parallel), grammar.marked(_END))
 
 
-def _write_element(grammar: Grammar, field: Field, depth: int = 0) -> str:
-    """An element; it may be missing if the field is not required."""
+def _write_element(grammar: GrammarBuilder, field: Field, depth: int = 0) -> str:
+    """Returns the expression of an element, optional unless the field is required."""
     if not _NAME.fullmatch(field.name) or not field.name:
-        raise ValueError(f"in this model's call format, no argument can be called {field.name!r}")
+        raise ValueError(f"this model's call format does not allow the argument name {field.name!r}")
     begin, end = grammar.marked(f"{_MARK}<{field.name}>"), grammar.marked(f"{_MARK}</{field.name}>")
     if field.is_text:
         element = grammar.sequence(begin, grammar.text_until(_MARK), grammar.plain(f"</{field.name}>"))
@@ -132,8 +125,8 @@ def _write_element(grammar: Grammar, field: Field, depth: int = 0) -> str:
     return element if field.required else f"{element}?"
 
 
-def _write_inside(grammar: Grammar, schema: JsonValue, depth: int) -> str | None:
-    """The elements of a plain object or array. None for another schema, whose values are written as JSON."""
+def _write_inside(grammar: GrammarBuilder, schema: JsonValue, depth: int) -> str | None:
+    """Returns the expression of the elements of a plain object or array, or None for a schema written as JSON."""
     if not isinstance(schema, dict):
         return None
     properties, required, items = schema.get("properties"), schema.get("required", []), schema.get("items")
@@ -149,12 +142,14 @@ def _write_inside(grammar: Grammar, schema: JsonValue, depth: int) -> str | None
     return None
 
 
-MINIMAX_M3 = OutputFormat(
-    "minimax-m3",
-    special=True,
-    thinking=Thinking("<mm:think>", "</mm:think>"),
-    begin=(_BEGIN, _CALL),
-    stray=(_END, _MARK + _CALL_END),
-    read_call=_read,
-    write_calls=_write,
+FORMATS = (
+    OutputFormat(
+        "minimax-m3",
+        special=True,
+        thinking=Thinking("<mm:think>", "</mm:think>"),
+        begin=(_BEGIN, _CALL),
+        stray=(_END, _MARK + _CALL_END),
+        read_calls=_read,
+        write_calls=_write,
+    ),
 )
