@@ -24,8 +24,8 @@ from exo.api.openai.responses.request import ResponsesRequest
 from exo.api.openai.responses.routes import ResponsesDialect
 from exo.api.openai.responses.store import ResponseStore
 from exo.api.openai.routes import conversation_of
+from exo.chat.template.fitting import outline
 from exo.chat.template.messages import template_messages
-from exo.chat.template.outline import outline
 from exo.chat.template.renderer import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
 from exo.serving.generation import Serving
 from exo.worker.protocol.messages import Capabilities, Usage

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from exo.chat.template import render_main
+from exo.chat.template.render_main import CLOSE, OPEN
 from exo.chat.template.renderer import ConversationRefusedError, TemplateError, TemplateWorker, chat_prompt
 from exo.chat.template.special_tokens import NoncharacterError, SpecialTokens
-from exo.chat.template.token_marks import CLOSE, OPEN
 from exo.worker.protocol.messages import Capabilities, Text
 
 CHATML = (

@@ -1,36 +1,45 @@
-"""Messages as published chat templates read them, made from messages as OpenAI's API has them.
+"""Converts messages from OpenAI's form to the form that published chat templates read.
 
 These steps suit every template. Steps that only some templates need are in ``exo.chat.template.reshaping``.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import NoReturn, cast
 
 from pydantic import JsonValue
 
-from exo.chat.template.call_arguments import arguments_object
-from exo.chat.template.reshaping import Message, calls_of, text_of
+from exo.chat.output.json_scanner import DEEPEST, JsonObject
+from exo.chat.template.reshaping import ChatMessage, calls_of, text_of
 
 _ASKS_FOR_NONE = re.compile(r"content['\"\])]*\s+is\s+(?:not\s+)?none")
+# Claude Code puts this header before its system prompt for Anthropic's accounting. It differs in every request, so that
+# no prefix cache could reuse the prompt, and means nothing to the model.
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
-"""What Claude Code puts before its system prompt for Anthropic's accounts. It differs from request to request, so that
-no prefix cache could reuse what follows, and says nothing to the model."""
+# Kimi K2's templates write a call's id where others write its name.
 _IDS_ARE_NAMES = "<|tool_calls_section_begin|>"
-"""Kimi K2's templates write a call's id where others write its name."""
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?P<end>"?)|[{}\[\]]', re.DOTALL)
+_HALF_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9A-Fa-f]{0,3})?$")
+_MISSING = ("", "null", ":null")
+"""Texts of which one may be missing before the brackets of a truncated object close."""
+_ONLY_ARGUMENT = "arguments"
+"""The name of the argument that holds arguments that are not an object."""
 
 
-def template_messages(source: str, messages: Sequence[Mapping[str, JsonValue]]) -> list[Message]:
-    """The messages for the template with this source.
+def template_messages(source: str, messages: Sequence[Mapping[str, JsonValue]]) -> list[ChatMessage]:
+    """Returns the messages for the template with this source.
 
-    The arguments of calls become objects. The results of calls follow the message that has the calls, in the same
-    order, and get the name of the tool that was called. Every call and its result have an id, which is what Kimi's
-    models expect. The role "developer", the field "reasoning_content" and missing content are written as the template
-    knows them, and fields that say nothing are left out, as is a header that only changes from request to request.
+    The arguments of calls become objects. The results of calls follow the message with the calls, in the same order,
+    and get the name of the tool. Every call and its result have an id, as Kimi's models expect. The role "developer",
+    the field "reasoning_content" and missing content are written as the template knows them. Empty fields and a header
+    that differs in every request are left out.
     """
     calls = _Calls(by_name=_IDS_ARE_NAMES in source)
-    made: list[Message] = []
+    made: list[ChatMessage] = []
     for message in messages:
-        one: Message = {**message}
+        one: ChatMessage = {**message}
         for key in [key for key, value in message.items() if value is None or (key, value) == ("tool_calls", [])]:
             del one[key]
         one.setdefault("content", "")
@@ -49,11 +58,11 @@ def template_messages(source: str, messages: Sequence[Mapping[str, JsonValue]]) 
         if one["role"] == "tool":
             one = calls.result(one)
         made.append(one)
-    return _results_behind_calls(made)
+    return _results_after_calls(made)
 
 
 class _Calls:
-    """The calls of a conversation so far, by the id that the client gave them."""
+    """The calls of a conversation so far, by the client's ids."""
 
     def __init__(self, *, by_name: bool) -> None:
         self._by_name = by_name
@@ -63,12 +72,12 @@ class _Calls:
         self._waiting: list[str] = []
 
     def calls(self, called: Sequence[Mapping[str, JsonValue]]) -> list[JsonValue]:
-        """One message's calls as templates read them."""
+        """Returns one message's calls as templates read them."""
         self._waiting.clear()
         return [self._call(call) for call in called]
 
-    def result(self, message: Message) -> Message:
-        """The result of a call with the name of the tool. Without an id, it is of the first call that waits for one."""
+    def result(self, message: ChatMessage) -> ChatMessage:
+        """Adds the tool's name to a result. A result without an id belongs to the first call without a result."""
         identity = message.get("tool_call_id")
         if not isinstance(identity, str):
             identity = next(iter(self._waiting), None)
@@ -93,11 +102,11 @@ class _Calls:
         return {**call, "id": self._ids[identity], "function": {**function, "arguments": arguments}}
 
 
-def _results_behind_calls(messages: Sequence[Message]) -> list[Message]:
-    """Each call's result among the messages up to the assistant's next is moved behind the calls, in their order."""
-    made: list[Message] = []
-    results: list[Message] = []
-    others: list[Message] = []
+def _results_after_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Moves the results of a message's calls, up to the assistant's next message, directly after it in their order."""
+    made: list[ChatMessage] = []
+    results: list[ChatMessage] = []
+    others: list[ChatMessage] = []
     order: list[JsonValue] = []
     for message in [*messages, None]:
         if message is None or message["role"] == "assistant":
@@ -111,3 +120,56 @@ def _results_behind_calls(messages: Sequence[Message]) -> list[Message]:
         else:
             others.append(message)
     return made
+
+
+def arguments_object(arguments: JsonValue) -> dict[str, JsonValue]:
+    """Returns the arguments of an earlier call as an object, whatever the client sends.
+
+    A truncated object is closed where it ends. Any other value becomes the only argument.
+    """
+    if isinstance(arguments, dict):
+        return arguments
+    if not isinstance(arguments, str):
+        return {} if arguments is None else {_ONLY_ARGUMENT: arguments}
+    text = arguments.strip()
+    if text in ("", "null"):
+        return {}
+    found = JsonObject()
+    if found.read(text, 0) == len(text) and found.whole:
+        return json.loads(found.taken())
+    closed = _closed(text)
+    return {_ONLY_ARGUMENT: arguments} if closed is None else closed
+
+
+def _closed(text: str) -> dict[str, JsonValue] | None:
+    """Returns the object that begins with ``text``, or None if none does."""
+    closers: list[str] = []
+    in_string = False
+    for token in _TOKEN.finditer(text):
+        in_string = token["end"] == ""
+        match token[0]:
+            case "{":
+                closers.append("}")
+            case "[":
+                closers.append("]")
+            case "}" | "]":
+                if not closers or closers.pop() != token[0]:
+                    return None
+            case _:
+                pass
+    if not text.startswith("{") or not 0 < len(closers) <= DEEPEST:
+        return None
+    body = _HALF_ESCAPE.sub(r"\1", text) + '"' if in_string else text.rstrip(", \t\r\n")
+    for missing in _MISSING:
+        try:
+            return cast(
+                "dict[str, JsonValue]",
+                json.loads(body + missing + "".join(reversed(closers)), strict=False, parse_constant=_refuse),
+            )
+        except ValueError:
+            continue
+    return None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)

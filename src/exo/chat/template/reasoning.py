@@ -1,21 +1,21 @@
-"""How a model is told whether and how much to reason."""
+"""The variables and prompt endings that control whether and how much a model reasons."""
 
 from pydantic import JsonValue
 
 from exo.chat.output.format import OutputFormat
 
+# Substitutes for levels that a template does not name. All templates with levels name low, medium and high.
 _NEAREST = {"minimal": "low", "xhigh": "high"}
-"""For templates that do not name these levels. All that know levels know low, medium and high."""
+# In harmony, reasoning is a message of its own. The next one begins with this.
 _NEXT_MESSAGE = "<|start|>assistant"
-"""Harmony has reasoning in a message of its own, behind which the next one begins."""
-_ANSWER_BEGUN = ("<|channel|>final<|message|>",)
-"""How a prompt ends in which the template itself has begun an answer without reasoning."""
+# The end of a prompt in which the template itself has begun an answer without reasoning.
+_ANSWER_BEGUN = "<|channel|>final<|message|>"
 
 
 def effort_variables(source: str, effort: str | None) -> list[dict[str, JsonValue]]:
-    """Sets of variables by which chat templates are told an effort, the most telling first; the last is empty.
+    """Returns sets of template variables for an effort, the most specific first. The last one is empty.
 
-    ``effort`` is "none", "minimal", "low", "medium", "high", "xhigh" or, where the request does not say, None.
+    ``effort`` is "none", "minimal", "low", "medium", "high", "xhigh", or None if the request has none.
     """
     if effort is None:
         return [{}]
@@ -29,7 +29,7 @@ def effort_variables(source: str, effort: str | None) -> list[dict[str, JsonValu
 
 
 def _switches(source: str, *, on: bool) -> list[dict[str, JsonValue]]:
-    """What turns reasoning on or off: most templates have the first, DeepSeek V3.1 the second, MiniMax M3 the last."""
+    # Most templates have the first of these, DeepSeek V3.1 the second, MiniMax M3 the last.
     mode = "enabled" if on else "disabled"
     modes: list[dict[str, JsonValue]] = [{"thinking_mode": mode}] if _names(source, mode) else []
     return [{"enable_thinking": on}, {"thinking": on}, *modes]
@@ -40,9 +40,9 @@ def _names(source: str, word: str) -> bool:
 
 
 def empty_reasoning(form: OutputFormat, prompt: str) -> str:
-    """What goes behind ``prompt``, as a chat template rendered it, so that the model's reply is without reasoning."""
+    """Returns the text to append to a rendered prompt so that the reply has no reasoning."""
     thinking = form.thinking
-    if thinking is None or prompt.rstrip().endswith((thinking.end.strip(), *_ANSWER_BEGUN)):
+    if thinking is None or prompt.rstrip().endswith((thinking.end.strip(), _ANSWER_BEGUN)):
         return ""
     begun = form.starts_in_reasoning(prompt)
     if form.name == "harmony":

@@ -1,10 +1,10 @@
 """The process that renders chat templates: ``python -m exo.chat.template.render_main``.
 
-A template comes with a model, so it may be hostile. It runs here, in a sandbox, without the server's memory and under
-limits of its own; whoever started the process ends it when an answer is late. One JSON object a line in (``source``
-and, to render and not only compile, ``variables`` and perhaps ``extra`` ones, each of which the template has to read),
-one a line out: ``text``, or ``raised`` when the template itself refused its input, or ``unread`` with the name of a
-variable that would have no effect, or ``error``. The first line out, an empty object, says that the process is up.
+A template comes with a model, so it may be hostile. It runs in a Jinja sandbox, in a process of its own with limited
+memory, which its owner ends if an answer takes too long. Each line on stdin is a JSON object with ``source`` and, to
+render and not only compile, ``variables`` and ``extra`` variables, which the template must read. Each line on stdout
+has ``text``, or ``raised`` if the template refused its input, or ``unread`` with the name of a variable that would have
+no effect, or ``error``. The first line, an empty object, means that the process is ready.
 """
 
 import json
@@ -20,8 +20,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import SandboxedEnvironment
 
 from exo.chat.template.sandbox_main import serve
-from exo.chat.template.token_marks import CLOSE, OPEN
 
+# The marks around special tokens that are taken literally (``exo.chat.template.special_tokens``). They are Unicode
+# noncharacters, which valid text does not contain.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 ADDRESS_SPACE = 512 << 20
 """Bytes of memory this process may map."""
 SECONDS = 5
@@ -41,7 +43,7 @@ _TEMPLATE_FAULTS = (
     TypeError,
     ValueError,
 )
-"""What a faulty template raises. Anything else ends the process, which its owner reports and replaces."""
+"""Exceptions of faulty templates. Any other ends the process, which its owner reports and replaces."""
 
 
 class RaisedByTemplateError(Exception):
@@ -49,7 +51,7 @@ class RaisedByTemplateError(Exception):
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's part for training; here only its body counts."""
+    """``{% generation %}`` marks the assistant's part for training. Only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - declared by Jinja as an instance's variable
 
@@ -84,14 +86,14 @@ def _tojson(
 
 
 def _listed(value: object) -> list[object]:
-    """For ``json.dumps``: what Jinja's filters such as ``map`` make is no list yet."""
+    """For ``json.dumps``: Jinja's filters such as ``map`` return iterators."""
     if isinstance(value, Iterator):
         return list(cast("Iterator[object]", value))
-    raise TypeError(f"a {type(value).__name__} is not JSON")
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
 class _Arguments(dict[str, object]):
-    """A call's arguments: an object to the templates that look inside or write it as JSON, its JSON to the others."""
+    """A call's arguments: an object for templates that look inside or use ``tojson``, its JSON for the others."""
 
     def __str__(self) -> str:
         return json.dumps(self, ensure_ascii=False)
@@ -104,7 +106,7 @@ class _Arguments(dict[str, object]):
 
 
 def _with_arguments(value: dict[str, object]) -> dict[str, object]:
-    """For ``json.loads``, which calls this with every object, the innermost first."""
+    """For ``json.loads``, which calls this for every object, innermost first."""
     if isinstance(arguments := value.get("arguments"), dict) and isinstance(value.get("name"), str):
         value["arguments"] = _Arguments(cast("dict[str, object]", arguments))
     return value
@@ -115,7 +117,7 @@ _FUNCTIONS: Mapping[str, Callable[[str], str]] = {"raise_exception": _raise_exce
 
 @lru_cache(maxsize=1)
 def _environment() -> SandboxedEnvironment:
-    """The dialect of Jinja that published chat templates are written in. Some append to lists, which are all theirs."""
+    """Returns the Jinja environment that published chat templates expect. They may modify lists, which are copies."""
     environment = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
     environment.filters["tojson"] = _tojson
     return environment
@@ -128,12 +130,12 @@ def _compiled(source: str) -> Template:
 
 @lru_cache(maxsize=16)
 def _read_by(source: str) -> frozenset[str]:
-    """The variables that the template reads."""
+    """Returns the variables that the template reads."""
     return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
 
 
 class UnreadVariableError(Exception):
-    """The template does not read this variable, so that giving it would have no effect; or it is not the caller's."""
+    """The template does not read this variable, so that it would have no effect, or callers may not set it."""
 
 
 _HAS_DEFAULT = re.compile(r"\benable_thinking\s*(?:is\s+(?:not\s+)?(?:defined|none|true)|\|\s*default)")
@@ -143,14 +145,14 @@ _BY_DEFAULT: Mapping[str, Callable[[Mapping[str, object]], object]] = {
     "functions": lambda variables: _tojson(variables.get("tools") or [], indent=2),
     "enable_thinking": lambda _: True,
 }
-"""What templates are given that read it and whose caller does not say."""
+"""Variables for templates that read them, if the caller does not set them."""
 
 
 def _all_variables(source: str, variables: Mapping[str, object], extra: Mapping[str, object]) -> Mapping[str, object]:
-    """All that the template is given. Raises ``UnreadVariableError``.
+    """Returns all variables of the template. Raises ``UnreadVariableError``.
 
-    Of ``variables`` only the tools have to be read. Templates call one switch by two names. A template that asks for
-    ``enable_thinking`` and does not tell what holds without it expects that it is on.
+    The template need not read ``variables``, except the tools. The switch for reasoning has two names. A template that
+    reads ``enable_thinking`` without a default expects that it is on.
     """
     read = _read_by(source)
     if variables.get("tools") and not read & {"tools", "functions"}:
@@ -168,7 +170,7 @@ def _all_variables(source: str, variables: Mapping[str, object], extra: Mapping[
 
 
 def render(source: str, variables: Mapping[str, object]) -> str:
-    """The rendered prompt. Raises whatever the template raises; ``ValueError`` for too much or for no valid text."""
+    """Returns the rendered prompt. Raises what the template raises, or ``ValueError`` if it is too long or invalid."""
     pieces: list[str] = []
     room = OUTPUT_LIMIT
     for piece in _compiled(source).generate(**variables):
@@ -182,7 +184,7 @@ def render(source: str, variables: Mapping[str, object]) -> str:
 
 
 def _rendered(source: str, variables: Mapping[str, object]) -> str:
-    """The same. A template that fails with tools of this form, or with none, gets the functions alone, or no item."""
+    """Renders the prompt. If the template fails, it gets the bare functions instead of tools, or an empty list."""
     try:
         return render(source, variables)
     except (TypeError, UndefinedError):
@@ -191,7 +193,7 @@ def _rendered(source: str, variables: Mapping[str, object]) -> str:
 
 
 def answer(line: bytes) -> dict[str, str]:
-    """The answer to one request line."""
+    """Returns the answer to one request line."""
     try:
         request = json.loads(line, object_hook=_with_arguments)
         source = request["source"]

@@ -1,27 +1,26 @@
-"""Chat templates: messages to prompt, through the process of ``exo.chat.template.render_main``."""
+"""Renders a conversation to a prompt with a chat template, in the process of ``exo.chat.template.render_main``."""
 
 import json
 from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-from exo.chat.template.fitting import ATTEMPTS, Names, fitting
+from exo.chat.template.fitting import ATTEMPTS, Names, fitting, outline
 from exo.chat.template.messages import template_messages
-from exo.chat.template.outline import outline
-from exo.chat.template.render_main import OUTPUT_LIMIT, SECONDS
-from exo.chat.template.reshaping import Message, reshaped
+from exo.chat.template.render_main import CLOSE, OPEN, OUTPUT_LIMIT, SECONDS
+from exo.chat.template.reshaping import ChatMessage, reshaped
 from exo.chat.template.sandbox import LimitedError, LimitedProcesses
-from exo.chat.template.special_tokens import SpecialTokens, special_tokens
-from exo.chat.template.token_marks import CLOSE, OPEN
+from exo.chat.template.special_tokens import special_tokens
 from exo.worker.protocol.messages import Capabilities, Text
 
 _ANSWER_LIMIT = 12 * OUTPUT_LIMIT + 1024
-"""Bytes of one answer line: JSON spends up to twelve on one character."""
+"""Bytes of one answer line. JSON needs up to twelve for one character."""
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-"""The variables that are not the caller's to set."""
+"""The variables that callers may not set."""
 _CUT = CLOSE + CLOSE
-"""Where the prompt ends, if it ends inside the last message. Marking never writes this."""
+"""Marks the end of a message to be continued. ``SpecialTokens.mark`` never writes this."""
 _MOST_FITS = 1024
+# Stands for the request's tools while reshapings are tried.
 _SOME_TOOL: dict[str, JsonValue] = {
     "type": "function",
     "function": {
@@ -30,19 +29,18 @@ _SOME_TOOL: dict[str, JsonValue] = {
         "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}},
     },
 }
-"""For trials, which need not know the real ones."""
 
 
 class TemplateError(Exception):
-    """The chat template cannot be used: it is faulty, too slow, or asks for too much."""
+    """The chat template is faulty, too slow, or needs too much memory."""
 
 
 class TemplateFailedError(TemplateError):
-    """The chat template raised an exception of Python's, perhaps because of the messages."""
+    """The chat template raised a Python exception, perhaps because of the messages."""
 
 
 class ConversationRefusedError(Exception):
-    """The chat template itself refused the messages; the text is the template's own."""
+    """The chat template refused the messages. The text of the error is the template's."""
 
 
 class ToolsUnsupportedError(TemplateError):
@@ -50,7 +48,7 @@ class ToolsUnsupportedError(TemplateError):
 
 
 class VariableRefusedError(ConversationRefusedError):
-    """The chat template does not read the variable called ``name``, or it is not the caller's to set."""
+    """The chat template does not read the variable ``name``, or callers may not set it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"this model's chat template does not take {name!r}")
@@ -58,14 +56,14 @@ class VariableRefusedError(ConversationRefusedError):
 
 
 class PromptTooLongError(Exception):
-    """The prompt cannot fit the context, whatever its tokens turn out to be."""
+    """The prompt cannot fit the context, however it is tokenized."""
 
 
 class TemplateWorker:
-    """A few rendering processes, started when first needed and replaced when they die or are late.
+    """A pool of rendering processes, started on demand and replaced when they die or take too long.
 
-    A request takes about a tenth of a millisecond. Where all processes are at work for long, each method raises
-    ``LimitedBusyError``.
+    A request takes about a tenth of a millisecond. Each method raises ``LimitedBusyError`` if all processes are busy
+    for too long.
     """
 
     def __init__(self) -> None:
@@ -73,13 +71,13 @@ class TemplateWorker:
         self._fits: dict[tuple[str, str], Names] = {}
 
     async def prepare(self, source: str) -> None:
-        """Starts a process and compiles ``source``, so that the first request need not. Raises ``TemplateError``."""
+        """Starts a process and compiles ``source`` ahead of the first request. Raises ``TemplateError``."""
         await self._ask({"source": source})
 
     async def render(
         self, source: str, variables: Mapping[str, object], extra: Mapping[str, object] | None = None
     ) -> str:
-        """The rendered text. The template must read each of the ``extra`` variables, and tools where there are any.
+        """Returns the rendered text. The template must read all ``extra`` variables, and the tools if there are any.
 
         Raises ``TemplateError`` and ``ConversationRefusedError``.
         """
@@ -94,20 +92,19 @@ class TemplateWorker:
     async def fit(
         self,
         source: str,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         variables: Mapping[str, object],
         extra: Mapping[str, object] | None = None,
     ) -> Names:
-        """The reshapings that the template needs for these messages. The other arguments are those of ``render``.
+        """Returns the reshapings that the template needs for these messages. Other arguments as in ``render``.
 
-        They depend on the outline of the conversation only, and are looked for once. Raises what ``render`` raises,
-        unless it is because of the messages.
+        The result is cached by the conversation's outline. Raises what ``render`` raises, unless the messages cause it.
         """
         plan = outline(messages)
         given = {**variables, "tools": [_SOME_TOOL] if variables.get("tools") else None}
         key = source, json.dumps([plan.messages, given, extra], default=str)
 
-        async def render(tried: Sequence[Message]) -> str | None:
+        async def render(tried: Sequence[ChatMessage]) -> str | None:
             try:
                 return await self.render(source, {**given, "messages": tried}, extra)
             except VariableRefusedError:
@@ -123,7 +120,7 @@ class TemplateWorker:
         return self._fits[key]
 
     async def aclose(self) -> None:
-        """Ends the processes, which have nothing to lose."""
+        """Ends the processes."""
         await self._processes.aclose()
 
     async def _ask(self, request: Mapping[str, object]) -> str:
@@ -152,13 +149,13 @@ async def chat_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> tuple[Text, ...]:
-    """The prompt that ``model.chat_template`` makes of ``messages``, which each have at least a ``role``.
+    """Returns the prompt that ``model.chat_template`` makes of ``messages``, each of which has at least a ``role``.
 
-    ``messages`` and ``tools`` are in OpenAI's form. ``variables`` are what else the template is to know, such as
-    ``enable_thinking``. With ``continue_final_message`` the prompt ends where the last message's content does.
+    ``messages`` and ``tools`` are in OpenAI's form. ``variables`` are further variables of the template, such as
+    ``enable_thinking``. With ``continue_final_message``, the prompt ends where the last message's content does.
 
-    What they say is taken literally, special tokens in it included. A template that writes the BOS text itself does not
-    double it: the runner's tokenizer adds BOS only where the prompt does not begin with it.
+    Text that looks like a special token is taken literally. A template that writes the BOS text itself does not double
+    it: the runner's tokenizer adds BOS only if the prompt does not begin with it.
 
     Raises ``TemplateError``, ``ToolsUnsupportedError``, ``ConversationRefusedError``, ``VariableRefusedError``,
     ``NoncharacterError`` and ``PromptTooLongError``.
@@ -166,9 +163,11 @@ async def chat_prompt(
     source = model.chat_template
     assert source is not None
     tokens = special_tokens(model.special_tokens)
-    told = template_messages(source, messages)
+    conversation = template_messages(source, messages)
     if continue_final_message:
-        _check_end(told[-1])
+        last = conversation[-1]
+        if last["role"] != "assistant" or last.get("tool_calls") or not isinstance(last.get("content"), str):
+            raise ConversationRefusedError("only an assistant message with text and without calls can be continued")
     given: dict[str, object] = {
         "tools": [tokens.mark(dict(tool)) for tool in tools] or None,
         "documents": None,
@@ -179,13 +178,16 @@ async def chat_prompt(
     extra = {name: tokens.mark(value) for name, value in (variables or {}).items()}
 
     async def rendered(names: Names) -> str:
-        marked = [_marked(tokens, message) for message in reshaped(told, names)]
+        marked = [
+            {key: value if key == "role" else tokens.mark(value) for key, value in message.items()}
+            for message in reshaped(conversation, names)
+        ]
         if continue_final_message:
             _mark_end(marked[-1])
         return await worker.render(source, {**given, "messages": marked}, extra)
 
     try:
-        text = await rendered(await worker.fit(source, told, given, extra))
+        text = await rendered(await worker.fit(source, conversation, given, extra))
     except VariableRefusedError:
         raise
     except (ConversationRefusedError, TemplateFailedError) as refused:
@@ -194,21 +196,14 @@ async def chat_prompt(
         except (ConversationRefusedError, TemplateFailedError):
             raise refused from None
     if continue_final_message:
-        text = _cut(text)
+        text, found, _ = text.rpartition(_CUT)
+        if not found:
+            raise TemplateError("the chat template leaves out the message to be continued")
     if (places := text.count(OPEN)) > model.context_length:  # each is at least one token, and costs time to split off
         raise PromptTooLongError(
             f"the prompt has at least {places} tokens, but the context holds {model.context_length}"
         )
     return tokens.split(text)
-
-
-def _marked(tokens: SpecialTokens, message: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    return {key: value if key == "role" else tokens.mark(value) for key, value in message.items()}
-
-
-def _check_end(last: Mapping[str, JsonValue]) -> None:
-    if last["role"] != "assistant" or last.get("tool_calls") or not isinstance(last.get("content"), str):
-        raise ConversationRefusedError("only an assistant's message that is text and no call can be continued")
 
 
 def _mark_end(last: dict[str, JsonValue]) -> None:
@@ -217,10 +212,3 @@ def _mark_end(last: dict[str, JsonValue]) -> None:
             last["content"] = [{"type": "text", "text": text + _CUT}]
         case content:
             last["content"] = f"{content}{_CUT}"
-
-
-def _cut(text: str) -> str:
-    before, found, _ = text.rpartition(_CUT)
-    if not found:
-        raise TemplateError("the chat template leaves out the message that is to be continued")
-    return before

@@ -1,7 +1,7 @@
 """Ways to write a conversation so that a chat template with restrictions accepts it. None of them loses text.
 
-Messages come here as ``exo.chat.template.messages`` makes them: the arguments of calls are objects, and the results of
-calls follow the message that has the calls.
+Messages are in the form that ``exo.chat.template.messages`` makes: the arguments of calls are objects, and the results
+of calls follow the message with the calls. ``exo.chat.template.fitting`` chooses the reshapings that a template needs.
 """
 
 import json
@@ -11,38 +11,38 @@ from typing import cast
 
 from pydantic import JsonValue
 
-Message = dict[str, JsonValue]
-Reshaping = Callable[[list[Message]], list[Message]]
+ChatMessage = dict[str, JsonValue]
+Reshaping = Callable[[list[ChatMessage]], list[ChatMessage]]
 
 _SYSTEM = ("system", "developer")
 _BETWEEN = "\n\n"
 
 
 def short_id(whole: str) -> str:
-    """A call's id for a chat template: nine letters and digits, since Mistral's refuse any other length."""
+    """Returns a call's id of nine letters and digits. Mistral's templates refuse any other length."""
     return sha256(whole.encode()).hexdigest()[:9]
 
 
 def text_of(message: Mapping[str, JsonValue]) -> str:
-    """The message's content, which is text unless ``in_parts`` has made it parts."""
+    """Returns the message's text, or "" if its content is missing or in parts."""
     content = message.get("content")
     return content if isinstance(content, str) else ""
 
 
 def calls_of(message: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
-    """The calls in a message, which are objects with a ``function``."""
+    """Returns the message's calls, which are objects with a ``function``."""
     calls = message.get("tool_calls")
     return cast("list[dict[str, JsonValue]]", calls) if isinstance(calls, list) else []
 
 
-def short_ids(messages: list[Message]) -> list[Message]:
-    """Each call's id has nine letters and digits."""
+def short_ids(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Shortens the ids of calls to nine letters and digits."""
 
-    def shortened(holder: Mapping[str, JsonValue], key: str) -> Message:
+    def shortened(holder: Mapping[str, JsonValue], key: str) -> ChatMessage:
         identity = holder.get(key)
         return {**holder, key: short_id(identity)} if isinstance(identity, str) else {**holder}
 
-    made: list[Message] = []
+    made: list[ChatMessage] = []
     for message in messages:
         one = shortened(message, "tool_call_id")
         if calls := calls_of(message):
@@ -51,71 +51,71 @@ def short_ids(messages: list[Message]) -> list[Message]:
     return made
 
 
-def developer_to_system(messages: list[Message]) -> list[Message]:
-    """The developer, who is the system by a newer name, is the system."""
+def developer_to_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Renames the role "developer", OpenAI's newer name of "system"."""
     return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
-def late_system_to_user(messages: list[Message]) -> list[Message]:
-    """A system message after the beginning is the user's, where it stands."""
+def late_system_to_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Gives system messages after the beginning to the user, in their place."""
     first = _beginning(messages)
     return messages[:first] + [
         {**message, "role": "user"} if message["role"] in _SYSTEM else message for message in messages[first:]
     ]
 
 
-def one_system(messages: list[Message]) -> list[Message]:
-    """The system messages at the beginning are one."""
+def one_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Joins the system messages at the beginning."""
     first = _beginning(messages)
     return [*_joined(messages[:first]), *messages[first:]]
 
 
-def no_system(messages: list[Message]) -> list[Message]:
-    """What the system says at the beginning opens the first message, which is the user's."""
+def no_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Gives the system messages at the beginning to the user, joined."""
     first = _beginning(messages)
     return [*_joined({**message, "role": "user"} for message in messages[:first]), *messages[first:]]
 
 
-def results_to_user(messages: list[Message]) -> list[Message]:
-    """The result of a call that is not in the conversation is the user's."""
+def results_to_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Gives results to the user whose calls are not in the conversation."""
     called: set[JsonValue] = set()
-    made: list[Message] = []
+    made: list[ChatMessage] = []
     for message in messages:
         called.update(cast("str", call.get("id")) for call in calls_of(message))
         if message["role"] == "tool" and message.get("tool_call_id") not in called:
-            message = _said("user", text_of(message))
+            message = _message("user", text_of(message))
         made.append(message)
     return made
 
 
-def calls_to_text(messages: list[Message]) -> list[Message]:
-    """Calls are JSON in the assistant's text, and their results are the user's."""
-    made: list[Message] = []
+def calls_to_text(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Writes calls as JSON in the assistant's text, and gives their results to the user."""
+    made: list[ChatMessage] = []
     for message in messages:
         if message["role"] == "tool":
-            message = _said("user", text_of(message))
+            message = _message("user", text_of(message))
         elif calls := calls_of(message):
-            said = [text_of(message), *(_written(call) for call in calls)]
+            texts = [text_of(message), *(_as_json(call) for call in calls)]
             kept = {key: value for key, value in message.items() if key != "tool_calls"}
-            message = {**kept, "content": "\n".join(filter(None, said))}
+            message = {**kept, "content": "\n".join(filter(None, texts))}
         made.append(message)
     return made
 
 
-def content_apart(messages: list[Message]) -> list[Message]:
-    """What the assistant says before a call is a message of its own."""
-    made: list[Message] = []
+def content_apart(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Moves the assistant's text before a call to a message of its own."""
+    made: list[ChatMessage] = []
     for message in messages:
         if calls_of(message) and text_of(message):
-            made.append(_said("assistant", text_of(message)))
+            made.append(_message("assistant", text_of(message)))
             message = {**message, "content": ""}
         made.append(message)
     return made
 
 
-def one_call_each(messages: list[Message]) -> list[Message]:
-    """A message has one call, and the call's result follows it."""
-    made: list[Message] = []
+def one_call_each(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Splits messages with several calls, so that each call is followed by its result."""
+    made: list[ChatMessage] = []
     at = 0
     while at < len(messages):
         message = messages[at]
@@ -124,21 +124,21 @@ def one_call_each(messages: list[Message]) -> list[Message]:
         if len(calls) < 2:
             made.append(message)
             continue
-        results: list[Message] = []
+        results: list[ChatMessage] = []
         while at < len(messages) and messages[at]["role"] == "tool":
             results.append(messages[at])
             at += 1
         for call in calls:
             made.append({**message, "tool_calls": [call]})
             made += [result for result in results if result.get("tool_call_id") == call.get("id")]
-            message = {"role": "assistant", "content": message["content"] and ""}  # said once, before the first
+            message = {"role": "assistant", "content": message["content"] and ""}  # the text precedes the first call
         ids = [call.get("id") for call in calls]
         made += [result for result in results if result.get("tool_call_id") not in ids]
     return made
 
 
-def no_empty_reply(messages: list[Message]) -> list[Message]:
-    """The assistant's messages without content and calls are left out, except a last one, which may be continued."""
+def no_empty_reply(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Leaves out the assistant's messages without content and calls. The last one stays, since it may be continued."""
     return [
         message
         for message in messages
@@ -146,9 +146,9 @@ def no_empty_reply(messages: list[Message]) -> list[Message]:
     ]
 
 
-def one_turn(messages: list[Message]) -> list[Message]:
-    """Neighbours of the user's, or of the assistant's without calls, are one message."""
-    made: list[Message] = []
+def one_turn(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Joins consecutive messages of the user, and of the assistant if they have no calls."""
+    made: list[ChatMessage] = []
     for message in messages:
         before = made[-1] if made else None
         if (
@@ -164,9 +164,9 @@ def one_turn(messages: list[Message]) -> list[Message]:
     return made
 
 
-def user_to_result(messages: list[Message]) -> list[Message]:
-    """What the user says directly after a call's result goes on with the result."""
-    made: list[Message] = []
+def user_to_result(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Appends the user's message directly after a call's result to the result."""
+    made: list[ChatMessage] = []
     for message in messages:
         if made and made[-1]["role"] == "tool" and message["role"] == "user":
             made[-1] = _join(made[-1], {"content": text_of(message)})
@@ -175,40 +175,41 @@ def user_to_result(messages: list[Message]) -> list[Message]:
     return made
 
 
-def turns_in_turn(messages: list[Message]) -> list[Message]:
-    """User and assistant alternate, calls and results aside, and the user begins; empty messages fill the gaps."""
+def turns_in_turn(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Makes user and assistant alternate, calls and results aside, beginning with the user. Adds empty messages."""
     first = _beginning(messages)
     made = messages[:first]
     if not messages[first:] or messages[first]["role"] != "user":
-        made.append(_said("user", ""))
-    last, spoke = "user" if made[first:] else "assistant", len(made)
+        made.append(_message("user", ""))
+    # ``turn_end`` is the place after the last turn, where calls and results may have followed since.
+    last, turn_end = "user" if made[first:] else "assistant", len(made)
     for message in messages[first:]:
         role = message["role"]
         if role in ("user", "assistant") and not calls_of(message):
             if role == last == "user":
-                made.append(_said("assistant", ""))
+                made.append(_message("assistant", ""))
             elif role == last:
-                made.insert(spoke, _said("user", ""))
-            last, spoke = role, len(made) + 1
+                made.insert(turn_end, _message("user", ""))
+            last, turn_end = role, len(made) + 1
         made.append(message)
     return made
 
 
-def empty_as_text(messages: list[Message]) -> list[Message]:
-    """Content that is missing is empty text."""
+def empty_as_text(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Writes missing content as empty text."""
     return [{**message, "content": ""} if message["content"] is None else message for message in messages]
 
 
-def empty_as_none(messages: list[Message]) -> list[Message]:
-    """Empty content beside calls is missing."""
+def empty_as_none(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Omits empty content next to calls."""
     return [
         {**message, "content": None} if calls_of(message) and not message["content"] else message
         for message in messages
     ]
 
 
-def in_parts(messages: list[Message]) -> list[Message]:
-    """Content is a list of one part."""
+def in_parts(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Writes content as a list of one part."""
     return [
         {**message, "content": [{"type": "text", "text": content}]}
         if isinstance(content := message.get("content"), str)
@@ -238,11 +239,11 @@ RESHAPINGS: Mapping[str, Reshaping] = {
         in_parts,
     )
 }
-"""By name, in the order in which they are applied."""
+"""The reshapings by name, in the order in which they are applied."""
 
 
-def reshaped(messages: Sequence[Message], names: Iterable[str]) -> list[Message]:
-    """The messages after the reshapings of these names."""
+def reshaped(messages: Sequence[ChatMessage], names: Iterable[str]) -> list[ChatMessage]:
+    """Returns the messages after the named reshapings."""
     chosen = set(names)
     made = list(messages)
     for name, reshape in RESHAPINGS.items():
@@ -251,13 +252,13 @@ def reshaped(messages: Sequence[Message], names: Iterable[str]) -> list[Message]
     return made
 
 
-def _beginning(messages: Sequence[Message]) -> int:
-    """How many messages at the beginning are the system's."""
+def _beginning(messages: Sequence[ChatMessage]) -> int:
+    """Returns how many messages at the beginning are the system's."""
     return next((at for at, message in enumerate(messages) if message["role"] not in _SYSTEM), len(messages))
 
 
-def _join(before: Message, after: Mapping[str, JsonValue]) -> Message:
-    """Both as one message, with the fields of either; texts that both have follow each other."""
+def _join(before: ChatMessage, after: Mapping[str, JsonValue]) -> ChatMessage:
+    """Joins two messages. The fields of either are kept, and their texts concatenated."""
     made = {**before, **after}
     for key in ("content", "reasoning_content", "thinking"):
         texts = [text for each in (before, after) if isinstance(text := each.get(key), str) and text]
@@ -266,18 +267,18 @@ def _join(before: Message, after: Mapping[str, JsonValue]) -> Message:
     return made
 
 
-def _joined(messages: Iterable[Message]) -> list[Message]:
-    made: list[Message] = []
+def _joined(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
+    made: list[ChatMessage] = []
     for message in messages:
         made = [_join(made[0], {**message, "role": made[0]["role"]})] if made else [message]
     return made
 
 
-def _said(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> ChatMessage:
     return {"role": role, "content": content}
 
 
-def _written(call: Mapping[str, JsonValue]) -> str:
+def _as_json(call: Mapping[str, JsonValue]) -> str:
     function = call.get("function")
     assert isinstance(function, dict)
     return json.dumps({"name": function.get("name"), "arguments": function.get("arguments")}, ensure_ascii=False)

@@ -1,8 +1,8 @@
-"""Text that looks like a special token, taken literally.
+"""Keeps text that looks like a special token literal.
 
-A user who writes "<|im_end|>" must not end their turn with it. Before a chat template is rendered, every such place in
-the user's own strings is put between two marks; afterwards the marks tell those places from the special tokens that
-the template itself wrote.
+A user who writes "<|im_end|>" must not end their turn with it. Before a chat template is rendered, every special token
+in the user's strings is put between two marks. Afterwards the marks distinguish them from the special tokens that the
+template itself wrote.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import overload
 
 from pydantic import JsonValue
 
-from exo.chat.template.token_marks import CLOSE, OPEN
+from exo.chat.template.render_main import CLOSE, OPEN
 from exo.worker.protocol.messages import Text
 
 _MARKS = re.compile(f"([{OPEN}{CLOSE}])")
@@ -21,14 +21,14 @@ _DEEPEST = 64
 
 
 class NoncharacterError(ValueError):
-    """The input holds one of the characters that serve as marks."""
+    """The input contains one of the characters that serve as marks."""
 
     def __init__(self) -> None:
         super().__init__("the noncharacters U+FDD0 and U+FDD1 are not accepted in text")
 
 
 class SpecialTokens:
-    """Marks and finds again the special tokens of one vocabulary. Immutable."""
+    """Marks the special tokens of one vocabulary in text, and finds the marks again. Immutable."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self._sorted = sorted({token for token in tokens if token})
@@ -40,9 +40,9 @@ class SpecialTokens:
     @overload
     def mark(self, value: JsonValue) -> JsonValue: ...
     def mark(self, value: JsonValue) -> JsonValue:
-        """The same value with every special token in its strings between marks. Raises ``NoncharacterError``.
+        """Returns ``value`` with every special token in its strings between marks. Raises ``NoncharacterError``.
 
-        The end of a string is marked too where a special token might begin there: the template may put another of the
+        The end of a string is marked too if a special token may begin there, since the template may put another of the
         user's strings next to it.
         """
         if isinstance(value, str):
@@ -54,7 +54,7 @@ class SpecialTokens:
         return value
 
     def split(self, text: str) -> tuple[Text, ...]:
-        """The rendered text as stretches without marks; a template may have lost or moved one of a pair."""
+        """Splits the rendered text at the marks. A template may have lost or moved one of a pair."""
         stretches: list[Text] = []
         opened = False
         for piece in _MARKS.split(text):
@@ -77,7 +77,7 @@ class SpecialTokens:
         return marked + OPEN + text[len(body) :] + CLOSE if tail else marked
 
     def _tail(self, text: str) -> int:
-        """Length of the longest end of ``text`` that is the beginning of a special token but no whole one."""
+        """Returns the length of the longest end of ``text`` that is a proper prefix of a special token."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if self._begins_token(text[-length:]):
                 return length
@@ -88,7 +88,7 @@ class SpecialTokens:
         return at < len(self._sorted) and self._sorted[at] != start and self._sorted[at].startswith(start)
 
     def _literal_length(self, piece: str) -> int:
-        """How much of the text after an opening mark was marked."""
+        """Returns how much of the text after an opening mark was marked."""
         if self._begins_token(piece):
             return len(piece)
         match = self._any.match(piece) if self._any is not None else None
@@ -104,9 +104,9 @@ def _append(stretches: list[Text], text: str, *, special: bool) -> None:
 
 
 def _pattern(tokens: list[str], depth: int = 0) -> str:
-    """A regular expression for the longest of ``tokens``, factored by common beginnings.
+    """Returns a regular expression for the longest of ``tokens``, factored by common prefixes.
 
-    A plain alternation of some thousand tokens that all begin with "<" would be tried whole at every "<".
+    A plain alternation of a thousand tokens that all begin with "<" would try each of them at every "<".
     """
     prefix = _common_prefix(tokens)
     by_next: dict[str, list[str]] = {}
@@ -133,5 +133,5 @@ def _common_prefix(tokens: list[str]) -> str:
 
 @lru_cache(maxsize=32)
 def special_tokens(tokens: tuple[str, ...]) -> SpecialTokens:
-    """The marks for a vocabulary's special tokens, made once."""
+    """Returns the marks for a vocabulary's special tokens, compiled once."""
     return SpecialTokens(tokens)
