@@ -55,7 +55,7 @@ class AnthropicTool(RequestBody):
 
     def tool(self) -> Tool:
         """The same in no dialect."""
-        return Tool(self.name, self.description, self.input_schema, self.strict)
+        return Tool(self.name, self.description, self.input_schema)
 
 
 class AnthropicToolChoice(RequestBody):

@@ -48,7 +48,7 @@ class FunctionDefinition(RequestBody):
 
     def tool(self) -> Tool:
         """The same in no dialect."""
-        return Tool(self.name, self.description, self.parameters, self.strict)
+        return Tool(self.name, self.description, self.parameters)
 
 
 class ToolDefinition(RequestBody):

@@ -14,8 +14,6 @@ class Tool:
     name: str
     description: str
     parameters: Mapping[str, JsonValue]
-    strict: bool = False
-    """Whether the arguments must follow the schema."""
 
     @property
     def schema(self) -> dict[str, JsonValue]:

@@ -18,6 +18,11 @@ _WORD = re.compile(r"[-+.\w]*", re.ASCII)
 _SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 _LONGEST_WORD = 400
+# The end of a truncated value, by what was expected next. A missing value is null.
+_TRUNCATED = {
+    **{"in string": '"', "in key": '": null', "colon": ": null", "value": "null"},
+    **{"key or }": "", "value or ]": ""},
+}
 
 
 @final
@@ -60,11 +65,17 @@ class JsonObject:
         """Returns the undecided text: a comma, or the beginning of a number, a word or an escape."""
         return "".join(self._comma) + self._word + self._escape
 
-    def complete(self) -> bool:
-        """Closes the open brackets at the end of the text, if nothing else is missing. Returns ``whole``."""
+    def complete(self, *, truncated: bool = False) -> bool:
+        """Closes the open brackets at the end of the text, if nothing else is missing. Returns ``whole``.
+
+        With ``truncated``, the text may also end in a string or before a value, but not in an incomplete word.
+        """
         if self._expected == "word" and (word := _scalar(self._word)):
             self._written.append(word)
             self._word, self._expected = "", "comma"
+        if truncated and not self.broken and self._expected in _TRUNCATED:
+            self._written.append(_TRUNCATED[self._expected])
+            self._expected = "comma"
         if self._expected == "comma" and self._closers:
             self._written += reversed(self._closers)
             self.whole, self.broken = True, False

@@ -6,11 +6,10 @@ These steps suit every template. Steps that only some templates need are in ``ex
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, cast
 
 from pydantic import JsonValue
 
-from exo.chat.output.json_scanner import DEEPEST, JsonObject
+from exo.chat.output.json_scanner import JsonObject
 from exo.chat.template.reshaping import ChatMessage, calls_of, text_of
 
 _ASKS_FOR_NONE = re.compile(r"content['\"\])]*\s+is\s+(?:not\s+)?none")
@@ -20,10 +19,6 @@ _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
 # Kimi K2's templates write a call's id where others write its name.
 _IDS_ARE_NAMES = "<|tool_calls_section_begin|>"
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?P<end>"?)|[{}\[\]]', re.DOTALL)
-_HALF_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9A-Fa-f]{0,3})?$")
-_MISSING = ("", "null", ":null")
-"""Texts of which one may be missing before the brackets of a truncated object close."""
 _ONLY_ARGUMENT = "arguments"
 """The name of the argument that holds arguments that are not an object."""
 
@@ -135,41 +130,6 @@ def arguments_object(arguments: JsonValue) -> dict[str, JsonValue]:
     if text in ("", "null"):
         return {}
     found = JsonObject()
-    if found.read(text, 0) == len(text) and found.whole:
+    if found.read(text, 0) == len(text) and found.complete(truncated=True):
         return json.loads(found.taken())
-    closed = _closed(text)
-    return {_ONLY_ARGUMENT: arguments} if closed is None else closed
-
-
-def _closed(text: str) -> dict[str, JsonValue] | None:
-    """Returns the object that begins with ``text``, or None if none does."""
-    closers: list[str] = []
-    in_string = False
-    for token in _TOKEN.finditer(text):
-        in_string = token["end"] == ""
-        match token[0]:
-            case "{":
-                closers.append("}")
-            case "[":
-                closers.append("]")
-            case "}" | "]":
-                if not closers or closers.pop() != token[0]:
-                    return None
-            case _:
-                pass
-    if not text.startswith("{") or not 0 < len(closers) <= DEEPEST:
-        return None
-    body = _HALF_ESCAPE.sub(r"\1", text) + '"' if in_string else text.rstrip(", \t\r\n")
-    for missing in _MISSING:
-        try:
-            return cast(
-                "dict[str, JsonValue]",
-                json.loads(body + missing + "".join(reversed(closers)), strict=False, parse_constant=_refuse),
-            )
-        except ValueError:
-            continue
-    return None
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
+    return {_ONLY_ARGUMENT: arguments}

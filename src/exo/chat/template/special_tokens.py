@@ -9,6 +9,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable
 from functools import lru_cache
+from os.path import commonprefix
 from typing import overload
 
 from pydantic import JsonValue
@@ -108,7 +109,7 @@ def _pattern(tokens: list[str], depth: int = 0) -> str:
 
     A plain alternation of a thousand tokens that all begin with "<" would try each of them at every "<".
     """
-    prefix = _common_prefix(tokens)
+    prefix = commonprefix(tokens)
     by_next: dict[str, list[str]] = {}
     for token in tokens:
         if rest := token[len(prefix) :]:
@@ -121,14 +122,6 @@ def _pattern(tokens: list[str], depth: int = 0) -> str:
         return re.escape(prefix)
     optional = "?" if prefix in tokens else ""
     return re.escape(prefix) + f"(?:{'|'.join(branches)}){optional}"
-
-
-def _common_prefix(tokens: list[str]) -> str:
-    first, last = min(tokens), max(tokens)
-    same = 0
-    while same < len(first) and first[same] == last[same]:
-        same += 1
-    return first[:same]
 
 
 @lru_cache(maxsize=32)

@@ -57,7 +57,7 @@ class CustomTool(RequestBody):
             "required": [_INPUT],
             "additionalProperties": False,
         }
-        return Tool(self.name, "\n\n".join(filter(None, texts)), parameters, strict=True)
+        return Tool(self.name, "\n\n".join(filter(None, texts)), parameters)
 
 
 def _callable(value: JsonValue) -> FunctionTool | CustomTool | VendorTool:
@@ -176,7 +176,7 @@ def offered(tools: Sequence[ResponsesTool]) -> Iterator[OfferedTool]:
             if isinstance(one, VendorTool):
                 continue
             tool = one.tool()
-            named = Tool(told_name(namespace, one.name), tool.description, tool.parameters, tool.strict)
+            named = Tool(told_name(namespace, one.name), tool.description, tool.parameters)
             custom = isinstance(one, CustomTool)
             has_grammar = isinstance(one, CustomTool) and bool(one.format.definition)
             yield OfferedTool(named, one.name, namespace, custom, has_grammar)
