@@ -360,7 +360,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"options": 5}, "options: "),
     ({"keep_alive": "soon"}, "keep_alive: must be"),
     ({"format": "xml"}, "format: must be 'json' or a JSON Schema"),
-    ({"format": {"type": "no"}}, "format.type: 'no' is no type"),
+    ({"format": {"type": "no"}}, "format.type: 'no' is not a type"),
     ({"think": "much"}, "think: must be"),
     ({"top_logprobs": 1}, "top_logprobs: only allowed where logprobs is true"),
     ({"messages": [{"role": "user", "content": "x", "images": ["eA=="]}]}, "messages.0.images: not supported"),

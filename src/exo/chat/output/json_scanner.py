@@ -20,8 +20,12 @@ _PYTHON = {"True": "true", "False": "false", "None": "null"}
 _LONGEST_WORD = 400
 # The end of a truncated value, by what was expected next. A missing value is null.
 _TRUNCATED = {
-    **{"in string": '"', "in key": '": null', "colon": ": null", "value": "null"},
-    **{"key or }": "", "value or ]": ""},
+    "in string": '"',
+    "in key": '": null',
+    "colon": ": null",
+    "value": "null",
+    "key or }": "",
+    "value or ]": "",
 }
 
 

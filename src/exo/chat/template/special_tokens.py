@@ -109,7 +109,7 @@ def _pattern(tokens: list[str], depth: int = 0) -> str:
 
     A plain alternation of a thousand tokens that all begin with "<" would try each of them at every "<".
     """
-    prefix = commonprefix(tokens)
+    prefix = commonprefix(tokens)  # noqa: RUF071 - these are not paths
     by_next: dict[str, list[str]] = {}
     for token in tokens:
         if rest := token[len(prefix) :]:

@@ -1,4 +1,4 @@
-"""What llguidance says is wrong with a grammar, in words for the client that sent it."""
+"""Rewrites llguidance's error messages about a grammar for the client that sent it."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from pydantic import JsonValue
 
 _LONGEST = 300
 _DEAD_END = "NoExtension"
-"""How llguidance says that no token is allowed."""
+"""llguidance's error if no token is allowed."""
 _LINE_OF_SOURCE = re.compile(r"\s*\d+ \| ")
 _JSON_IN_LARK = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*)", re.DOTALL)
 _JSON = re.compile(r"%json (\{.*\})$")
 _NAMED = "$comment"
-"""The keyword in which a schema within a larger grammar says whose it is."""
+"""The keyword that holds the owner of a schema within a larger grammar."""
 
 _REASONS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
@@ -31,15 +31,14 @@ _REASONS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"oneOf constraints are not supported", lambda _: "oneOf is enforced only where its schemas exclude each other"),
     (r"Unknown format: (.*)", lambda found: f"the format {found[1]!r} cannot be enforced"),
     (
-        r"Pointer '(.*)' does not exist",
+        r"(?:Pointer|Anchor) '(.*)' does not exist",
         lambda found: f"$ref: '#{found[1]}' is not in the schema",
     ),
-    (r"Anchor '(.*)' does not exist", lambda found: f"$ref: '#{found[1]}' is not in the schema"),
     (
         r"Resource '(.*)' is not present",
         lambda found: f"$ref: {found[1]!r} is another document; references must stay within the schema",
     ),
-    (r"Invalid URI reference '(.*)'", lambda found: f"$id or $ref: {found[1]!r} is no URI reference"),
+    (r"Invalid URI reference '(.*)'", lambda found: f"$id or $ref: {found[1]!r} is not a URI reference"),
     (
         r"required property '(.*)' is unsatisfiable",
         lambda found: f"nothing matches the schema: the required property {found[1]!r} can have no value",
@@ -62,11 +61,11 @@ _REASONS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"too (large|many)|limit", lambda _: "the schema is too large"),
     (r"unknown field `(.*?)`", lambda found: f"x-guidance: there is no option {found[1]!r}"),
 )
-"""Findings about JSON Schemas. The first that fits is meant."""
+"""Patterns of llguidance's errors about JSON Schemas, and the messages for them. The first match counts."""
 
 
 def explain(error: str, *, syntax: str, source: str) -> str:
-    """The finding on one line. ``source`` is the grammar, in which lines are counted as the finding counts them."""
+    """Returns the error on one line. ``source`` is the grammar whose lines the error refers to."""
     if error.startswith(_DEAD_END):
         return "no token can follow, so nothing matches it"
     if match := _JSON_IN_LARK.match(error):
@@ -76,7 +75,7 @@ def explain(error: str, *, syntax: str, source: str) -> str:
 
 
 def named(schema: Mapping[str, JsonValue], owner: str) -> dict[str, JsonValue]:
-    """A schema that is to become part of a larger grammar, so that findings about it begin with ``owner``."""
+    """Returns a schema for use in a larger grammar. Errors about it will begin with ``owner``."""
     return {**schema, _NAMED: owner}
 
 

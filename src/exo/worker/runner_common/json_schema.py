@@ -1,7 +1,7 @@
-"""A JSON Schema as grammars can enforce it, and what of it they do not.
+"""Rewrites a JSON Schema to one that grammars can enforce.
 
-Annotations lose nothing by being left out. A keyword that restricts values is rewritten into one that grammars know,
-or refused by name, except for ``uniqueItems``, overlapping ``oneOf`` and unknown formats, which are noted.
+Annotations are dropped. A keyword that restricts values is rewritten to keywords that grammars support, or refused by
+name. ``uniqueItems``, overlapping ``oneOf``, unknown formats and a few more are not enforced, with a note for each.
 """
 
 import json
@@ -14,10 +14,8 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from exo.worker.runner_common.schema_overlap import disjoint, resolve, target_of, type_of
+from exo.worker.runner_common.schema_overlap import Schema, disjoint, resolve, target_of, type_of
 from exo.worker.runner_common.schema_pattern import without_look_ahead
-
-Schema = dict[str, JsonValue]
 
 FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"},
@@ -25,35 +23,23 @@ FORMATS = frozenset(
 """Formats that grammars enforce."""
 TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 
+# Keywords by what they hold: schemas by name, one schema, schemas in a list, or values.
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _DEFINITIONS = ("$defs", "definitions")
+# Keywords that concern the schema itself and not the values that match it.
 _OF_PLACE = {*_DEFINITIONS, "$schema", "$id", "$anchor", "x-guidance"}
-"""Keywords that belong to the place of a schema, and not to the values that match it."""
 _EXCLUDING_NULL = {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
 _OF_ONE = ("additionalProperties", "items", "additionalItems")
 _OF_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 _OF_VALUES = ("const", "enum", "default", "example", "examples")
-"""Keywords that hold schemas by name, one schema, schemas in a list, and no schema."""
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+# Keywords with schemas that see the same value, so that what they evaluate is not "unevaluated" next to them.
 _EVALUATING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "contains", "dependentSchemas", "$dynamicRef"}
-"""Keywords whose schemas evaluate members of the value besides those that are next to them."""
 _UNENFORCEABLE = (
-    "not",
-    "if",
-    "then",
-    "else",
-    "contains",
-    "minContains",
-    "maxContains",
-    "dependencies",
-    "dependentRequired",
-    "dependentSchemas",
-    "propertyNames",
-    "unevaluatedItems",
-    "unevaluatedProperties",
-    "$dynamicRef",
-    "$recursiveRef",
+    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames"),
+    *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
+    *("$dynamicRef", "$recursiveRef"),
 )
 _NOTES = {"title", "description", "default", "example", "examples", "deprecated", "$comment", "readOnly", "writeOnly"}
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0[4-7])/schema#?")
@@ -68,11 +54,12 @@ _LARGEST_BOUND = 1e18
 LONGEST_SOURCE = 1 << 20
 """Characters of a grammar."""
 WHITESPACE = r"[ \t\n]{0,20}"
-"""Between the parts of JSON, unless the schema says otherwise: a model that may go on with blanks for ever does."""
+"""White space between the parts of JSON, unless the schema defines it. If it were unlimited, some models would write
+it without end."""
 
 
 class SchemaError(Exception):
-    """A schema cannot be enforced. The message begins with the place of the keyword at fault."""
+    """A schema cannot be enforced. The message begins with ``where``, the path of the keyword at fault."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(": ".join(filter(None, (where, reason))))
@@ -81,8 +68,8 @@ class SchemaError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """A keyword that is not enforced. ``where`` is its place in the schema."""
+class SchemaNote:
+    """A keyword that is not enforced. ``where`` is its path in the schema."""
 
     where: str
     text: str
@@ -90,14 +77,14 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Enforced:
-    """A schema that grammars can enforce, with notes about what they do not."""
+    """A schema that grammars can enforce, with notes about keywords that are not enforced."""
 
     schema: JsonValue
-    notes: tuple[Note, ...]
+    notes: tuple[SchemaNote, ...]
 
 
 def enforced(schema: JsonValue) -> Enforced:
-    """``schema`` as grammars can enforce it. Raises ``SchemaError``."""
+    """Rewrites ``schema`` to one that grammars can enforce. Raises ``SchemaError``."""
     rewriting = _Rewriting(schema)
     try:
         made = rewriting.schema(schema, "")
@@ -108,7 +95,7 @@ def enforced(schema: JsonValue) -> Enforced:
 
 
 def guided(schema: JsonValue) -> JsonValue:
-    """An enforced schema with what its compiler has to know besides."""
+    """Adds llguidance's options to an enforced schema."""
     if not isinstance(schema, dict):
         return schema
     given = schema.get("x-guidance", {})
@@ -122,10 +109,10 @@ def guided(schema: JsonValue) -> JsonValue:
 @dataclass
 class _Rewriting:
     root: JsonValue
-    notes: list[Note] = field(default_factory=list[Note])
+    notes: list[SchemaNote] = field(default_factory=list[SchemaNote])
     schemas: int = 0
     unenforceable: dict[int, SchemaError] = field(default_factory=dict[int, SchemaError])
-    """Why a definition cannot be enforced, by its identity."""
+    """The errors of definitions that cannot be enforced, by ``id()``."""
 
     def schema(self, value: JsonValue, where: str) -> JsonValue:
         if isinstance(value, bool):
@@ -137,7 +124,7 @@ class _Rewriting:
             raise SchemaError("", f"it has more than {_MOST_SCHEMAS} schemas in it")
         made = {key: each for key, each in value.items() if each is not None or key in _OF_VALUES}
         nullable = made.pop("nullable", False) is True
-        if _negates_all(made.get("not")):
+        if (negated := made.get("not")) is True or negated == {}:
             return False
         _check(made, where)
         _unevaluated(made)
@@ -156,7 +143,7 @@ class _Rewriting:
         return _or_null(made) if nullable else made
 
     def check_references(self) -> None:
-        """Raises ``SchemaError`` for a definition that cannot be enforced and that something refers to."""
+        """Raises ``SchemaError`` for a definition that is referred to and cannot be enforced."""
         waiting, seen = [self.root] if self.unenforceable else [], set[int]()
         while waiting:
             value = waiting.pop()
@@ -181,17 +168,17 @@ class _Rewriting:
                 made[key] = [self.schema(each, _at(where, key, str(at))) for at, each in enumerate(listed)]
 
     def _definition(self, value: JsonValue, where: str) -> JsonValue:
-        """One that nothing refers to may say what cannot be enforced; ``check_references`` refuses the others."""
-        told = len(self.notes)
+        """Rewrites a definition. ``check_references`` refuses one that cannot be enforced, but only if it is used."""
+        before = len(self.notes)
         try:
             return self.schema(value, where)
         except SchemaError as error:
-            del self.notes[told:]
+            del self.notes[before:]
             self.unenforceable[id(value)] = error
             return value
 
     def _note(self, where: str, text: str) -> None:
-        self.notes.append(Note(where, text))
+        self.notes.append(SchemaNote(where, text))
 
     def _draft(self, made: Schema) -> None:
         if "$schema" in made:
@@ -212,7 +199,7 @@ class _Rewriting:
     def _annotations(self, made: Schema, where: str) -> None:
         if (name := made.get("format")) is not None and name not in FORMATS:
             del made["format"]
-            self._note(_at(where, "format"), f"{str(name)[:_SHOWN]!r} is not enforced, as no unknown format is")
+            self._note(_at(where, "format"), f"{str(name)[:_SHOWN]!r} is not enforced, since the format is unknown")
         if made.pop("uniqueItems", False) is not False and made.get("maxItems", 2) not in (0, 1):
             arrays = _arrangements(made, resolve(made.get("items"), self.root))
             if arrays is None:
@@ -221,15 +208,13 @@ class _Rewriting:
                 made["enum"] = arrays
         if "required" in made and not isinstance(made["required"], list):
             del made["required"]
-            self._note(_at(where, "required"), "is not enforced, since it is no list of names")
+            self._note(_at(where, "required"), "is not enforced, since it is not a list of names")
 
     def _bounds(self, made: Schema, where: str) -> None:
         for key in _BOUNDS:
             if isinstance(bound := made.get(key), int | float) and abs(bound) >= _LARGEST_BOUND:
                 del made[key]
-                self._note(
-                    _at(where, key), f"is not enforced, since grammars know no bounds from {_LARGEST_BOUND:g} on"
-                )
+                self._note(_at(where, key), f"is not enforced: grammars support bounds up to {_LARGEST_BOUND:g}")
 
     def _pattern(self, made: Schema, where: str) -> None:
         pattern = made.get("pattern")
@@ -257,7 +242,7 @@ class _Rewriting:
             self._note(_at(where, "oneOf"), "is enforced as anyOf, since a value may match several of its schemas")
 
     def _property_names(self, made: Schema, where: str) -> None:
-        """Properties of certain names become ``properties`` or ``patternProperties``, where there are none yet."""
+        """Rewrites ``propertyNames`` to ``properties`` or ``patternProperties``, if they leave room for it."""
         if "propertyNames" not in made:
             return
         names = resolve(made["propertyNames"], self.root)
@@ -293,7 +278,7 @@ def _at(*parts: str) -> str:
 
 
 def _parts(schema: Schema) -> Iterator[JsonValue]:
-    """The schemas in a schema, without its definitions."""
+    """Yields the schemas in a schema, without its definitions."""
     for key in _OF_SCHEMAS:
         if key not in _DEFINITIONS and isinstance(named := schema.get(key), dict):
             yield from named.values()
@@ -303,7 +288,7 @@ def _parts(schema: Schema) -> Iterator[JsonValue]:
 
 
 def _or_null(made: Schema) -> Schema:
-    """A schema that null matches, too. What others refer to or read at its place stays there."""
+    """Returns a schema that also matches null. Keywords that others refer to stay in their place."""
     if not made.keys() & _EXCLUDING_NULL:
         return made
     outside = {key: each for key, each in made.items() if key in _OF_PLACE}
@@ -311,12 +296,8 @@ def _or_null(made: Schema) -> Schema:
     return {**outside, "anyOf": [inside, {"type": "null"}]}
 
 
-def _negates_all(value: JsonValue) -> bool:
-    return value is True or value == {}
-
-
 def _names(names: Schema) -> list[str] | None:
-    """The names that a schema lists."""
+    """Returns the property names that a schema lists, or None if it has other keywords."""
     listed = names.get("enum", [names["const"]] if "const" in names else None)
     if not isinstance(listed, list) or names.keys() - {"enum", "const"}:
         return None
@@ -324,7 +305,7 @@ def _names(names: Schema) -> list[str] | None:
 
 
 def _names_pattern(names: Schema) -> str | None:
-    """A pattern of the names that match a schema."""
+    """Returns a pattern of the property names that match a schema, or None if it cannot be written as one."""
     pattern, least, most = names.get("pattern"), names.get("minLength", 0), names.get("maxLength", "")
     if isinstance(pattern, str) and not names.keys() - {"pattern"}:
         only = without_look_ahead(pattern)
@@ -333,7 +314,7 @@ def _names_pattern(names: Schema) -> str | None:
 
 
 def _arrangements(made: Schema, items: JsonValue) -> list[JsonValue] | None:
-    """All arrays of different items, where there are few."""
+    """Returns all arrays of distinct items, or None if there are too many."""
     if not isinstance(items, dict) or made.get("type") != "array" or made.keys() & {"prefixItems", "enum", "const"}:
         return None
     kind = items.get("type")
@@ -350,11 +331,12 @@ def _arrangements(made: Schema, items: JsonValue) -> list[JsonValue] | None:
 
 
 def _check(made: Schema, where: str) -> None:
-    """Raises ``SchemaError`` for a keyword whose value cannot be; whole numbers become integers."""
+    """Raises ``SchemaError`` for a keyword with an invalid value. Converts whole numbers to integers."""
     kinds = made.get("type", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if kind not in TYPES:
-            raise SchemaError(_at(where, "type"), f"{str(kind)[:_SHOWN]!r} is no type; accepted are {', '.join(TYPES)}")
+            reason = f"{str(kind)[:_SHOWN]!r} is not a type; accepted are {', '.join(TYPES)}"
+            raise SchemaError(_at(where, "type"), reason)
     for key in _COUNTS:
         number = made.get(key, 0)
         if not _is_count(number):
@@ -378,7 +360,7 @@ def _is_count(number: JsonValue) -> bool:
 
 
 def _drop_idle(made: Schema) -> None:
-    """Drops keywords whose values restrict nothing."""
+    """Drops keywords with values that restrict nothing."""
     idle: Mapping[str, Callable[[JsonValue], bool]] = {
         "not": lambda value: value is False or value == {"not": {}},
         "dependencies": lambda value: value == {},
@@ -400,7 +382,7 @@ def _drop_idle(made: Schema) -> None:
 
 
 def _unevaluated(made: Schema) -> None:
-    """Where no other schema sees the same value, what is unevaluated is what is additional."""
+    """Rewrites "unevaluated" keywords to "additional" ones. They are the same unless other schemas see the value."""
     if made.keys() & _EVALUATING:
         return
     for unevaluated, additional in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
@@ -410,9 +392,9 @@ def _unevaluated(made: Schema) -> None:
 
 
 def _exclude(made: Schema) -> None:
-    """Draft 4's flags become bounds, and a bound gets a small step away from a whole number that it excludes.
+    """Rewrites draft 4's flags to bounds, and moves some exclusive bounds by a small step.
 
-    llguidance takes {"exclusiveMinimum": 3, "maximum": 3.5} to allow 3.
+    llguidance lets {"exclusiveMinimum": 3, "maximum": 3.5} allow 3.
     """
     for excluded, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(flag := made.get(excluded), bool):
@@ -431,7 +413,7 @@ def _exclude(made: Schema) -> None:
 
 
 def _numeric(value: JsonValue) -> float | None:
-    """A number that may have another one less than 1 away from it."""
+    """Returns a number that floats can tell from its neighbours less than 1 away, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < 1 << 53 else None

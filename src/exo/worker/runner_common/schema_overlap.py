@@ -1,4 +1,4 @@
-"""Whether a value can match two JSON Schemas at once. The answer "no" is certain, "yes" is not."""
+"""Decides whether a value can match two JSON Schemas at once. "No" is certain, "yes" is not."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ from pydantic import JsonValue
 
 Schema = dict[str, JsonValue]
 
+# Limits of nesting, and of schemas, values and properties examined. Beyond them, schemas count as overlapping.
 _DEPTH = 8
 _WORK = 20_000
-"""Schemas, values and properties that are looked at; whatever is beyond counts as overlapping."""
 
 
 def disjoint(schemas: Sequence[JsonValue], root: JsonValue) -> bool:
-    """Whether no value can match two of ``schemas``. ``root`` is what their references refer to."""
+    """Whether no value can match two of ``schemas``. Their references point into ``root``."""
     comparison = _Comparison(root)
     return all(comparison.apart(one, other, _DEPTH) for one, other in combinations(schemas, 2))
 
 
 def resolve(schema: JsonValue, root: JsonValue) -> JsonValue:
-    """What a schema that is nothing but a reference within ``root`` refers to, else the schema itself."""
+    """Returns the target of a schema with a reference into ``root``, or the schema itself if it has none."""
     for _ in range(_DEPTH):
         if not isinstance(schema, dict) or "$ref" not in schema:
             break
@@ -34,7 +34,7 @@ def resolve(schema: JsonValue, root: JsonValue) -> JsonValue:
 
 
 def target_of(reference: JsonValue, root: JsonValue) -> JsonValue:
-    """The schema within ``root`` that a ``$ref`` refers to; None where there is none."""
+    """Returns the schema within ``root`` that a ``$ref`` refers to, or None."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     found = root
@@ -61,16 +61,20 @@ class _Comparison:
         if one is False or other is False:
             return True
         ones, others = list(self._conjuncts(one, depth)), list(self._conjuncts(other, depth))
-        if not _types(ones) & _types(others) or _values_apart(ones, others):
+        types, other_types = _types(ones), _types(others)
+        if not types & other_types:
+            return True
+        values, other_values = _values(ones), _values(others)
+        if values is not None and other_values is not None and not values & other_values:
             return True
         if any(self._alternatives_apart(each, other, depth) for each in ones):
             return True
         if any(self._alternatives_apart(each, one, depth) for each in others):
             return True
-        return "object" in (*_only(ones), *_only(others)) and self._properties_apart(ones, others, depth)
+        return {"object"} in (types, other_types) and self._properties_apart(ones, others, depth)
 
     def _conjuncts(self, schema: JsonValue, depth: int) -> Iterator[Schema]:
-        """Schemas all of which a value of ``schema`` matches."""
+        """Yields schemas that every value of ``schema`` matches."""
         if not isinstance(schema, dict) or depth < 0 or self.left < 0:
             return
         self.left -= 1 + sum(len(each) for each in (schema.get("enum"), schema.get("properties")) if _is_table(each))
@@ -82,15 +86,17 @@ class _Comparison:
             yield from self._conjuncts(each, depth - 1)
 
     def _alternatives_apart(self, schema: Schema, other: JsonValue, depth: int) -> bool:
-        """Whether every alternative of ``schema`` is apart from ``other``."""
+        """Whether no alternative of ``schema`` overlaps ``other``."""
         alternatives = schema.get("anyOf") or schema.get("oneOf")
         if not isinstance(alternatives, list) or not alternatives:
             return False
         return all(self.apart(each, other, depth - 1) for each in alternatives)
 
     def _properties_apart(self, ones: list[Schema], others: list[Schema], depth: int) -> bool:
-        """Whether objects of both would need two values of one property."""
-        one, other, required = _properties(ones), _properties(others), _required([*ones, *others])
+        """Whether a required property would need two values at once."""
+        one, other = _properties(ones), _properties(others)
+        lists = [names for schema in (*ones, *others) if isinstance(names := schema.get("required"), list)]
+        required = {str(name) for names in lists for name in names}
         return any(self.apart(one[name], other[name], depth - 1) for name in one if name in other and name in required)
 
 
@@ -99,7 +105,7 @@ def _is_table(value: JsonValue) -> TypeGuard[list[JsonValue] | Schema]:
 
 
 def _types(conjuncts: list[Schema]) -> set[str]:
-    """The types that a value may have; an integer is a number as well."""
+    """Returns the types that a value may have. A "number" is an "integer" or a "fraction"."""
     found = {"null", "boolean", "object", "array", "integer", "fraction", "string"}
     for schema in conjuncts:
         kinds = schema.get("type")
@@ -112,7 +118,7 @@ def _types(conjuncts: list[Schema]) -> set[str]:
 
 
 def type_of(value: JsonValue) -> str:
-    """JSON Schema's word, except that a number is an integer or a fraction."""
+    """Returns a value's type in JSON Schema, with "integer" or "fraction" for a number."""
     match value:
         case None:
             return "null"
@@ -131,24 +137,13 @@ def type_of(value: JsonValue) -> str:
 
 
 def listed(schema: Schema) -> list[JsonValue] | None:
-    """The values that ``const`` or ``enum`` allows; None: any."""
+    """Returns the values that ``const`` or ``enum`` allows, or None if any is allowed."""
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     return values if isinstance(values, list) else None
 
 
-def _only(conjuncts: list[Schema]) -> set[str]:
-    """The one type that a value must have, if there is one."""
-    types = _types(conjuncts)
-    return types if len(types) == 1 else set()
-
-
-def _values_apart(ones: list[Schema], others: list[Schema]) -> bool:
-    one, other = _values(ones), _values(others)
-    return one is not None and other is not None and not one & other
-
-
 def _values(conjuncts: list[Schema]) -> set[str] | None:
-    """The values that ``const`` and ``enum`` allow, in one notation; None: any."""
+    """Returns the values that ``const`` and ``enum`` allow in one notation, or None if any is allowed."""
     found: set[str] | None = None
     for schema in conjuncts:
         if (values := listed(schema)) is not None:
@@ -158,7 +153,7 @@ def _values(conjuncts: list[Schema]) -> set[str] | None:
 
 
 def _canonical(value: JsonValue) -> JsonValue:
-    """Equal numbers alike."""
+    """Returns the value with equal numbers written alike."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -171,12 +166,4 @@ def _properties(conjuncts: list[Schema]) -> dict[str, JsonValue]:
     for schema in conjuncts:
         if isinstance(named := schema.get("properties"), dict):
             found |= named
-    return found
-
-
-def _required(conjuncts: list[Schema]) -> set[str]:
-    found: set[str] = set()
-    for schema in conjuncts:
-        if isinstance(names := schema.get("required"), list):
-            found |= {str(name) for name in names}
     return found

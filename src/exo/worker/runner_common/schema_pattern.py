@@ -1,6 +1,6 @@
-"""Patterns of JSON Schemas in the notation of the grammar's regular expressions, which know no look-ahead.
+"""Converts patterns of JSON Schemas to the regular expressions of grammars, which have no look-ahead.
 
-A look-ahead at the start of a pattern restricts the same text as the rest does, so it becomes a pattern of its own.
+A look-ahead at the start of a pattern restricts the same text as the rest, so it becomes a pattern of its own.
 """
 
 import re
@@ -23,7 +23,7 @@ def is_beyond_grammars(pattern: str) -> bool:
 
 
 def without_look_ahead(pattern: str) -> list[str] | None:
-    """Patterns that a text matches all of where it matches ``pattern``, and only there; None if none are known."""
+    """Returns patterns that together match the same texts as ``pattern``, or None if it cannot be converted."""
     if not is_beyond_grammars(pattern):
         return [pattern]
     if not pattern.startswith("^"):
@@ -46,12 +46,12 @@ def without_look_ahead(pattern: str) -> list[str] | None:
 
 
 def _complement(inner: str) -> str | None:
-    """A pattern of the texts at whose start ``inner`` does not match, where it is of a simple form."""
+    """Returns a pattern of the texts at whose start ``inner`` does not match, or None unless it has a simple form."""
     if match := _NOT_ONLY.fullmatch(inner):
         return _other_than(match[1]) if match[2] == "*" else f"^$|{_other_than(match[1])}"
     if match := _NOT_FIRST.fullmatch(inner):
         return f"^(?:{_other_than(match[1])}|$)"
-    # "." stops at a line's end. What follows also keeps texts of several lines free of the character.
+    # "." stops at a line's end. The patterns below exclude the character from all lines of a text.
     if (match := _NOT_TWICE.fullmatch(inner)) and match[1] == match[2]:
         other = _other_than(match[1])
         return f"^{other}*(?:{match[1]}{other}+)*{match[1]}?$"
@@ -61,14 +61,14 @@ def _complement(inner: str) -> str | None:
 
 
 def _other_than(one: str) -> str:
-    """Any character but ``one``."""
+    """Returns a pattern of any character but ``one``."""
     if one.startswith("[^"):
         return f"[{one[2:]}"
     return f"[^{one[1:]}" if one.startswith("[") else f"[^{one}]"
 
 
 def _tokens(pattern: str) -> Iterator[tuple[str, int, int]]:
-    """Each token with its end and the depth of groups behind it."""
+    """Yields each token with its end and the nesting depth of groups after it."""
     depth = 0
     for match in _TOKEN.finditer(pattern):
         depth += match[0].startswith("(") - (match[0] == ")")
@@ -80,5 +80,5 @@ def _end_of_group(pattern: str) -> int | None:
 
 
 def _has_alternatives(pattern: str) -> bool:
-    """Outside every group."""
+    """Whether there is an alternation outside of all groups."""
     return any(token == "|" and depth == 0 for token, _, depth in _tokens(pattern))
