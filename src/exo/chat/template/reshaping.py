@@ -5,14 +5,16 @@ of calls follow the message with the calls. ``exo.chat.template.fitting`` choose
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import takewhile
 from typing import cast
 
 from pydantic import JsonValue
 
 ChatMessage = dict[str, JsonValue]
-Reshaping = Callable[[list[ChatMessage]], list[ChatMessage]]
+Messages = list[ChatMessage]
+Reshaping = Callable[[Messages], Iterable[ChatMessage]]
 
 _SYSTEM = ("system", "developer")
 _BETWEEN = "\n\n"
@@ -35,28 +37,26 @@ def calls_of(message: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
     return cast("list[dict[str, JsonValue]]", calls) if isinstance(calls, list) else []
 
 
-def short_ids(messages: list[ChatMessage]) -> list[ChatMessage]:
+def short_ids(messages: Messages) -> Iterator[ChatMessage]:
     """Shortens the ids of calls to nine letters and digits."""
 
     def shortened(holder: Mapping[str, JsonValue], key: str) -> ChatMessage:
         identity = holder.get(key)
         return {**holder, key: short_id(identity)} if isinstance(identity, str) else {**holder}
 
-    made: list[ChatMessage] = []
     for message in messages:
         one = shortened(message, "tool_call_id")
         if calls := calls_of(message):
             one["tool_calls"] = [shortened(call, "id") for call in calls]
-        made.append(one)
-    return made
+        yield one
 
 
-def developer_to_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+def developer_to_system(messages: Messages) -> Messages:
     """Renames the role "developer", OpenAI's newer name of "system"."""
     return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
-def late_system_to_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+def late_system_to_user(messages: Messages) -> Messages:
     """Gives system messages after the beginning to the user, in their place."""
     first = _beginning(messages)
     return messages[:first] + [
@@ -64,80 +64,71 @@ def late_system_to_user(messages: list[ChatMessage]) -> list[ChatMessage]:
     ]
 
 
-def one_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+def one_system(messages: Messages) -> Messages:
     """Joins the system messages at the beginning."""
     first = _beginning(messages)
     return [*_joined(messages[:first]), *messages[first:]]
 
 
-def no_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+def no_system(messages: Messages) -> Messages:
     """Gives the system messages at the beginning to the user, joined."""
     first = _beginning(messages)
     return [*_joined({**message, "role": "user"} for message in messages[:first]), *messages[first:]]
 
 
-def results_to_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+def results_to_user(messages: Messages) -> Iterator[ChatMessage]:
     """Gives results to the user whose calls are not in the conversation."""
     called: set[JsonValue] = set()
-    made: list[ChatMessage] = []
     for message in messages:
         called.update(cast("str", call.get("id")) for call in calls_of(message))
-        if message["role"] == "tool" and message.get("tool_call_id") not in called:
-            message = _message("user", text_of(message))
-        made.append(message)
-    return made
+        unknown = message["role"] == "tool" and message.get("tool_call_id") not in called
+        yield _message("user", text_of(message)) if unknown else message
 
 
-def calls_to_text(messages: list[ChatMessage]) -> list[ChatMessage]:
+def calls_to_text(messages: Messages) -> Iterator[ChatMessage]:
     """Writes calls as JSON in the assistant's text, and gives their results to the user."""
-    made: list[ChatMessage] = []
     for message in messages:
         if message["role"] == "tool":
-            message = _message("user", text_of(message))
+            yield _message("user", text_of(message))
         elif calls := calls_of(message):
             texts = [text_of(message), *(_as_json(call) for call in calls)]
             kept = {key: value for key, value in message.items() if key != "tool_calls"}
-            message = {**kept, "content": "\n".join(filter(None, texts))}
-        made.append(message)
-    return made
+            yield {**kept, "content": "\n".join(filter(None, texts))}
+        else:
+            yield message
 
 
-def content_apart(messages: list[ChatMessage]) -> list[ChatMessage]:
+def content_apart(messages: Messages) -> Iterator[ChatMessage]:
     """Moves the assistant's text before a call to a message of its own."""
-    made: list[ChatMessage] = []
     for message in messages:
         if calls_of(message) and text_of(message):
-            made.append(_message("assistant", text_of(message)))
-            message = {**message, "content": ""}
-        made.append(message)
-    return made
+            yield _message("assistant", text_of(message))
+            yield {**message, "content": ""}
+        else:
+            yield message
 
 
-def one_call_each(messages: list[ChatMessage]) -> list[ChatMessage]:
+def one_call_each(messages: Messages) -> Iterator[ChatMessage]:
     """Splits messages with several calls, so that each call is followed by its result."""
-    made: list[ChatMessage] = []
     at = 0
     while at < len(messages):
         message = messages[at]
         at += 1
         calls = calls_of(message)
         if len(calls) < 2:
-            made.append(message)
+            yield message
             continue
-        results: list[ChatMessage] = []
-        while at < len(messages) and messages[at]["role"] == "tool":
-            results.append(messages[at])
-            at += 1
+        results = list(takewhile(lambda each: each["role"] == "tool", messages[at:]))
+        at += len(results)
         for call in calls:
-            made.append({**message, "tool_calls": [call]})
-            made += [result for result in results if result.get("tool_call_id") == call.get("id")]
+            yield {**message, "tool_calls": [call]}
+            yield from (result for result in results if result.get("tool_call_id") == call.get("id"))
             message = {"role": "assistant", "content": message["content"] and ""}  # the text precedes the first call
         ids = [call.get("id") for call in calls]
-        made += [result for result in results if result.get("tool_call_id") not in ids]
-    return made
+        yield from (result for result in results if result.get("tool_call_id") not in ids)
 
 
-def no_empty_reply(messages: list[ChatMessage]) -> list[ChatMessage]:
+def no_empty_reply(messages: Messages) -> Messages:
     """Leaves out the assistant's messages without content and calls. The last one stays, since it may be continued."""
     return [
         message
@@ -146,27 +137,21 @@ def no_empty_reply(messages: list[ChatMessage]) -> list[ChatMessage]:
     ]
 
 
-def one_turn(messages: list[ChatMessage]) -> list[ChatMessage]:
+def one_turn(messages: Messages) -> Messages:
     """Joins consecutive messages of the user, and of the assistant if they have no calls."""
-    made: list[ChatMessage] = []
+    made: Messages = []
     for message in messages:
-        before = made[-1] if made else None
-        if (
-            before is not None
-            and before["role"] == message["role"]
-            and message["role"] in ("user", "assistant")
-            and not calls_of(before)
-            and not calls_of(message)
-        ):
-            made[-1] = _join(before, message)
+        joins = message["role"] in ("user", "assistant") and not calls_of(message)
+        if joins and made and made[-1]["role"] == message["role"] and not calls_of(made[-1]):
+            made[-1] = _join(made[-1], message)
         else:
             made.append(message)
     return made
 
 
-def user_to_result(messages: list[ChatMessage]) -> list[ChatMessage]:
+def user_to_result(messages: Messages) -> Messages:
     """Appends the user's message directly after a call's result to the result."""
-    made: list[ChatMessage] = []
+    made: Messages = []
     for message in messages:
         if made and made[-1]["role"] == "tool" and message["role"] == "user":
             made[-1] = _join(made[-1], {"content": text_of(message)})
@@ -175,7 +160,7 @@ def user_to_result(messages: list[ChatMessage]) -> list[ChatMessage]:
     return made
 
 
-def turns_in_turn(messages: list[ChatMessage]) -> list[ChatMessage]:
+def turns_in_turn(messages: Messages) -> Messages:
     """Makes user and assistant alternate, calls and results aside, beginning with the user. Adds empty messages."""
     first = _beginning(messages)
     made = messages[:first]
@@ -195,12 +180,12 @@ def turns_in_turn(messages: list[ChatMessage]) -> list[ChatMessage]:
     return made
 
 
-def empty_as_text(messages: list[ChatMessage]) -> list[ChatMessage]:
+def empty_as_text(messages: Messages) -> Messages:
     """Writes missing content as empty text."""
     return [{**message, "content": ""} if message["content"] is None else message for message in messages]
 
 
-def empty_as_none(messages: list[ChatMessage]) -> list[ChatMessage]:
+def empty_as_none(messages: Messages) -> Messages:
     """Omits empty content next to calls."""
     return [
         {**message, "content": None} if calls_of(message) and not message["content"] else message
@@ -208,7 +193,7 @@ def empty_as_none(messages: list[ChatMessage]) -> list[ChatMessage]:
     ]
 
 
-def in_parts(messages: list[ChatMessage]) -> list[ChatMessage]:
+def in_parts(messages: Messages) -> Messages:
     """Writes content as a list of one part."""
     return [
         {**message, "content": [{"type": "text", "text": content}]}
@@ -242,13 +227,13 @@ RESHAPINGS: Mapping[str, Reshaping] = {
 """The reshapings by name, in the order in which they are applied."""
 
 
-def reshaped(messages: Sequence[ChatMessage], names: Iterable[str]) -> list[ChatMessage]:
+def reshaped(messages: Sequence[ChatMessage], names: Iterable[str]) -> Messages:
     """Returns the messages after the named reshapings."""
     chosen = set(names)
     made = list(messages)
     for name, reshape in RESHAPINGS.items():
         if name in chosen:
-            made = reshape(made)
+            made = list(reshape(made))
     return made
 
 
@@ -267,8 +252,8 @@ def _join(before: ChatMessage, after: Mapping[str, JsonValue]) -> ChatMessage:
     return made
 
 
-def _joined(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
-    made: list[ChatMessage] = []
+def _joined(messages: Iterable[ChatMessage]) -> Messages:
+    made: Messages = []
     for message in messages:
         made = [_join(made[0], {**message, "role": made[0]["role"]})] if made else [message]
     return made

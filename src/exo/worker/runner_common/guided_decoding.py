@@ -1,7 +1,7 @@
-"""Output that must match a grammar: which tokens may come next, by llguidance over the model's own vocabulary.
+"""Guided decoding: the tokens that a grammar allows next, computed by llguidance over the model's vocabulary.
 
-The same in every runner, so that twins allow the same tokens. A grammar is about the text: whichever tokens spell it
-are allowed. A control token has no text here; a grammar reaches it by name, ``<|im_end|>``, or by id, ``<[106]>``.
+All runners share this, so that they allow the same tokens. A grammar describes text, and all tokens that spell the text
+are allowed. A control token has no text. A grammar refers to it by name, ``<|im_end|>``, or by id, ``<[106]>``.
 """
 
 import json
@@ -25,17 +25,17 @@ from exo.worker.runner_common.json_schema import LONGEST_SOURCE, SchemaError, en
 Mask = npt.NDArray[np.bool_]
 
 _CONTROL = b"\xff"
-"""llguidance's mark of a control token. No text has this byte."""
+"""llguidance's prefix of a control token. No text has this byte."""
 _BY_TEXT_ALONE = '\n%llguidance {"no_forcing": true}'
-"""Where only one text can follow, llguidance would else allow only the tokens of its own choice for it."""
+"""Without this option, if only one text can follow, llguidance allows only its own tokenization of it."""
 
 
 class GrammarError(Exception):
-    """The grammar cannot be used, or not any further; the message says why, for the client."""
+    """The grammar cannot be used, or cannot be continued. The message is for the client."""
 
 
 def grammar_failure(request: str, error: GrammarError) -> Failed:
-    """The end of a request whose grammar cannot be used."""
+    """Returns the terminal event of a request whose grammar cannot be used."""
     return Failed(id=request, code="invalid_request", message=f"grammar: {error}", param="grammar")
 
 
@@ -46,9 +46,9 @@ class Constraints:
     def __init__(
         self, pieces: Callable[[int], bytes], is_control: Callable[[int], bool], eog: Collection[int], n_vocab: int
     ) -> None:
-        """``pieces`` gives what a token adds to the text, or a control token's text; ``eog`` ids end generation."""
+        """``pieces`` returns the bytes of a token, or a control token's text. ``eog`` are ids that end generation."""
         special = {token: pieces(token) for token in range(n_vocab) if is_control(token) or token in eog}
-        # Ids beyond the vocabulary are in no mask.
+        # An id beyond the vocabulary is in no mask.
         ends = sorted(eog) or [n_vocab]
         self._trial = Trial(special, n_vocab, ends)
         self._special = special
@@ -71,9 +71,9 @@ class Constraints:
         return Vocabulary(tokens, [token for token in special if tokens[token]], ends[0]).build(ends)
 
     def compile(self, grammar: Grammar, delivered: Sequence[int] = ()) -> "Constraint":
-        """The constraint of one sequence whose output so far is ``delivered``. Raises GrammarError.
+        """Returns the constraint of a sequence whose output so far is ``delivered``. Raises GrammarError.
 
-        Takes a second or two at the most, and leaves the interpreter free meanwhile.
+        Takes at most a second or two, without the interpreter's lock.
         """
         source = _for_llguidance(grammar)
         if wrong := self._trial.run(source):
@@ -82,21 +82,21 @@ class Constraints:
         if matcher.is_error():
             raise GrammarError(explain(matcher.get_error(), syntax=grammar.syntax, source=grammar.source))
         if not matcher.consume_tokens(list(delivered)):
-            raise GrammarError("the tokens delivered do not match it")
+            raise GrammarError("the tokens delivered so far do not match it")
         constraint = Constraint(matcher, self._n_vocab, self._threads)
         if not constraint.finished:
             constraint.mask()
         return constraint
 
     def close(self) -> None:
-        """Ends what it has started."""
+        """Ends the threads and the sandbox."""
         self._threads.shutdown()
         self._trial.close()
 
 
 @final
 class Constraint:
-    """What one sequence may go on with. For one thread at a time; masks are computed in others."""
+    """The tokens that one sequence may continue with. For one thread at a time. Masks are computed in other threads."""
 
     def __init__(self, matcher: LLMatcher, n_vocab: int, threads: ThreadPoolExecutor) -> None:
         self._matcher = matcher
@@ -105,35 +105,35 @@ class Constraint:
         self._next: Future[Mask] | None = None
         self._finished = matcher.is_stopped()
         self.spared = False
-        """Whether the last token asked about was allowed, so that it took no mask, and the next may take none."""
+        """Whether the last token passed to ``allows`` was allowed, so that the next mask may be unnecessary too."""
 
     @property
     def finished(self) -> bool:
-        """The output matches, and nothing but an end can follow."""
+        """Whether the output matches and only its end can follow."""
         return self._finished
 
     def prepare(self) -> None:
-        """Starts computing the next mask in another thread, where that is not done yet."""
+        """Starts to compute the next mask in another thread, unless that has begun."""
         if self._next is None:
             self._next = self._threads.submit(self._compute)
 
     def mask(self) -> Mask:
-        """Shape (n_vocab,), true for the tokens allowed next; where the output may end, all that end generation are.
+        """Returns an array of shape (n_vocab,), true for the tokens allowed next. Raises GrammarError.
 
-        Waits for what ``prepare`` began. Raises GrammarError.
+        If the output may end, all tokens that end generation are allowed.
         """
         self.prepare()
         assert self._next is not None
         return self._next.result()
 
     def allows(self, token: int) -> bool:
-        """What ``mask`` says of one token, without computing it unless that was begun. Raises GrammarError."""
+        """Whether ``token`` is allowed, without computing the mask unless that has begun. Raises GrammarError."""
         begun = self._next
         self.spared = self._matcher.validate_tokens([token]) == 1 if begun is None else bool(begun.result()[token])
         return self.spared
 
     def accept(self, token: int) -> None:
-        """Goes on past a token. Raises GrammarError if it is not allowed."""
+        """Advances past a token. Raises GrammarError if it is not allowed."""
         if self._next is not None:
             self._next.exception()  # the matcher is for one thread at a time
             self._next = None
@@ -151,7 +151,7 @@ class Constraint:
 def _for_llguidance(grammar: Grammar) -> str:
     """Raises GrammarError."""
     if len(grammar.source) > LONGEST_SOURCE:
-        raise GrammarError(f"it has {len(grammar.source)} characters; at most {LONGEST_SOURCE} are taken")
+        raise GrammarError(f"it has {len(grammar.source)} characters; at most {LONGEST_SOURCE} are accepted")
     match grammar.syntax:
         case "json_schema":
             parts: list[JsonValue] = [
@@ -167,7 +167,7 @@ def _for_llguidance(grammar: Grammar) -> str:
 
 
 def _schema(source: str) -> JsonValue:
-    """Raises GrammarError for what is no JSON Schema that can be enforced."""
+    """Raises GrammarError for a schema that is invalid or cannot be enforced."""
     try:
         schema: JsonValue = json.loads(source, parse_constant=_number, parse_float=_number)
         return guided(enforced(schema).schema)
@@ -182,5 +182,5 @@ def _schema(source: str) -> JsonValue:
 def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number that can be used")
+        raise ValueError(f"{text} is not a finite number")
     return number
