@@ -17,6 +17,7 @@ from exo.chat.grammar.builder import GrammarBuilder
 from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.json_scanner import loose_json
 from exo.chat.output.python_literal import loose_value
+from exo.worker.runner_common.schema_overlap import target_of
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
 _DEFINITIONS = ("$defs", "definitions")
@@ -267,16 +268,9 @@ class _SchemaWalk:
 
     def _resolved(self, reference: str) -> JsonValue:
         """Returns a reference's target. For another document, returns a schema of which nothing is certain."""
-        pointer, *steps = reference.split("/")
-        at: JsonValue = dict(self._root)
-        for step in steps if pointer == "#" else [reference]:
-            key = step.replace("~1", "/").replace("~0", "~")
-            items = {str(place): item for place, item in enumerate(at)} if isinstance(at, list) else at
-            found = items.get(key) if isinstance(items, dict) else None
-            if found is None:
-                return {"not": False}
-            at = found
-        return at
+        root = dict(self._root)
+        target = root if reference == "#" else target_of(reference, root)
+        return {"not": False} if target is None else target
 
 
 def _listed(schema: Mapping[str, JsonValue], keyword: str) -> list[JsonValue]:
