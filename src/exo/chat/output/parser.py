@@ -157,6 +157,7 @@ class ReplyState:
         self.calls_allowed = bool(tools)
         self._schemas = {} if isinstance(tools, bool) else {tool.name: tool.parameters for tool in tools}
         self._calls = 0
+        self._members = 0
         self._begun = False
         """Whether the current call has begun, so that it has been reported."""
         self._marked = False
@@ -202,11 +203,22 @@ class ReplyState:
         self.prose.marker()
         self._begun = True
         self._calls += 1
+        self._members = 0
         return ToolCall(self._calls - 1, name)
 
     def arguments(self, text: str) -> Arguments | None:
         """Adds to the arguments of the current call."""
         return Arguments(self._calls - 1, text) if text else None
+
+    def argument(self, name: str, value: str = "") -> Arguments:
+        """Begins the next argument of the current call. ``value`` is JSON."""
+        before = ", " if self._members else "{"
+        self._members += 1
+        return Arguments(self._calls - 1, f"{before}{json.dumps(name, ensure_ascii=False)}: {value}")
+
+    def end_arguments(self) -> Arguments:
+        """Ends the arguments of the current call, which were added with ``argument``."""
+        return Arguments(self._calls - 1, "}" if self._members else "{}")
 
     def next_call(self, marker: str = "") -> None:
         """Completes the current call. Another one may begin, after ``marker``."""

@@ -40,7 +40,7 @@ def loose_call(reply: ReplyState, name: str, notation: Notation) -> Steps[bool]:
     Returns false if the arguments are invalid or cut off.
     """
     scanner = reply.scanner
-    before = "{"
+    begun = False
     yield from scanner.space()
     end = yield from scanner.either(notation.close)
     while not end:
@@ -52,17 +52,16 @@ def loose_call(reply: ReplyState, name: str, notation: Notation) -> Steps[bool]:
         value = yield from _value(scanner, notation)
         if value is None or not (end := (yield from scanner.either(",", notation.close))):
             return False
-        if before == "{":
+        if not begun:
             yield reply.call(name)
-        yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
-        before = ", "
+            begun = True
+        yield reply.argument(key, value)
         if end == ",":
             yield from scanner.space()
             end = yield from scanner.either(notation.close)
-    if before == "{":
+    if not begun:
         yield reply.call(name)
-        yield reply.arguments(before)
-    yield reply.arguments("}")
+    yield reply.end_arguments()
     return True
 
 

@@ -115,16 +115,15 @@ class _TaggedCall:
         if not follows or (follows == self._tags.key and not key.name):
             return False
         yield self._reply.call(self._name)
-        before = "{"
         while key.name:
-            yield self._reply.arguments(f"{before}{json.dumps(key.name, ensure_ascii=False)}: ")
+            yield self._reply.argument(key.name)
             self._used.add(key.name)
             self._missing.discard(key.name)
             following = yield from self._value(key)
             if following is None:
                 return False
-            key, before = following, ", "
-        yield self._reply.arguments("{}" if before == "{" else "}")
+            key = following
+        yield self._reply.end_arguments()
         return True
 
     def _key(self) -> Steps[_Key]:

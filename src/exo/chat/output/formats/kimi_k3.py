@@ -4,7 +4,6 @@ Published in the model's chat template. An argument has its type as an attribute
 call may also have all its arguments as one JSON object, in an element "json".
 """
 
-import json
 import re
 from collections.abc import Sequence
 
@@ -48,7 +47,6 @@ def _read_call(reply: ReplyState) -> Steps[bool]:
         yield from scanner.either(_end("json"))
         yield from scanner.either(_end("call"))
         return whole
-    before = "{"
     while follows == _ARGUMENT:
         attributes = yield from _attributes(scanner)
         key = attributes.get("key")
@@ -57,13 +55,12 @@ def _read_call(reply: ReplyState) -> Steps[bool]:
             return False
         text, kind, schema = "".join(pieces), attributes.get("type"), reply.schema(name)
         value = typed_to_json(text, kind == "string", schema, key) if kind else to_json(text, schema, key)
-        yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
-        before = ", "
+        yield reply.argument(key, value)
         yield from scanner.space()
         follows = yield from scanner.either(_ARGUMENT, _end("call"))
     if not follows:
         return False
-    yield reply.arguments("{}" if before == "{" else "}")
+    yield reply.end_arguments()
     return True
 
 

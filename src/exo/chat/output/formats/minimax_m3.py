@@ -41,18 +41,16 @@ def _read_call(reply: ReplyState) -> Steps[bool]:
     if not (yield from scanner.either(_MARK)):
         return False
     yield reply.call(name)
-    before = "{"
     while not (yield from scanner.either(_CALL_END)):
         key = yield from _read_tag(scanner)
         value = (yield from _read_element(scanner, reply.schema(name), key)) if key else None
         if value is None:
             return False
-        yield reply.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {value}")
-        before = ", "
+        yield reply.argument(key, value)
         yield from scanner.space()
         if not (yield from scanner.either(_MARK)):
             return False
-    yield reply.arguments("{}" if before == "{" else "}")
+    yield reply.end_arguments()
     return True
 
 
