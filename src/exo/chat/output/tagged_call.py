@@ -230,7 +230,7 @@ class _TaggedCall:
 
     def _ended(self, value: "_Value") -> Steps[_Key]:
         """Ends the value at the last place where it may have ended, and puts back the text after it."""
-        self._scanner.unread(value.behind())
+        self._scanner.unread(value.after_end())
         yield from value.end(on_own_line=True)
         return _Key()
 
@@ -263,12 +263,12 @@ class _Value:
         """Whether a line break follows the last character that is not white space; None before the first."""
         self._text: list[str] = []
         """The whole value if it does not stream, else the white space at its end."""
-        self._behind: list[str] | None = None
+        self._after_end: list[str] | None = None
         """The closing tags at the last place where the value may have ended, and the text after them."""
 
     @property
     def may_have_ended(self) -> bool:
-        return self._behind is not None
+        return self._after_end is not None
 
     @property
     def in_string(self) -> bool:
@@ -286,21 +286,21 @@ class _Value:
             self._line_break = False
         if self._line_break is not None:
             self._line_break = self._line_break or "\n" in text[len(body) :]
-        if self._behind is not None:
-            self._behind.append(text)
+        if self._after_end is not None:
+            self._after_end.append(text)
             return None
         return self._more(text)
 
     def may_end(self, tags: str) -> Part | None:
         """Notes that the value may have ended before ``tags``. A later end takes precedence."""
         part = self._go_on()
-        self._behind = [tags]
+        self._after_end = [tags]
         return part
 
-    def behind(self) -> str:
+    def after_end(self) -> str:
         """Returns the text after the closing tags at the place where the value may have ended."""
-        behind, self._behind = self._behind or [""], None
-        return "".join(behind[1:])
+        after, self._after_end = self._after_end or [""], None
+        return "".join(after[1:])
 
     def end(self, *, on_own_line: bool) -> Steps[None]:
         """Ends the value. Unless it ends ``on_own_line`` as it should, white space before the end is dropped."""
@@ -323,8 +323,8 @@ class _Value:
         return typed_to_json(text, self._key.text, self._schema, self._key.name)
 
     def _go_on(self) -> Part | None:
-        behind, self._behind = self._behind, None
-        return self._more("".join(behind)) if behind else None
+        after, self._after_end = self._after_end, None
+        return self._more("".join(after)) if after else None
 
     def _more(self, text: str) -> Part | None:
         if not self._streams:
