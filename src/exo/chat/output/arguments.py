@@ -70,7 +70,8 @@ def fields(tool: Tool) -> list[Field]:
     """
     schema = tool.parameters
     if other := sorted(schema.keys() - _OBJECT):
-        raise ValueError(f"this model's call format cannot enforce {other[0]!r} in the schema of tool {tool.name!r}")
+        where = f"{other[0]!r} at the top of the schema of {tool.name!r}"
+        raise ValueError(f"this model's call format cannot enforce {where}")
     required = schema.get("required") or []
     properties = schema.get("properties") or {}
     if not isinstance(required, list) or not isinstance(properties, dict):
