@@ -1,4 +1,17 @@
-"""Downloads one file into a part that survives the process, and verifies it."""
+"""Downloads one file into a part that survives the process, and verifies it.
+
+huggingface_hub makes the requests (see ``hub``), but its own downloaders cannot replace this module. This is what
+huggingface_hub 2.4.0 and hf_xet 1.8.0 did with the faults of ``tests/hub.py``:
+
+- Wrong content is accepted: ``http_get`` and ``hf_hub_download`` compare sizes, not hashes.
+- A killed download starts again at byte 0. ``hf_hub_download`` writes to a temporary file with a random name, and
+  ``http_get`` buffers 10 MiB before it writes, so that it also loses them with every lost connection.
+- A connection reset and a status 503 are not retried. A Retry-After of two hours is obeyed, and no wait can be
+  cancelled.
+- ``http_get`` appends to a bad part, and a response that is longer than the file.
+- The streams of hf_xet can begin at any byte, but cannot be cancelled: ``cancel`` raises an error while another thread
+  reads, and a reader whose server stalls waits for more than 45 seconds after ``abort``. So files come over HTTP.
+"""
 
 import errno
 import hashlib
