@@ -1,7 +1,7 @@
 """What is measured: where, with what requests, under what load."""
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,8 +18,6 @@ from exo.exit_code import CommandError, ExitCode
 
 Endpoint = Literal["completions", "chat"]
 Workload = Literal["random", "shared-prefix", "long-prompt", "repeat"]
-ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
-WORKLOADS: tuple[Workload, ...] = get_args(Workload)
 
 _FEWEST_REQUESTS = 8
 

@@ -47,7 +47,7 @@ def pull(model: Model, runner: Runner = None, quant: Quant = None, models_dir: M
     label = f"{planned.quant}, " if planned.quant else ""
     where = f"{found.path} ({label}{planned.total / 1e9:.2f} GB, revision {planned.revision[:12]})"
     say(f"{card.model_id} for {planned.source.runner}: {where}")
-    if not is_what_the_card_loads(settings, card, planned):
+    if not is_what_the_card_loads(card, planned):
         warn(f"the card names another file; file = {planned.files[0].name!r} in its table [cuda] has this one loaded")
 
 

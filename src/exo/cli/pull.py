@@ -56,7 +56,7 @@ def pull_model(
         raise CommandError(f"interrupted{share}, and `{again}` goes on from there", ExitCode.INTERRUPTED) from None
 
 
-def is_what_the_card_loads(settings: Settings, card: ModelCard, planned: PullPlan) -> bool:
+def is_what_the_card_loads(card: ModelCard, planned: PullPlan) -> bool:
     """Whether a runner will find what was pulled, which may be of another quantisation."""
     if planned.source.quant is None:
         return True

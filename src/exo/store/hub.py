@@ -20,7 +20,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers  # pyright: ignore[reportUnknownVariableType]
 
@@ -36,6 +35,7 @@ _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 _RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _TIMEOUT_SECONDS = 30
+_MAX_RETRIES = 5
 _MAX_DOUBLED_SECONDS = 30
 _MAX_RETRY_AFTER_SECONDS = 300
 
@@ -59,10 +59,9 @@ class WrongRange(Interrupted):
 class Backoff:
     """Counts consecutive failures and waits after each: twice as long each time, or as long as the server asks."""
 
-    def __init__(self, stop: threading.Event, first_seconds: float, retries: int = 5) -> None:
+    def __init__(self, stop: threading.Event, first_seconds: float) -> None:
         self._stop = stop
         self._first_seconds = first_seconds
-        self._retries = retries
         self._failures = 0
 
     def failed(self, error: PullError, retry_after: float | None = None) -> None:
@@ -70,7 +69,7 @@ class Backoff:
         self._failures += 1
         if retry_after is not None and retry_after > _MAX_RETRY_AFTER_SECONDS:
             raise PullError(error.code, f"{error}; it asks to wait {retry_after:.0f} seconds, so pull again then")
-        if self._failures > self._retries:
+        if self._failures > _MAX_RETRIES:
             raise error
         doubled = min(self._first_seconds * 2 ** (self._failures - 1), _MAX_DOUBLED_SECONDS)
         if self._stop.wait(doubled if retry_after is None else retry_after):
@@ -103,13 +102,13 @@ class Hub:
         """A count of failures for one file or question."""
         return Backoff(stop, self._backoff_seconds)
 
-    def listing(self, repo: str, revision: str | None = None, stop: threading.Event | None = None) -> Listing:
-        """The files of a repository, by default at the newest commit of its main branch. Raises PullError."""
+    def listing(self, repo: str, stop: threading.Event | None = None) -> Listing:
+        """The files of a repository at the newest commit of its main branch. Raises PullError."""
         self.require_online(repo)
         backoff = self.backoff(stop or threading.Event())
         while True:
             try:
-                return _listing(repo, self._info(repo, revision))
+                return _listing(repo, self._info(repo))
             except httpx2.TransportError as error:
                 reason = f"the hub does not answer: {_cause(error)} ({self._where()})"
                 backoff.failed(PullError("unreachable", reason))
@@ -146,17 +145,15 @@ class Hub:
             remedy = f"unset {self._access.offline}, or put its files into a models directory by hand"
             raise PullError("offline", f"{repo} cannot be pulled offline: {remedy}")
 
-    def _info(self, repo: str, revision: str | None) -> ModelInfo:
+    def _info(self, repo: str) -> ModelInfo:
         try:
-            return self._api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+            return self._api.model_info(repo, files_metadata=True, timeout=_TIMEOUT_SECONDS)
         except GatedRepoError as error:
             remedy = f"accept its terms at {self._api.endpoint}/{repo}, and set HF_TOKEN to a token of that account"
             raise PullError("denied", f"{repo} is gated: {remedy}") from error
         except RepositoryNotFoundError as error:
             remedy = "check the name, and HF_TOKEN if it is private"
             raise PullError("not_found", f"the hub shows no repository {repo}; {remedy} ({self._where()})") from error
-        except RevisionNotFoundError as error:
-            raise PullError("not_found", f"{repo} has no revision {revision}") from error
         except OfflineModeIsEnabled as error:
             raise PullError("offline", f"{repo} cannot be pulled: HF_HUB_OFFLINE is set; unset it") from error
         except HFValidationError as error:

@@ -21,8 +21,6 @@ _SLICE = 64 << 10
 _UNPACKED = 256 << 10
 """Bytes that are unpacked at once."""
 _IRRELEVANT = bytes(set(range(256)) - set(b'",:[{'))
-_WITHOUT_PREFLIGHT = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
-"""The content types that a web page may send across origins without asking first."""
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 Body = TypeVar("Body", bound=BaseModel)

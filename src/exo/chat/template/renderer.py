@@ -146,7 +146,6 @@ async def chat_prompt(
     *,
     tools: Sequence[Mapping[str, JsonValue]] = (),
     variables: Mapping[str, JsonValue] | None = None,
-    add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> tuple[Text, ...]:
     """Returns the prompt that ``model.chat_template`` makes of ``messages``, each of which has at least a ``role``.
@@ -171,7 +170,7 @@ async def chat_prompt(
     given: dict[str, object] = {
         "tools": [tokens.mark(dict(tool)) for tool in tools] or None,
         "documents": None,
-        "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        "add_generation_prompt": not continue_final_message,
         "bos_token": model.bos_token,
         "eos_token": model.eos_token,
     }
