@@ -1,16 +1,17 @@
-"""A program for ``LimitedProcess`` that carries out requests; each answer has the process's id."""
+"""A sandbox program that carries out requests; each answer has the process's id."""
 
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
-from exo.chat.template.sandbox_main import serve
+from exo.worker.runner_common.sandbox import SandboxLimits, serve
 
-ADDRESS_SPACE = 512 << 20
+LIMITS = SandboxLimits(seconds=1, address_space=512 << 20)
 
 
-def answer(line: bytes) -> dict[str, str]:
+def answer(setup: dict[str, str], line: bytes) -> dict[str, str]:
     request: dict[str, str] = json.loads(line)
     told = {"pid": str(os.getpid()), "text": request.get("text", "")}
     match request["do"]:
@@ -24,9 +25,11 @@ def answer(line: bytes) -> dict[str, str]:
         case "be long":
             told["text"] = "x" * (1 << 20)
         case "take memory":
-            told["text"] = str(len(bytearray(ADDRESS_SPACE)))
+            told["text"] = str(len(bytearray(LIMITS.address_space)))
         case "write":
             Path(request["file"]).write_text("x")
+        case "tell the setup":
+            told["text"] = setup["text"]
         case "tell the environment":
             told["text"] = " ".join(os.environ)
         case _:
@@ -35,4 +38,4 @@ def answer(line: bytes) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    serve(answer, seconds=1, address_space=ADDRESS_SPACE)
+    serve(lambda setup: partial(answer, json.loads(setup)), LIMITS)

@@ -1,6 +1,7 @@
 """Chat completions and completions over a real server, with plain HTTP and with OpenAI's own client."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -8,6 +9,7 @@ import openai
 import pytest
 
 from exo.cards.card import ModelCard, SamplingDefaults
+from exo.chat.template.render_main import LIMITS
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
 from tests.fake_runner import expected_text
@@ -267,7 +269,7 @@ def test_a_model_without_chat_template_refuses_a_chat_and_says_what_to_do(http: 
 def test_hostile_templates_are_an_error_and_the_server_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr("exo.chat.template.renderer.SECONDS", 1)
+    monkeypatch.setattr("exo.chat.template.renderer.LIMITS", replace(LIMITS, seconds=1))
     monkeypatch.setattr("exo.api.http.response.GRACE_SECONDS", 60)
     templates = {
         "fake/endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.chat.template import sandbox
+from exo.chat import sandbox_pool
 from tests.api_server import CHAT_TEMPLATE, serve
 from tests.conftest import fake_card
 
@@ -25,14 +25,14 @@ def test_slow_templates_hold_up_no_other_chat(tmp_path: Path, monkeypatch: pytes
         assert chat(url, "fake/quick").status_code == 200
         load = {"model": "fake/slow", "prompt": "x", "max_tokens": 1}
         assert httpx.post(f"{url}/v1/completions", json=load, timeout=120).status_code == 200
-        slow = [pool.submit(chat, url, "fake/slow") for _ in range(sandbox.PROCESSES - 1)]
+        slow = [pool.submit(chat, url, "fake/slow") for _ in range(sandbox_pool.PROCESSES - 1)]
         assert chat(url, "fake/quick").status_code == 200
         assert not [each for each in slow if each.done()]
         for each in slow:
             assert each.result().json()["error"]["code"] == "template_error"
-        monkeypatch.setattr(sandbox, "TURN_SECONDS", 0.5)
-        slow = [pool.submit(chat, url, "fake/slow") for _ in range(sandbox.PROCESSES + 1)]
+        monkeypatch.setattr(sandbox_pool, "TURN_SECONDS", 0.5)
+        slow = [pool.submit(chat, url, "fake/slow") for _ in range(sandbox_pool.PROCESSES + 1)]
         replies = [each.result() for each in slow]
-        assert sorted(reply.status_code for reply in replies) == [400] * sandbox.PROCESSES + [503]
+        assert sorted(reply.status_code for reply in replies) == [400] * sandbox_pool.PROCESSES + [503]
         (busy,) = [reply for reply in replies if reply.status_code == 503]
         assert (busy.json()["error"]["code"], busy.headers["retry-after"]) == ("server_busy", "1")

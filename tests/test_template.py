@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from exo.chat.template import render_main
-from exo.chat.template.render_main import CLOSE, OPEN
+from exo.chat.template.render_main import CLOSE, LIMITS, OPEN
 from exo.chat.template.renderer import ConversationRefusedError, TemplateError, TemplateWorker, chat_prompt
 from exo.chat.template.special_tokens import NoncharacterError, SpecialTokens
 from exo.worker.protocol.messages import Capabilities, Text
@@ -146,7 +147,7 @@ async def test_a_hostile_or_faulty_template_is_an_error_and_the_next_one_works(t
     ],
 )
 async def test_an_endless_template_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exo.chat.template.renderer.SECONDS", 1)
+    monkeypatch.setattr("exo.chat.template.renderer.LIMITS", replace(LIMITS, seconds=1))
     async with worker() as templates:
         with pytest.raises(TemplateError, match="longer than 1 s"):
             await templates.render(template, {})

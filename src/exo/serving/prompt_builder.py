@@ -7,7 +7,7 @@ from exo.api.http.errors import ApiError, busy
 from exo.api.http.warnings import warn
 from exo.chat.grammar.gbnf import GbnfError
 from exo.chat.output.registry import OutputFormat
-from exo.chat.template.sandbox import LimitedBusyError
+from exo.chat.sandbox_pool import SandboxBusyError
 from exo.serving.app_state import Services
 from exo.serving.failover import Attempts, Runner
 from exo.serving.output_reader import Reader
@@ -92,7 +92,7 @@ async def _grammar(services: Services, constraint: Constraint | None) -> Grammar
         return Grammar(syntax=constraint.syntax, source=constraint.source)
     try:
         return Grammar(syntax="lark", source=await services.gbnf.lark(constraint.source))
-    except LimitedBusyError as error:
+    except SandboxBusyError as error:
         raise busy(constraint.param, error) from None
     except GbnfError as error:
         raise ApiError(400, f"{constraint.param}: {error}", code="invalid_value", param=constraint.param) from None

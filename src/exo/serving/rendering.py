@@ -7,6 +7,7 @@ from pydantic import JsonValue
 from exo.api.http.errors import ApiError, busy, from_failed
 from exo.api.http.warnings import warn
 from exo.chat.output.registry import OutputFormat, output_format
+from exo.chat.sandbox_pool import SandboxBusyError
 from exo.chat.template.reasoning import effort_variables, empty_reasoning
 from exo.chat.template.renderer import (
     GIVEN,
@@ -17,7 +18,6 @@ from exo.chat.template.renderer import (
     VariableRefusedError,
     chat_prompt,
 )
-from exo.chat.template.sandbox import LimitedBusyError
 from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
 from exo.serving.failover import Runner
@@ -44,7 +44,7 @@ async def render(services: Services, runner: Runner, conversation: Conversation,
         )
     try:
         return await _render(services, runner, conversation)
-    except LimitedBusyError as error:
+    except SandboxBusyError as error:
         raise busy(prompt_field, error) from None
     except VariableRefusedError as error:
         param = f"chat_template_kwargs.{error.name}"

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from exo.chat.template.sandbox import LimitedBusyError
+from exo.chat.sandbox_pool import SandboxBusyError
 from exo.worker.protocol.messages import ErrorCode, Failed
 from exo.worker.protocol.wire import describe
 from exo.worker.router import Refusal
@@ -159,7 +159,7 @@ def queue_full(model_id: str, held: int) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"retry-after": _RETRY_SECONDS})
 
 
-def busy(param: str, error: LimitedBusyError) -> ApiError:
+def busy(param: str, error: SandboxBusyError) -> ApiError:
     """A request whose template or grammar has to wait for too many others."""
     headers = {"retry-after": _RETRY_SECONDS}
     return ApiError(503, f"{param}: {error}", code="server_busy", param=param, headers=headers)

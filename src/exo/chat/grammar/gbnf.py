@@ -1,7 +1,7 @@
-"""GBNF, llama.cpp's notation for grammars, in llguidance's: ``python -m exo.chat.grammar.gbnf`` and whoever asks it.
+"""Translates GBNF, llama.cpp's notation for grammars, to Lark, llguidance's, in a sandbox.
 
-The conversion is a parser in Python, and what it is given comes from a client: so it runs in a process that can be
-ended. One JSON object a line in (``source``), one a line out: ``lark``, or ``error``.
+The translator is a parser written in Python, and its input comes from clients. A request of the sandbox program has the
+``source``; the answer has ``lark`` or ``error``.
 """
 
 import json
@@ -9,35 +9,32 @@ import re
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from exo.chat.template.sandbox import LimitedError, LimitedProcesses
-from exo.chat.template.sandbox_main import serve
+from exo.chat.sandbox_pool import SandboxPool
+from exo.worker.runner_common.sandbox import SandboxError, SandboxLimits, serve
 
-SECONDS = 1
-"""Wall time one grammar may take."""
-_ANSWER_LIMIT = 64 << 20
-"""Bytes of one answer line."""
+_LIMITS = SandboxLimits(seconds=1, address_space=512 << 20, answer_bytes=64 << 20)
 
 _QUOTED = re.compile(r'#[^\r\n]*|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]', re.DOTALL)
-"""Comments, literals and classes of characters."""
+"""Comments, literals and character classes."""
 _SPECIAL = re.compile(r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\([\[\]])|\\.|([&~\n])", re.DOTALL)
-"""In those: other escapes, and what means something else in Lark, such as "&&" in a class."""
+"""In those, the escapes to rewrite and the characters with another meaning in Lark, such as "&&" in a class."""
 
 
 class GbnfError(Exception):
-    """No grammar that can be used; the message says why."""
+    """The grammar cannot be used."""
 
 
 class GbnfWorker:
-    """A few processes, started when first needed and replaced when they die or are late."""
+    """Translates grammars in a few sandbox processes."""
 
     def __init__(self) -> None:
-        self._processes = LimitedProcesses("exo.chat.grammar.gbnf", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
+        self._processes = SandboxPool("exo.chat.grammar.gbnf", _LIMITS)
 
     async def lark(self, source: str) -> str:
-        """The grammar in Lark. Raises ``GbnfError`` and ``LimitedBusyError``."""
+        """The grammar in Lark. Raises ``GbnfError`` and ``SandboxBusyError``."""
         try:
             answer = await self._processes.ask({"source": source})
-        except LimitedError as error:
+        except SandboxError as error:
             raise GbnfError(f"reading it {error}") from None
         if "error" in answer:
             raise GbnfError(answer["error"])
@@ -49,15 +46,15 @@ class GbnfWorker:
 
 
 def converted(line: bytes) -> dict[str, str]:
-    """The answer to one request line."""
+    """Answers one request."""
     try:
         return {"lark": gbnf_to_lark(_QUOTED.sub(_readable, json.loads(line)["source"]))}
-    except Exception as error:  # noqa: BLE001, it raises that itself, as well as whatever its own parser trips over
+    except Exception as error:  # noqa: BLE001, the translator raises it, and its own mistakes raise others
         return {"error": f"it is no GBNF: {error}"[:300]}
 
 
 def _readable(quoted: re.Match[str]) -> str:
-    """A comment as it is, a literal or a class of characters in escapes that mean the same in Lark."""
+    """A comment unchanged; a literal or a character class with escapes that mean the same in Lark."""
     return quoted[0] if quoted[0].startswith("#") else _SPECIAL.sub(_escaped, quoted[0])
 
 
@@ -72,4 +69,4 @@ def _escaped(special: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    serve(converted, seconds=SECONDS, address_space=512 << 20)
+    serve(lambda _: converted, _LIMITS)

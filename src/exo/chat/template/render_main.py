@@ -1,10 +1,8 @@
-"""The process that renders chat templates: ``python -m exo.chat.template.render_main``.
+"""The sandbox program that renders chat templates, which come with models and may be hostile.
 
-A template comes with a model, so it may be hostile. It runs in a Jinja sandbox, in a process of its own with limited
-memory, which its owner ends if an answer takes too long. Each line on stdin is a JSON object with ``source`` and, to
-render and not only compile, ``variables`` and ``extra`` variables, which the template must read. Each line on stdout
-has ``text``, or ``raised`` if the template refused its input, or ``unread`` with the name of a variable that would have
-no effect, or ``error``. The first line, an empty object, means that the process is ready.
+A request has the template's ``source`` and, to render and not only compile, ``variables`` and ``extra`` variables, which
+the template must read. The answer has the ``text``, or ``raised`` if the template refused its input, or ``unread`` with
+the name of a variable that would have no effect, or ``error``.
 """
 
 import json
@@ -19,17 +17,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import SandboxedEnvironment
 
-from exo.chat.template.sandbox_main import serve
+from exo.worker.runner_common.sandbox import SandboxLimits, serve
 
 # The marks around special tokens that are taken literally (``exo.chat.template.special_tokens``). They are Unicode
 # noncharacters, which valid text does not contain.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-ADDRESS_SPACE = 512 << 20
-"""Bytes of memory this process may map."""
-SECONDS = 5
-"""Wall time one request may take."""
-OUTPUT_LIMIT = 4 << 20
+_OUTPUT_LIMIT = 4 << 20
 """Characters a rendered prompt may have."""
+# JSON takes up to twelve bytes for a character.
+LIMITS = SandboxLimits(seconds=5, address_space=512 << 20, answer_bytes=12 * _OUTPUT_LIMIT + 1024)
 
 _TEMPLATE_FAULTS = (
     TemplateError,
@@ -172,11 +168,11 @@ def _all_variables(source: str, variables: Mapping[str, object], extra: Mapping[
 def render(source: str, variables: Mapping[str, object]) -> str:
     """Returns the rendered prompt. Raises what the template raises, or ``ValueError`` if it is too long or invalid."""
     pieces: list[str] = []
-    room = OUTPUT_LIMIT
+    room = _OUTPUT_LIMIT
     for piece in _compiled(source).generate(**variables):
         room -= len(piece)
         if room < 0:
-            raise ValueError(f"the rendered prompt is longer than {OUTPUT_LIMIT} characters")
+            raise ValueError(f"the rendered prompt is longer than {_OUTPUT_LIMIT} characters")
         pieces.append(piece)
     text = "".join(pieces)
     text.encode()  # a lone surrogate could not be sent on
@@ -210,4 +206,4 @@ def answer(line: bytes) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    serve(answer, seconds=SECONDS, address_space=ADDRESS_SPACE)
+    serve(lambda _: answer, LIMITS)

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
+from exo.chat.sandbox_pool import SandboxPool
 from exo.chat.template.fitting import ATTEMPTS, Names, fitting, outline
 from exo.chat.template.messages import template_messages
-from exo.chat.template.render_main import CLOSE, OPEN, OUTPUT_LIMIT, SECONDS
+from exo.chat.template.render_main import CLOSE, LIMITS, OPEN
 from exo.chat.template.reshaping import ChatMessage, reshaped
-from exo.chat.template.sandbox import LimitedError, LimitedProcesses
 from exo.chat.template.special_tokens import special_tokens
 from exo.worker.protocol.messages import Capabilities, Text
+from exo.worker.runner_common.sandbox import SandboxError
 
-_ANSWER_LIMIT = 12 * OUTPUT_LIMIT + 1024
-"""Bytes of one answer line. JSON needs up to twelve for one character."""
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 """The variables that callers may not set."""
 _CUT = CLOSE + CLOSE
@@ -62,12 +61,12 @@ class PromptTooLongError(Exception):
 class TemplateWorker:
     """A pool of rendering processes, started on demand and replaced when they die or take too long.
 
-    A request takes about a tenth of a millisecond. Each method raises ``LimitedBusyError`` if all processes are busy
+    A request takes about a tenth of a millisecond. Each method raises ``SandboxBusyError`` if all processes are busy
     for too long.
     """
 
     def __init__(self) -> None:
-        self._processes = LimitedProcesses("exo.chat.template.render_main", seconds=SECONDS, answer_limit=_ANSWER_LIMIT)
+        self._processes = SandboxPool("exo.chat.template.render_main", LIMITS)
         self._fits: dict[tuple[str, str], Names] = {}
 
     async def prepare(self, source: str) -> None:
@@ -126,7 +125,7 @@ class TemplateWorker:
     async def _ask(self, request: Mapping[str, object]) -> str:
         try:
             answer = await self._processes.ask(request)
-        except LimitedError as error:
+        except SandboxError as error:
             raise TemplateError(f"the chat template {error}") from None
         match answer:
             case {"raised": message}:

@@ -1,29 +1,23 @@
-"""Compiles a grammar in a process of its own before the runner does.
+"""Compiles a grammar in a sandbox before the runner compiles it: compiling can take unlimited time or memory.
 
-A grammar can be made so that compiling it takes for ever, and a thread that compiles cannot be stopped; a process can.
-As a program it reads the model's control tokens on the first line and then a grammar a line, and answers each with a
-line: what is wrong with it, empty if nothing is.
+The program's setup is the model's control tokens (``texts`` by id, ``n_vocab``, ``ends``). A request has a ``grammar``;
+the answer's ``error`` is what is wrong with it.
 """
 
 import json
-import resource
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimits, serve
+
 LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False)
-"""What a grammar may cost, in the runner too: 15 ms a token and 100 MB; llguidance's own where not named."""
-
-SECONDS = 0.8
-"""For one grammar."""
-_BYTES = 1 << 30
+"""What a grammar may cost, in the runner too: 15 ms a token and 100 MB. Limits not named here are llguidance's own."""
+_SANDBOX = SandboxLimits(seconds=0.8, address_space=1 << 30)
 
 
-class Vocabulary:
+class GuidanceVocabulary:
     """What llguidance's wrapper asks of a tokenizer. ``tokens`` are bytes by id; control tokens are ``special``."""
 
     bos_token_id = None
@@ -35,7 +29,7 @@ class Vocabulary:
         self.built: LLTokenizer | None = None
 
     def __call__(self, text: bytes) -> list[int]:
-        """Only a grammar that undoes "no_forcing" makes llguidance tokenize."""
+        """Called only for a grammar that undoes "no_forcing"."""
         return [] if self.built is None else self.built.greedy_tokenize(text.decode())
 
     def build(self, ends: Sequence[int]) -> LLTokenizer:
@@ -45,70 +39,46 @@ class Vocabulary:
 
 
 @final
-class Trial:
-    """The program's other end. For one thread."""
+class GrammarSandbox:
+    """Compiles grammars for one model. For one thread."""
 
     def __init__(self, special: Mapping[int, bytes], n_vocab: int, ends: Sequence[int]) -> None:
         """``special`` are the texts of the control tokens."""
         texts = {token: text.decode(errors="replace") for token, text in special.items()}
-        self._first_line = json.dumps([texts, n_vocab, ends]).encode() + b"\n"
-        self._program = self._start()
+        setup = {"texts": texts, "n_vocab": n_vocab, "ends": ends}
+        self._sandbox = Sandbox("exo.worker.runner_common.grammar_sandbox", _SANDBOX, setup)
 
     def run(self, grammar: str) -> str:
-        """What is wrong with a grammar as llguidance takes it; empty if nothing is. Takes a second at the most."""
-        if self._program.poll() is not None:
-            self.close()
-            self._program = self._start()
-        assert self._program.stdin is not None
-        assert self._program.stdout is not None
-        self._program.stdin.write(grammar.encode() + b"\n")
-        answer = self._program.stdout.readline()
-        if not answer.endswith(b"\n"):
-            self._program.wait()
+        """What is wrong with a grammar in llguidance's form; empty for one that compiles. Takes about a second."""
+        try:
+            return self._sandbox.ask({"grammar": grammar})["error"]
+        except SandboxError:
             return "it takes too long, or too much memory, to compile"
-        return json.loads(answer)
 
     def close(self) -> None:
         """Ends the program."""
-        self._program.kill()
-        with self._program:
-            pass
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "exo.worker.runner_common.grammar_sandbox"]
-        program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        assert program.stdin is not None
-        program.stdin.write(self._first_line)
-        return program
+        self._sandbox.close()
 
 
 def tokenizer_of(texts: Mapping[str, str], n_vocab: int, ends: Sequence[int]) -> LLTokenizer:
-    """One whose ordinary tokens are the bytes that text has, beyond the model's ids."""
+    """A tokenizer with these control tokens. Its ordinary tokens are single bytes, numbered from ``n_vocab``."""
     tokens = [b""] * n_vocab + [bytes([byte]) for byte in range(255)]
     for token, text in texts.items():
         tokens[int(token)] = text.encode()
-    return Vocabulary(tokens, [int(token) for token in texts], ends[0]).build(ends)
+    return GuidanceVocabulary(tokens, [int(token) for token in texts], ends[0]).build(ends)
 
 
-def finding(tokenizer: LLTokenizer, grammar: str) -> str:
-    """What is wrong with a grammar; empty if nothing is."""
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
-    if not matcher.is_error() and not matcher.is_stopped():
-        matcher.compute_bitmask()
-    return matcher.get_error()
+def _prepare(setup: bytes) -> Callable[[bytes], Mapping[str, str]]:
+    tokenizer = tokenizer_of(**json.loads(setup))
 
+    def compiled(request: bytes) -> dict[str, str]:
+        matcher = LLMatcher(tokenizer, json.loads(request)["grammar"], log_level=0, limits=LIMITS)
+        if not matcher.is_error() and not matcher.is_stopped():
+            matcher.compute_bitmask()
+        return {"error": matcher.get_error()}
 
-def main() -> None:
-    """Answers until standard input closes; ends by SIGALRM at a grammar that takes too long."""
-    resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-    tokenizer = tokenizer_of(*json.loads(sys.stdin.buffer.readline()))
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        found = finding(tokenizer, line.decode())
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(json.dumps(found).encode() + b"\n")
-        sys.stdout.buffer.flush()
+    return compiled
 
 
 if __name__ == "__main__":
-    main()
+    serve(_prepare, _SANDBOX)

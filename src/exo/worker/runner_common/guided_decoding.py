@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Failed, Grammar
 from exo.worker.runner_common.grammar_errors import explain
-from exo.worker.runner_common.grammar_sandbox import LIMITS, Trial, Vocabulary
+from exo.worker.runner_common.grammar_sandbox import LIMITS, GrammarSandbox, GuidanceVocabulary
 from exo.worker.runner_common.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
 
 Mask = npt.NDArray[np.bool_]
@@ -50,7 +50,7 @@ class Constraints:
         special = {token: pieces(token) for token in range(n_vocab) if is_control(token) or token in eog}
         # An id beyond the vocabulary is in no mask.
         ends = sorted(eog) or [n_vocab]
-        self._trial = Trial(special, n_vocab, ends)
+        self._sandbox = GrammarSandbox(special, n_vocab, ends)
         self._special = special
         self._ends = ends
         self._pieces = pieces
@@ -59,7 +59,7 @@ class Constraints:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        """Made for the first grammar that passes its trial.
+        """Made for the first grammar that compiles in the sandbox.
 
         It takes a second for 262,144 tokens, most of which holds the interpreter.
         """
@@ -68,7 +68,7 @@ class Constraints:
         tokens = [b"" if piece.startswith(_CONTROL) else piece for piece in tokens]
         for token, text in special.items():
             tokens[token] = text
-        return Vocabulary(tokens, [token for token in special if tokens[token]], ends[0]).build(ends)
+        return GuidanceVocabulary(tokens, [token for token in special if tokens[token]], ends[0]).build(ends)
 
     def compile(self, grammar: Grammar, delivered: Sequence[int] = ()) -> "Constraint":
         """Returns the constraint of a sequence whose output so far is ``delivered``. Raises GrammarError.
@@ -76,7 +76,7 @@ class Constraints:
         Takes at most a second or two, without the interpreter's lock.
         """
         source = _for_llguidance(grammar)
-        if wrong := self._trial.run(source):
+        if wrong := self._sandbox.run(source):
             raise GrammarError(explain(wrong, syntax=grammar.syntax, source=grammar.source))
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
@@ -91,7 +91,7 @@ class Constraints:
     def close(self) -> None:
         """Ends the threads and the sandbox."""
         self._threads.shutdown()
-        self._trial.close()
+        self._sandbox.close()
 
 
 @final

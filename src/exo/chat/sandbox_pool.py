@@ -1,0 +1,116 @@
+"""Sandbox programs driven from the server's event loop. See ``exo.worker.runner_common.sandbox`` for their limits."""
+
+import json
+from collections.abc import Mapping
+
+import anyio
+from anyio.abc import Process
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from exo.worker.runner_common.sandbox import (
+    ENDED,
+    START_SECONDS,
+    SandboxError,
+    SandboxLimits,
+    command,
+    environment,
+    line,
+)
+
+PROCESSES = 4
+"""The slow requests that a pool works on without delaying other requests."""
+TURN_SECONDS = 10.0
+"""How long a request waits for a free process."""
+
+
+class SandboxBusyError(Exception):
+    """The work was not begun, because other work held all processes for too long. It may be tried again."""
+
+
+class SandboxProcess:
+    """One sandbox program, started when first needed and again after a failure. Requests take turns."""
+
+    def __init__(self, module: str, limits: SandboxLimits) -> None:
+        self._module = module
+        self._limits = limits
+        self._turn = anyio.Lock()
+        self._process: Process | None = None
+        self._answers: BufferedByteReceiveStream | None = None
+
+    async def ask(self, request: Mapping[str, object]) -> dict[str, str]:
+        """The answer to one request. Raises SandboxError."""
+        content = line(request)
+        async with self._turn:
+            seconds = START_SECONDS
+            try:
+                if self._process is None:
+                    with anyio.fail_after(seconds):
+                        self._process = await self._start()
+                        await self._exchange(self._process, line({}))
+                seconds = self._limits.seconds
+                with anyio.fail_after(seconds):
+                    return await self._exchange(self._process, content)
+            except TimeoutError:
+                await self.aclose()
+                raise SandboxError(f"took longer than {seconds:g} s") from None
+            except anyio.DelimiterNotFound:
+                await self.aclose()
+                raise SandboxError(f"gave an answer of more than {self._limits.answer_bytes} bytes") from None
+            except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError):
+                await self.aclose()
+                raise SandboxError(ENDED) from None
+            except BaseException:
+                await self.aclose()  # the next request must not get this one's answer
+                raise
+
+    async def aclose(self) -> None:
+        """Ends the process, which has nothing to lose."""
+        process, self._process = self._process, None
+        if process is not None:
+            if process.returncode is None:
+                process.kill()
+            with anyio.CancelScope(shield=True):
+                await process.aclose()
+
+    async def _start(self) -> Process:
+        process = await anyio.open_process(
+            command(self._module), stderr=None, env=environment(), start_new_session=True
+        )
+        assert process.stdout is not None
+        self._answers = BufferedByteReceiveStream(process.stdout)
+        return process
+
+    async def _exchange(self, process: Process, request: bytes) -> dict[str, str]:
+        assert process.stdin is not None
+        assert self._answers is not None
+        await process.stdin.send(request)
+        return json.loads(await self._answers.receive_until(b"\n", self._limits.answer_bytes))
+
+
+class SandboxPool:
+    """A few processes of one sandbox program. Each is started when all others are busy."""
+
+    def __init__(self, module: str, limits: SandboxLimits) -> None:
+        self._processes = [SandboxProcess(module, limits) for _ in range(PROCESSES)]
+        self._idle = list(self._processes)
+        # The process that worked last is at the end and is taken first: it has compiled what is asked for most.
+        self._turns = anyio.Semaphore(PROCESSES)
+
+    async def ask(self, request: Mapping[str, object]) -> dict[str, str]:
+        """The answer to one request. Raises SandboxError and SandboxBusyError."""
+        try:
+            with anyio.fail_after(TURN_SECONDS):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise SandboxBusyError(f"nothing was free within {TURN_SECONDS:g} s to work on it") from None
+        process = self._idle.pop()
+        try:
+            return await process.ask(request)
+        finally:
+            self._idle.append(process)
+            self._turns.release()
+
+    async def aclose(self) -> None:
+        """Ends the processes, which have nothing to lose."""
+        for process in self._processes:
+            await process.aclose()
