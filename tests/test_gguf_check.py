@@ -1,8 +1,6 @@
 """The check of a GGUF header, by its own program: sound files pass, and everything else ends in a sentence."""
 
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from exo.worker.runner_common.gguf import TENSOR_TYPES
+from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.loading.gguf_check import TENSOR_TYPES, HeaderError, check_file
-from exo.worker.runner_cuda.loading.loader import check_header
+from exo.worker.runner_cuda.loading.gguf_check import check_file, check_header
 from tests.edited_gguf import Edit, rewrite
 from tests.tiny import Shape, write_gguf
 
@@ -71,7 +70,7 @@ def with_key(data: bytes, key: bytes, kind: int, value: bytes) -> bytes:
 
 NORM = b"output_norm.weight"
 LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda _: b"", "0 bytes"),
+    "empty": (lambda _: b"", "at byte 0"),
     "magic": (lambda data: b"GGML" + data[4:], "begins with b'GGML'"),
     "version 1": (put("<I", 4, 1), "version 0x1"),
     "big-endian": (put(">I", 4, 3), "version 0x3000000"),
@@ -80,8 +79,8 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "negative number of tensors": (put("<q", TENSOR_COUNT, -1), "tensors"),
     "one key too many": (lambda data: put("<Q", KEY_COUNT, data[KEY_COUNT] + 1)(data), "key"),
     "one tensor too many": (lambda data: put("<Q", TENSOR_COUNT, data[TENSOR_COUNT] + 1)(data), "tensor"),
-    "negative length of a key": (before(b"general.architecture", -1 & (1 << 64) - 1), "bytes long"),
-    "length of a key past the end": (before(b"general.architecture", 1 << 40), "bytes long"),
+    "negative length of a key": (before(b"general.architecture", -1 & (1 << 64) - 1), "a metadata key of 18,446,"),
+    "length of a key past the end": (before(b"general.architecture", 1 << 40), "a metadata key of 1,099,"),
     "negative length of a text": (after(b"general.architecture", "<q", 4, -1), "general.architecture"),
     "length of a text near 2^64": (after(b"general.architecture", "<Q", 4, (1 << 64) - 8), "general.architecture"),
     "unknown value type": (after(b"general.architecture", "<I", 0, 99), "value type 99"),
@@ -91,14 +90,14 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "alignment 0": (lambda data: with_key(data, b"general.alignment", 4, bytes(4)), "power of two"),
     "alignment 24": (lambda data: with_key(data, b"general.alignment", 4, struct.pack("<I", 24)), "power of two"),
     "alignment a text": (lambda data: with_key(data, b"general.alignment", 8, bytes(8)), "power of two"),
-    "a key twice": (lambda data: with_key(data, b"general.name", 0, b"x"), "is there twice"),
+    "a key twice": (lambda data: with_key(data, b"general.name", 0, b"x"), "the metadata key general.name twice"),
     "a truth value of 7": (lambda data: with_key(data, b"x", 7, b"\7"), "neither 0 nor 1"),
     "a key that is no text": (lambda data: with_key(data, b"\xff", 0, b"x"), "not UTF-8"),
     "half a billion layers": (after(b"llama.block_count", "<I", 4, 1 << 29), "expected at most 512"),
     "no dimensions": (after(NORM, "<I", 0, 0), "0 dimensions"),
     "5 dimensions": (after(NORM, "<I", 0, 5), "5 dimensions"),
-    "dimension 0": (after(NORM, "<Q", 4, 0), "has the dimensions [0]"),
-    "negative dimension": (after(NORM, "<q", 4, -1), "has the dimensions"),
+    "dimension 0": (after(NORM, "<Q", 4, 0), "with the dimensions [0]"),
+    "negative dimension": (after(NORM, "<q", 4, -1), "with the dimensions [18446744073709551615]"),
     "dimension past the end": (after(NORM, "<Q", 4, 1 << 62), "but the file has"),
     "unknown tensor type": (after(NORM, "<I", 12, 4), "tensor type 4"),
     "rows that blocks cannot fill": (lambda data: after(NORM, "<I", 12, 12)(data), "blocks of 256"),
@@ -106,8 +105,11 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "negative offset": (after(NORM, "<q", 16, -32), "but the file has"),
     "crooked offset": (after(NORM, "<Q", 16, 33), "no multiple of 32"),
     "tensors on top of each other": (after(b"blk.1.attn_q.weight", "<Q", 24, 0), "within another tensor"),
-    "a tensor twice": (lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "is there twice"),
-    "a long name": (before(NORM, 64), "64 bytes long"),
+    "a tensor twice": (
+        lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"),
+        "twice",
+    ),
+    "a long name": (before(NORM, 64), "a tensor name of 64 bytes"),
 }
 
 
@@ -133,7 +135,7 @@ def test_a_lie_is_named(sound: Path, tmp_path: Path, lie: str) -> None:
     with pytest.raises(LoadError) as refusal:
         check_header(path)
     assert refusal.value.code == "model_load_failed"
-    assert str(refusal.value).startswith(f"{path} is not a GGUF file that can be loaded: ")
+    assert str(refusal.value).startswith(f"{path} cannot be loaded: it ")
     assert says in str(refusal.value)
 
 
@@ -143,7 +145,7 @@ def test_a_token_that_is_there_twice_is_refused_before_llama_cpp_aborts(sound: P
     tokens: list[str] = field.contents()
     path = tmp_path / "doubled.gguf"
     rewrite(sound, path, Edit(keys={"tokenizer.ggml.tokens": [*tokens[:-1], tokens[65]]}))
-    with pytest.raises(LoadError, match=f"has the token 'A' twice, as numbers 65 and {len(tokens) - 1}"):
+    with pytest.raises(LoadError, match=f"the token 'A' in .*tokens twice, as numbers 65 and {len(tokens) - 1}"):
         check_header(path)
 
 
@@ -190,7 +192,5 @@ def test_the_check_runs_without_a_shell_and_without_the_command_pipe(sound: Path
 
 
 def test_a_file_without_an_end_runs_into_a_limit() -> None:
-    command = [sys.executable, "-m", "exo.worker.runner_cuda.loading.gguf_check", "/dev/zero"]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stdout
+    with pytest.raises(LoadError, match="/dev/zero cannot be loaded: it ends within its header, at byte 0"):
+        check_header(Path("/dev/zero"))

@@ -3,10 +3,12 @@
 import struct
 from pathlib import Path
 
+import gguf
 import pytest
 
 from exo.store.discover.description import from_gguf
-from exo.store.discover.gguf_header import GgufHeader, HeaderError, read_header
+from exo.worker.runner_common.gguf import GgufHeader, read_gguf
+from exo.worker.runner_common.header_source import HeaderError, LocalHeader
 from tests.edited_gguf import Edit, rewrite
 from tests.tiny import Shape, write_gguf
 
@@ -37,37 +39,42 @@ LLAMA = (
 )
 
 
-def read(data: bytes) -> GgufHeader:
-    def source(end: int) -> bytes:
-        if end > len(data):
-            raise HeaderError(f"ends within its header, at byte {len(data)}")
-        return data[:end]
+class Source:
+    """A file of which a reader gets no byte that it does not ask for."""
 
-    return read_header(source)
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self.asked = [0]
+        self._data = data
+
+    def upto(self, end: int) -> bytes:
+        self.asked.append(end)
+        return self._data[:end]
+
+
+def read(data: bytes) -> GgufHeader:
+    """The metadata."""
+    return read_gguf(Source(data), tensors=False)
 
 
 def test_a_real_files_metadata_and_no_byte_after_it(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, Shape(vocabulary=300))
-    data, asked = path.read_bytes(), [0]
-
-    def source(end: int) -> bytes:
-        asked.append(end)
-        return data[:end]
-
-    found = from_gguf(read_header(source))
+    data = path.read_bytes()
+    source = Source(data)
+    found = from_gguf(read_gguf(source, tensors=False))
     shape = Shape(vocabulary=300)
     assert (found.architecture, found.n_layers, found.hidden_size) == ("llama", shape.layer_count, shape.hidden)
     assert found.num_key_value_heads == shape.kv_heads
     assert found.task == "TextGeneration"
     assert found.chat_template
-    assert asked == sorted(asked)
-    assert asked[-1] < data.index(b"token_embd.weight"), "the tensors' table is not asked for"
+    assert source.asked == sorted(source.asked)
+    assert source.asked[-1] < data.index(b"token_embd.weight"), "the tensors' table is not asked for"
 
 
 def test_every_cut_of_a_header_is_told(tmp_path: Path) -> None:
     data = header(*LLAMA, field("x.list", 9, struct.pack("<IQ", 8, 3) + text("a") + text("") + text("b")))
-    assert read(data).values["llama.block_count"] == 4
+    assert read(data).value("llama.block_count") == 4
     for end in range(4, len(data)):
         with pytest.raises(HeaderError, match=f"at byte {end}"):
             read(data[:end])
@@ -105,10 +112,13 @@ def test_values_that_nobody_asked_for_are_skipped_whatever_they_are() -> None:
         (b"GGU", "ends within its header, at byte 3"),
         (b"<!doctype html>", "is not a GGUF file: it begins with b'<!do'"),
         (header(version=1), "version 0x1; accepted are 2 and 3"),
-        (header(claimed=1 << 60), "ends within its header"),
+        (header(claimed=1 << 60), "claims 1152921504606846976 keys and 7 tensors, expected at most 65536"),
         (header(struct.pack("<Q", 1 << 63)), "a metadata key of 9,223,372,036,854,775,808 bytes"),
         (header(field(b"\xff", 4, b"\0" * 4)), "a metadata key that is not UTF-8"),
-        (header(field("general.name", 8, struct.pack("<Q", 1 << 40))), "general.name of 1,099,511,627,776 bytes"),
+        (
+            header(field("general.name", 8, struct.pack("<Q", 1 << 40))),
+            "in the value of 'general.name'",
+        ),
         (header(field("x", 9, struct.pack("<IQ", 8, 1 << 62))), "ends within its header"),
         (header(field("x", 9, struct.pack("<IQ", 12, 1 << 61))), "ends within its header"),
         (header(field("x", 8, struct.pack("<Q", (1 << 64) - 1))), "ends within its header"),
@@ -146,3 +156,40 @@ def test_a_renamed_architecture_keeps_its_own_keys(tmp_path: Path) -> None:
     rewrite(tmp_path / "tiny.gguf", tmp_path / "other.gguf", Edit(architecture="qwen3"))
     data = (tmp_path / "other.gguf").read_bytes()
     assert from_gguf(read(data)).architecture == "qwen3"
+
+
+def test_every_value_of_a_file_is_decoded_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, Shape(vocabulary=300))
+    read_by_gguf_py, found = gguf.GGUFReader(path), read_gguf(LocalHeader(path))
+    for key, field_of in read_by_gguf_py.fields.items():
+        if not key.startswith("GGUF."):
+            value = found.value(key)
+            assert (list(value) if isinstance(value, tuple) else value) == field_of.contents(), key
+    places = {each.name: (each.data_offset, each.n_bytes, tuple(each.shape)) for each in read_by_gguf_py.tensors}
+    assert {each.name: (each.start, each.size, each.shape) for each in found.tensors} == places
+
+
+def test_a_value_that_is_too_large_is_refused_when_it_is_asked_for() -> None:
+    long = field("general.name", 8, text("x" * ((1 << 20) + 1)))
+    many = field("llama.attention.head_count_kv", 9, struct.pack("<IQ", 0, 1025) + bytes(1025))
+    with pytest.raises(HeaderError, match=r"general\.name of 1,048,577 bytes, expected at most 1,048,576"):
+        from_gguf(read(header(LLAMA[0], long, *LLAMA[2:])))
+    with pytest.raises(HeaderError, match="head_count_kv' with 1,025 elements, expected at most 1,024"):
+        from_gguf(read(header(*LLAMA, many)))
+
+
+def test_a_header_over_the_limit_is_refused_before_it_is_fetched() -> None:
+    source = Source(header(*LLAMA, field("x", 8, text("y" * 10_000))))
+    with pytest.raises(HeaderError, match="has a header of more than 9,000 bytes"):
+        read_gguf(source, limit=9000, tensors=False)
+    assert source.asked[-1] <= 9000
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "shrinks.gguf"
+    path.write_bytes(header(*LLAMA))
+    source = LocalHeader(path)
+    path.write_bytes(header(*LLAMA)[:100])
+    with pytest.raises(HeaderError, match="ends within its header, at byte 100"):
+        read_gguf(source, tensors=False)

@@ -22,7 +22,8 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_cuda.loading.gguf_check import HeaderError, check_file
+from exo.worker.runner_common.header_source import HeaderError
+from exo.worker.runner_cuda.loading.gguf_check import check_file
 from tests.server import ServeProgram, write_card
 from tests.tiny import Shape, write_gguf, write_mlx
 from tests.tiny.encoder import Encoder
@@ -356,7 +357,7 @@ def test_row_28_another_host_or_origin(server: ServeProgram) -> None:
     ("model", "says"),
     [
         ("keys", "4294967295 keys"),
-        ("cut", "it ends, at byte 3000"),
+        ("cut", "it ends within its header, at byte 3000"),
         ("offset", "output_norm.weight"),
         ("auto-map", "auto_map"),
         ("pickle", "is a pickle"),

@@ -13,15 +13,16 @@ from pydantic import JsonValue, ValidationError
 
 from exo.worker.protocol.messages import Choice, Estimate, Estimated, Failed, Load
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.gguf import GgufHeader
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
 from exo.worker.runner_cuda.loading import estimate as estimates
 from exo.worker.runner_cuda.loading import loader
 from exo.worker.runner_cuda.loading.devices import Gpu
-from exo.worker.runner_cuda.loading.gguf_metadata import Header
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
 from tests.program import Program, runner_command
+from tests.test_gguf_header import field, header, read, text
 from tests.tiny import Shape, write_gguf
 
 MIB = 1 << 20
@@ -150,8 +151,8 @@ def test_llama_cpp_refuses_to_share_out_the_layers_of_exactly_these_architecture
 
 
 def test_such_an_architecture_is_refused_before_it_is_loaded() -> None:
-    def of(architecture: str) -> Header:
-        return Header(texts={"general.architecture": architecture})
+    def of(architecture: str) -> GgufHeader:
+        return read(header(field("general.architecture", 8, text(architecture))))
 
     with pytest.raises(LoadError, match=r'split_mode: llama\.cpp cannot split "olmo2" models by "tensor"'):
         check_architecture(options(split_mode="tensor"), lambda: of("olmo2"))

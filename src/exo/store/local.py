@@ -4,15 +4,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from exo.cards.card import ModelCard
-from exo.store.discover.description import Description, DescriptionError, from_config, from_gguf
-from exo.store.discover.gguf_header import GgufHeader, HeaderError, read_header
+from exo.store.discover.description import Description, DescriptionError, from_folder, from_gguf
 from exo.store.discover.inspection import HEADER_LIMIT
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.gguf import read_gguf
+from exo.worker.runner_common.header_source import HeaderError, LocalHeader
 
-_BLOCK = 1 << 20
 _JSON_LIMIT = 32 << 20
 
 
@@ -38,27 +38,9 @@ def describe_on_disk(card: ModelCard, store: Store) -> Description | None:
 
 @lru_cache(maxsize=256)
 def _described(path: Path, _modified: int, _size: int) -> Description:
-    if not path.is_dir():
-        return from_gguf(_header(path))
-    template = _content(path / "chat_template.jinja")
-    text = template.decode(errors="replace") if template is not None else None
-    config = _content(path / "config.json") or b""
-    return from_config(config, _content(path / "tokenizer_config.json"), text)
-
-
-def _header(path: Path) -> GgufHeader:
-    with path.open("rb") as file:
-        start = bytearray()
-
-        def upto(end: int) -> bytearray:
-            if end > HEADER_LIMIT:
-                raise HeaderError(f"has more than {HEADER_LIMIT:,} bytes of metadata")
-            start.extend(file.read(max(end - len(start), _BLOCK)))
-            if len(start) < end:
-                raise HeaderError("ends within its metadata")
-            return start
-
-        return read_header(upto)
+    if path.is_dir():
+        return from_folder(lambda name: _content(path / name))
+    return from_gguf(read_gguf(LocalHeader(path), limit=HEADER_LIMIT, tensors=False))
 
 
 def _content(path: Path) -> bytes | None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from exo.cards.card import Alias, ModelCard, ModelId, StorageSize
 from exo.cards.catalogue import Catalogue
-from exo.store.discover.inspection import Found, inspect
+from exo.store.discover.inspection import Inspected, inspect
 from exo.store.folder import folder_name
 from exo.store.hub import Hub
 
@@ -123,7 +123,7 @@ def _aliases(model_id: str, catalogue: Catalogue) -> tuple[str, ...]:
         return ()
 
 
-def _card(model_id: str, aliases: tuple[str, ...], found: Found) -> ModelCard:
+def _card(model_id: str, aliases: tuple[str, ...], found: Inspected) -> ModelCard:
     described = found.description
     return ModelCard(
         model_id=model_id,

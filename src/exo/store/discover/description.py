@@ -1,71 +1,88 @@
-"""What a repository's own files say of the model in it: a GGUF file's metadata, or a folder's config.json."""
+"""Describes a model from its own files: a GGUF file's metadata, or a folder's config.json."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from exo.cards.card import Count, Task
-from exo.store.discover.gguf_header import GgufHeader, HeaderError
 from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.gguf import GgufHeader
+from exo.worker.runner_common.header_source import HeaderError
 
-_RANK = 4
-_NONE = 0
-"""llama.cpp's kinds of pooling: scores, and no pooling. The others make one vector of a text."""
+_POOLING_NONE, _POOLING_RANK = 0, 4
+"""llama.cpp's pooling types of models that generate and of rerankers. The others make one vector of a text."""
 _REASONING_MARKS = ("</think>", "[/THINK]", "<|channel|>")
 _TOGGLE = "enable_thinking"
 _LONGEST_NAME = 100
+_MOST_LAYERS = 1 << 10
+_LARGEST_SIZE = 10_000_000
 _LONGEST_CONTEXT = 1 << 31
 
 
 class DescriptionError(Exception):
-    """What is wrong with such a file; the sentence goes on from its name."""
+    """The file describes no model. The message continues a sentence whose subject is the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One model. Names are the author's own, and may be any text."""
+    """One model. Names are the author's and may be any text; they are empty if the files give none."""
 
     architecture: str
     name: str
-    """Empty where the files give none."""
     n_layers: int
     hidden_size: int
     num_key_value_heads: int | None
     context_length: int
-    """Tokens; 0 where unknown."""
+    """Tokens; 0 if unknown."""
     task: Task
     chat_template: str | None
     quantization: str = ""
-    """Empty where the files do not say."""
     for_transformers: bool = False
-    """Whether the files are as Hugging Face's library has them: they name a class of it, and MLX quantised nothing."""
+    """Whether Hugging Face's library loads the files: they name a class of it, and MLX quantised nothing."""
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Upstream's words for what the chat template gives away."""
+        """What the chat template shows, in upstream exo's terms."""
         template = self.chat_template or ""
         thinks = any(mark in template for mark in _REASONING_MARKS)
         return ("text", *(["thinking"] if thinks else []), *(["thinking_toggle"] if _TOGGLE in template else []))
 
 
 def from_gguf(header: GgufHeader) -> Description:
-    """Raises HeaderError for metadata that is of no language model, or says too little."""
-    kind = header.text("general.type") or "model"
-    if kind != "model" or header.architecture == "clip":
-        raise HeaderError(f"is no language model, but: {_printable(kind)}, architecture {header.architecture}")
-    pooling = header.values.get(f"{header.architecture}.pooling_type", _NONE)
-    encodes = "bert" in header.architecture or pooling != _NONE
+    """Raises HeaderError for metadata that describes no language model, or not enough of it."""
+    kind, architecture = header.text("general.type") or "model", header.architecture
+    if kind != "model" or architecture == "clip":
+        raise HeaderError(f"is no language model, but: {_printable(kind)}, architecture {architecture}")
+    pooling = header.value(f"{architecture}.pooling_type", _MOST_LAYERS) or _POOLING_NONE
+    encodes = "bert" in architecture or pooling != _POOLING_NONE
     return Description(
-        architecture=header.architecture,
+        architecture=architecture,
         name=_printable(header.text("general.name")),
-        n_layers=header.count("block_count"),
-        hidden_size=header.count("embedding_length"),
-        num_key_value_heads=header.optional_count("attention.head_count_kv") or None,
-        context_length=header.optional_count("context_length", _LONGEST_CONTEXT),
-        task="TextRanking" if pooling == _RANK else "TextEmbedding" if encodes else "TextGeneration",
+        n_layers=_stated(header, "block_count"),
+        hidden_size=_stated(header, "embedding_length"),
+        num_key_value_heads=_size(header, "attention.head_count_kv") or None,
+        context_length=_size(header, "context_length", _LONGEST_CONTEXT),
+        task="TextRanking" if pooling == _POOLING_RANK else "TextEmbedding" if encodes else "TextGeneration",
         chat_template=header.text("tokenizer.chat_template") or None,
     )
+
+
+def _stated(header: GgufHeader, key: str) -> int:
+    if not (size := _size(header, key)):
+        raise HeaderError(f"does not say {header.architecture}.{key}")
+    return size
+
+
+def _size(header: GgufHeader, key: str, most: int = _LARGEST_SIZE) -> int:
+    """A size by its key without the architecture's name; the largest if there is one for each layer, 0 if absent."""
+    name = f"{header.architecture}.{key}"
+    value = header.value(name, _MOST_LAYERS) or 0
+    largest = max(value, default=0) if isinstance(value, tuple) else value
+    if isinstance(largest, bool) or not isinstance(largest, int) or not 0 <= largest <= most:
+        raise HeaderError(f"has {name} = {ascii(value)[:100]}, expected a whole number up to {most:,}")
+    return largest
 
 
 class _Json(BaseModel):
@@ -84,7 +101,7 @@ class _Sizes(_Json):
 
 
 class _Config(_Json):
-    """``text_config`` is where models that see keep what is said of their language."""
+    """``text_config`` holds the sizes of the language model if the model also has a vision part."""
 
     model_type: Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
     architectures: tuple[str, ...] = Field(default=(), strict=False)
@@ -98,13 +115,12 @@ class _TokenizerConfig(_Json):
     chat_template: JsonValue = None
 
 
-def from_config(
-    config: bytes, tokenizer_config: bytes | None, chat_template: str | None, *, embeds: bool = False
-) -> Description:
-    """Of a folder's files; ``chat_template`` is that of a file of its own, ``embeds`` if it is for vectors of texts.
+def from_folder(read: Callable[[str], bytes | None], *, embeds: bool = False) -> Description:
+    """Describes a folder. ``read`` gives a file, or None if it is absent; ``embeds`` marks a text embedding model.
 
-    Raises DescriptionError.
+    Raises DescriptionError, and what ``read`` raises.
     """
+    config, template = read("config.json") or b"", read("chat_template.jinja")
     try:
         whole = _Config.model_validate_json(config)
         nested = isinstance(whole.text_config, dict)
@@ -120,16 +136,16 @@ def from_config(
         num_key_value_heads=sizes.num_key_value_heads,
         context_length=sizes.max_position_embeddings or 0,
         task="TextEmbedding" if embeds else "TextGeneration",
-        chat_template=chat_template or (_template(tokenizer_config) if tokenizer_config is not None else None),
+        chat_template=template.decode(errors="replace") if template else _template(read("tokenizer_config.json")),
         quantization=f"{bits}bit" if bits is not None else _printable(whole.torch_dtype or whole.dtype or ""),
         for_transformers=bits is None and bool(whole.architectures),
     )
 
 
-def _template(tokenizer_config: bytes) -> str | None:
-    """The chat template in tokenizer_config.json, the one called default where there are several."""
+def _template(tokenizer_config: bytes | None) -> str | None:
+    """The chat template in tokenizer_config.json. If there are several, it is the one named default."""
     try:
-        found = _TokenizerConfig.model_validate_json(tokenizer_config).chat_template
+        found = _TokenizerConfig.model_validate_json(tokenizer_config or b"{}").chat_template
     except ValidationError:
         return None
     several = found if isinstance(found, list) else []

@@ -1,40 +1,27 @@
-"""A model's folder of safetensors: the keys of a card's table that name it, where it is, and whether it is whole.
+"""A folder of safetensors: the model card's keys that name it, its place on disk, its files, and checks of them.
 
-It is checked before any library reads it, so that what is wrong with it can be said in plain words.
+The folder is checked before any library reads it, so that an error names the file and the reason.
 """
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    JsonValue,
-    NonNegativeInt,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
+from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_name import stays_inside
+from exo.worker.runner_common.safetensors import SafetensorsTensor, open_safetensors
 
 Json = dict[str, JsonValue]
 
 _OBJECT: TypeAdapter[Json] = TypeAdapter(Json)
-_HEADER_LIMIT = 100 << 20
-"""Bytes; safetensors' own."""
-_SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
-_BYTES = {name: size for size, names in _SIZES.items() for name in names.split()}
-"""Bytes of an element, by safetensors' name of its type."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 class FolderOptions(BaseModel):
-    """Keys that the tables of all engines share which read such folders.
+    """The model card's keys shared by all engines that read such folders.
 
     Without path and repo, the model id is the repo.
     """
@@ -42,7 +29,7 @@ class FolderOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     path: str | None = None
-    """A folder with config.json and safetensors; a relative path is looked for in the models directories."""
+    """A folder with config.json and safetensors. A relative path is looked for in the models directories."""
     repo: str | None = None
     chat_template: str | None = None
     """Jinja source that replaces the folder's own template."""
@@ -56,34 +43,21 @@ class FolderOptions(BaseModel):
         return self
 
 
-class Tensor(BaseModel):
-    """One entry of a safetensors header. Offsets are bytes from the header's end."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dtype: str
-    shape: tuple[NonNegativeInt, ...]
-    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
-
-
-_TENSORS = TypeAdapter(dict[str, Tensor])
-
-
 def find_folder(options: FolderOptions, model_id: str, directories: Sequence[str]) -> Path:
-    """The folder to load. Raises LoadError with code ``model_not_found``, naming where it was looked for.
+    """The folder to load. Raises LoadError with code ``model_not_found``, naming the places searched.
 
-    A symbolic link is followed wherever it leads: whoever can make one in a models directory owns what is there.
+    Symbolic links are followed: a user who can make one in a models directory owns the directory.
     """
     places = list(_places(options, model_id, directories))
     found = next((path for path in places if path.is_dir()), None)
     if found is None:
-        looked = ", ".join(str(place) for place in places) or "nowhere, as there is no models directory"
+        looked = ", ".join(str(place) for place in places) or "nowhere, because there is no models directory"
         raise LoadError("model_not_found", f"no model folder for {model_id}: looked for {looked}")
     return found
 
 
 def check_folder(folder: Path) -> Json:
-    """The folder's config.json. Raises LoadError for a folder that cannot be a model, or would run code of its own."""
+    """The folder's config.json. Raises LoadError for a folder that is no model or asks to run code of its own."""
     config = _read_object(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise _broken(f"{folder / 'config.json'} does not say its model_type")
@@ -97,18 +71,28 @@ def check_folder(folder: Path) -> Json:
 
 
 def language_config(config: Json) -> Json:
-    """With the numbers of the language model, which models with a vision part nest."""
+    """config.json with the language model's sizes at the top; models with a vision part nest them."""
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, dict) else config
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Everything in the folder's weights. Raises LoadError for a file that is not what its header says."""
-    return {name: tensor for file in _weights(folder) for name, tensor in file_tensors(file).items()}
+def tensors(folder: Path) -> dict[str, SafetensorsTensor]:
+    """All tensors of the folder by name. Raises LoadError for a file that is not what its header says."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in file_tensors(file).items()}
+
+
+def file_tensors(path: Path) -> Mapping[str, SafetensorsTensor]:
+    """The tensors of one file. Raises LoadError for a broken file, which an engine would notice too late."""
+    try:
+        return open_safetensors(path)
+    except HeaderError as error:
+        raise _broken(f"{path} {error}") from error
+    except OSError as error:
+        raise _broken(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_optional(folder: Path, name: str) -> Json:
-    """A file of the folder that holds a JSON object; empty without it. Raises LoadError."""
+    """The JSON object in a file of the folder; empty without the file. Raises LoadError."""
     return _read_object(folder / name) if (folder / name).exists() else {}
 
 
@@ -137,7 +121,8 @@ def _read_object(path: Path) -> Json:
         raise _broken(f"{path} is not a JSON object: {error.errors()[0]['msg']}") from error
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Every ``model*.safetensors``, as mlx-lm has it. Raises LoadError without any, or if the index names another."""
     found = sorted(folder.glob("model*.safetensors"))
     if not found:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -149,37 +134,6 @@ def _weights(folder: Path) -> list[Path]:
         names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set[str]()
         if missing := sorted(names - {path.name for path in found}):
             raise _broken(f"{index} lists {missing[0]}, which is not there")
-    return found
-
-
-def file_tensors(path: Path) -> dict[str, Tensor]:
-    """What a file's header lists, once the file is known to have it: an engine would find out too late.
-
-    Raises LoadError and OSError.
-    The format is eight bytes with the header's length, the header, which is a JSON object, and the tensors, which
-    follow each other without holes.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        header = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
-    try:
-        entries = _OBJECT.validate_json(header)
-        entries.pop("__metadata__", None)
-        found = _TENSORS.validate_python(entries)
-    except ValidationError:
-        raise _broken(f"{path} is not a safetensors file") from None
-    taken = 0
-    for name, entry in sorted(found.items(), key=lambda item: item[1].data_offsets):
-        begin, end = entry.data_offsets
-        if begin != taken or end - begin != math.prod(entry.shape) * _BYTES.get(entry.dtype, math.nan):
-            raise _broken(
-                f"{path} is not a safetensors file: {name} is {entry.dtype} of shape {entry.shape} at bytes {begin} to"
-                f" {end}, and {taken} are taken"
-            )
-        taken = end
-    if size < 8 + length + taken:
-        raise _broken(f"{path} is cut short: it has {size} bytes of {8 + length + taken}")
     return found
 
 

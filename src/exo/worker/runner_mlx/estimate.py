@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from exo.worker.protocol.messages import Estimate, Estimated
 from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
-from exo.worker.runner_common.model_folder import Json, Tensor, language_config, tensors
+from exo.worker.runner_common.model_folder import Json, language_config, tensors
+from exo.worker.runner_common.safetensors import SafetensorsTensor
 from exo.worker.runner_mlx.loader import Checked, check, computed_in, trained_context
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding
@@ -105,7 +106,7 @@ def _number(sizes: Json, key: str, default: int) -> int:
 
 
 def _weights(
-    stored: Mapping[str, Tensor], dtype: str | None, layers: int, sharding: Sharding | None
+    stored: Mapping[str, SafetensorsTensor], dtype: str | None, layers: int, sharding: Sharding | None
 ) -> tuple[int, ...]:
     """Bytes by rank. What is in no layer is on every rank, and so are a layer's vectors where its matrices are shared.
 
@@ -136,9 +137,8 @@ def _cached(layer: int, layers: int, sharding: Sharding | None) -> tuple[int, ..
     return tuple(layer * len(own_layers(layers, rank, sharding.size)) for rank in ranks)
 
 
-def _bytes(tensor: Tensor, dtype: str | None) -> int:
+def _bytes(tensor: SafetensorsTensor, dtype: str | None) -> int:
     """Numbers with a fraction are converted to what is computed in; the others are quantised weights."""
-    begin, end = tensor.data_offsets
     if dtype is None or tensor.dtype not in _FLOATS:
-        return end - begin
+        return tensor.size
     return math.prod(tensor.shape) * _FLOATS[dtype]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Choice, Estimate, Estimated
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
-from exo.worker.runner_common.model_folder import Tensor, tensors
+from exo.worker.runner_common.model_folder import tensors
+from exo.worker.runner_common.safetensors import SafetensorsTensor
 from exo.worker.runner_vllm.checked import Checked, check
 from exo.worker.runner_vllm.sizes import (
     cache_bytes,
@@ -108,7 +109,6 @@ class _Model:
         return Part(name, later=later, devices={f"CUDA{index}": size for index in range(processes)})
 
 
-def _bytes(tensor: Tensor, width: int) -> int:
+def _bytes(tensor: SafetensorsTensor, width: int) -> int:
     """Numbers with a fraction are converted to what is computed in; the others are quantised weights."""
-    begin, end = tensor.data_offsets
-    return math.prod(tensor.shape) * width if tensor.dtype in _FLOATS else end - begin
+    return math.prod(tensor.shape) * width if tensor.dtype in _FLOATS else tensor.size

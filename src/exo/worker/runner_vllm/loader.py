@@ -74,7 +74,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         grammar=generates and options.processes == 1,
         logprobs=generates,
         embeddings=not generates,
-        model_bytes=sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors(folder).values()),
+        model_bytes=sum(tensor.size for tensor in tensors(folder).values()),
         chat_template=tokenizer.chat_template,
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,

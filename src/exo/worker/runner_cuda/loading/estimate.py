@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Estimate, Estimated, Load
+from exo.worker.runner_common.gguf import TENSOR_TYPES, GgufHeader
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST
 from exo.worker.runner_cuda.loading.devices import gpus
-from exo.worker.runner_cuda.loading.gguf_check import TENSOR_TYPES, parts
-from exo.worker.runner_cuda.loading.gguf_metadata import Header
+from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.loader import (
     DEFAULT_CONTEXT,
-    check_header,
     chunks,
     draft_file,
     draft_options,
@@ -63,7 +62,7 @@ def estimate(command: Estimate) -> Estimated:
     devices = chosen(options, load.backend, present)
     path = find_model(options, load.model_id, load.directories)
     check_header(path)
-    headers = [Header.read(part) for part in parts(path)]
+    headers = read_headers(path)
     check_architecture(options, lambda: headers[0])
     model = _Model.of(headers, options)
     splits = tensor_splits(options, devices)
@@ -97,7 +96,7 @@ def _draft(load: Load, options: CudaOptions) -> "_Model | None":
     path = draft_file(load, options)
     if path is None or options.draft is None:
         return None
-    return _Model.of([Header.read(part) for part in parts(path)], draft_options(options, options.draft))
+    return _Model.of(read_headers(path), draft_options(options, options.draft))
 
 
 def _smaller_caches(options: CudaOptions) -> Sequence[str]:
@@ -146,10 +145,10 @@ class _Model:
     heads: int
 
     @classmethod
-    def of(cls, headers: Sequence[Header], options: CudaOptions) -> "_Model":
+    def of(cls, headers: Sequence[GgufHeader], options: CudaOptions) -> "_Model":
         """From the headers of a model's files, the first of which has the metadata."""
         header, tensors = headers[0], [tensor for each in headers for tensor in each.tensors]
-        arch = header.texts.get("general.architecture", "")
+        arch = header.text("general.architecture")
         layers = _layers(header, arch)
         embedding = rest = 0
         for tensor in tensors:
@@ -163,15 +162,15 @@ class _Model:
                 embedding += tensor.size
             else:
                 rest += tensor.size
-        hidden = header.numbers.get(f"{arch}.embedding_length", 1)
+        hidden = header.integer(f"{arch}.embedding_length", 1)
         return cls(
             options=options,
             layers=layers,
             embedding=embedding,
             rest=rest,
             tied=not any(tensor.name == "output.weight" for tensor in tensors),
-            vocabulary=header.numbers.get("tokenizer.ggml.tokens#", 0),
-            trained=header.numbers.get(f"{arch}.context_length", DEFAULT_CONTEXT),
+            vocabulary=header.array_length("tokenizer.ggml.tokens"),
+            trained=header.integer(f"{arch}.context_length", DEFAULT_CONTEXT),
             hidden=hidden,
             feed_forward=max(header.per_layer(f"{arch}.feed_forward_length", len(layers), 4 * hidden)),
             heads=max(header.per_layer(f"{arch}.attention.head_count", len(layers), 1)),
@@ -287,11 +286,11 @@ def _bytes(kind: str, elements: int) -> int:
     return elements // block * size
 
 
-def _layers(header: Header, arch: str) -> list[_Layer]:
+def _layers(header: GgufHeader, arch: str) -> list[_Layer]:
     """The layers' caches; their weights are still to be counted."""
 
     def number(key: str, default: int) -> int:
-        return header.numbers.get(f"{arch}.{key}", default)
+        return header.integer(f"{arch}.{key}", default)
 
     n_layers = number("block_count", 1)
     heads = header.per_layer(f"{arch}.attention.head_count", n_layers, 1)

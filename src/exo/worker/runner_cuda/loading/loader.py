@@ -1,8 +1,6 @@
 """From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
 
-import subprocess
-import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,7 @@ from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_ve
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import Framing
 from exo.worker.runner_cuda.loading.devices import ENGINE, Gpu, gpus
-from exo.worker.runner_cuda.loading.gguf_check import parts
-from exo.worker.runner_cuda.loading.gguf_metadata import Header
+from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.threads import Threads
@@ -41,8 +38,6 @@ CPU_ENOUGH = 32
 output: with more, a token takes hardly less. A GPU has use for all that there are."""
 GPU_CHUNK, GPU_BUDGET = 512, 2048
 CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 260, 100
-_CHECK_SECONDS = 60
-"""Wall time for the check of a file's header, most of it a slow disk's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +73,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     devices = chosen(options, command.backend, gpus() if command.backend == "LlamaCppCuda" else ())
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
-    check_architecture(options, lambda: Header.read(path))
+    check_architecture(options, lambda: read_headers(path)[0])
     on_gpu = bool(devices)
     report(Status(state="Loading"))
     last = -1
@@ -105,7 +100,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
         raise
     report(Status(state="WarmingUp"))
     embedder = Embedder(model, options, context.generates, context.n_ctx, chunk, log)
-    if embedder.pooling == "rank" and not any(Header.read(part).has(*RANKING_HEADS) for part in parts(path)):
+    if embedder.pooling == "rank" and not _has_tensor(path, RANKING_HEADS):
         raise LoadError("model_load_failed", f"{path} has no head that ranks, and its pooling is to be rank")
     _warm_up(context, embedder, score)
     on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
@@ -203,18 +198,8 @@ def _fixed_threads(command: Load, options: CudaOptions) -> tuple[int, int] | Non
     return one, options.threads_batch or one
 
 
-def check_header(path: Path) -> None:
-    """Has ``gguf_check`` read the file, and the others of a split model, before llama.cpp does. Raises LoadError."""
-    command = [sys.executable, "-m", "exo.worker.runner_cuda.loading.gguf_check", str(path)]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_CHECK_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise LoadError("model_load_failed", f"{path}: its header took over {_CHECK_SECONDS} s to check") from None
-    if done.returncode != 0:
-        said = done.stdout.decode(errors="replace") or f"{path}: the check of its header ended with {done.returncode}"
-        raise LoadError("model_load_failed", said)
+def _has_tensor(path: Path, names: Collection[str]) -> bool:
+    return any(tensor.name in names for header in read_headers(path) for tensor in header.tensors)
 
 
 def _warm_up(context: Context, embedder: Embedder, score: bool) -> None:

@@ -11,9 +11,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from exo.worker.runner_common.gguf import GgufHeader
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.devices import Gpu
-from exo.worker.runner_cuda.loading.gguf_metadata import Header
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions
 
 WITHOUT_TENSOR = frozenset({
@@ -59,14 +59,14 @@ def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[
     return gpus[options.main_gpu : options.main_gpu + 1] if options.split_mode == "none" else gpus
 
 
-def check_architecture(options: CudaOptions, header: Callable[[], Header]) -> None:
+def check_architecture(options: CudaOptions, header: Callable[[], GgufHeader]) -> None:
     """Raises LoadError where llama.cpp cannot split a model of this architecture as the card asks.
 
     ``header`` reads that of the model's file, and is called only if it matters.
     """
     if options.split_mode != "tensor":
         return
-    architecture = header().texts.get("general.architecture", "")
+    architecture = header().text("general.architecture")
     if architecture in WITHOUT_TENSOR:
         raise _refused(f'split_mode: llama.cpp cannot split "{architecture}" models by "tensor"; "layer" works')
 
