@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from exo.convert import Progress, Report, convert
+from exo.convert import ConversionProgress, ConversionReport, convert
 from exo.worker.protocol.messages import Load
 from tests.converted import Said, ask_both, bits, change_json, config, question, weights
 from tests.edited_gguf import decoded
@@ -152,10 +152,10 @@ def test_the_llama_cpp_runner_generates_the_same_from_a_converted_file(models: d
 
 
 def test_report_and_progress(models: dict[Architecture, Models], tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[ConversionProgress] = []
     report = convert(models["llama"].gguf, tmp_path / "out", to="mlx", dtype="bf16", on_progress=seen.append)
     numbers = sum(array.size for array in weights(models["llama"].mlx).values())
-    expected = Report(tmp_path / "out", "llama", len(seen), numbers, 2 * numbers, ("general.name",))
+    expected = ConversionReport(tmp_path / "out", "llama", len(seen), numbers, 2 * numbers, ("general.name",))
     assert report == expected
     assert len(seen) == len(decoded(models["llama"].gguf))
     assert {progress.tensor for progress in seen} == set(decoded(models["llama"].gguf))

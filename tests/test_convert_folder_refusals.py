@@ -24,6 +24,7 @@ ZEROS = np.zeros(64, np.float32)
 Q_PROJ = "model__layers__0__self_attn__q_proj__weight"
 AFFINE: JsonValue = {"group_size": 64, "bits": 4}
 WORDS: JsonValue = {"type": "Whitespace"}
+NO_FILE = "model.safetensors: is not a safetensors file"
 
 
 def settings(**keys: JsonValue) -> Change:
@@ -116,10 +117,26 @@ def write(file: str, content: bytes) -> Change:
         ("llama", packed(None), "model.layers.0.self_attn.q_proj.weight: is stored as U32, but config.json has"),
         ("llama", packed(AFFINE), "model.layers.0.self_attn.q_proj.scales: is"),
         ("qwen2", tensors(lm_head__weight=np.ones((320, 64), np.float32)), "lm_head.weight: differs from model.embed"),
-        ("llama", index("../model.safetensors"), "model.safetensors.index.json: names '../model.safetensors', w"),
-        ("llama", index("other.safetensors"), "model.safetensors.index.json: names 'other.safetensors', which is"),
-        ("llama", write("model-2.safetensors", bytes(7)), "model-2.safetensors: is no safetensors file: a header of"),
-        ("llama", write("model-2.safetensors", b"\xff" * 9), "model-2.safetensors: is no safetensors file: a header"),
+        (
+            "llama",
+            index("../model.safetensors"),
+            "model: {folder}/model.safetensors.index.json lists ../model",
+        ),
+        (
+            "llama",
+            index("other.safetensors"),
+            "model: {folder}/model.safetensors.index.json lists other.s",
+        ),
+        (
+            "llama",
+            write("model-2.safetensors", bytes(7)),
+            "model-2.safetensors: is not a safetensors file: it c",
+        ),
+        (
+            "llama",
+            write("model-2.safetensors", b"\xff" * 9),
+            "model-2.safetensors: is not a safetensors file: it c",
+        ),
         ("llama", model(type="Unigram"), "tokenizer.json: model.type: Input should be 'BPE'"),
         ("llama", model(dropout=0.1), "tokenizer.json: model.dropout: Input should be 0"),
         ("llama", model(ignore_merges=True), "tokenizer.json: ignore_merges: expected false for gpt-2"),
@@ -147,24 +164,36 @@ def test_a_folder_that_cannot_be_said_otherwise(
 ) -> None:
     write_mlx(tmp_path / "model", Shape(architecture))
     change(tmp_path / "model")
-    refuse(tmp_path / "model", tmp_path / "out.gguf", message)
+    refuse(tmp_path / "model", tmp_path / "out.gguf", message.replace("{folder}", str(tmp_path / "model")))
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}, "t: lies at bytes 0 to 9 of 8"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "t: lies at bytes 4 to 12 of 8"),
-        ({"dtype": "F32", "shape": [2**62, 2], "data_offsets": [0, 8]}, "t: lies at bytes 0 to 8 of 8"),
-        ({"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}, "model.safetensors: has a broken header"),
+        (
+            {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]},
+            f"{NO_FILE}: t is F32 of shape (2,) at bytes 0 to 9",
+        ),
+        (
+            {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+            f"{NO_FILE}: t is F32 of shape (2,) at bytes 4 to 12",
+        ),
+        (
+            {"dtype": "F32", "shape": [2**62, 2], "data_offsets": [0, 8]},
+            f"{NO_FILE}: t is F32 of shape (4611686018427387904, 2) at",
+        ),
+        (
+            {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]},
+            f"{NO_FILE}: its header is broken: t",
+        ),
         ({"dtype": "F32", "shape": [1, 1, 2], "data_offsets": [0, 8]}, "t: has shape [1, 1, 2], expected a vector"),
         ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "t: is stored as F8_E4M3; accepted: F32"),
-        ({"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}, "model.safetensors: has a broken header"),
-        (7, "model.safetensors: has a broken header"),
-        ({"dtype": "F32"}, "t: has no type, shape and place in model.safetensors"),
+        ({"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}, f"{NO_FILE}: its header is broken: t"),
+        (7, f"{NO_FILE}: its header is broken: t"),
+        ({"dtype": "F32"}, f"{NO_FILE}: its header is broken: t.shape: Field required"),
         (
             {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-            "model.safetensors: has 8 bytes of data, but",
+            "model.safetensors: has 66 bytes, but its tensors end at byte",
         ),
     ],
 )
@@ -185,7 +214,7 @@ def test_a_folder_with_a_file_missing(tmp_path: Path, file: str) -> None:
 def test_weights_in_a_format_that_can_run_code(tmp_path: Path) -> None:
     write_mlx(tmp_path / "model", Shape())
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    expected = f"{tmp_path / 'model'}: has no model*.safetensors; weights in any other format are not read"
+    expected = f"model: {tmp_path / 'model'} has no model*.safetensors; pytorch_model.bin is a pickle, which may run"
     refuse(tmp_path / "model", tmp_path / "out.gguf", expected)
 
 

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from exo.convert import ConvertError, Format, Progress, convert
+from exo.convert import ConversionProgress, ConvertError, Format, convert
 from tests.converted import bits, make_twins, weights
 from tests.edited_gguf import decoded
 from tests.tiny import Shape, write_gguf, write_mlx
@@ -143,7 +143,7 @@ def test_two_conversions_to_one_target(job: Job) -> None:
 
 
 def test_a_caller_that_fails_leaves_nothing(job: Job) -> None:
-    def fail(progress: Progress) -> None:
+    def fail(progress: ConversionProgress) -> None:
         raise RuntimeError(progress.tensor)
 
     with pytest.raises(RuntimeError):

@@ -93,7 +93,7 @@ def convert(
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    from exo.convert import Bits, ConvertError, Dtype, Format, Progress
+    from exo.convert import Bits, ConversionProgress, ConvertError, Dtype, Format
     from exo.convert import convert as carry_over
 
     to: Format = "gguf" if target.suffix == ".gguf" else "mlx"
@@ -101,7 +101,7 @@ def convert(
     with ProgressBar(*columns, console=err) as bar:
         task = bar.add_task("reading", total=None)
 
-        def show(progress: Progress) -> None:
+        def show(progress: ConversionProgress) -> None:
             bar.update(task, description=progress.tensor, completed=progress.done_bytes, total=progress.total_bytes)
 
         try:

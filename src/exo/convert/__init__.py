@@ -6,9 +6,9 @@ Importing this package loads no library; ``convert`` imports them when it is cal
 from collections.abc import Callable
 from pathlib import Path
 
-from exo.convert.report import Bits, ConvertError, Dtype, Format, Progress, Report
+from exo.convert.report import Bits, ConversionProgress, ConversionReport, ConvertError, Dtype, Format
 
-__all__ = ["Bits", "ConvertError", "Dtype", "Format", "Progress", "Report", "convert"]
+__all__ = ["Bits", "ConversionProgress", "ConversionReport", "ConvertError", "Dtype", "Format", "convert"]
 
 
 def convert(
@@ -20,17 +20,17 @@ def convert(
     bits: Bits | None = None,
     overwrite: bool = False,
     shard_bytes: int = 2 << 30,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Report:
+    on_progress: Callable[[ConversionProgress], None] = lambda progress: None,
+) -> ConversionReport:
     """Writes the model at ``source`` to ``target``, which appears whole or not at all.
 
-    ``to="mlx"`` reads a GGUF file (of a split one, any part) and makes a folder; ``dtype`` is f32, f16 or bf16, and
-    ``bits`` also quantises the matrices, affine in groups of 64, leaving ``dtype`` to scales, biases and norms. Weights
-    are put into files of at most ``shard_bytes``, where no single tensor is larger. ``to="gguf"`` reads such a folder
-    and makes one file, its matrices in ``dtype``, its vectors always f32.
+    ``to="mlx"`` reads a GGUF file (any part of a split one) and makes a folder. ``dtype`` is f32, f16 or bf16. ``bits``
+    also quantises the matrices, affine in groups of 64; ``dtype`` is then for scales, biases and norms. A weights file
+    has at most ``shard_bytes``, unless a single tensor is larger. ``to="gguf"`` reads such a folder and makes one file,
+    with the matrices in ``dtype`` and the vectors in f32.
 
-    Raises ConvertError, naming the tensor, key or file, for whatever cannot be carried over exactly as far as ``dtype``
-    goes, for a target that exists unless ``overwrite``, and for a disk without room; OSError where the system fails.
+    Raises ConvertError, naming the tensor, key or file, for a model that cannot be converted exactly up to ``dtype``'s
+    precision, for a target that exists unless ``overwrite``, and for a full disk; OSError for other failures.
     """
     try:
         from exo.convert.conversion import gguf_to_mlx, safetensors_to_gguf

@@ -1,21 +1,92 @@
-"""The architectures that can be converted: every tensor under both names, its shape, and how its numbers differ."""
+"""The architectures that can be converted, and a model's sizes and constants, free of either format's names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from exo.convert.hyperparameters import Hyperparameters
 from exo.convert.report import ConvertError
 
 Size = Literal["vocabulary", "hidden", "feed_forward", "q_width", "kv_width", "head_dim"]
 Change = Literal["none", "rotary", "offset"]
-"""``rotary``: llama.cpp's llama rotates neighbouring rows of a head, Hugging Face's rows half a head apart.
-``offset``: Hugging Face's gemma adds 1 to a norm's weight when it runs, llama.cpp has it added in the file."""
+"""How a tensor's numbers differ. ``rotary``: llama.cpp's llama rotates neighbouring rows of a head, Hugging Face's rows
+half a head apart. ``offset``: Hugging Face's gemma adds 1 to a norm's weight when it runs; in a GGUF it is added."""
+
+GEMMA3_PATTERN = 6
+"""The pattern of every released gemma3. Older readers of GGUF files know no other."""
+_GEMMA3_LAYERS_OF_27B = 62
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Divides positions by ``factor``. In gemma3 it holds only for the layers that see the whole context."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1's scaling: stretches long wavelengths by ``factor``, keeps short ones, interpolates between."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingWindow:
+    """Gemma 3's attention: every ``pattern``-th layer sees the whole context, the others ``size`` tokens."""
+
+    size: int
+    pattern: int
+    rope_base: float
+    """For the layers with the window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """A model's sizes in elements. Raises ConvertError if they contradict each other."""
+
+    vocabulary: int
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context_length: int
+    norm_epsilon: float
+    rope_base: float
+    rope_scaling: LinearScaling | Llama3Scaling | None
+    sliding_window: SlidingWindow | None
+    tied: bool
+    """Whether the embedding serves as the output matrix too."""
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConvertError("key/value heads", f"{self.kv_heads} does not divide the {self.heads} heads")
+        if self.head_dim % 2:
+            raise ConvertError("head dimension", f"{self.head_dim} is odd, but rotary embeddings turn pairs")
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def size(self, name: str) -> int:
+        """A size by the name that ``Rule`` uses."""
+        return int(getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One tensor of every layer, or of the model where the names have no ``{}``. Matrices are [out, in]."""
+    """A tensor under both names: one of every layer, or one of the model if the names have no ``{}``.
+
+    Matrices are [out, in].
+    """
 
     gguf: str
     hugging_face: str
@@ -25,7 +96,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """``name`` is ``general.architecture`` of a GGUF, ``model_type`` and ``class_name`` are of config.json."""
+    """``name`` is a GGUF's ``general.architecture``; ``model_type`` and ``class_name`` are config.json's."""
 
     name: str
     model_type: str
@@ -34,12 +105,12 @@ class Architecture:
     activation: str = "silu"
     activation_key: str = "hidden_act"
     default_rope_base: float = 10_000.0
-    """Hugging Face's, where config.json does not say."""
+    """Hugging Face's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPair:
-    """One tensor under both names."""
+    """One tensor of a model under both names."""
 
     gguf: str
     hugging_face: str
@@ -49,9 +120,9 @@ class TensorPair:
 
 EMBEDDING = Rule("token_embd.weight", "model.embed_tokens.weight", ("vocabulary", "hidden"))
 OUTPUT = Rule("output.weight", "lm_head.weight", ("vocabulary", "hidden"))
-"""Absent where the embedding serves as the output matrix too."""
+"""Absent if the embedding serves as the output matrix too."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""GGUF only: what Hugging Face states as a ``rope_scaling`` of type llama3."""
+"""GGUF only. Hugging Face has a ``rope_scaling`` of type llama3 instead."""
 
 _ATTENTION = (
     Rule("blk.{}.attn_q.weight", "model.layers.{}.self_attn.q_proj.weight", ("q_width", "hidden")),
@@ -160,4 +231,12 @@ def _more(names: list[str]) -> str:
 
 
 def _text(shape: Iterable[int]) -> str:
-    return "x".join(str(size) for size in shape) or "()"
+    return "x".join(map(str, shape)) or "()"
+
+
+def gemma3_query_scalar(sizes: Hyperparameters) -> int:
+    """Queries are divided by the root of this: the head dimension, but in the 27B model hidden size / heads.
+
+    llama.cpp has no key for it and recognises the 27B model by its number of layers.
+    """
+    return sizes.hidden // sizes.heads if sizes.layers == _GEMMA3_LAYERS_OF_27B else sizes.head_dim

@@ -1,18 +1,20 @@
-"""A model's sizes and constants in config.json, read and written. Keys are those of Hugging Face's configurations."""
+"""A model's sizes and constants in config.json, read and written. Its keys are Hugging Face's."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue
 
-from exo.convert.architectures import Architecture, by_model_type
-from exo.convert.hyperparameters import (
+from exo.convert.architectures import (
     GEMMA3_PATTERN,
+    Architecture,
     Hyperparameters,
     LinearScaling,
     Llama3Scaling,
     SlidingWindow,
+    by_model_type,
     gemma3_query_scalar,
 )
+from exo.convert.hf_folder import StrictJson
 from exo.convert.mlx_quantisation import Quantisation
 from exo.convert.report import ConvertError
 
@@ -21,18 +23,13 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Off = Literal[False] | None
 _GEMMA3_LOCAL_ROPE_BASE = 10_000.0
 
-_SAYS_NOTHING = frozenset(
+_IGNORED = frozenset(
     ("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "_name_or_path")
 )
-"""Keys about files and training, not about what the model computes."""
+"""Keys about files and training, which do not change the model's computation."""
 
 
-class _Json(BaseModel):
-    # Not strict about floats: JSON writes 1000000.0 as 1000000 too. A bool is no number either way.
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-
-
-class Rope(_Json):
+class Rope(StrictJson):
     """``rope_scaling``, or ``rope_parameters`` as transformers 5 writes it, for gemma3 once for each kind of layer."""
 
     rope_type: str | None = None
@@ -46,8 +43,10 @@ class Rope(_Json):
     sliding_attention: "Rope | None" = None
 
 
-class Config(_Json):
-    """What is read of config.json. Keys with one accepted value turn on variants that cannot be converted."""
+class Config(StrictJson):
+    """The keys of config.json that are read. Those with one accepted value turn on variants that are refused."""
+
+    model_config = ConfigDict(extra="allow")
 
     model_type: str
     vocab_size: _Count
@@ -85,13 +84,13 @@ class Config(_Json):
     attn_logit_softcapping: None = None
 
     def left_out(self) -> list[str]:
-        return [f"config.json: {key}" for key in sorted((self.model_extra or {}).keys() - _SAYS_NOTHING)]
+        return [f"config.json: {key}" for key in sorted((self.model_extra or {}).keys() - _IGNORED)]
 
 
 def read_config(config: Config, *, has_output: bool) -> tuple[Architecture, Hyperparameters]:
-    """``has_output`` tells whether there is an output matrix besides the embedding.
+    """``has_output``: the model has an output matrix besides the embedding.
 
-    Raises ConvertError for whatever the configuration says that llama.cpp could not.
+    Raises ConvertError for a configuration that llama.cpp cannot express.
     """
     architecture = by_model_type(config.model_type)
     _refuse_variants(config, architecture)
@@ -127,7 +126,7 @@ def _refuse_variants(config: Config, architecture: Architecture) -> None:
         raise _wrong(architecture.activation_key, activation, architecture.activation)
     if config.attention_bias and architecture.name != "qwen2":
         raise _wrong("attention_bias", True, f"false for {architecture.model_type}")
-    # Qwen's configurations state a window that use_sliding_window turns off.
+    # Qwen's configurations have a window that use_sliding_window turns off.
     if architecture.name == "llama" and config.sliding_window is not None:
         raise _wrong("sliding_window", config.sliding_window, "null for llama")
 
@@ -174,7 +173,7 @@ def _wrong(key: str, value: object, expected: str) -> ConvertError:
 
 
 def write_config(architecture: Architecture, sizes: Hyperparameters) -> dict[str, JsonValue]:
-    """The keys that say what the model computes."""
+    """The keys that define the model's computation."""
     config: dict[str, JsonValue] = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

@@ -1,10 +1,9 @@
-"""The two conversions: read all but the weights, refuse what does not fit, then carry the weights over row by row."""
+"""The two conversions: read all but the weights, refuse a model that does not fit, convert the weights row by row."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import gguf
 import numpy as np
@@ -14,50 +13,51 @@ from exo.convert.architectures import (
     ROPE_FACTORS,
     Architecture,
     Change,
+    Hyperparameters,
+    Llama3Scaling,
     TensorPair,
     by_gguf_name,
     check_tensors,
     tensor_pairs,
 )
-from exo.convert.changes import to_gguf, to_hugging_face
 from exo.convert.config_json import Config, read_config, write_config
 from exo.convert.encoding import GgufEncoding, MlxEncoding, Stored
-from exo.convert.fields import Fields
-from exo.convert.gguf_metadata import read_sizes, write_sizes
-from exo.convert.gguf_reader import GgufModel
-from exo.convert.gguf_writer import create_gguf
-from exo.convert.hyperparameters import Hyperparameters, Llama3Scaling
-from exo.convert.json_file import read_json, write_json
-from exo.convert.report import ConvertError, Progress, Report
-from exo.convert.rope_factors import rope_factors
-from exo.convert.safetensors_reader import SafetensorsModel
-from exo.convert.safetensors_writer import create_safetensors, file_names, write_index
-from exo.convert.staging import require_space, staged
-from exo.convert.tensor_data import Array, Bytes, Kind
-from exo.convert.tensor_file import TensorFile
-from exo.convert.tokenizer import Tokenizer
+from exo.convert.gguf_file import GgufModel, MetadataReader, create_gguf
+from exo.convert.gguf_metadata import read_sizes, rope_factors, write_sizes
+from exo.convert.hf_folder import (
+    SafetensorsModel,
+    create_safetensors,
+    read_json,
+    weight_file_names,
+    write_index,
+    write_json,
+)
+from exo.convert.report import ConversionProgress, ConversionReport, ConvertError
+from exo.convert.staging import TensorFile, require_space, staged
+from exo.convert.tensor_data import Array, Kind, to_gguf, to_hugging_face
+from exo.convert.tokenizer import TokenizerData
 from exo.convert.tokenizer_from_hf import read_tokenizer as tokenizer_of_folder
 from exo.convert.tokenizer_gguf import read_tokenizer as tokenizer_of_gguf
 from exo.convert.tokenizer_gguf import write_tokenizer
 from exo.convert.tokenizer_to_hf import token_ids, tokenizer_config_json, tokenizer_json
 
 _SPAN_BYTES = 64 << 20
-"""Of float32 numbers that are worked on at a time."""
+"""The float32 numbers in memory at a time."""
 _COMPUTED_BUFFER = ".self_attn.rotary_emb.inv_freq"
-"""In old llama folders; computed from ``rope_theta`` when a model is loaded."""
+"""In old llama folders. A loader computes it from ``rope_theta``."""
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[ConversionProgress], None]
 
 
 def gguf_to_mlx(
     source: Path, target: Path, encoding: MlxEncoding, overwrite: bool, shard_bytes: int, on_progress: OnProgress
-) -> Report:
+) -> ConversionReport:
     """See ``exo.convert.convert``."""
     model = GgufModel(source)
-    architecture = by_gguf_name(model.fields.text("general.architecture"))
+    architecture = by_gguf_name(model.metadata.text("general.architecture"))
     sizes = read_sizes(model, architecture)
-    tokenizer = tokenizer_of_gguf(model.fields)
-    left_out = _unread(model.fields, architecture)
+    tokenizer = tokenizer_of_gguf(model.metadata)
+    left_out = _unread(model.metadata, architecture)
     pairs = tensor_pairs(architecture, sizes)
     in_config = {ROPE_FACTORS} if isinstance(sizes.rope_scaling, Llama3Scaling) else set[str]()
     found = {name: shape for name, shape in model.shapes().items() if name not in in_config}
@@ -71,7 +71,7 @@ def gguf_to_mlx(
         folder.mkdir()
         _write_configuration(folder, architecture, sizes, tokenizer, encoding)
         file_of: dict[str, str] = {}
-        for name, shard in zip(file_names(len(shards)), shards, strict=True):
+        for name, shard in zip(weight_file_names(len(shards)), shards, strict=True):
             with create_safetensors(folder / name, shard.stored) as file:
                 weights.write(shard.pairs, file)
             file_of |= {stored.name: name for stored in shard.stored}
@@ -81,7 +81,7 @@ def gguf_to_mlx(
 
 def safetensors_to_gguf(
     source: Path, target: Path, encoding: GgufEncoding, overwrite: bool, on_progress: OnProgress
-) -> Report:
+) -> ConversionReport:
     """See ``exo.convert.convert``."""
     config = read_json(source / "config.json", Config)
     model = SafetensorsModel(source, config.quantization)
@@ -117,22 +117,14 @@ def safetensors_to_gguf(
     return _report(target, architecture, pairs, total, left_out)
 
 
-class _Source(Protocol):
-    def rows(self, name: str, start: int, stop: int) -> Array: ...
-
-
-class _Encoding(Protocol):
-    def encode(self, pair: TensorPair, values: Array) -> list[tuple[str, Bytes]]: ...
-
-
 @dataclass(slots=True)
 class _Weights:
-    """The weights on their way, a span of rows at a time, and how many of the target's bytes are written."""
+    """Converts the weights a span of rows at a time, and counts the target's bytes."""
 
-    source: _Source
+    source: GgufModel | SafetensorsModel
     name_in_source: Callable[[TensorPair], str]
     change: Callable[[Array, Change, int], Array]
-    encoding: _Encoding
+    encoding: GgufEncoding | MlxEncoding
     head_dim: int
     total_bytes: int
     on_progress: OnProgress
@@ -146,10 +138,10 @@ class _Weights:
                 for stored, data in self.encoding.encode(pair, values):
                     file.append(stored, data)
                     self.done_bytes += data.nbytes
-                self.on_progress(Progress(self.done_bytes, self.total_bytes, name))
+                self.on_progress(ConversionProgress(self.done_bytes, self.total_bytes, name))
 
     def _spans(self, pair: TensorPair) -> Iterator[tuple[int, int]]:
-        """Whole heads where rows of a head change places."""
+        """Spans of rows; whole heads if the rows of a head change places."""
         rows = pair.shape[0] if len(pair.shape) == 2 else 1
         step = max(1, _SPAN_BYTES // (4 * pair.shape[-1]))
         if pair.change == "rotary":
@@ -160,14 +152,14 @@ class _Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What one safetensors file holds."""
+    """The content of one safetensors file."""
 
     pairs: list[TensorPair] = field(default_factory=list[TensorPair])
     stored: list[Stored] = field(default_factory=list[Stored])
 
 
 def _shards(tensors: Iterable[tuple[TensorPair, list[Stored]]], limit: int) -> Iterator[_Shard]:
-    """In order, each of at most ``limit`` bytes where no single tensor is larger."""
+    """Files in order, each of at most ``limit`` bytes unless a single tensor is larger."""
     shard, size = _Shard(), 0
     for pair, stored in tensors:
         added = sum(each.byte_count for each in stored)
@@ -180,12 +172,12 @@ def _shards(tensors: Iterable[tuple[TensorPair, list[Stored]]], limit: int) -> I
     yield shard
 
 
-def _unread(fields: Fields, architecture: Architecture) -> tuple[str, ...]:
-    """Metadata without a place in the target. Raises ConvertError for a key that may change what the model does."""
+def _unread(fields: MetadataReader, architecture: Architecture) -> tuple[str, ...]:
+    """Metadata without a place in the target. Raises ConvertError for a key that may change the model's results."""
     fields.ignore("general.type", "general.file_type", "general.quantization_version")
     unread = fields.unread()
     for key in unread:
-        # Roles of tokens that are not among those written, such as for infilling, change nothing by themselves.
+        # Other tokens' roles, such as for infilling, change nothing by themselves.
         names_a_role = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
         if key.startswith((f"{architecture.name}.", "tokenizer.ggml.")) and not names_a_role:
             raise ConvertError(key, f"this metadata key is not known in a {architecture.name} model")
@@ -193,7 +185,7 @@ def _unread(fields: Fields, architecture: Architecture) -> tuple[str, ...]:
 
 
 def _repeated(model: SafetensorsModel, sizes: Hyperparameters) -> list[str]:
-    """Tensors that say nothing new. Raises ConvertError for a tied output matrix that is not the embedding."""
+    """Redundant tensors. Raises ConvertError for a tied output matrix that is not the embedding."""
     names = [name for name in model.shapes() if name.endswith(_COMPUTED_BUFFER)]
     output, embedding = OUTPUT.hugging_face, "model.embed_tokens.weight"
     if not sizes.tied or output not in model.shapes():
@@ -210,14 +202,14 @@ def _repeated(model: SafetensorsModel, sizes: Hyperparameters) -> list[str]:
 
 
 def _rope_tensors(sizes: Hyperparameters) -> list[tuple[str, Array]]:
-    """What config.json states in words and a GGUF file in a tensor, as one row."""
+    """config.json's ``rope_scaling`` as the tensor, of one row, that a GGUF file has instead."""
     if not isinstance(sizes.rope_scaling, Llama3Scaling):
         return []
     return [(ROPE_FACTORS, rope_factors(sizes.rope_scaling, sizes.rope_base, sizes.head_dim)[np.newaxis])]
 
 
 def _write_configuration(
-    folder: Path, architecture: Architecture, sizes: Hyperparameters, tokenizer: Tokenizer, encoding: MlxEncoding
+    folder: Path, architecture: Architecture, sizes: Hyperparameters, tokenizer: TokenizerData, encoding: MlxEncoding
 ) -> None:
     ids = token_ids(tokenizer)
     write_json(folder / "config.json", write_config(architecture, sizes) | encoding.config() | ids)
@@ -232,6 +224,6 @@ def _file_type(kind: Kind) -> gguf.LlamaFileType:
 
 def _report(
     target: Path, architecture: Architecture, pairs: Sequence[TensorPair], total: int, left_out: Sequence[str]
-) -> Report:
+) -> ConversionReport:
     parameters = sum(math.prod(pair.shape) for pair in pairs)
-    return Report(target, architecture.name, len(pairs), parameters, total, tuple(left_out))
+    return ConversionReport(target, architecture.name, len(pairs), parameters, total, tuple(left_out))

@@ -1,4 +1,4 @@
-"""How tensors are stored in the target: which stored tensors one tensor becomes, and their bytes."""
+"""How the target stores a tensor: the stored tensors it becomes, and their bytes."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from exo.convert.tensor_data import Array, Bytes, Kind, check_range, encode
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of the target file. ``dtype`` is the format's name for its numbers; a vector is one row."""
+    """One tensor of the target file. ``dtype`` is the format's name of its number type; a vector is one row."""
 
     name: str
     dtype: str
@@ -27,7 +27,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class MlxEncoding:
-    """Everything as ``kind`` or, with ``bits``, matrices in MLX's affine quantisation."""
+    """Stores everything as ``kind`` or, with ``bits``, matrices in MLX's affine quantisation."""
 
     kind: Kind
     bits: Bits | None
@@ -37,7 +37,7 @@ class MlxEncoding:
         names = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
         config: dict[str, JsonValue] = {"torch_dtype": names[self.kind]}
         if self.bits is not None:
-            # mlx-lm writes it under both names too: the second is Hugging Face's.
+            # mlx-lm writes both names too; the second is Hugging Face's.
             settings: JsonValue = {"group_size": GROUP_SIZE, "bits": self.bits, "mode": "affine"}
             config |= {"quantization": settings, "quantization_config": settings}
         return config
@@ -68,7 +68,7 @@ class MlxEncoding:
 
 @dataclass(frozen=True, slots=True)
 class GgufEncoding:
-    """Matrices as ``kind``, vectors as float32, which llama.cpp wants."""
+    """Stores matrices as ``kind`` and vectors as float32, which llama.cpp requires."""
 
     kind: Kind
 

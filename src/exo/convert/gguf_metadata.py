@@ -1,26 +1,34 @@
 """A model's sizes and constants in a GGUF file's metadata, read and written."""
 
-from exo.convert.architectures import OUTPUT, ROPE_FACTORS, Architecture
-from exo.convert.fields import Fields
-from exo.convert.gguf_reader import GgufModel
-from exo.convert.hyperparameters import (
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from exo.convert.architectures import (
     GEMMA3_PATTERN,
+    OUTPUT,
+    ROPE_FACTORS,
+    Architecture,
     Hyperparameters,
     LinearScaling,
     Llama3Scaling,
     SlidingWindow,
 )
+from exo.convert.gguf_file import GgufModel, MetadataReader
 from exo.convert.report import ConvertError
-from exo.convert.rope_factors import scaling_of
+from exo.convert.tensor_data import Array
 
 _DEFAULT_ROPE_BASE = 10_000.0
-"""llama.cpp's, where the file does not say."""
+"""llama.cpp's default."""
+_RELEASED = Llama3Scaling(1.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context=8192)
+"""The scaling of every released Llama 3.1 to 3.3, except for the factor."""
 
 
 def read_sizes(model: GgufModel, architecture: Architecture) -> Hyperparameters:
-    """Raises ConvertError for whatever the file says that the other format could not."""
-    fields, shapes, name = model.fields, model.shapes(), architecture.name
-    # No more than there can be tensors, so that a wrong number costs no memory.
+    """Raises ConvertError for metadata that the other format cannot express."""
+    fields, shapes, name = model.metadata, model.shapes(), architecture.name
+    # At most one layer for each tensor, so that a wrong number costs no memory.
     layers = fields.integer(f"{name}.block_count")
     if layers > len(shapes):
         raise ConvertError(f"{name}.block_count", f"is {layers}, but the file holds {len(shapes)} tensors")
@@ -50,19 +58,19 @@ def read_sizes(model: GgufModel, architecture: Architecture) -> Hyperparameters:
     )
 
 
-def _refuse_variants(fields: Fields, name: str) -> None:
-    """Keys of models that share the architecture's name but compute something else."""
+def _refuse_variants(fields: MetadataReader, name: str) -> None:
+    """Refuses models that share the architecture's name but compute something else."""
     fields.expect(f"{name}.attention.causal", True)
     fields.expect(f"{name}.expert_count", 0)
     fields.expect(f"{name}.expert_used_count", 0)
     fields.expect(f"{name}.final_logit_softcapping", 0.0)
     fields.expect(f"{name}.rope.scaling.attn_factor", 1.0)
-    # Says how the model was trained, and matters to yarn alone.
+    # These describe the training and matter to yarn alone.
     fields.ignore(f"{name}.rope.scaling.finetuned", f"{name}.rope.scaling.original_context_length")
 
 
 def _rope_scaling(model: GgufModel, name: str, base: float, head_dim: int) -> LinearScaling | Llama3Scaling | None:
-    fields = model.fields
+    fields = model.metadata
     fields.expect(f"{name}.rope.scaling.type", "none", "linear")
     is_off = fields.text(f"{name}.rope.scaling.type", "linear") == "none"
     old_factor = fields.number(f"{name}.rope.scale_linear", 1.0)
@@ -74,7 +82,7 @@ def _rope_scaling(model: GgufModel, name: str, base: float, head_dim: int) -> Li
     return None if is_off or factor == 1.0 else LinearScaling(factor)
 
 
-def _sliding_window(fields: Fields, name: str) -> SlidingWindow:
+def _sliding_window(fields: MetadataReader, name: str) -> SlidingWindow:
     return SlidingWindow(
         size=fields.integer(f"{name}.attention.sliding_window"),
         pattern=fields.integer(f"{name}.attention.sliding_window_pattern", GEMMA3_PATTERN),
@@ -83,7 +91,7 @@ def _sliding_window(fields: Fields, name: str) -> SlidingWindow:
 
 
 def write_sizes(architecture: Architecture, sizes: Hyperparameters) -> dict[str, bool | int | float | str]:
-    """Metadata keys. Raises ConvertError for what llama.cpp has no key for."""
+    """Metadata keys. Raises ConvertError for sizes that llama.cpp has no key for."""
     name = architecture.name
     metadata: dict[str, bool | int | float | str] = {
         f"{name}.vocab_size": sizes.vocabulary,
@@ -113,3 +121,23 @@ def write_sizes(architecture: Architecture, sizes: Hyperparameters) -> dict[str,
         metadata[f"{name}.attention.sliding_window"] = sizes.sliding_window.size
         metadata[f"{name}.rope.freq_base_swa"] = sizes.sliding_window.rope_base
     return metadata
+
+
+def rope_factors(scaling: Llama3Scaling, base: float, head_dim: int) -> Array:
+    """A GGUF's form of the scaling, a divisor for each frequency, [head_dim / 2].
+
+    It is 1 for short wavelengths and ``factor`` for long ones. Formula: "llama3" in transformers' modeling_rope_utils.
+    """
+    wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    smooth = np.clip((scaling.original_context / wavelengths - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
+
+
+def scaling_of(factors: Array, base: float, head_dim: int, tensor: str) -> Llama3Scaling:
+    """The inverse of ``rope_factors``. Raises ConvertError naming ``tensor`` for factors of no released model."""
+    largest = float(factors.max())
+    scaling = replace(_RELEASED, factor=largest)
+    if not np.allclose(factors, rope_factors(scaling, base, head_dim), rtol=1e-4, atol=0):
+        raise ConvertError(tensor, "holds rotary factors that Llama 3's scaling with context 8192 does not give")
+    return scaling

@@ -1,4 +1,4 @@
-"""MLX's affine quantisation: groups along a row share a scale and a bias, w = scale * q + bias. mlx does the work."""
+"""MLX's affine quantisation, done by mlx: groups along a row share a scale and a bias, w = scale * q + bias."""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -14,7 +14,7 @@ GROUP_SIZE = 64
 """mlx-lm's default."""
 
 
-class Settings(BaseModel):
+class AffineSettings(BaseModel):
     """How a matrix is quantised. MLX's other modes are refused."""
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -25,35 +25,35 @@ class Settings(BaseModel):
 
 
 class Quantisation(BaseModel):
-    """``quantization`` of config.json: settings for all matrices, and under a module's name those of one that differs.
+    """config.json's ``quantization``: settings for all matrices, and under a module's name the ones that differ.
 
-    False stands for a module that is not quantised.
+    False marks a module that is not quantised.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    default: Settings
-    modules: dict[str, Settings | Literal[False]]
+    default: AffineSettings
+    modules: dict[str, AffineSettings | Literal[False]]
 
     @model_validator(mode="before")
     @classmethod
     def _by_module(cls, written: JsonValue) -> JsonValue:
         if not isinstance(written, dict):
             return written
-        modules = {key: value for key, value in written.items() if key not in Settings.model_fields}
+        modules = {key: value for key, value in written.items() if key not in AffineSettings.model_fields}
         return {"default": {key: written[key] for key in written.keys() - modules.keys()}, "modules": modules}
 
-    def of_module(self, name: str) -> Settings:
+    def of_module(self, name: str) -> AffineSettings:
         return self.modules.get(name) or self.default
 
 
 def require_mlx() -> None:
-    """Raises ConvertError where mlx is not installed."""
+    """Raises ConvertError if mlx is not installed."""
     if find_spec("mlx") is None:
         raise ConvertError("mlx", "this package is needed for MLX's quantisation: pip install 'exo[mlx]'")
 
 
-def dequantise(packed: npt.NDArray[np.uint32], scales: Array, biases: Array, settings: Settings) -> Array:
+def dequantise(packed: npt.NDArray[np.uint32], scales: Array, biases: Array, settings: AffineSettings) -> Array:
     """[rows, columns * bits / 32] with scales and biases [rows, columns / group_size] to [rows, columns]."""
     import mlx.core as mx
 
@@ -72,7 +72,7 @@ def quantise(values: Array, bits: Bits, kind: Kind) -> tuple[Bytes, Bytes, Bytes
         Kind.F16: (mx.float16, mx.uint16),
         Kind.BF16: (mx.bfloat16, mx.uint16),
     }[kind]
-    # Rounded first, as mlx-lm does: what is quantised is the model in its own number format.
+    # Rounded first, as mlx-lm does: it quantises the model in the model's own number format.
     packed, scales, biases = mx.quantize(mx.array(values).astype(dtype), GROUP_SIZE, bits)
     # numpy has no bfloat16, so the bits travel as whole numbers.
     raw = (packed, scales.view(same_size), biases.view(same_size))

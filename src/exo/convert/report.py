@@ -1,4 +1,4 @@
-"""What a conversion tells its caller: how far it is, what it did, or why it could not."""
+"""What a conversion reports to its caller: its progress, its result, or the reason why it was refused."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ class ConvertError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How much of the target's tensor data is written, and the source tensor being converted."""
+class ConversionProgress:
+    """Bytes of the target's tensor data, and the source tensor being converted."""
 
     done_bytes: int
     total_bytes: int
@@ -28,16 +28,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """A finished conversion."""
+class ConversionReport:
+    """A finished conversion. A matrix that MLX stores as weight, scales and biases counts as one tensor."""
 
     target: Path
     architecture: str
     tensors: int
-    """Carried over. A matrix that MLX stores as weight, scales and biases is one."""
     parameters: int
-    """Numbers in those tensors."""
     bytes_written: int
-    """Of tensor data."""
+    """Tensor data only."""
     left_out: tuple[str, ...]
-    """Names in the source for which the target's format has no place; none of them changes a result."""
+    """Names in the source for which the target's format has no place. None of them changes a result."""

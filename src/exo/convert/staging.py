@@ -1,27 +1,30 @@
-"""A target that appears whole or not at all: it is built in a hidden folder beside its place and moved at the end.
+"""Writes a target that appears whole or not at all: it is built in a hidden folder next to its place and moved there.
 
-A killed conversion leaves that folder behind; the next one to the same target clears it away. A lock on the folder,
-which the system drops with the process, keeps two conversions to one target apart.
+A killed conversion leaves that folder behind; the next one to the same target clears it. A lock on the folder, which
+the system drops with the process, keeps two conversions to one target apart.
 """
 
 import fcntl
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from exo.convert.report import ConvertError, Format
+from exo.convert.tensor_data import Bytes
 
 _MARGIN = 64 << 20
-"""Bytes to keep free for everything but the tensor data."""
+"""Bytes for everything except the tensor data."""
 
 
 @contextmanager
 def staged(source: Path, target: Path, form: Format, *, overwrite: bool) -> Generator[Path]:
-    """Gives the path to build the target at; a normal end of the ``with`` block puts it in place.
+    """Yields the path to build the target at. A normal end of the ``with`` block puts the target in place.
 
-    Raises ConvertError for a target that cannot be written, or that exists unless ``overwrite``.
+    Raises ConvertError for a target that cannot be written, or that exists, unless ``overwrite``.
     """
     target = target.absolute()
     staging = target.with_name(f".{target.name}.partial")
@@ -64,7 +67,7 @@ def _check_name(source: Path, target: Path, form: Format) -> None:
 
 
 def _check_free(target: Path, form: Format, *, overwrite: bool) -> None:
-    """Only a model may be replaced: overwriting must not take a folder of something else away."""
+    """Only a model may be replaced: overwriting must not remove a folder of something else."""
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -79,7 +82,7 @@ def _is_model_folder(folder: Path) -> bool:
 
 
 def _lock(staging: Path, target: Path) -> int:
-    """The locked descriptor of the staging folder, which is made if absent."""
+    """The locked descriptor of the staging folder, which is created if absent."""
     while True:
         staging.mkdir(exist_ok=True)
         try:
@@ -88,7 +91,7 @@ def _lock(staging: Path, target: Path) -> int:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before may have removed the folder between the two calls above.
+            # Another conversion may have removed the folder between the two calls above.
             if os.path.samestat(os.fstat(descriptor), os.stat(staging)):
                 return descriptor
         except BlockingIOError as error:
@@ -100,7 +103,7 @@ def _lock(staging: Path, target: Path) -> int:
 
 
 def _put_back(replaced: Path, target: Path) -> None:
-    """A folder cannot be replaced in one step; if the second step never came, the first is undone."""
+    """A folder cannot be replaced in one step. This undoes the first step if the second did not happen."""
     if replaced.exists() and not target.exists():
         replaced.rename(target)
 
@@ -123,3 +126,40 @@ def _sync(folder: Path) -> None:
 
 def _size(byte_count: int) -> str:
     return f"{byte_count / 1e9:,.2f} GB"
+
+
+class TensorFile:
+    """A file whose tensors have their places before their data comes, so that no model is in memory as a whole.
+
+    A ``with`` statement ends with every tensor complete and the file on the disk, or raises.
+    """
+
+    def __init__(self, path: Path, places: Mapping[str, tuple[int, int]]) -> None:
+        """``path`` exists and holds the header; ``places`` are each tensor's first byte and the byte after its last."""
+        self._file = path.open("r+b")
+        self._next = {name: begin for name, (begin, _) in places.items()}
+        self._end = {name: end for name, (_, end) in places.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._check_complete()
+                self._file.truncate(max(self._end.values()))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def append(self, name: str, data: Bytes) -> None:
+        begin = self._next[name]
+        self._next[name] = begin + data.nbytes
+        self._file.seek(begin)
+        self._file.write(data.data)
+
+    def _check_complete(self) -> None:
+        for name, position in self._next.items():
+            if position != self._end[name]:
+                raise AssertionError(f"{name} ends at byte {position}, not at {self._end[name]}")

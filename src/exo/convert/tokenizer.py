@@ -1,11 +1,19 @@
-"""A tokenizer, free of either format's way to write it down."""
+"""A tokenizer, free of either format's notation, and SentencePiece's scores as a list of merges and back.
 
-from collections.abc import Mapping
+SentencePiece merges the two neighbours whose concatenation is the token with the highest score; byte-pair encoding
+merges the pair that comes first in a list. The equivalent list has every split of a token into two, by falling score.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import gguf
 from pydantic import JsonValue
+
+from exo.convert.report import ConvertError
+
+Merge = tuple[str, str]
 
 TokenType = gguf.TokenType
 
@@ -15,7 +23,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split(numbers: str) -> JsonValue:
-    """Split by a pattern first, then bytes to characters without a pattern of their own."""
+    """Splits by a pattern, then turns bytes into characters without a pattern of that step's own."""
     pattern = f"{_CASELESS_ENDINGS}|{_LETTERS}|{numbers}|{_REST}"
     return {
         "type": "Sequence",
@@ -29,26 +37,26 @@ def _split(numbers: str) -> JsonValue:
 BYTE_LEVEL: JsonValue = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 """tokenizer.json's step that turns bytes into characters and back."""
 SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's character for a space."""
 REPLACE_SPACES: JsonValue = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND_SPACE: JsonValue = {"type": "Prepend", "prepend": SPACE}
-"""Steps of tokenizer.json's ``normalizer`` for SentencePiece."""
+"""The steps of tokenizer.json's ``normalizer`` for SentencePiece."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """How text is cut before merging: llama.cpp knows it by a name, tokenizer.json spells it out."""
+    """How text is split before merging. llama.cpp knows it by a name, tokenizer.json spells it out."""
 
     names: tuple[str, ...]
-    """Values of ``tokenizer.ggml.pre``; the first one is written."""
+    """The values of ``tokenizer.ggml.pre``; the first one is written."""
     description: JsonValue
     """tokenizer.json's ``pre_tokenizer``."""
     ignore_merges: bool = False
     """Whether a piece that is a token as a whole is taken without merging."""
     adds_bos: bool = False
-    """llama.cpp's default, where the file does not say."""
+    """llama.cpp's default."""
     normalizer: JsonValue = None
-    """Of the released models; llama.cpp has none."""
+    """The one of the released models; llama.cpp has none."""
 
 
 PRE_TOKENIZERS = (
@@ -76,11 +84,11 @@ END_TEXTS = frozenset(
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     )
 )
-"""Tokens that llama.cpp takes for the end of generation by their text, whatever the file says (llama-vocab.cpp)."""
+"""Tokens that end generation in llama.cpp because of their text, whatever the file says (llama-vocab.cpp)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenizer:
+class TokenizerData:
     """``kind`` is llama.cpp's: "gpt2" merges characters that stand for bytes, "llama" is SentencePiece's, by scores."""
 
     kind: Literal["gpt2", "llama"]
@@ -90,21 +98,70 @@ class Tokenizer:
     """By id. A "llama" token has ▁ for a space, but a user-defined one the space itself."""
     types: tuple[TokenType, ...]
     scores: tuple[float, ...]
-    """Of "llama": the pair that makes the token with the highest score is merged first. Empty for "gpt2"."""
-    merges: tuple[tuple[str, str], ...]
-    """Of "gpt2", first come first. Empty for "llama"."""
+    """Empty for "gpt2"."""
+    merges: tuple[Merge, ...]
+    """The first pair in the list is merged first. Empty for "llama"."""
     special: Mapping[str, int]
-    """Ids by role: bos, eos, pad, unk, where there is such a token."""
+    """Ids by role: bos, eos, pad and unk, as far as there are such tokens."""
     ends: tuple[int, ...]
     """Ids that end generation, eos first."""
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    """Of "llama": whether text gets a space in front."""
+    """Whether text gets a space in front; False for "gpt2"."""
     chat_templates: Mapping[str, str]
     """By name; the usual one is "default"."""
 
 
 def padding(number: int) -> str:
-    """The text of an id without a token, as llama.cpp's tools write it: a vocabulary may be smaller than its matrix."""
+    """The text that llama.cpp's tools give an id without a token: a vocabulary may be smaller than its matrix."""
     return f"[PAD{number}]"
+
+
+def merges_of(tokens: Sequence[str], types: Sequence[TokenType], scores: Sequence[float]) -> list[Merge]:
+    """Every split of each normal token into two tokens, by falling score."""
+    known = set(tokens)
+    normal = [number for number, kind in enumerate(types) if kind == TokenType.NORMAL]
+    normal.sort(key=lambda number: -scores[number])
+    return [merge for number in normal for merge in _splits(tokens[number], known)]
+
+
+def _splits(token: str, known: set[str]) -> Iterator[Merge]:
+    for end in range(1, len(token)):
+        left, right = token[:end], token[end:]
+        if left in known and right in known:
+            yield left, right
+
+
+def scores_of(tokens: Sequence[str], types: Sequence[TokenType], merges: Iterable[Merge]) -> list[float]:
+    """The inverse of ``merges_of``: a token's score is the place of its first merge, counted down.
+
+    Raises ConvertError for a list that no scores can express.
+    """
+    places: dict[str, int] = {}
+    given: set[Merge] = set()
+    latest = ""
+    for place, (left, right) in enumerate(merges):
+        token = left + right
+        if token != latest and token in places:
+            raise _no_scores(f"{token!r} is merged at place {place} and long before, with others in between")
+        latest = token
+        places.setdefault(token, place)
+        given.add((left, right))
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+    for token in normal:
+        for left, right in _splits(token, normal):
+            if (left, right) not in given:
+                raise _no_scores(f"{left!r} and {right!r} are never merged, though {token!r} is a token")
+    return [_score(kind, places.get(token, len(given))) for token, kind in zip(tokens, types, strict=True)]
+
+
+def _score(kind: TokenType, place: int) -> float:
+    """Bytes get 0 and special tokens -1000, as in llama.cpp's tools; they are never compared with other scores."""
+    if kind == TokenType.BYTE:
+        return 0.0
+    return -float(place) if kind == TokenType.NORMAL else -1000.0
+
+
+def _no_scores(reason: str) -> ConvertError:
+    return ConvertError("tokenizer.json: merges", f"{reason}; expected the merges of a SentencePiece vocabulary")

@@ -1,45 +1,115 @@
-"""A tokenizer in a folder's tokenizer.json and tokenizer_config.json, read."""
+"""Reads a folder's tokenizer.json, tokenizer_config.json and generation_config.json.
+
+Keys that are not read change no token. A field with one accepted value turns on something that llama.cpp lacks.
+"""
 
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import JsonValue
+from pydantic import ConfigDict, Field, JsonValue
 
 from exo.convert.config_json import Config
-from exo.convert.json_file import read_json
-from exo.convert.merges import Merge, scores_of
+from exo.convert.hf_folder import StrictJson, read_json
 from exo.convert.report import ConvertError
 from exo.convert.tokenizer import (
     PRE_TOKENIZERS,
     PREPEND_SPACE,
     REPLACE_SPACES,
     SPACE,
+    Merge,
     PreTokenizer,
-    Tokenizer,
+    TokenizerData,
     TokenType,
     padding,
+    scores_of,
 )
-from exo.convert.tokenizer_files import GenerationConfig, SpecialToken, TokenizerConfig, TokenizerJson
 
 _FILE = "tokenizer.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_SPLIT: JsonValue = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-"""Gemma's pre-tokenizer, which finds nothing to split: by then no space is left."""
+"""Gemma's pre-tokenizer, which finds nothing to split, because no space is left by then."""
+_IGNORED = frozenset(("bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"))
+"""Keys that config.json and tokenizer_config.json have too, or that describe the file."""
+
+_Id = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+_Off = Literal[False]
+
+
+class AddedTokenJson(StrictJson):
+    """A token that is found in text before anything else."""
+
+    id: _Id
+    content: str
+    special: bool = False
+    single_word: _Off = False
+    lstrip: _Off = False
+    rstrip: _Off = False
+
+
+class BpeModel(StrictJson):
+    """Byte-pair encoding; ``type`` refuses the other kinds."""
+
+    type: Literal["BPE"]
+    vocab: dict[str, _Id]
+    merges: list[str | tuple[str, str]]
+    unk_token: str | None = None
+    byte_fallback: bool = False
+    ignore_merges: bool = False
+    dropout: Literal[0] | None = None
+    continuing_subword_prefix: Literal[""] | None = None
+    end_of_word_suffix: Literal[""] | None = None
+
+
+class TokenizerJson(StrictJson):
+    model: BpeModel
+    added_tokens: tuple[AddedTokenJson, ...] = ()
+    normalizer: JsonValue = None
+    pre_tokenizer: JsonValue = None
+    post_processor: JsonValue = None
+
+
+class SpecialToken(StrictJson):
+    content: str
+
+
+class Template(StrictJson):
+    name: str
+    template: str
+
+
+class TokenizerConfig(StrictJson):
+    bos_token: str | SpecialToken | None = None
+    eos_token: str | SpecialToken | None = None
+    pad_token: str | SpecialToken | None = None
+    unk_token: str | SpecialToken | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    chat_template: str | list[Template] | None = None
+
+
+class GenerationConfig(StrictJson):
+    model_config = ConfigDict(extra="allow")
+
+    eos_token_id: _Id | list[_Id] | None = None
+
+    def left_out(self) -> list[str]:
+        return [f"generation_config.json: {key}" for key in sorted((self.model_extra or {}).keys() - _IGNORED)]
 
 
 @dataclass(frozen=True, slots=True)
 class FolderTokenizer:
-    """``left_out`` names what has no place in a GGUF file."""
+    """``left_out`` names the parts that have no place in a GGUF file."""
 
-    tokenizer: Tokenizer
+    tokenizer: TokenizerData
     left_out: tuple[str, ...]
 
 
 def read_tokenizer(folder: Path, config: Config) -> FolderTokenizer:
-    """Raises ConvertError naming file and key for a tokenizer that llama.cpp does not have."""
+    """Raises ConvertError naming file and key for a tokenizer that llama.cpp lacks."""
     written = read_json(folder / _FILE, TokenizerJson)
     options = read_json(folder / "tokenizer_config.json", TokenizerConfig)
     generation_file = folder / "generation_config.json"
@@ -50,7 +120,7 @@ def read_tokenizer(folder: Path, config: Config) -> FolderTokenizer:
     ids = {text: number for number, text in enumerate(tokens)}
     special = _special(options, written, config, ids)
     first, last = _added_ends(written.post_processor)
-    tokenizer = Tokenizer(
+    tokenizer = TokenizerData(
         kind="llama" if is_sentencepiece else "gpt2",
         pre=None if is_sentencepiece else _pre_tokenizer(written),
         tokens=tuple(tokens),
@@ -86,7 +156,7 @@ def _tokens(written: TokenizerJson, size: int, is_sentencepiece: bool) -> tuple[
             beyond.append(f"{_FILE}: {token.content} ({token.id}), for which the model has no row")
             continue
         texts.pop(token.id, None)
-        # In front of llama.cpp's tokenizer a space is still a space where such a token is looked for.
+        # llama.cpp looks for such a token in text where a space is still a space.
         plain = token.content.replace(SPACE, " ") if is_sentencepiece and not token.special else token.content
         _put(texts, token.id, plain)
         types[token.id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
@@ -126,7 +196,7 @@ def _pre_tokenizer(written: TokenizerJson) -> PreTokenizer:
 
 
 def _essence(description: JsonValue) -> JsonValue:
-    """A pre-tokenizer without what does not change the tokens."""
+    """A pre-tokenizer's description without the keys that change no token."""
     if isinstance(description, list):
         return [_essence(part) for part in description]
     if not isinstance(description, dict):
@@ -137,7 +207,7 @@ def _essence(description: JsonValue) -> JsonValue:
 
 
 def _adds_space(written: TokenizerJson) -> bool:
-    """Whether SentencePiece text gets a space in front; by the normalizer or, in newer files, by Metaspace."""
+    """Whether SentencePiece text gets a space in front, from the normalizer or, in newer files, from Metaspace."""
     normalizer, pre_tokenizer = written.normalizer, written.pre_tokenizer
     if pre_tokenizer in (None, _NO_SPLIT):
         if normalizer == REPLACE_SPACES:
@@ -207,7 +277,7 @@ def _special_text(piece: JsonValue) -> str | None:
 
 
 def _adds(stated: bool | None, in_template: str | None, number: int | None, ids: Mapping[str, int]) -> bool:
-    """tokenizer_config.json decides, as in transformers; else the template, if what it adds is that token."""
+    """tokenizer_config.json decides, as in transformers; without it the template, if it adds that token."""
     if stated is not None:
         return stated
     return in_template is not None and number is not None and ids.get(in_template) == number

@@ -3,10 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from exo.convert.fields import Fields
-from exo.convert.gguf_writer import Metadata
+from exo.convert.gguf_file import Metadata, MetadataReader
 from exo.convert.report import ConvertError
-from exo.convert.tokenizer import END_TEXTS, PRE_TOKENIZERS, PreTokenizer, Tokenizer, TokenType
+from exo.convert.tokenizer import END_TEXTS, PRE_TOKENIZERS, Merge, PreTokenizer, TokenizerData, TokenType
 
 _ROLES = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -18,11 +17,11 @@ _MORE_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _TEMPLATE = "tokenizer.chat_template"
 _TEMPLATE_NAMES = "tokenizer.chat_templates"
 _SENTENCEPIECE_DEFAULTS = {"bos": 1, "eos": 2, "unk": 0}
-"""llama.cpp's, where the file does not say."""
+"""llama.cpp's defaults."""
 
 
-def read_tokenizer(fields: Fields) -> Tokenizer:
-    """Raises ConvertError for a kind of tokenizer that tokenizer.json cannot be made of."""
+def read_tokenizer(fields: MetadataReader) -> TokenizerData:
+    """Raises ConvertError for a tokenizer that tokenizer.json cannot express."""
     kind = fields.text("tokenizer.ggml.model")
     tokens = fields.texts("tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
@@ -33,7 +32,7 @@ def read_tokenizer(fields: Fields) -> Tokenizer:
         pre = _pre_tokenizer(fields)
         merges = tuple(_merge(text) for text in fields.texts("tokenizer.ggml.merges"))
         scores: tuple[float, ...] = ()
-        # Of byte-level tokenizers llama.cpp ignores both.
+        # llama.cpp ignores both for byte-level tokenizers.
         fields.ignore("tokenizer.ggml.scores", "tokenizer.ggml.add_space_prefix")
     elif kind == "llama":
         pre, merges = None, ()
@@ -44,7 +43,7 @@ def read_tokenizer(fields: Fields) -> Tokenizer:
         raise ConvertError("tokenizer.ggml.model", f"is {kind!r}; accepted: gpt2 and llama")
     special = _special(fields, kind, len(tokens))
     fields.expect("tokenizer.ggml.add_sep_token", False)
-    return Tokenizer(
+    return TokenizerData(
         kind=kind,
         pre=pre,
         tokens=tuple(tokens),
@@ -60,7 +59,7 @@ def read_tokenizer(fields: Fields) -> Tokenizer:
     )
 
 
-def _types(fields: Fields, count: int) -> tuple[TokenType, ...]:
+def _types(fields: MetadataReader, count: int) -> tuple[TokenType, ...]:
     if "tokenizer.ggml.token_type" not in fields:
         return (TokenType.NORMAL,) * count
     known = {int(kind): kind for kind in TokenType}
@@ -71,7 +70,7 @@ def _types(fields: Fields, count: int) -> tuple[TokenType, ...]:
     return tuple(known[int(number)] for number in numbers)
 
 
-def _pre_tokenizer(fields: Fields) -> PreTokenizer:
+def _pre_tokenizer(fields: MetadataReader) -> PreTokenizer:
     name = fields.text("tokenizer.ggml.pre")
     for pre in PRE_TOKENIZERS:
         if name in pre.names:
@@ -80,14 +79,14 @@ def _pre_tokenizer(fields: Fields) -> PreTokenizer:
     raise ConvertError("tokenizer.ggml.pre", f"is {name!r}; accepted: {accepted}")
 
 
-def _merge(text: str) -> tuple[str, str]:
+def _merge(text: str) -> Merge:
     left, space, right = text.partition(" ")
     if not space or " " in right:
         raise ConvertError("tokenizer.ggml.merges", f"holds {text!r}, expected two tokens with a space between")
     return left, right
 
 
-def _special(fields: Fields, kind: str, count: int) -> dict[str, int]:
+def _special(fields: MetadataReader, kind: str, count: int) -> dict[str, int]:
     found = dict(_SENTENCEPIECE_DEFAULTS) if kind == "llama" else {}
     for role, key in _ROLES.items():
         if (number := fields.optional_integer(key)) is not None:
@@ -96,9 +95,9 @@ def _special(fields: Fields, kind: str, count: int) -> dict[str, int]:
 
 
 def _ends(
-    fields: Fields, special: dict[str, int], tokens: Sequence[str], types: Sequence[TokenType]
+    fields: MetadataReader, special: dict[str, int], tokens: Sequence[str], types: Sequence[TokenType]
 ) -> tuple[int, ...]:
-    """The ids that the file names, then those that llama.cpp knows by their text."""
+    """The ids that the file names, then those that llama.cpp recognises by their text."""
     named = [special["eos"]] if "eos" in special else []
     for key in _MORE_ENDS:
         if (number := fields.optional_integer(key)) is not None:
@@ -117,15 +116,15 @@ def _checked(key: str, number: int, count: int) -> int:
     return number
 
 
-def _chat_templates(fields: Fields) -> dict[str, str]:
+def _chat_templates(fields: MetadataReader) -> dict[str, str]:
     templates = {"default": fields.text(_TEMPLATE)} if _TEMPLATE in fields else {}
     for name in fields.texts(_TEMPLATE_NAMES) if _TEMPLATE_NAMES in fields else ():
         templates[name] = fields.text(f"{_TEMPLATE}.{name}")
     return templates
 
 
-def write_tokenizer(tokenizer: Tokenizer) -> Metadata:
-    """Metadata keys. Raises ConvertError for what llama.cpp has no key for."""
+def write_tokenizer(tokenizer: TokenizerData) -> Metadata:
+    """Metadata keys. Raises ConvertError for a tokenizer that llama.cpp has no keys for."""
     metadata: dict[str, bool | int | str | Sequence[str] | Sequence[int] | Sequence[float]] = {
         "tokenizer.ggml.model": tokenizer.kind,
         "tokenizer.ggml.pre": "default" if tokenizer.pre is None else tokenizer.pre.names[0],
@@ -149,14 +148,14 @@ def write_tokenizer(tokenizer: Tokenizer) -> Metadata:
     return metadata
 
 
-def _joined(merge: tuple[str, str]) -> str:
+def _joined(merge: Merge) -> str:
     if " " in merge[0] or " " in merge[1]:
         raise ConvertError("tokenizer.json: merges", f"{merge} has a space, which a GGUF file's merges cannot")
     return " ".join(merge)
 
 
-def _more_ends(tokenizer: Tokenizer) -> dict[str, int]:
-    """Keys for the ids that end generation and that llama.cpp would not find by itself."""
+def _more_ends(tokenizer: TokenizerData) -> dict[str, int]:
+    """Keys for the ids that end generation and that llama.cpp would not find without them."""
     eos = tokenizer.special.get("eos")
     rest = [number for number in tokenizer.ends if number != eos and tokenizer.tokens[number] not in END_TEXTS]
     if len(rest) > len(_MORE_ENDS):

@@ -1,15 +1,15 @@
-"""A tokenizer as a folder's tokenizer.json and tokenizer_config.json, which transformers and mlx-lm load."""
+"""Writes a folder's tokenizer.json and tokenizer_config.json, which transformers and mlx-lm load."""
 
 from pydantic import JsonValue
 
-from exo.convert.merges import merges_of
 from exo.convert.tokenizer import (
     BYTE_LEVEL,
     PREPEND_SPACE,
     REPLACE_SPACES,
     SPACE,
-    Tokenizer,
+    TokenizerData,
     TokenType,
+    merges_of,
     padding,
 )
 
@@ -17,10 +17,10 @@ _RESTORE_SPACES: JsonValue = {"type": "Replace", "pattern": {"String": SPACE}, "
 _STRIP: JsonValue = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 _FOUND_FIRST = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-"""Types that are looked for in text before anything else."""
+"""The types of tokens that a tokenizer looks for in text before anything else."""
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, JsonValue]:
+def tokenizer_json(tokenizer: TokenizerData) -> dict[str, JsonValue]:
     is_sentencepiece = tokenizer.kind == "llama"
     return {
         "version": "1.0",
@@ -48,17 +48,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, JsonValue]:
     }
 
 
-def _is_padding(tokenizer: Tokenizer, number: int) -> bool:
+def _is_padding(tokenizer: TokenizerData, number: int) -> bool:
     return tokenizer.types[number] == TokenType.UNUSED and tokenizer.tokens[number] == padding(number)
 
 
-def _merges(tokenizer: Tokenizer) -> JsonValue:
+def _merges(tokenizer: TokenizerData) -> JsonValue:
     if tokenizer.kind == "gpt2":
         return [[left, right] for left, right in tokenizer.merges]
     return [[left, right] for left, right in merges_of(tokenizer.tokens, tokenizer.types, tokenizer.scores)]
 
 
-def _added_tokens(tokenizer: Tokenizer) -> list[JsonValue]:
+def _added_tokens(tokenizer: TokenizerData) -> list[JsonValue]:
     return [
         {
             "id": number,
@@ -74,7 +74,7 @@ def _added_tokens(tokenizer: Tokenizer) -> list[JsonValue]:
     ]
 
 
-def _normalizer(tokenizer: Tokenizer) -> JsonValue:
+def _normalizer(tokenizer: TokenizerData) -> JsonValue:
     if tokenizer.pre is not None:
         return tokenizer.pre.normalizer
     return (
@@ -84,14 +84,14 @@ def _normalizer(tokenizer: Tokenizer) -> JsonValue:
     )
 
 
-def _decoder(tokenizer: Tokenizer) -> JsonValue:
-    """mlx-lm knows both forms and then decodes as it streams."""
+def _decoder(tokenizer: TokenizerData) -> JsonValue:
+    """mlx-lm recognises both forms and then decodes as it streams."""
     steps: list[JsonValue] = [_RESTORE_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}]
     return {"type": "Sequence", "decoders": [*steps, _STRIP] if tokenizer.add_space_prefix else steps}
 
 
-def _post_processor(tokenizer: Tokenizer) -> JsonValue:
-    """BOS in front of and EOS behind every text, where the model wants them."""
+def _post_processor(tokenizer: TokenizerData) -> JsonValue:
+    """Puts BOS in front of and EOS behind every text if the model wants them."""
     front = [role for role in ("bos",) if tokenizer.add_bos and role in tokenizer.special]
     back = [role for role in ("eos",) if tokenizer.add_eos and role in tokenizer.special]
     if not front and not back:
@@ -119,11 +119,11 @@ def _post_processor(tokenizer: Tokenizer) -> JsonValue:
     }
 
 
-def _text(tokenizer: Tokenizer, role: str) -> str | None:
+def _text(tokenizer: TokenizerData, role: str) -> str | None:
     return tokenizer.tokens[tokenizer.special[role]] if role in tokenizer.special else None
 
 
-def tokenizer_config_json(tokenizer: Tokenizer, context_length: int) -> dict[str, JsonValue]:
+def tokenizer_config_json(tokenizer: TokenizerData, context_length: int) -> dict[str, JsonValue]:
     config: dict[str, JsonValue] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": _text(tokenizer, role) for role in ("bos", "eos", "pad", "unk")},
@@ -140,8 +140,8 @@ def tokenizer_config_json(tokenizer: Tokenizer, context_length: int) -> dict[str
     return config
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, JsonValue]:
-    """What config.json and generation_config.json both say; more than one token may end generation."""
+def token_ids(tokenizer: TokenizerData) -> dict[str, JsonValue]:
+    """The ids in both config.json and generation_config.json. More than one token may end generation."""
     ids: dict[str, JsonValue] = {
         f"{role}_token_id": tokenizer.special[role] for role in ("bos", "pad") if role in tokenizer.special
     }
