@@ -1,5 +1,6 @@
 """How the target stores a tensor: the stored tensors it becomes, and their bytes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import gguf
@@ -23,6 +24,16 @@ class Stored:
     @property
     def byte_count(self) -> int:
         return self.row_bytes * (self.shape[0] if len(self.shape) == 2 else 1)
+
+
+def placed(tensors: Iterable[Stored], start: int, alignment: int = 1) -> dict[str, tuple[int, int]]:
+    """Each tensor's first byte and the byte after its last, if they follow each other from ``start``."""
+    places: dict[str, tuple[int, int]] = {}
+    for tensor in tensors:
+        end = start + tensor.byte_count
+        places[tensor.name] = start, end
+        start = -(-end // alignment) * alignment
+    return places
 
 
 @dataclass(frozen=True, slots=True)

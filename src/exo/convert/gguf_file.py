@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from exo.convert.encoding import Stored
+from exo.convert.encoding import Stored, placed
 from exo.convert.report import ConvertError
 from exo.convert.staging import TensorFile
 from exo.convert.tensor_data import Array, Kind, SourceTensor, can_decode, decode, map_file
@@ -182,17 +182,13 @@ def create_gguf(path: Path, architecture: str, metadata: Metadata, tensors: Sequ
                 writer.add_string(key, value)
             case _:
                 writer.add_array(key, value)
-    ends: dict[str, tuple[int, int]] = {}
-    position = 0
     for tensor in tensors:
         # raw_dtype decides the type, but an array type of uint8 would be taken for packed rows.
         float32 = np.dtype(np.float32)
         writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.byte_count, raw_dtype=Kind[tensor.dtype])
-        ends[tensor.name] = (position, position + tensor.byte_count)
-        position += gguf.GGUFWriter.ggml_pad(tensor.byte_count, writer.data_alignment)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
     start = gguf.GGUFWriter.ggml_pad(path.stat().st_size, writer.data_alignment)
-    return TensorFile(path, {name: (start + begin, start + end) for name, (begin, end) in ends.items()})
+    return TensorFile(path, placed(tensors, start, writer.data_alignment))

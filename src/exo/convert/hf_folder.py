@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from exo.convert.encoding import Stored
+from exo.convert.encoding import Stored, placed
 from exo.convert.mlx_quantisation import AffineSettings, Quantisation, dequantise, require_mlx
 from exo.convert.report import ConvertError
 from exo.convert.staging import TensorFile
@@ -148,17 +148,14 @@ def weight_file_names(count: int) -> list[str]:
 def create_safetensors(path: Path, tensors: Sequence[Stored]) -> TensorFile:
     """Writes the header and returns the file for the data."""
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
-    places: dict[str, tuple[int, int]] = {}
-    position = 0
+    offsets = placed(tensors, 0)
     for tensor in tensors:
-        place = places[tensor.name] = (position, position + tensor.byte_count)
+        place = offsets[tensor.name]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": place}
-        position += tensor.byte_count
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    start = 8 + len(text)
-    return TensorFile(path, {name: (start + begin, start + end) for name, (begin, end) in places.items()})
+    return TensorFile(path, placed(tensors, 8 + len(text)))
 
 
 def write_index(folder: Path, files: Mapping[str, str], byte_count: int) -> None:

@@ -85,22 +85,22 @@ def _size(header: GgufHeader, key: str, most: int = _LARGEST_SIZE) -> int:
     return largest
 
 
-class _Json(BaseModel):
+class _LenientJson(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-class _Quantization(_Json):
+class _Quantization(_LenientJson):
     bits: Annotated[int, Field(ge=1, le=64)]
 
 
-class _Sizes(_Json):
+class _Sizes(_LenientJson):
     num_hidden_layers: Count
     hidden_size: Count
     num_key_value_heads: Count | None = None
     max_position_embeddings: Annotated[int, Field(ge=0, le=_LONGEST_CONTEXT)] | None = None
 
 
-class _Config(_Json):
+class _Config(_LenientJson):
     """``text_config`` holds the sizes of the language model if the model also has a vision part."""
 
     model_type: Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
@@ -111,7 +111,7 @@ class _Config(_Json):
     dtype: str | None = None
 
 
-class _TokenizerConfig(_Json):
+class _TokenizerConfig(_LenientJson):
     chat_template: JsonValue = None
 
 
