@@ -128,7 +128,7 @@ ENDS = "f.gguf: ends within its header"
             header(1, 0, name(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(99)),
             "f.gguf: has 'k' of the unknown value type 9",
         ),
-        (header(2, 0, 2 * (name(b"k") + struct.pack("<II", 4, 1))), "f.gguf: has the metadata key k twice"),
+        (header(2, 0, 2 * (name(b"k") + struct.pack("<II", 4, 1))), "f.gguf: has the metadata key 'k' twice"),
         (header(0, 1, tensor([], 0, 0)), "f.gguf: has 't' with 0 dimensions, expected 1 to 4"),
         (
             header(0, 1, name(b"t") + struct.pack("<I", 2**31) + bytes(64)),

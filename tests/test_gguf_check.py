@@ -90,7 +90,7 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "alignment 0": (lambda data: with_key(data, b"general.alignment", 4, bytes(4)), "power of two"),
     "alignment 24": (lambda data: with_key(data, b"general.alignment", 4, struct.pack("<I", 24)), "power of two"),
     "alignment a text": (lambda data: with_key(data, b"general.alignment", 8, bytes(8)), "power of two"),
-    "a key twice": (lambda data: with_key(data, b"general.name", 0, b"x"), "the metadata key general.name twice"),
+    "a key twice": (lambda data: with_key(data, b"general.name", 0, b"x"), "the metadata key 'general.name' twice"),
     "a truth value of 7": (lambda data: with_key(data, b"x", 7, b"\7"), "neither 0 nor 1"),
     "a key that is no text": (lambda data: with_key(data, b"\xff", 0, b"x"), "not UTF-8"),
     "half a billion layers": (after(b"llama.block_count", "<I", 4, 1 << 29), "expected at most 512"),

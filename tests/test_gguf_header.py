@@ -124,7 +124,7 @@ def test_values_that_nobody_asked_for_are_skipped_whatever_they_are() -> None:
         (header(field("x", 8, struct.pack("<Q", (1 << 64) - 1))), "ends within its header"),
         (header(field("x", 9, struct.pack("<IQ", 9, 1))), "'x' of the unknown value type 9"),
         (header(field("x", 13, b"")), "'x' of the unknown value type 13"),
-        (header(*LLAMA, LLAMA[0]), "the metadata key general.architecture twice"),
+        (header(*LLAMA, LLAMA[0]), "the metadata key 'general.architecture' twice"),
     ],
 )
 def test_a_file_that_is_not_sound_is_refused(data: bytes, reason: str) -> None:

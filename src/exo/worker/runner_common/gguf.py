@@ -176,7 +176,7 @@ def read_gguf(source: HeaderSource, *, limit: int = HEADER_LIMIT, tensors: bool 
         cursor.what = f"metadata key {number}"
         key = cursor.name("a metadata key", _LONGEST_KEY)
         if key in fields:
-            raise HeaderError(f"has the metadata key {key} twice")
+            raise HeaderError(f"has the metadata key {ascii(key)[:100]} twice")
         cursor.what = f"the value of {ascii(key)[:100]}"
         fields[key] = cursor.field(key)
     alignment = _alignment(fields, cursor)
