@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_said_otherwise(
         ({"dtype": "F32"}, f"{NO_FILE}: its header is broken: t.shape: Field required"),
         (
             {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-            "model.safetensors: has 66 bytes, but its tensors end at byte",
+            "model.safetensors: has 77 bytes, but its tensors end at byte 73",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def first_bytes(source: HeaderSource, end: int, limit: int, what: str) -> bytes 
     size = source.size
     if end <= size:
         if end > limit:
-            raise HeaderError(f"has a header of more than {limit:,} bytes")
+            raise HeaderError(f"has a header of more than {limit >> 20} MiB")
         data = source.upto(end)
         if len(data) >= end:
             return data
