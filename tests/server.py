@@ -113,6 +113,6 @@ class ServeProgram:
 
 def _is_runner(process: psutil.Process) -> bool:
     try:
-        return any("exo.worker.runner_" in part for part in process.cmdline())
+        return any("exo.worker.runner_" in part and "runner_common" not in part for part in process.cmdline())
     except psutil.NoSuchProcess:  # or has died and is not reaped yet
         return False
