@@ -1,6 +1,6 @@
 """The sandbox program that renders chat templates, which come with models and may be hostile.
 
-A request has the template's ``source`` and, to render and not only compile, ``variables`` and ``extra`` variables, which
+A request has the ``source`` and, to render and not only compile, ``variables`` and ``extra`` variables, which
 the template must read. The answer has the ``text``, or ``raised`` if the template refused its input, or ``unread`` with
 the name of a variable that would have no effect, or ``error``.
 """
