@@ -30,7 +30,6 @@ from exo.worker.protocol.messages import (
     PART_LOGPROBS,
     Cancel,
     Capabilities,
-    Choice,
     Command,
     Cores,
     CpuUse,
@@ -46,6 +45,7 @@ from exo.worker.protocol.messages import (
     Generate,
     Heartbeat,
     Load,
+    LoadOption,
     Logprob,
     Message,
     PrefillProgress,
@@ -342,10 +342,12 @@ class FakeRunner:
         if options.hang == "estimate":
             self.hang()
 
-        def choice(n_ctx: int) -> Choice:
+        def choice(n_ctx: int) -> LoadOption:
             later = options.memory + options.memory_per_token * n_ctx
             settings = {} if n_ctx == options.n_ctx else {"n_ctx": n_ctx}
-            return Choice(settings=settings, host=PROCESS_BYTES + later, devices=options.on_devices, later_host=later)
+            return LoadOption(
+                settings=settings, host=PROCESS_BYTES + later, devices=options.on_devices, later_host=later
+            )
 
         if options.n_ctx == 0:
             choices = tuple(choice(n_ctx) for n_ctx in CONTEXTS)

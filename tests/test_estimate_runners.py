@@ -12,7 +12,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.cards.catalogue import Catalogue
-from exo.worker.protocol.messages import Choice, Embed, Estimate, Failed, Load
+from exo.worker.protocol.messages import Embed, Estimate, Failed, Load, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
 from tests.program import Program, ask
@@ -51,7 +51,7 @@ def start(runner: str) -> Program:
     return Program(RUNNERS[runner].command)
 
 
-def choices(program: Program, command: Load) -> tuple[Choice, ...]:
+def choices(program: Program, command: Load) -> tuple[LoadOption, ...]:
     program.send(Estimate(load=command))
     program.until(lambda: program.estimated is not None)
     assert program.estimated is not None

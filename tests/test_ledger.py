@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import Choice, Estimated
+from exo.worker.protocol.messages import Estimated, LoadOption
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import ALTERNATING_SECONDS, Entry, Ledger, Verdicts
 
@@ -18,7 +18,7 @@ CAPACITY = Memory(100, {"CUDA0": 50, "CUDA1": 30})
 
 
 def takes(host: int, device: int = 0, *, later_host: int = 0, later_device: int = 0, **devices: int) -> Estimated:
-    choice = Choice(host=host, device=device, devices=devices, later_host=later_host, later_device=later_device)
+    choice = LoadOption(host=host, device=device, devices=devices, later_host=later_host, later_device=later_device)
     return Estimated(choices=(choice,))
 
 
@@ -32,7 +32,7 @@ class Account:
 
     ledger: Ledger = field(default_factory=lambda: Ledger(CAPACITY))
     now: float = 0.0
-    granted: dict[str, Choice] = field(default_factory=dict[str, Choice])
+    granted: dict[str, LoadOption] = field(default_factory=dict[str, LoadOption])
     refused: list[str] = field(default_factory=list[str])
     unloaded: list[str] = field(default_factory=list[str])
 
@@ -150,14 +150,14 @@ def test_a_refusal_tells_both_numbers_and_the_smallest_change_of_each_setting_th
     account = Account()
     account.load("pinned", takes(30), pinned=True)
     remedies = (
-        Choice(settings={"n_ctx": 2048}, host=90),
-        Choice(settings={"n_ctx": 1024}, host=70),
-        Choice(settings={"n_ctx": 512}, host=50),
-        Choice(settings={"slots": 1}, host=71),
-        Choice(settings={"cache_type_k": "q8_0", "cache_type_v": "q8_0"}, host=60),
+        LoadOption(settings={"n_ctx": 2048}, host=90),
+        LoadOption(settings={"n_ctx": 1024}, host=70),
+        LoadOption(settings={"n_ctx": 512}, host=50),
+        LoadOption(settings={"slots": 1}, host=71),
+        LoadOption(settings={"cache_type_k": "q8_0", "cache_type_v": "q8_0"}, host=60),
     )
     account.ledger.enter("new", 0)
-    account.ledger.estimate("new", Estimated(choices=(Choice(host=120, device=20),), remedies=remedies))
+    account.ledger.estimate("new", Estimated(choices=(LoadOption(host=120, device=20),), remedies=remedies))
     refusal = account.ledger.settle(1).refused["new"]
     assert (refusal.needed, refusal.room) == (both(120, 20), both(70, 50, 30))
     assert refusal.message("org/new", "cuda") == (
@@ -214,11 +214,11 @@ def test_a_refusal_names_each_device_that_is_short_and_the_devices_on_which_it_w
     account = Account()
     account.load("pinned", takes(5, CUDA0=20, CUDA1=25), pinned=True)
     remedies = (
-        Choice(settings={"n_ctx": 512}, host=5, devices={"CUDA0": 31, "CUDA1": 1}),
-        Choice(settings={"devices": ["CUDA1"]}, host=5, devices={"CUDA1": 6}),
-        Choice(settings={"devices": ["CUDA0"]}, host=5, devices={"CUDA0": 30}),
+        LoadOption(settings={"n_ctx": 512}, host=5, devices={"CUDA0": 31, "CUDA1": 1}),
+        LoadOption(settings={"devices": ["CUDA1"]}, host=5, devices={"CUDA1": 6}),
+        LoadOption(settings={"devices": ["CUDA0"]}, host=5, devices={"CUDA0": 30}),
     )
-    choice = Choice(host=5, devices={"CUDA0": 40, "CUDA1": 10})
+    choice = LoadOption(host=5, devices={"CUDA0": 40, "CUDA1": 10})
     account.ledger.enter("new", 0)
     account.ledger.estimate("new", Estimated(choices=(choice,), remedies=remedies))
     message = account.ledger.settle(1).refused["new"].message("org/new", "cuda")
@@ -238,8 +238,8 @@ def test_a_device_that_is_not_there_has_no_memory() -> None:
 
 
 def test_how_devices_share_a_model_is_chosen_by_what_is_free_and_others_go_for_the_usual_way() -> None:
-    free = Choice(settings={"tensor_split": [0.1, 0.9]}, host=5, devices={"CUDA0": 2, "CUDA1": 18})
-    usual = Choice(settings={"tensor_split": [0.6, 0.4]}, host=5, devices={"CUDA0": 12, "CUDA1": 8})
+    free = LoadOption(settings={"tensor_split": [0.1, 0.9]}, host=5, devices={"CUDA0": 2, "CUDA1": 18})
+    usual = LoadOption(settings={"tensor_split": [0.6, 0.4]}, host=5, devices={"CUDA0": 12, "CUDA1": 8})
     estimated = Estimated(choices=(free, usual), enough=1)
     account = Account()
     account.load("a", takes(5, CUDA0=45))
@@ -251,7 +251,7 @@ def test_how_devices_share_a_model_is_chosen_by_what_is_free_and_others_go_for_t
 
 
 AUTO = Estimated(
-    choices=tuple(Choice(settings={"n_ctx": n_ctx}, host=n_ctx // 64) for n_ctx in (5120, 4096, 2048, 1024, 512)),
+    choices=tuple(LoadOption(settings={"n_ctx": n_ctx}, host=n_ctx // 64) for n_ctx in (5120, 4096, 2048, 1024, 512)),
     enough=2,
 )
 """80, 64, 32, 16 and 8 bytes."""

@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 from gguf.constants import MODEL_ARCH_NAMES
 from pydantic import JsonValue, ValidationError
 
-from exo.worker.protocol.messages import Choice, Estimate, Estimated, Failed, Load
+from exo.worker.protocol.messages import Estimate, Estimated, Failed, Load, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.gguf import GgufHeader
 from exo.worker.runner_common.load_error import LoadError
@@ -201,7 +201,7 @@ def ask(path: Path, **table: JsonValue) -> Estimated:
     return estimates.estimate(Estimate(load=Load(model_id="test/wide", backend="LlamaCppCuda", table=table)))
 
 
-def only(path: Path, **table: JsonValue) -> Choice:
+def only(path: Path, **table: JsonValue) -> LoadOption:
     (choice,) = ask(path, **table).choices
     return choice
 

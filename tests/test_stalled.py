@@ -14,7 +14,7 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Choice, Estimated, Failed, Heartbeat, Load
+from exo.worker.protocol.messages import Estimated, Failed, Heartbeat, Load, LoadOption
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
 from exo.worker.supervisor.runner_process import Admit, RunnerError, RunnerProcess
@@ -31,7 +31,7 @@ ENGINE = Deadlines(stalled=4.0, grace=10)
 """For real engines, which compute for seconds before they report anything."""
 
 
-async def admit(estimated: Estimated) -> Choice:
+async def admit(estimated: Estimated) -> LoadOption:
     return estimated.choices[0]
 
 
@@ -89,7 +89,7 @@ async def test_a_slow_load_that_reports_progress_may_take_as_long_as_it_likes(tm
 
 
 async def test_who_waits_for_memory_need_make_no_progress(tmp_path: Path) -> None:
-    async def admit_late(estimated: Estimated) -> Choice:
+    async def admit_late(estimated: Estimated) -> LoadOption:
         await anyio.sleep(3 * IMPATIENT.stalled)
         return estimated.choices[0]
 

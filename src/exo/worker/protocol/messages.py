@@ -239,7 +239,7 @@ class Capabilities(Message):
     """Their token ids, in the same order."""
 
 
-class Choice(Message):
+class LoadOption(Message):
     """One way to load a model, and the bytes that it takes once the model has worked with its context full.
 
     Where the processors' memory and a device's are the same, as on a Mac, a byte counts in both. NVIDIA devices are
@@ -266,11 +266,11 @@ class Estimated(Message):
     """The answer to ``Estimate``; a runner that cannot load the model says ``Failed`` instead."""
 
     type: Literal["estimated"] = "estimated"
-    choices: tuple[Choice, ...] = Field(min_length=1)
+    choices: tuple[LoadOption, ...] = Field(min_length=1)
     """The best first: one, unless the card leaves something open with "auto"."""
     enough: int = Field(default=0, ge=0)
     """The place of the choice for whose sake others are unloaded; the better ones are for memory that is free."""
-    remedies: tuple[Choice, ...] = ()
+    remedies: tuple[LoadOption, ...] = ()
     """What would take less if the card said so: of each setting, the smallest change first."""
 
 

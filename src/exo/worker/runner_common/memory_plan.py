@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Choice, Estimated
+from exo.worker.protocol.messages import Estimated, LoadOption
 
 SHORTEST = 512
 """Tokens of context that "auto" goes down to, as far as the model was trained for more."""
@@ -150,10 +150,10 @@ def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tu
             yield smallest, replace(plan, n_ctx=least, slots=1, prefix_cache_bytes=0)
 
 
-def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part]) -> Choice:
+def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part]) -> LoadOption:
     later = [part for part in parts if part.later]
     names = dict.fromkeys(part.name for part in parts)
-    return Choice(
+    return LoadOption(
         settings=settings,
         host=sum(part.host for part in parts),
         device=sum(part.device for part in parts),

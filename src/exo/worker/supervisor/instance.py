@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import anyio
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.messages import Choice, CpuUse, Failed, Status
+from exo.worker.protocol.messages import CpuUse, Failed, LoadOption, Status
 from exo.worker.router import LiveRunner
 from exo.worker.supervisor.circuit_breaker import Health
 from exo.worker.supervisor.memory import Memory
@@ -75,20 +75,20 @@ class Instance:
     started: float
     """In seconds since 1970."""
     process: RunnerProcess = field(init=False)
-    decision: Choice | RunnerError | None = None
+    decision: LoadOption | RunnerError | None = None
     """Whether it may load, once that is known."""
     decided: anyio.Event = field(default_factory=anyio.Event)
 
-    def decide(self, decision: Choice | RunnerError) -> None:
+    def decide(self, decision: LoadOption | RunnerError) -> None:
         """Lets it load, or not. Once."""
         self.decision = decision
         self.decided.set()
 
-    async def admission(self) -> Choice:
+    async def admission(self) -> LoadOption:
         """Waits until it may load. Raises ``RunnerError`` if it may not."""
         await self.decided.wait()
         match self.decision:
-            case Choice() as choice:
+            case LoadOption() as choice:
                 return choice
             case RunnerError() as error:
                 raise error

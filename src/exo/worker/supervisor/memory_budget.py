@@ -16,7 +16,7 @@ from typing import Literal, final
 
 from pydantic_core import to_json
 
-from exo.worker.protocol.messages import Choice, Estimated
+from exo.worker.protocol.messages import Estimated, LoadOption
 from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
 
 
@@ -26,7 +26,7 @@ class Refusal:
 
     needed: Memory
     room: Memory
-    remedies: tuple[Choice, ...]
+    remedies: tuple[LoadOption, ...]
     """Of each setting, the smallest change that would make it fit."""
 
     def message(self, model_id: str, runner: str) -> str:
@@ -54,7 +54,7 @@ ALTERNATING_SECONDS = 60.0
 class Verdicts:
     """What is to be done now. Names are those of ``enter``."""
 
-    granted: dict[str, Choice]
+    granted: dict[str, LoadOption]
     refused: dict[str, Refusal]
     unload: tuple[str, ...]
     """To be ended now: nobody uses them. Each is named once."""
@@ -139,7 +139,7 @@ class Ledger:
         self._line: list[Entry] = []
         """Those that wait for memory, in order of arrival."""
 
-    def need(self, choice: Choice) -> Memory:
+    def need(self, choice: LoadOption) -> Memory:
         """What a way to load takes."""
         return Memory(choice.host, self._devices(choice.devices, choice.device))
 
@@ -265,7 +265,7 @@ class Ledger:
         for entry in self:
             entry.dismissed = entry.dismissed or entry.expires <= now
             entry.evicting = entry.evicting if entry.ending else None
-        granted: dict[str, Choice] = {}
+        granted: dict[str, LoadOption] = {}
         refused: dict[str, Refusal] = {}
         ahead, first = Memory(), True
         for entry in tuple(self._line):
@@ -299,20 +299,20 @@ class Ledger:
                 self._evicted[each.kind] = now
         return Verdicts(granted, refused, tuple(each.name for each in unload), tuple(each.name for each in displace))
 
-    def _grant(self, entry: Entry, choice: Choice) -> None:
+    def _grant(self, entry: Entry, choice: LoadOption) -> None:
         self._line.remove(entry)
         entry.state = "loading"
         entry.reserved = self.need(choice)
         entry.later = Memory(choice.later_host, self._devices(choice.later_devices, choice.later_device))
 
-    def _choice(self, estimated: Estimated, ahead: Memory) -> Choice | None:
+    def _choice(self, estimated: Estimated, ahead: Memory) -> LoadOption | None:
         """The best choice, of those that are enough, for which there is memory besides what others wait for."""
         if self.capacity is None:
             return estimated.choices[0]
         room = self.free - ahead
         return next((each for each in estimated.choices[: estimated.enough + 1] if self.need(each).fits(room)), None)
 
-    def _wanted(self, estimated: Estimated) -> Choice | None:
+    def _wanted(self, estimated: Estimated) -> LoadOption | None:
         """The best of those no better than enough that there could be memory for, all others gone."""
         if self.capacity is None:
             return estimated.choices[0]
@@ -326,13 +326,13 @@ class Ledger:
 
     def _refusal(self, estimated: Estimated) -> Refusal:
         most = self._most()
-        changes: dict[tuple[str, ...], Choice] = {}
+        changes: dict[tuple[str, ...], LoadOption] = {}
         for each in estimated.remedies:
             if self.need(each).fits(most):
                 changes.setdefault(tuple(each.settings), each)
         return Refusal(self.need(estimated.choices[-1]), most, tuple(changes.values()))
 
-    def _make_room(self, estimated: Estimated, now: float, before: Mapping[str, float]) -> Choice | None:
+    def _make_room(self, estimated: Estimated, now: float, before: Mapping[str, float]) -> LoadOption | None:
         """Has others leave, idle ones rather than busy ones; a choice, if it turns out that one fits already.
 
         ``before`` are those that were leaving for others until now, and since when. They go first, so that a runner is

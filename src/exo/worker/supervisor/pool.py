@@ -19,7 +19,7 @@ from anyio.to_thread import run_sync
 
 from exo.cards.card import ModelCard
 from exo.worker.protocol.cores import physical_cores, shares
-from exo.worker.protocol.messages import Choice, Estimated, Failed, Load
+from exo.worker.protocol.messages import Estimated, Failed, Load, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
@@ -247,7 +247,7 @@ class Instances:
         )
         instance = Instance(name, route.runner, card, settings, route.backend, time.time())
 
-        async def admit(estimated: Estimated) -> Choice:
+        async def admit(estimated: Estimated) -> LoadOption:
             return await self._admit(instance, estimated)
 
         counted = self._ledger.capacity is not None
@@ -272,7 +272,7 @@ class Instances:
         self._tasks.start_soon(self._run, instance, predecessors)
         return instance
 
-    async def _admit(self, instance: Instance, estimated: Estimated) -> Choice:
+    async def _admit(self, instance: Instance, estimated: Estimated) -> LoadOption:
         """See ``process.Admit``."""
         await self._measure_devices()
         self._ledger.estimate(instance.id, estimated)

@@ -14,7 +14,6 @@ from exo.worker.protocol.cores import CPU_BACKENDS
 from exo.worker.protocol.messages import (
     Cancel,
     Capabilities,
-    Choice,
     Cores,
     CpuUse,
     Deltas,
@@ -28,6 +27,7 @@ from exo.worker.protocol.messages import (
     Generate,
     Heartbeat,
     Load,
+    LoadOption,
     Rank,
     Ranked,
     Request,
@@ -64,7 +64,7 @@ class RunnerError(Exception):
         self.retry_seconds = retry_seconds
 
 
-Admit = Callable[[Estimated], Awaitable[Choice]]
+Admit = Callable[[Estimated], Awaitable[LoadOption]]
 """Waits until there is memory, and says for which choice. Raises ``RunnerError`` where there will not be any."""
 
 
