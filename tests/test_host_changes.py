@@ -14,7 +14,7 @@ from exo.worker.host import probe_host, updated
 from exo.worker.protocol.messages import Probe
 from exo.worker.supervisor.host_memory import room
 from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.pool import Instances
+from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError
 from tests.api_server import serve
 from tests.conftest import fake_card
@@ -117,7 +117,7 @@ async def test_memory_that_another_program_frees_is_used_without_a_restart(
 ) -> None:
     use_driver(monkeypatch, FakeDevice(0, used=70 * GIB))
     with anyio.fail_after(DEADLINE_SECONDS):
-        async with Instances((), tmp_path, {"cuda": COMMAND}) as instances:
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:
             instances.set_capacity(Memory(GIB, {"CUDA0": 10 * GIB}), ["CUDA0"])
             with pytest.raises(RunnerError, match=r"needs .* on CUDA0"):
                 await instances.acquire(ANEW, wants(20)).ready()
@@ -131,7 +131,7 @@ async def test_who_waits_for_a_device_gets_what_another_program_frees(
     monkeypatch.setattr("exo.worker.supervisor.pool._MEASURE_SECONDS", 0.1)
     use_driver(monkeypatch, FakeDevice(0, used=40 * GIB))
     with anyio.fail_after(DEADLINE_SECONDS):
-        async with Instances((), tmp_path, {"cuda": COMMAND}) as instances:
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:
             instances.set_capacity(Memory(GIB, {"CUDA0": 40 * GIB}), ["CUDA0"])
             first = instances.acquire(ANEW, wants(30, "first"))
             await first.ready()

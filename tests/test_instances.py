@@ -14,7 +14,7 @@ from exo.worker.protocol.messages import Failed, Finished, Load, Status
 from exo.worker.protocol.wire import encode
 from exo.worker.router import LiveRunner, Route
 from exo.worker.supervisor.circuit_breaker import FAILURES_TO_AVOID
-from exo.worker.supervisor.pool import Instances, runner_commands
+from exo.worker.supervisor.pool import RunnerPool, runner_commands
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND
@@ -26,9 +26,9 @@ ANEW = Route(runner="cuda", instance=None, backend="LlamaCppCpu", reason="the te
 @asynccontextmanager
 async def opened(
     directory: Path, command: Sequence[str] = COMMAND, models_directories: Sequence[Path] = ()
-) -> AsyncGenerator[Instances]:
+) -> AsyncGenerator[RunnerPool]:
     with anyio.fail_after(DEADLINE_SECONDS):
-        async with Instances(models_directories, directory / "logs", {"cuda": command, "other": command}) as instances:
+        async with RunnerPool(models_directories, directory / "logs", {"cuda": command, "other": command}) as instances:
             yield instances
     assert psutil.Process().children(recursive=True) == []
 
@@ -55,7 +55,7 @@ async def loading(process: RunnerProcess) -> None:
         await process.status_after(process.status)
 
 
-def instance_of(instances: Instances, model_id: str) -> LiveRunner:
+def instance_of(instances: RunnerPool, model_id: str) -> LiveRunner:
     (found,) = [each for each in instances.live() if each.model_id == model_id]
     return found
 
@@ -132,7 +132,7 @@ async def test_a_dead_runner_is_replaced(tmp_path: Path) -> None:
         assert await finishes(second)
 
 
-async def fail(instances: Instances, card: ModelCard) -> None:
+async def fail(instances: RunnerPool, card: ModelCard) -> None:
     """Starts a runner that fails to load. Raises ``RunnerError`` if it may not be started."""
     process = instances.acquire(ANEW, card)
     with pytest.raises(RunnerError, match="no such file"):

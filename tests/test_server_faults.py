@@ -11,7 +11,7 @@ import pytest
 
 from exo.cards.card import ModelCard
 from exo.worker.speed import Measurement
-from exo.worker.supervisor.pool import Instances
+from exo.worker.supervisor.pool import RunnerPool
 from tests import ROOT
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND
@@ -28,7 +28,7 @@ async def test_an_unexpected_error_ends_the_runner_that_it_is_about_and_no_other
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with anyio.fail_after(DEADLINE_SECONDS):
-        async with Instances((), tmp_path, {"cuda": COMMAND}, on_measured=fail_to_measure) as instances:
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}, on_measured=fail_to_measure) as instances:
             cards = [fake_card(name, step_seconds=0.005) for name in ("failing", "other")]
             failing, other = (instances.acquire(ANEW, card) for card in cards)
             await failing.ready()

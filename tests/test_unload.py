@@ -18,7 +18,7 @@ from exo.cards.card import ModelCard
 from exo.worker.protocol.messages import Finished
 from exo.worker.supervisor.instance import Report
 from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.pool import Instances
+from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
 from tests.fake_runner import COMMAND, PROCESS_BYTES
@@ -37,16 +37,16 @@ def large(model_id: str, memory: int = GIB, **fields: JsonValue) -> ModelCard:
 
 
 @asynccontextmanager
-async def machine(directory: Path, gigabytes: float = 1.5, **devices: int) -> AsyncGenerator[Instances]:
+async def machine(directory: Path, gigabytes: float = 1.5, **devices: int) -> AsyncGenerator[RunnerPool]:
     """With room for one of the models, unless said otherwise, and with devices of so many bytes."""
     with anyio.fail_after(DEADLINE_SECONDS):
-        async with Instances((), directory / "logs", {"cuda": COMMAND}) as instances:
+        async with RunnerPool((), directory / "logs", {"cuda": COMMAND}) as instances:
             instances.set_capacity(Memory(int(gigabytes * GIB), devices))
             yield instances
     assert psutil.Process().children(recursive=True) == []
 
 
-async def request(instances: Instances, card: ModelCard, name: str, tokens: int = 3) -> RunnerProcess:
+async def request(instances: RunnerPool, card: ModelCard, name: str, tokens: int = 3) -> RunnerProcess:
     """As the server has it: the runner is in use from the moment on that it is given."""
     process = instances.acquire(ANEW, card)
     with instances.using(process):
@@ -61,11 +61,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await anyio.lowlevel.checkpoint()
 
 
-def loaded(instances: Instances) -> list[str]:
+def loaded(instances: RunnerPool) -> list[str]:
     return [each.model_id for each in instances.live() if each.state in ("Ready", "Running")]
 
 
-def report(instances: Instances, model_id: str) -> Report:
+def report(instances: RunnerPool, model_id: str) -> Report:
     (found,) = [each for each in instances.reports() if each.now.model_id == model_id]
     return found
 
@@ -90,7 +90,7 @@ async def test_a_busy_model_answers_to_the_end_before_it_makes_room(tmp_path: Pa
         assert loaded(instances) == ["new"]
 
 
-async def makes_room_when_done(instances: Instances, busy: RunnerProcess, tasks: TaskGroup) -> None:
+async def makes_room_when_done(instances: RunnerPool, busy: RunnerProcess, tasks: TaskGroup) -> None:
     with instances.using(busy):
         await busy.ready()
         async with busy.generate(ask("long", max_tokens=30)) as events:
@@ -279,7 +279,7 @@ async def test_random_lives_over_commit_nothing_leak_nothing_and_lose_no_request
     cards = [large(f"model-{at}", ttl=0.1 if at == 4 else None) for at in range(5)]
     unanswered: set[int] = set()
 
-    async def client(instances: Instances, card: ModelCard, number: int) -> None:
+    async def client(instances: RunnerPool, card: ModelCard, number: int) -> None:
         """Asks again where its runner was killed or stopped under it, as the server does."""
         unanswered.add(number)
         for attempt in count():

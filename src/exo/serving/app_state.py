@@ -26,7 +26,7 @@ from exo.worker.router import Refusal, Route, model_not_found, parse_model, rout
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.instance import Report, settings_digest
-from exo.worker.supervisor.pool import Instances
+from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError
 from exo.worker.supervisor.speed_store import Speeds
 from exo.worker.supervisor.watchdog import Deadlines
@@ -54,7 +54,7 @@ class Services:
         self, settings: Settings, catalogue: Catalogue, commands: Mapping[str, Sequence[str]] | None = None
     ) -> None:
         self._catalogue = LiveCatalogue(catalogue)
-        self.instances: Instances
+        self.instances: RunnerPool
         """The runners; there are none but while the server is running."""
         self.queues = Queues(settings.limits.max_queue, self._slots)
         self.templates = TemplateWorker()
@@ -83,7 +83,7 @@ class Services:
         """Probes the host and loads the models ``load`` in the background; ends every process on the way out."""
         settings, commands = self._settings, self._commands
         async with (
-            Instances(
+            RunnerPool(
                 settings.models_directories,
                 settings.log_directory,
                 commands,

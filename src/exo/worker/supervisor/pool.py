@@ -46,7 +46,7 @@ def runner_commands() -> dict[str, tuple[str, ...]]:
 
 
 @final
-class Instances:
+class RunnerPool:
     """An asynchronous context: leaving it ends every runner.
 
     ``models_directories`` are handed to the runners; each instance has its log in ``log_directory``. ``commands`` are
