@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from exo.api.admin.runners import Instance
 from exo.cards.card import ModelCard
 from exo.worker.protocol.messages import Finished
-from exo.worker.supervisor.instance import Report
+from exo.worker.supervisor.instance import InstanceReport
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
@@ -65,7 +65,7 @@ def loaded(instances: RunnerPool) -> list[str]:
     return [each.model_id for each in instances.live() if each.state in ("Ready", "Running")]
 
 
-def report(instances: RunnerPool, model_id: str) -> Report:
+def report(instances: RunnerPool, model_id: str) -> InstanceReport:
     (found,) = [each for each in instances.reports() if each.now.model_id == model_id]
     return found
 

@@ -25,7 +25,7 @@ from exo.worker.protocol.runners import Need
 from exo.worker.router import Refusal, Route, model_not_found, parse_model, route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.host_memory import capacity
-from exo.worker.supervisor.instance import Report, settings_digest
+from exo.worker.supervisor.instance import InstanceReport, settings_digest
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError
 from exo.worker.supervisor.speed_store import Speeds
@@ -198,7 +198,7 @@ class Services:
             raise self._unknown(name)
         return found.pop()
 
-    def is_outdated(self, report: Report) -> bool:
+    def is_outdated(self, report: InstanceReport) -> bool:
         """Whether the model card has changed or gone since the instance was started."""
         card = self.catalogue.get(report.now.model_id)
         return card is None or settings_digest(card, report.now.runner) != report.settings

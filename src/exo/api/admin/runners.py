@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel
 
 from exo.worker.protocol.messages import CpuUse, ErrorCode, RunnerState
-from exo.worker.supervisor.instance import Report
+from exo.worker.supervisor.instance import InstanceReport
 
 
 class LastFailure(BaseModel):
@@ -77,7 +77,7 @@ class Instance(BaseModel):
     """How long this runner is not started again with this model; 0 if it runs or may be started."""
 
     @classmethod
-    def of(cls, report: Report, *, outdated: bool = False) -> Self:
+    def of(cls, report: InstanceReport, *, outdated: bool = False) -> Self:
         """The wire's form of a report."""
         now, failed = report.now, report.last_failure
         model = now.capabilities
@@ -114,7 +114,7 @@ class Instance(BaseModel):
         )
 
 
-def _device_memory(report: Report) -> Iterator[DeviceMemory]:
+def _device_memory(report: InstanceReport) -> Iterator[DeviceMemory]:
     reserved, measured = report.reserved.devices, report.measured and report.measured.devices
     for name in dict.fromkeys((*reserved, *(measured or ()))):
         has = None if measured is None else measured.get(name, 0)

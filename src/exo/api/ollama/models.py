@@ -21,7 +21,7 @@ from exo.serving.app_state import Services
 from exo.store.discover.description import Description
 from exo.worker.protocol.messages import Capabilities
 from exo.worker.router import parse_model
-from exo.worker.supervisor.instance import Report
+from exo.worker.supervisor.instance import InstanceReport
 
 OLLAMA_VERSION = "0.13.5"
 """The version of Ollama whose API this is. Clients refuse a server whose version is older than they need."""
@@ -140,7 +140,7 @@ def shown(card: ModelCard, loaded: Capabilities | None, files: Description | Non
     )
 
 
-def running(card: ModelCard, report: Report) -> OllamaLoaded | None:
+def running(card: ModelCard, report: InstanceReport) -> OllamaLoaded | None:
     """A model of which an instance is loaded; None if it is not yet."""
     model = report.now.capabilities
     if model is None or report.pid is None:

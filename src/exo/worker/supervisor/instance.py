@@ -24,7 +24,7 @@ def settings_digest(card: ModelCard, runner: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class InstanceReport:
     """One instance for whoever looks after the server. Times are in seconds since 1970."""
 
     now: LiveRunner
@@ -126,9 +126,9 @@ class Instance:
             capabilities=process.capabilities,
         )
 
-    def report(self, now: float, health: Health, entry: Entry | None) -> Report:
+    def report(self, now: float, health: Health, entry: Entry | None) -> InstanceReport:
         """``now`` is on the clock of ``health`` and ``entry``, which is its own on the account of memory."""
-        return Report(
+        return InstanceReport(
             now=self.describe(),
             card=self.card,
             status=self.process.status,

@@ -25,7 +25,7 @@ from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import Health
 from exo.worker.supervisor.host_memory import room, taken
-from exo.worker.supervisor.instance import Instance, Kind, Report, settings_digest
+from exo.worker.supervisor.instance import Instance, InstanceReport, Kind, settings_digest
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import Ledger
 from exo.worker.supervisor.request_timer import Count, Stopwatch
@@ -202,13 +202,13 @@ class RunnerPool:
             and each.settings == settings_digest(card, each.runner)
         )
 
-    def reports(self) -> tuple[Report, ...]:
+    def reports(self) -> tuple[InstanceReport, ...]:
         """Every instance and, of each model and runner that has failed and not worked since, the last one."""
         there = {(each.model_id, each.runner) for each in self._instances.values()}
         failed = [each for which, each in self._last_failed.items() if which not in there]
         return tuple(self._report(each) for each in (*self._instances.values(), *failed))
 
-    def _report(self, instance: Instance) -> Report:
+    def _report(self, instance: Instance) -> InstanceReport:
         return instance.report(anyio.current_time(), self._health[instance.kind], self._ledger.entry(instance.id))
 
     async def close(self) -> None:
