@@ -14,7 +14,7 @@ from exo.worker.protocol.messages import Delta, Failed, Finished, FinishReason, 
 from exo.worker.protocol.runners import Prefer
 from exo.worker.speed import Measurement, Point, figure_at, level
 from exo.worker.supervisor.request_timer import Count, Stopwatch
-from exo.worker.supervisor.speed_store import FRESH_SECONDS, Speeds
+from exo.worker.supervisor.speed_store import FRESH_SECONDS, SpeedStore
 from tests.conftest import fake_card
 
 NOW = 1_800_000_000.0
@@ -201,23 +201,25 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "state" / "speeds.json"
 
 
-def speeds(file: Path | None = None, host: Host = HOST) -> Speeds:
-    made = Speeds(file)
+def speeds(file: Path | None = None, host: Host = HOST) -> SpeedStore:
+    made = SpeedStore(file)
     made.know(host)
     return made
 
 
-def save(account: Speeds) -> None:
+def save(account: SpeedStore) -> None:
     account.save(account.unsaved())
 
 
-def learn(account: Speeds, card: ModelCard = CARD, times: int = NEEDED, now: float = NOW, total: float = 100) -> Speeds:
+def learn(
+    account: SpeedStore, card: ModelCard = CARD, times: int = NEEDED, now: float = NOW, total: float = 100
+) -> SpeedStore:
     for _ in range(times):
         account.measured(card, "cuda", measured(total=total), now)
     return account
 
 
-def totals(account: Speeds, card: ModelCard = CARD, now: float = NOW) -> dict[int, float]:
+def totals(account: SpeedStore, card: ModelCard = CARD, now: float = NOW) -> dict[int, float]:
     return {at: each.total for at, each in account.known(card, now)["cuda"].items()}
 
 

@@ -32,11 +32,11 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     from exo.worker.host import probe_host
     from exo.worker.router import Refusal, model_not_found, parse_model
     from exo.worker.router import route as decide
-    from exo.worker.supervisor.speed_store import Speeds
+    from exo.worker.supervisor.speed_store import SpeedStore
 
     settings = settings_from(models_dir=models_dir)
     catalogue = catalogue_from(settings)
-    speeds, known = Speeds(settings.speeds_file), list[SpeedAtLoad]()
+    speeds, known = SpeedStore(settings.speeds_file), list[SpeedAtLoad]()
     wish = parse_model(model)
     card = catalogue.get(wish.name)
     if card is None:

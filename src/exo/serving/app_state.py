@@ -28,7 +28,7 @@ from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.instance import InstanceReport, settings_digest
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError
-from exo.worker.supervisor.speed_store import Speeds
+from exo.worker.supervisor.speed_store import SpeedStore
 from exo.worker.supervisor.watchdog import Deadlines
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Services:
         """Models on their way to the disk; there are none but while the server is running."""
         self.start_failures: dict[str, str] = {}
         """Why a model that was to be loaded at the start is not, by the name it was asked for."""
-        self.speeds = Speeds(settings.speeds_file)
+        self.speeds = SpeedStore(settings.speeds_file)
         """How fast the runners were with the models."""
         self._settings = settings
         self._commands = commands

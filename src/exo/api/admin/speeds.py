@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from exo.cards.card import ModelCard
 from exo.worker.speed import Point
-from exo.worker.supervisor.speed_store import Speeds
+from exo.worker.supervisor.speed_store import SpeedStore
 
 
 class SpeedAtLoad(BaseModel):
@@ -44,7 +44,7 @@ class SpeedAtLoad(BaseModel):
         )
 
 
-def known_speeds(speeds: Speeds, card: ModelCard) -> list[SpeedAtLoad]:
+def known_speeds(speeds: SpeedStore, card: ModelCard) -> list[SpeedAtLoad]:
     """What is known now of a model, by runner and load."""
     known = speeds.known(card, time.time())
     return [SpeedAtLoad.of(runner, load, point) for runner, speed in known.items() for load, point in speed.items()]

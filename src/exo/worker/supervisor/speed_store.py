@@ -32,7 +32,7 @@ _LARGEST = 16 << 20
 """Bytes of a file that is read at all."""
 
 
-class Entry(BaseModel):
+class StoredSpeed(BaseModel):
     """One model on one runner on one host."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -55,11 +55,11 @@ class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[StoredSpeed, ...] = ()
 
 
 @final
-class Speeds:
+class SpeedStore:
     """The account of one server. ``file`` is read now; None keeps nothing. Times are in seconds since 1970."""
 
     def __init__(self, file: Path | None = None) -> None:
@@ -89,7 +89,7 @@ class Speeds:
             points[at] = Point.of(measured, now)
         else:
             points[at] = before.take(measured, now)
-        self._entries[key] = Entry(model=card.model_id, runner=runner, host=key[2], table=table, points=points)
+        self._entries[key] = StoredSpeed(model=card.model_id, runner=runner, host=key[2], table=table, points=points)
         self._measured.add(key)
 
     def known(self, card: ModelCard, now: float) -> dict[str, Speed]:
@@ -118,13 +118,13 @@ class Speeds:
         if basis != "order":
             self._sent[model_id, runner, level(load)] += 1
 
-    def unsaved(self) -> tuple[Entry, ...]:
+    def unsaved(self) -> tuple[StoredSpeed, ...]:
         """What was measured since this was last called, to be given to ``save``."""
         entries = tuple(self._entries[key] for key in self._measured)
         self._measured.clear()
         return entries
 
-    def save(self, entries: Sequence[Entry]) -> None:
+    def save(self, entries: Sequence[StoredSpeed]) -> None:
         """Writes entries beside what others have written meanwhile. May be called from any thread.
 
         A file that cannot be written is not tried again.
@@ -151,7 +151,7 @@ class Speeds:
         return {at: entry.points[at] for at in sorted(entry.points) if _fresh(entry.points[at], now)}
 
 
-def _merged(written: Entry | None, measured: Entry) -> Entry:
+def _merged(written: StoredSpeed | None, measured: StoredSpeed) -> StoredSpeed:
     """Of each load the later point, whichever server has measured it."""
     if written is None or written.table != measured.table:
         return measured
@@ -162,7 +162,7 @@ def _merged(written: Entry | None, measured: Entry) -> Entry:
     return measured.model_copy(update={"points": points})
 
 
-def _read(file: Path) -> dict[tuple[str, str, str], Entry]:
+def _read(file: Path) -> dict[tuple[str, str, str], StoredSpeed]:
     """The entries of a file, by key. One that cannot be used counts as empty, and is replaced in time."""
     try:
         with file.open("rb") as stream:
