@@ -1,23 +1,23 @@
 from exo.worker.protocol.messages import Delta, Logprob, PromptLogprobs, TokenLogprobs
-from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Budget, Replay
+from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Replay, ReplayBudget
 from tests.program import ask
 
 
-def replays(budget: Budget, runner: str = "cuda", *, proven: bool = False) -> int:
+def replays(budget: ReplayBudget, runner: str = "cuda", *, proven: bool = False) -> int:
     """How many more deaths of a runner a request survives."""
     return next(number for number in range(1000) if not budget.allows_replay(runner, proven=proven))
 
 
 def test_a_request_that_never_gets_a_token_is_given_up() -> None:
-    assert replays(Budget()) == FRUITLESS_REPLAYS
+    assert replays(ReplayBudget()) == FRUITLESS_REPLAYS
 
 
 def test_a_request_whose_neighbours_get_on_is_given_up_later() -> None:
-    assert replays(Budget(), proven=True) == UNLUCKY_REPLAYS > FRUITLESS_REPLAYS
+    assert replays(ReplayBudget(), proven=True) == UNLUCKY_REPLAYS > FRUITLESS_REPLAYS
 
 
 def test_only_fruitless_starts_in_a_row_count() -> None:
-    budget = Budget()
+    budget = ReplayBudget()
     for _ in range(UNLUCKY_REPLAYS):
         for _ in range(FRUITLESS_REPLAYS):
             assert budget.allows_replay("cuda", proven=False)
@@ -26,7 +26,7 @@ def test_only_fruitless_starts_in_a_row_count() -> None:
 
 
 def test_a_token_and_another_engine_give_the_whole_budget_back() -> None:
-    budget = Budget()
+    budget = ReplayBudget()
     replays(budget)
     assert not budget.untouched
     budget.progressed()

@@ -30,7 +30,7 @@ from exo.worker.protocol.messages import (
 )
 from exo.worker.protocol.runners import Need
 from exo.worker.router import Route, parse_model
-from exo.worker.supervisor.replay import DEATHS, LONGEST_WAIT_SECONDS, Budget, Replay, other_model, spent
+from exo.worker.supervisor.replay import DEATHS, LONGEST_WAIT_SECONDS, Replay, ReplayBudget, other_model, spent
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 
 GenerationEvent = PrefillProgress | PromptLogprobs | Delta | Finished
@@ -86,7 +86,7 @@ class Attempts:
     ) -> None:
         self._used.close()
 
-    async def runner(self, budget: Budget) -> Runner:
+    async def runner(self, budget: ReplayBudget) -> Runner:
         """A runner for the model, after waiting for it to load. One that dies meanwhile is replaced.
 
         A request that has had a runner waits where none may be started yet; a new one does not. Once it has had one,
@@ -168,7 +168,7 @@ class Attempts:
 
     async def ask(self, runner: Runner, command: Embed | Rank | Tokenize) -> Embedded | Ranked | Tokenized:
         """The one answer to ``command``, from as many runners as it takes. Raises as ``runner`` does."""
-        budget = Budget()
+        budget = ReplayBudget()
         while True:
             try:
                 return await runner.process.ask(command)
@@ -178,7 +178,7 @@ class Attempts:
                 self._check_budget(budget, runner, error.failed)
             runner = await self.runner(budget)
 
-    def _check_budget(self, budget: Budget, runner: Runner, failed: Failed) -> None:
+    def _check_budget(self, budget: ReplayBudget, runner: Runner, failed: Failed) -> None:
         """Raises ``RunnerError`` for a request under which runners have died too often."""
         process = runner.process
         if not process.displaced and not budget.allows_replay(runner.name, proven=process.proven.is_set()):

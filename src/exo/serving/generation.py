@@ -28,7 +28,7 @@ from exo.worker.protocol.messages import (
     SamplingParams,
 )
 from exo.worker.router import Route, parse_model
-from exo.worker.supervisor.replay import Budget, Replay
+from exo.worker.supervisor.replay import Replay, ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError
 
 _SEEDS = 1 << 64
@@ -96,7 +96,7 @@ class Generation:
     async def _serve(self, attempts: Attempts, sink: Sink) -> None:
         request = self.request
         try:
-            runner = await attempts.runner(Budget())
+            runner = await attempts.runner(ReplayBudget())
             prepared = [await prepare(self._services, attempts, runner, request, each) for each in request.prompts]
             sequences = self._sequences(runner.card, runner.capabilities, prepared)
             self._services.queues.slots_changed(runner.card.model_id)

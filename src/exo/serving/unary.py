@@ -20,7 +20,7 @@ from exo.serving.failover import Attempts, Runner
 from exo.worker.protocol.messages import Embed, Embedded, Rank, Ranked, Tokenize, Tokenized
 from exo.worker.protocol.runners import Need
 from exo.worker.router import Route, parse_model
-from exo.worker.supervisor.replay import Budget
+from exo.worker.supervisor.replay import ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ async def ask(services: Services, question: Question) -> Answered:
     attempts = Attempts(services, model, question.needs, on_route, on_loading, question.keep_seconds)
     with services.queues.place(model_id, len(question.commands)), attempts:
         try:
-            runner = await attempts.runner(Budget())
+            runner = await attempts.runner(ReplayBudget())
             services.queues.slots_changed(model_id)
             return Answered(runner, await _all(attempts, runner, question.commands), headers)
         except RunnerError as error:

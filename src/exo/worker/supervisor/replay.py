@@ -22,7 +22,7 @@ DEATHS: frozenset[ErrorCode] = frozenset({"runner_died", "engine_error", "out_of
 
 
 @dataclass(slots=True)
-class Budget:
+class ReplayBudget:
     """Replays left to a request. A token resets it, and so does another engine."""
 
     _fruitless: int = 0
@@ -59,7 +59,7 @@ class Replay:
     """One sequence, whichever runner computes it."""
 
     request: Generate
-    budget: Budget = field(default_factory=Budget)
+    budget: ReplayBudget = field(default_factory=ReplayBudget)
     _delivered: list[int] = field(default_factory=list[int])
     _prompt_told: int = 0
     """Tokens of the prompt whose log-probabilities are on their way."""
