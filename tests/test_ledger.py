@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from exo.worker.protocol.messages import Estimated, LoadOption
 from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import ALTERNATING_SECONDS, Entry, Ledger, Verdicts
+from exo.worker.supervisor.memory_budget import ALTERNATING_SECONDS, MemoryActions, MemoryBudget, Reservation
 
 CAPACITY = Memory(100, {"CUDA0": 50, "CUDA1": 30})
 
@@ -30,13 +30,13 @@ def both(host: int, first: int, second: int = 0) -> Memory:
 class Account:
     """A ledger on which whatever it demands happens at once, and a clock that ticks with each event."""
 
-    ledger: Ledger = field(default_factory=lambda: Ledger(CAPACITY))
+    ledger: MemoryBudget = field(default_factory=lambda: MemoryBudget(CAPACITY))
     now: float = 0.0
     granted: dict[str, LoadOption] = field(default_factory=dict[str, LoadOption])
     refused: list[str] = field(default_factory=list[str])
     unloaded: list[str] = field(default_factory=list[str])
 
-    def settle(self) -> Verdicts:
+    def settle(self) -> MemoryActions:
         self.now += 1
         verdicts = self.ledger.settle(self.now)
         self.granted |= verdicts.granted
@@ -48,7 +48,7 @@ class Account:
             self.ledger.release(name)
         return self.settle() if verdicts.unload else verdicts
 
-    def ask(self, name: str, estimated: Estimated, *, pinned: bool = False, keep: float = math.inf) -> Verdicts:
+    def ask(self, name: str, estimated: Estimated, *, pinned: bool = False, keep: float = math.inf) -> MemoryActions:
         self.ledger.enter(name, self.now, pinned=pinned, keep=keep)
         self.ledger.estimate(name, estimated)
         return self.settle()
@@ -338,7 +338,7 @@ def test_who_is_in_use_does_not_expire_and_begins_anew_when_it_no_longer_is() ->
 
 
 def test_without_a_capacity_everything_fits() -> None:
-    ledger = Ledger()
+    ledger = MemoryBudget()
     for name in "abc":
         ledger.enter(name, 0)
         ledger.estimate(name, takes(1 << 60))
@@ -406,7 +406,7 @@ def test_who_is_evicted_is_not_spared_for_having_ended_one_of_its_requests() -> 
 
 
 def test_requests_keep_others_waiting_for_the_drain_limit_and_no_longer() -> None:
-    account = Account(Ledger(CAPACITY, drain=10))
+    account = Account(MemoryBudget(CAPACITY, drain=10))
     account.load("a", takes(60))
     account.ledger.use("a")
     began = account.now + 1
@@ -422,7 +422,7 @@ def test_requests_keep_others_waiting_for_the_drain_limit_and_no_longer() -> Non
 
 
 def test_the_time_that_a_runner_takes_to_load_is_not_that_of_its_requests() -> None:
-    account = Account(Ledger(CAPACITY, drain=10))
+    account = Account(MemoryBudget(CAPACITY, drain=10))
     account.ask("a", takes(60))
     account.ledger.use("a")
     account.ask("b", takes(60))
@@ -435,7 +435,7 @@ def test_the_time_that_a_runner_takes_to_load_is_not_that_of_its_requests() -> N
 
 
 def test_requests_of_a_runner_that_is_dismissed_keep_others_waiting_no_longer_either() -> None:
-    account = Account(Ledger(CAPACITY, drain=10))
+    account = Account(MemoryBudget(CAPACITY, drain=10))
     account.load("a", takes(60))
     account.ledger.use("a")
     account.ledger.leave("a")
@@ -448,7 +448,7 @@ def test_requests_of_a_runner_that_is_dismissed_keep_others_waiting_no_longer_ei
 
 def test_two_models_that_alternate_stay_for_a_while_each() -> None:
     """Both are always wanted: without a minimum each would go as soon as the other's request comes."""
-    account = Account(Ledger(CAPACITY, residence=10, drain=10))
+    account = Account(MemoryBudget(CAPACITY, residence=10, drain=10))
     loads: list[float] = []
     resident = ""
     while account.now < 200:
@@ -472,7 +472,7 @@ def test_two_models_that_alternate_stay_for_a_while_each() -> None:
 
 
 def test_a_model_that_comes_back_later_has_no_privilege() -> None:
-    account = Account(Ledger(CAPACITY, residence=10))
+    account = Account(MemoryBudget(CAPACITY, residence=10))
     account.load("a", takes(60))
     account.load("b", takes(60))
     account.now += ALTERNATING_SECONDS
@@ -482,7 +482,7 @@ def test_a_model_that_comes_back_later_has_no_privilege() -> None:
 
 
 def test_a_timer_is_set_for_the_end_of_a_stay() -> None:
-    account = Account(Ledger(CAPACITY, residence=10))
+    account = Account(MemoryBudget(CAPACITY, residence=10))
     for name in "aba":
         account.load(name, takes(60))
     loaded = account.now
@@ -502,7 +502,7 @@ class Lives:
     """Lives of models. What is demanded of a runner happens some events later, or it dies before."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger(CAPACITY)
+        self.ledger = MemoryBudget(CAPACITY)
         self.now = 0.0
         self.born = 0
         self.told: list[str] = []
@@ -551,22 +551,22 @@ class Lives:
             case _:
                 return takes(host)
 
-    def each(self, number: int, state: str, act: Callable[[Entry], None]) -> None:
+    def each(self, number: int, state: str, act: Callable[[Reservation], None]) -> None:
         found = [each for each in self.ledger if each.state == state]
         if found:
             act(found[number % len(found)])
 
-    def any(self, number: int, act: Callable[[Entry], None]) -> None:
+    def any(self, number: int, act: Callable[[Reservation], None]) -> None:
         found = list(self.ledger)
         if found:
             act(found[number % len(found)])
 
-    def measure(self, entry: Entry, number: int) -> None:
+    def measure(self, entry: Reservation, number: int) -> None:
         share = (50 + number % 51) / 100
         devices = {name: int(size * share) for name, size in entry.reserved.devices.items()}
         self.ledger.measure(entry.name, int(entry.reserved.host * share), devices)
 
-    def release(self, entry: Entry) -> None:
+    def release(self, entry: Reservation) -> None:
         if entry.name in self.told:
             self.told.remove(entry.name)
         self.ledger.release(entry.name)

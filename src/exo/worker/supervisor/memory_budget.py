@@ -21,7 +21,7 @@ from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class DoesNotFit:
     """Why a model cannot be loaded. ``room`` is what all that may be unloaded would leave free."""
 
     needed: Memory
@@ -51,11 +51,11 @@ ALTERNATING_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class MemoryActions:
     """What is to be done now. Names are those of ``enter``."""
 
     granted: dict[str, LoadOption]
-    refused: dict[str, Refusal]
+    refused: dict[str, DoesNotFit]
     unload: tuple[str, ...]
     """To be ended now: nobody uses them. Each is named once."""
     displace: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ State = Literal["asking", "waiting", "loading", "loaded"]
 
 
 @dataclass(slots=True)
-class Entry:
+class Reservation:
     """One runner on the account. Times are on the caller's clock, in seconds."""
 
     name: str
@@ -121,7 +121,7 @@ class Entry:
 
 
 @final
-class Ledger:
+class MemoryBudget:
     """``capacity`` None: nothing is counted and everything fits.
 
     ``residence``: how many seconds a model stays loaded that takes turns with another. ``drain``: how many seconds the
@@ -135,8 +135,8 @@ class Ledger:
         self._settled = -math.inf
         self._evicted: dict[str, float] = {}
         """When a runner of each kind was evicted last."""
-        self._entries: dict[str, Entry] = {}
-        self._line: list[Entry] = []
+        self._entries: dict[str, Reservation] = {}
+        self._line: list[Reservation] = []
         """Those that wait for memory, in order of arrival."""
 
     def need(self, choice: LoadOption) -> Memory:
@@ -164,11 +164,11 @@ class Ledger:
         """Whether somebody waits for memory."""
         return bool(self._line)
 
-    def entry(self, name: str) -> Entry | None:
+    def entry(self, name: str) -> Reservation | None:
         """A runner's, for reading."""
         return self._entries.get(name)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Reservation]:
         return iter(self._entries.values())
 
     # --- what happens to a runner ---
@@ -180,7 +180,7 @@ class Ledger:
         returning = now - self._evicted.get(kind, -math.inf) < ALTERNATING_SECONDS or any(
             each.kind == kind and each.evicting is not None for each in self
         )
-        self._entries[name] = Entry(name, pinned, keep, now, kind=kind, returning=returning)
+        self._entries[name] = Reservation(name, pinned, keep, now, kind=kind, returning=returning)
 
     def estimate(self, name: str, estimated: Estimated) -> None:
         """Puts a runner in line."""
@@ -254,11 +254,11 @@ class Ledger:
             times += [entry.stays_until for entry in self if entry.stays_until > self._settled]
         return min(times, default=math.inf)
 
-    def _drains(self, entry: Entry) -> bool:
+    def _drains(self, entry: Reservation) -> bool:
         """Whether its requests keep others waiting."""
         return entry.state == "loaded" and entry.users > 0 and not entry.ending
 
-    def settle(self, now: float) -> Verdicts:
+    def settle(self, now: float) -> MemoryActions:
         """What is to be done after something has happened, or a runner's time is over."""
         self._settled = now
         before = {entry.name: entry.evicting for entry in self if entry.evicting is not None}
@@ -266,7 +266,7 @@ class Ledger:
             entry.dismissed = entry.dismissed or entry.expires <= now
             entry.evicting = entry.evicting if entry.ending else None
         granted: dict[str, LoadOption] = {}
-        refused: dict[str, Refusal] = {}
+        refused: dict[str, DoesNotFit] = {}
         ahead, first = Memory(), True
         for entry in tuple(self._line):
             assert entry.estimated is not None
@@ -297,9 +297,11 @@ class Ledger:
             each.ending = True
             if each.evicting is not None and not each.dismissed:
                 self._evicted[each.kind] = now
-        return Verdicts(granted, refused, tuple(each.name for each in unload), tuple(each.name for each in displace))
+        return MemoryActions(
+            granted, refused, tuple(each.name for each in unload), tuple(each.name for each in displace)
+        )
 
-    def _grant(self, entry: Entry, choice: LoadOption) -> None:
+    def _grant(self, entry: Reservation, choice: LoadOption) -> None:
         self._line.remove(entry)
         entry.state = "loading"
         entry.reserved = self.need(choice)
@@ -324,13 +326,13 @@ class Ledger:
         assert self.capacity is not None
         return self.capacity - sum((each.reserved for each in self if each.pinned and not each.dismissed), Memory())
 
-    def _refusal(self, estimated: Estimated) -> Refusal:
+    def _refusal(self, estimated: Estimated) -> DoesNotFit:
         most = self._most()
         changes: dict[tuple[str, ...], LoadOption] = {}
         for each in estimated.remedies:
             if self.need(each).fits(most):
                 changes.setdefault(tuple(each.settings), each)
-        return Refusal(self.need(estimated.choices[-1]), most, tuple(changes.values()))
+        return DoesNotFit(self.need(estimated.choices[-1]), most, tuple(changes.values()))
 
     def _make_room(self, estimated: Estimated, now: float, before: Mapping[str, float]) -> LoadOption | None:
         """Has others leave, idle ones rather than busy ones; a choice, if it turns out that one fits already.
@@ -360,9 +362,9 @@ class Ledger:
         return None
 
 
-def _victims(needed: Memory, room: Memory, candidates: Sequence[Entry]) -> list[Entry] | None:
+def _victims(needed: Memory, room: Memory, candidates: Sequence[Reservation]) -> list[Reservation] | None:
     """As few as needed of the first candidates, so that there is room; None if all of them are not enough."""
-    chosen: list[Entry] = []
+    chosen: list[Reservation] = []
     for each in candidates:
         if needed.fits(room):
             break

@@ -27,7 +27,7 @@ from exo.worker.supervisor.circuit_breaker import Health
 from exo.worker.supervisor.host_memory import room, taken
 from exo.worker.supervisor.instance import Instance, InstanceReport, Kind, settings_digest
 from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import Ledger
+from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.request_timer import Count, Stopwatch
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
@@ -82,7 +82,7 @@ class RunnerPool:
         """The instance that failed last, by model id and runner; ``_run`` is its only writer."""
         self._tasks: TaskGroup = anyio.create_task_group()
         self._closed = False
-        self._ledger = Ledger(None, residence_seconds, evict_seconds)
+        self._ledger = MemoryBudget(None, residence_seconds, evict_seconds)
         self._device_names: tuple[str, ...] = ()
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
