@@ -7,15 +7,15 @@ from exo.worker.supervisor.circuit_breaker import (
     FAILURES_TO_AVOID,
     FIRST_PAUSE_SECONDS,
     LONGEST_PAUSE_SECONDS,
-    Health,
+    CircuitBreaker,
 )
 
 DIED = Failed(code="runner_died", message="the runner was killed by SIGKILL")
 
 
-def after(failures: int, jitter: float = 0.0) -> Health:
+def after(failures: int, jitter: float = 0.0) -> CircuitBreaker:
     """At the time 100."""
-    health = Health()
+    health = CircuitBreaker()
     for _ in range(failures):
         health.failed(DIED, 100.0, jitter)
     return health
@@ -47,7 +47,7 @@ def test_a_pause_ends_and_a_runner_that_was_avoided_gets_another_chance() -> Non
 
 
 def test_a_failure_that_will_come_again_is_avoided_at_once() -> None:
-    health = Health()
+    health = CircuitBreaker()
     health.failed(DIED, 100, 0, lasting=True)
     assert health.avoided(100)
     assert health.pause(100) == 0

@@ -12,7 +12,7 @@ AVOIDED_SECONDS = 60.0
 
 
 @dataclass(slots=True)
-class Health:
+class CircuitBreaker:
     """Failures in a row, that is without a token in between. Times are on the clock of the caller, in seconds.
 
     A first failure may be an accident, so the next process starts at once. After the second there is a pause, which

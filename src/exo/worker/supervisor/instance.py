@@ -10,7 +10,7 @@ import anyio
 from exo.cards.card import ModelCard
 from exo.worker.protocol.messages import CpuUse, Failed, LoadOption, Status
 from exo.worker.router import LiveRunner
-from exo.worker.supervisor.circuit_breaker import Health
+from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import Reservation
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
@@ -126,7 +126,7 @@ class Instance:
             capabilities=process.capabilities,
         )
 
-    def report(self, now: float, health: Health, entry: Reservation | None) -> InstanceReport:
+    def report(self, now: float, health: CircuitBreaker, entry: Reservation | None) -> InstanceReport:
         """``now`` is on the clock of ``health`` and ``entry``, which is its own on the account of memory."""
         return InstanceReport(
             now=self.describe(),

@@ -23,7 +23,7 @@ from exo.worker.protocol.messages import Estimated, Failed, Load, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
-from exo.worker.supervisor.circuit_breaker import Health
+from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.host_memory import room, taken
 from exo.worker.supervisor.instance import Instance, InstanceReport, Kind, settings_digest
 from exo.worker.supervisor.memory import Memory
@@ -76,7 +76,7 @@ class RunnerPool:
         self._commands = runner_commands() if commands is None else commands
         self._deadlines = deadlines
         self._instances: dict[str, Instance] = {}
-        self._health: defaultdict[Kind, Health] = defaultdict(Health)
+        self._health: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
         """``_run`` is its only writer. A corrected model card makes another kind, which starts at once."""
         self._last_failed: dict[tuple[str, str], Instance] = {}
         """The instance that failed last, by model id and runner; ``_run`` is its only writer."""
