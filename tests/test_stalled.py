@@ -18,7 +18,7 @@ from exo.worker.protocol.messages import Estimated, Failed, Heartbeat, Load, Loa
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
 from exo.worker.supervisor.runner_process import Admit, RunnerError, RunnerProcess
-from exo.worker.supervisor.watchdog import Deadlines, Progress
+from exo.worker.supervisor.watchdog import Deadlines, LoadProgress
 from tests.fake_runner import COMMAND
 from tests.program import DEADLINE_SECONDS, ask, runner_command
 from tests.server import ServeProgram, write_card
@@ -146,7 +146,7 @@ async def test_a_vllm_that_hangs_while_it_starts_ends_the_load(tmp_path: Path) -
 
 def progress_after(*beats: tuple[float, float, int]) -> str | None:
     """``beats`` are a time, and what was computed and read by then."""
-    progress, wrong = Progress(Deadlines(stalled=100, unreported=1000), 0.0), None
+    progress, wrong = LoadProgress(Deadlines(stalled=100, unreported=1000), 0.0), None
     for now, cpu_seconds, bytes_read in beats:
         beat = Heartbeat(steps=0, active=0, waiting=0, cpu_seconds=cpu_seconds, bytes_read=bytes_read)
         wrong = wrong or progress.beat(beat, now)

@@ -44,7 +44,7 @@ from exo.worker.supervisor.pending_reply import ANSWERS, Answer, AnswerEvent, Qu
 from exo.worker.supervisor.request_timer import Count, Stopwatch
 from exo.worker.supervisor.state_machine import FINAL, LOADING, SERVING, Conversation, Recipient, for_request
 from exo.worker.supervisor.token_rate import Rate
-from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, Progress, Silence
+from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, HeartbeatWatchdog, LoadProgress
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class RunnerProcess:
         self._load = load
         self._log = log
         self._deadlines = deadlines
-        self._silence = Silence(deadlines)
-        self._progress: Progress | None = None
+        self._silence = HeartbeatWatchdog(deadlines)
+        self._progress: LoadProgress | None = None
         """Of the estimate or the load that is going on."""
         self._stalled = False
         """It was ended because that made none."""
@@ -392,7 +392,7 @@ class RunnerProcess:
             if self.status.state in FINAL:
                 self._final.set()
 
-    def _follow(self, event: Event, progress: Progress) -> None:
+    def _follow(self, event: Event, progress: LoadProgress) -> None:
         """Notes what ``event`` tells of the estimate or load. Raises ``ProtocolError`` if that makes no progress."""
         match event:
             case Estimated() | Status(capabilities=Capabilities()):
@@ -422,7 +422,7 @@ class RunnerProcess:
     def _tell(self, command: Estimate | Load) -> None:
         """Has the runner estimate or load."""
         assert self._child is not None
-        self._progress = Progress(self._deadlines, asyncio.get_running_loop().time())
+        self._progress = LoadProgress(self._deadlines, asyncio.get_running_loop().time())
         self._child.send(command)
 
     def _greet(self, first: Event) -> None:

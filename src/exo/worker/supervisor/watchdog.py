@@ -49,7 +49,7 @@ _LONGEST_GAP = 5.0
 
 
 @final
-class Progress:
+class LoadProgress:
     """Whether an estimate or a load gets on, as reports and heartbeats show it. Times are the caller's, in seconds."""
 
     def __init__(self, deadlines: Deadlines, now: float) -> None:
@@ -86,7 +86,7 @@ class Progress:
 
 
 @final
-class Silence:
+class HeartbeatWatchdog:
     """A runner's, which its every word breaks, its heartbeat included."""
 
     def __init__(self, deadlines: Deadlines) -> None:
