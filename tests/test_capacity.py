@@ -10,7 +10,7 @@ from exo.config import Limits, SettingsError
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.protocol.messages import Device, Probe
 from exo.worker.supervisor.host_memory import capacity, taken
-from exo.worker.supervisor.token_rate import WINDOW_SECONDS, Rate
+from exo.worker.supervisor.token_rate import WINDOW_SECONDS, TokenRate
 from tests.nvml import FakeDevice, fake_nvml
 
 GIB = 1 << 30
@@ -94,7 +94,7 @@ def test_what_a_process_and_its_children_have_is_told_for_each_device(monkeypatc
 
 
 def test_the_rate_is_over_the_last_seconds() -> None:
-    rate = Rate()
+    rate = TokenRate()
     assert rate.per_second(0) == 0
     for tenth in range(40):
         rate.add(2, tenth / 10)
@@ -104,6 +104,6 @@ def test_the_rate_is_over_the_last_seconds() -> None:
 
 
 def test_the_first_tokens_are_no_burst() -> None:
-    rate = Rate()
+    rate = TokenRate()
     rate.add(3, 10.0)
     assert rate.per_second(10.001) == 3

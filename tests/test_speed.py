@@ -13,7 +13,7 @@ from exo.worker.preference import NEEDED
 from exo.worker.protocol.messages import Delta, Failed, Finished, FinishReason, Probe, Usage
 from exo.worker.protocol.runners import Prefer
 from exo.worker.speed import Measurement, Point, figure_at, level
-from exo.worker.supervisor.request_timer import Count, Stopwatch
+from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.speed_store import FRESH_SECONDS, SpeedStore
 from tests.conftest import fake_card
 
@@ -100,9 +100,9 @@ def test_a_figure_lies_between_those_of_the_points(speed: dict[int, Point], load
 class Clocked:
     """A stopwatch, and what it has measured."""
 
-    def __init__(self, everyones: Count | None = None, *, warm: bool = True) -> None:
+    def __init__(self, everyones: RequestCount | None = None, *, warm: bool = True) -> None:
         self.measured: list[Measurement] = []
-        self.watch = Stopwatch(everyones or Count(), self.measured.append)
+        self.watch = RequestTimer(everyones or RequestCount(), self.measured.append)
         if warm:
             self.request("warm-up", 0, 0)
             assert self.measured == []
@@ -179,7 +179,7 @@ def test_a_first_request_a_short_one_and_one_begun_elsewhere_tell_nothing() -> N
 
 
 def test_nothing_is_measured_while_another_runner_is_busy() -> None:
-    everyones = Count()
+    everyones = RequestCount()
     clocked, other = Clocked(everyones), Clocked(everyones)
     other.begin("other", 0)
     clocked.request("beside", 1, 1)

@@ -28,7 +28,7 @@ from exo.worker.supervisor.host_memory import room, taken
 from exo.worker.supervisor.instance import Instance, InstanceReport, Kind, settings_digest
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
-from exo.worker.supervisor.request_timer import Count, Stopwatch
+from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
 
@@ -87,7 +87,7 @@ class RunnerPool:
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
         self._n_cores = physical_cores()
-        self._in_flight = Count()
+        self._in_flight = RequestCount()
         """Requests of all runners."""
         self._background = anyio.CancelScope()
         self._changed = anyio.Event()
@@ -257,7 +257,7 @@ class RunnerPool:
             self._log_directory / f"{name}.log",
             self._deadlines,
             admit if counted else None,
-            Stopwatch(self._in_flight, partial(self._on_measured, card, route.runner)),
+            RequestTimer(self._in_flight, partial(self._on_measured, card, route.runner)),
             self._share_cores,
         )
         others = list(self._of(card.model_id, route.runner))

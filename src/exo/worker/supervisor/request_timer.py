@@ -14,7 +14,7 @@ _DISTURBING = 0.25
 
 
 @final
-class Count:
+class RequestCount:
     """Requests in flight, now and added up over time."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class _Start:
 
 
 @final
-class Stopwatch:
+class RequestTimer:
     """The requests of one runner process. ``everyones`` counts those of every runner on the host.
 
     ``on_measured`` gets what each request that came to its end tells. Nothing is told by a process's first request,
@@ -54,9 +54,9 @@ class Stopwatch:
     runners were too busy meanwhile.
     """
 
-    def __init__(self, everyones: Count, on_measured: Callable[[Measurement], None]) -> None:
+    def __init__(self, everyones: RequestCount, on_measured: Callable[[Measurement], None]) -> None:
         self._everyones = everyones
-        self._mine = Count()
+        self._mine = RequestCount()
         self._on_measured = on_measured
         self._tokens = 0
         self._open: dict[str, _Start] = {}

@@ -41,9 +41,9 @@ from exo.worker.supervisor.crash_report import diagnose
 from exo.worker.supervisor.outbox import Outbox
 from exo.worker.supervisor.pending_events import RequestEvents
 from exo.worker.supervisor.pending_reply import ANSWERS, Answer, AnswerEvent, Question
-from exo.worker.supervisor.request_timer import Count, Stopwatch
+from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.state_machine import FINAL, LOADING, SERVING, Conversation, Recipient, for_request
-from exo.worker.supervisor.token_rate import Rate
+from exo.worker.supervisor.token_rate import TokenRate
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, HeartbeatWatchdog, LoadProgress
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class RunnerProcess:
         log: Path,
         deadlines: Deadlines = DEADLINES,
         admit: Admit | None = None,
-        stopwatch: Stopwatch | None = None,
+        stopwatch: RequestTimer | None = None,
         on_activity: Callable[[], None] = lambda: None,
     ) -> None:
         """``on_activity`` is called when the runner gets its first request, and when it has none any more."""
@@ -117,9 +117,9 @@ class RunnerProcess:
         self._culprit: str | None = None
         self.proven = self._conversation.proven
         """Set with the first token or vector that the runner computes: it loads, and it works."""
-        self.rate = Rate()
+        self.rate = TokenRate()
         """Of the tokens that it delivers."""
-        self._stopwatch = stopwatch or Stopwatch(Count(), lambda _: None)
+        self._stopwatch = stopwatch or RequestTimer(RequestCount(), lambda _: None)
         self._on_activity = on_activity
         self._busy = False
         self._cores: int | None = None

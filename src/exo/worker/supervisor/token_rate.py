@@ -7,7 +7,7 @@ WINDOW_SECONDS = 5.0
 
 
 @final
-class Rate:
+class TokenRate:
     """Tokens a second over the last seconds. Times are on the caller's clock, in seconds."""
 
     def __init__(self) -> None:
