@@ -113,7 +113,7 @@ def _open_alone(path: Path) -> BinaryIO:
 
 
 @final
-class Child(asyncio.SubprocessProtocol):
+class ChildProcess(asyncio.SubprocessProtocol):
     """A process that reads commands and writes events; made by ``spawn``.
 
     The event loop calls it with what the process writes, so no task stands between a token and those who wait for it.
@@ -268,13 +268,13 @@ class Child(asyncio.SubprocessProtocol):
 
 
 @asynccontextmanager
-async def spawn(command: Sequence[str], log: StderrLog) -> AsyncGenerator[Child]:
+async def spawn(command: Sequence[str], log: StderrLog) -> AsyncGenerator[ChildProcess]:
     """Starts ``command``; on leaving, it is killed if need be and reaped, and its standard error is in ``log``.
 
     Raises ``OSError`` if it cannot be started.
     """
     loop = asyncio.get_running_loop()
-    child = Child(log)
+    child = ChildProcess(log)
     with anyio.CancelScope(shield=True):  # half of it would leave a process that nobody knows
         # A session of its own, so that an interrupt from the terminal reaches the server alone.
         await loop.subprocess_exec(lambda: child, *command, start_new_session=True)

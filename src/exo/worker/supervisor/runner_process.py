@@ -36,7 +36,7 @@ from exo.worker.protocol.messages import (
     Tokenize,
     Tokenized,
 )
-from exo.worker.supervisor.child_process import Child, ProtocolError, StderrLog, spawn
+from exo.worker.supervisor.child_process import ChildProcess, ProtocolError, StderrLog, spawn
 from exo.worker.supervisor.crash_report import diagnose
 from exo.worker.supervisor.outbox import Outbox
 from exo.worker.supervisor.pending_events import RequestEvents
@@ -109,7 +109,7 @@ class RunnerProcess:
         """It was ended because that made none."""
         self._conversation = Conversation(deadlines.step)
         self._life = anyio.CancelScope()
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
         self._outbox: Outbox | None = None
         self._closing = False
         self._failure: Failed | None = None
@@ -353,7 +353,7 @@ class RunnerProcess:
             log.close()
         return self._diagnosis(how, log.last_lines())
 
-    async def _serve(self, child: Child) -> str | None:
+    async def _serve(self, child: ChildProcess) -> str | None:
         """Hears the runner out, from its first word to its last. Returns what was wrong with it, if anything."""
         verdict: list[str] = []
         async with anyio.create_task_group() as tasks:
@@ -437,7 +437,7 @@ class RunnerProcess:
             case _:
                 raise ProtocolError(f"its first message was {first.type!r} instead of the status Idle")
 
-    async def _load_when_admitted(self, child: Child, admit: Admit) -> None:
+    async def _load_when_admitted(self, child: ChildProcess, admit: Admit) -> None:
         try:
             choice = await admit(await self._estimate)
         except RunnerError as error:
@@ -447,11 +447,11 @@ class RunnerProcess:
             table = {**self._load.table, **choice.settings}
             self._tell(self._load.model_copy(update={"table": table}))
 
-    async def _cut_off_if_silent(self, child: Child, verdict: list[str]) -> None:
+    async def _cut_off_if_silent(self, child: ChildProcess, verdict: list[str]) -> None:
         verdict.append(f"it {await self._silence.too_long(lambda: self.status.state in LOADING)}")
         child.cut_off()
 
-    async def _cut_off_if_late(self, child: Child, verdict: list[str]) -> None:
+    async def _cut_off_if_late(self, child: ChildProcess, verdict: list[str]) -> None:
         """Its first word may be long in coming, and the time between its last one and its exit."""
         with anyio.move_on_after(self._deadlines.handshake):
             await self._greeted.wait()
