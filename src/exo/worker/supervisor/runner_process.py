@@ -42,7 +42,7 @@ from exo.worker.supervisor.outbox import Outbox
 from exo.worker.supervisor.pending_events import RequestEvents
 from exo.worker.supervisor.pending_reply import ANSWERS, Answer, AnswerEvent, Question
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
-from exo.worker.supervisor.state_machine import FINAL, LOADING, SERVING, Conversation, Recipient, for_request
+from exo.worker.supervisor.state_machine import FINAL, LOADING, SERVING, Recipient, RunnerStateMachine, for_request
 from exo.worker.supervisor.token_rate import TokenRate
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, HeartbeatWatchdog, LoadProgress
 
@@ -107,7 +107,7 @@ class RunnerProcess:
         """Of the estimate or the load that is going on."""
         self._stalled = False
         """It was ended because that made none."""
-        self._conversation = Conversation(deadlines.step)
+        self._conversation = RunnerStateMachine(deadlines.step)
         self._life = anyio.CancelScope()
         self._child: ChildProcess | None = None
         self._outbox: Outbox | None = None

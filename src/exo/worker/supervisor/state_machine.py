@@ -49,7 +49,7 @@ Recipient = RequestEvents | Answer
 
 
 @final
-class Conversation:
+class RunnerStateMachine:
     """With one runner, from its first word to its last. Knows of no process and no pipe.
 
     ``step_seconds`` is how long a runner may compute nothing while it has requests, in a slot or waiting.
@@ -168,9 +168,9 @@ def for_request(failure: Failed, request: str | None) -> Failed:
 
 @final
 class _Loading(AsyncIterator[Status]):
-    """See ``Conversation.loading``."""
+    """See ``RunnerStateMachine.loading``."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: RunnerStateMachine) -> None:
         self._conversation = conversation
         self._seen: Status | None = None
 
