@@ -16,24 +16,24 @@ from exo.worker.protocol.messages import (
     Tokenized,
 )
 
-Question = Embed | Rank | Tokenize
+UnaryRequest = Embed | Rank | Tokenize
 """Commands without side effects: one whose runner died may be asked again, of another."""
-AnswerEvent = Embedded | Ranked | Tokenized
+UnaryReply = Embedded | Ranked | Tokenized
 
-ANSWERS: dict[type[Question], type[AnswerEvent]] = {Embed: Embedded, Rank: Ranked, Tokenize: Tokenized}
+REPLY_TYPES: dict[type[UnaryRequest], type[UnaryReply]] = {Embed: Embedded, Rank: Ranked, Tokenize: Tokenized}
 
 
 @final
-class Answer:
+class PendingReply:
     """For one reader. ``kind`` is the event that answers; ``Failed`` ends it too, ``Finished`` if it is cancelled."""
 
-    def __init__(self, kind: type[AnswerEvent]) -> None:
+    def __init__(self, kind: type[UnaryReply]) -> None:
         self.kind = kind
         self._parts: list[Tokenized] = []
-        self._event: AnswerEvent | Finished | Failed | None = None
+        self._event: UnaryReply | Finished | Failed | None = None
         self._arrived = asyncio.Event()
 
-    def put(self, event: AnswerEvent | PrefillProgress | Finished | Failed) -> None:
+    def put(self, event: UnaryReply | PrefillProgress | Finished | Failed) -> None:
         """Takes an event; progress is of no interest here."""
         match event:
             case PrefillProgress():
@@ -50,7 +50,7 @@ class Answer:
                 self._event = event
         self._arrived.set()
 
-    async def wait(self) -> AnswerEvent | Finished | Failed:
+    async def wait(self) -> UnaryReply | Finished | Failed:
         """The event that ended the request."""
         await self._arrived.wait()
         assert self._event is not None

@@ -40,7 +40,7 @@ from exo.worker.supervisor.child_process import ChildProcess, ProtocolError, Std
 from exo.worker.supervisor.crash_report import diagnose
 from exo.worker.supervisor.outbox import Outbox
 from exo.worker.supervisor.pending_events import RequestEvents
-from exo.worker.supervisor.pending_reply import ANSWERS, Answer, AnswerEvent, Question
+from exo.worker.supervisor.pending_reply import REPLY_TYPES, PendingReply, UnaryReply, UnaryRequest
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.state_machine import FINAL, LOADING, SERVING, Recipient, RunnerStateMachine, for_request
 from exo.worker.supervisor.token_rate import TokenRate
@@ -242,13 +242,13 @@ class RunnerProcess:
     async def ask(self, command: Rank) -> Ranked: ...
     @overload
     async def ask(self, command: Tokenize) -> Tokenized: ...
-    async def ask(self, command: Question) -> AnswerEvent:
+    async def ask(self, command: UnaryRequest) -> UnaryReply:
         """Sends a command that has one answer and waits for it. Cancelling the wait cancels the command.
 
         Raises ``RunnerError`` for a refusal and for a runner that dies or is gone already; ``died_of`` tells which, and
         after a death the same may be asked of another. Raises ``ValueError`` and ``RuntimeError`` as ``generate`` does.
         """
-        answer = Answer(ANSWERS[type(command)])
+        answer = PendingReply(REPLY_TYPES[type(command)])
         with self._in_flight(command, answer):
             event = await answer.wait()
         match event:

@@ -24,7 +24,7 @@ from exo.worker.protocol.messages import (
 )
 from exo.worker.supervisor.child_process import ProtocolError
 from exo.worker.supervisor.pending_events import RequestEvents
-from exo.worker.supervisor.pending_reply import Answer, AnswerEvent
+from exo.worker.supervisor.pending_reply import PendingReply, UnaryReply
 
 ENDINGS: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
 _TRANSITIONS: dict[RunnerState, tuple[RunnerState, ...]] = {
@@ -44,7 +44,7 @@ LOADING: tuple[RunnerState, ...] = ("Idle", "Loading", "Loaded", "WarmingUp")
 SERVING: tuple[RunnerState, ...] = ("Ready", "Running")
 FINAL: tuple[RunnerState, ...] = ("Shutdown", "Failed")
 
-Recipient = RequestEvents | Answer
+Recipient = RequestEvents | PendingReply
 """Where the events of one request go."""
 
 
@@ -106,9 +106,9 @@ class RunnerStateMachine:
             case Estimated():
                 raise ProtocolError("it told an estimate, which it was not asked for")
 
-    def _take_answer(self, event: AnswerEvent) -> None:
+    def _take_answer(self, event: UnaryReply) -> None:
         answer = self._owed(event.id)
-        if not isinstance(answer, Answer) or not isinstance(event, answer.kind):
+        if not isinstance(answer, PendingReply) or not isinstance(event, answer.kind):
             raise ProtocolError(f"it answered request {event.id!r} with {event.type!r}", event.id)
         answer.put(event)
         if isinstance(event, Tokenized):
@@ -124,7 +124,7 @@ class RunnerStateMachine:
             raise ProtocolError(f"it streams to request {request!r}, which has one answer", request)
         return events
 
-    def _owed(self, request: str) -> RequestEvents | Answer:
+    def _owed(self, request: str) -> RequestEvents | PendingReply:
         try:
             return self.requests[request]
         except KeyError:
