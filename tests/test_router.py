@@ -218,7 +218,7 @@ def test_what_a_model_is_loaded_apart_for_is_not_expected_of_one_that_generates(
     starting = replace(LIVE, runner="abacus", instance="abacus-1", state="Loading", capabilities=None)
     features: frozenset[Need] = frozenset({"embeddings"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RUNNERS, "abacus", replace(SPECS["abacus"], features=features, apart=features))
+        patch.setitem(RUNNERS, "abacus", replace(SPECS["abacus"], features=features, exclusive_tasks=features))
         patch.setitem(RUNNERS, "cuda", replace(SPECS["cuda"], features=features))
         answer = route(
             None, card, make_host("AbacusWood", "LlamaCppCpu"), [starting] * loading, {"embeddings": "input"}

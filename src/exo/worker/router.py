@@ -164,7 +164,7 @@ def _judge(
 def _features(runner: str, card: ModelCard) -> frozenset[Need]:
     """What runners of a kind can do with a model that has such a card."""
     spec = RUNNERS[runner]
-    return spec.features - spec.apart if set(_GENERATION) & set(card.tasks) else spec.features
+    return spec.features - spec.exclusive_tasks if set(_GENERATION) & set(card.tasks) else spec.features
 
 
 def _offer(each: LiveRunner, card: ModelCard) -> frozenset[Need]:

@@ -26,8 +26,8 @@ class RunnerSpec:
     module: str
     backends: tuple[str, ...]
     features: frozenset[Need] = frozenset()
-    apart: frozenset[Need] = frozenset()
-    """Of ``features``, those for which a model is loaded apart: a card that is for generated text has them not."""
+    exclusive_tasks: frozenset[Need] = frozenset()
+    """Of ``features``, those for which a model is loaded exclusive_tasks: a card that is for generated text has them not."""
     environment: str | None = None
     """Of a runner whose library does not go together with the server's: the virtual environment that it runs in, a
     folder beside the one that exo itself runs in."""
@@ -60,7 +60,7 @@ RUNNERS: dict[str, RunnerSpec] = {
         "exo.worker.runner_vllm",
         ("Vllm",),
         frozenset({"grammar", "logprobs", "embeddings"}),
-        apart=frozenset({"embeddings"}),
+        exclusive_tasks=frozenset({"embeddings"}),
         environment=".venv-vllm",
         setup="make setup-vllm",
     ),
