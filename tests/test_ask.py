@@ -60,12 +60,12 @@ async def refused(process: RunnerProcess, command: Embed | Rank | Tokenize) -> R
 
 async def test_each_command_has_its_answer(tmp_path: Path) -> None:
     async with ready(tmp_path) as process:
-        assert not process.proven.is_set()
+        assert not process.produced_output.is_set()
         tokens = await process.ask(Tokenize(id=next(name), prompt=(Text(text="abc"),)))
         assert tokens.tokens == (97, 98, 99)
-        assert not process.proven.is_set()
+        assert not process.produced_output.is_set()
         assert (await process.ask(embed("abc"))).vector == vector("abc")
-        assert process.proven.is_set()
+        assert process.produced_output.is_set()
         scored = await process.ask(Rank(id=next(name), query="a b c", document="b c d"))
         assert scored.score == score_of("a b c", "b c d")
         assert process.pending == 0

@@ -3,9 +3,9 @@ from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Rep
 from tests.program import ask
 
 
-def replays(budget: ReplayBudget, runner: str = "cuda", *, proven: bool = False) -> int:
+def replays(budget: ReplayBudget, runner: str = "cuda", *, produced_output: bool = False) -> int:
     """How many more deaths of a runner a request survives."""
-    return next(number for number in range(1000) if not budget.allows_replay(runner, proven=proven))
+    return next(number for number in range(1000) if not budget.allows_replay(runner, produced_output=produced_output))
 
 
 def test_a_request_that_never_gets_a_token_is_given_up() -> None:
@@ -13,16 +13,16 @@ def test_a_request_that_never_gets_a_token_is_given_up() -> None:
 
 
 def test_a_request_whose_neighbours_get_on_is_given_up_later() -> None:
-    assert replays(ReplayBudget(), proven=True) == UNLUCKY_REPLAYS > FRUITLESS_REPLAYS
+    assert replays(ReplayBudget(), produced_output=True) == UNLUCKY_REPLAYS > FRUITLESS_REPLAYS
 
 
 def test_only_fruitless_starts_in_a_row_count() -> None:
     budget = ReplayBudget()
     for _ in range(UNLUCKY_REPLAYS):
         for _ in range(FRUITLESS_REPLAYS):
-            assert budget.allows_replay("cuda", proven=False)
-        assert budget.allows_replay("cuda", proven=True)
-    assert not budget.allows_replay("cuda", proven=True)
+            assert budget.allows_replay("cuda", produced_output=False)
+        assert budget.allows_replay("cuda", produced_output=True)
+    assert not budget.allows_replay("cuda", produced_output=True)
 
 
 def test_a_token_and_another_engine_give_the_whole_budget_back() -> None:

@@ -124,7 +124,7 @@ class Attempts:
                     _, other = await self._services.choose(self._model, self._needs)
                     if other.runner in unable:
                         raise
-                elif not budget.allows_replay(route.runner, proven=False):
+                elif not budget.allows_replay(route.runner, produced_output=False):
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
 
     def _check_card(self) -> None:
@@ -181,7 +181,9 @@ class Attempts:
     def _check_budget(self, budget: ReplayBudget, runner: Runner, failed: Failed) -> None:
         """Raises ``RunnerError`` for a request under which runners have died too often."""
         process = runner.process
-        if not process.displaced and not budget.allows_replay(runner.name, proven=process.proven.is_set()):
+        if not process.displaced and not budget.allows_replay(
+            runner.name, produced_output=process.produced_output.is_set()
+        ):
             raise RunnerError(spent(failed), _RETRY_SECONDS) from None
 
 

@@ -381,7 +381,7 @@ class RunnerPool:
         process, health = instance.process, self._health[instance.kind]
 
         async def recover() -> None:
-            await process.proven.wait()
+            await process.produced_output.wait()
             health.worked()
             self._last_failed.pop((instance.model_id, instance.runner), None)
 
@@ -393,7 +393,7 @@ class RunnerPool:
                 self._settle()
 
         def note(failed: Failed) -> None:
-            if process.proven.is_set():
+            if process.produced_output.is_set():
                 health.worked()
             if failed.code != "shutdown" and not process.refused and not process.displaced:
                 self._last_failed[instance.model_id, instance.runner] = instance

@@ -38,15 +38,15 @@ class ReplayBudget:
         """Notes a token."""
         self._fruitless = self._unlucky = 0
 
-    def allows_replay(self, runner: str, *, proven: bool) -> bool:
+    def allows_replay(self, runner: str, *, produced_output: bool) -> bool:
         """Notes that ``runner`` died under the request; whether it may be tried again.
 
-        ``proven`` if the process had computed a token, for this request or another.
+        ``produced_output`` if the process had computed a token, for this request or another.
         """
         if runner != self._runner:
             self._fruitless = self._unlucky = 0
             self._runner = runner
-        if proven:
+        if produced_output:
             self._unlucky += 1
             self._fruitless = 0
         else:

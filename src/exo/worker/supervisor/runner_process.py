@@ -115,7 +115,7 @@ class RunnerProcess:
         self._failure: Failed | None = None
         self._ended = anyio.Event()
         self._culprit: str | None = None
-        self.proven = self._conversation.proven
+        self.produced_output = self._conversation.produced_output
         """Set with the first token or vector that the runner computes: it loads, and it works."""
         self.rate = TokenRate()
         """Of the tokens that it delivers."""

@@ -64,7 +64,7 @@ class RunnerStateMachine:
         """Those whose terminal event the runner still owes, by id."""
         self.cpu: CpuUse | None = None
         """From the last heartbeat."""
-        self.proven = asyncio.Event()
+        self.produced_output = asyncio.Event()
         """Set with the first token or vector that the runner computes: it loads, and it works."""
         self._step_seconds = step_seconds
         self._steps = (-1, 0.0)
@@ -84,7 +84,7 @@ class RunnerStateMachine:
         """Acts on what the runner says. Raises ``ProtocolError`` for what the contract does not allow."""
         match event:
             case Deltas(items=items):
-                self.proven.set()
+                self.produced_output.set()
                 for delta in items:
                     self._stream(delta.id).put(delta)
             case PrefillProgress(id=request):
@@ -115,7 +115,7 @@ class RunnerStateMachine:
             if event.more:
                 return
         else:
-            self.proven.set()
+            self.produced_output.set()
         del self.requests[event.id]
 
     def _stream(self, request: str) -> RequestEvents:
