@@ -33,7 +33,7 @@ from exo.bench.options import Options
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
 from exo.compare.evidence import host_facts
-from exo.worker.host import probe_host
+from exo.worker.supervisor.host_probe import probe_host
 from tests.tiny import Shape, write_mlx
 
 CEILING_STREAMS = (1, 4, 8, 16)

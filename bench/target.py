@@ -15,7 +15,7 @@ from exo.cards.catalogue import Catalogue
 from exo.compare.engine import Engine, choose_engine
 from exo.compare.scoring import score
 from exo.config import Settings
-from exo.worker.host import probe_host
+from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.pool import runner_commands
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.server import write_card

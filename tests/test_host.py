@@ -7,9 +7,10 @@ import psutil
 import pytest
 
 from exo.cli.doctor import as_text
-from exo.worker.host import Host, NvidiaDevice, called, probe_commands, probe_host
+from exo.worker.host import Host, NvidiaDevice, with_engine_names
 from exo.worker.protocol.messages import Device, Probe
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.supervisor.host_probe import probe_commands, probe_host
 from tests.nvml import FakeDevice, fake_nvml
 
 ANSWER = Probe(installed=True, engine="abacus", version="1", backends=("AbacusWood",))
@@ -54,8 +55,8 @@ def test_devices_are_called_what_engines_call_them_wherever_they_are_in_the_driv
     devices = (nvidia("0000:01:00.0"), nvidia("0000:41:00.0"), nvidia("0000:c1:00.0"))
     seen = (cuda("CUDA0", "0000:c1:00.0"), cuda("CUDA1", "0000:01:00.0"), Device(name="CPU", backend="LlamaCppCpu"))
     with_llama = Probe(installed=True, engine="llama.cpp", devices=seen)
-    assert [each.id for each in called(devices, [ANSWER, with_llama])] == ["CUDA1", "", "CUDA0"]
-    assert [each.id for each in called(devices, [ANSWER])] == ["CUDA0", "CUDA1", "CUDA2"]
+    assert [each.id for each in with_engine_names(devices, [ANSWER, with_llama])] == ["CUDA1", "", "CUDA0"]
+    assert [each.id for each in with_engine_names(devices, [ANSWER])] == ["CUDA0", "CUDA1", "CUDA2"]
 
 
 async def test_what_the_driver_says_of_each_device_is_joined_with_what_an_engine_calls_it(
@@ -131,7 +132,7 @@ async def test_every_real_runner_answers_in_one_line_without_its_engine_here() -
 
 def test_probing_imports_no_engine() -> None:
     source = (
-        "import sys, anyio, exo.worker.host as host; anyio.run(host.probe_host)\n"
+        "import sys, anyio, exo.worker.supervisor.host_probe as host; anyio.run(host.probe_host)\n"
         "print({'llama_cpp', 'mlx', 'mlx_lm', 'vllm', 'torch', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.run(script(source), capture_output=True, check=True, text=True).stdout == "set()\n"

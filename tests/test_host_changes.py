@@ -10,9 +10,10 @@ import pytest
 from pydantic import JsonValue
 
 from exo.cards.card import ModelCard
-from exo.worker.host import probe_host, updated
+from exo.worker.host import updated
 from exo.worker.protocol.messages import Probe
 from exo.worker.supervisor.host_memory import room
+from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError

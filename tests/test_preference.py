@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.worker.preference import MARGIN, NEEDED, Pick, Preference, pick
 from exo.worker.protocol.runners import Prefer
-from exo.worker.speed import Point, Speed
+from exo.worker.speed import MARGIN, NEEDED, Pick, Point, Preference, Speed, pick
 
 
 def speed(totals: Mapping[int, float], first: float = 0.1, stream: float = 100) -> Speed:

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from exo.cards.card import ModelCard
 from exo.worker.host import Host, NvidiaDevice
-from exo.worker.preference import NEEDED
 from exo.worker.protocol.messages import Delta, Failed, Finished, FinishReason, Probe, Usage
 from exo.worker.protocol.runners import Prefer
-from exo.worker.speed import Measurement, Point, figure_at, level
+from exo.worker.speed import NEEDED, Measurement, Point, figure_at, level
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.speed_store import FRESH_SECONDS, SpeedStore
 from tests.conftest import fake_card

@@ -15,12 +15,12 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.host import probe_host
 from exo.worker.protocol.messages import Estimate, Grammar, Load, Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_vllm.limits import check_limits
 from exo.worker.runner_vllm.options import read_options
+from exo.worker.supervisor.host_probe import probe_host
 from tests.conftest import needs_vllm
 from tests.program import Program, Result, ask, names
 from tests.server import ServeProgram, environment, write_card

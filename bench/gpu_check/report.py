@@ -21,7 +21,7 @@ from bench.gpu_check.sweep import SERVERS, SETTINGS, concurrency, name_of
 from exo.bench.report import Report, Stage
 from exo.compare.comparison import HostFacts
 from exo.compare.evidence import host_facts
-from exo.worker.host import probe_host
+from exo.worker.supervisor.host_probe import probe_host
 
 SCHEMA_VERSION = 1
 FILE = "gpu-check.json"

@@ -29,9 +29,9 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     import anyio
 
     from exo.api.admin.speeds import SpeedAtLoad, known_speeds
-    from exo.worker.host import probe_host
     from exo.worker.router import Refusal, model_not_found, parse_model
     from exo.worker.router import route as decide
+    from exo.worker.supervisor.host_probe import probe_host
     from exo.worker.supervisor.speed_store import SpeedStore
 
     settings = settings_from(models_dir=models_dir)
@@ -69,7 +69,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     from exo.cli.doctor import as_json as to_json
     from exo.cli.doctor import as_text, healthy
-    from exo.worker.host import TRY_SECONDS, probe_commands, probe_host
+    from exo.worker.supervisor.host_probe import TRY_SECONDS, probe_commands, probe_host
 
     host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
     if as_json:

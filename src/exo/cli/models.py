@@ -71,7 +71,7 @@ def show(model: Card, models_dir: ModelsDir = None, as_json: AsJson = False) -> 
 
     from exo.cli.list import store_of
     from exo.cli.show import render, show_model
-    from exo.worker.host import probe_host
+    from exo.worker.supervisor.host_probe import probe_host
 
     settings = settings_from(models_dir=models_dir)
     catalogue = catalogue_from(settings)

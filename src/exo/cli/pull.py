@@ -16,9 +16,9 @@ from exo.store.hub import Hub
 from exo.store.progress import DownloadProgress
 from exo.store.pull import PullPlan, plan, pull
 from exo.store.store import OnDisk, Store
-from exo.worker.host import probe_host
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Refusal, route
+from exo.worker.supervisor.host_probe import probe_host
 
 _EXIT_CODES: Mapping[PullErrorCode, ExitCode] = {
     "no_match": ExitCode.NOT_FOUND,

@@ -20,11 +20,12 @@ from exo.store.discover.description import Description
 from exo.store.local import describe_on_disk
 from exo.store.progress import DownloadProgress
 from exo.store.store import Store
-from exo.worker.host import PROBE_SECONDS, TRY_SECONDS, Host, probe_host, updated
+from exo.worker.host import Host, updated
 from exo.worker.protocol.runners import Need
 from exo.worker.router import Refusal, Route, model_not_found, parse_model, route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.host_memory import capacity
+from exo.worker.supervisor.host_probe import PROBE_SECONDS, TRY_SECONDS, probe_host
 from exo.worker.supervisor.instance import InstanceReport, settings_digest
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple, get_args
 
 from exo.cards.card import ModelCard, Task
 from exo.worker.host import Host
-from exo.worker.preference import Basis, Pick, Preference, pick
 from exo.worker.protocol.messages import Capabilities, RunnerState
 from exo.worker.protocol.runners import RUNNERS, Need
+from exo.worker.speed import Basis, Pick, Preference, pick
 
 RefusalCode = Literal[
     "model_not_found", "runner_not_found", "unsupported_task", "runner_unavailable", "unsupported_parameter"

@@ -1,7 +1,7 @@
 """The table of runners. Adding one is a folder beside this file and one line here.
 
-A runner's name is its value of the card's ``runner`` flag, the suffix ``@name`` in a request's ``model`` and the name
-of its table in a model card.
+A runner's name is the value of the model card's ``runner`` flag, the suffix ``@name`` in a request's ``model``, and
+the name of its table in a model card.
 """
 
 import sys
@@ -10,40 +10,39 @@ from pathlib import Path
 from typing import Literal
 
 Need = Literal["grammar", "logprobs", "embeddings", "rerank", "vision"]
-"""What a request may need beyond plain generation; ``Capabilities`` has a field of the same name for each."""
+"""A request's needs beyond plain generation. ``Capabilities`` has a field of the same name for each."""
 Prefer = Literal["latency", "throughput"]
 """The aim of a choice between runners: each request's latency, or the tokens a second of all requests together."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerSpec:
-    """How to start a runner (``python -m module``) and which card backends it serves, named as upstream names them.
+    """How to start a runner (``python -m module``), and the card backends it serves, by upstream's names.
 
-    ``features`` are what the runner can do with a suitable model. They answer for a model until it is loaded; then its
-    ``Capabilities`` do. No two runners serve the same backend.
+    ``features`` are its abilities with a suitable model. They count until the model is loaded and ``Capabilities`` are
+    known. No two runners serve the same backend.
     """
 
     module: str
     backends: tuple[str, ...]
     features: frozenset[Need] = frozenset()
     exclusive_tasks: frozenset[Need] = frozenset()
-    """Of ``features``, those for which a model is loaded exclusive_tasks: a card that is for generated text has them not."""
+    """Features that need the model loaded in a mode of its own. A text-generation card cannot use them."""
     environment: str | None = None
-    """Of a runner whose library does not go together with the server's: the virtual environment that it runs in, a
-    folder beside the one that exo itself runs in."""
+    """The virtual environment of a runner whose library conflicts with the server's: a folder beside the server's."""
     setup: str = ""
     """The command that makes the environment."""
 
     @property
     def interpreter(self) -> str:
-        """The Python that runs it, whether it is there or not."""
+        """The Python that runs it. It may not exist."""
         if self.environment is None:
             return sys.executable
         return str(Path(sys.prefix).with_name(self.environment) / "bin" / "python")
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The program that speaks the contract."""
+        """The command line that starts it."""
         return (self.interpreter, "-m", self.module)
 
 

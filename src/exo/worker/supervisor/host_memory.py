@@ -1,8 +1,8 @@
-"""How much memory models may take on this machine, and how much a runner has taken."""
+"""The memory that models may take on this machine, and the memory that runner processes have taken."""
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -10,27 +10,28 @@ from typing import NamedTuple
 import psutil
 
 from exo.worker.host import Host
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.host_probe import query_nvml
+from exo.worker.supervisor.memory_budget import Memory
 
 _MARGIN, _LARGEST_MARGIN = 0.1, 4 << 30
-"""Of the processors' memory, what is left to everything else: a share, and bytes that it is at most."""
+"""The part of the RAM left to everything else: a share, and a limit in bytes."""
 _METAL = "MlxMetal"
 _CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux tells a container's limit, by version 2 and 1 of control groups."""
+"""The files with a container's memory limit, in versions 2 and 1 of control groups."""
 
 
 def capacity(host: Host, limit: int | None = None) -> Memory:
-    """What all runners together may take. ``limit`` are bytes of the processors' memory, by default all but a margin.
+    """The memory that all runners together may take. ``limit`` is bytes of RAM; the default is all but a margin.
 
-    Of each NVIDIA device it is what was free when the host was probed. Metal takes the processors' memory, of which MLX
-    says how much a GPU may. The first device comes first.
+    For an NVIDIA device it is the memory that was free when the host was probed. Metal shares the RAM, and MLX states
+    how much of it the GPU may use. The first device comes first.
     """
     total = min(host.memory_total, _container_limit() or host.memory_total)
-    processors = total - min(int(total * _MARGIN), _LARGEST_MARGIN) if limit is None else limit
+    ram = total - min(int(total * _MARGIN), _LARGEST_MARGIN) if limit is None else limit
     nvidia = sorted((each for each in host.nvidia_devices if each.id), key=lambda each: (len(each.id), each.id))
     metal = [each for probe in host.probes.values() for each in probe.devices if each.backend == _METAL]
     devices = {each.id: each.memory_free for each in nvidia} | {each.name: each.memory_total for each in metal}
-    return Memory(processors, devices)
+    return Memory(ram, devices)
 
 
 def _container_limit() -> int | None:
@@ -41,23 +42,21 @@ def _container_limit() -> int | None:
 
 
 class Taken(NamedTuple):
-    """Bytes that a process has, its children's included. ``devices`` None: nobody can tell."""
+    """Bytes that a process and its children have. ``devices`` is None if the driver does not tell."""
 
     host: int
     devices: Mapping[str, int] | None
 
 
 def taken(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, Taken]:
-    """What each of these processes has now; those that are gone are left out. Asks the driver, so it may wait.
+    """The memory of each of these processes now, without those that are gone. Asks the driver, so it may block.
 
-    ``device_names`` are in the driver's order; a device that has none is left out.
+    ``device_names`` are in the driver's order; a device with an empty name is left out.
     """
-    on_devices = _on_devices(device_names) if pids else {}
+    on_devices = query_nvml(partial(_by_process, names=device_names), {}) if pids else {}
     found: dict[int, Taken] = {}
     for pid in pids:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            family = [process, *process.children(recursive=True)]
+        if family := _family(pid):
             known = [on_devices[each.pid] for each in family if each.pid in on_devices]
             devices = {name: sum(each.get(name, 0) for each in known) for each in known for name in each}
             found[pid] = Taken(sum(map(_resident, family)), devices if known else None)
@@ -65,38 +64,33 @@ def taken(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, 
 
 
 def room(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) -> dict[str, int]:
-    """Bytes of each device that our processes have or could have now: what is free, and what they have.
+    """Bytes of each device that our processes have or could take now: the free memory and their own.
 
-    ``holders`` are our processes, with the devices on which memory is kept for them. A device is left out where the
-    driver does not tell what one of them has there, as in a container. Asks the driver, so it may wait.
+    ``holders`` are our processes, with the devices on which each has a reservation. A device is left out if the driver
+    does not show the memory of one of them there, as in a container. Asks the driver, so it may block.
     """
-    nvml = import_module("pynvml")  # it ships no types, so a plain import would not check
-    try:
-        nvml.nvmlInit()
-        try:
-            free = {
-                name: int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
-                for index, name in enumerate(device_names)
-                if name
-            }
-            used = _by_process(nvml, device_names)
-        finally:
-            nvml.nvmlShutdown()
-    except nvml.NVMLError:
-        return {}
+
+    def query(nvml: ModuleType) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+        handles = {name: nvml.nvmlDeviceGetHandleByIndex(index) for index, name in enumerate(device_names) if name}
+        free = {name: int(nvml.nvmlDeviceGetMemoryInfo(handle).free) for name, handle in handles.items()}
+        return free, _by_process(nvml, device_names)
+
+    nothing: tuple[dict[str, int], dict[int, dict[str, int]]] = {}, {}
+    free, used = query_nvml(query, nothing)
     found: dict[str, int] = {}
-    families = {pid: _family(pid) for pid in holders}
+    families = {pid: [each.pid for each in _family(pid)] for pid in holders}
     for name, size in free.items():
         has = {pid: [used[each][name] for each in families[pid] if name in used.get(each, {})] for pid in holders}
-        if all(has[pid] for pid, kept in holders.items() if name in kept):
+        if all(has[pid] for pid, reserved in holders.items() if name in reserved):
             found[name] = size + sum(map(sum, has.values()))
     return found
 
 
-def _family(pid: int) -> list[int]:
-    """A process and its children, or none where it is gone."""
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and its children; empty if it is gone."""
     try:
-        return [pid, *(each.pid for each in psutil.Process(pid).children(recursive=True))]
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
@@ -108,20 +102,8 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _on_devices(names: Sequence[str]) -> dict[int, dict[str, int]]:
-    """By process and device, through NVML. Empty without a driver, or where it does not know us, as in a container."""
-    nvml = import_module("pynvml")  # it ships no types, so a plain import would not check
-    try:
-        nvml.nvmlInit()
-        try:
-            return _by_process(nvml, names)
-        finally:
-            nvml.nvmlShutdown()
-    except nvml.NVMLError:
-        return {}
-
-
 def _by_process(nvml: ModuleType, names: Sequence[str]) -> dict[int, dict[str, int]]:
+    """Bytes by process and device. Empty in a container, where the driver does not know our process ids."""
     sizes: dict[int, dict[str, int]] = {}
     for index, name in enumerate(names):
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index)) if name else ()

@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exo.cards.card import ModelCard
 from exo.worker.host import Host
-from exo.worker.preference import NEEDED, Basis, Preference
 from exo.worker.protocol.runners import Prefer
-from exo.worker.speed import Measurement, Point, Speed, level
+from exo.worker.speed import NEEDED, Basis, Measurement, Point, Preference, Speed, level
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,132 @@
+"""Finds out what this machine has: asks the system, the NVIDIA driver, and each runner's ``--probe``."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import anyio
+import psutil
+from anyio.to_thread import run_sync
+from pydantic import ValidationError
+
+from exo.worker.host import Host, NvidiaDevice, with_engine_names
+from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.runners import RUNNERS
+
+PROBE_SECONDS = 15.0
+TRY_SECONDS = 120.0
+"""Deadline of probes that import a slow engine."""
+
+_Answer = TypeVar("_Answer")
+
+
+def probe_commands(*, thorough: bool = False) -> dict[str, tuple[str, ...]]:
+    """Each runner's probe command, by runner name.
+
+    A runner in an environment of its own checks which packages are installed; if ``thorough``, also that they load.
+    """
+    return {
+        name: (*spec.command, "--probe", *(("--try",) if thorough and spec.environment else ()))
+        for name, spec in RUNNERS.items()
+    }
+
+
+async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadline: float = PROBE_SECONDS) -> Host:
+    """Probes all runners at once, then the driver. The engines are imported in the probes' processes, never here.
+
+    A probe without a usable answer within ``deadline`` seconds is killed. Its runner counts as not installed, with a
+    note that gives the reason. ``commands`` defaults to ``probe_commands()``.
+    """
+    probes: dict[str, Probe] = {}
+    unanswered: set[str] = set()
+
+    async def probe_runner(name: str, command: Sequence[str]) -> None:
+        try:
+            probes[name] = await _probe(name, command, deadline)
+        except TimeoutError:
+            unanswered.add(name)
+            probes[name] = _unusable(name, f"did not answer within {deadline:g} s")
+
+    commands = probe_commands() if commands is None else commands
+    async with anyio.create_task_group() as tasks:
+        for name, command in commands.items():
+            tasks.start_soon(probe_runner, name, command)
+    devices: Sequence[NvidiaDevice] = ()
+    with anyio.move_on_after(deadline):  # only now: the probes themselves take memory on the devices
+        devices = await run_sync(query_nvml, _nvidia_devices, (), abandon_on_cancel=True)
+    memory = psutil.virtual_memory()
+    return Host(
+        system=platform.system(),
+        machine=platform.machine(),
+        cpu_count=os.cpu_count() or 1,
+        memory_total=memory.total,
+        memory_available=memory.available,
+        nvidia_devices=with_engine_names(devices, probes.values()),
+        probes={name: probes[name] for name in commands},
+        processor=_processor(),
+        unanswered=frozenset(unanswered),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _unusable(name: str, why: str) -> Probe:
+    remedy = RUNNERS[name].setup if name in RUNNERS else ""
+    return Probe(installed=False, engine=name, notes=(f"the probe of runner {name} {why}",), remedy=remedy)
+
+
+async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
+    """Raises ``TimeoutError``."""
+    try:
+        with anyio.fail_after(deadline):
+            done = await anyio.run_process(command, stdin=subprocess.DEVNULL, check=False)
+    except TimeoutError:  # a subclass of OSError
+        raise
+    except OSError as error:
+        return _unusable(name, f"did not start: {error}")
+    try:
+        return Probe.model_validate_json(done.stdout)
+    except ValidationError:
+        last_line = (done.stderr.decode(errors="replace").strip() or "nothing on standard error").splitlines()[-1]
+        ended = f"ended with status {done.returncode} and without an answer" if done.returncode else "gave no answer"
+        return _unusable(name, f"{ended}: {last_line[:500]}")
+
+
+def query_nvml(query: Callable[[ModuleType], _Answer], default: _Answer) -> _Answer:
+    """Calls ``query`` with NVML's Python module. Returns ``default`` without a driver, or if the query fails."""
+    nvml = import_module("pynvml")  # it ships no types, so a plain import would not type-check
+    try:
+        nvml.nvmlInit()
+        try:
+            return query(nvml)
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError:
+        return default
+
+
+def _nvidia_devices(nvml: ModuleType) -> Sequence[NvidiaDevice]:
+    return [_nvidia_device(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
+
+
+def _nvidia_device(nvml: ModuleType, handle: object) -> NvidiaDevice:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except nvml.NVMLError_NotSupported:  # a device that shares the RAM
+        total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    pci = nvml.nvmlDeviceGetPciInfo(handle)
+    address = f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
+    return NvidiaDevice(str(nvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", total, free, address)
