@@ -10,7 +10,7 @@ from exo.config import Limits, SettingsError
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.protocol.messages import Device, Probe
 from exo.worker.supervisor.host_memory import capacity, taken
-from exo.worker.supervisor.token_rate import WINDOW_SECONDS, TokenRate
+from exo.worker.supervisor.request_timer import WINDOW_SECONDS, TokenRate
 from tests.nvml import FakeDevice, fake_nvml
 
 GIB = 1 << 30

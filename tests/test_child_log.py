@@ -4,7 +4,7 @@ import os
 import threading
 from pathlib import Path
 
-from exo.worker.supervisor.child_process import StderrLog
+from exo.worker.supervisor.crash_report import StderrLog
 
 
 def test_a_log_that_is_open_elsewhere_is_left_alone(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from exo.worker.supervisor.child_process import StderrLog
-from exo.worker.supervisor.crash_report import diagnose
+from exo.worker.supervisor.crash_report import StderrLog, diagnose
 
 ASSERTION = "/src/llama.cpp/src/llama-vocab.cpp:3012: GGML_ASSERT(id_to_token.size() == token_to_id.size()) failed"
 GDB = """[New LWP 101]

@@ -28,9 +28,9 @@ def both(host: int, first: int, second: int = 0) -> Memory:
 
 @dataclass(slots=True)
 class Account:
-    """A ledger on which whatever it demands happens at once, and a clock that ticks with each event."""
+    """A budget on which whatever it demands happens at once, and a clock that ticks with each event."""
 
-    ledger: MemoryBudget = field(default_factory=lambda: MemoryBudget(CAPACITY))
+    budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(CAPACITY))
     now: float = 0.0
     granted: dict[str, LoadOption] = field(default_factory=dict[str, LoadOption])
     refused: list[str] = field(default_factory=list[str])
@@ -38,34 +38,34 @@ class Account:
 
     def settle(self) -> MemoryActions:
         self.now += 1
-        verdicts = self.ledger.settle(self.now)
-        self.granted |= verdicts.granted
-        for name in verdicts.refused:
+        actions = self.budget.settle(self.now)
+        self.granted |= actions.granted
+        for name in actions.refused:
             self.refused.append(name)
-            self.ledger.release(name)
-        for name in verdicts.unload:
+            self.budget.release(name)
+        for name in actions.unload:
             self.unloaded.append(name)
-            self.ledger.release(name)
-        return self.settle() if verdicts.unload else verdicts
+            self.budget.release(name)
+        return self.settle() if actions.unload else actions
 
     def ask(self, name: str, estimated: Estimated, *, pinned: bool = False, keep: float = math.inf) -> MemoryActions:
-        self.ledger.enter(name, self.now, pinned=pinned, keep=keep)
-        self.ledger.estimate(name, estimated)
+        self.budget.enter(name, self.now, pinned=pinned, keep=keep)
+        self.budget.estimate(name, estimated)
         return self.settle()
 
     def load(self, name: str, estimated: Estimated, *, pinned: bool = False, keep: float = math.inf) -> None:
         self.ask(name, estimated, pinned=pinned, keep=keep)
         assert name in self.granted, f"{name} should have been let in"
-        self.ledger.loaded(name, self.now)
+        self.budget.loaded(name, self.now)
 
     def serve(self, name: str) -> None:
         self.now += 1
-        self.ledger.use(name)
-        self.ledger.disuse(name, self.now)
+        self.budget.begin_use(name)
+        self.budget.end_use(name, self.now)
 
     @property
     def names(self) -> list[str]:
-        return [entry.name for entry in self.ledger]
+        return [reservation.name for reservation in self.budget]
 
 
 def test_two_loads_cannot_have_the_same_bytes() -> None:
@@ -97,13 +97,13 @@ def test_a_small_one_stays_where_unloading_a_later_one_alone_makes_room() -> Non
 def test_who_is_busy_finishes_first_and_takes_no_more() -> None:
     account = Account()
     account.load("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.ask("b", takes(60))
     assert account.refused == account.unloaded == []
     assert "b" not in account.granted
-    (a, _) = account.ledger
+    (a, _) = account.budget
     assert a.leaving
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
     assert account.unloaded == ["a"]
     assert "b" in account.granted
@@ -112,12 +112,12 @@ def test_who_is_busy_finishes_first_and_takes_no_more() -> None:
 def test_who_loads_is_let_load_and_serve_before_it_makes_room() -> None:
     account = Account()
     account.ask("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.ask("b", takes(60))
-    account.ledger.loaded("a", account.now)
+    account.budget.loaded("a", account.now)
     account.settle()
     assert account.unloaded == []
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
     assert (account.unloaded, list(account.granted)) == (["a"], ["a", "b"])
 
@@ -125,7 +125,7 @@ def test_who_loads_is_let_load_and_serve_before_it_makes_room() -> None:
 def test_idle_ones_go_before_busy_ones() -> None:
     account = Account()
     account.load("busy", takes(40))
-    account.ledger.use("busy")
+    account.budget.begin_use("busy")
     account.load("idle", takes(40))
     account.ask("new", takes(55))
     assert account.unloaded == ["idle"]
@@ -135,13 +135,13 @@ def test_idle_ones_go_before_busy_ones() -> None:
 def test_a_later_one_goes_ahead_where_it_fits_beside_all_before_it() -> None:
     account = Account()
     account.load("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.ask("large", takes(85))
     account.ask("small", takes(20))
     assert list(account.granted) == ["a"]
     account.ask("other", takes(0, 50))
     assert list(account.granted) == ["a", "other"]
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
     assert list(account.granted) == ["a", "other", "large"]
 
@@ -156,30 +156,30 @@ def test_a_refusal_tells_both_numbers_and_the_smallest_change_of_each_setting_th
         LoadOption(settings={"slots": 1}, host=71),
         LoadOption(settings={"cache_type_k": "q8_0", "cache_type_v": "q8_0"}, host=60),
     )
-    account.ledger.enter("new", 0)
-    account.ledger.estimate("new", Estimated(choices=(LoadOption(host=120, device=20),), remedies=remedies))
-    refusal = account.ledger.settle(1).refused["new"]
+    account.budget.enter("new", 0)
+    account.budget.estimate("new", Estimated(choices=(LoadOption(host=120, device=20),), remedies=remedies))
+    refusal = account.budget.settle(1).refused["new"]
     assert (refusal.needed, refusal.room) == (both(120, 20), both(70, 50, 30))
     assert refusal.message("org/new", "cuda") == (
         "org/new needs 120 bytes of memory, and at most 70 can be freed for it here; with n_ctx = 1024, or "
-        'cache_type_k = "q8_0" and cache_type_v = "q8_0" in [cuda] of its card it would fit'
+        'cache_type_k = "q8_0" and cache_type_v = "q8_0" in [cuda] of its model card it would fit'
     )
 
 
 def test_a_refusal_without_a_remedy_says_so() -> None:
     account = Account()
-    account.ledger.enter("new", 0)
-    account.ledger.estimate("new", takes(10, 60))
-    message = account.ledger.settle(1).refused["new"].message("org/new", "mlx")
+    account.budget.enter("new", 0)
+    account.budget.estimate("new", takes(10, 60))
+    message = account.budget.settle(1).refused["new"].message("org/new", "mlx")
     assert "needs 60 bytes of memory on CUDA0, and at most 50 can be freed" in message
-    assert "no setting of [mlx] in its card would make it fit" in message
+    assert "no setting of [mlx] in its model card would make it fit" in message
 
 
 def test_each_device_is_an_account_of_its_own() -> None:
     account = Account()
     account.load("first", takes(10, CUDA0=50), pinned=True)
     account.load("second", takes(10, CUDA1=30), pinned=True)
-    assert account.ledger.free == Memory(80)
+    assert account.budget.free == Memory(80)
     account.ask("third", takes(10, CUDA1=1))
     assert account.refused == ["third"]
 
@@ -187,9 +187,9 @@ def test_each_device_is_an_account_of_its_own() -> None:
 def test_what_does_not_say_which_device_takes_the_first() -> None:
     account = Account()
     account.load("first", takes(10, 45))
-    assert account.ledger.reserved == both(10, 45)
+    assert account.budget.reserved == both(10, 45)
     account.load("named", takes(10, 2, CUDA0=3, CUDA1=4))
-    assert account.ledger.reserved == both(20, 50, 4)
+    assert account.budget.reserved == both(20, 50, 4)
 
 
 def test_who_has_nothing_of_what_is_short_stays() -> None:
@@ -219,21 +219,21 @@ def test_a_refusal_names_each_device_that_is_short_and_the_devices_on_which_it_w
         LoadOption(settings={"devices": ["CUDA0"]}, host=5, devices={"CUDA0": 30}),
     )
     choice = LoadOption(host=5, devices={"CUDA0": 40, "CUDA1": 10})
-    account.ledger.enter("new", 0)
-    account.ledger.estimate("new", Estimated(choices=(choice,), remedies=remedies))
-    message = account.ledger.settle(1).refused["new"].message("org/new", "cuda")
+    account.budget.enter("new", 0)
+    account.budget.estimate("new", Estimated(choices=(choice,), remedies=remedies))
+    message = account.budget.settle(1).refused["new"].message("org/new", "cuda")
     assert message == (
         "org/new needs 40 bytes of memory on CUDA0, and at most 30 can be freed for it and "
         "10 bytes of memory on CUDA1, and at most 5 can be freed for it here; "
-        'with devices = ["CUDA0"] in [cuda] of its card it would fit'
+        'with devices = ["CUDA0"] in [cuda] of its model card it would fit'
     )
 
 
 def test_a_device_that_is_not_there_has_no_memory() -> None:
     account = Account()
-    account.ledger.enter("new", 0)
-    account.ledger.estimate("new", takes(10, CUDA7=1))
-    message = account.ledger.settle(1).refused["new"].message("org/new", "cuda")
+    account.budget.enter("new", 0)
+    account.budget.estimate("new", takes(10, CUDA7=1))
+    message = account.budget.settle(1).refused["new"].message("org/new", "cuda")
     assert "needs 1 bytes of memory on CUDA7, and at most 0 can be freed" in message
 
 
@@ -270,7 +270,7 @@ def test_what_is_left_open_takes_the_free_memory_and_unloads_others_for_enough(
     account.ask("auto", AUTO)
     assert account.unloaded == unloaded
     assert account.granted["auto"].settings == {"n_ctx": n_ctx}
-    assert account.ledger.reserved.fits(CAPACITY)
+    assert account.budget.reserved.fits(CAPACITY)
 
 
 def test_what_is_left_open_makes_do_with_less_where_others_are_pinned() -> None:
@@ -283,29 +283,29 @@ def test_what_is_left_open_makes_do_with_less_where_others_are_pinned() -> None:
 def test_the_measured_value_replaces_the_estimate_and_keeps_what_comes_later() -> None:
     account = Account()
     account.load("a", takes(60, 20, later_host=10, later_device=5))
-    account.ledger.measure("a", 45, {"CUDA0": 12})
-    assert account.ledger.reserved == both(55, 17)
-    account.ledger.measure("a", 50, None)
-    assert account.ledger.reserved == both(55, 17)
-    account.ledger.measure("a", 58, {"CUDA0": 18, "CUDA1": 3})
-    assert account.ledger.reserved == both(58, 18, 3)
+    account.budget.measure("a", 45, {"CUDA0": 12})
+    assert account.budget.reserved == both(55, 17)
+    account.budget.measure("a", 50, None)
+    assert account.budget.reserved == both(55, 17)
+    account.budget.measure("a", 58, {"CUDA0": 18, "CUDA1": 3})
+    assert account.budget.reserved == both(58, 18, 3)
 
 
 def test_devices_that_nobody_can_ask_keep_their_estimate() -> None:
     account = Account()
     account.load("a", takes(60, 20, later_device=5))
-    account.ledger.measure("a", 45, None)
-    assert account.ledger.reserved == both(45, 20)
+    account.budget.measure("a", 45, None)
+    assert account.budget.reserved == both(45, 20)
 
 
 def test_a_model_that_took_more_than_it_said_does_not_let_others_in_until_there_is_room() -> None:
     account = Account()
     account.load("a", takes(40))
-    account.ledger.measure("a", 95, {})
-    account.ledger.use("a")
+    account.budget.measure("a", 95, {})
+    account.budget.begin_use("a")
     account.ask("b", takes(20))
     assert "b" not in account.granted
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
     assert account.unloaded == ["a"]
     assert "b" in account.granted
@@ -315,34 +315,34 @@ def test_who_is_not_used_for_its_time_is_unloaded() -> None:
     account = Account()
     account.load("a", takes(10), keep=100)
     account.load("b", takes(10))
-    expires = account.ledger.next_expiry()
+    expires = account.budget.next_expiry()
     assert 100 <= expires < account.now + 100
     account.now = expires - 2
     account.settle()
     assert account.unloaded == []
     account.settle()
     assert account.unloaded == ["a"]
-    assert account.ledger.next_expiry() == math.inf
+    assert account.budget.next_expiry() == math.inf
 
 
 def test_who_is_in_use_does_not_expire_and_begins_anew_when_it_no_longer_is() -> None:
     account = Account()
     account.load("a", takes(10), keep=0)
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.now += 1000
     account.settle()
     assert account.unloaded == []
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
     assert account.unloaded == ["a"]
 
 
 def test_without_a_capacity_everything_fits() -> None:
-    ledger = MemoryBudget()
+    budget = MemoryBudget()
     for name in "abc":
-        ledger.enter(name, 0)
-        ledger.estimate(name, takes(1 << 60))
-    assert list(ledger.settle(0).granted) == ["a", "b", "c"]
+        budget.enter(name, 0)
+        budget.estimate(name, takes(1 << 60))
+    assert list(budget.settle(0).granted) == ["a", "b", "c"]
 
 
 # --- evictions that are revoked, bounded and spaced ---
@@ -351,14 +351,14 @@ def test_without_a_capacity_everything_fits() -> None:
 def test_an_eviction_is_revoked_when_the_waiter_is_gone() -> None:
     account = Account()
     account.load("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.ask("b", takes(60))
-    (a, _) = account.ledger
+    (a, _) = account.budget
     assert a.leaving
-    account.ledger.release("b")
+    account.budget.release("b")
     account.settle()
     assert not a.leaving
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
     assert account.unloaded == []
 
@@ -366,14 +366,14 @@ def test_an_eviction_is_revoked_when_the_waiter_is_gone() -> None:
 def test_who_waits_and_is_wanted_by_nobody_any_more_evicts_nobody() -> None:
     account = Account()
     account.load("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.ask("b", takes(60))
-    account.ledger.use("b")
+    account.budget.begin_use("b")
     account.settle()
-    account.ledger.disuse("b", account.now)
+    account.budget.end_use("b", account.now)
     account.settle()
     assert account.unloaded == ["b"]
-    (a,) = account.ledger
+    (a,) = account.budget
     assert not a.leaving
 
 
@@ -381,12 +381,12 @@ def test_an_eviction_is_revoked_when_other_memory_becomes_free() -> None:
     account = Account()
     account.load("a", takes(50))
     account.load("c", takes(50))
-    account.ledger.use("a")
-    account.ledger.use("c")
+    account.budget.begin_use("a")
+    account.budget.begin_use("c")
     account.ask("b", takes(50))
-    (a, c, _) = account.ledger
+    (a, c, _) = account.budget
     assert (a.leaving, c.leaving) == (True, False)
-    account.ledger.release("c")
+    account.budget.release("c")
     account.settle()
     assert not a.leaving
     assert "b" in account.granted
@@ -397,26 +397,26 @@ def test_who_is_evicted_is_not_spared_for_having_ended_one_of_its_requests() -> 
     account.load("a", takes(50))
     account.load("c", takes(50))
     for name in ("a", "a", "c"):
-        account.ledger.use(name)
+        account.budget.begin_use(name)
     account.ask("b", takes(50))
-    account.ledger.disuse("a", account.now)
+    account.budget.end_use("a", account.now)
     account.settle()
-    (a, c, _) = account.ledger
+    (a, c, _) = account.budget
     assert (a.leaving, c.leaving) == (True, False)
 
 
 def test_requests_keep_others_waiting_for_the_drain_limit_and_no_longer() -> None:
     account = Account(MemoryBudget(CAPACITY, drain=10))
     account.load("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     began = account.now + 1
     account.ask("b", takes(60))
-    assert account.ledger.next_expiry() == began + 10
+    assert account.budget.next_expiry() == began + 10
     account.now = began + 8
     assert account.settle().displace == ()
     assert account.settle().displace == ("a",)
     assert account.settle().displace == ()
-    account.ledger.release("a")
+    account.budget.release("a")
     account.settle()
     assert "b" in account.granted
 
@@ -424,11 +424,11 @@ def test_requests_keep_others_waiting_for_the_drain_limit_and_no_longer() -> Non
 def test_the_time_that_a_runner_takes_to_load_is_not_that_of_its_requests() -> None:
     account = Account(MemoryBudget(CAPACITY, drain=10))
     account.ask("a", takes(60))
-    account.ledger.use("a")
+    account.budget.begin_use("a")
     account.ask("b", takes(60))
     account.now += 100
     assert account.settle().displace == ()
-    account.ledger.loaded("a", account.now)
+    account.budget.loaded("a", account.now)
     assert account.settle().displace == ()
     account.now += 10
     assert account.settle().displace == ("a",)
@@ -437,8 +437,8 @@ def test_the_time_that_a_runner_takes_to_load_is_not_that_of_its_requests() -> N
 def test_requests_of_a_runner_that_is_dismissed_keep_others_waiting_no_longer_either() -> None:
     account = Account(MemoryBudget(CAPACITY, drain=10))
     account.load("a", takes(60))
-    account.ledger.use("a")
-    account.ledger.leave("a")
+    account.budget.begin_use("a")
+    account.budget.dismiss("a")
     account.now += 100
     assert account.settle().displace == ()
     account.ask("b", takes(60))
@@ -457,15 +457,15 @@ def test_two_models_that_alternate_stay_for_a_while_each() -> None:
                 continue
             name = f"{kind}-{len(loads)}"
             if name not in account.names:
-                account.ledger.enter(name, account.now, kind=kind)
-                account.ledger.use(name)
-                account.ledger.estimate(name, takes(60))
+                account.budget.enter(name, account.now, kind=kind)
+                account.budget.begin_use(name)
+                account.budget.estimate(name, takes(60))
             account.settle()
             if name in account.granted:
                 resident = name
                 loads.append(account.now)
-                account.ledger.loaded(name, account.now)
-                account.ledger.disuse(name, account.now)
+                account.budget.loaded(name, account.now)
+                account.budget.end_use(name, account.now)
     assert len(loads) > 10
     assert loads[1] - loads[0] < 5, "a model that was not evicted before has no privilege"
     assert all(later - earlier >= 10 for earlier, later in pairwise(loads[2:]))
@@ -488,7 +488,7 @@ def test_a_timer_is_set_for_the_end_of_a_stay() -> None:
     loaded = account.now
     account.ask("b", takes(60))
     assert account.unloaded == ["a", "b"]
-    assert account.ledger.next_expiry() == loaded + 10
+    assert account.budget.next_expiry() == loaded + 10
     account.now = loaded + 9
     account.settle()
     assert account.unloaded == ["a", "b", "a"]
@@ -502,7 +502,7 @@ class Lives:
     """Lives of models. What is demanded of a runner happens some events later, or it dies before."""
 
     def __init__(self) -> None:
-        self.ledger = MemoryBudget(CAPACITY)
+        self.budget = MemoryBudget(CAPACITY)
         self.now = 0.0
         self.born = 0
         self.told: list[str] = []
@@ -513,29 +513,29 @@ class Lives:
         match event:
             case "load":
                 self.born += 1
-                pinned = number % 11 == 0 and not any(each.pinned for each in self.ledger)
+                pinned = number % 11 == 0 and not any(each.pinned for each in self.budget)
                 keep = 3.0 if number % 5 == 0 and not pinned else math.inf
-                self.ledger.enter(f"model-{self.born}", self.now, pinned=pinned, keep=keep)
-                self.ledger.estimate(f"model-{self.born}", self.wants(number))
+                self.budget.enter(f"model-{self.born}", self.now, pinned=pinned, keep=keep)
+                self.budget.estimate(f"model-{self.born}", self.wants(number))
             case "loaded":
-                self.each(number, "loading", lambda entry: self.ledger.loaded(entry.name, self.now))
+                self.each(number, "loading", lambda reservation: self.budget.loaded(reservation.name, self.now))
             case "measured":
-                self.each(number, "loaded", lambda entry: self.measure(entry, number))
+                self.each(number, "loaded", lambda reservation: self.measure(reservation, number))
             case "request":
-                found = [each for each in self.ledger if not each.leaving]
+                found = [each for each in self.budget if not each.leaving]
                 if found:
-                    self.ledger.use(found[number % len(found)].name)
+                    self.budget.begin_use(found[number % len(found)].name)
             case "answered":
-                found = [each for each in self.ledger if each.users]
+                found = [each for each in self.budget if each.users]
                 if found:
-                    self.ledger.disuse(found[number % len(found)].name, self.now)
+                    self.budget.end_use(found[number % len(found)].name, self.now)
             case "stop":
-                self.each(number, "loaded", lambda entry: self.ledger.leave(entry.name))
+                self.each(number, "loaded", lambda reservation: self.budget.dismiss(reservation.name))
             case "death":
                 self.any(number, self.release)
             case _:
                 if self.told:
-                    self.ledger.release(self.told.pop(number % len(self.told)))
+                    self.budget.release(self.told.pop(number % len(self.told)))
         self.settle()
 
     def wants(self, number: int) -> Estimated:
@@ -552,85 +552,85 @@ class Lives:
                 return takes(host)
 
     def each(self, number: int, state: str, act: Callable[[Reservation], None]) -> None:
-        found = [each for each in self.ledger if each.state == state]
+        found = [each for each in self.budget if each.state == state]
         if found:
             act(found[number % len(found)])
 
     def any(self, number: int, act: Callable[[Reservation], None]) -> None:
-        found = list(self.ledger)
+        found = list(self.budget)
         if found:
             act(found[number % len(found)])
 
-    def measure(self, entry: Reservation, number: int) -> None:
+    def measure(self, reservation: Reservation, number: int) -> None:
         share = (50 + number % 51) / 100
-        devices = {name: int(size * share) for name, size in entry.reserved.devices.items()}
-        self.ledger.measure(entry.name, int(entry.reserved.host * share), devices)
+        devices = {name: int(size * share) for name, size in reservation.reserved.devices.items()}
+        self.budget.measure(reservation.name, int(reservation.reserved.host * share), devices)
 
-    def release(self, entry: Reservation) -> None:
-        if entry.name in self.told:
-            self.told.remove(entry.name)
-        self.ledger.release(entry.name)
+    def release(self, reservation: Reservation) -> None:
+        if reservation.name in self.told:
+            self.told.remove(reservation.name)
+        self.budget.release(reservation.name)
 
     def settle(self) -> None:
         self.now += 1
-        stayed = {each.name for each in self.ledger if not each.leaving}
-        verdicts = self.ledger.settle(self.now)
-        for name in verdicts.unload:
-            entry = self.ledger.entry(name)
-            assert entry is not None
-            assert entry.users == 0
-            assert entry.state == "loaded" or entry.abandoned
+        stayed = {each.name for each in self.budget if not each.leaving}
+        actions = self.budget.settle(self.now)
+        for name in actions.unload:
+            reservation = self.budget.reservation(name)
+            assert reservation is not None
+            assert reservation.users == 0
+            assert reservation.state == "loaded" or reservation.abandoned
             assert name not in self.told, "a runner is told to end once"
             self.told.append(name)
-        for name in verdicts.refused:
-            self.ledger.release(name)
+        for name in actions.refused:
+            self.budget.release(name)
         self.check_sent_away(stayed)
         self.check_line()
-        for name, size in self.ledger.reserved.by_account().items():
+        for name, size in self.budget.reserved.by_account().items():
             assert 0 <= size <= CAPACITY.by_account()[name], f"too much {name} is given"
-        held = sum((each.reserved for each in self.ledger if each.state in ("loading", "loaded")), Memory())
-        assert held == self.ledger.reserved, "who waits holds nothing"
+        held = sum((each.reserved for each in self.budget if each.state in ("loading", "loaded")), Memory())
+        assert held == self.budget.reserved, "who waits holds nothing"
 
     def check_sent_away(self, stayed: set[str]) -> None:
         """Of those that leave from now on to make room, each is needed, and none is pinned."""
         sent = [
             each
-            for each in self.ledger
+            for each in self.budget
             if each.leaving and each.name in stayed and each.keep == math.inf and not each.abandoned
         ]
         if not sent:
             return
         assert not any(each.pinned for each in sent)
-        coming = self.ledger.free + sum((each.reserved for each in self.ledger if each.leaving), Memory())
-        first = next(each for each in self.ledger if each.state == "waiting" and not each.leaving)
+        coming = self.budget.free + sum((each.reserved for each in self.budget if each.leaving), Memory())
+        first = next(each for each in self.budget if each.state == "waiting" and not each.leaving)
         assert first.estimated is not None
-        needed = self.ledger.need(first.estimated.choices[0])
+        needed = self.budget.need(first.estimated.choices[0])
         for each in sent:
             assert not needed.fits(coming - each.reserved), f"{each.name} was sent away without need"
 
     def check_line(self) -> None:
         """The first in line will fit once those that leave have left, so that nobody waits for nothing."""
-        first = next((each for each in self.ledger if each.state == "waiting" and not each.leaving), None)
+        first = next((each for each in self.budget if each.state == "waiting" and not each.leaving), None)
         if first is not None and first.estimated is not None:
-            leaving = sum((each.reserved for each in self.ledger if each.leaving), Memory())
-            assert self.ledger.need(first.estimated.choices[0]).fits(self.ledger.free + leaving)
+            leaving = sum((each.reserved for each in self.budget if each.leaving), Memory())
+            assert self.budget.need(first.estimated.choices[0]).fits(self.budget.free + leaving)
 
     def end(self) -> None:
         """All requests end and all loads succeed, so everybody in line gets its turn; then everything is given back."""
         for _ in range(3 * self.born + 3):
-            for entry in list(self.ledger):
-                while entry.users:
-                    self.ledger.disuse(entry.name, self.now)
-                if entry.state == "loading":
-                    self.ledger.loaded(entry.name, self.now)
+            for reservation in list(self.budget):
+                while reservation.users:
+                    self.budget.end_use(reservation.name, self.now)
+                if reservation.state == "loading":
+                    self.budget.loaded(reservation.name, self.now)
             self.settle()
             for name in self.told:
-                self.ledger.release(name)
+                self.budget.release(name)
             self.told.clear()
-        assert all(each.state == "loaded" for each in self.ledger), "somebody waits for ever"
-        for entry in list(self.ledger):
-            self.ledger.release(entry.name)
-        assert self.ledger.reserved == Memory()
+        assert all(each.state == "loaded" for each in self.budget), "somebody waits for ever"
+        for reservation in list(self.budget):
+            self.budget.release(reservation.name)
+        assert self.budget.reserved == Memory()
 
 
 @settings(max_examples=300, deadline=None)
@@ -661,10 +661,10 @@ def test_least_recently_used_first(held: list[Memory], wanted: Memory) -> None:
     for number, amount in enumerate(held):
         account.ask(str(number), takes(amount.host, **amount.devices))
         if str(number) in account.granted:
-            account.ledger.loaded(str(number), account.now)
-    before = {entry.name: (entry.last_used, entry.reserved) for entry in account.ledger}
+            account.budget.loaded(str(number), account.now)
+    before = {reservation.name: (reservation.last_used, reservation.reserved) for reservation in account.budget}
     account.unloaded.clear()
-    free = account.ledger.free
+    free = account.budget.free
     account.ask("new", takes(wanted.host, **wanted.devices))
     gone = set(account.unloaded)
     room = free + sum((before[name][1] for name in gone), Memory())

@@ -29,7 +29,7 @@ from exo.worker.protocol.messages import (
     Usage,
 )
 from exo.worker.protocol.wire import encode
-from exo.worker.supervisor.pending_events import RequestEvent, RequestEvents
+from exo.worker.supervisor.pending import RequestEvent, RequestEvents
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.watchdog import Deadlines
 from tests.fake_runner import COMMAND, expected_text
@@ -200,7 +200,7 @@ async def test_a_load_that_fails_keeps_the_runners_code_and_message(log: Path) -
 
 async def test_a_program_that_says_nothing_is_ended(log: Path) -> None:
     async with started(log, script("import time; time.sleep(1000)"), Deadlines(handshake=0.2)) as process:
-        with pytest.raises(RunnerError, match=r"said nothing within 0\.2 seconds") as caught:
+        with pytest.raises(RunnerError, match=r"sent nothing within 0\.2 seconds") as caught:
             await process.ready()
         assert caught.value.failed.code == "runner_died"
 
@@ -447,12 +447,12 @@ async def test_a_stopped_runner_is_missed_and_ended(log: Path) -> None:
             *_, last = await collect(events)
         assert isinstance(last, Failed)
         assert last.code == "runner_died"
-        assert "said nothing for 2 seconds" in last.message
+        assert "sent nothing for 2 seconds" in last.message
 
 
 async def test_a_runner_that_stops_while_it_loads_is_missed_and_ended(log: Path) -> None:
     async with started(log, says(IDLE, LOADING), Deadlines(loading=1)) as process:
-        assert "said nothing for 1 seconds" in (await process.ended()).message
+        assert "sent nothing for 1 seconds" in (await process.ended()).message
 
 
 @pytest.mark.parametrize("requests", [{"active": 1, "waiting": 0}, {"active": 0, "waiting": 1}])
@@ -518,7 +518,10 @@ RUNNING = encode(Status(state="Running"))
         ([IDLE, LOADING, LOADED, LOADING], "it went from Loaded to Loading"),
         ([IDLE, LOADING, LOADED, encode(Status(state="Ready"))], "capabilities must come with the first Ready"),
         ([IDLE, LOADING, LOADED, READY, RUNNING, RUNNING], "it went from Running to Running"),
-        ([IDLE, LOADING, LOADED, READY, encode(PrefillProgress(id="x", processed=0, total=1))], "spoke of request 'x'"),
+        (
+            [IDLE, LOADING, LOADED, READY, encode(PrefillProgress(id="x", processed=0, total=1))],
+            "sent an event of request 'x'",
+        ),
         ([IDLE, b'{"type":"status","state":"Loading","mood":"good"}\n'], "mood"),
     ],
 )
@@ -551,7 +554,7 @@ async def test_a_second_terminal_event_is_a_protocol_error(log: Path) -> None:
         async with process.generate(ask("one", max_tokens=None)) as events:
             assert isinstance((await collect(events))[-1], Finished)
         failed = await process.ended()
-    assert failed.message.startswith("the runner was ended: it spoke of request 'one'")
+    assert failed.message.startswith("the runner was ended: it sent an event of request 'one'")
 
 
 async def test_half_a_line_at_the_end_is_the_runners_death_and_not_its_message(log: Path) -> None:

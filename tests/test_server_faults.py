@@ -43,20 +43,20 @@ async def test_an_unexpected_error_ends_the_runner_that_it_is_about_and_no_other
             assert again is not failing
             await again.ready()
             assert await finishes(again)
-    assert "the server failed in its dealings with a runner" in caplog.text
+    assert "the server failed while it handled a runner" in caplog.text
     assert psutil.Process().children(recursive=True) == []
 
 
 SERVER = """
 import anyio
-from exo.worker import instances
+from exo.worker.supervisor import pool
 from tests import fake_serve
 
 async def fail(self):
     await anyio.sleep(0.5)
     raise LookupError("as ordered")
 
-instances.Instances.{method} = fail
+pool.RunnerPool.{method} = fail
 fake_serve.main()
 """
 

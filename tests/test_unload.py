@@ -124,7 +124,7 @@ async def test_a_pinned_model_stays_and_the_other_is_refused_with_both_numbers_a
 async def test_a_refusal_names_the_context_that_would_fit(tmp_path: Path) -> None:
     async with machine(tmp_path, 1) as instances:
         process = instances.acquire(ANEW, large("new", 1 << 20, memory_per_token=1 << 19))
-        with pytest.raises(RunnerError, match=r"with n_ctx = 1024 in \[cuda\] of its card it would fit"):
+        with pytest.raises(RunnerError, match=r"with n_ctx = 1024 in \[cuda\] of its model card it would fit"):
             await process.ready()
         await request(instances, large("new", 1 << 20, memory_per_token=1 << 19, n_ctx=1024), "1")
 

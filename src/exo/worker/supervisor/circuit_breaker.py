@@ -1,4 +1,4 @@
-"""How a runner fares with a model, over all its processes: when it may start again, and when it is to be avoided."""
+"""How often a runner has failed with a model: when it may start again, and when another runner is preferred."""
 
 from dataclasses import dataclass
 
@@ -8,31 +8,28 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
 FAILURES_TO_AVOID = 3
 AVOIDED_SECONDS = 60.0
-"""How long another engine is preferred to one that keeps failing, before that is tried again."""
+"""How long another runner is preferred before this one is tried again."""
 
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Failures in a row, that is without a token in between. Times are on the clock of the caller, in seconds.
+    """Counts failures in a row, without a token in between. Times are on the caller's clock, in seconds.
 
     A first failure may be an accident, so the next process starts at once. After the second there is a pause, which
-    doubles with each further one. A token that is computed forgives it all.
+    doubles with each further failure. A computed token resets it.
     """
 
     failures: int = 0
-    deaths: int = 0
-    """Failures in all, which no token makes undone."""
-    last: Failed | None = None
-    """Why it failed last, kept after it has worked again."""
+    deaths: int = 0  # never reset
+    last: Failed | None = None  # the last failure, kept after the runner has worked again
     last_at: float = 0.0
-    """When that was."""
     _paused_until: float = 0.0
     _avoided_until: float = 0.0
 
     def failed(self, failed: Failed, now: float, jitter: float, *, lasting: bool = False) -> None:
-        """Counts a process that ended. ``jitter``, 0 to 1, takes up to half of the pause off, so that models differ.
+        """Counts a failed process. ``jitter``, 0 to 1, shortens the pause by up to a half, so that models spread out.
 
-        ``lasting`` if the next one will most likely fail alike, as it does where a file is torn or memory too small.
+        ``lasting``: the next process would most likely fail alike, as with a damaged file or too little memory.
         """
         self.failures += 1
         self.deaths += 1
@@ -44,7 +41,7 @@ class CircuitBreaker:
             self._avoided_until = now + AVOIDED_SECONDS
 
     def worked(self) -> None:
-        """Forgives all failures."""
+        """Resets it."""
         self.failures = 0
         self._paused_until = self._avoided_until = 0.0
 
@@ -53,5 +50,5 @@ class CircuitBreaker:
         return max(0.0, self._paused_until - now)
 
     def avoided(self, now: float) -> bool:
-        """Whether another engine should serve the model, if there is one."""
+        """Whether another runner should serve the model, if there is one."""
         return now < self._avoided_until

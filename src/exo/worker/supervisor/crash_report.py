@@ -1,9 +1,24 @@
-"""Why a runner died, in words for whoever has to mend it."""
+"""Standard error of a runner: a log file, and the cause of death that its last lines give."""
 
+import fcntl
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import BinaryIO, final
 
 from exo.worker.protocol.messages import Failed
+
+_LOG_BYTES = 8 << 20
+_UNWRITTEN_BYTES = 8 << 20
+"""Data that may wait for a slow disk. The file lacks the rest."""
+_LOG_CLOSE_SECONDS = 1.0
+_TAIL_BYTES = 32 << 10
+_SHOWN_CHARACTERS = 4 << 10
+_TAIL_LINES = 20
 
 _DEVICE_MEMORY = (
     "cudamalloc failed",
@@ -17,52 +32,111 @@ _HOST_MEMORY = (
     "unable to allocate",
     "failed to allocate",
     "cannot allocate memory",
-    "memory allocation of",  # as Rust's allocator says it, in which MLX's tokenizers are written
+    "memory allocation of",  # Rust's allocator, and with it MLX's tokenizers
     "out of memory",
 )
 _NO_DRIVER = ("cuda driver version is insufficient", "no cuda-capable device", "cuda_error_no_device")
 _DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access was encountered")
 
 _ASSERTION = re.compile(r"^(?:\S*/)?([^/\s]+:\d+): (.*(?:GGML_ASSERT|Assertion|GGML_ABORT).*)$", re.MULTILINE)
-"""A failed assertion of ggml's or llama.cpp's, behind its place in the source."""
+"""A failed assertion of ggml's or llama.cpp's, after its place in the source."""
 _BACKTRACE = re.compile(
     r"#\d+ |\[New LWP|\[Thread debugging|Using host libthread_db|\[Inferior |This GDB |Enable debuginfod|"
     r"Debuginfod has been|To make this setting|warning: \d+\t|\d+\tin |WARNING: Using native backtrace|"
     r"\S+\(\S*\+0x[0-9a-f]+\) ?\[0x|0x[0-9a-f]+ in |Function\(s\) matching|\d+\t\S+: No such file"
 )
-"""How the lines begin that debuggers, and ggml where it prints the stack itself, write."""
+"""How the lines of debuggers begin, and those of ggml's own backtrace."""
 
 
-def without_backtrace(lines: Iterable[str]) -> list[str]:
-    """The lines that say what happened, without those that list where the program was."""
+@final
+class StderrLog:
+    """Appends a child's standard error to a file, which is emptied at 8 MiB, and keeps the end in memory.
+
+    A thread writes the file, so that a slow disk cannot block the event loop. If another process writes the same log,
+    this one goes to a file with a number in its name. Raises ``OSError`` if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _open_alone(path)
+        self._tail = b""
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queued = 0  # bytes; the event loop's thread is the only writer
+        self._done = 0  # bytes; the log's thread is the only writer
+        self._thread = Thread(target=self._write_all, name="runner log", daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes) -> None:
+        """Never blocks. A full or slow disk loses lines of the file, and nothing else."""
+        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+        if self._queued - self._done <= _UNWRITTEN_BYTES:
+            self._queued += len(data)
+            self._queue.put(data)
+
+    def last_lines(self) -> str:
+        """At most the last 20 lines and 4 KiB, without a debugger's backtrace."""
+        lines = _without_backtrace(self._tail.decode(errors="replace").splitlines())
+        return "\n".join(lines[-_TAIL_LINES:])[-_SHOWN_CHARACTERS:]
+
+    def close(self) -> None:
+        """Has the queued data written and the file closed; waits at most a second. ``last_lines`` still works."""
+        self._queue.put(None)
+        self._thread.join(_LOG_CLOSE_SECONDS)
+
+    def _write_all(self) -> None:
+        while (data := self._queue.get()) is not None:
+            with suppress(OSError):
+                if self._file.tell() > _LOG_BYTES:
+                    self._file.truncate(0)
+                self._file.write(data)
+            self._done += len(data)
+        self._file.close()
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Opens a log for appending: ``path``, or the first of ``name-server-2.log`` and so on that nobody has open."""
+    for number in count(1):
+        own = path if number == 1 else path.with_stem(f"{path.stem}-server-{number}")
+        file = own.open("ab", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        except OSError:
+            pass  # a file system without locks
+        return file
+    raise AssertionError  # count never ends
+
+
+def _without_backtrace(lines: Iterable[str]) -> list[str]:
     return [line for line in lines if not _BACKTRACE.match(line)]
 
 
 def diagnose(how: str, stderr: str) -> Failed:
-    """The failure of a runner that left no word of its own.
+    """The failure of a runner that did not report one itself.
 
-    ``how`` goes on from "the runner", as in "exited with code 1"; ``stderr`` are the last lines of its standard error,
-    or nothing.
+    ``how`` is the predicate of "the runner", such as "exited with code 1". ``stderr`` is the end of its standard error.
     """
     low = stderr.lower()
 
-    def says(*signs: str) -> bool:
+    def mentions(*signs: str) -> bool:
         return any(sign in low for sign in signs)
 
-    code, plain = "runner_died", ""
-    if says(*_DEVICE_MEMORY):
+    code, cause = "runner_died", ""
+    if mentions(*_DEVICE_MEMORY):
         code = "out_of_memory"
-        plain = "; the GPU ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
-    elif says(*_NO_DRIVER):
-        plain = "; the NVIDIA driver is missing or older than this CUDA needs"
-    elif says(*_DEVICE):
-        plain = "; the GPU reported an error, after which nothing that it computes can be trusted"
-    elif says(*_HOST_MEMORY):
+        cause = "; the GPU ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
+    elif mentions(*_NO_DRIVER):
+        cause = "; the NVIDIA driver is missing, or too old for this version of CUDA: update the driver"
+    elif mentions(*_DEVICE):
+        cause = "; the GPU reported an error, after which its results cannot be trusted"
+    elif mentions(*_HOST_MEMORY):
         code = "out_of_memory"
-        plain = "; this machine ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
+        cause = "; this machine ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
     elif how == "was killed by SIGKILL":
-        plain = ", which the kernel does when memory runs out"
-    if not plain and (failed := _ASSERTION.search(stderr)) is not None:
-        plain = f"; {failed[2]} ({failed[1]})"
+        cause = ", which the kernel does when memory runs out"
+    if not cause and (failed := _ASSERTION.search(stderr)) is not None:
+        cause = f"; {failed[2]} ({failed[1]})"
     last_lines = f"; the end of its standard error:\n{stderr}" if stderr else ""
-    return Failed(code=code, message=f"the runner {how}{plain}{last_lines}")
+    return Failed(code=code, message=f"the runner {how}{cause}{last_lines}")

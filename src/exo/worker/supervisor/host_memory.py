@@ -11,7 +11,7 @@ import psutil
 
 from exo.worker.host import Host
 from exo.worker.supervisor.host_probe import query_nvml
-from exo.worker.supervisor.memory_budget import Memory
+from exo.worker.supervisor.memory import Memory
 
 _MARGIN, _LARGEST_MARGIN = 0.1, 4 << 30
 """The part of the RAM left to everything else: a share, and a limit in bytes."""

@@ -1,11 +1,10 @@
-"""One runner process of the server's, with what it was started for and what is to be told of it."""
+"""One runner process of this server, with the model card that started it."""
 
+import asyncio
 import hashlib
 import json
 import time
 from dataclasses import dataclass, field
-
-import anyio
 
 from exo.cards.card import ModelCard
 from exo.worker.protocol.messages import CpuUse, Failed, LoadOption, Status
@@ -18,86 +17,67 @@ from exo.worker.supervisor.state_machine import ENDINGS
 
 
 def settings_digest(card: ModelCard, runner: str) -> str:
-    """Tells apart what a runner is told to load by different versions of a model card."""
+    """Identifies the settings with which a runner loads a card's model. An edit of the card changes it."""
     settings = json.dumps([card.engines.get(runner, {}), card.tasks], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceReport:
-    """One instance for whoever looks after the server. Times are in seconds since 1970."""
+    """One instance, for the operator. Times are in seconds since 1970."""
 
     now: LiveRunner
     card: ModelCard
-    """By which it was started."""
+    """The card that started it."""
     status: Status
     backend: str
     settings: str
-    """The digest of what it was told to load."""
+    """See ``settings_digest``."""
     pid: int | None
-    """None where there is no process any more, or not yet."""
+    """None before the process starts and after it ends."""
     started: float
     deaths: int
-    """Processes of this runner that failed with this model and these settings since the server started."""
+    """Failed processes of this runner, with this model and these settings, since the server started."""
     last_failure: Failed | None
-    """Of the last of them; what it says stays here after another has worked."""
+    """The last of their failures. It stays after another process has worked."""
     failed: float
-    """When that was."""
+    """The time of ``last_failure``."""
     pause: float
     """Seconds until this runner may be started again with this model; 0 if it runs or may be started now."""
     tokens_per_second: float
     cpu: CpuUse | None
-    """How it uses the CPU; None where it does not, or does not tell."""
     reserved: Memory
-    """On the account of memory; nothing until it may load."""
+    """Empty until it may load."""
     measured: Memory | None
-    """What it has, by the last look; None until it has loaded."""
+    """None until it has loaded."""
     pinned: bool
     time_left: float | None
-    """Seconds until it is unloaded if nobody uses it from now on; None if it is not."""
+    """Seconds until it is unloaded if nobody uses it from now on; None for never."""
 
 
 Kind = tuple[str, str, str]
-"""Model id, runner, and the digest of its settings."""
+"""Model id, runner, and the digest of its settings. Each kind has a circuit breaker."""
 
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """A runner process. ``process`` is set by whoever starts it, before anything else is done with this."""
+    """A runner process. The pool sets ``process`` right after it has made the instance."""
 
     id: str
     runner: str
     card: ModelCard
-    """By which it was started; there may be a newer one, or none, since then."""
+    """The card that started it. It may have changed or gone since."""
     settings: str
-    """The digest of what it is told to load, by that card."""
     backend: str
     started: float
     """In seconds since 1970."""
     process: RunnerProcess = field(init=False)
-    decision: LoadOption | RunnerError | None = None
-    """Whether it may load, once that is known."""
-    decided: anyio.Event = field(default_factory=anyio.Event)
-
-    def decide(self, decision: LoadOption | RunnerError) -> None:
-        """Lets it load, or not. Once."""
-        self.decision = decision
-        self.decided.set()
-
-    async def admission(self) -> LoadOption:
-        """Waits until it may load. Raises ``RunnerError`` if it may not."""
-        await self.decided.wait()
-        match self.decision:
-            case LoadOption() as choice:
-                return choice
-            case RunnerError() as error:
-                raise error
-            case None:
-                raise AssertionError("decided without a decision")
+    decision: asyncio.Future[LoadOption | RunnerError] = field(default_factory=asyncio.Future[LoadOption | RunnerError])
+    """The memory budget's decision: what it may load, or why it may not."""
 
     @property
     def model_id(self) -> str:
-        """The card's."""
+        """The card's model id."""
         return self.card.model_id
 
     @property
@@ -107,11 +87,11 @@ class Instance:
 
     @property
     def kind(self) -> Kind:
-        """What its health is kept by."""
+        """See ``Kind``."""
         return self.model_id, self.runner, self.settings
 
     def describe(self) -> LiveRunner:
-        """For the router."""
+        """The router's view of it."""
         process = self.process
         slots = process.capabilities.slots if process.capabilities else 0
         active = min(process.pending, slots)
@@ -126,8 +106,8 @@ class Instance:
             capabilities=process.capabilities,
         )
 
-    def report(self, now: float, health: CircuitBreaker, entry: Reservation | None) -> InstanceReport:
-        """``now`` is on the clock of ``health`` and ``entry``, which is its own on the account of memory."""
+    def report(self, now: float, breaker: CircuitBreaker, reservation: Reservation | None) -> InstanceReport:
+        """``now`` is on the clock of ``breaker`` and ``reservation``."""
         return InstanceReport(
             now=self.describe(),
             card=self.card,
@@ -136,14 +116,14 @@ class Instance:
             settings=self.settings,
             pid=self.process.pid,
             started=self.started,
-            deaths=health.deaths,
-            last_failure=health.last,
-            failed=time.time() - (now - health.last_at),
-            pause=health.pause(now),
+            deaths=breaker.deaths,
+            last_failure=breaker.last,
+            failed=time.time() - (now - breaker.last_at),
+            pause=breaker.pause(now),
             tokens_per_second=self.process.rate.per_second(now),
             cpu=self.process.cpu,
-            reserved=Memory() if entry is None else entry.reserved,
-            measured=None if entry is None else entry.measured,
-            pinned=entry is not None and entry.pinned,
-            time_left=None if entry is None else entry.time_left(now),
+            reserved=Memory() if reservation is None else reservation.reserved,
+            measured=None if reservation is None else reservation.measured,
+            pinned=reservation is not None and reservation.pinned,
+            time_left=None if reservation is None else reservation.time_left(now),
         )

@@ -1,4 +1,4 @@
-"""An amount of memory: the processors' and each device's, which cannot stand in for one another."""
+"""An amount of memory: RAM and each device's, which cannot replace one another."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import final
 
 HOST = "memory"
-"""The account of the processors' memory."""
+"""The name of the RAM's account."""
 UNKNOWN = "a device"
-"""The account of a device on a machine of which none is known."""
+"""The name of the device's account on a machine without known devices."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of the processors' memory, and of devices by name; of one that is not named, 0."""
+    """Bytes of RAM, and of devices by name. A device that is not named has 0."""
 
     host: int = 0
     devices: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -33,26 +33,25 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """Of all devices together."""
+        """All devices together."""
         return sum(self.devices.values())
 
     def by_account(self) -> dict[str, int]:
-        """What there is of each kind, the processors' under ``HOST``; nothing is left out."""
-        sizes = {HOST: self.host, **self.devices}
-        return {name: size for name, size in sizes.items() if size}
+        """Bytes by account, without the empty ones."""
+        return {name: size for name, size in {HOST: self.host, **self.devices}.items() if size}
 
     def fits(self, room: "Memory") -> bool:
-        """Whether there is room for it; what takes nothing of a kind fits even where too much of it is taken."""
+        """Whether ``room`` suffices. An account of which nothing is needed may be overdrawn."""
         return not self.beyond(room)
 
     def beyond(self, room: "Memory") -> list[tuple[str, int, int]]:
-        """Of each kind that there is too little of: its name, what is needed and what there is."""
+        """For each account without enough room: its name, the bytes needed and the bytes there."""
         there = room.by_account()
         sizes = [(name, size, max(0, there.get(name, 0))) for name, size in self.by_account().items()]
         return [each for each in sizes if each[1] > each[2]]
 
     def at_least(self, other: "Memory") -> "Memory":
-        """The larger of both, each kind by itself."""
+        """The larger of both on each account."""
         return self._with(other, max)
 
     def _with(self, other: "Memory", combine: Callable[[int, int], int]) -> "Memory":

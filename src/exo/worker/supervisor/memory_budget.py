@@ -1,12 +1,11 @@
-"""The accounts of memory for all runners: what each has reserved, who waits for how much, and who has to go. Pure.
+"""The memory budget of all runners: reservations, the queue for memory, and evictions. Pure.
 
-There is one account of the processors' memory and one of each device's. What holds: what is reserved on each is at most
-its capacity, but where a runner turns out to take more than its estimate; a pinned runner is never told to end, and one
-in use only when it has made others wait for the drain limit; and whoever waits gets its memory in the order of arrival,
-unless a later one fits beside all that came before it.
+RAM and each device have an account of their own. Three invariants hold:
 
-An eviction is decided anew each time: a runner that was to make room and is not idle yet stays if the room is no longer
-needed, because whoever waited has left or other memory has become free.
+- The reservations on an account do not exceed its capacity, unless a runner takes more than its estimate.
+- A pinned runner is never evicted, and one in use only after it has kept others waiting for the drain limit.
+- Waiting runners get their memory in order of arrival. A later one may load first only if it fits beside the memory
+  that all earlier ones wait for.
 """
 
 import math
@@ -19,18 +18,21 @@ from pydantic_core import to_json
 from exo.worker.protocol.messages import Estimated, LoadOption
 from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
 
+ALTERNATING_SECONDS = 60.0
+"""A model that is requested so soon after its eviction alternates with another one. Both then stay for a while."""
+
 
 @dataclass(frozen=True, slots=True)
 class DoesNotFit:
-    """Why a model cannot be loaded. ``room`` is what all that may be unloaded would leave free."""
+    """Why a model cannot be loaded. ``room`` is the memory that would be free without all unpinned runners."""
 
     needed: Memory
     room: Memory
     remedies: tuple[LoadOption, ...]
-    """Of each setting, the smallest change that would make it fit."""
+    """For each setting, the smallest change with which the model would fit."""
 
     def message(self, model_id: str, runner: str) -> str:
-        """For whoever asked for the model."""
+        """The error message for the client."""
         short = [
             f"{needed:,} bytes of {'memory' if name == HOST else f'memory on {name}'}, "
             f"and at most {room:,} can be freed for it"
@@ -38,69 +40,71 @@ class DoesNotFit:
         ]
         text = f"{model_id} needs {' and '.join(short)} here"
         if not self.remedies:
-            return f"{text}; no setting of [{runner}] in its card would make it fit"
+            return f"{text}; no setting of [{runner}] in its model card would make it fit"
         ways = (
             " and ".join(f"{key} = {to_json(value).decode()}" for key, value in each.settings.items())
             for each in self.remedies
         )
-        return f"{text}; with {', or '.join(ways)} in [{runner}] of its card it would fit"
-
-
-ALTERNATING_SECONDS = 60.0
-"""A model that is wanted again so soon after its eviction takes turns with another: then both stay for a while."""
+        return f"{text}; with {', or '.join(ways)} in [{runner}] of its model card it would fit"
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryActions:
-    """What is to be done now. Names are those of ``enter``."""
+    """What to do now, by reservation name."""
 
     granted: dict[str, LoadOption]
     refused: dict[str, DoesNotFit]
     unload: tuple[str, ...]
-    """To be ended now: nobody uses them. Each is named once."""
+    """End these: nobody uses them. Each is named once."""
     displace: tuple[str, ...] = ()
-    """To be ended now although they are used: others have waited for them long enough. Each is named once."""
+    """End these although they are in use: others have waited for the drain limit. Each is named once."""
 
 
 State = Literal["asking", "waiting", "loading", "loaded"]
-"""Of an entry: until its estimate is known, until it has its memory, until it has loaded, and then."""
+_TRANSITIONS: dict[State, tuple[State, ...]] = {
+    "asking": ("waiting", "loading"),  # loads at once, without an estimate, if nothing is counted
+    "waiting": ("loading",),
+    "loading": ("loaded",),
+    "loaded": (),
+}
+"""A reservation awaits its estimate, then its memory, then the end of the load. It may be released at any time."""
 
 
 @dataclass(slots=True)
 class Reservation:
-    """One runner on the account. Times are on the caller's clock, in seconds."""
+    """One runner's share of the budget. Times are on the caller's clock, in seconds."""
 
     name: str
     pinned: bool
     keep: float
-    """Seconds that it stays loaded without being used; infinity for ever."""
+    """Time that the model stays loaded without being used; infinity for ever."""
     last_used: float
     state: State = "asking"
     kind: str = ""
-    """What the next runner of the same model has as well."""
+    """The same for all runners of one model."""
     users: int = 0
     dismissed: bool = False
-    """It ends when nobody uses it, whatever others need."""
+    """It ends when it is idle, whatever others need."""
     evicting: float | None = None
-    """Since when it has been in the way of others; it ends when nobody uses it, if it still is."""
+    """Since when others have waited for its memory. ``settle`` decides anew each time whether they still do."""
     stays_until: float = -math.inf
-    """Until then it is not evicted."""
+    """It is not evicted before then."""
     returning: bool = False
-    """Its model was evicted just before, so it stays for a while once it has loaded."""
+    """Its model was evicted a moment ago, so it stays for a while once it has loaded."""
     abandoned: bool = False
-    """Whoever wanted it has left before it got its memory."""
+    """Its requests left before it got its memory."""
     ending: bool = False
     """It has been told to end."""
     estimated: Estimated | None = None
     reserved: Memory = field(default_factory=Memory)
     later: Memory = field(default_factory=Memory)
-    """Of what is reserved, what loading does not take yet."""
+    """The part of ``reserved`` that is allocated with the first request, not by loading."""
     measured: Memory | None = None
-    """What it takes by the last measurement."""
+    """The last measurement."""
 
     @property
     def leaving(self) -> bool:
-        """Whether nobody new may use it."""
+        """Whether it takes no new requests."""
         return self.dismissed or self.evicting is not None or self.ending
 
     @property
@@ -109,12 +113,17 @@ class Reservation:
         return self.users == 0 and (self.state == "loaded" or (self.state == "waiting" and self.abandoned))
 
     @property
+    def drains(self) -> bool:
+        """Whether its requests would keep others waiting."""
+        return self.state == "loaded" and self.users > 0 and not self.ending
+
+    @property
     def expires(self) -> float:
-        """When it is unloaded of itself; infinity if it is not."""
+        """When it is unloaded for lack of use; infinity if it is not."""
         return self.last_used + self.keep if self.idle and not self.leaving else math.inf
 
     def time_left(self, now: float) -> float | None:
-        """Until it is unloaded if nobody uses it from now on; None if it is not."""
+        """Seconds until it is unloaded if nobody uses it from now on; None for never."""
         if self.keep == math.inf:
             return None
         return max(0.0, self.expires - now) if self.idle and not self.leaving else self.keep
@@ -122,10 +131,10 @@ class Reservation:
 
 @final
 class MemoryBudget:
-    """``capacity`` None: nothing is counted and everything fits.
+    """With ``capacity`` None nothing is counted and everything fits.
 
-    ``residence``: how many seconds a model stays loaded that takes turns with another. ``drain``: how many seconds the
-    requests of a runner may keep others waiting for its memory.
+    ``residence`` is the time that a model stays loaded which alternates with another one, ``drain`` the time for which
+    a runner's requests may keep others waiting for its memory; both in seconds.
     """
 
     def __init__(self, capacity: Memory | None = None, residence: float = 0.0, drain: float = math.inf) -> None:
@@ -133,15 +142,13 @@ class MemoryBudget:
         self._residence = residence
         self._drain = drain
         self._settled = -math.inf
-        self._evicted: dict[str, float] = {}
-        """When a runner of each kind was evicted last."""
-        self._entries: dict[str, Reservation] = {}
-        self._line: list[Reservation] = []
-        """Those that wait for memory, in order of arrival."""
+        self._evicted: dict[str, float] = {}  # the time of the last eviction, by kind
+        self._reservations: dict[str, Reservation] = {}
+        self._queue: list[Reservation] = []  # those that wait for memory, in order of arrival
 
-    def need(self, choice: LoadOption) -> Memory:
-        """What a way to load takes."""
-        return Memory(choice.host, self._devices(choice.devices, choice.device))
+    def need(self, option: LoadOption) -> Memory:
+        """The memory that a load option takes."""
+        return Memory(option.host, self._devices(option.devices, option.device))
 
     def _devices(self, named: Mapping[str, int], first: int) -> dict[str, int]:
         known = self.capacity.devices if self.capacity is not None else ()
@@ -150,148 +157,156 @@ class MemoryBudget:
 
     @property
     def reserved(self) -> Memory:
-        """Of all runners."""
-        return sum((each.reserved for each in self._entries.values()), Memory())
+        """All reservations together."""
+        return sum((each.reserved for each in self), Memory())
 
     @property
     def free(self) -> Memory:
-        """What is not reserved; less than nothing where runners have taken more than they were to."""
+        """The memory without a reservation; negative where runners have taken more than their estimates."""
         assert self.capacity is not None
         return self.capacity - self.reserved
 
     @property
-    def waits(self) -> bool:
-        """Whether somebody waits for memory."""
-        return bool(self._line)
+    def has_waiters(self) -> bool:
+        """Whether a runner waits for memory."""
+        return bool(self._queue)
 
-    def entry(self, name: str) -> Reservation | None:
-        """A runner's, for reading."""
-        return self._entries.get(name)
+    def reservation(self, name: str) -> Reservation | None:
+        """For reading only."""
+        return self._reservations.get(name)
 
     def __iter__(self) -> Iterator[Reservation]:
-        return iter(self._entries.values())
+        return iter(self._reservations.values())
 
-    # --- what happens to a runner ---
+    # --- events of a runner ---
 
     def enter(self, name: str, now: float, *, kind: str = "", pinned: bool = False, keep: float = math.inf) -> None:
-        """Opens an entry, which holds no memory yet. Runners of the same model have the same ``kind``."""
-        assert name not in self._entries, f"{name} is on the account already"
+        """Opens an empty reservation. Runners of the same model have the same ``kind``."""
+        assert name not in self._reservations, f"{name} has a reservation"
         kind = kind or name
         returning = now - self._evicted.get(kind, -math.inf) < ALTERNATING_SECONDS or any(
             each.kind == kind and each.evicting is not None for each in self
         )
-        self._entries[name] = Reservation(name, pinned, keep, now, kind=kind, returning=returning)
+        self._reservations[name] = Reservation(name, pinned, keep, now, kind=kind, returning=returning)
+
+    def _change_state(self, reservation: Reservation, state: State) -> None:
+        """The only writer of the state."""
+        assert state in _TRANSITIONS[reservation.state], f"{reservation.name}: {reservation.state} to {state}"
+        reservation.state = state
 
     def estimate(self, name: str, estimated: Estimated) -> None:
-        """Puts a runner in line."""
-        entry = self._entries[name]
-        assert entry.state == "asking"
-        entry.state, entry.estimated = "waiting", estimated
-        self._line.append(entry)
+        """A runner has sent its estimate; it joins the queue for memory."""
+        reservation = self._reservations[name]
+        self._change_state(reservation, "waiting")
+        reservation.estimated = estimated
+        self._queue.append(reservation)
 
     def load(self, name: str) -> None:
-        """A runner loads without having been asked what it takes."""
-        entry = self._entries[name]
-        assert entry.state == "asking"
-        entry.state = "loading"
+        """A runner loads without an estimate."""
+        self._change_state(self._reservations[name], "loading")
 
     def loaded(self, name: str, now: float) -> None:
-        """A runner has its model in memory."""
-        entry = self._entries[name]
-        assert entry.state == "loading"
-        entry.state, entry.last_used = "loaded", now
-        if entry.returning:
-            entry.stays_until = now + self._residence
-        if entry.evicting is not None:
-            entry.evicting = now  # the time to load is not counted as that of its requests
+        """A runner has loaded its model."""
+        reservation = self._reservations[name]
+        self._change_state(reservation, "loaded")
+        reservation.last_used = now
+        if reservation.returning:
+            reservation.stays_until = now + self._residence
+        if reservation.evicting is not None:
+            reservation.evicting = now  # the drain limit is for its requests, not for its load
 
     def measure(self, name: str, host: int, devices: Mapping[str, int] | None) -> None:
-        """What a runner that has loaded takes replaces what was estimated, but for what it will take later.
+        """Replaces the estimate of a loaded runner by its measurement. ``devices`` is None if the driver cannot tell.
 
-        The first measurement says how good the estimate was; later ones can only show that it was too small. Where
-        nobody can tell what it takes on devices, None, the estimate stays.
+        The first measurement corrects the estimate either way. A later one only raises the reservation: memory that is
+        free for the moment will be needed again.
         """
-        entry = self._entries[name]
-        assert entry.state == "loaded"
-        estimated = entry.reserved - entry.later if entry.measured is None else entry.measured
-        taken = Memory(host, estimated.devices if devices is None else devices)
-        entry.reserved = (taken + entry.later) if entry.measured is None else entry.reserved.at_least(taken)
-        entry.measured = taken
+        reservation = self._reservations[name]
+        assert reservation.state == "loaded"
+        first = reservation.measured is None
+        before = reservation.reserved - reservation.later if reservation.measured is None else reservation.measured
+        taken = Memory(host, before.devices if devices is None else devices)
+        reservation.reserved = taken + reservation.later if first else reservation.reserved.at_least(taken)
+        reservation.measured = taken
 
-    def use(self, name: str) -> None:
-        """One more request needs a runner."""
-        self._entries[name].users += 1
-        self._entries[name].abandoned = False
+    def begin_use(self, name: str) -> None:
+        """A request needs a runner."""
+        self._reservations[name].users += 1
+        self._reservations[name].abandoned = False
 
-    def disuse(self, name: str, now: float) -> None:
-        """One request less does; of a runner that is gone, nothing."""
-        if (entry := self._entries.get(name)) is not None:
-            entry.users -= 1
-            entry.last_used = now
-            entry.abandoned = entry.users == 0 and entry.state in ("asking", "waiting") and not entry.pinned
+    def end_use(self, name: str, now: float) -> None:
+        """A request is done with a runner, which may be gone."""
+        if (reservation := self._reservations.get(name)) is not None:
+            reservation.users -= 1
+            reservation.last_used = now
+            unloaded = reservation.state in ("asking", "waiting")
+            reservation.abandoned = reservation.users == 0 and unloaded and not reservation.pinned
 
     def keep(self, name: str, seconds: float) -> None:
-        """How long a runner stays loaded without being used."""
-        self._entries[name].keep = seconds
+        """Sets how long a runner stays loaded without being used."""
+        self._reservations[name].keep = seconds
 
-    def leave(self, name: str) -> None:
-        """A runner is to end as soon as nobody uses it."""
-        self._entries[name].dismissed = True
+    def dismiss(self, name: str) -> None:
+        """Ends a runner as soon as it is idle."""
+        self._reservations[name].dismissed = True
 
     def release(self, name: str) -> None:
-        """A runner is gone, however it went."""
-        entry = self._entries.pop(name)
-        if entry in self._line:
-            self._line.remove(entry)
+        """A runner is gone, for whatever reason."""
+        reservation = self._reservations.pop(name)
+        if reservation in self._queue:
+            self._queue.remove(reservation)
 
-    # --- what follows from it ---
+    # --- decisions ---
 
     def next_expiry(self) -> float:
-        """When time alone changes what is to be done; infinity if it does not."""
-        times = [entry.expires for entry in self]
-        times += [entry.evicting + self._drain for entry in self if self._drains(entry) and entry.evicting is not None]
-        if self._line:
-            times += [entry.stays_until for entry in self if entry.stays_until > self._settled]
+        """When time alone makes ``settle`` decide otherwise; infinity for never."""
+        times = [each.expires for each in self]
+        times += [each.evicting + self._drain for each in self if each.drains and each.evicting is not None]
+        if self._queue:
+            times += [each.stays_until for each in self if each.stays_until > self._settled]
         return min(times, default=math.inf)
 
-    def _drains(self, entry: Reservation) -> bool:
-        """Whether its requests keep others waiting."""
-        return entry.state == "loaded" and entry.users > 0 and not entry.ending
-
     def settle(self, now: float) -> MemoryActions:
-        """What is to be done after something has happened, or a runner's time is over."""
+        """Decides what to do. Call it after every change, and at ``next_expiry``.
+
+        Evictions are decided anew on each call, from the queue as it is: a victim that has not been told to end stays
+        if its memory is no longer needed, because the waiter has left or other memory has become free. ``before``
+        carries the time since when each victim has been one, so that starting over does not restart the drain limit.
+        """
         self._settled = now
-        before = {entry.name: entry.evicting for entry in self if entry.evicting is not None}
-        for entry in self:
-            entry.dismissed = entry.dismissed or entry.expires <= now
-            entry.evicting = entry.evicting if entry.ending else None
+        before = {each.name: each.evicting for each in self if each.evicting is not None}
+        for each in self:
+            each.dismissed = each.dismissed or each.expires <= now
+            each.evicting = each.evicting if each.ending else None
         granted: dict[str, LoadOption] = {}
         refused: dict[str, DoesNotFit] = {}
+        # Memory that earlier waiters need. Later ones may not take it, or a large model would wait behind small ones
+        # for ever. Only the first waiter evicts: the next one may fit once that has its memory.
         ahead, first = Memory(), True
-        for entry in tuple(self._line):
-            assert entry.estimated is not None
-            choice, wanted = self._choice(entry.estimated, ahead), self._wanted(entry.estimated)
-            if choice is None and entry.abandoned:
-                entry.dismissed = True
-                self._line.remove(entry)
+        for waiter in tuple(self._queue):
+            assert waiter.estimated is not None
+            option, wanted = self._fitting(waiter.estimated, ahead), self._attainable(waiter.estimated)
+            if option is None and waiter.abandoned:
+                waiter.dismissed = (
+                    True  # it takes free memory, since the model may be wanted again, but evicts no other
+                )
+                self._queue.remove(waiter)
                 continue
-            if choice is None and wanted is None:
-                refused[entry.name] = self._refusal(entry.estimated)
-                self._line.remove(entry)
+            if option is None and wanted is None:
+                refused[waiter.name] = self._refusal(waiter.estimated)
+                self._queue.remove(waiter)
                 continue
-            if choice is None and first:
-                choice = self._make_room(entry.estimated, now, before)
-            if choice is not None:
-                granted[entry.name] = choice
-                self._grant(entry, choice)
+            if option is None and first:
+                option = self._make_room(waiter.estimated, now, before)
+            if option is not None:
+                granted[waiter.name] = option
+                self._grant(waiter, option)
             elif wanted is not None:
                 ahead += self.need(wanted)
                 first = False
         unload = [each for each in self if each.leaving and each.idle and not each.ending]
         displace = [
-            each
-            for each in self
-            if self._drains(each) and each.evicting is not None and each.evicting + self._drain <= now
+            each for each in self if each.drains and each.evicting is not None and each.evicting + self._drain <= now
         ]
         for each in (*unload, *displace):
             each.ending = True
@@ -301,28 +316,28 @@ class MemoryBudget:
             granted, refused, tuple(each.name for each in unload), tuple(each.name for each in displace)
         )
 
-    def _grant(self, entry: Reservation, choice: LoadOption) -> None:
-        self._line.remove(entry)
-        entry.state = "loading"
-        entry.reserved = self.need(choice)
-        entry.later = Memory(choice.later_host, self._devices(choice.later_devices, choice.later_device))
+    def _grant(self, waiter: Reservation, option: LoadOption) -> None:
+        self._queue.remove(waiter)
+        self._change_state(waiter, "loading")
+        waiter.reserved = self.need(option)
+        waiter.later = Memory(option.later_host, self._devices(option.later_devices, option.later_device))
 
-    def _choice(self, estimated: Estimated, ahead: Memory) -> LoadOption | None:
-        """The best choice, of those that are enough, for which there is memory besides what others wait for."""
+    def _fitting(self, estimated: Estimated, ahead: Memory) -> LoadOption | None:
+        """The best option down to ``enough`` that fits into the free memory, less the memory of earlier waiters."""
         if self.capacity is None:
             return estimated.choices[0]
         room = self.free - ahead
         return next((each for each in estimated.choices[: estimated.enough + 1] if self.need(each).fits(room)), None)
 
-    def _wanted(self, estimated: Estimated) -> LoadOption | None:
-        """The best of those no better than enough that there could be memory for, all others gone."""
+    def _attainable(self, estimated: Estimated) -> LoadOption | None:
+        """The best option from ``enough`` on that would fit without all unpinned runners."""
         if self.capacity is None:
             return estimated.choices[0]
         most = self._most()
         return next((each for each in estimated.choices[estimated.enough :] if self.need(each).fits(most)), None)
 
     def _most(self) -> Memory:
-        """What is free once all that are not pinned have gone."""
+        """The memory that would be free without all unpinned runners."""
         assert self.capacity is not None
         return self.capacity - sum((each.reserved for each in self if each.pinned and not each.dismissed), Memory())
 
@@ -335,35 +350,45 @@ class MemoryBudget:
         return DoesNotFit(self.need(estimated.choices[-1]), most, tuple(changes.values()))
 
     def _make_room(self, estimated: Estimated, now: float, before: Mapping[str, float]) -> LoadOption | None:
-        """Has others leave, idle ones rather than busy ones; a choice, if it turns out that one fits already.
+        """Marks victims for the first waiter. Returns an option that fits already after all, if there is one.
 
-        ``before`` are those that were leaving for others until now, and since when. They go first, so that a runner is
-        not spared for having ended one of its requests.
+        Order of preference: a set of idle runners for any acceptable option comes before a set with busy ones, because
+        idle ones end at once and lose nothing. Among equals the least recently used goes first. But earlier victims
+        go before all others: a busy victim whose last request ends would otherwise look recently used, and its eviction
+        would start over with another one.
         """
         acceptable = estimated.choices[estimated.enough :]
         going = [each for each in self if each.leaving]
         free, coming = self.free, sum((each.reserved for each in going), Memory())
-        staying = [each for each in self if not each.leaving and not each.pinned and each.reserved != Memory()]
-        staying = [
-            each for each in staying if each.stays_until <= now and not (each.returning and each.state == "loading")
+        # A returning model keeps its memory while it loads and for its residence: two models that alternate would
+        # otherwise spend all their time loading.
+        victims = [
+            each
+            for each in self
+            if not (each.leaving or each.pinned or each.reserved == Memory())
+            and each.stays_until <= now
+            and not (each.returning and each.state == "loading")
         ]
-        staying.sort(key=lambda each: (each.name not in before, each.last_used))
-        idle = [each for each in staying if each.idle]
-        busy = [each for each in staying if not each.idle]
+        victims.sort(key=lambda each: (each.name not in before, each.last_used))
+        idle = [each for each in victims if each.idle]
+        busy = [each for each in victims if not each.idle]
         for candidates in (idle, [*idle, *busy]):
-            for choice in acceptable:
-                if self.need(choice).fits(free):
-                    return choice
-                victims = _victims(self.need(choice), free + coming, candidates)
-                if victims is not None:
-                    for each in (*victims, *going):
+            for option in acceptable:
+                if self.need(option).fits(free):
+                    return option
+                chosen = _fewest(self.need(option), free + coming, candidates)
+                if chosen is not None:
+                    for each in (*chosen, *going):  # the ones going are waited for, too: their drain limit runs
                         each.evicting = before.get(each.name, now)
                     return None
         return None
 
 
-def _victims(needed: Memory, room: Memory, candidates: Sequence[Reservation]) -> list[Reservation] | None:
-    """As few as needed of the first candidates, so that there is room; None if all of them are not enough."""
+def _fewest(needed: Memory, room: Memory, candidates: Sequence[Reservation]) -> list[Reservation] | None:
+    """The first candidates that together make room, without those that turn out unnecessary; None if all are too few.
+
+    The second pass is for several accounts: a candidate that freed the wrong device is spared.
+    """
     chosen: list[Reservation] = []
     for each in candidates:
         if needed.fits(room):

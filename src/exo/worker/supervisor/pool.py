@@ -1,5 +1,6 @@
-"""The runner processes of this server, by instance id; each model is loaded once, however many ask for it at once."""
+"""The runner processes of this server. Each model is loaded once, however many requests ask for it."""
 
+import asyncio
 import logging
 import math
 import random
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 OnMeasured = Callable[[ModelCard, str, Measurement], None]
 
 _MEASURE_SECONDS = 5.0
-"""Between two looks at how much memory the runners have."""
+"""Time between two measurements of the runners' memory."""
 
 
 def runner_commands() -> dict[str, tuple[str, ...]]:
@@ -47,11 +48,7 @@ def runner_commands() -> dict[str, tuple[str, ...]]:
 
 @final
 class RunnerPool:
-    """An asynchronous context: leaving it ends every runner.
-
-    ``models_directories`` are handed to the runners; each instance has its log in ``log_directory``. ``commands`` are
-    by runner name and default to ``runner_commands()``.
-    """
+    """An asynchronous context. Leaving it ends every runner."""
 
     def __init__(
         self,
@@ -65,34 +62,30 @@ class RunnerPool:
         residence_seconds: float = 0.0,
         evict_seconds: float = math.inf,
     ) -> None:
-        """``keep_seconds``: how long a model stays loaded without being used, where its card does not say.
+        """``models_directories`` are passed to the runners. ``commands``, by runner name, default to the real runners.
 
-        ``residence_seconds``: how long a model stays loaded that takes turns with another. ``evict_seconds``: how long
-        requests may keep others waiting for memory before they are put off.
-        ``on_measured`` gets what requests tell of the speed of a runner with the model of a card.
+        ``keep_seconds``: how long an unused model stays loaded, unless its card sets that. ``residence_seconds``: how
+        long a model stays loaded that alternates with another one. ``evict_seconds``: how long a runner's requests may
+        keep others waiting for its memory. ``on_measured`` gets each measurement of a runner's speed with a card.
         """
         self._models_directories = tuple(str(directory) for directory in models_directories)
         self._log_directory = log_directory
         self._commands = runner_commands() if commands is None else commands
         self._deadlines = deadlines
-        self._instances: dict[str, Instance] = {}
-        self._health: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
-        """``_run`` is its only writer. A corrected model card makes another kind, which starts at once."""
-        self._last_failed: dict[tuple[str, str], Instance] = {}
-        """The instance that failed last, by model id and runner; ``_run`` is its only writer."""
-        self._tasks: TaskGroup = anyio.create_task_group()
-        self._closed = False
-        self._ledger = MemoryBudget(None, residence_seconds, evict_seconds)
-        self._device_names: tuple[str, ...] = ()
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
+        self._instances: dict[str, Instance] = {}
+        self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
+        self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
+        self._last_failed: dict[tuple[str, str], Instance] = {}  # by model id and runner
+        self._device_names: tuple[str, ...] = ()
         self._n_cores = physical_cores()
-        self._in_flight = RequestCount()
-        """Requests of all runners."""
+        self._in_flight = RequestCount()  # the requests of all runners
+        self._tasks: TaskGroup = anyio.create_task_group()
         self._background = anyio.CancelScope()
-        self._changed = anyio.Event()
-        self._loaded = anyio.Event()
-        """Another runner has loaded, and is to be measured."""
+        self._changed = anyio.Event()  # the budget's next expiry may have changed
+        self._loaded = anyio.Event()  # another runner has loaded, and should be measured
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -108,14 +101,12 @@ class RunnerPool:
         return await self._tasks.__aexit__(kind, error, trace)
 
     def acquire(self, route: Route, card: ModelCard) -> RunnerProcess:
-        """The process of ``route.instance``, else one of this model and runner, else a new one that starts now.
+        """The process of ``route.instance``, else one of this model and runner, else a new one, which starts now.
 
-        An instance that was started by an older version of the card takes no more requests and ends after those that it
-        has.
-
-        Does not wait: see ``RunnerProcess.loading`` and ``ready``. A load belongs to no request, so it goes on when the
-        request that caused it is gone. A process that has failed is not given out again; the next caller starts
-        another. Raises ``RunnerError`` after ``close`` and, with ``retry_seconds``, where it has failed too often.
+        Never waits: see ``RunnerProcess.loading`` and ``ready``. A load belongs to no request, so it continues when the
+        request that caused it is gone. A failed process is not given out again. An instance that an older version of
+        the card started gets no new requests, and ends after those it has. Raises ``RunnerError`` after ``close`` and,
+        with ``retry_seconds``, after too many failures.
         """
         if self._closed:
             raise RunnerError(Failed(code="shutdown", message="the server is shutting down"))
@@ -128,51 +119,51 @@ class RunnerPool:
             instance = self._start(route, card, settings)
             for each in usable:
                 log.info("%s: the model card has changed; %s ends after its requests", card.model_id, each.id)
-                self._ledger.leave(each.id)
+                self._budget.dismiss(each.id)
             self._settle()
         return instance.process
 
     @contextmanager
     def using(self, process: RunnerProcess) -> Generator[None]:
-        """Keeps a process that ``acquire`` has just given from being unloaded while the context lasts."""
+        """Keeps a process that ``acquire`` has just returned from being unloaded."""
         name = next(each.id for each in self._instances.values() if each.process is process)
-        self._ledger.use(name)
+        self._budget.begin_use(name)
         try:
             yield
         finally:
-            self._ledger.disuse(name, anyio.current_time())
+            self._budget.end_use(name, anyio.current_time())
             self._settle()
 
     def set_capacity(self, capacity: Memory, device_names: Sequence[str] = ()) -> None:
-        """How much memory all runners may take; until this is told, they take what they like.
+        """Sets the memory that all runners may take. Until then it is unlimited.
 
-        ``device_names`` are those of NVIDIA devices, in the driver's order; see ``capacity.taken``. What they have is
-        measured again before each load, so a device that is known keeps its capacity here.
+        ``device_names`` are the NVIDIA devices in the driver's order; see ``host_memory.taken``. A known device keeps
+        its capacity here, because it is measured again before each load.
         """
-        known = (self._ledger.capacity or Memory()).devices
-        self._ledger.capacity = Memory(capacity.host, {**capacity.devices, **known})
+        known = (self._budget.capacity or Memory()).devices
+        self._budget.capacity = Memory(capacity.host, {**capacity.devices, **known})
         self._device_names = tuple(device_names)
         self._settle()
 
     def keep_alive(self, model_id: str, seconds: float) -> None:
-        """How long a model that is loaded, or about to be, stays so without being used, until it is unloaded.
+        """Sets how long a model stays loaded without being used: 0 not at all, infinity for ever.
 
-        0: not at all, infinity: for ever. What is pinned stays.
+        A pinned model stays.
         """
         for instance in self._instances.values():
-            entry = self._ledger.entry(instance.id)
-            if instance.model_id == model_id and entry is not None and not entry.pinned:
-                self._ledger.keep(instance.id, seconds)
+            reservation = self._budget.reservation(instance.id)
+            if instance.model_id == model_id and reservation is not None and not reservation.pinned:
+                self._budget.keep(instance.id, seconds)
         self._settle()
 
     async def unload(self, model_id: str, seconds: float) -> int:
-        """Ends a model's runners, after their requests, which have so many seconds; how many runners it had.
+        """Ends a model's runners and returns their number. Their requests have ``seconds`` to finish.
 
-        Whoever asks for the model from now on has it loaded again.
+        A new request for the model loads it again.
         """
         leaving = [each for each in self._instances.values() if each.model_id == model_id]
         for each in leaving:
-            self._ledger.leave(each.id)
+            self._budget.dismiss(each.id)
         self._settle()
         with anyio.move_on_after(seconds):
             for each in leaving:
@@ -183,17 +174,17 @@ class RunnerPool:
         return len(leaving)
 
     def avoided(self, card: ModelCard) -> frozenset[str]:
-        """The runners that keep failing with this model as its card is now, by name."""
+        """The names of the runners that keep failing with this version of the card."""
         now = anyio.current_time()
-        failing = [kind for kind, each in self._health.items() if kind[0] == card.model_id and each.avoided(now)]
+        failing = [kind for kind, each in self._breakers.items() if kind[0] == card.model_id and each.avoided(now)]
         return frozenset(runner for _, runner, settings in failing if settings == settings_digest(card, runner))
 
     def live(self) -> tuple[LiveRunner, ...]:
-        """Runners that load or serve, and how busy each is."""
+        """The runners that load or serve."""
         return tuple(each.describe() for each in self._instances.values() if self._takes_requests(each))
 
     def live_for(self, card: ModelCard) -> tuple[LiveRunner, ...]:
-        """What the router may choose from: those of the model that were started by its card as it is now."""
+        """Those that this version of the card started: the router's choice."""
         return tuple(
             each.describe()
             for each in self._instances.values()
@@ -203,37 +194,38 @@ class RunnerPool:
         )
 
     def reports(self) -> tuple[InstanceReport, ...]:
-        """Every instance and, of each model and runner that has failed and not worked since, the last one."""
+        """Every instance, and the last failed one of each model and runner that has not worked since."""
         there = {(each.model_id, each.runner) for each in self._instances.values()}
         failed = [each for which, each in self._last_failed.items() if which not in there]
-        return tuple(self._report(each) for each in (*self._instances.values(), *failed))
-
-    def _report(self, instance: Instance) -> InstanceReport:
-        return instance.report(anyio.current_time(), self._health[instance.kind], self._ledger.entry(instance.id))
+        now = anyio.current_time()
+        return tuple(
+            each.report(now, self._breakers[each.kind], self._budget.reservation(each.id))
+            for each in (*self._instances.values(), *failed)
+        )
 
     async def close(self) -> None:
-        """Ends all runners at once; returns when every process is reaped. Idempotent."""
+        """Ends all runners at once. Returns when every process is reaped. Idempotent."""
         self._closed = True
         async with anyio.create_task_group() as tasks:
             for each in self._instances.values():
                 tasks.start_soon(each.process.close)
 
     def kill(self) -> None:
-        """Ends all runners without asking them; ``close`` then need not wait."""
+        """Kills all runners, so that ``close`` need not wait."""
         self._closed = True
         for each in self._instances.values():
             each.process.kill()
 
     def _check_pause(self, kind: Kind) -> None:
         model_id, runner, _ = kind
-        health = self._health[kind]
-        seconds = health.pause(anyio.current_time())
-        if seconds and health.last is not None:
+        breaker = self._breakers[kind]
+        seconds = breaker.pause(anyio.current_time())
+        if seconds and breaker.last is not None:
             message = (
-                f"runner {runner} failed {health.failures} times in a row with {model_id} and is started again in "
-                f"{math.ceil(seconds)} s; the last time: {health.last.message}"
+                f"runner {runner} failed {breaker.failures} times in a row with {model_id} and is started again in "
+                f"{math.ceil(seconds)} s; the last failure: {breaker.last.message}"
             )
-            raise RunnerError(Failed(code=health.last.code, message=message), seconds)
+            raise RunnerError(Failed(code=breaker.last.code, message=message), seconds)
 
     def _start(self, route: Route, card: ModelCard, settings: str) -> Instance:
         names = (f"{card.model_id.replace('/', '--')}@{route.runner}-{number}" for number in count(1))
@@ -246,66 +238,65 @@ class RunnerPool:
             tasks=card.tasks,
         )
         instance = Instance(name, route.runner, card, settings, route.backend, time.time())
-
-        async def admit(estimated: Estimated) -> LoadOption:
-            return await self._admit(instance, estimated)
-
-        counted = self._ledger.capacity is not None
+        counted = self._budget.capacity is not None
         instance.process = RunnerProcess(
             self._commands[route.runner],
             load,
             self._log_directory / f"{name}.log",
             self._deadlines,
-            admit if counted else None,
+            partial(self._admit, instance) if counted else None,
             RequestTimer(self._in_flight, partial(self._on_measured, card, route.runner)),
             self._share_cores,
         )
         others = list(self._of(card.model_id, route.runner))
-        # Where memory is counted, an instance with other settings may go on beside this one if there is room for both.
+        # Where memory is counted, an instance with other settings may run beside this one if there is room for both.
         predecessors = [each.process for each in others if each.settings == settings or not counted]
         self._instances[name] = instance
         keep = math.inf if card.pinned else card.keep_seconds(self._keep_seconds)
         kind = f"{card.model_id}@{route.runner}"
-        self._ledger.enter(name, anyio.current_time(), kind=kind, pinned=card.pinned, keep=keep)
+        self._budget.enter(name, anyio.current_time(), kind=kind, pinned=card.pinned, keep=keep)
         if not counted:
-            self._ledger.load(name)
+            self._budget.load(name)
         self._tasks.start_soon(self._run, instance, predecessors)
         return instance
 
     async def _admit(self, instance: Instance, estimated: Estimated) -> LoadOption:
-        """See ``process.Admit``."""
+        """See ``runner_process.Admit``."""
         await self._measure_devices()
-        self._ledger.estimate(instance.id, estimated)
+        self._budget.estimate(instance.id, estimated)
         self._settle()
-        return await instance.admission()
+        decision = await asyncio.shield(instance.decision)  # if the process dies meanwhile, the budget may still decide
+        if isinstance(decision, RunnerError):
+            raise decision
+        return decision
 
     def _settle(self) -> None:
-        """Does what the account demands. To be called whenever something has changed on it."""
-        verdicts = self._ledger.settle(anyio.current_time())
-        for name, choice in verdicts.granted.items():
-            self._instances[name].decide(choice)
-        for name, refusal in verdicts.refused.items():
+        """Does what the memory budget decides. Call it after every change of the budget."""
+        actions = self._budget.settle(anyio.current_time())
+        for name, option in actions.granted.items():
+            self._instances[name].decision.set_result(option)
+        for name, refusal in actions.refused.items():
             instance = self._instances[name]
             message = refusal.message(instance.model_id, instance.runner)
-            instance.decide(RunnerError(Failed(code="out_of_memory", message=message)))
-        for name in verdicts.unload:
+            instance.decision.set_result(RunnerError(Failed(code="out_of_memory", message=message)))
+        for name in actions.unload:
             log.info("%s is unloaded", self._instances[name].model_id)
             self._tasks.start_soon(self._close, self._instances[name])
-        for name in verdicts.displace:
-            log.info("%s makes room for others, who have waited for its requests; they go on later", name)
+        for name in actions.displace:
+            log.info("%s is unloaded while it is in use: others have waited for its memory; its requests wait", name)
             self._instances[name].process.displace("its model was unloaded, because others waited for the memory")
-        self._call_off_successors()
+        self._cancel_successors()
         self._changed.set()
 
-    def _call_off_successors(self) -> None:
-        """Ends those that wait for an instance to end which stays after all; their requests go back to that."""
+    def _cancel_successors(self) -> None:
+        """Ends processes that wait for a predecessor's end when the predecessor stays; it gets their requests back."""
         staying = {each.kind for each in self._instances.values() if self._takes_requests(each) and each.process.began}
         for each in self._instances.values():
             if each.kind in staying and not each.process.began:
                 each.process.displace("its model stays loaded in another process")
 
     def _share_cores(self) -> None:
-        """Divides the cores among the runners that compute on them at the moment, so that threads need not wait."""
+        """Divides the cores among the runners that compute on them now, so that their threads do not contend."""
         busy = {
             name: each.process
             for name, each in self._instances.items()
@@ -315,26 +306,26 @@ class RunnerPool:
             busy[name].share_cores(share)
 
     async def _look_after(self) -> None:
-        """Unloads what has not been used for too long, and looks how much memory the runners have."""
+        """Settles the budget when time alone changes it, and measures the runners."""
         with self._background:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._measure_now_and_then)
+                tasks.start_soon(self._measure_regularly)
                 while True:
                     self._changed = anyio.Event()
-                    with anyio.move_on_after(max(0.0, self._ledger.next_expiry() - anyio.current_time())):
+                    with anyio.move_on_after(max(0.0, self._budget.next_expiry() - anyio.current_time())):
                         await self._changed.wait()
                         continue
                     self._settle()
 
-    async def _measure_now_and_then(self) -> None:
+    async def _measure_regularly(self) -> None:
         while True:
             with anyio.move_on_after(_MEASURE_SECONDS):
                 await self._loaded.wait()
             self._loaded = anyio.Event()
-            if self._ledger.waits:
+            if self._budget.has_waiters:
                 await self._measure_devices()
                 self._settle()
-            loaded = [each for each in self._ledger if each.state == "loaded"]
+            loaded = [each for each in self._budget if each.state == "loaded"]
             by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
             if by_pid:
                 try:
@@ -343,74 +334,75 @@ class RunnerPool:
                     log.exception("the memory of the runners could not be measured")
                     continue
                 for pid, amount in found.items():
-                    if self._ledger.entry(by_pid[pid].name) is by_pid[pid]:
-                        self._ledger.measure(by_pid[pid].name, amount.host, amount.devices)
+                    # The runner may have ended during the measurement, and another one may have its name now.
+                    if self._budget.reservation(by_pid[pid].name) is by_pid[pid]:
+                        self._budget.measure(by_pid[pid].name, amount.host, amount.devices)
                 self._settle()
 
     async def _measure_devices(self) -> None:
-        """Other programs take and free memory on devices; what is left for the runners is their capacity."""
-        capacity = self._ledger.capacity
+        """Updates the devices' capacity: other programs take and free memory there."""
+        capacity = self._budget.capacity
         if capacity is None or not any(self._device_names):
             return
         holders: dict[int, tuple[str, ...]] = {}
         for each in self._instances.values():
-            entry = self._ledger.entry(each.id)
-            if each.process.pid is not None and entry is not None:
-                holders[each.process.pid] = tuple(entry.reserved.devices)
+            reservation = self._budget.reservation(each.id)
+            if each.process.pid is not None and reservation is not None:
+                holders[each.process.pid] = tuple(reservation.reserved.devices)
         try:
             found = await run_sync(room, self._device_names, holders, abandon_on_cancel=True)
         except Exception:
             log.exception("the free memory of the devices could not be measured")
             return
         devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
-        self._ledger.capacity = Memory(capacity.host, devices)
+        self._budget.capacity = Memory(capacity.host, devices)
 
     def _takes_requests(self, instance: Instance) -> bool:
-        entry = self._ledger.entry(instance.id)
-        return instance.usable and entry is not None and not entry.leaving
+        reservation = self._budget.reservation(instance.id)
+        return instance.usable and reservation is not None and not reservation.leaving
 
     async def _close(self, instance: Instance) -> None:
         try:
             await instance.process.close()
         except Exception:
-            log.exception("%s could not be asked to end and is killed", instance.id)
+            log.exception("%s could not be shut down and is killed", instance.id)
             instance.process.kill()
 
     async def _run(self, instance: Instance, predecessors: Sequence[RunnerProcess]) -> None:
-        """The life of an instance. What goes wrong in it ends this instance and no other."""
-        process, health = instance.process, self._health[instance.kind]
+        """An instance's life, and the only writer of its circuit breaker. An error in it ends no other instance."""
+        process, breaker = instance.process, self._breakers[instance.kind]
 
-        async def recover() -> None:
+        async def note_output() -> None:
             await process.produced_output.wait()
-            health.worked()
+            breaker.worked()
             self._last_failed.pop((instance.model_id, instance.runner), None)
 
-        async def count() -> None:
+        async def note_load() -> None:
             with suppress(RunnerError):
                 await process.ready()
-                self._ledger.loaded(instance.id, anyio.current_time())
+                self._budget.loaded(instance.id, anyio.current_time())
                 self._loaded.set()
                 self._settle()
 
-        def note(failed: Failed) -> None:
-            if process.produced_output.is_set():
-                health.worked()
+        def note_end(failed: Failed) -> None:
+            if process.produced_output.is_set():  # ``note_output`` may not have run yet
+                breaker.worked()
             if failed.code != "shutdown" and not process.refused and not process.displaced:
                 self._last_failed[instance.model_id, instance.runner] = instance
-                told_why = process.capabilities is None and failed.code != "runner_died"
-                health.failed(failed, anyio.current_time(), random.random(), lasting=told_why)
+                lasting = process.capabilities is None and failed.code != "runner_died"  # it stated why it cannot load
+                breaker.failed(failed, anyio.current_time(), random.random(), lasting=lasting)
 
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(recover)
-                tasks.start_soon(count)
-                await process.run(after=predecessors, on_end=note)
+                tasks.start_soon(note_output)
+                tasks.start_soon(note_load)
+                await process.run(after=predecessors, on_end=note_end)
                 tasks.cancel_scope.cancel()
         except Exception:
-            log.exception("%s has ended by a mistake of the server's own", instance.id)
+            log.exception("%s has ended by an error of the server", instance.id)
         finally:
             del self._instances[instance.id]
-            self._ledger.release(instance.id)
+            self._budget.release(instance.id)
             self._settle()
 
     def _of(self, model_id: str, runner: str) -> Iterator[Instance]:

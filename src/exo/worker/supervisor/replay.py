@@ -1,7 +1,7 @@
-"""What is kept of a sequence so that another runner can go on where one died, and how often that is tried. Pure.
+"""The state with which a request continues on another runner, and how often it may. Pure.
 
-What holds: the text of the events taken so far and the text of the continuation are together the text of the
-undisturbed run, since a runner makes text from the tokens alone and ``Generate.delivered`` has every token taken.
+Invariant: the text of the events taken so far, and the text of the continuation, are together the text of an
+undisturbed run. A runner makes text from tokens alone, and ``Generate.delivered`` holds every token taken.
 """
 
 from dataclasses import dataclass, field
@@ -9,21 +9,22 @@ from dataclasses import dataclass, field
 from exo.worker.protocol.messages import Capabilities, Delta, ErrorCode, Failed, Generate, PromptLogprobs
 
 FRUITLESS_REPLAYS = 3
-"""How often in a row a request may be started again on one engine without that computing a token for anyone."""
+"""Replays in a row, on one kind of runner, of a request under which processes die before they compute any token."""
 
 UNLUCKY_REPLAYS = 16
-"""The same, where others got further: then the request may not be to blame, but it may, and each time costs them."""
+"""Replays of a request under which processes die that had computed tokens. Perhaps it is not to blame; but each death
+costs all other requests of the process a replay as well."""
 
 LONGEST_WAIT_SECONDS = 10.0
 """How long a request in flight waits for a runner that may not be started yet."""
 
 DEATHS: frozenset[ErrorCode] = frozenset({"runner_died", "engine_error", "out_of_memory"})
-"""Of a runner, not of a request: after these another process may do better."""
+"""Failures of a runner, not of a request: another process may succeed."""
 
 
 @dataclass(slots=True)
 class ReplayBudget:
-    """Replays left to a request. A token resets it, and so does another engine."""
+    """The replays left to a request. A token resets it, and so does a change of runner."""
 
     _fruitless: int = 0
     _unlucky: int = 0
@@ -39,9 +40,9 @@ class ReplayBudget:
         self._fruitless = self._unlucky = 0
 
     def allows_replay(self, runner: str, *, produced_output: bool) -> bool:
-        """Notes that ``runner`` died under the request; whether it may be tried again.
+        """Notes that ``runner`` died under the request; whether the request may be replayed.
 
-        ``produced_output`` if the process had computed a token, for this request or another.
+        ``produced_output``: the process had computed a token, for this request or another.
         """
         if runner != self._runner:
             self._fruitless = self._unlucky = 0
@@ -56,38 +57,37 @@ class ReplayBudget:
 
 @dataclass(slots=True)
 class Replay:
-    """One sequence, whichever runner computes it."""
+    """One sequence, over all its runners."""
 
     request: Generate
     budget: ReplayBudget = field(default_factory=ReplayBudget)
     _delivered: list[int] = field(default_factory=list[int])
-    _prompt_told: int = 0
-    """Tokens of the prompt whose log-probabilities are on their way."""
+    _prompt_told: int = 0  # tokens of the prompt whose log-probabilities were delivered
 
     def take(self, event: Delta) -> None:
-        """Notes what is on its way to the client."""
+        """Notes tokens that are delivered to the client."""
         self._delivered += event.tokens
         self.budget.progressed()
 
     def untold(self, event: PromptLogprobs) -> PromptLogprobs:
-        """What of this no runner before has told, which is now on its way to the client."""
+        """The part of the prompt's log-probabilities that no runner has delivered before; notes its delivery."""
         items = event.items[max(0, self._prompt_told - event.start) :]
         new = event.model_copy(update={"start": self._prompt_told, "items": items})
         self._prompt_told += len(items)
         return new
 
     def remainder(self) -> Generate:
-        """What a runner is to be asked for now."""
+        """The request for the next runner."""
         updates: dict[str, object] = {"delivered": (*self.request.delivered, *self._delivered)}
-        if self._delivered:  # after all of the prompt
+        if self._delivered:  # the prompt's log-probabilities precede the first token, so all were delivered
             updates["prompt_logprobs"] = None
         return self.request.model_copy(update=updates)
 
 
 def other_model(first: Capabilities, now: Capabilities) -> str | None:
-    """Why a request that one runner began cannot go on with another, whose model differs; None if it can.
+    """Why a request cannot continue on a runner with another model than its first runner's; None if it can.
 
-    The prompt was made by the first one's chat template, and the tokens delivered are of its vocabulary.
+    The first runner's chat template made the prompt, and the delivered tokens are of its vocabulary.
     """
     if first.vocabulary != now.vocabulary:
         return f"its vocabulary has {now.vocabulary} tokens instead of {first.vocabulary}"
@@ -99,11 +99,11 @@ def other_model(first: Capabilities, now: Capabilities) -> str | None:
 
 
 def _file(model: Capabilities) -> tuple[object, ...]:
-    """What one engine tells of a model's file, which is always the same."""
+    """What one engine reports of a model file, which is the same every time."""
     return model.model_bytes, model.special_tokens, model.special_ids, model.bos_token, model.eos_token
 
 
 def spent(failed: Failed) -> Failed:
     """The failure of a request whose budget is spent."""
-    message = f"the request was started again and again without getting further; at last {failed.message}"
+    message = f"the request was started again and again without progress; the last failure: {failed.message}"
     return failed.model_copy(update={"message": message})

@@ -1,5 +1,6 @@
-"""Measures a runner's speed by the requests that it has. Pure; times are on the caller's clock, in seconds."""
+"""Measures a runner's speed by its requests. Pure; times are on the caller's clock, in seconds."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -7,15 +8,45 @@ from typing import final
 from exo.worker.protocol.messages import Delta, Embedded, Event, Failed, Finished, Ranked, Tokenized
 from exo.worker.speed import Measurement
 
-_TELLING = 8
-"""Tokens after the first from which on a request tells something about speed."""
+WINDOW_SECONDS = 5.0
+_LEAST_TOKENS = 8
+"""Tokens after the first that a request needs to count as a measurement."""
 _DISTURBING = 0.25
-"""Requests of other runners, for each of this one's, from which on a measurement tells of them as well."""
+"""Requests of other runners, for each of this one's, that spoil a measurement: they share the hardware."""
+
+
+@final
+class TokenRate:
+    """Tokens a second over the last five seconds."""
+
+    def __init__(self) -> None:
+        self._counts: deque[tuple[float, int]] = deque()  # one entry for each tenth of a second with tokens
+        self._total = 0
+
+    def add(self, tokens: int, now: float) -> None:
+        """Counts tokens."""
+        if not self._counts or now - self._counts[-1][0] > 0.1:
+            self._forget(now)
+            self._counts.append((now, 0))
+        at, count = self._counts.pop()
+        self._counts.append((at, count + tokens))
+        self._total += tokens
+
+    def per_second(self, now: float) -> float:
+        """The rate over the window, or since its first token if that is less, but at least over a second."""
+        self._forget(now)
+        if not self._counts:
+            return 0.0
+        return self._total / max(1.0, now - self._counts[0][0])
+
+    def _forget(self, now: float) -> None:
+        while self._counts and now - self._counts[0][0] > WINDOW_SECONDS:
+            self._total -= self._counts.popleft()[1]
 
 
 @final
 class RequestCount:
-    """Requests in flight, now and added up over time."""
+    """Requests in flight, and their integral over time."""
 
     def __init__(self) -> None:
         self._now = 0
@@ -23,7 +54,7 @@ class RequestCount:
         self._at = 0.0
 
     def change(self, by: int, now: float) -> None:
-        """So many more, or less."""
+        """Adds ``by`` requests, which may be negative."""
         self._sum, self._at = self.over_time(now), now
         self._now += by
 
@@ -34,7 +65,7 @@ class RequestCount:
 
 @dataclass(slots=True)
 class _Start:
-    """What the counts were when a request began, and when its first tokens came."""
+    """The counts when a request began, and the arrival of its first tokens."""
 
     at: float
     mine: float
@@ -47,11 +78,10 @@ class _Start:
 
 @final
 class RequestTimer:
-    """The requests of one runner process. ``everyones`` counts those of every runner on the host.
+    """Times the requests of one runner process. ``everyones`` counts the requests of all runners on the host.
 
-    ``on_measured`` gets what each request that came to its end tells. Nothing is told by a process's first request,
-    which may find things cold, by requests of a few tokens, by those that another runner began, and where other
-    runners were too busy meanwhile.
+    ``on_measured`` gets a measurement from each finished request, except a process's first one, which finds things
+    cold, requests of a few tokens, those that another runner began, and those during which other runners were busy.
     """
 
     def __init__(self, everyones: RequestCount, on_measured: Callable[[Measurement], None]) -> None:
@@ -60,30 +90,29 @@ class RequestTimer:
         self._on_measured = on_measured
         self._tokens = 0
         self._open: dict[str, _Start] = {}
-        self._silent: set[str] = set()
-        """Those of ``_open`` that wait for their first token."""
+        self._awaiting_first: set[str] = set()  # those of ``_open`` without a token: most steps need not look further
         self._warm = False
 
     def begin(self, request: str, now: float, *, measured: bool) -> None:
-        """A request is sent to the runner; ``measured`` if it may tell how fast that is."""
+        """A request is sent to the runner. ``measured``: it may become a measurement."""
         mine, everyones = self._mine.over_time(now), self._everyones.over_time(now)
         self._open[request] = _Start(now, mine, everyones, self._tokens, measured)
         if measured:
-            self._silent.add(request)
+            self._awaiting_first.add(request)
         self._change(1, now)
 
     def deltas(self, items: Sequence[Delta], tokens: int, now: float) -> None:
-        """One step's output: ``tokens`` in all."""
+        """Takes one step's output, of ``tokens`` in all."""
         self._tokens += tokens
-        if self._silent:
+        if self._awaiting_first:
             for delta in items:
-                if delta.tokens and delta.id in self._silent:
-                    self._silent.discard(delta.id)
+                if delta.tokens and delta.id in self._awaiting_first:
+                    self._awaiting_first.discard(delta.id)
                     start = self._open[delta.id]
                     start.first, start.first_tokens = now, len(delta.tokens)
 
     def take(self, event: Event, now: float) -> None:
-        """Whatever else the runner says; what matters of it is that a request has ended."""
+        """Takes any other event; terminal ones count."""
         match event:
             case Finished(id=request, reason="stop" | "length", usage=usage):
                 if (start := self._open.get(request)) is not None:
@@ -97,13 +126,13 @@ class RequestTimer:
                 pass
 
     def close(self, now: float) -> None:
-        """The process is gone, and all its requests are."""
+        """Ends all requests: the process is gone."""
         for request in tuple(self._open):
             self._end(request, now)
 
     def _end(self, request: str, now: float) -> None:
         if self._open.pop(request, None) is not None:
-            self._silent.discard(request)
+            self._awaiting_first.discard(request)
             self._change(-1, now)
 
     def _change(self, by: int, now: float) -> None:
@@ -115,17 +144,11 @@ class RequestTimer:
         if not (warm and start.measured) or start.first is None:
             return
         after_first = tokens - start.first_tokens
-        if after_first < _TELLING or not start.at < start.first < now:
+        if after_first < _LEAST_TOKENS or not start.at < start.first < now:
             return
         seconds = now - start.at
         load = (self._mine.over_time(now) - start.mine) / seconds
         others = (self._everyones.over_time(now) - start.everyones) / seconds - load
         if others <= _DISTURBING * load:
-            self._on_measured(
-                Measurement(
-                    load=max(1.0, load),
-                    first=start.first - start.at,
-                    stream=after_first / (now - start.first),
-                    total=(self._tokens - start.tokens) / seconds,
-                )
-            )
+            first, total = start.first - start.at, (self._tokens - start.tokens) / seconds
+            self._on_measured(Measurement(max(1.0, load), first, after_first / (now - start.first), total))

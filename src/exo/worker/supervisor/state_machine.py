@@ -1,4 +1,4 @@
-"""What a runner has said, held against the contract: its state, what it can do, and the requests that it has."""
+"""A runner's state, capabilities and pending requests, checked against the protocol. Pure: no process, no pipe."""
 
 import asyncio
 import time
@@ -23,8 +23,7 @@ from exo.worker.protocol.messages import (
     Tokenized,
 )
 from exo.worker.supervisor.child_process import ProtocolError
-from exo.worker.supervisor.pending_events import RequestEvents
-from exo.worker.supervisor.pending_reply import PendingReply, UnaryReply
+from exo.worker.supervisor.pending import PendingReply, RequestEvents, UnaryReply
 
 ENDINGS: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
 _TRANSITIONS: dict[RunnerState, tuple[RunnerState, ...]] = {
@@ -36,101 +35,98 @@ _TRANSITIONS: dict[RunnerState, tuple[RunnerState, ...]] = {
     "Running": ("Ready", *ENDINGS),
     "ShuttingDown": ("Shutdown", "Failed"),
     "Shutdown": (),
-    "Failed": ("Failed",),  # said twice, as a Status and as a Failed without id, in either order
+    "Failed": ("Failed",),  # reported twice, as a Status and as a Failed without id, in either order
 }
-"""Every runner starts Idle, and its first line says so. What is not listed here is a protocol error."""
+"""Every runner starts Idle, and its first message is that state. Any other transition is a protocol error."""
 
 LOADING: tuple[RunnerState, ...] = ("Idle", "Loading", "Loaded", "WarmingUp")
 SERVING: tuple[RunnerState, ...] = ("Ready", "Running")
 FINAL: tuple[RunnerState, ...] = ("Shutdown", "Failed")
 
 Recipient = RequestEvents | PendingReply
-"""Where the events of one request go."""
+"""Takes the events of one request."""
 
 
 @final
 class RunnerStateMachine:
-    """With one runner, from its first word to its last. Knows of no process and no pipe.
-
-    ``step_seconds`` is how long a runner may compute nothing while it has requests, in a slot or waiting.
+    """``take`` is called with every event of the runner. ``step_seconds`` bounds the time in which a runner that has
+    requests, in a slot or waiting, computes no step.
     """
 
     def __init__(self, step_seconds: float) -> None:
         self.status = Status(state="Idle")
         self.capabilities: Capabilities | None = None
-        self.last_word: Failed | None = None
-        """Why the runner itself failed, if it said so."""
-        self.requests: dict[str, Recipient] = {}
-        """Those whose terminal event the runner still owes, by id."""
-        self.cpu: CpuUse | None = None
-        """From the last heartbeat."""
-        self.produced_output = asyncio.Event()
-        """Set with the first token or vector that the runner computes: it loads, and it works."""
+        self.failure: Failed | None = None  # the runner's own report of why it failed
+        self.requests: dict[str, Recipient] = {}  # those without a terminal event, by id
+        self.cpu: CpuUse | None = None  # from the last heartbeat
+        self.produced_output = asyncio.Event()  # the first token, vector or score: it loads, and it works
         self._step_seconds = step_seconds
-        self._steps = (-1, 0.0)
+        self._steps = (-1, 0.0)  # the last count of steps, and when it last changed
         self._changed = asyncio.Event()
 
     def loading(self) -> AsyncIterator[Status]:
-        """The status now and after each change, until the runner is ready or gone."""
+        """The status now and after each change, until the runner is ready or gone.
+
+        A slow reader misses statuses in between, never the last one. A cancelled wait loses nothing.
+        """
         return _Loading(self)
 
     async def status_after(self, seen: Status | None) -> Status:
-        """Waits until the status is another one than ``seen``."""
+        """Waits until the status is not ``seen`` any more."""
         while self.status is seen:
             await self._changed.wait()
         return self.status
 
     def take(self, event: Event) -> None:
-        """Acts on what the runner says. Raises ``ProtocolError`` for what the contract does not allow."""
+        """Acts on an event. Raises ``ProtocolError`` for one that the protocol does not allow now."""
         match event:
             case Deltas(items=items):
                 self.produced_output.set()
                 for delta in items:
                     self._stream(delta.id).put(delta)
             case PrefillProgress(id=request):
-                self._owed(request).put(event)
+                self._pending(request).put(event)
             case PromptLogprobs(id=request):
                 self._stream(request).put(event)
             case Finished(id=request) | Failed(id=str(request)):
-                self._owed(request).put(event)
+                self._pending(request).put(event)
                 del self.requests[request]
             case Embedded() | Ranked() | Tokenized():
-                self._take_answer(event)
+                self._take_reply(event)
             case Failed():
-                self.last_word = event
-                self.enter(Status(state="Failed"))
+                self.failure = event
+                self._enter(Status(state="Failed"))
             case Status():
-                self.enter(event)
+                self._enter(event)
             case Heartbeat():
-                self._on_heartbeat(event)
+                self._take_heartbeat(event)
             case Estimated():
-                raise ProtocolError("it told an estimate, which it was not asked for")
+                raise ProtocolError("it sent an estimate that was not requested")
 
-    def _take_answer(self, event: UnaryReply) -> None:
-        answer = self._owed(event.id)
-        if not isinstance(answer, PendingReply) or not isinstance(event, answer.kind):
+    def _take_reply(self, event: UnaryReply) -> None:
+        reply = self._pending(event.id)
+        if not isinstance(reply, PendingReply) or not isinstance(event, reply.kind):
             raise ProtocolError(f"it answered request {event.id!r} with {event.type!r}", event.id)
-        answer.put(event)
-        if isinstance(event, Tokenized):
-            if event.more:
-                return
-        else:
-            self.produced_output.set()
+        reply.put(event)
+        if not isinstance(event, Tokenized):
+            self.produced_output.set()  # tokenizing proves nothing about the weights
+        elif event.more:
+            return
         del self.requests[event.id]
 
     def _stream(self, request: str) -> RequestEvents:
-        events = self._owed(request)
+        events = self._pending(request)
         if not isinstance(events, RequestEvents):
-            raise ProtocolError(f"it streams to request {request!r}, which has one answer", request)
+            raise ProtocolError(f"it streams to request {request!r}, which takes a single reply", request)
         return events
 
-    def _owed(self, request: str) -> RequestEvents | PendingReply:
+    def _pending(self, request: str) -> Recipient:
         try:
             return self.requests[request]
         except KeyError:
-            raise ProtocolError(f"it spoke of request {request!r}, which it does not have") from None
+            raise ProtocolError(f"it sent an event of request {request!r}, which it does not have") from None
 
-    def enter(self, status: Status) -> None:
+    def _enter(self, status: Status) -> None:
         """The only writer of the state. Raises ``ProtocolError``."""
         if status.state not in _TRANSITIONS[self.status.state]:
             raise ProtocolError(f"it went from {self.status.state} to {status.state}")
@@ -142,8 +138,11 @@ class RunnerStateMachine:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _on_heartbeat(self, beat: Heartbeat) -> None:
-        """Raises ``ProtocolError`` for a loop that has something to compute and stands still."""
+    def _take_heartbeat(self, beat: Heartbeat) -> None:
+        """Raises ``ProtocolError`` if the runner has work and its loop makes no steps.
+
+        ``self.requests`` counts as work: a runner that lost a request reports neither active nor waiting sequences.
+        """
         self.cpu = beat.cpu
         steps, since = self._steps
         now = time.monotonic()
@@ -153,9 +152,9 @@ class RunnerStateMachine:
             raise ProtocolError(f"it has computed nothing for {self._step_seconds:g} seconds, with requests to serve")
 
     def end(self, failure: Failed) -> None:
-        """The runner is gone, and every request that it had has failed."""
+        """Fails every pending request: the process is gone."""
         if self.status.state not in FINAL:
-            self.enter(Status(state="Shutdown" if failure.code == "shutdown" else "Failed"))
+            self._enter(Status(state="Shutdown" if failure.code == "shutdown" else "Failed"))
         for request, recipient in self.requests.items():
             recipient.put(for_request(failure, request))
         self.requests.clear()
@@ -168,17 +167,17 @@ def for_request(failure: Failed, request: str | None) -> Failed:
 
 @final
 class _Loading(AsyncIterator[Status]):
-    """See ``RunnerStateMachine.loading``."""
+    """Not an asynchronous generator: cancelling a wait would end that."""
 
-    def __init__(self, conversation: RunnerStateMachine) -> None:
-        self._conversation = conversation
+    def __init__(self, machine: RunnerStateMachine) -> None:
+        self._machine = machine
         self._seen: Status | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Status:
-        status = await self._conversation.status_after(self._seen)
+        status = await self._machine.status_after(self._seen)
         if status.state not in LOADING:
             raise StopAsyncIteration
         self._seen = status
