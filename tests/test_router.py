@@ -238,7 +238,7 @@ def test_a_host_without_engine_is_told_the_remedy() -> None:
     assert (answer.code, answer.param) == ("runner_unavailable", "model")
     assert answer.message == (
         "no runner can serve me/model here: LlamaCppCuda needs runner cuda, which is not installed here; "
-        "LlamaCppCpu needs runner cuda, which is not installed here; no cuda library; to mend it: install cuda"
+        "LlamaCppCpu needs runner cuda, which is not installed here; no cuda library; to fix it: install cuda"
     )
 
 

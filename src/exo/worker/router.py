@@ -1,8 +1,8 @@
-"""The router: a pure function from what is asked and what there is to a runner, with an explanation.
+"""The router: a pure function from a request's needs and the state of the host to a runner, with an explanation.
 
-In order: the request's own wish, the card's ``runner``, the card's ``backends`` in their order, what the host really
-has, what the request needs, what keeps failing, what measured faster where that is preferred, and what is live and
-least loaded. Every step only narrows what the one before it left, so a request's wish never overrules the card.
+Its criteria, in order: the runner that the request names, the card's ``runner``, the card's ``backends`` in their
+order, the host's devices, the request's needs, repeated failures, measured speed where that is preferred, and load.
+Each one only narrows the choice that the one before it left, so a request never overrules its model card.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ RefusalCode = Literal[
 NEEDS: tuple[Need, ...] = get_args(Need)
 _GENERATION: tuple[Task, ...] = ("TextGeneration",)
 _TASKS: dict[Need, tuple[Task, ...]] = {"embeddings": ("TextEmbedding", *_GENERATION), "rerank": ("TextRanking",)}
-"""The tasks of which a card must have one, where a request is for something other than generated text."""
+"""For a request that does not generate text: the tasks of which its card must have one."""
 _READY: tuple[RunnerState, ...] = ("Ready", "Running")
 _GONE: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
 
 
 class Wish(NamedTuple):
-    """What the ``model`` of a request asks for: a card by name and perhaps a runner."""
+    """The ``model`` of a request: a card's name, and perhaps a runner's."""
 
     name: str
     runner: str | None
@@ -36,7 +36,7 @@ class Wish(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LiveRunner:
-    """A runner process that has been started. Counts are requests, except ``slots``, which is 0 until it is known."""
+    """A runner process. ``active`` and ``waiting`` count requests; ``slots`` is 0 until the model is loaded."""
 
     runner: str
     instance: str
@@ -52,20 +52,19 @@ class LiveRunner:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes. ``instance`` is None where a runner is yet to be started."""
+    """The runner of a request. ``instance`` is None if the runner has to be started."""
 
     runner: str
     instance: str | None
     backend: str
     reason: str
-    """One sentence for the user, in printable ASCII so that it fits a header."""
+    """One sentence for the user, in printable ASCII because it becomes a header."""
     basis: Basis = "order"
-    """Whether measurements decided, or the want of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request goes nowhere. ``param`` is the request's parameter at fault."""
+    """Why no runner gets a request. ``param`` is the request's parameter at fault."""
 
     code: RefusalCode
     message: str
@@ -73,13 +72,13 @@ class Refusal:
 
 
 def parse_model(model: str) -> Wish:
-    """Splits "gemma-3-270m@cuda" at its last "@"; without one, any runner will do."""
+    """Splits "gemma-3-270m@cuda" at its last "@". Without one, any runner will do."""
     name, at, runner = model.rpartition("@")
     return Wish(name, runner) if at else Wish(model, None)
 
 
 def model_not_found(name: str, suggestions: Sequence[str] = ()) -> Refusal:
-    """The refusal of a name that finds no card."""
+    """The refusal of a name without a model card."""
     hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
     return Refusal("model_not_found", f"no model card is called {name!r}{hint}", "model")
 
@@ -93,12 +92,11 @@ def route(
     failing: Collection[str] = (),
     preference: Preference | None = None,
 ) -> Route | Refusal:
-    """Picks the runner for a request.
+    """Chooses the runner of a request.
 
-    ``wish`` is the runner that the request names, if any. ``needs`` maps what the request needs to the parameter that
-    asks for it. The order of ``live`` does not matter. ``failing`` are runners that keep dying with this model; they
-    are chosen only where no other will do. With a ``preference``, of several runners that have the model loaded the one
-    that has measured faster is chosen.
+    ``wish`` is the runner that the request names, if any. ``needs`` maps each need of the request to the parameter that
+    causes it. The order of ``live`` does not matter. ``failing`` are runners that keep dying with this model; they are
+    the last resort. With a ``preference``, measured speed decides between runners that have loaded the model.
     """
     if wish is not None and wish not in RUNNERS:
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
@@ -107,18 +105,21 @@ def route(
         message = f"{card.model_id} is for {', '.join(card.tasks) or 'nothing'}, and this takes {' or '.join(tasks)}"
         return Refusal("unsupported_task", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
-    verdicts = [_judge(backend, wish, card, host, mine, needs) for backend in card.backends]
-    possible = [verdict for verdict in verdicts if verdict.hurdle is None]
+    candidates = [_examine(backend, wish, card, host, mine, needs) for backend in card.backends]
+    possible = [each for each in candidates if each.hurdle is None]
     if not possible:
-        return _refuse(wish, card, host, verdicts, needs)
-    willing = [verdict for verdict in possible if verdict.runner not in failing] or possible
+        return _refuse(wish, card, host, candidates, needs)
+    willing = [each for each in possible if each.runner not in failing] or possible
     able = [each for each in mine if not _lacking(_offer(each, card), needs)]
     loaded = {each.runner for each in able if each.state in _READY}
-    picked = _by_load(willing, loaded, preference) if tasks is _GENERATION else None
+    runners = tuple(dict.fromkeys(each.runner for each in willing))
+    picked: Pick | None = None
+    if preference is not None and tasks is _GENERATION and len(runners) > 1:
+        picked = pick([each for each in runners if each in loaded], preference)
     chosen = next((each for each in willing if picked is not None and each.runner == picked.runner), willing[0])
     instances = [each for each in able if each.runner == chosen.runner]
     left_out = {each.runner for each in possible} - {each.runner for each in willing}
-    passed_over = list(_passed_over(verdicts[: verdicts.index(chosen)], left_out, loaded))
+    passed_over = list(_passed_over(candidates[: candidates.index(chosen)], left_out, loaded))
     return Route(
         runner=chosen.runner,
         instance=min(instances, key=_rank).instance if instances else None,
@@ -129,8 +130,8 @@ def route(
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What speaks against a backend: ``why`` goes on from the backend's name, as in "... has no device here"."""
+class _Candidate:
+    """A backend and its first hurdle, if any. ``why`` is the backend's predicate, as in "has no device here"."""
 
     backend: str
     runner: str
@@ -140,35 +141,35 @@ class _Verdict:
     need: Need | None = None
 
 
-def _judge(
+def _examine(
     backend: str, wish: str | None, card: ModelCard, host: Host, mine: Sequence[LiveRunner], needs: Mapping[Need, str]
-) -> _Verdict:
+) -> _Candidate:
     runner = next((name for name, spec in RUNNERS.items() if backend in spec.backends), "")
     if wish not in (None, runner) or card.runner not in ("auto", runner):
-        return _Verdict(backend, runner, "excluded", "is not for the runner asked for")
+        return _Candidate(backend, runner, "excluded", "is not for the runner asked for")
     if not runner:
-        return _Verdict(backend, runner, "unserved", "is served by no runner of this version")
+        return _Candidate(backend, runner, "unserved", "is served by no runner of this version")
     probe = host.probes.get(runner)
     if probe is None or not probe.installed:
-        return _Verdict(backend, runner, "host", f"needs runner {runner}, which is not installed here")
+        return _Candidate(backend, runner, "host", f"needs runner {runner}, which is not installed here")
     if backend not in probe.backends:
-        return _Verdict(backend, runner, "host", "has no device here")
-    # What the model can do in an instance that has loaded it, it could do in one that is yet to be started.
+        return _Candidate(backend, runner, "host", "has no device here")
+    # A loaded instance shows what the model can do; a new instance of it could do the same.
     offers = [_offer(each, card) for each in mine if each.runner == runner and each.capabilities is not None]
     lacking = min(_lacking(offer, needs) for offer in offers or [_features(runner, card)])
     if lacking:
-        return _Verdict(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0])
-    return _Verdict(backend, runner)
+        return _Candidate(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0])
+    return _Candidate(backend, runner)
 
 
 def _features(runner: str, card: ModelCard) -> frozenset[Need]:
-    """What runners of a kind can do with a model that has such a card."""
+    """The features of a kind of runner with such a card."""
     spec = RUNNERS[runner]
     return spec.features - spec.exclusive_tasks if set(_GENERATION) & set(card.tasks) else spec.features
 
 
 def _offer(each: LiveRunner, card: ModelCard) -> frozenset[Need]:
-    """What a live runner can do; until its model is loaded, what runners of its kind can do."""
+    """The features of a live runner; until its model is loaded, those of its kind."""
     if each.capabilities is None:
         return _features(each.runner, card)
     return frozenset(need for need in NEEDS if getattr(each.capabilities, need))
@@ -179,22 +180,16 @@ def _lacking(offer: frozenset[Need], needs: Mapping[Need, str]) -> list[Need]:
 
 
 def _rank(each: LiveRunner) -> tuple[bool, float, str]:
-    """Ready before loading, then by requests for each slot; the instance's name only makes the order total."""
+    """Ready before loading, then by requests per slot. The instance's name only makes the order total."""
     return each.state not in _READY, (each.active + each.waiting) / max(each.slots, 1), each.instance
 
 
-def _by_load(willing: Sequence[_Verdict], loaded: Collection[str], preference: Preference | None) -> Pick | None:
-    """None where nothing is preferred, or there is only one runner to choose from."""
-    runners = tuple(dict.fromkeys(each.runner for each in willing))
-    if preference is None or len(runners) < 2:
-        return None
-    return pick([each for each in runners if each in loaded], preference)
+def _passed_over(
+    before: Sequence[_Candidate], left_out: Collection[str], loaded: Collection[str]
+) -> Iterator[_Candidate]:
+    """The backends before the chosen one that were not compared with it by speed, each with the reason.
 
-
-def _passed_over(before: Sequence[_Verdict], left_out: Collection[str], loaded: Collection[str]) -> Iterator[_Verdict]:
-    """Of the backends before the chosen one, those that were not compared with it by load.
-
-    ``left_out`` are the runners that keep failing, where another does not.
+    ``left_out`` are the failing runners.
     """
     for each in before:
         if each.hurdle is None and each.runner in left_out:
@@ -206,17 +201,11 @@ def _passed_over(before: Sequence[_Verdict], left_out: Collection[str], loaded: 
 
 
 def _explain(
-    wish: str | None, card: ModelCard, chosen: _Verdict, passed_over: Sequence[_Verdict], picked: Pick | None
+    wish: str | None, card: ModelCard, chosen: _Candidate, passed_over: Sequence[_Candidate], picked: Pick | None
 ) -> str:
     if picked is not None and picked.runner is not None:
-        return "; ".join(
-            [f"{picked.why}, so {chosen.backend} is chosen", *(f"{each.backend} {each.why}" for each in passed_over)]
-        )
-    by_order = _explain_order(wish, card, chosen, passed_over)
-    return by_order if picked is None else f"{by_order}; {picked.why}"
-
-
-def _explain_order(wish: str | None, card: ModelCard, chosen: _Verdict, passed_over: Sequence[_Verdict]) -> str:
+        others = (f"{each.backend} {each.why}" for each in passed_over)
+        return "; ".join([f"{picked.why}, so {chosen.backend} is chosen", *others])
     first, *others = (*passed_over, chosen)
     if wish is not None:
         opening = f"request asks for runner {wish}; {first.backend} {first.why}"
@@ -224,29 +213,28 @@ def _explain_order(wish: str | None, card: ModelCard, chosen: _Verdict, passed_o
         opening = f"card asks for runner {card.runner}; {first.backend} {first.why}"
     else:
         opening = f"card prefers {first.backend}, which {first.why}"
-    if not others:
-        return opening
-    between = "".join(f"; {each.backend} {each.why}" for each in others[:-1])
-    return f"{opening}{between}; {chosen.backend} is next and available"
+    between = [f"{each.backend} {each.why}" for each in others[:-1]]
+    last = [f"{chosen.backend} is next and available"] if others else []
+    return "; ".join([opening, *between, *last, *([] if picked is None else [picked.why])])
 
 
 def _refuse(
-    wish: str | None, card: ModelCard, host: Host, verdicts: Sequence[_Verdict], needs: Mapping[Need, str]
+    wish: str | None, card: ModelCard, host: Host, candidates: Sequence[_Candidate], needs: Mapping[Need, str]
 ) -> Refusal:
-    """Speaks of the backends that got furthest: those that lack a feature, or a device, or are ruled out."""
+    """Names the hurdle of the backends that got furthest: a missing feature, a missing device, or an exclusion."""
     asked = wish or (card.runner if card.runner != "auto" else None)
     subject = f"runner {asked} cannot" if asked else "no runner can"
-    tried = "; ".join(f"{each.backend} {each.why}" for each in verdicts if each.hurdle != "excluded")
-    need: Need | None = next((each.need for each in verdicts if each.need is not None), None)
+    tried = "; ".join(f"{each.backend} {each.why}" for each in candidates if each.hurdle != "excluded")
+    need: Need | None = next((each.need for each in candidates if each.need is not None), None)
     if need is not None:
         param = needs[need]
         message = f"parameter {param!r} needs {need}, and {subject} do that for {card.model_id} here: {tried}"
         return Refusal("unsupported_parameter", message, param)
-    absent = dict.fromkeys(each.runner for each in verdicts if each.hurdle == "host")
+    absent = dict.fromkeys(each.runner for each in candidates if each.hurdle == "host")
     if absent:
         probes = [host.probes[runner] for runner in absent if runner in host.probes]
         notes = "".join(f"; {note}" for probe in probes for note in probe.notes)
-        remedies = "".join(f"; to mend it: {probe.remedy}" for probe in probes if probe.remedy)
+        remedies = "".join(f"; to fix it: {probe.remedy}" for probe in probes if probe.remedy)
         return Refusal("runner_unavailable", f"{subject} serve {card.model_id} here: {tried}{notes}{remedies}", "model")
     return Refusal("runner_unavailable", _why_excluded(wish, card), "model")
 

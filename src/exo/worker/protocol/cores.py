@@ -18,9 +18,9 @@ def usable_cpus() -> frozenset[int]:
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, at least 1: those of its affinity mask, but no more than its CPU quota.
+    """The number of cores in this process's affinity mask, but no more than its CPU quota, and at least 1.
 
-    Two hyperthreads of one core count once, since the second one slows matrix products down.
+    Two hyperthreads of one core count once, because the second one slows matrix products down.
     """
     cores: set[str] = set()
     for cpu in usable_cpus():
@@ -30,10 +30,10 @@ def physical_cores() -> int:
 
 
 def cpu_quota(groups: Path = _GROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs' worth of time that this process's control group may use; None without a limit.
+    """The CPU quota of this process's control group, in CPUs; None without a limit.
 
-    Reads ``cpu.max`` of version 2 from the process's own group up to the root, and version 1's quota at the root, which
-    is where a container sees its own.
+    Reads version 2's ``cpu.max`` from the process's own group up to the root, and version 1's quota at the root, where
+    a container sees its own.
     """
     quotas: list[float] = []
     with suppress(OSError, ValueError):
@@ -45,7 +45,7 @@ def cpu_quota(groups: Path = _GROUPS, membership: Path = Path("/proc/self/cgroup
                 break
             with suppress(OSError, ValueError):
                 quota, period = (each / "cpu.max").read_text().split()
-                quotas.append(int(quota) / int(period))  # "max" is no number: there is no limit
+                quotas.append(int(quota) / int(period))  # "max" is not a number: there is no limit
     with suppress(OSError, ValueError):
         quota = int((groups / "cpu" / "cpu.cfs_quota_us").read_text())
         period = int((groups / "cpu" / "cpu.cfs_period_us").read_text())
@@ -55,7 +55,7 @@ def cpu_quota(groups: Path = _GROUPS, membership: Path = Path("/proc/self/cgroup
 
 
 def shares(n_cores: int, runners: Collection[str]) -> dict[str, int]:
-    """Cores for each runner that computes. Each gets at least one; the first ones get what does not divide evenly."""
+    """Divides the cores among the runners. Each gets at least one; the remainder goes to the first ones."""
     if not runners:
         return {}
     each, rest = divmod(n_cores, len(runners))
@@ -63,7 +63,7 @@ def shares(n_cores: int, runners: Collection[str]) -> dict[str, int]:
 
 
 def cpu_pressure() -> float | None:
-    """Share of the last ten seconds, 0 to 1, in which some process waited for a CPU. None where Linux does not tell."""
+    """Share of the last ten seconds, 0 to 1, in which a process waited for a CPU. None if Linux does not report it."""
     with suppress(OSError, ValueError, IndexError):
         some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
         return float(some.partition("avg10=")[2].split()[0]) / 100

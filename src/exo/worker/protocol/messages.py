@@ -1,11 +1,12 @@
 """The contract: every message between the server and a runner.
 
 A runner is a program that reads one JSON object a line on standard input (``Command``) and writes one a line on
-standard output (``Event``). What must hold is in ``tests/test_contract.py``, which runs against every runner:
-``Ready`` or ``Failed`` comes before anything but an ``Estimate`` is accepted, and each request ends with exactly one
-message: ``Failed``, or else ``Finished``, ``Embedded``, ``Ranked`` or the last ``Tokenized``, as its command has it.
-What is cancelled ends with ``Finished``, whatever its command. No line is longer than ``LINE_BYTES``: an answer whose
-size follows its request is sent in parts, and what would be too much in all is refused.
+standard output (``Event``). ``tests/test_contract.py`` tests these invariants on every runner:
+
+- ``Ready`` or ``Failed`` precedes every other event but ``Estimated``.
+- Each request ends with exactly one terminal event: ``Failed``, or else ``Finished``, ``Embedded``, ``Ranked`` or the
+  last ``Tokenized``, according to its command. A cancelled request ends with ``Finished``, whatever its command.
+- No line is longer than ``LINE_BYTES``. A large reply is sent in parts; a request for a larger one still is refused.
 """
 
 from collections.abc import Mapping
@@ -14,45 +15,45 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 MAX_LOGPROBS = 20
-"""Alternatives that can be asked for in a token's place."""
+"""The most alternatives that a request can have in a token's place."""
 MAX_PROMPT_LOGPROBS = 1 << 19
-"""Log-probabilities of one prompt that can be told: of each token, and of the alternatives in its place."""
+"""The most log-probabilities of one prompt: its tokens and their alternatives."""
 MAX_TOKENIZED = 1 << 20
-"""Tokens that one ``Tokenize`` can be answered with."""
+"""The most tokens in the reply to one ``Tokenize``."""
 LINE_BYTES = 64 << 20
-"""Of one message, its line's end included."""
+"""The longest line, its end included."""
 PART_TOKENS = 4096
-"""In one part of ``Tokenized``, which then takes a few milliseconds to read."""
+"""The most tokens in one part of ``Tokenized``, which the server then reads in a few milliseconds."""
 PART_BYTES = 1 << 17
-"""Of the texts of these tokens, or of one longer text."""
+"""The most bytes of text in such a part, unless it is a single token's."""
 PART_LOGPROBS = 512
-"""The same of ``PromptLogprobs``."""
+"""The most log-probabilities in one part of ``PromptLogprobs``."""
 
 
 class Message(BaseModel):
-    """Frozen, and refuses unknown fields: a message that is not understood whole is not acted on."""
+    """Frozen. Refuses unknown fields: nobody acts on a message that is understood in part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# --- what a request asks for ---
+# --- sampling ---
 
 
 class SamplingParams(Message):
     """How the next token is chosen from the logits. Every runner applies the fields in this order.
 
-    0. Of a request with a grammar, tokens that it does not allow next are left out before all else.
+    0. Tokens that the request's grammar does not allow next are left out first.
     1. ``repetition_penalty`` r over the distinct tokens of prompt and output so far: positive logits are divided by r,
        negative ones multiplied (Keskar et al., "CTRL", 2019). ``presence_penalty`` and ``frequency_penalty`` subtract
        from the logits of tokens already in the output, once or per occurrence (OpenAI's formula).
     2. ``logit_bias`` is added.
     3. ``temperature`` divides; 0 is greedy: the largest logit wins, the lowest id among equals.
-    4. ``top_k`` largest are kept (0: all), equals of the last one included; of these, probabilities below ``min_p``
-       times the largest are dropped, then the smallest set of the most probable whose sum reaches ``top_p`` is kept.
-    5. Of the kept tokens one is drawn in proportion to its probability: of the blocks of 512 consecutive token ids,
-       the block b with the largest ln(sum of its probabilities) + noise(512 + b), then of its tokens the one at place i
-       with the largest ln(probability) + noise(i), where noise(j) is ``randomness.gumbels(seed, position, j)``. Among
-       equals the lowest wins.
+    4. The ``top_k`` largest are kept (0: all), with all equals of the last one. Probabilities below ``min_p`` times the
+       largest are dropped. Then the smallest set of the most probable tokens whose sum reaches ``top_p`` is kept.
+    5. One of the kept tokens is drawn in proportion to its probability. First a block of 512 consecutive token ids: the
+       block b with the largest ln(sum of its probabilities) + noise(512 + b). Then a token in it: the one at place i
+       with the largest ln(probability) + noise(i). noise(j) is ``keyed_rng.gumbels(seed, position, j)``. The lowest of
+       equals wins.
     """
 
     temperature: float = Field(default=1.0, ge=0, le=100)
@@ -67,20 +68,20 @@ class SamplingParams(Message):
 
 
 class Text(Message):
-    """A stretch of the prompt. Where ``special`` is false, "<|im_end|>" is ten ordinary characters."""
+    """A stretch of the prompt. Unless it is ``special``, "<|im_end|>" is ten ordinary characters."""
 
     text: str
     special: bool = False
 
 
 Prompt = Annotated[tuple[Text, ...], Field(fail_fast=True)] | Annotated[tuple[int, ...], Field(fail_fast=True)]
-"""Text that the runner tokenizes, or token ids. Without ``fail_fast``, each token id would be a finding about text."""
+"""Text that the runner tokenizes, or token ids. ``fail_fast``: or each token id would be an error about text."""
 
 
 class Grammar(Message):
-    """What the whole output must match; ``source`` as llguidance reads it.
+    """The whole output must match it. ``source`` is in llguidance's syntax.
 
-    Output that matches and cannot go on ends with reason "stop", an end-of-generation token after it or not.
+    Output that matches and cannot continue ends with reason "stop", with or without an end-of-generation token.
     """
 
     syntax: Literal["json_schema", "regex", "lark"]
@@ -91,10 +92,10 @@ class Grammar(Message):
 
 
 class Load(Message):
-    """The first command. ``table`` is the card's table for this runner, unread by the server.
+    """The first command, unless ``Estimate`` precedes it. ``table`` is the card's table for this runner, unread.
 
-    ``backend`` is the card backend that the router chose; a runner that cannot serve by it fails. ``directories`` are
-    searched in order for the model's files, each also under ``model_id`` with "/" as "--".
+    ``backend`` is the card backend that the router chose; a runner that cannot serve with it fails. The model's files
+    are searched in ``directories`` in order, and in each one's subfolder ``model_id`` with "/" as "--".
     """
 
     type: Literal["load"] = "load"
@@ -103,19 +104,18 @@ class Load(Message):
     table: Mapping[str, JsonValue] = {}
     directories: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
-    """What the card says that the model is for, such as "TextEmbedding"; for an engine that must know before it loads.
-    Empty: to generate text."""
+    """The card's tasks, such as "TextEmbedding", for an engine that must know them to load. Empty: generation."""
 
 
 class Estimate(Message):
-    """Asks, before ``Load``, how much memory that would take. No weights are read. A server may do without."""
+    """Asks how much memory a ``Load`` would take, without reading weights. Optional."""
 
     type: Literal["estimate"] = "estimate"
     load: Load
 
 
 class Sibling(Message):
-    """A sequence that differs from another in its id and its seed only."""
+    """A sequence that differs from another one in its id and its seed only."""
 
     id: str
     seed: int = Field(ge=0, lt=1 << 64)
@@ -124,9 +124,9 @@ class Sibling(Message):
 class Generate(Message):
     """One sequence to generate. ``prompt`` is token ids, or text that the runner tokenizes, with BOS where due.
 
-    ``delivered`` are output tokens that another runner generated before it died. This one goes on at the next position
-    as if it had generated them: they are in the context, penalties, ``max_tokens`` and ``completion_tokens`` count
-    them, and text held back stays held back. What was delivered and what follows make the undisturbed output.
+    ``delivered`` are output tokens that another runner generated before it died. This one continues at the next
+    position as if it had generated them: they are in the context; penalties, ``max_tokens`` and ``completion_tokens``
+    count them; text that was held back stays held back. Together both outputs are the undisturbed one.
     """
 
     type: Literal["generate"] = "generate"
@@ -135,35 +135,34 @@ class Generate(Message):
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     max_tokens: int | None = Field(default=None, ge=0)
-    """None: until the context is full. 0: the prompt is computed, and no more."""
+    """None: until the context is full. 0: only the prompt is computed."""
     ignore_eos: bool = False
     grammar: Grammar | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """Tell how probable each token was, and this many of the most probable ones in its place. None: do not."""
+    """Report each token's log-probability, and this many of the most probable tokens in its place. None: neither."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """The same for the tokens of the prompt, by ``PromptLogprobs`` before the first ``Deltas``."""
+    """The same for the prompt's tokens, in ``PromptLogprobs`` before the first ``Deltas``."""
     show_special: bool = False
-    """The texts of control tokens are part of the output's text. Those that end generation never are."""
+    """The output's text has the texts of control tokens, except those that end generation."""
     delivered: tuple[int, ...] = ()
     exact: bool = False
-    """The result has to be repeatable to the last bit, so nothing may change its rounding meanwhile, such as the number
-    of threads."""
+    """The result must be repeatable to the last bit: nothing may change its rounding, such as the number of threads."""
     also: tuple[Sibling, ...] = ()
-    """Further sequences with the same prompt, which is sent once. Nothing was ``delivered`` of any of them."""
+    """More sequences with the same prompt, which is sent once. None of them has ``delivered`` tokens."""
 
 
 class Embed(Message):
-    """One text or list of token ids to be made a vector."""
+    """Computes the vector of one text or list of token ids."""
 
     type: Literal["embed"] = "embed"
     id: str
     prompt: Prompt
     truncate: bool = False
-    """Whether a text that is too long is cut at its end; otherwise it is refused."""
+    """Cut a text that is too long at its end, instead of refusing it."""
 
 
 class Rank(Message):
-    """One document to be judged by how well it answers a query."""
+    """Computes how well a document answers a query."""
 
     type: Literal["rank"] = "rank"
     id: str
@@ -172,13 +171,13 @@ class Rank(Message):
 
 
 class Tokenize(Message):
-    """Text to be cut into tokens, or token ids to be told the bytes of."""
+    """Tokenizes text, or returns the bytes of token ids."""
 
     type: Literal["tokenize"] = "tokenize"
     id: str
     prompt: Prompt
     add_bos: bool = True
-    """Whether text gets a BOS token where due, as a prompt does."""
+    """Text gets a BOS token where due, as a prompt does."""
 
 
 class Cancel(Message):
@@ -189,9 +188,9 @@ class Cancel(Message):
 
 
 class Cores(Message):
-    """Tells how many CPU cores the runner may compute on from now on, since other runners compute as well.
+    """Limits the CPU cores on which the runner computes from now on, because other runners compute as well.
 
-    May come at any time after ``Ready``. A runner that cannot change its number of threads ignores it.
+    It may come at any time after ``Ready``. A runner that cannot change its number of threads ignores it.
     """
 
     type: Literal["cores"] = "cores"
@@ -199,20 +198,20 @@ class Cores(Message):
 
 
 class Shutdown(Message):
-    """Ends the runner; what is in flight is failed with code "shutdown"."""
+    """Ends the runner. Requests in flight fail with code "shutdown"."""
 
     type: Literal["shutdown"] = "shutdown"
 
 
 Request = Generate | Embed | Rank | Tokenize
-"""What has an id and ends with one message."""
+"""A command with an id and one terminal event."""
 Command = Annotated[Estimate | Load | Request | Cancel | Cores | Shutdown, Field(discriminator="type")]
 
 # --- runner to server ---
 
 
 class Capabilities(Message):
-    """What this runner, with this model, can do. Counts of tokens and sequences; sizes in bytes."""
+    """The abilities of this runner with this model."""
 
     engine: str
     engine_version: str
@@ -220,7 +219,7 @@ class Capabilities(Message):
     """The card backend in use, such as "LlamaCppCuda"."""
     devices: tuple[str, ...] = ()
     context_length: int
-    """Tokens that one sequence may hold, prompt and output together."""
+    """The most tokens of one sequence, prompt and output together."""
     slots: int
     vocabulary: int
     grammar: bool = False
@@ -234,44 +233,46 @@ class Capabilities(Message):
     bos_token: str = ""
     eos_token: str = ""
     special_tokens: tuple[str, ...] = ()
-    """Texts that tokenize to control tokens where special text is allowed."""
+    """Texts that tokenize to control tokens in ``special`` stretches."""
     special_ids: tuple[int, ...] = ()
     """Their token ids, in the same order."""
 
 
 class LoadOption(Message):
-    """One way to load a model, and the bytes that it takes once the model has worked with its context full.
+    """One way to load a model, and the bytes that it takes after the model has worked with a full context.
 
-    Where the processors' memory and a device's are the same, as on a Mac, a byte counts in both. NVIDIA devices are
-    called by CUDA's numbers as this machine's processes see them: "CUDA0", "CUDA1".
+    Where RAM and a device's memory are the same, as on a Mac, a byte counts in both. NVIDIA devices have CUDA's names
+    as this machine's processes see them: "CUDA0", "CUDA1".
     """
 
     settings: Mapping[str, JsonValue] = {}
-    """Keys of the card's table, and the values that this way needs there."""
+    """Keys of the card's table, and their values for this option."""
     host: int = Field(ge=0)
-    """Of the processors' memory."""
+    """Bytes of RAM."""
     device: int = Field(default=0, ge=0)
-    """Of the machine's first device, which an engine that has only one takes."""
+    """Bytes of the machine's first device, for an engine that uses only one."""
     devices: Mapping[str, Annotated[int, Field(ge=0)]] = {}
-    """Of devices that the runner calls by name, besides that."""
+    """Bytes of devices that the runner names, in addition."""
     later_host: int = Field(default=0, ge=0)
-    """Of ``host``, what is not taken by loading but with the first request that needs it; so the next two."""
+    """The part of ``host`` that is allocated with the first request, not by loading."""
     later_device: int = Field(default=0, ge=0)
+    """The same part of ``device``."""
     later_devices: Mapping[str, Annotated[int, Field(ge=0)]] = {}
+    """The same part of ``devices``."""
     parts: Mapping[str, int] = {}
-    """What the bytes are for, such as "weights" and "KV cache"."""
+    """Bytes by purpose, such as "weights" and "KV cache"."""
 
 
 class Estimated(Message):
-    """The answer to ``Estimate``; a runner that cannot load the model says ``Failed`` instead."""
+    """The reply to ``Estimate``. A runner that cannot load the model sends ``Failed`` instead."""
 
     type: Literal["estimated"] = "estimated"
     choices: tuple[LoadOption, ...] = Field(min_length=1)
-    """The best first: one, unless the card leaves something open with "auto"."""
+    """The best option first. There is only one unless the card has "auto" somewhere."""
     enough: int = Field(default=0, ge=0)
-    """The place of the choice for whose sake others are unloaded; the better ones are for memory that is free."""
+    """The index of the option that justifies unloading other models. Better ones are for free memory only."""
     remedies: tuple[LoadOption, ...] = ()
-    """What would take less if the card said so: of each setting, the smallest change first."""
+    """Other settings that take less memory. For each setting, the smallest change comes first."""
 
 
 RunnerState = Literal[
@@ -280,7 +281,7 @@ RunnerState = Literal[
 
 
 class Status(Message):
-    """The runner's own state, in upstream's names. ``capabilities`` come with the first "Ready", and only then.
+    """The runner's state, with upstream's names. ``capabilities`` come with the first "Ready", and only then.
 
     "Running" while a request is in flight, "Ready" again when none is.
     """
@@ -293,9 +294,9 @@ class Status(Message):
 
 
 class PrefillProgress(Message):
-    """Tokens of the prompt, and of what was delivered before, computed so far.
+    """Tokens computed so far, of the prompt and the tokens ``delivered`` before.
 
-    The first one, sent on acceptance, has ``processed`` 0.
+    The first one confirms the request and has ``processed`` 0.
     """
 
     type: Literal["prefill_progress"] = "prefill_progress"
@@ -305,24 +306,24 @@ class PrefillProgress(Message):
 
 
 class Logprob(Message):
-    """One token at one place. ``bytes`` are what it adds to the text, or the text of a control token."""
+    """One token in one place. ``bytes`` are its text, or a control token's name."""
 
     token: int
     bytes: tuple[int, ...]
     logprob: float | None
-    """Natural logarithm of its probability by the model alone: before grammar, penalties, bias and temperature. At
-    least -9999. None for the first token of a prompt, which follows nothing."""
+    """The natural logarithm of its probability before grammar, penalties, bias and temperature, at least -9999. None
+    for the first token of a prompt, which follows nothing."""
 
 
 class TokenLogprobs(Message):
-    """A token and the most probable ones in its place, the most probable first, the lowest id first among equals."""
+    """A token and the most probable ones in its place, in descending order; the lowest id first among equals."""
 
     chosen: Logprob
     top: tuple[Logprob, ...] = ()
 
 
 class PromptLogprobs(Message):
-    """Tokens of the prompt from place ``start`` on. The parts come in order, each place once."""
+    """Log-probabilities of the prompt's tokens from index ``start`` on. The parts come in order, each index once."""
 
     type: Literal["prompt_logprobs"] = "prompt_logprobs"
     id: str
@@ -331,13 +332,13 @@ class PromptLogprobs(Message):
 
 
 class Delta(Message):
-    """New tokens of one sequence and the text they release, which may lag behind (held back) or be empty."""
+    """New tokens of one sequence, and the text that they release. Text may be held back, so it can be empty."""
 
     id: str
     tokens: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each token where the request asks for them."""
+    """One for each token, if requested."""
 
 
 class Deltas(Message):
@@ -351,7 +352,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Usage(Message):
-    """Tokens. ``cached_tokens`` of the prompt were not computed again."""
+    """Counts of tokens. ``cached_tokens`` are those of the prompt that were not computed again."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -359,10 +360,9 @@ class Usage(Message):
 
 
 class Finished(Message):
-    """Terminal. ``text`` is what was still held back; ``stop`` the stop string that matched, which is never shown.
+    """Terminal. ``text`` was still held back. ``stop`` is the stop string that matched; it is never part of the text.
 
-    ``completion_tokens`` counts every generated token up to the last one delivered, an end-of-generation token
-    included.
+    ``completion_tokens`` counts every token up to the last one delivered, including an end-of-generation token.
     """
 
     type: Literal["finished"] = "finished"
@@ -374,7 +374,7 @@ class Finished(Message):
 
 
 class Embedded(Message):
-    """Terminal. The vector of a text, of Euclidean length 1; its size is the same for all texts."""
+    """Terminal. The vector of a text, of Euclidean length 1. All texts have vectors of the same size."""
 
     type: Literal["embedded"] = "embedded"
     id: str
@@ -383,7 +383,7 @@ class Embedded(Message):
 
 
 class Ranked(Message):
-    """Terminal. ``score`` is the model's own; only its order means something."""
+    """Terminal. ``score`` is on the model's own scale: only the order of scores means something."""
 
     type: Literal["ranked"] = "ranked"
     id: str
@@ -392,12 +392,11 @@ class Ranked(Message):
 
 
 class Tokenized(Message):
-    """Tokens and what each adds to the text, or the text of a control token. Terminal unless there is ``more``."""
+    """Tokens, each with its bytes of text, or a control token's name. Terminal unless there is ``more``."""
 
     type: Literal["tokenized"] = "tokenized"
     id: str
     more: bool = False
-    """Whether another part follows."""
     tokens: tuple[int, ...]
     bytes: tuple[tuple[int, ...], ...]
 
@@ -422,9 +421,9 @@ ErrorCode = Literal[
 
 
 class Failed(Message):
-    """Terminal for request ``id``; without an id, for the runner itself. ``param`` names the request's field.
+    """Terminal for request ``id``; without an id, for the runner itself. ``param`` is the request's field at fault.
 
-    A message may quote the request: it is cut where it gets long.
+    A message may quote the request, so a long one is cut.
     """
 
     type: Literal["failed"] = "failed"
@@ -435,23 +434,23 @@ class Failed(Message):
 
 
 class CpuUse(Message):
-    """How a runner computes on the CPU, and what other programs cost it."""
+    """A runner's use of the CPU, and its loss to other programs."""
 
     threads: int = Field(ge=1)
-    """Threads that compute a step of one row."""
+    """Threads for a step of one row."""
     reason: str
-    """Why there are so many, in words that follow the number."""
+    """Why that number, as a phrase that follows it."""
     delay: float = Field(ge=0, le=1)
-    """Share of the time in which the computing threads wanted to run and waited for a core."""
+    """Share of the time in which the computing threads waited for a core."""
     slowdown: float = Field(ge=0)
-    """Times as long as when the machine is quiet that a step takes."""
+    """A step's duration, as a multiple of that on a quiet machine."""
 
 
 class Heartbeat(Message):
-    """Sent about once a second. ``steps`` counts the loop's steps; a busy runner whose count stands still is stuck.
+    """Sent about once a second. ``steps`` counts the loop's steps: if it stands still in a busy runner, that is stuck.
 
-    While it estimates or loads, ``cpu_seconds`` and ``bytes_read`` tell how much the process and its children have
-    computed and read since the process started. A load where these stand still and no progress is reported is stuck.
+    During an estimate or a load, ``cpu_seconds`` and ``bytes_read`` are totals of the process and its children since
+    its start. If they stand still and no new status comes, the load is stuck.
     """
 
     type: Literal["heartbeat"] = "heartbeat"
@@ -459,10 +458,10 @@ class Heartbeat(Message):
     active: int
     waiting: int
     cpu_seconds: float = 0.0
-    """Without the thread that sends heartbeats."""
+    """Without those of the thread that sends heartbeats."""
     bytes_read: int = 0
     cpu: CpuUse | None = None
-    """None from a runner that does not compute on the CPU, or cannot tell."""
+    """None from a runner that does not compute on the CPU, or cannot measure it."""
 
 
 Event = Annotated[
@@ -480,11 +479,11 @@ Event = Annotated[
     Field(discriminator="type"),
 ]
 
-# --- what a runner can do on this host, told without loading a model: ``python -m module --probe`` ---
+# --- a runner's abilities on this host, without loading a model: ``python -m module --probe`` ---
 
 
 class Device(Message):
-    """One device an engine can use. Memory in bytes; 0 where the engine does not tell."""
+    """One device that an engine can use. Memory in bytes; 0 if the engine does not report it."""
 
     name: str
     description: str = ""
@@ -492,11 +491,11 @@ class Device(Message):
     memory_total: int = 0
     memory_free: int = 0
     address: str = ""
-    """On the PCI bus, such as "0000:c1:00.0"; empty where it has none or the engine does not tell."""
+    """On the PCI bus, such as "0000:c1:00.0"; empty if unknown."""
 
 
 class Probe(Message):
-    """Whether the engine is installed and which card backends it can really serve here."""
+    """Whether the engine is installed, and which card backends it can serve on this host."""
 
     installed: bool
     engine: str
@@ -504,27 +503,27 @@ class Probe(Message):
     backends: tuple[str, ...] = ()
     devices: tuple[Device, ...] = ()
     notes: tuple[str, ...] = ()
-    """What is missing or limited, in plain sentences."""
+    """Sentences about missing or limited features."""
     remedy: str = ""
-    """The one command that mends it, or empty."""
+    """The command that fixes it, or empty."""
 
 
-# --- how probable a runner finds given texts, for comparing engines: ``python -m module --score``, a ``Score`` on
-# standard input, a ``Scored`` or a ``Failed`` on standard output ---
+# --- log-probabilities of given texts, to compare engines: ``python -m module --score`` reads a ``Score`` from standard
+# input and writes a ``Scored`` or a ``Failed`` to standard output ---
 
 
 class Score(Message):
-    """Texts to be read through token by token, each by itself, as they stand (teacher forcing)."""
+    """Texts to evaluate token by token (teacher forcing), each by itself."""
 
     load: Load
     prompts: tuple[tuple[Text, ...] | tuple[int, ...], ...]
     directory: str
-    """Prompt i's log-probabilities go to ``i.npy`` in here: float32, shape (tokens, vocabulary), row j for the token
-    that follows the first j + 1."""
+    """Prompt i's log-probabilities go to ``i.npy`` in this folder: float32 of shape (tokens, vocabulary); row j is for
+    the token that follows the first j + 1."""
 
 
 class Scored(Message):
-    """The token ids that were read, and by what. ``settings`` are what rounding depends on, such as cache types."""
+    """The token ids of the texts. ``settings`` are those that rounding depends on, such as cache types."""
 
     tokens: tuple[tuple[int, ...], ...]
     capabilities: Capabilities

@@ -1,4 +1,4 @@
-"""Framing: one JSON object a line, in both directions."""
+"""Framing: one JSON object per line, in both directions."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def decode_event(line: bytes) -> Event:
 
 
 def take_protocol_stream() -> BinaryIO:
-    """A private copy of standard output for the protocol, after pointing descriptor 1 at standard error.
+    """Returns a private copy of standard output for the protocol, and points descriptor 1 at standard error.
 
-    So a library that prints cannot corrupt the stream. Called once, first thing in a runner.
+    A library that prints then cannot corrupt the stream. A runner calls it once, before anything else.
     """
     protocol = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -39,10 +39,10 @@ def take_protocol_stream() -> BinaryIO:
 
 
 def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
-    """Commands until the stream closes. A ``Generate`` for several sequences is yielded for each, with one prompt.
+    """Yields commands until the stream closes. A ``Generate`` for several sequences becomes one for each.
 
-    A line that is no valid command, or too long, is yielded as the failure of the request it names; one that names no
-    request concerns nobody and is reported on standard error.
+    A line that is too long or not a valid command is yielded as the failure of the request that it names. If it names
+    none, it is reported on standard error.
     """
     while line := stream.readline(LINE_BYTES + 1):
         param = None
@@ -62,7 +62,7 @@ def read_commands(stream: BinaryIO) -> Iterator[Command | Failed]:
         if request is not None:
             yield Failed(id=request, code="invalid_request", message=message, param=param)
         else:
-            print(f"ignored a line that is no command: {message}", file=sys.stderr, flush=True)
+            print(f"ignored a line that is not a command: {message}", file=sys.stderr, flush=True)
 
 
 def _each(command: Command) -> Iterator[Command]:
@@ -86,13 +86,13 @@ def _request_id(line: bytes) -> str | None:
 
 
 def named_request(line: bytes | bytearray) -> str | None:
-    """The request that the beginning of a line names, of which the rest is too long, missing or broken."""
+    """The request id at the beginning of a line whose rest is too long, missing or broken."""
     found = _ID.search(line[:_ID_WITHIN])
     return None if found is None else found[1].decode(errors="replace")
 
 
 def describe(error: ValidationError) -> tuple[str, str]:
-    """Field, and a sentence with field, reason and value, of a validation error's first finding."""
+    """A validation error's first finding: the field, and a sentence with field, reason and value."""
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])[:_FIELD_LENGTH]
     value = json.dumps(first["input"], default=str)
@@ -100,6 +100,6 @@ def describe(error: ValidationError) -> tuple[str, str]:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Leaves without running destructors: an engine's own threads and libraries may not survive them."""
+    """Exits without running destructors, which can crash an engine's own threads and libraries."""
     sys.stderr.flush()
     os._exit(code)
