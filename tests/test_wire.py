@@ -42,7 +42,7 @@ def test_a_bad_command_fails_the_request_it_names_and_no_other(capfd: pytest.Cap
     assert "temperature" in first.message
     assert "-1" in first.message
     assert second == Cancel(id="y")
-    assert "no command" in capfd.readouterr().err
+    assert "not a command" in capfd.readouterr().err
 
 
 def test_a_request_for_several_sequences_is_one_for_each_with_one_prompt_between_them() -> None:
