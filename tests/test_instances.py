@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import psutil
 import pytest
 
@@ -174,7 +175,7 @@ async def test_a_runner_that_cannot_load_is_to_be_avoided_until_it_works(tmp_pat
         await well.ready()
         assert instances.avoided(card) == {"cuda"}
         assert await finishes(well)
-        await anyio.sleep(0)  # all events may come at once, and wake this test before the pool
+        await anyio.lowlevel.checkpoint()  # all events may come at once, and wake this test before the pool
         assert instances.avoided(card) == frozenset()
         assert instances.avoided(fake_card("fake/other")) == frozenset()
 

@@ -14,8 +14,8 @@ from exo.compare import run
 from exo.compare.comparison import Comparison
 from exo.compare.engine import Engine
 from exo.compare.run import Subject
-from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.protocol.messages import Load
+from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
 from tests.tiny import Shape, write_gguf
