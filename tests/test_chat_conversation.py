@@ -185,8 +185,8 @@ async def test_reasoning_of_earlier_turns_goes_by_the_name_that_the_template_kno
 
 async def test_a_reply_may_go_on_with_the_last_message() -> None:
     messages = (user("Count"), {"role": "assistant", "content": "One, two, <|im_"})
-    whole = await rendered(CHATML, *messages, add_generation_prompt=False)
-    assert whole.endswith("<|im_start|>assistant\nOne, two, <|im_<|im_end|>\n")
+    whole = await rendered(CHATML, *messages)
+    assert "<|im_start|>assistant\nOne, two, <|im_<|im_end|>\n" in whole
     assert (await rendered(CHATML, *messages, continue_final_message=True)).endswith("assistant\nOne, two, <|im_")
 
 

