@@ -25,7 +25,6 @@ from tests.test_template import CHATML, joined, model, user, worker
 class Options(TypedDict, total=False):
     tools: Sequence[Mapping[str, JsonValue]]
     variables: Mapping[str, JsonValue]
-    add_generation_prompt: bool
     continue_final_message: bool
 
 

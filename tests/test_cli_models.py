@@ -83,8 +83,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_pull_does(home: Path, hub: LocalH
         assert hub.state.stalled.wait(60)
         terminal.wait_for("2[0-9]%")
         terminal.keys(CTRL_C)
-        hub.state.go_on.set()
         said = terminal.wait_for("goes on from there")
+        hub.state.go_on.set()
         assert terminal.end() == 130
     assert f"of {SIZE} bytes are here, and `exo pull test/big --runner cuda`" in said
     assert "Traceback" not in terminal.shown

@@ -201,10 +201,11 @@ def test_a_rank_that_dies_takes_the_runner_with_it(models: Models, tmp_path: Pat
     with streaming(models, log) as program:
         (rank,) = ranks(program.process.pid)
         rank.kill()
-        # MLX's own threads may crash while the process exits, so neither its status nor its last line is certain.
-        assert program.drain() != 0
+        status = program.drain()
+        # MLX's ring notices the closed socket as well, and its threads may crash the process before ours ends it.
+        assert status in (1, -signal.SIGSEGV, -signal.SIGABRT)
         says = "rank 1 of 2 was killed by SIGKILL, and nothing can be computed without it"
-        assert says in log.read_text().splitlines()
+        assert status != 1 or says in log.read_text()
         assert all(result.end is None for result in program.results.values())
 
 
