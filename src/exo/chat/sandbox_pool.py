@@ -93,7 +93,7 @@ class SandboxPool:
     def __init__(self, module: str, limits: SandboxLimits) -> None:
         self._processes = [SandboxProcess(module, limits) for _ in range(PROCESSES)]
         self._idle = list(self._processes)
-        # The process that worked last is at the end and is taken first: it has compiled what is asked for most.
+        # The pool takes the process that worked last first: its cache holds the templates that clients use most.
         self._turns = anyio.Semaphore(PROCESSES)
 
     async def ask(self, request: Mapping[str, object]) -> dict[str, str]:

@@ -37,7 +37,7 @@ def map_file(path: Path) -> Bytes:
     """A file's bytes, which are read when they are used."""
     if path.stat().st_size == 0:
         return np.zeros(0, np.uint8)
-    # As a plain array, because each slice of a memmap costs several times that of an array.
+    # A slice of a plain array costs a fraction of a slice of a memmap, so this converts once.
     return np.asarray(np.memmap(path, np.uint8, "r"))
 
 

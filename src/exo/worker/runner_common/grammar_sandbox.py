@@ -49,7 +49,7 @@ class GrammarSandbox:
         self._sandbox = Sandbox("exo.worker.runner_common.grammar_sandbox", _SANDBOX, setup)
 
     def run(self, grammar: str) -> str:
-        """What is wrong with a grammar in llguidance's form; empty for one that compiles. Takes about a second."""
+        """Returns the error of a grammar for llguidance, or "" if it compiles. Takes about a second."""
         try:
             return self._sandbox.ask({"grammar": grammar})["error"]
         except SandboxError:
