@@ -63,7 +63,7 @@ from exo.worker.protocol.messages import (
 )
 from exo.worker.protocol.wire import describe, encode, read_commands, take_protocol_stream
 from exo.worker.runner_common.detokenizer import TextStream
-from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.runner_common.keyed_rng import uniforms
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.runner_common.request_checks import input_refusal, length_limit, refusal, resume, tokenized, within

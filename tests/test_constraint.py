@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exo.worker.protocol.messages import Grammar
-from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError
 
 BYTES = [bytes([byte]) for byte in range(256)]
 """Byte fallback, as SentencePiece has it, or the smallest tokens of byte-level BPE."""

@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from exo.chat.grammar.gbnf import GbnfError, GbnfWorker
-from exo.worker.runner_common.grammar_sandbox import LIMITS, tokenizer_of
+from exo.worker.runner_common.grammar.grammar_sandbox import LIMITS, tokenizer_of
 
 
 @pytest.fixture(scope="module")

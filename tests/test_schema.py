@@ -12,11 +12,11 @@ from pydantic import JsonValue
 from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.registry import FORMATS
 from exo.worker.protocol.messages import Grammar
-from exo.worker.runner_common.grammar_errors import named
-from exo.worker.runner_common.guided_decoding import Constraints, GrammarError
-from exo.worker.runner_common.json_schema import SchemaError, enforced
-from exo.worker.runner_common.schema_overlap import disjoint
-from exo.worker.runner_common.schema_pattern import without_look_ahead
+from exo.worker.runner_common.grammar.grammar_errors import named
+from exo.worker.runner_common.grammar.guided_decoding import Constraints, GrammarError
+from exo.worker.runner_common.grammar.json_schema import SchemaError, enforced
+from exo.worker.runner_common.grammar.schema_overlap import disjoint
+from exo.worker.runner_common.grammar.schema_pattern import without_look_ahead
 
 END = 256
 Schema = dict[str, JsonValue]

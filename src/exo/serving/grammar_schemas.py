@@ -11,8 +11,8 @@ from exo.api.http.warnings import warn
 from exo.chat.grammar.tool_schema import NamedChoice, Tool
 from exo.serving.request import Constraint, Conversation, GenerationRequest, Prompt
 from exo.worker.protocol.messages import Failed
-from exo.worker.runner_common.grammar_errors import named
-from exo.worker.runner_common.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
+from exo.worker.runner_common.grammar.grammar_errors import named
+from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
 
 
 def with_enforced_schemas(request: GenerationRequest) -> GenerationRequest:

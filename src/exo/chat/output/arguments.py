@@ -17,7 +17,7 @@ from exo.chat.grammar.builder import GrammarBuilder
 from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.json_scanner import loose_json
 from exo.chat.output.python_literal import loose_value
-from exo.worker.runner_common.schema_overlap import target_of
+from exo.worker.runner_common.grammar.schema_overlap import target_of
 
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
 _DEFINITIONS = ("$defs", "definitions")

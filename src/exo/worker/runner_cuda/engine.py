@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from exo.worker.protocol.messages import Cores, Failed, FinishReason
-from exo.worker.runner_common.guided_decoding import Constraint, GrammarError, Mask, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, GrammarError, Mask, grammar_failure
 from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_cuda.bindings import Context, Logits
 from exo.worker.runner_cuda.embedding import Embedder, Job

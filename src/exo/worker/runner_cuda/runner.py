@@ -23,7 +23,7 @@ from exo.worker.protocol.messages import (
     Tokenize,
 )
 from exo.worker.protocol.wire import exit_now
-from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter
 from exo.worker.runner_common.request_checks import (

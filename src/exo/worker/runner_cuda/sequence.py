@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from exo.worker.runner_common.guided_decoding import Constraint
+from exo.worker.runner_common.grammar.guided_decoding import Constraint
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, Drafter, Rate
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from exo.worker.protocol.messages import Failed, FinishReason
-from exo.worker.runner_common.guided_decoding import GrammarError, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
 from exo.worker.runner_common.hf_tokenizer import Tokenizer
 from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_mlx.embedding import Embedder, Job

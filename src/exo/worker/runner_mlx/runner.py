@@ -23,7 +23,7 @@ from exo.worker.protocol.messages import (
     Tokenize,
 )
 from exo.worker.protocol.wire import exit_now
-from exo.worker.runner_common.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
 from exo.worker.runner_common.hf_embedding import Job
 from exo.worker.runner_common.hf_tokenizer import Tokenizer
 from exo.worker.runner_common.load_error import LoadError

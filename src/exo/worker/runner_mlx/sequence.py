@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from exo.worker.protocol.messages import SamplingParams
-from exo.worker.runner_common.guided_decoding import Constraint
+from exo.worker.runner_common.grammar.guided_decoding import Constraint
 
 
 class Phase(Enum):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exo.worker.protocol.messages import Failed, FinishReason
-from exo.worker.runner_common.guided_decoding import GrammarError, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
 from exo.worker.runner_common.hf_embedding import Job, answer
 from exo.worker.runner_common.hf_tokenizer import Tokenizer
 from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, StepDone

@@ -15,7 +15,7 @@ from typing import Any, Protocol, final
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.runner_common.guided_decoding import GrammarError
+from exo.worker.runner_common.grammar.guided_decoding import GrammarError
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from exo.worker.runner_vllm.sequence import Choice
 

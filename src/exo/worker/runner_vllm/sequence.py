@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from exo.worker.protocol.messages import SamplingParams
-from exo.worker.runner_common.guided_decoding import Constraint
+from exo.worker.runner_common.grammar.guided_decoding import Constraint
 
 
 @dataclass(slots=True, eq=False)

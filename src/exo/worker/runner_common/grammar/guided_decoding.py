@@ -18,9 +18,9 @@ from llguidance import LLMatcher, LLTokenizer
 from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Failed, Grammar
-from exo.worker.runner_common.grammar_errors import explain
-from exo.worker.runner_common.grammar_sandbox import LIMITS, GrammarSandbox, GuidanceVocabulary
-from exo.worker.runner_common.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
+from exo.worker.runner_common.grammar.grammar_errors import explain
+from exo.worker.runner_common.grammar.grammar_sandbox import LIMITS, GrammarSandbox, GuidanceVocabulary
+from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
 
 Mask = npt.NDArray[np.bool_]
 

@@ -14,8 +14,8 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from exo.worker.runner_common.schema_overlap import Schema, disjoint, resolve, target_of, type_of
-from exo.worker.runner_common.schema_pattern import without_look_ahead
+from exo.worker.runner_common.grammar.schema_overlap import Schema, disjoint, resolve, target_of, type_of
+from exo.worker.runner_common.grammar.schema_pattern import without_look_ahead
 
 FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"},

@@ -46,7 +46,7 @@ class GrammarSandbox:
         """``special`` are the texts of the control tokens."""
         texts = {token: text.decode(errors="replace") for token, text in special.items()}
         setup = {"texts": texts, "n_vocab": n_vocab, "ends": ends}
-        self._sandbox = Sandbox("exo.worker.runner_common.grammar_sandbox", _SANDBOX, setup)
+        self._sandbox = Sandbox("exo.worker.runner_common.grammar.grammar_sandbox", _SANDBOX, setup)
 
     def run(self, grammar: str) -> str:
         """Returns the error of a grammar for llguidance, or "" if it compiles. Takes about a second."""
