@@ -77,6 +77,7 @@ class RecordedCells:
         """Makes the pending copies, then writes the step's cells. The cells that a cell needs must precede it."""
         for source, target in self._pending:
             self._contents[target] = self._contents[source].copy()
+        for _, target in self._pending:  # a slot that was overwritten twice is as long as its last copy
             self.held[target] = self._contents[target][: len(self.held[target])]
         self._pending.clear()
         assert all(NAN not in self._contents[chunk.sequence.slot] for chunk in step.chunks)

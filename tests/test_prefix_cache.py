@@ -63,7 +63,8 @@ class Slots:
         return sequence
 
     def spoil(self, *sequences: Sequence) -> None:
-        """As a step does whose logits are NaN for these sequences."""
+        """Takes a step whose logits are NaN for these sequences and wipes their cells right after it."""
+        self.step()
         for sequence in sequences:
             self.scheduler.remove(sequence.id)
             self.cells.spoil(sequence.slot)
@@ -159,7 +160,6 @@ def test_after_a_spoilt_sequence_a_request_whose_prefix_is_in_the_hosts_memory_i
     for first in range(0, 1000 * (n_slots + 1), 1000):
         slots.ran(prompt(first, 400))
     spoilt = slots.add(prompt(50_000, 20))
-    slots.step()
     slots.spoil(spoilt)
     back, other = slots.add([*prompt(0, 400), 7]), slots.add([*prompt(0, 400), 8])
     for _ in range(10):
@@ -176,7 +176,6 @@ def test_a_saved_prefix_waits_for_the_next_decode_where_there_is_one_after_a_wip
     for first in range(0, 4000, 1000):
         slots.ran(prompt(first, 400))
     running, spoilt = slots.add(prompt(60_000, 20)), slots.add(prompt(50_000, 20))
-    slots.step()
     slots.spoil(spoilt)
     back = slots.add([*prompt(0, 400), 7])
     assert slots.started() == {}
@@ -189,7 +188,6 @@ def test_sequences_spoilt_together_leave_no_spoilt_cell(n_spoilt: int) -> None:
     """As ``n`` sequences of one prompt are: no slot may be overwritten with the cells of another spoilt one."""
     slots = Slots(4)
     sequences = [slots.add(prompt(1000 * first, 20)) for first in range(4)]
-    slots.step()
     slots.spoil(*sequences[:n_spoilt])
     for first in range(n_spoilt):
         slots.add(prompt(70_000 + 1000 * first, 30))
