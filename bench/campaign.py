@@ -16,7 +16,7 @@ import psutil
 from bench.burst import Asked, Burst, text_of
 from bench.target import STREAMS, Target
 from bench.watched_stream import WatchedStream
-from tests.server import ServeProgram
+from tests.support.server import ServeProgram
 
 Kind = Literal["kill", "early kill", "stop", "flood"]
 

@@ -26,7 +26,7 @@ from bench.report import Choices, Report, Server
 from bench.table import lines
 from bench.target import LoadTime, Target, demo, load_time, tiny
 from bench.time_limit import end_within
-from tests.server import ServeProgram
+from tests.support.server import ServeProgram
 
 CAMPAIGNS = (("tiny", "cuda", 200), ("tiny", "mlx", 40), ("demo", "cuda", 30))
 """Model, runner and kills."""

@@ -23,7 +23,7 @@ from bench.report import Promise, Spread
 from bench.target import tiny
 from bench.time_limit import end_within
 from bench.watched_stream import WatchedStream
-from tests.server import ServeProgram, write_card
+from tests.support.server import ServeProgram, write_card
 
 STREAMS, SLOTS, MAX_QUEUE = 4, 8, 16
 REQUEST_SECONDS = 0.2

@@ -20,8 +20,8 @@ from typing import get_args
 
 import httpx
 
-from tests.tiny import Shape, write_mlx
-from tests.tiny.shape import Architecture
+from tests.support.tiny import Shape, write_mlx
+from tests.support.tiny.shape import Architecture
 
 TOKENS = 512
 BIAS = {"318": -100.0, "319": -100.0}

@@ -34,7 +34,7 @@ from exo.bench.report import Stage
 from exo.bench.run import run_bench
 from exo.compare.evidence import host_facts
 from exo.worker.supervisor.host_probe import probe_host
-from tests.tiny import Shape, write_mlx
+from tests.support.tiny import Shape, write_mlx
 
 CEILING_STREAMS = (1, 4, 8, 16)
 _LIMIT_SECONDS = 3 * 3600.0

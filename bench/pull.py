@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.pulling import PullProgram
+from tests.support.pulling import PullProgram
 
 NAME = "model-Q4_K_M.gguf"
 SHARE, MEMORY_MIB, TWICE = 0.8, 100, 0.05
@@ -31,7 +31,7 @@ SHARE, MEMORY_MIB, TWICE = 0.8, 100, 0.05
 @contextmanager
 def hub(content: Path) -> Generator[str]:
     """The hub as a process of its own, so that it takes nobody's interpreter lock."""
-    command = [sys.executable, "-m", "tests.hub", str(content), NAME]
+    command = [sys.executable, "-m", "tests.support.hub", str(content), NAME]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from bench.streams import MODEL, start_server, wait_until_ready
-from tests.random_schemas import Fate, Schema, fate, follows_formats, random_schema
+from tests.support.random_schemas import Fate, Schema, fate, follows_formats, random_schema
 
 COUNT, AT_ONCE, TOKENS = 300, 8, 400
 

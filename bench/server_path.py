@@ -29,8 +29,8 @@ from exo.bench.report import Stage
 from exo.bench.run import run_bench
 from exo.worker.protocol.messages import Command, Deltas, Event, Finished, Generate, Load, SamplingParams, Status, Text
 from exo.worker.protocol.wire import decode_event, encode
-from tests.fake_runner import COMMAND
-from tests.server import ServeProgram, write_card
+from tests.support.fake_runner import COMMAND
+from tests.support.server import ServeProgram, write_card
 
 CONNECTIONS, TOKENS = 64, 512
 SINGLE_TOKENS, SINGLES = 4, 100

@@ -18,8 +18,8 @@ from exo.config import Settings
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.pool import runner_commands
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
-from tests.server import write_card
-from tests.tiny import Shape, write_gguf, write_mlx
+from tests.support.server import write_card
+from tests.support.tiny import Shape, write_gguf, write_mlx
 
 STREAMS = 8
 _LOADS = 3

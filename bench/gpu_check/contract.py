@@ -9,9 +9,9 @@ from bench.gpu_check.options import ROOT, Options
 from bench.gpu_check.program import run
 from bench.gpu_check.record import CheckError, Step
 
-FILES = ("test_contract", "test_contract_embed")
+FILES = ("test_contract", "test_embed")
 BACKEND_VARIABLE = "EXO_TEST_LLAMA_BACKEND"
-"""Which tests/test_contract.py reads."""
+"""Which tests/contract/test_contract.py reads."""
 
 
 def steps(options: Options) -> list[Step]:
@@ -21,7 +21,7 @@ def steps(options: Options) -> list[Step]:
 
 def _test(options: Options, name: str, deadline: float) -> Mapping[str, Any]:
     command = [options.python, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda", "--rootdir", ROOT]
-    file = ROOT / "tests" / f"{name}.py"
+    file = ROOT / "tests" / "contract" / f"{name}.py"
     said = run([*command, file], options.logs / f"{name}.log", deadline, {BACKEND_VARIABLE: options.backend})
     return {"backend": options.backend, "tests": counted(said)}
 

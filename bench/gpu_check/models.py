@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.gpu_check.options import Options
-from tests.tiny.gguf_file import Stored, write_stored
-from tests.tiny.shape import QUANTISATION_BLOCK, Shape
-from tests.tiny.tokenizer import Tokenizer
+from tests.support.tiny.gguf_file import Stored, write_stored
+from tests.support.tiny.shape import QUANTISATION_BLOCK, Shape
+from tests.support.tiny.tokenizer import Tokenizer
 
 _OUTPUT_GAIN = 3.0
 """Standard deviation of the logits."""

@@ -11,7 +11,7 @@ from bench.gpu_check.options import Options
 from bench.gpu_check.record import CheckError, Step
 from exo.worker.protocol.messages import Load, Probe
 from exo.worker.protocol.runners import RUNNERS
-from tests.program import Program, ask, runner_command
+from tests.support.program import Program, ask, runner_command
 
 _MODULE = RUNNERS["cuda"].module
 _ALL_LAYERS_SHARE = 0.85

@@ -18,8 +18,8 @@ from exo.worker.protocol.messages import Load
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
-from tests.tiny import Shape, write_gguf
-from tests.tiny.shape import ARCHITECTURES, Architecture
+from tests.support.tiny import Shape, write_gguf
+from tests.support.tiny.shape import ARCHITECTURES, Architecture
 
 MAX_ABS = 0.05
 """Nats. A card multiplies float32 matrices of small batches with factors rounded to 10 bits (TF32). A logit of these

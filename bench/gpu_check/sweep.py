@@ -18,7 +18,7 @@ from bench.peer_servers import Server
 from exo.bench.options import Options as Asked
 from exo.bench.run import run_bench
 from exo.exit_code import CommandError
-from tests.server import write_card
+from tests.support.server import write_card
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 SMALL_CONCURRENCY = (1, 2)

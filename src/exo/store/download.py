@@ -1,7 +1,7 @@
 """Downloads one file into a part that survives the process, and verifies it.
 
 huggingface_hub makes the requests (see ``hub``), but its own downloaders cannot replace this module. This is what
-huggingface_hub 2.4.0 and hf_xet 1.8.0 did with the faults of ``tests/hub.py``:
+huggingface_hub 2.4.0 and hf_xet 1.8.0 did with the faults of ``tests/support/hub.py``:
 
 - Wrong content is accepted: ``http_get`` and ``hf_hub_download`` compare sizes, not hashes.
 - A killed download starts again at byte 0. ``hf_hub_download`` writes to a temporary file with a random name, and

@@ -1,7 +1,7 @@
 """How much memory a model takes in this runner, from its folder's headers and the card's settings. Loads nothing.
 
 Weights and KV cache are counted exactly; the cache is whole from the first pass on. The rest is fitted to what runner
-processes were measured to have (x86-64, mlx 0.32.4, Python 3.11; ``tests/test_estimate_runners.py`` measures again).
+processes were measured to have (x86-64, mlx 0.32.4, Python 3.11; ``tests/engines/test_estimate.py`` measures again).
 """
 
 import math

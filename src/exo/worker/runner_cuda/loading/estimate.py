@@ -1,7 +1,7 @@
 """How much memory a model takes in this runner, from its file's header and the card's settings. Loads nothing.
 
 Weights and KV cache are counted exactly. The rest is fitted to what runner processes were measured to have
-(x86-64, llama.cpp 0.5.0-dev, Python 3.11; ``tests/test_estimate_runners.py`` measures again).
+(x86-64, llama.cpp 0.5.0-dev, Python 3.11; ``tests/engines/test_estimate.py`` measures again).
 """
 
 import math

@@ -1,0 +1,220 @@
+"""What of ``scripts/gpu_check`` holds without a card: calls, steps, verdicts, models, the report."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench.gpu_check import offload, report
+from bench.gpu_check.contract import counted
+from bench.gpu_check.models import SMALL_MODELS, Model, write_random
+from bench.gpu_check.options import ROOT, Options, parse
+from bench.gpu_check.record import CheckError, Record, Step, find, perform
+from bench.gpu_check.sweep import SERVERS, name_of
+from exo.bench.options import Options as Asked
+from exo.bench.report import Distribution, Load, Report, Requests, Stage, Tokens
+from exo.worker.protocol.messages import Load as LoadModel
+from tests.support.program import Program, ask, runner_command
+
+# --- calls ---
+
+
+def gpu_check(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [ROOT / "scripts" / "gpu_check", "--work", work, *arguments]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_an_unknown_stage_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    done = gpu_check(tmp_path, "--stages", "build,paint")
+    assert done.returncode == 2
+    assert "must be some of build,contract,parity,offload,sweep,ceiling (got 'paint')" in done.stderr
+
+
+def test_a_missing_archive_is_named_with_what_makes_it(tmp_path: Path) -> None:
+    done = gpu_check(tmp_path / "work", "--cpu", "--archive", str(tmp_path / "none"), "--stages", "build")
+    assert done.returncode == 1
+    assert "make gpu-archive" in done.stderr
+
+
+def test_a_later_stage_needs_the_build(tmp_path: Path) -> None:
+    done = gpu_check(tmp_path / "work", "--cpu", "--stages", "contract")
+    assert done.returncode == 1
+    assert "run the stage build first" in done.stderr
+
+
+def test_the_checkout_stays_as_it_is() -> None:
+    done = gpu_check(ROOT / "build" / "work")
+    assert done.returncode == 2
+    assert "must be outside the checkout" in done.stderr
+
+
+# --- steps ---
+
+
+def failing(_: float) -> dict[str, int]:
+    raise CheckError("it broke", {"seen": 1})
+
+
+def surprising(_: float) -> dict[str, int]:
+    raise ZeroDivisionError("by zero")
+
+
+def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path: Path) -> None:
+    deadline = time.monotonic() + 60
+    assert perform(Step("a", "parity", failing), tmp_path, deadline).facts == {"seen": 1}
+    assert perform(Step("a", "parity", lambda _: {"seen": 2}), tmp_path, deadline).state == "passed"
+    assert perform(Step("a", "parity", failing), tmp_path, deadline).facts == {"seen": 2}
+    kept = find(tmp_path, "a")
+    assert kept is not None
+    assert (kept.state, kept.message, kept.facts) == ("passed", "", {"seen": 2})
+
+
+def test_what_nobody_expected_is_a_failure_of_its_step(tmp_path: Path) -> None:
+    record = perform(Step("b", "parity", surprising), tmp_path, time.monotonic() + 60)
+    assert (record.state, record.message) == ("failed", "ZeroDivisionError: by zero")
+
+
+def test_a_step_is_not_begun_with_too_little_time(tmp_path: Path) -> None:
+    record = perform(Step("c", "sweep", failing, least_seconds=30), tmp_path, time.monotonic() + 20)
+    assert record.state == "not run"
+
+
+@pytest.mark.parametrize("said", ["", "no tests ran in 0.01s", "3 failed, 2 deselected in 1s"])
+def test_no_contract_test_is_no_pass(said: str) -> None:
+    with pytest.raises(CheckError, match="no test"):
+        counted(said)
+
+
+def test_contract_tests_are_counted() -> None:
+    assert counted("....\n53 passed, 104 deselected in 40.08s") == {"passed": 53, "deselected": 104}
+
+
+# --- offload ---
+
+
+def loads(every: int, half: int, nothing: int) -> dict[str, dict[str, object]]:
+    return {
+        name: {"devices": devices, "model_bytes": 100, "taken_bytes": taken, "tokens": 16}
+        for name, devices, taken in (("all", ["CUDA0"], every), ("half", ["CUDA0"], half), ("none", ["CPU"], nothing))
+    }
+
+
+def test_offload_is_believed_where_the_cards_memory_shows_it(tmp_path: Path) -> None:
+    options = parse(["--work", str(tmp_path)])
+    assert offload.verdict(loads(95, 48, 1), options) == ""
+
+
+@pytest.mark.parametrize(
+    ("every", "half", "nothing", "said"),
+    [
+        (10, 5, 1, "all layers took 10 bytes"),
+        (95, 95, 1, "half of the layers took 95"),
+        (95, 2, 1, "half of the layers took 2"),
+        (95, 48, 60, "no layer was to be on the card, and 60"),
+    ],
+)
+def test_offload_that_did_not_happen_is_found(every: int, half: int, nothing: int, said: str, tmp_path: Path) -> None:
+    assert said in offload.verdict(loads(every, half, nothing), parse(["--work", str(tmp_path)]))
+
+
+def test_a_runner_that_names_no_card_is_found(tmp_path: Path) -> None:
+    found = loads(95, 48, 1)
+    found["all"]["devices"] = ["CPU"]
+    assert "the runner names ['CPU']" in offload.verdict(found, parse(["--work", str(tmp_path)]))
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=lambda model: model.name)
+def test_a_model_of_random_blocks_loads_and_its_logits_are_finite_and_unlike(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_random(path, model.shape)
+    table = {"path": str(path), "threads": 1, "n_ctx": 256, "slots": 1}
+    with Program(runner_command("exo.worker.runner_cuda")) as runner:
+        capabilities = runner.load(LoadModel(model_id="test/random", backend="LlamaCppCpu", table=table))
+        request = ask("a", temperature=1.0, max_tokens=12).model_copy(update={"logprobs": 8})
+        (result,) = runner.generate(request)
+    assert capabilities.vocabulary == model.shape.vocabulary
+    assert len(result.tokens) == 12
+    found = [each.logprob for token in result.logprobs for each in (token.chosen, *token.top)]
+    finite = [logprob for logprob in found if logprob is not None and math.isfinite(logprob)]
+    assert len(finite) == len(found) == 12 * 9
+    assert max(finite[1:9]) - min(finite[1:9]) > 0.1
+
+
+# --- the report ---
+
+
+def stage(streams: int, rate: float) -> Stage:
+    times = Distribution(count=8, mean=12, min=12, p50=12, p90=12, p95=12, p99=12, max=12)
+    return Stage(
+        load=Load(concurrency=streams, rate=None),
+        requests=Requests(sent=8, whole=8, cut=0, errors={}, messages={}),
+        tokens=Tokens(prompt=8, cached=0, output=8, counted_by_usage=8, checked_by_ids=0),
+        seconds=1,
+        output_tokens_per_second=rate,
+        total_tokens_per_second=rate,
+        requests_per_second=1,
+        goodput=None,
+        ttft=times,
+        itl=None,
+        tpot=None,
+        e2e=None,
+        long_prompt=None,
+    )
+
+
+def sweep_record(server: str, *rates: float) -> Record:
+    asked = Asked(url="http://127.0.0.1:1", model="m", concurrency=(1, 2))
+    stages = tuple(stage(streams, rate) for streams, rate in zip((1, 2), rates, strict=True))
+    found = Report(date="2026", exo_version="0", client="c", options=asked, stages=stages)
+    name = name_of(SMALL_MODELS[0], server)
+    return Record(name, "sweep", "passed", 9, facts={"report": found.model_dump(mode="json")})
+
+
+def recorded(options: Options) -> dict[str, Record]:
+    batch = {"streams": 2, "prompt_tokens": 32, "output_tokens": 16, "prefill_seconds": 0.1, "decode_seconds": 0.3}
+    tools = {"cuda": {"card": {"name": "NVIDIA H200", "driver": "580"}}, "cpu": False, "small": True}
+    records = [
+        Record("tools", "build", "passed", 1, facts=tools),
+        Record("contract", "contract", "failed", 2, "pytest ended with 1"),
+        sweep_record(SERVERS[0], 100, 200),
+        sweep_record(SERVERS[1], 80, 250),
+        sweep_record(SERVERS[2], 125, 160),
+        sweep_record("exo, sampling on", 130, 260),
+        Record("batched_bench small-q8_0", "ceiling", "passed", 3, facts={"batches": [batch]}),
+    ]
+    assert options.small
+    return {record.step: record for record in records}
+
+
+def test_the_table_has_every_load_beside_its_peers_and_its_ceiling(tmp_path: Path) -> None:
+    options = parse(["--work", str(tmp_path), "--small"])
+    assert list(report.rows(options, recorded(options))) == [
+        ("small-q8_0", "1", "100.0 (12)", "80.0 (12)", "125.0 (12)", "0.80", "-", "130.0 (12)"),
+        ("small-q8_0", "2", "200.0 (12)", "250.0 (12)", "160.0 (12)", "0.80", "80.0", "260.0 (12)"),
+    ]
+    shown = Console(width=200, record=True, file=io.StringIO())
+    report.show(options, recorded(options), shown)
+    text = shown.export_text()
+    assert "pytest ended with 1" in text
+    assert "100.0 (12)" in text
+
+
+def test_the_json_file_names_the_card_and_holds_every_step(tmp_path: Path) -> None:
+    options = parse(["--work", str(tmp_path), "--small", "--out", str(tmp_path / "out")])
+    records = recorded(options)
+    written = json.loads(report.write(options, records).read_text())
+    assert written["card"]["name"] == "NVIDIA H200"
+    assert written["backend"] == "LlamaCppCuda"
+    assert [step["state"] for step in written["steps"]] == ["passed", "failed", *["passed"] * 5]
+    assert written["steps"][2]["facts"] == records[name_of(SMALL_MODELS[0], "exo")].facts

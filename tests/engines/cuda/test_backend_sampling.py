@@ -1,0 +1,446 @@
+"""Backend sampling of the llama.cpp runner: the same tokens, whatever is handed back of a row and in what company."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import JsonValue, ValidationError
+
+from exo.worker.protocol.messages import Generate, Grammar, Load, SamplingParams
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.loader import Loaded, load
+from exo.worker.runner_cuda.loading.options import CudaOptions
+from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
+from exo.worker.runner_cuda.sampling.device_sampling import SIZES, Best, backend_sampling, needed
+from exo.worker.runner_cuda.sampling.sampler import Sampler, choose
+from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
+from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.speculation.speculation import Speculation
+from exo.worker.runner_cuda.step_time import Pace
+from tests.support.cells import RecordedCells
+from tests.support.edited_gguf import Edit, rewrite
+from tests.support.program import Program, Result, ask, names, runner_command
+from tests.support.tiny import Shape, write_gguf, write_scripted
+from tests.support.tiny.encoder import Encoder
+
+name = names()
+COMMAND = runner_command(RUNNERS["cuda"].module)
+EXACT: dict[str, JsonValue] = {
+    "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 512
+}  # fmt: skip
+WORDS = re.findall(" [a-z]+", " the old man and his dog went over a hill to see what was there")
+SAID = [*range(256, 256 + len(WORDS)), ord("\n")]
+
+
+def command(path: Path, **table: JsonValue) -> Load:
+    return Load(model_id="test/tiny", backend="LlamaCppCpu", table={**EXACT, "path": str(path), **table})
+
+
+# --- what is chosen from what is handed back ---
+
+
+def handed_back(row: Row, size: int, order: np.random.Generator) -> Best:
+    """Of equals at the border any, all in any order: what devices do differs."""
+    shuffled = order.permutation(row.size)
+    kept = shuffled[np.argsort(-row[shuffled], kind="stable")][:size]
+    kept = order.permutation(kept)
+    return Best(kept.astype(np.intp), row[kept])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([300, 5000]),
+    st.integers(0, 6),
+    st.sampled_from([0, 1, 2, 40, 61]),
+    st.sampled_from([(), (3,), (0, 1)]),
+    st.sampled_from([(1.0, 0.0), (0.9, 0.0), (1.0, 0.1)]),
+)
+def test_a_choice_is_that_from_the_whole_row_or_left_open(
+    seed: int, size: int, digits: int, k: int, forbidden: tuple[int, ...], limits: tuple[float, float]
+) -> None:
+    order = np.random.default_rng(seed)
+    row = order.normal(0, 3, size).astype(np.float32).round(digits)
+    row[order.integers(0, size, 5)] = -np.inf
+    best = handed_back(row, SIZES[0], order)
+    params = SamplingParams(seed=seed, temperature=0.7 if k else 0.0, top_k=k, top_p=limits[0], min_p=limits[1])
+    sampler = Sampler(params, forbidden)
+    found = best.choice(sampler, 9)
+    if found is None:
+        assert np.unique(row).size < size - 4
+    else:
+        token = choose([found])[0] if isinstance(found, Candidates) else found
+        assert token == sampler.choose(row.copy(), 9)
+
+
+def test_ties_within_what_is_handed_back_are_settled_and_those_at_its_border_left_open() -> None:
+    row = np.arange(100, dtype=np.float32)
+    row[[7, 20, 93]] = 200
+    best = handed_back(row, 10, np.random.default_rng(0))
+    assert best.choice(Sampler(SamplingParams(seed=0, temperature=0)), 0) == 7
+    two = best.choice(Sampler(SamplingParams(seed=0, temperature=1, top_k=2)), 0)
+    assert isinstance(two, Candidates)
+    assert two.ids.tolist() == [7, 20, 93]
+    row[:] = 1
+    for params in (SamplingParams(seed=0, temperature=0), SamplingParams(seed=0, temperature=1, top_k=3)):
+        assert handed_back(row, 10, np.random.default_rng(0)).choice(Sampler(params), 0) is None
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_logit_handed_back_that_is_no_number_fails(wrong: float) -> None:
+    logits = np.array([1, wrong, 2, 3], np.float32)
+    for params in (SamplingParams(seed=0, temperature=0), SamplingParams(seed=0, temperature=1, top_k=2)):
+        with pytest.raises(NotFinite):
+            Best(np.arange(4), logits).choice(Sampler(params), 0)
+
+
+# --- what llama.cpp does ---
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Iterator[Loaded]:
+    write_gguf(tmp_path / "twin.gguf", Shape())
+    done = load(command(tmp_path / "twin.gguf", slots=4, speculate=3, backend_sampling="on"), lambda _: None)
+    yield done
+    done.free()
+
+
+def sequence(slot: int, n_tokens: int, **params: object) -> Sequence:
+    sampler = Sampler(SamplingParams.model_validate({"seed": slot, **params}))
+    return Sequence(str(slot), [slot + 5 + n for n in range(n_tokens)], n_tokens, n_tokens, 400, sampler, slot=slot)
+
+
+def decode(loaded: Loaded, step: Step) -> int:
+    """Computes the step from the beginning; how many rows gave logits."""
+    batch, row, n_outputs = loaded.context.batch, 0, 0
+    for chunk in step.chunks:
+        end = row + chunk.n_rows
+        batch.tokens[row:end] = chunk.sequence.tokens + chunk.draft
+        batch.positions[row:end] = range(chunk.n_rows)
+        batch.slots[row:end] = chunk.sequence.slot
+        batch.outputs[row:end] = 0
+        batch.outputs[end - chunk.n_sampled : end] = 1
+        n_outputs += chunk.n_sampled
+        row = end
+        loaded.context.trim(chunk.sequence.slot, 0)
+    loaded.context.decode(row)
+    return n_outputs
+
+
+def test_what_is_handed_back_are_the_largest_logits_as_computed_also_of_a_draft(loaded: Loaded) -> None:
+    sampling = loaded.sampling
+    sequences = [
+        sequence(0, 3, temperature=0),
+        sequence(1, 2, temperature=1, top_k=40),
+        sequence(2, 4, temperature=1, top_p=0.9),
+        sequence(3, 1, temperature=1, top_k=100),
+    ]
+    step = Step([Chunk(each, 0, len(each.tokens), draft=[9, 8, 7][: each.slot]) for each in sequences], [])
+    sampling.stop()
+    whole = loaded.context.logits(decode(loaded, step)).copy()
+    sampling.prepare(step)
+    loaded.context.logits(len(whole))[:] = 0
+    decode(loaded, step)
+    found = sampling.read(step)
+    assert {slot: len(rows) for slot, rows in found.items()} == {0: 1, 1: 2, 3: 4}
+    assert [rows[0].ids.size for rows in found.values()] == [64, 64, 256]
+    at = 0
+    for chunk in step.chunks:
+        for place, best in enumerate(found.get(chunk.sequence.slot, [])):
+            row = whole[at + place]
+            assert np.array_equal(best.logits, row[best.ids])
+            assert np.array_equal(np.sort(best.logits), np.sort(row)[-best.ids.size :])
+        at += chunk.n_sampled
+    assert np.array_equal(loaded.context.logits(len(whole))[3:6], whole[3:6])
+
+
+def test_a_step_of_such_rows_alone_copies_no_whole_row(loaded: Loaded) -> None:
+    sampling = loaded.sampling
+    step = Step([Chunk(sequence(slot, 2, temperature=0), 0, 2) for slot in range(4)], [])
+    sampling.prepare(step)
+    loaded.context.logits(4)[:] = 77
+    decode(loaded, step)
+    assert (loaded.context.logits(4) == 77).all()
+    assert all(sampling.chains.count(row, 4) == SIZES[0] for row in range(4))
+
+
+def test_a_slot_keeps_its_chain_for_requests_that_need_no_more(loaded: Loaded) -> None:
+    sampling = loaded.sampling
+
+    def size(request: Sequence) -> int:
+        step = Step([Chunk(request, 0, len(request.tokens))], [])
+        sampling.prepare(step)
+        decode(loaded, step)
+        return sampling.chains.count(0, 1)
+
+    assert size(sequence(0, 2, temperature=1, top_k=200)) == 256
+    assert size(sequence(0, 2, temperature=0)) == 256
+    assert size(sequence(0, 2, temperature=1, top_k=300)) == 0
+    assert size(sequence(0, 2, temperature=0)) == 64
+    doubted = sequence(0, 2, temperature=0)
+    sampling.read_whole(doubted)
+    assert size(doubted) == 0
+    assert size(sequence(0, 2, temperature=1, top_k=3)) == 64
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1},
+        {"temperature": 1, "min_p": 0.1},
+        {"temperature": 0, "logit_bias": {3: 1.0}},
+        {"temperature": 0, "frequency_penalty": 0.1},
+        {"temperature": 0, "presence_penalty": 0.1},
+        {"temperature": 0, "repetition_penalty": 1.1},
+    ],
+)
+def test_whatever_changes_logits_or_needs_them_all_gets_them_all(params: dict[str, object]) -> None:
+    assert needed(sequence(0, 2, **params)) == 0
+
+
+# --- whole requests ---
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same model twice, with backend sampling and without."""
+
+    runners: tuple[Program, Program]
+
+    def both(self, *requests: Generate) -> list[Result]:
+        """The results, which are the same."""
+        on, off = ([*runner.generate(*requests)] for runner in self.runners)
+        for one, other in zip(on, off, strict=True):
+            assert one.tokens == other.tokens
+            assert (one.text, one.logprobs, one.prompt_logprobs) == (other.text, other.logprobs, other.prompt_logprobs)
+            assert type(one.end) is type(other.end)
+        return on
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "scripted", "drafting"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """ "scripted" computes the same logit for nearly all tokens, so that equals are at every border."""
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    table: dict[str, JsonValue] = {"slots": 3}
+    if request.param in ("scripted", "drafting"):
+        write_scripted(path, WORDS)
+        table["speculate"] = 6 if request.param == "drafting" else "off"
+    else:
+        write_gguf(path, Shape(architecture=request.param))
+    with Program(COMMAND) as on, Program(COMMAND) as off:
+        on.load(command(path, backend_sampling="on", **table))
+        off.load(command(path, backend_sampling="off", **table))
+        yield Pair((on, off))
+
+
+def mixed(seed: int) -> list[Generate]:
+    """More requests than slots, so that those change what they hand back while others go on."""
+    kinds: list[dict[str, object]] = [
+        {},
+        {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
+        {"temperature": 1.3},
+        {"temperature": 0.7, "top_k": 1},
+        {"temperature": 1.0, "top_k": 200, "min_p": 0.02},
+        {"temperature": 0.9, "top_k": 310},
+        {"frequency_penalty": 1.0},
+        {"temperature": 0.9, "top_k": 50, "ignore_eos": False},
+    ]
+    requests = [
+        ask(next(name), SAID[at:] if at % 2 else [97 + at] * 9 + SAID, seed=seed + at, max_tokens=12 + 3 * at, **kind)  # type: ignore[arg-type]
+        for at, kind in enumerate(kinds)
+    ]
+    scored = ask(next(name), SAID, max_tokens=9).model_copy(update={"logprobs": 2, "prompt_logprobs": 1})
+    grammar = Grammar(syntax="regex", source="[a-d ]{12}")
+    constrained = ask(next(name), SAID, max_tokens=20).model_copy(update={"grammar": grammar})
+    return [*requests, scored, constrained]
+
+
+def test_every_request_gets_the_same_tokens_in_mixed_company(pair: Pair) -> None:
+    for seed in (1, 2):
+        pair.both(*mixed(seed))
+
+
+def test_one_request_after_another_gets_the_same_tokens_also_from_the_prefix_cache(pair: Pair) -> None:
+    for k in (0, 1, 2, 40, 61, 62, 100, 253, 319, 1000):
+        temperature = 0.0 if k == 0 else 1.0
+        [result] = pair.both(ask(next(name), SAID * 4, temperature=temperature, seed=k, top_k=k, max_tokens=20))
+        assert len(result.tokens) == 20
+    assert result.finished.usage.cached_tokens > 0
+
+
+def test_a_request_goes_on_with_the_same_tokens_in_another_runner(pair: Pair) -> None:
+    on, off = pair.runners
+    request = ask(next(name), SAID, temperature=0.8, top_k=40, seed=4, max_tokens=24)
+    [whole] = on.generate(request)
+    for cut in (0, 1, 9, 23):
+        rest = request.model_copy(update={"id": next(name), "delivered": tuple(whole.tokens[:cut])})
+        for runner in (on, off):
+            [continued] = runner.generate(rest)
+            del runner.results[rest.id]
+            assert whole.tokens[:cut] + continued.tokens == whole.tokens
+
+
+def test_a_cancelled_request_leaves_the_others_as_they_are(pair: Pair) -> None:
+    on, off = pair.runners
+    left = ask(next(name), SAID, max_tokens=400)
+    others = [ask(next(name), SAID, temperature=1.0, top_k=k, seed=k, max_tokens=60) for k in (5, 100)]
+    on.send(left, *others)
+    on.until(lambda: left.id in on.results and bool(on.results[left.id].tokens))
+    on.cancel(left.id)
+    on.until(on.ended(left.id, *(each.id for each in others)))
+    assert on.results[left.id].finished.reason == "cancelled"
+    expected = off.generate(*others)
+    assert [on.results[each.id].tokens for each in others] == [result.tokens for result in expected]
+    pair.both(ask(next(name), SAID, temperature=1.0))
+
+
+def test_equal_logits_give_the_token_that_whole_rows_give(tmp_path: Path) -> None:
+    """All are equal here, so that every row has to be computed again."""
+    write_gguf(tmp_path / "flat.gguf", Shape(scale=0.0))
+    with Program(COMMAND) as on, Program(COMMAND) as off:
+        on.load(command(tmp_path / "flat.gguf", backend_sampling="on", slots=2))
+        off.load(command(tmp_path / "flat.gguf", backend_sampling="off", slots=2))
+        found = Pair((on, off)).both(
+            ask(next(name), max_tokens=5), *(ask(next(name), temperature=1.0, top_k=7, seed=s) for s in range(3))
+        )
+    assert found[0].tokens == [0] * 5
+    assert found[1].tokens != found[2].tokens
+
+
+def spoil(good: Path, bad: Path, tensor: str) -> None:
+    """Token 120's row of a tensor is no numbers in the second file."""
+    weights = next(each for each in gguf.GGUFReader(good).tensors if each.name == tensor).data.copy()
+    weights[120] = np.nan
+    rewrite(good, bad, Edit(tensors={tensor: weights}))
+
+
+@pytest.mark.parametrize(("tensor", "n_failed"), [("token_embd.weight", 2), ("output.weight", 3)])
+def test_logits_that_are_no_numbers_fail_their_requests(tmp_path: Path, tensor: str, n_failed: int) -> None:
+    """An embedding spoils the requests that have its token; a row of the output one logit of all of them."""
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", tensor)
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", backend_sampling="on", slots=3))
+        bad = [ask(next(name), [97, 120, 99]), ask(next(name), [97, 120, 99], temperature=1.0, top_k=5)]
+        good = ask(next(name), [97] * 5, temperature=1.0, top_k=2, max_tokens=3)
+        results = program.generate(*bad, good)
+    assert [result.failed.code for result in results[:n_failed]] == ["engine_error"] * n_failed
+    assert [len(result.tokens) for result in results] == [0] * n_failed + [3] * (3 - n_failed)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_logits_that_are_no_numbers_fail_no_later_request(tmp_path: Path, slots: int) -> None:
+    """Without flash attention, cells that are not seen are still computed with."""
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", "token_embd.weight")
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", slots=slots, flash_attn="off"))
+        for _ in range(slots + 1):
+            [bad] = program.generate(ask(next(name), [97, 97, 97, 97, 97, 120, 99]))
+            assert bad.failed.code == "engine_error"
+            [good] = program.generate(ask(next(name), [97] * 5, max_tokens=3))
+            assert len(good.tokens) == 3
+        together = [ask(next(name), [97, 97, last], max_tokens=3) for last in range(97, 97 + slots)]
+        assert [len(result.tokens) for result in program.generate(*together)] == [3] * slots
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_after_logits_that_are_no_numbers_a_prefix_in_the_hosts_memory_is_served(tmp_path: Path, slots: int) -> None:
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", "token_embd.weight")
+    prompts = [[97 + (seed + at) * (at + 7) % 20 for at in range(400)] for seed in range(slots + 1)]
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", slots=slots, n_ctx=2048, flash_attn="off"))
+        never = {120: -1000.0}
+        first = [program.generate(ask(next(name), each, max_tokens=3, logit_bias=never))[0] for each in prompts]
+        [bad] = program.generate(ask(next(name), [97, 120, 99]))
+        assert bad.failed.code == "engine_error"
+        again = program.generate(*(ask(next(name), each, max_tokens=3, logit_bias=never) for each in prompts))
+    assert [result.tokens for result in again] == [result.tokens for result in first]
+
+
+def test_sequences_that_fail_together_fail_no_later_request(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "good.gguf", Shape())
+    spoil(tmp_path / "good.gguf", tmp_path / "bad.gguf", "token_embd.weight")
+    with Program(COMMAND) as program:
+        program.load(command(tmp_path / "bad.gguf", slots=3, flash_attn="off"))
+        for _ in range(2):
+            spoilt = program.generate(*(ask(next(name), [97, 97, 97, last, 120, 99]) for last in range(97, 100)))
+            assert [result.failed.code for result in spoilt] == ["engine_error"] * 3
+            good = program.generate(*(ask(next(name), [last] * 3, max_tokens=3) for last in range(97, 100)))
+            assert [len(result.tokens) for result in good] == [3] * 3
+
+
+# --- whether it is used ---
+
+
+def test_it_is_not_used_on_processors_unless_it_is_asked_for(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "twin.gguf", Shape())
+    for wanted in ("auto", "off"):
+        done = load(command(tmp_path / "twin.gguf", backend_sampling=wanted), lambda _: None)
+        assert done.sampling.sizes == ()
+        done.free()
+
+
+def test_finding_out_whether_it_is_faster_leaves_no_trace(tmp_path: Path) -> None:
+    """As on a GPU: on the processors, which compute whole rows anyway, either may come out."""
+    write_gguf(tmp_path / "twin.gguf", Shape())
+    done = load(command(tmp_path / "twin.gguf", slots=4), lambda _: None)
+    chains = done.sampling.chains
+    step = Step([Chunk(sequence(slot, 3, temperature=1), 0, 3) for slot in range(4)], [])
+    before = done.context.logits(decode(done, step)).copy()
+    options = CudaOptions(path="twin.gguf", slots=4)
+    for slot in range(4):
+        done.context.trim(slot, 0)
+    found = backend_sampling(done.context, chains, options, can_cut=True, on_gpus=True)
+    found.prepare(step)
+    assert np.array_equal(done.context.logits(decode(done, step)), before)
+    assert chains.count(0, 4) == 0
+    for unfit in ({"can_cut": False, "on_gpus": True}, {"can_cut": True, "on_gpus": False}):
+        assert backend_sampling(done.context, chains, options, **unfit).sizes == ()
+    drafting = options.model_copy(update={"speculate": 3})
+    assert backend_sampling(done.context, chains, drafting, can_cut=True, on_gpus=True).sizes == ()
+    asked = options.model_copy(update={"backend_sampling": "on"})
+    with pytest.raises(LoadError, match=r"backend_sampling: .* cannot take tokens back"):
+        backend_sampling(done.context, chains, asked, can_cut=False, on_gpus=False)
+    done.free()
+
+
+def test_where_it_cannot_be_it_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="backend_sampling"):
+        CudaOptions(path="x.gguf", split_mode="tensor", backend_sampling="on")
+    Encoder().write(tmp_path / "encoder.gguf")
+    with pytest.raises(LoadError, match=r"backend_sampling: .* encoder"):
+        load(command(tmp_path / "encoder.gguf", backend_sampling="on"), lambda _: None)
+    write_gguf(tmp_path / "small.gguf", Shape(vocabulary=270))
+    load(command(tmp_path / "small.gguf", backend_sampling="on"), lambda _: None).free()
+
+
+@pytest.mark.parametrize("n_true", [0, 1, 2])
+def test_a_token_computed_once_more_is_the_last_one_and_its_cell_is_dropped(n_true: int) -> None:
+    """Also where it is one of a draft, after ``n_true`` guesses that came true."""
+    cells = RecordedCells(2)
+    scheduler = Scheduler(2, 64, 64, 64, Pace(1.0), PrefixCache(cells, 0), Speculation(3, 32))
+    stream = Sequence("a", [1, 2, 3, 4, 5, 6, 7, 8] * 3, 24, 24, 60, Sampler(SamplingParams(seed=0)))
+    scheduler.add(stream)
+    for n_drafted in (0, 3, 3):
+        step = scheduler.plan()
+        [chunk] = step.chunks
+        assert len(chunk.draft) == n_drafted
+        cells.decode(step)
+        scheduler.computed(step, 0.01)
+        stream.tokens += chunk.draft[:n_true]
+        if chunk.draft:
+            scheduler.verified(chunk)
+        scheduler.again(stream)
+        assert cells.held == [slot.cached for slot in scheduler.slots]
+        assert stream.n_computed == len(stream.tokens) - 1
+    assert len(stream.tokens) == 24 + 2 * n_true

@@ -1,0 +1,404 @@
+import os
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import JsonValue
+
+from exo.worker.protocol.messages import Load, SamplingParams
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache
+from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
+from exo.worker.runner_cuda.sampling.sampler import Sampler
+from exo.worker.runner_cuda.scheduler import Scheduler, Step
+from exo.worker.runner_cuda.sequence import Phase, Sequence
+from exo.worker.runner_cuda.step_time import Pace
+from tests.support.cells import RecordedCells
+from tests.support.program import Program, ask, runner_command
+from tests.support.tiny import Shape, write_gguf
+
+CAPACITY = 1 << 20
+
+
+class Slots:
+    """A scheduler over recorded cells; each sequence generates the tokens that follow 1000."""
+
+    def __init__(self, n_slots: int, *, capacity: int = 0, window: int | None = None, cuts: bool = True) -> None:
+        self.cells = RecordedCells(n_slots, window=window, cuts=cuts)
+        self.cache = PrefixCache(self.cells, capacity)
+        self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
+        self.names = (str(number) for number in count())
+
+    def add(self, prompt: list[int], *, scored: bool = False) -> Sequence:
+        name, sampler = next(self.names), Sampler(SamplingParams(seed=0))
+        sequence = Sequence(name, list(prompt), len(prompt), len(prompt), 10_000, sampler)
+        sequence.prompt_logprobs = 0 if scored else None
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> Step:
+        step = self.scheduler.plan()
+        self.cells.decode(step)
+        self.scheduler.computed(step, 0.01)
+        for chunk in step.chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(1000 + len(chunk.sequence.tokens))
+        held = [slot.cached for slot in self.scheduler.slots]
+        assert [len(cells) for cells in self.cells.held] == [len(cached) for cached in held]
+        return step
+
+    def started(self) -> dict[str, int]:
+        """How many tokens each of those that now begin finds computed."""
+        return dict(self.step().started)
+
+    def ran(self, prompt: list[int]) -> Sequence:
+        """A sequence that has come and gone."""
+        sequence = self.add(prompt)
+        while len(sequence.tokens) == len(prompt):
+            self.step()
+        self.scheduler.remove(sequence.id)
+        return sequence
+
+    def spoil(self, *sequences: Sequence) -> None:
+        """Takes a step whose logits are NaN for these sequences and wipes their cells right after it."""
+        self.step()
+        for sequence in sequences:
+            self.scheduler.remove(sequence.id)
+            self.cells.spoil(sequence.slot)
+        self.scheduler.wipe([sequence.slot for sequence in sequences])
+
+
+def prompt(first: int, length: int) -> list[int]:
+    return list(range(first, first + length))
+
+
+def test_a_prompt_computed_before_is_not_computed_again_but_its_last_token_is() -> None:
+    slots = Slots(2)
+    slots.ran(prompt(0, 100))
+    again = slots.add(prompt(0, 100))
+    assert slots.started() == {again.id: 99}
+    assert slots.cells.copies == []
+
+
+def test_a_prefix_is_taken_from_a_slot_that_is_busy() -> None:
+    slots = Slots(3)
+    first = slots.add(prompt(0, 100))
+    slots.step()
+    others = slots.add(prompt(0, 80) + prompt(500, 20)), slots.add(prompt(0, 90) + prompt(600, 20))
+    assert slots.started() == {others[0].id: 80, others[1].id: 90}
+    assert slots.cells.copies == [(0, 1), (0, 2)]
+    assert first.slot == 0
+    slots.step()
+
+
+def test_a_prefix_is_taken_from_an_idle_slot_that_keeps_it() -> None:
+    slots = Slots(2)
+    slots.ran(prompt(0, 400))
+    short = slots.add([*prompt(0, 100), 7])
+    assert slots.started() == {short.id: 100}
+    assert (short.slot, len(slots.scheduler.slots[0].cached)) == (1, 400)
+
+
+def test_two_that_come_together_do_not_compute_the_same_prefix_twice() -> None:
+    slots = Slots(4)
+    first, second = slots.add([*prompt(0, 700), 1]), slots.add([*prompt(0, 700), 2])
+    other = slots.add(prompt(5000, 10))
+    assert slots.started() == {first.id: 0, other.id: 0}
+    assert slots.started() == {}
+    assert slots.started() == {second.id: 700}
+
+
+def test_one_that_waits_for_another_goes_on_alone_when_that_one_is_cancelled() -> None:
+    slots = Slots(2)
+    first, second = slots.add(prompt(0, 2000)), slots.add([*prompt(0, 2000), 5])
+    slots.step()
+    slots.scheduler.remove(first.id)
+    assert slots.started() == {second.id: 512}
+
+
+def test_a_sequence_enters_a_slot_beside_those_that_run() -> None:
+    slots = Slots(8)
+    for first in range(0, 8000, 1000):
+        slots.ran(prompt(first, 20))
+    slots.ran(prompt(0, 20))
+    running = slots.add(prompt(20_000, 10))
+    slots.step()
+    others = [slots.add(prompt(first, 30)) for first in (1000, 6000, 30_000)]
+    slots.step()
+    used = sorted([running.slot, *(other.slot for other in others)])
+    assert used == list(range(used[0], used[0] + 4))
+
+
+def test_what_no_slot_holds_any_more_comes_back_from_the_host() -> None:
+    slots = Slots(1, capacity=CAPACITY)
+    slots.ran(prompt(0, 400))
+    slots.ran(prompt(5000, 400))
+    back = slots.add([*prompt(0, 350), 9])
+    assert slots.started() == {back.id: 350}
+    assert slots.cells.restored == 1
+    slots.step()
+
+
+def test_cells_that_are_still_to_be_copied_are_not_overwritten_from_the_host() -> None:
+    slots = Slots(2, capacity=CAPACITY)
+    for first in (0, 1000, 2000, 1000):
+        slots.ran(prompt(first, 400))
+    assert [slot.cached[0] for slot in slots.scheduler.slots] == [2000, 1000]
+    copied, restored = slots.add([*prompt(1000, 100), 7]), slots.add([*prompt(0, 400), 7])
+    assert slots.started() == {copied.id: 100}
+    assert slots.started() == {restored.id: 400}
+    assert (slots.cells.copies, slots.cells.restored) == ([(1, 0)], 1)
+    slots.step()
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 4])
+def test_after_a_spoilt_sequence_a_request_whose_prefix_is_in_the_hosts_memory_is_computed(n_slots: int) -> None:
+    slots = Slots(n_slots, capacity=CAPACITY)
+    for first in range(0, 1000 * (n_slots + 1), 1000):
+        slots.ran(prompt(first, 400))
+    spoilt = slots.add(prompt(50_000, 20))
+    slots.spoil(spoilt)
+    back, other = slots.add([*prompt(0, 400), 7]), slots.add([*prompt(0, 400), 8])
+    for _ in range(10):
+        slots.step()
+    assert len(back.tokens) > back.n_prompt
+    slots.scheduler.remove(back.id)
+    for _ in range(10):
+        slots.step()
+    assert len(other.tokens) > other.n_prompt
+
+
+def test_a_saved_prefix_waits_for_the_next_decode_where_there_is_one_after_a_wipe() -> None:
+    slots = Slots(3, capacity=CAPACITY)
+    for first in range(0, 4000, 1000):
+        slots.ran(prompt(first, 400))
+    running, spoilt = slots.add(prompt(60_000, 20)), slots.add(prompt(50_000, 20))
+    slots.spoil(spoilt)
+    back = slots.add([*prompt(0, 400), 7])
+    assert slots.started() == {}
+    assert slots.started() == {back.id: 400}
+    assert len(running.tokens) > running.n_prompt
+
+
+@pytest.mark.parametrize("n_spoilt", [2, 3, 4])
+def test_sequences_spoilt_together_leave_no_spoilt_cell(n_spoilt: int) -> None:
+    """As ``n`` sequences of one prompt are: no slot may be overwritten with the cells of another spoilt one."""
+    slots = Slots(4)
+    sequences = [slots.add(prompt(1000 * first, 20)) for first in range(4)]
+    slots.spoil(*sequences[:n_spoilt])
+    for first in range(n_spoilt):
+        slots.add(prompt(70_000 + 1000 * first, 30))
+    slots.step()
+
+
+def test_without_memory_for_it_nothing_is_kept() -> None:
+    for capacity in (0, 400):
+        slots = Slots(1, capacity=capacity)
+        slots.ran(prompt(0, 400))
+        slots.ran(prompt(5000, 400))
+        back = slots.add(prompt(0, 400))
+        assert slots.started() == {back.id: 0}
+        assert slots.cache.n_bytes == 0
+
+
+def test_the_memory_for_prefixes_is_bounded_and_the_latest_are_kept() -> None:
+    slots = Slots(1, capacity=100_000)
+    for first in range(0, 100_000, 1000):
+        slots.ran(prompt(first, 400))
+        assert slots.cache.n_bytes <= 100_000
+    assert slots.cache.n_bytes > 50_000
+    old, late = slots.add(prompt(0, 400)), slots.add(prompt(97_000, 400))
+    assert slots.started() == {old.id: 0}
+    slots.scheduler.remove(old.id)
+    assert slots.started() == {late.id: 399}
+
+
+def test_a_state_with_only_a_window_is_used_whole_or_not_at_all() -> None:
+    """As saved states of models with sliding windows are."""
+    for tail, expected in ((prompt(400, 50), 400), (prompt(700, 50), 0)):
+        slots = Slots(1, capacity=CAPACITY, window=16)
+        slots.ran(prompt(0, 400))
+        slots.ran(prompt(5000, 400))
+        back = slots.add(prompt(0, 400 if expected else 380) + tail)
+        assert slots.started() == {back.id: expected}
+        slots.step()
+        slots.scheduler.remove(back.id)
+        shorter = slots.add([*prompt(0, 300), 3])
+        assert slots.started() == {shorter.id: 0 if expected else 300}
+
+
+def test_a_cache_that_cannot_be_cut_is_used_whole_or_emptied() -> None:
+    slots = Slots(1, cuts=False)
+    slots.ran([5, 6, 7])
+    other, longer = slots.add([5, 6, 9]), slots.add([5, 6, 9, 10])
+    assert slots.started() == {other.id: 0}
+    slots.scheduler.remove(other.id)
+    assert slots.started() == {longer.id: 3}
+
+
+def test_a_prompt_that_is_to_be_scored_is_computed_anew() -> None:
+    slots = Slots(2)
+    slots.ran(prompt(0, 100))
+    scored = slots.add(prompt(0, 100), scored=True)
+    assert slots.started() == {scored.id: 0}
+
+
+def test_a_few_tokens_in_common_are_not_worth_a_copy() -> None:
+    slots = Slots(2)
+    slots.add(prompt(0, 100))
+    slots.step()
+    other = slots.add([*prompt(0, BLOCK - 1), 7])
+    assert slots.started() == {other.id: 0}
+    assert slots.cells.copies == []
+
+
+TOKENS = st.lists(st.integers(0, 1), max_size=5 * BLOCK)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), TOKENS, st.booleans()), max_size=30), TOKENS)
+def test_the_tree_finds_what_looking_at_everyone_finds(
+    puts: list[tuple[int, list[int], bool]], query: list[int]
+) -> None:
+    tree: PrefixTree[int] = PrefixTree()
+    held: dict[int, list[int]] = {}
+    for holder, tokens, grows in puts:
+        if not grows:
+            tree.cut(holder, len(tokens))
+            held[holder] = held.get(holder, [])[: len(tokens)]
+        else:
+            held[holder] = held.get(holder, []) + tokens
+            tree.put(holder, held[holder])
+    # A holder that was cut within a block holds the rest of it until it is put again.
+    for holder, tokens in held.items():
+        tree.put(holder, tokens)
+
+    def shared(tokens: list[int]) -> int:
+        same = next((i for i, (a, b) in enumerate(zip(tokens, query, strict=False)) if a != b), None)
+        return (min(len(tokens), len(query)) if same is None else same) // BLOCK * BLOCK
+
+    found = dict(tree.matches(query))
+    assert list(found) == sorted(found, reverse=True)
+    for depth in range(BLOCK, 6 * BLOCK, BLOCK):
+        assert found.get(depth, frozenset()) == {holder for holder, tokens in held.items() if shared(tokens) >= depth}
+    for holder in held:
+        tree.cut(holder, 0)
+    assert list(tree.matches(query)) == []
+
+
+def family(members: list[tuple[int, int, int]]) -> list[list[int]]:
+    """Prompts that share prefixes: a stem, cut, and then a tail of their own."""
+    return [prompt(1000 * stem, length) + prompt(50_000 + 100 * tail, 1 + tail) for stem, length, tail in members]
+
+
+MEMBERS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2 * WORTH_SAVING), st.integers(0, 30)), max_size=14)
+
+
+@pytest.mark.parametrize(("window", "cuts"), [(None, True), (8, True), (None, False)])
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4),
+    MEMBERS,
+    st.lists(st.integers(0, 4), min_size=14, max_size=14),
+    st.sets(st.integers(0, 13)),
+    st.integers(0, 60_000),
+)
+def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
+    window: int | None,
+    cuts: bool,
+    n_slots: int,
+    members: list[tuple[int, int, int]],
+    pauses: list[int],
+    spoilt: set[int],
+    capacity: int,
+) -> None:
+    """Asserted by ``RecordedCells.decode`` in each step."""
+    slots = Slots(n_slots, capacity=capacity, window=window, cuts=cuts)
+    running: list[Sequence] = []
+
+    def go_on(wanted: int) -> None:
+        """One step; those that have generated ``wanted`` tokens leave."""
+        slots.step()
+        assert slots.cache.n_bytes <= capacity
+        for sequence in [each for each in running if len(each.tokens) - each.n_prompt >= wanted]:
+            slots.scheduler.remove(sequence.id)
+            running.remove(sequence)
+
+    for at, (each, pause) in enumerate(zip(family(members), pauses, strict=False)):
+        running.append(slots.add(each))
+        for _ in range(pause):
+            go_on(pause)
+        if at in spoilt:
+            active = [sequence for sequence in running if sequence.phase is not Phase.WAITING]
+            slots.spoil(*active[: 1 + at % 2])
+            running = [sequence for sequence in running if sequence not in active[: 1 + at % 2]]
+    for _ in range(300):
+        if running:
+            go_on(1)
+    assert running == []
+
+
+# --- with llama.cpp ---
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def load(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Load]:
+    """A tiny float32 model, also one with a sliding window, and a context that rounds as little as llama.cpp can."""
+    write_gguf(tmp_path / "tiny.gguf", Shape(architecture=request.param))
+    table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 2048}
+
+    def load(**more: JsonValue) -> Load:
+        path = str(tmp_path / "tiny.gguf")
+        return Load(model_id="test/tiny", backend="LlamaCppCpu", table={"path": path, **table, **more})
+
+    return load
+
+
+def words(seed: int, length: int) -> list[int]:
+    return [97 + (seed + index) * (index + 7) % 23 for index in range(length)]
+
+
+def generated(program: Program, *prompts: list[int], n_cached: list[int] | None = None) -> list[list[int]]:
+    """What follows each prompt when they come together, greedy and sampled by turns."""
+    requests = [
+        ask(f"r{os.urandom(6).hex()}", each, max_tokens=24, temperature=index % 2, seed=index)
+        for index, each in enumerate(prompts)
+    ]
+    results = program.generate(*requests)
+    if n_cached is not None:
+        assert [result.finished.usage.cached_tokens for result in results] == n_cached
+    return [result.tokens for result in results]
+
+
+def test_text_is_the_same_with_and_without_a_prefix_taken_from_a_busy_slot(load: Callable[..., Load]) -> None:
+    stem = words(1, 400)
+    prompts = [stem + words(seed, 20 + seed) for seed in (2, 3, 4)]
+    with Program(runner_command(RUNNERS["cuda"].module)) as program:
+        program.load(load(slots=1, prefix_cache_bytes=0))
+        expected: list[list[int]] = []
+        for each in prompts:
+            expected += generated(program, each, n_cached=[0])
+            generated(program, words(50, 30), n_cached=[0])
+    with Program(runner_command(RUNNERS["cuda"].module)) as program:
+        program.load(load(slots=4))
+        program.send(ask("running", [*stem, 5], max_tokens=1500))
+        program.until(lambda: "running" in program.results and len(program.results["running"].tokens) > 2)
+        for each, alone in zip(prompts, expected, strict=True):
+            assert generated(program, each, n_cached=[400]) == [alone]
+        assert program.results["running"].end is None
+
+
+def test_text_is_the_same_with_and_without_a_prefix_that_was_in_the_hosts_memory(load: Callable[..., Load]) -> None:
+    with Program(runner_command(RUNNERS["cuda"].module)) as program:
+        program.load(load(slots=1))
+        first, other = words(1, 500), words(2, 600)
+        (answer,) = generated(program, first, n_cached=[0])
+        generated(program, other, n_cached=[0])
+        conversation = first + answer + words(3, 30)
+        (restored,) = generated(program, conversation, n_cached=[len(first + answer) - 1])
+    with Program(runner_command(RUNNERS["cuda"].module)) as program:
+        program.load(load(slots=1, prefix_cache_bytes=0))
+        assert generated(program, conversation, n_cached=[0]) == [restored]

@@ -1,0 +1,147 @@
+"""A host that changes while the server runs: runners that answer late or are installed, memory that others free."""
+
+import os
+import sys
+from pathlib import Path
+
+import anyio
+import httpx
+import pytest
+from pydantic import JsonValue
+
+from exo.cards.card import ModelCard
+from exo.worker.host import updated
+from exo.worker.protocol.messages import Probe
+from exo.worker.supervisor.host_memory import room
+from exo.worker.supervisor.host_probe import probe_host
+from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.pool import RunnerPool
+from exo.worker.supervisor.runner_process import RunnerError
+from tests.conftest import fake_card
+from tests.supervisor.test_instances import ANEW
+from tests.supervisor.test_unload import until
+from tests.support.api_server import serve
+from tests.support.fake_runner import COMMAND
+from tests.support.nvml import FakeDevice, fake_nvml
+from tests.support.program import DEADLINE_SECONDS
+
+GIB = 1 << 30
+
+_RUNNER = """
+import os, sys, time
+if sys.argv[1:] == ["--probe"] and not os.path.exists({mark!r}):
+    {instead}
+os.execv({program!r}, [*{command!r}, *sys.argv[1:]])
+"""
+
+
+def runner(mark: Path, instead: str) -> tuple[str, ...]:
+    """The fake runner; where there is no such file yet, its probe does something else."""
+    source = _RUNNER.format(mark=str(mark), instead=instead, program=COMMAND[0], command=COMMAND)
+    return (sys.executable, "-c", source)
+
+
+def complete(url: str) -> httpx.Response:
+    body = {"model": "fake/model", "prompt": "once", "max_tokens": 2}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_SECONDS)
+
+
+def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exo.serving.app_state.PROBE_SECONDS", 3.0)
+    mark = tmp_path / "mark"
+    slow = runner(mark, f"open({str(mark)!r}, 'w').close(); time.sleep(1000)")
+    with serve(tmp_path, fake_card(), commands={"cuda": slow}) as url:
+        reply = complete(url)
+        assert (reply.status_code, reply.headers.get("x-exo-runner")) == (200, "cuda")
+
+
+def test_a_runner_that_is_installed_later_is_found_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exo.serving.app_state._PROBE_AGAIN_SECONDS", 0.0)
+    mark = tmp_path / "mark"
+    with serve(tmp_path, fake_card(), commands={"cuda": runner(mark, "sys.exit('no engine')")}) as url:
+        refused = complete(url)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "runner_unavailable"
+        mark.touch()
+        assert complete(url).status_code == 200
+
+
+def test_the_runners_are_not_asked_for_every_request_that_is_refused(tmp_path: Path) -> None:
+    mark, asked = tmp_path / "mark", tmp_path / "asked"
+    count = runner(mark, f"open({str(asked)!r}, 'a').write('x'); sys.exit('no engine')")
+    with serve(tmp_path, fake_card(), commands={"cuda": count}) as url:
+        for _ in range(5):
+            assert complete(url).status_code == 503
+    assert asked.read_text() == "x"
+
+
+async def test_what_a_runner_answered_once_stands_when_it_is_silent_later() -> None:
+    said = Probe(installed=True, engine="fake", backends=("LlamaCppCpu",))
+    before = await probe_host({"cuda": (sys.executable, "-c", f"print({said.model_dump_json()!r})")})
+    silent = await probe_host({"cuda": ("sleep", "4321")}, deadline=0.1)
+    assert silent.unanswered == {"cuda"}
+    assert not silent.probes["cuda"].installed
+    now = updated(before, silent)
+    assert (now.probes["cuda"], now.unanswered) == (said, frozenset())
+    assert updated(silent, before).probes["cuda"] == said
+    assert updated(silent, silent).unanswered == {"cuda"}
+
+
+# --- memory of devices; the driver is an invented one, for machines without ---
+
+
+def use_driver(monkeypatch: pytest.MonkeyPatch, *devices: FakeDevice) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(*devices))
+
+
+def test_what_could_be_ours_is_what_is_free_and_what_we_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.getpid(), 1
+    first = FakeDevice(0, used=30 * GIB, processes={ours: 10 * GIB, theirs: 20 * GIB})
+    second = FakeDevice(1, used=5 * GIB)
+    use_driver(monkeypatch, first, second)
+    assert room(["CUDA0", "CUDA1"], {}) == {"CUDA0": 50 * GIB, "CUDA1": 75 * GIB}
+    assert room(["CUDA0", "CUDA1"], {ours: ["CUDA0"]}) == {"CUDA0": 60 * GIB, "CUDA1": 75 * GIB}
+    assert room(["CUDA0", "CUDA1"], {ours: ["CUDA1"]}) == {"CUDA0": 60 * GIB}, "the driver does not know ours there"
+    assert room(["", "CUDA1"], {}) == {"CUDA1": 75 * GIB}
+
+
+def wants(gib: int, name: str = "fake/model", **table: JsonValue) -> ModelCard:
+    return fake_card(name, on_devices={"CUDA0": gib * GIB}, **table)
+
+
+async def test_memory_that_another_program_frees_is_used_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, FakeDevice(0, used=70 * GIB))
+    with anyio.fail_after(DEADLINE_SECONDS):
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:
+            instances.set_capacity(Memory(GIB, {"CUDA0": 10 * GIB}), ["CUDA0"])
+            with pytest.raises(RunnerError, match=r"needs .* on CUDA0"):
+                await instances.acquire(ANEW, wants(20)).ready()
+            use_driver(monkeypatch, FakeDevice(0, used=10 * GIB))
+            await instances.acquire(ANEW, wants(20)).ready()
+
+
+async def test_who_waits_for_a_device_gets_what_another_program_frees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exo.worker.supervisor.pool._MEASURE_SECONDS", 0.1)
+    use_driver(monkeypatch, FakeDevice(0, used=40 * GIB))
+    with anyio.fail_after(DEADLINE_SECONDS):
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:
+            instances.set_capacity(Memory(GIB, {"CUDA0": 40 * GIB}), ["CUDA0"])
+            first = instances.acquire(ANEW, wants(30, "first"))
+            await first.ready()
+            use_driver(monkeypatch, FakeDevice(0, used=70 * GIB, processes={first.pid or 0: 30 * GIB}))
+            with instances.using(first):
+                second = instances.acquire(ANEW, wants(30, "second"))
+                await until(lambda: any(each.now.model_id == "second" and each.pid for each in instances.reports()))
+                await anyio.sleep(1)
+                assert second.capabilities is None
+                use_driver(monkeypatch, FakeDevice(0, used=30 * GIB, processes={first.pid or 0: 30 * GIB}))
+                await second.ready()
+                assert first.failure is None

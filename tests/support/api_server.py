@@ -1,0 +1,61 @@
+"""A real server on a free port of the loopback interface, with the fake runner for its runners."""
+
+import socket
+import threading
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from exo.api.app import create_app
+from exo.api.http.connection import BoundedConnection
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
+from exo.config import Access, Limits, Settings
+from exo.serving.app_state import Services
+from tests.support import fake_runner
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if messages[-1].role == 'assistant' %}{{ raise_exception('the last message must be the user\\'s') }}{% endif %}"
+)
+
+
+@contextmanager
+def serve(
+    directory: Path,
+    *cards: ModelCard,
+    load: Iterable[str] = (),
+    limits: Limits | None = None,
+    access: Access | None = None,
+    commands: Mapping[str, Sequence[str]] = {"cuda": fake_runner.COMMAND},
+    speeds_file: Path | None = None,
+    strict: bool = False,
+) -> Generator[str]:
+    """Yields the server's base URL. The runners' logs are in ``directory``."""
+    settings = Settings(
+        host="127.0.0.1",
+        port=0,
+        models_directory=directory,
+        models_directories=(directory,),
+        cards_directory=directory,
+        log_directory=directory,
+        limits=limits or Limits(),
+        access=access or Access(),
+        speeds_file=speeds_file,
+        strict=strict,
+    )
+    aliases = {alias: (card.model_id,) for card in cards for alias in card.aliases}
+    catalogue = Catalogue({card.model_id: card for card in cards}, aliases, ())
+    app = create_app(settings, Services(settings, catalogue, commands), load=load)
+    listening = socket.create_server(("127.0.0.1", 0))  # so that a client may connect before the server runs
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedConnection, ws="none", log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()

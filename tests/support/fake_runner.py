@@ -1,0 +1,596 @@
+"""A runner without an engine, which speaks the protocol and has faults on demand.
+
+This file as a program serves; ``--probe`` answers like any runner. A token is a byte, or one of two special
+tokens. The next token is a hash of all tokens before it, so that a request that continues elsewhere, with its output
+appended to its prompt, gets the same tokens. Above temperature 0 the token also depends on (seed, position). Among the
+tokens that a grammar allows, it takes the one that ends the output soonest.
+"""
+
+import math
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Annotated, BinaryIO, Literal, NoReturn
+
+import numpy as np
+from pydantic import BeforeValidator, JsonValue, ValidationError
+
+from exo.worker.protocol.messages import (
+    LINE_BYTES,
+    PART_LOGPROBS,
+    Cancel,
+    Capabilities,
+    Command,
+    Cores,
+    CpuUse,
+    Delta,
+    Deltas,
+    Embed,
+    Embedded,
+    Estimate,
+    Estimated,
+    Failed,
+    Finished,
+    FinishReason,
+    Generate,
+    Heartbeat,
+    Load,
+    LoadOption,
+    Logprob,
+    Message,
+    PrefillProgress,
+    Probe,
+    PromptLogprobs,
+    Rank,
+    Ranked,
+    Shutdown,
+    Status,
+    Text,
+    Tokenize,
+    Tokenized,
+    TokenLogprobs,
+    Usage,
+)
+from exo.worker.protocol.wire import describe, encode, read_commands, take_protocol_stream
+from exo.worker.runner_common.detokenizer import TextStream
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.keyed_rng import uniforms
+from exo.worker.runner_common.load_effort import effort
+from exo.worker.runner_common.request_checks import input_refusal, length_limit, refusal, resume, tokenized, within
+
+COMMAND = (sys.executable, os.path.abspath(__file__))
+
+BOS, EOS = 256, 257
+SPECIAL_TOKENS = {"<bos>": BOS, "<eos>": EOS}
+ALPHABET = "etaoin shrdlu"
+ENDS_SOON = b'}]"'
+CONTEXTS = (4096, 2048, 1024, 512)
+"""The contexts for ``n_ctx = "auto"``; for the second one others are unloaded."""
+PROCESS_BYTES = 64 << 20
+"""About as much memory as the process has."""
+
+
+def _context(value: JsonValue) -> JsonValue:
+    return 0 if value == "auto" else value
+
+
+class Options(Message):
+    """The engine table of the model card. Counts of tokens are for the whole process, not for one request."""
+
+    slots: int = 4
+    n_ctx: Annotated[int, BeforeValidator(_context)] = 4096
+    """0, or "auto": one of ``CONTEXTS``."""
+    memory: int = 0
+    """Bytes that the estimate adds, as if they were taken with the first request."""
+    memory_per_token: int = 0
+    """The same, for each token of the context."""
+    on_devices: Mapping[str, int] = {}
+    """Bytes of the estimate on each device."""
+    chunk: int = 256
+    """Prompt tokens that one step prefills."""
+    step_seconds: float = 0.0
+    load_steps: int = 2
+    load_gate: str = ""
+    """A FIFO: loading continues once it has been opened for writing."""
+    load_step_seconds: float = 0.0
+    """Duration of one of them; the heartbeat continues meanwhile."""
+    hang: Literal["estimate", "load", "request"] | None = None
+    """Where the main thread hangs while another thread sends the heartbeat."""
+    hang_computing: bool = False
+    """Whether it hangs in a loop that computes."""
+    fail_load: str = ""
+    eos_after: int | None = None
+    """Output tokens of one request before the end-of-generation token."""
+    die_after: int | None = None
+    """Tokens until the process ends with ``die_with``: an exit code, or the negative number of a signal."""
+    die_with: int = -signal.SIGKILL
+    die_at: int | None = None
+    """Like ``die_after``, but counts the output of one request over all its runners: a replay dies there again."""
+    say_after: int | None = None
+    """Tokens until ``say`` is written to the protocol stream unchanged."""
+    say: str = ""
+    overlong_for: str = ""
+    """A text for whose tokenization the answer is a line that is longer than the limit."""
+    ignore_shutdown: bool = False
+    """Whether it also ignores the end of its input, and SIGTERM."""
+    stderr_lines: int = 0
+    log_commands: bool = False
+    embeddings: bool = True
+    rerank: bool = True
+    chat_template: str | None = None
+    template_file: str = ""
+    """The file with the chat template, in place of a model's file."""
+
+
+@dataclass(slots=True)
+class FakeSequence:
+    """One request. ``state`` is the hash of prompt and output so far; ``output`` includes tokens delivered before."""
+
+    request: Generate
+    prompt: list[int]
+    text: TextStream
+    state: int
+    output: int
+    constraint: Constraint | None = None
+    processed: int = 0
+
+    @property
+    def prefill(self) -> int:
+        return len(self.prompt) + len(self.request.delivered)
+
+    def next_token(self, options: Options) -> int:
+        if self.output == options.eos_after and not self.request.ignore_eos:
+            return EOS
+        sampling, choice = self.request.sampling, self.state
+        if sampling.temperature > 0:
+            choice += int(uniforms(sampling.seed, len(self.prompt) + self.output, np.zeros(1, int))[0] * len(ALPHABET))
+        if self.constraint is None:
+            return ord(ALPHABET[choice % len(ALPHABET)])
+        return self.allowed_token(self.constraint, choice)
+
+    def allowed_token(self, constraint: Constraint, choice: int) -> int:
+        allowed = constraint.mask()
+        if allowed[EOS] and not self.request.ignore_eos:
+            return EOS
+        soon = [token for token in ENDS_SOON if allowed[token]]
+        rest = [token for token in np.flatnonzero(allowed).tolist() if token != EOS]
+        return soon[0] if soon else rest[choice % len(rest)]
+
+
+class Vocabulary:
+    def bytes_of(self, token: int) -> bytes:
+        return b"" if token in SPECIAL_TOKENS.values() else bytes([token])
+
+    def piece_of(self, token: int) -> bytes:
+        special = {number: text for text, number in SPECIAL_TOKENS.items()}
+        return special[token].encode() if token in special else bytes([token])
+
+    def is_eog(self, token: int) -> bool:
+        return token == EOS
+
+
+def logprobs_of(state: int, token: int, n_top: int) -> TokenLogprobs:
+    """A letter that greedy decoding would choose has 1/2, the next one in the alphabet 1/4 and so on."""
+    first = state % len(ALPHABET)
+    ranked = [ord(letter) for letter in ALPHABET[first:] + ALPHABET[:first]]
+    known = {letter: -min(rank + 1, len(ranked) - 1) * math.log(2) for rank, letter in enumerate(ranked)}
+    piece_of = Vocabulary().piece_of
+    chosen, *top = (
+        Logprob(token=each, bytes=tuple(piece_of(each)), logprob=known.get(each, -9999.0))
+        for each in (token, *ranked[:n_top])
+    )
+    return TokenLogprobs(chosen=chosen, top=tuple(top))
+
+
+def prompt_logprobs_of(request: Generate, prompt: Sequence[int]) -> list[PromptLogprobs]:
+    first = Logprob(token=prompt[0], bytes=tuple(Vocabulary().piece_of(prompt[0])), logprob=None)
+    items, state = [TokenLogprobs(chosen=first)], 0
+    for before, token in pairwise(prompt):
+        state = hash_tokens([before], state)
+        items.append(logprobs_of(state, token, request.prompt_logprobs or 0))
+    size = PART_LOGPROBS // (1 + (request.prompt_logprobs or 0))
+    starts = range(0, len(items), size)
+    return [PromptLogprobs(id=request.id, start=at, items=tuple(items[at : at + size])) for at in starts]
+
+
+def tokenize(prompt: Sequence[Text | int]) -> list[int]:
+    tokens: list[int] = []
+    for part in prompt:
+        if isinstance(part, int):
+            tokens.append(part)
+        elif part.special and part.text in SPECIAL_TOKENS:
+            tokens.append(SPECIAL_TOKENS[part.text])
+        else:
+            tokens += part.text.encode()
+    return tokens
+
+
+def hash_tokens(tokens: Sequence[int], state: int = 0) -> int:
+    return zlib.crc32(struct.pack(f"<{len(tokens)}H", *tokens), state)
+
+
+def vector_of(tokens: Sequence[int]) -> tuple[float, ...]:
+    """Eight numbers that depend on the text."""
+    drawn = np.random.default_rng(hash_tokens(tokens)).standard_normal(8)
+    return tuple((drawn / np.linalg.norm(drawn)).tolist())
+
+
+def score_of(query: str, document: str) -> float:
+    """The number of words of the query that occur in the document."""
+    return float(len(set(query.split()) & set(document.split())))
+
+
+def expected_text(prompt: str, tokens: int) -> str:
+    """The greedy answer to ``prompt``."""
+    state, text = hash_tokens(tokenize([Text(text=prompt)])), ""
+    for _ in range(tokens):
+        text += ALPHABET[state % len(ALPHABET)]
+        state = hash_tokens([ord(text[-1])], state)
+    return text
+
+
+@dataclass(slots=True)
+class FakeRunner:
+    protocol: BinaryIO
+    commands: SimpleQueue[Command | Failed] = field(default_factory=SimpleQueue[Command | Failed])
+    options: Options = field(default_factory=Options)
+    capabilities: Capabilities | None = None
+    sequences: dict[str, FakeSequence] = field(default_factory=dict[str, FakeSequence])
+    """In order of arrival; the first ``slots`` run, the others wait."""
+    constraints: Constraints | None = None
+    questions: dict[str, Embed | Rank] = field(default_factory=dict[str, Embed | Rank])
+    """In order of arrival; each step answers one."""
+    tokens: int = 0
+    steps: int = 0
+    cpu: CpuUse | None = None
+    beat: float = field(default_factory=time.monotonic)
+
+    def emit(self, *messages: Message) -> None:
+        self.protocol.write(b"".join(map(encode, messages)))
+
+    def read(self) -> None:
+        """The reading thread, which outlives an engine that hangs."""
+        for command in read_commands(sys.stdin.buffer):
+            if self.options.log_commands:
+                print(command.type, getattr(command, "id", ""), file=sys.stderr, flush=True)
+            self.commands.put(command)
+        self.commands.put(Shutdown())
+        if not self.options.ignore_shutdown:
+            time.sleep(1.0)  # for the last events; a main thread that hangs sends none
+            os._exit(0)
+
+    def keep_beating(self) -> None:
+        """Sends the heartbeat from another thread until the model is loaded."""
+
+        def beat() -> None:
+            while self.capabilities is None or self.options.hang == "request":
+                cpu_seconds, bytes_read = effort()
+                self.emit(Heartbeat(steps=0, active=0, waiting=0, cpu_seconds=cpu_seconds, bytes_read=bytes_read))
+                time.sleep(0.1)
+
+        threading.Thread(target=beat, daemon=True).start()
+
+    def hang(self) -> NoReturn:
+        self.keep_beating()
+        while True:
+            if not self.options.hang_computing:
+                time.sleep(0.1)
+
+    def run(self) -> None:
+        self.emit(Status(state="Idle"))
+        while True:
+            self.take_commands()
+            if self.sequences or self.questions:
+                self.step()
+
+    def take_commands(self) -> None:
+        """Takes all that have come; when idle, waits for one until the next heartbeat is due."""
+        with suppress(Empty):
+            if not self.sequences and not self.questions:
+                self.take(self.commands.get(timeout=max(0.001, self.beat - time.monotonic())))
+            while True:
+                self.take(self.commands.get_nowait())
+        if time.monotonic() >= self.beat:
+            requests = len(self.sequences) + len(self.questions)
+            active = min(requests, self.options.slots)
+            self.emit(Heartbeat(steps=self.steps, active=active, waiting=requests - active, cpu=self.cpu))
+            self.beat = time.monotonic() + 1.0
+
+    def take(self, command: Command | Failed) -> None:
+        match command:
+            case Estimate(load=load):
+                self.estimate(load)
+            case Load():
+                self.load(command)
+            case Generate():
+                self.generate(command)
+            case Embed() | Rank():
+                self.ask(command)
+            case Tokenize():
+                self.tokenize(command)
+            case Cancel(id=request):
+                if request in self.sequences:
+                    self.finish(self.sequences[request], "cancelled")
+                elif request in self.questions:
+                    usage = Usage(prompt_tokens=0, completion_tokens=0)
+                    self.answer(Finished(id=request, reason="cancelled", usage=usage))
+            case Cores(count=count):
+                self.cpu = CpuUse(threads=count, reason="as it was told", delay=0, slowdown=1)
+            case Shutdown():
+                self.shut_down()
+            case Failed():
+                self.emit(command)
+
+    def read_options(self, command: Load) -> Options:
+        try:
+            return Options.model_validate(command.table)
+        except ValidationError as error:
+            self.fail(Failed(code="invalid_request", message=describe(error)[1]))
+
+    def estimate(self, command: Load) -> None:
+        self.options = options = self.read_options(command)
+        if options.hang == "estimate":
+            self.hang()
+
+        def choice(n_ctx: int) -> LoadOption:
+            later = options.memory + options.memory_per_token * n_ctx
+            settings = {} if n_ctx == options.n_ctx else {"n_ctx": n_ctx}
+            return LoadOption(
+                settings=settings, host=PROCESS_BYTES + later, devices=options.on_devices, later_host=later
+            )
+
+        if options.n_ctx == 0:
+            choices = tuple(choice(n_ctx) for n_ctx in CONTEXTS)
+            self.emit(Estimated(choices=choices, enough=1))
+        else:
+            remedies = tuple(choice(n_ctx) for n_ctx in CONTEXTS if n_ctx < options.n_ctx)
+            self.emit(Estimated(choices=(choice(options.n_ctx),), remedies=remedies))
+
+    def load(self, command: Load) -> None:
+        self.options = options = self.read_options(command)
+        if options.ignore_shutdown:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in range(options.stderr_lines):
+            print(f"line {number} of {options.stderr_lines}", file=sys.stderr, flush=True)
+        if options.load_step_seconds:
+            self.keep_beating()
+        for step in range(options.load_steps):
+            self.emit(Status(state="Loading", layers_loaded=step, total_layers=options.load_steps))
+            time.sleep(options.load_step_seconds)
+        if options.hang == "load":
+            self.hang()
+        if options.load_gate:
+            Path(options.load_gate).read_bytes()
+        if options.template_file and not Path(options.template_file).exists():
+            self.fail(Failed(code="model_load_failed", message=f"{options.template_file}: no such file"))
+        if options.fail_load:
+            self.fail(Failed(code="model_load_failed", message=options.fail_load))
+        self.capabilities = Capabilities(
+            engine="fake",
+            engine_version="1",
+            backend=command.backend,
+            context_length=options.n_ctx,
+            slots=options.slots,
+            vocabulary=258,
+            grammar=True,
+            logprobs=True,
+            embeddings=options.embeddings,
+            rerank=options.rerank,
+            chat_template=Path(options.template_file).read_text() if options.template_file else options.chat_template,
+            bos_token="<bos>",
+            eos_token="<eos>",
+            special_tokens=tuple(SPECIAL_TOKENS),
+            special_ids=tuple(SPECIAL_TOKENS.values()),
+        )
+        self.emit(Status(state="Loaded"), Status(state="Ready", capabilities=self.capabilities))
+
+    def fail(self, failure: Failed) -> NoReturn:
+        self.emit(failure)
+        os._exit(1)
+
+    def shut_down(self) -> None:
+        if self.options.ignore_shutdown:
+            return
+        self.emit(Status(state="ShuttingDown"))
+        for request in (*self.sequences, *self.questions):
+            self.emit(Failed(id=request, code="shutdown", message="the runner is shutting down"))
+        self.emit(Status(state="Shutdown"))
+        os._exit(0)
+
+    def generate(self, request: Generate) -> None:
+        if self.options.hang == "request":
+            self.hang()
+        prompt = tokenize(request.prompt)
+        if self.capabilities is None:
+            self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
+            return
+        if refused := refusal(request, prompt, self.capabilities.vocabulary, self.options.n_ctx):
+            self.emit(refused)
+            return
+        limit = length_limit(request, len(prompt), self.options.n_ctx)
+        resumed = resume(request, len(prompt), limit, Vocabulary())
+        try:
+            constraint = self.constraint(request) if resumed.ended is None else None
+        except GrammarError as error:
+            self.emit(grammar_failure(request.id, error))
+            return
+        self.begin()
+        state = hash_tokens([*prompt, *request.delivered])
+        sequence = FakeSequence(request, prompt, resumed.text, state, len(request.delivered), constraint)
+        self.sequences[request.id] = sequence
+        self.emit(PrefillProgress(id=request.id, processed=0, total=sequence.prefill))
+        if resumed.ended is not None:
+            self.finish(sequence, resumed.ended)
+        elif constraint is not None and constraint.finished:
+            self.finish(sequence, "stop")
+
+    def constraint(self, request: Generate) -> Constraint | None:
+        if request.grammar is None:
+            return None
+        if self.constraints is None:
+            special = SPECIAL_TOKENS.values()
+            self.constraints = Constraints(Vocabulary().piece_of, lambda token: token in special, [EOS], 258)
+        return self.constraints.compile(request.grammar, request.delivered)
+
+    def begin(self) -> None:
+        """Reports the state before the first request is added."""
+        if not self.sequences and not self.questions:
+            self.emit(Status(state="Running"))
+
+    def end(self) -> None:
+        """Reports the state after the last request is gone."""
+        if not self.sequences and not self.questions:
+            self.emit(Status(state="Ready"))
+
+    def ask(self, request: Embed | Rank) -> None:
+        tokens = self.tokens_of(request)
+        if self.capabilities is None:
+            self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
+            return
+        if isinstance(request, Embed):
+            tokens = within(request, tokens, self.options.n_ctx, ())
+            request = request.model_copy(update={"prompt": tuple(tokens)})
+        if refused := input_refusal(request, tokens, self.capabilities, self.options.n_ctx):
+            self.emit(refused)
+            return
+        self.begin()
+        self.questions[request.id] = request
+        self.emit(PrefillProgress(id=request.id, processed=0, total=len(tokens)))
+
+    def tokenize(self, request: Tokenize) -> None:
+        if self.capabilities is None:
+            self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
+        elif self.options.overlong_for and request.prompt == (Text(text=self.options.overlong_for, special=True),):
+            self.protocol.write(encode(Tokenized(id=request.id, tokens=(), bytes=()))[:-3] + b" " * LINE_BYTES)
+        else:
+            self.emit(*tokenized(request, tokenize(request.prompt), self.capabilities.vocabulary, Vocabulary()))
+
+    def tokens_of(self, request: Embed | Rank) -> list[int]:
+        texts = request.prompt if isinstance(request, Embed) else (Text(text=request.query + request.document),)
+        return tokenize(texts)
+
+    def answer_next(self) -> None:
+        request = next(iter(self.questions.values()), None)
+        if request is None:
+            return
+        self.tokens += 1
+        self.misbehave()
+        tokens = self.tokens_of(request)
+        usage = Usage(prompt_tokens=len(tokens), completion_tokens=0)
+        match request:
+            case Embed():
+                self.answer(Embedded(id=request.id, vector=vector_of(tokens), usage=usage))
+            case Rank():
+                self.answer(Ranked(id=request.id, score=score_of(request.query, request.document), usage=usage))
+
+    def answer(self, terminal: Embedded | Ranked | Finished) -> None:
+        del self.questions[terminal.id]
+        self.emit(terminal)
+        self.end()
+
+    def step(self) -> None:
+        time.sleep(self.options.step_seconds)
+        self.steps += 1
+        self.answer_next()
+        running = list(self.sequences.values())[: self.options.slots]
+        prefilling = [sequence for sequence in running if sequence.processed < sequence.prefill]
+        for sequence in prefilling:
+            total = sequence.prefill
+            sequence.processed = min(total, sequence.processed + self.options.chunk)
+            self.emit(PrefillProgress(id=sequence.request.id, processed=sequence.processed, total=total))
+            if sequence.processed == total:
+                self.prefilled(sequence)
+        deltas: list[Delta] = []
+        ends: list[tuple[FakeSequence, FinishReason]] = []
+        for sequence in (each for each in running if each not in prefilling):
+            if sequence.request.ignore_eos and self.only_an_end_is_left(sequence):
+                ends.append((sequence, "stop"))
+                continue
+            deltas.append(delta := self.decode(sequence))
+            if reason := self.reason(sequence, delta.tokens[0]):
+                ends.append((sequence, reason))
+        if deltas:
+            self.emit(Deltas(items=tuple(deltas)))
+        for sequence, reason in ends:
+            self.finish(sequence, reason)
+        self.misbehave()
+
+    def prefilled(self, sequence: FakeSequence) -> None:
+        request = sequence.request
+        if request.prompt_logprobs is not None:
+            self.emit(*prompt_logprobs_of(request, sequence.prompt))
+        if request.max_tokens == 0:
+            self.finish(sequence, "length")
+
+    def only_an_end_is_left(self, sequence: FakeSequence) -> bool:
+        if sequence.constraint is None:
+            return False
+        allowed = np.flatnonzero(sequence.constraint.mask())
+        return allowed.tolist() == [EOS]
+
+    def decode(self, sequence: FakeSequence) -> Delta:
+        request = sequence.request
+        token = sequence.next_token(self.options)
+        logprobs = () if request.logprobs is None else (logprobs_of(sequence.state, token, request.logprobs),)
+        sequence.state = hash_tokens([token], sequence.state)
+        sequence.output += 1
+        self.tokens += 1
+        text = ""
+        if token != EOS:
+            bytes_of = Vocabulary().piece_of if request.show_special else Vocabulary().bytes_of
+            text = sequence.text.push(bytes_of(token))
+            if sequence.constraint is not None:
+                sequence.constraint.accept(token)
+        return Delta(id=request.id, tokens=(token,), text=text, logprobs=logprobs)
+
+    def reason(self, sequence: FakeSequence, token: int) -> FinishReason | None:
+        if token == EOS or sequence.text.stopped_by is not None:
+            return "stop"
+        if sequence.constraint is not None and sequence.constraint.finished:
+            return "stop"
+        full = len(sequence.prompt) + sequence.output >= self.options.n_ctx
+        return "length" if full or sequence.output == sequence.request.max_tokens else None
+
+    def finish(self, sequence: FakeSequence, reason: FinishReason) -> None:
+        request = sequence.request.id
+        del self.sequences[request]
+        text = sequence.text.finish()
+        stop = sequence.text.stopped_by
+        usage = Usage(prompt_tokens=len(sequence.prompt), completion_tokens=sequence.output)
+        self.emit(Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop))
+        self.end()
+
+    def misbehave(self) -> None:
+        options = self.options
+        if options.say_after is not None and self.tokens >= options.say_after:
+            self.protocol.write(options.say.encode())
+        output = max((sequence.output for sequence in self.sequences.values()), default=0)
+        due = options.die_after is not None and self.tokens >= options.die_after
+        if due or (options.die_at is not None and output >= options.die_at):
+            print("the fake runner dies as ordered", file=sys.stderr, flush=True)
+            if options.die_with < 0:
+                os.kill(os.getpid(), -options.die_with)
+            os._exit(options.die_with)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--probe"]:
+        print(Probe(installed=True, engine="fake", version="1", backends=("LlamaCppCpu",)).model_dump_json())
+        return
+    runner = FakeRunner(take_protocol_stream())
+    threading.Thread(target=runner.read, daemon=True).start()
+    runner.run()
+
+
+if __name__ == "__main__":
+    main()

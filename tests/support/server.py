@@ -1,0 +1,118 @@
+"""``exo serve`` as a program, in a directory of its own, with real runners."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+from pydantic import JsonValue
+
+from tests import ROOT
+
+DEADLINE_SECONDS = 120.0
+"""How long a test waits for an event that must come; reached only if something is broken."""
+
+
+def write_card(home: Path, name: str, engines: Mapping[str, Mapping[str, JsonValue]], **fields: JsonValue) -> None:
+    """Writes a user's model card for ``name`` under ``EXO_HOME``, with a table for each engine."""
+    card: dict[str, JsonValue] = {
+        "model_id": f"test/{name}",
+        "aliases": [name],
+        "backends": ["LlamaCppCuda", "LlamaCppCpu"],
+        "n_layers": 2,
+        "hidden_size": 64,
+        "supports_tensor": False,
+        "tasks": ["TextGeneration"],
+        **fields,
+    }
+    lines = [f"{key} = {_toml(value)}" for key, value in card.items()]
+    for table, values in {"storage_size": {"in_bytes": 1}, **engines}.items():
+        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+    folder = home / "custom_model_cards"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
+
+
+def _toml(value: JsonValue) -> str:
+    """A value that TOML and JSON write alike: anything but null and tables."""
+    return json.dumps(value)
+
+
+def inherited() -> dict[str, str]:
+    """The environment without the variables that the MLX runner's code sets, which some tests import."""
+    return {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**inherited(), "EXO_HOME": str(home), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+class ServeProgram:
+    """Starts on a free port; ends with the context. ``url`` is set when it listens."""
+
+    def __init__(
+        self, home: Path, *arguments: str, fake: bool = False, python: str = sys.executable, **variables: str
+    ) -> None:
+        """``variables`` are added to the environment. ``fake``: with the fake runner, and no arguments."""
+        program = ("-m", "tests.support.fake_serve") if fake else ("-m", "exo", "serve", "--port", "0", *arguments)
+        self.log = home / "serve.log"
+        home.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [python, *program],
+                env={**environment(home), **variables},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "listening on http" in line, line + self.log.read_text()
+        self.url = line.split()[4]
+        self.client = httpx.Client(base_url=self.url, timeout=DEADLINE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        children = self.children()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        finally:
+            for process in (self.process, *children):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+    def children(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def runners(self) -> list[psutil.Process]:
+        return [child for child in self.children() if _is_runner(child)]
+
+    def complete(self, model: str, **body: object) -> httpx.Response:
+        return self.client.post("/v1/completions", json={"model": model, "prompt": "once upon a time", **body})
+
+
+def _is_runner(process: psutil.Process) -> bool:
+    try:
+        return any("exo.worker.runner_" in part and "runner_common" not in part for part in process.cmdline())
+    except psutil.NoSuchProcess:  # or has died and is not reaped yet
+        return False

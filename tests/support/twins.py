@@ -1,0 +1,60 @@
+"""One tiny float32 model for both engines, and runners of both that compute with it as exactly as possible."""
+
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from exo.worker.protocol.messages import Load
+from exo.worker.protocol.runners import RUNNERS
+from tests.support.program import Program, runner_command
+from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny.shape import Architecture
+
+
+class Models:
+    """Twins, each written once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def mlx(self, architecture: Architecture) -> Path:
+        path = self._folder / architecture
+        if not path.exists():
+            write_mlx(path, Shape(architecture))
+        return path
+
+    def gguf(self, architecture: Architecture) -> Path:
+        path = self._folder / f"{architecture}.gguf"
+        if not path.exists():
+            write_gguf(path, Shape(architecture))
+        return path
+
+
+class Start:
+    """Starts runners; ``stop`` ends them."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self.running: list[Program] = []
+
+    def mlx(self, path: Path, **table: JsonValue) -> Program:
+        return self._program("mlx", mlx_load(path, **table))
+
+    def cuda(self, path: Path) -> Program:
+        table: dict[str, JsonValue] = {"path": str(path), "threads": 1, "flash_attn": "off"}
+        table |= {"cache_type_k": "f32", "cache_type_v": "f32"}
+        return self._program("cuda", Load(model_id="test/tiny", backend="LlamaCppCpu", table=table))
+
+    def _program(self, runner: str, load: Load) -> Program:
+        program = Program(runner_command(RUNNERS[runner].module)).__enter__()
+        self.running.append(program)
+        program.load(load)
+        return program
+
+    def stop(self) -> None:
+        for program in self.running:
+            program.__exit__(None, None, None)
+
+
+def mlx_load(path: Path, **table: JsonValue) -> Load:
+    return Load(model_id="test/tiny", backend="MlxCpu", table={"path": str(path), "dtype": "float32", **table})

@@ -1,8 +1,0 @@
-"""Tiny random models for the tests: one set of weights, written for llama.cpp and for MLX."""
-
-from tests.tiny.gguf_file import write_gguf
-from tests.tiny.mlx_folder import write_mlx
-from tests.tiny.scripted import write_scripted
-from tests.tiny.shape import Shape
-
-__all__ = ["Shape", "write_gguf", "write_mlx", "write_scripted"]
