@@ -79,7 +79,8 @@ def test_a_model_stays_when_the_one_who_wanted_its_memory_has_left(tmp_path: Pat
         until(lambda: models(server) == ["test/hot"])
 
 
-def test_two_clients_that_alternate_do_not_reload_at_every_request(tmp_path: Path) -> None:
+def test_two_clients_that_alternate_between_models_reload_once_in_a_residence_time(tmp_path: Path) -> None:
+    """The first load of each model has no residence time, so three loads more than 20 s / 3 s are allowed."""
     large(tmp_path, "a", "b")
     with ServeProgram(tmp_path, fake=True, **LIMIT, EXO_MIN_RESIDENCE="3") as server:
         seen: list[tuple[str, JsonValue]] = []
@@ -92,6 +93,4 @@ def test_two_clients_that_alternate_do_not_reload_at_every_request(tmp_path: Pat
 
         for thread in [in_background(lambda name=name: ask(name)) for name in "ab"]:
             thread.join()
-        for name in "ab":
-            pids = [pid for each, pid in seen if each == name]
-            assert len(pids) > 3 * len(set(pids)), "a model serves several requests each time that it is loaded"
+        assert 2 < len(set(seen)) <= 20 // 3 + 3

@@ -1,6 +1,7 @@
 """Standard error of a runner: a log file, and the cause of death that its last lines give."""
 
 import fcntl
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -84,11 +85,13 @@ class StderrLog:
         self._thread.join(_LOG_CLOSE_SECONDS)
 
     def _write_all(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
         while (data := self._queue.get()) is not None:
             with suppress(OSError):
-                if self._file.tell() > _LOG_BYTES:
+                if size > _LOG_BYTES:
                     self._file.truncate(0)
-                self._file.write(data)
+                    size = 0
+                size += self._file.write(data)
             self._done += len(data)
         self._file.close()
 
