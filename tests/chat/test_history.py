@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from exo.api.anthropic.request import MessagesRequest
 from exo.api.anthropic.response import MessagesDialect
-from exo.api.http.response import Call, Choice, Dialect
+from exo.api.http.response import Call, Dialect, ReplyChoice
 from exo.api.ollama.request import OllamaChatRequest
 from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.chat_request import ChatCompletionRequest
@@ -72,28 +72,28 @@ async def check(templates: TemplateWorker, template: str, messages: Sequence[Mes
 
 WHOLE = (Call("look", '{"at": "arg1"}'), Call("look", '{"at": "arg2"}'))
 REPLIES = {
-    "content": Choice(content="said1"),
-    "reasoning": Choice(content="said1", reasoning="thought"),
-    "reasoning cut off": Choice(reasoning="thought", reason="length"),
-    "nothing": Choice(),
-    "call": Choice(calls=[WHOLE[0]], reason="tool_calls"),
-    "calls": Choice(calls=[*WHOLE], reason="tool_calls"),
-    "all": Choice(content="said1", reasoning="thought", calls=[*WHOLE], reason="tool_calls"),
-    "call cut off": Choice(
+    "content": ReplyChoice(content="said1"),
+    "reasoning": ReplyChoice(content="said1", reasoning="thought"),
+    "reasoning cut off": ReplyChoice(reasoning="thought", reason="length"),
+    "nothing": ReplyChoice(),
+    "call": ReplyChoice(calls=[WHOLE[0]], reason="tool_calls"),
+    "calls": ReplyChoice(calls=[*WHOLE], reason="tool_calls"),
+    "all": ReplyChoice(content="said1", reasoning="thought", calls=[*WHOLE], reason="tool_calls"),
+    "call cut off": ReplyChoice(
         content="said1", calls=[WHOLE[0], Call("look", '{"at": "arg2', whole=False)], reason="length"
     ),
-    "call cut off at once": Choice(calls=[Call("look", "", whole=False)], reason="length"),
+    "call cut off at once": ReplyChoice(calls=[Call("look", "", whole=False)], reason="length"),
 }
 RESULTS = ("result1", "result2")
 START = ({"role": "system", "content": "rules1"}, {"role": "user", "content": "asked1"})
 END = ({"role": "user", "content": "asked2"},)
 
 
-def whole(dialect: Dialect, choice: Choice) -> dict[str, Any]:
+def whole(dialect: Dialect, choice: ReplyChoice) -> dict[str, Any]:
     return json.loads(dialect.whole([choice], USAGE))
 
 
-def openai_chat(choice: Choice) -> Sequence[Message]:
+def openai_chat(choice: ReplyChoice) -> Sequence[Message]:
     reply = whole(ChatDialect("chatcmpl-1"), choice)["choices"][0]["message"]
     results = [
         {"role": "tool", "tool_call_id": call["id"], "content": result}
@@ -103,7 +103,7 @@ def openai_chat(choice: Choice) -> Sequence[Message]:
     return conversation_of(ChatCompletionRequest.model_validate_json(json.dumps(body))).messages
 
 
-def responses(choice: Choice) -> Sequence[Message]:
+def responses(choice: ReplyChoice) -> Sequence[Message]:
     asked = ResponsesRequest.model_validate_json('{"model": "m", "input": "x"}')
     output = whole(ResponsesDialect("resp_1", asked, [], [], ResponseStore()), choice)["output"]
     calls = [item for item in output if item["type"] == "function_call"]
@@ -116,7 +116,7 @@ def responses(choice: Choice) -> Sequence[Message]:
     return told([item for item in items if not isinstance(item, InputReference)])
 
 
-def anthropic(choice: Choice) -> Sequence[Message]:
+def anthropic(choice: ReplyChoice) -> Sequence[Message]:
     content = whole(MessagesDialect("msg_1", max_tokens=9), choice)["content"]
     calls = [block for block in content if block["type"] == "tool_use"]
     results = [
@@ -129,7 +129,7 @@ def anthropic(choice: Choice) -> Sequence[Message]:
     return MessagesRequest.model_validate_json(json.dumps(body)).conversation().messages
 
 
-def ollama(choice: Choice) -> Sequence[Message]:
+def ollama(choice: ReplyChoice) -> Sequence[Message]:
     dialect = OllamaDialect("1", chat=True)
     dialect.serving(Serving("m", model(None)))
     reply = whole(dialect, choice)["message"]
@@ -141,13 +141,13 @@ def ollama(choice: Choice) -> Sequence[Message]:
     return OllamaChatRequest.model_validate_json(json.dumps(body)).conversation().messages
 
 
-DIALECTS: tuple[Callable[[Choice], Sequence[Message]], ...] = (openai_chat, responses, anthropic, ollama)
+DIALECTS: tuple[Callable[[ReplyChoice], Sequence[Message]], ...] = (openai_chat, responses, anthropic, ollama)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(("name", "template"), TEMPLATES, ids=[name for name, _ in TEMPLATES])
 async def test_each_reply_comes_back_in_its_dialect_and_is_taken(
-    name: str, template: str, dialect: Callable[[Choice], Sequence[Message]]
+    name: str, template: str, dialect: Callable[[ReplyChoice], Sequence[Message]]
 ) -> None:
     async with worker() as templates:
         for reply in REPLIES.values():

@@ -15,8 +15,8 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from exo.api.http.errors import ApiError
 from exo.config import HubAccess, Settings
+from exo.serving.errors import ServingError
 from exo.serving.pull_jobs import Pulls, pull_note
 from exo.store.errors import PullError
 from exo.store.progress import DownloadProgress
@@ -170,7 +170,7 @@ async def test_a_pull_stops_when_the_last_who_waits_leaves_and_the_next_goes_on_
 
 async def test_whoever_waits_hears_that_the_server_stops(settings: Settings, hub: LocalHub) -> None:
     hub.state.faults.append(Fault("stall", at=300_000))
-    caught: list[ApiError] = []
+    caught: list[ServingError] = []
 
     async def ignore(_: DownloadProgress) -> None:
         pass
@@ -178,7 +178,7 @@ async def test_whoever_waits_hears_that_the_server_stops(settings: Settings, hub
     async def wait(pulls: Pulls) -> None:
         try:
             await pulls.pull(gguf_card(file_of("other")), "cuda", None, ignore)
-        except ApiError as error:
+        except ServingError as error:
             caught.append(error)
 
     async with anyio.create_task_group() as waiting:
@@ -186,7 +186,7 @@ async def test_whoever_waits_hears_that_the_server_stops(settings: Settings, hub
             waiting.start_soon(wait, pulls)
             await anyio.to_thread.run_sync(hub.state.stalled.wait, 30)
         hub.state.go_on.set()
-    assert [error.body.code for error in caught] == ["shutdown"]
+    assert [error.code for error in caught] == ["shutdown"]
 
 
 async def test_a_failure_is_told_to_all_who_wait_and_the_next_request_tries_again(

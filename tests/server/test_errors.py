@@ -9,7 +9,8 @@ import pytest
 from fastapi import FastAPI
 
 from exo.api.http.body import BODY_LIMIT
-from exo.api.http.errors import from_failed, install
+from exo.api.http.errors import error_body, install
+from exo.serving.errors import from_failed
 from exo.worker.protocol.messages import ErrorCode, Failed
 from tests.conftest import fake_card
 from tests.support.api_server import serve
@@ -113,7 +114,7 @@ def test_an_unknown_model(http: httpx.Client, stream: bool) -> None:
     ],
 )
 def test_a_runners_failure_has_its_status(code: ErrorCode, status: int) -> None:
-    body = from_failed(Failed(code=code, message="m"), params={"prompt": "messages"}).body
+    body = error_body(from_failed(Failed(code=code, message="m"), params={"prompt": "messages"}))
     assert (body.status, body.code, body.message) == (status, code, "m")
     assert ("retry-after" in body.headers) == (code in ("runner_died", "shutdown"))
 
@@ -121,7 +122,7 @@ def test_a_runners_failure_has_its_status(code: ErrorCode, status: int) -> None:
 def test_a_runners_parameter_gets_the_clients_name() -> None:
     def param(name: str) -> str | None:
         failed = Failed(code="invalid_request", message="m", param=name)
-        return from_failed(failed, params={"prompt": "messages"}).body.param
+        return from_failed(failed, params={"prompt": "messages"}).param
 
     assert param("prompt") == "messages"
     assert param("sampling.top_k") == "top_k"

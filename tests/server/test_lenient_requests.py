@@ -34,7 +34,7 @@ def warned(body: ChatCompletionRequest) -> list[str]:
 def refused(*messages: JsonValue, **fields: object) -> str:
     with pytest.raises(ValidationError) as caught:
         chat(*messages, **fields)
-    return from_validation(caught.value).body.message
+    return str(from_validation(caught.value))
 
 
 NEUTRAL: dict[str, object] = {

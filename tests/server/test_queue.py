@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.api.http.errors import ApiError
+from exo.api.http.errors import error_body
 from exo.config import Limits
 from exo.serving.admission import Queues
+from exo.serving.errors import ServingError
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
@@ -246,8 +247,8 @@ class Client:
                     if self.fails:
                         raise RuntimeError
                 self.outcome = "finished"
-            except ApiError as error:
-                self.outcome = str(error.body.status)
+            except ServingError as error:
+                self.outcome = str(error_body(error).status)
             except RuntimeError:
                 self.outcome = "failed"
 

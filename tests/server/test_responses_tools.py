@@ -8,7 +8,7 @@ import pytest
 from pydantic import JsonValue, ValidationError
 
 from exo.api.http.errors import from_validation
-from exo.api.http.response import Call, Choice
+from exo.api.http.response import Call, ReplyChoice
 from exo.api.http.warnings import HEADER
 from exo.api.openai.messages import UNSEEN
 from exo.api.openai.responses.input import InputItem, InputReference, told
@@ -50,7 +50,7 @@ def request(**fields: object) -> ResponsesRequest:
 def refused(**fields: object) -> str:
     with pytest.raises(ValidationError) as caught:
         request(**fields)
-    return from_validation(caught.value).body.message
+    return str(from_validation(caught.value))
 
 
 def warned(body: ResponsesRequest) -> list[str]:
@@ -118,7 +118,7 @@ def test_the_grammar_of_a_tool_that_cannot_be_called_is_not_told_of(choice: Json
 
 
 def test_calls_are_given_back_under_the_clients_names_and_types() -> None:
-    choice = Choice(
+    choice = ReplyChoice(
         calls=[
             Call("mcp__maps__look", '{"a":1}'),
             Call("apply_patch", custom_arguments('*** Begin "é"\n')),
@@ -156,7 +156,7 @@ def test_a_stream_tells_the_input_of_a_custom_tool_as_text() -> None:
 
 
 def test_what_is_given_back_is_accepted_as_history_under_the_same_names() -> None:
-    choice = Choice(
+    choice = ReplyChoice(
         calls=[Call("mcp__maps__look", '{"a":1}'), Call("apply_patch", custom_arguments("x"))], reason="tool_calls"
     )
     output = json.loads(dialect(request(tools=TOOLS)).whole([choice], USAGE))["output"]

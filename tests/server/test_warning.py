@@ -7,8 +7,9 @@ from collections.abc import Generator
 import httpx
 import pytest
 
-from exo.api.http.warnings import HEADER, MAX_WARNINGS
+from exo.api.http.warnings import HEADER
 from exo.config import Settings, SettingsError
+from exo.serving.warnings import MAX_WARNINGS
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 
@@ -107,7 +108,7 @@ def test_the_header_is_bounded_and_printable(url: str) -> None:
 
 
 def test_a_field_is_logged_once(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "exo.api.http.warnings"):
+    with caplog.at_level(logging.WARNING, "exo.serving.warnings"):
         for _ in range(3):
             ask(url, "/v1/completions", only_here=1)
     assert [record.getMessage() for record in caplog.records] == [

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, honoured
+from exo.api.http.unary_response import UnaryResponse, in_pieces
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.chunks import Reply
 from exo.api.openai.common_request import TokenId
@@ -18,7 +19,7 @@ from exo.api.openai.embeddings import EmbeddingUsage
 from exo.api.openai.routes import conversation_of
 from exo.serving.app_state import Services
 from exo.serving.rendering import render
-from exo.serving.unary import AnswerReply, Question, ask, in_pieces
+from exo.serving.unary import Question, ask
 from exo.worker.protocol.messages import MAX_TOKENIZED, Rank, Ranked, Text, Tokenize, Tokenized
 from exo.worker.router import parse_model
 
@@ -26,7 +27,7 @@ MAX_DOCUMENTS = 1024
 MAX_TEXT = 1 << 22
 """Characters of a text to be tokenized, which as English is about ``MAX_TOKENIZED`` tokens."""
 _PART = 1024
-"""Tokens that are made text of at once."""
+"""Tokens that are decoded at once."""
 
 
 class TokenizeRequest(RequestBody):
@@ -46,7 +47,7 @@ class TokenPiece(Reply):
     piece: str | list[int]
 
 
-class Tokens(Reply):
+class TokenList(Reply):
     """The reply of ``/tokenize``."""
 
     tokens: list[int] | list[TokenPiece]
@@ -121,7 +122,7 @@ def llama_routes(services: Services) -> APIRouter:
     """Tokenizing, detokenizing, chat templates and ranking."""
     routes = APIRouter(tags=["llama-server"])
 
-    @routes.post("/tokenize", response_model=Tokens, openapi_extra=json_body(TokenizeRequest))
+    @routes.post("/tokenize", response_model=TokenList, openapi_extra=json_body(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """Cuts text into tokens."""
         body = await read_body(request, TokenizeRequest)
@@ -129,18 +130,18 @@ def llama_routes(services: Services) -> APIRouter:
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if not body.content and not body.add_special:
                 services.card(parse_model(services.named(body.model)).name)
-                return Tokens(tokens=[]), {}
+                return TokenList(tokens=[]), {}
             text = (Text(text=body.content, special=body.parse_special),)
             command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
             answer, headers = await _tokenized(services, body.model, command, "content")
             if not body.with_pieces:
-                return Tokens.model_construct(tokens=list(answer.tokens)), headers
+                return TokenList.model_construct(tokens=list(answer.tokens)), headers
             pieces: list[TokenPiece] = []
             async for part in in_pieces(list(zip(answer.tokens, answer.bytes, strict=True)), _PART):
                 pieces += [TokenPiece(id=token, piece=_piece(raw)) for token, raw in part]
-            return Tokens.model_construct(tokens=pieces), headers
+            return TokenList.model_construct(tokens=pieces), headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     @routes.post("/detokenize", response_model=Detokenized, openapi_extra=json_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
@@ -156,7 +157,7 @@ def llama_routes(services: Services) -> APIRouter:
             parts = [b"".join(map(bytes, part)) async for part in in_pieces(answer.bytes, _PART)]
             return Detokenized(content=b"".join(parts).decode(errors="replace")), headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     @routes.post("/apply-template", response_model=TemplateApplied, openapi_extra=json_body(ChatCompletionRequest))
     async def apply_template(request: Request) -> Response:
@@ -168,7 +169,7 @@ def llama_routes(services: Services) -> APIRouter:
             texts = await render(services, answered.runner, conversation_of(body), "messages")
             return TemplateApplied(prompt="".join(text.text for text in texts)), answered.headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     @routes.post("/v1/rerank", response_model=Reranked, openapi_extra=json_body(RerankRequest))
     @routes.post("/rerank", include_in_schema=False)
@@ -194,6 +195,6 @@ def llama_routes(services: Services) -> APIRouter:
             reply = Reranked(model=answered.runner.card.model_id, usage=usage, results=results[: body.top_n])
             return reply, answered.headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     return routes

@@ -9,7 +9,7 @@ from typing import final
 
 import anyio
 
-from exo.api.http.errors import queue_full, shutting_down
+from exo.serving.errors import queue_full, shutting_down
 
 
 @final
@@ -40,7 +40,7 @@ class Queues:
     def place(self, model_id: str, sequences: int) -> Generator["Place"]:
         """Holds places for ``sequences`` while the context lasts; the only way to take any or to give them back.
 
-        Raises ``ApiError`` 429 where there are too few, and 503 when the server is stopping, on entry or, where
+        Raises ``ServingError`` 429 where there are too few, and 503 when the server is stopping, on entry or, where
         ``drain`` cuts the request off, on exit. A request that is larger than the whole queue is let in alone, for
         it would never be otherwise.
         """

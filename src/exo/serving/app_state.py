@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.to_thread import run_sync
 
-from exo.api.http.errors import ApiError, from_refusal
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue, LiveCatalogue
 from exo.chat.grammar.gbnf import GbnfWorker
 from exo.chat.template.renderer import TemplateError, TemplateWorker
 from exo.config import Settings
 from exo.serving.admission import Queues
+from exo.serving.errors import RequestError, ServingError, from_refusal, unknown_model
 from exo.serving.pull_jobs import OnProgress, Pulls
 from exo.store.discover.description import Description
 from exo.store.local import describe_on_disk
@@ -22,7 +22,7 @@ from exo.store.progress import DownloadProgress
 from exo.store.store import Store
 from exo.worker.host import Host, updated
 from exo.worker.protocol.runners import Need
-from exo.worker.router import Refusal, Route, model_not_found, parse_model, route
+from exo.worker.router import Refusal, Route, parse_model, route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.host_probe import PROBE_SECONDS, TRY_SECONDS, probe_host
@@ -111,19 +111,19 @@ class Services:
                 await self.gbnf.aclose()
 
     def card(self, name: str) -> ModelCard:
-        """The card of a model id or alias. Raises ``ApiError``."""
+        """The card of a model id or alias. Raises ``ServingError``."""
         card = self.catalogue.get(name)
         if card is None:
             raise self._unknown(name)
         return card
 
-    def _unknown(self, name: str) -> ApiError:
-        return from_refusal(model_not_found(name, self.catalogue.suggest(name)), status=404)
+    def _unknown(self, name: str) -> ServingError:
+        return unknown_model(name, self.catalogue.suggest(name))
 
     def named(self, model: str) -> str:
         """What a request calls its model; where that is nothing, the only model that is loaded, or known at all.
 
-        Raises ``ApiError``.
+        Raises ``ServingError``.
         """
         if model:
             return model
@@ -132,7 +132,7 @@ class Services:
         if len(found) == 1:
             return found[0]
         message = f"model: this field is required; loaded are {', '.join(loaded) or 'none'}"
-        raise ApiError(400, message[:1000], code="missing_parameter", param="model")
+        raise RequestError(message[:1000], code="missing_parameter", param="model")
 
     async def describe(self, card: ModelCard) -> Description | None:
         """What the model's files say of it, where they are on disk."""
@@ -145,7 +145,7 @@ class Services:
         """The card and route of what a request calls ``model``; ``needs`` as in ``route``, None: what the card is for.
 
         ``arriving`` are its sequences, where it has no place in the queue yet. Waits for the host's probe. Raises
-        ``ApiError``.
+        ``ServingError``.
         """
         wish = parse_model(model)
         card = self.card(wish.name)
@@ -160,9 +160,7 @@ class Services:
         if isinstance(decision, Refusal) and decision.code == "runner_unavailable" and await self._probe_again():
             decision = route(wish.runner, card, self._host, self.instances.live_for(card), needs, failing, preference)
         if isinstance(decision, Refusal):
-            # Without a wish there is nothing about the request that its client could mend.
-            mendable = wish.runner is not None or decision.code != "runner_unavailable"
-            raise from_refusal(decision, status=400 if mendable else 503)
+            raise from_refusal(decision, runner_requested=wish.runner is not None)
         return card, decision
 
     def sent(self, card: ModelCard, route: Route) -> None:
@@ -170,7 +168,7 @@ class Services:
         self.speeds.sent(card.model_id, route.runner, self._load_of(card), route.basis)
 
     async def ensure_files(self, card: ModelCard, runner: str, on_progress: OnProgress) -> None:
-        """Before a runner is started: has its files pulled, or raises ``ApiError``. See ``Pulls.ensure``.
+        """Before a runner is started: has its files pulled, or raises ``ServingError``. See ``Pulls.ensure``.
 
         Runners that are not started by the usual commands find their files themselves.
         """
@@ -181,7 +179,7 @@ class Services:
         """Unloads a model once its requests have ended, or been cut off after the time that a stop gives them.
 
         Returns its id, and whether it was loaded or about to be. A model that was loaded by a card that is gone still
-        has that card's names. Raises ``ApiError``.
+        has that card's names. Raises ``ServingError``.
         """
         name = parse_model(model).name
         card = self.catalogue.get(name)
@@ -192,7 +190,7 @@ class Services:
         return model_id, unloaded > 0
 
     def _started_as(self, name: str) -> str:
-        """The id of the only model that was called ``name`` when a runner was started for it. Raises ``ApiError``."""
+        """The id of the only running model whose card had this name when it was started. Raises ``ServingError``."""
         cards = [each.card for each in self.instances.reports()]
         found = {card.model_id for card in cards if name in (card.model_id, *card.aliases)}
         if len(found) != 1:
@@ -279,7 +277,7 @@ class Services:
                 capabilities = await process.ready()
             if capabilities.chat_template is not None:
                 await self.templates.prepare(capabilities.chat_template)
-        except (ApiError, RunnerError, TemplateError) as error:
+        except (ServingError, RunnerError, TemplateError) as error:
             log.error("%s: %s", model, error)
             self.start_failures[model] = str(error)
         except Exception as error:

@@ -8,9 +8,9 @@ from typing import Self
 
 import anyio
 
-from exo.api.http.errors import ApiError
 from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
+from exo.serving.errors import model_changed
 from exo.serving.pull_jobs import pull_note
 from exo.store.progress import DownloadProgress
 from exo.worker.protocol.messages import (
@@ -40,7 +40,7 @@ _RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Runner:
+class LoadedRunner:
     """A runner that has loaded its model."""
 
     name: str
@@ -75,7 +75,7 @@ class Attempts:
         self._on_loading = on_loading
         self._keep_seconds = keep_seconds
         self._used = ExitStack()
-        self._first: Runner | None = None
+        self._first: LoadedRunner | None = None
         """The runner that has made the prompt; all others must have the same model."""
 
     def __enter__(self) -> Self:
@@ -86,12 +86,12 @@ class Attempts:
     ) -> None:
         self._used.close()
 
-    async def runner(self, budget: ReplayBudget) -> Runner:
+    async def runner(self, budget: ReplayBudget) -> LoadedRunner:
         """A runner for the model, after waiting for it to load. One that dies meanwhile is replaced.
 
         A request that has had a runner waits where none may be started yet; a new one does not. Once it has had one,
         its model is not looked up by its alias again, and a replay on another model is refused. Raises ``RunnerError``
-        and ``ApiError``.
+        and ``ServingError``.
         """
         unable: set[str] = set()
         while True:
@@ -110,7 +110,7 @@ class Attempts:
                 if process.capabilities is None:
                     async for status in process.loading():
                         await self._on_loading(_in_words(status))
-                return self._same_model(Runner(route.runner, card, process, await process.ready()))
+                return self._same_model(LoadedRunner(route.runner, card, process, await process.ready()))
             except RunnerError as error:
                 if process is not None and process.displaced:
                     continue
@@ -128,22 +128,22 @@ class Attempts:
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
 
     def _check_card(self) -> None:
-        """Raises ``ApiError`` where the card is not the one any more that the request began with."""
+        """Raises ``ServingError`` where the card is not the one any more that the request began with."""
         if self._first is None:
             return
         first = self._first.card
         now = self._services.catalogue.get(first.model_id)
         if now is None or now.engines != first.engines:
-            raise _model_changed(first.model_id, f"its model card {'is gone' if now is None else 'has changed'}")
+            raise model_changed(first.model_id, f"its model card {'is gone' if now is None else 'has changed'}")
 
-    def _same_model(self, runner: Runner) -> Runner:
-        """Raises ``ApiError`` for a runner whose model is not the one that the request began with."""
+    def _same_model(self, runner: LoadedRunner) -> LoadedRunner:
+        """Raises ``ServingError`` for a runner whose model is not the one that the request began with."""
         if self._first is None:
             self._first = runner
             wish = parse_model(self._model).runner
             self._model = runner.card.model_id + (f"@{wish}" if wish else "")
         elif (why := other_model(self._first.capabilities, runner.capabilities)) is not None:
-            raise _model_changed(runner.card.model_id, why)
+            raise model_changed(runner.card.model_id, why)
         return runner
 
     async def _pulling(self, progress: DownloadProgress) -> None:
@@ -151,7 +151,7 @@ class Attempts:
 
     async def generate(
         self,
-        runner: Runner,
+        runner: LoadedRunner,
         replay: Replay,
         on_event: Callable[[GenerationEvent], None],
         flush: Callable[[], Awaitable[None]],
@@ -166,7 +166,7 @@ class Attempts:
             self._check_budget(replay.budget, runner, failed)
             runner = await self.runner(replay.budget)
 
-    async def ask(self, runner: Runner, command: Embed | Rank | Tokenize) -> Embedded | Ranked | Tokenized:
+    async def ask(self, runner: LoadedRunner, command: Embed | Rank | Tokenize) -> Embedded | Ranked | Tokenized:
         """The one answer to ``command``, from as many runners as it takes. Raises as ``runner`` does."""
         budget = ReplayBudget()
         while True:
@@ -178,21 +178,13 @@ class Attempts:
                 self._check_budget(budget, runner, error.failed)
             runner = await self.runner(budget)
 
-    def _check_budget(self, budget: ReplayBudget, runner: Runner, failed: Failed) -> None:
+    def _check_budget(self, budget: ReplayBudget, runner: LoadedRunner, failed: Failed) -> None:
         """Raises ``RunnerError`` for a request under which runners have died too often."""
         process = runner.process
         if not process.displaced and not budget.allows_replay(
             runner.name, produced_output=process.produced_output.is_set()
         ):
             raise RunnerError(spent(failed), _RETRY_SECONDS) from None
-
-
-def _model_changed(model_id: str, why: str) -> ApiError:
-    message = (
-        f"{model_id}: the runner of this request is gone, and the request cannot go on with the model as it is now: "
-        f"{why}; send it again"
-    )
-    return ApiError(503, message, code="model_changed", headers={"retry-after": "1"})
 
 
 def _may_be_replayed(failed: Failed, process: RunnerProcess) -> bool:

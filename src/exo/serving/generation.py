@@ -9,16 +9,16 @@ from typing import Protocol
 
 import anyio
 
-from exo.api.http.errors import ApiError, from_failed
-from exo.api.http.warnings import warn_of_context
 from exo.cards.card import ModelCard
 from exo.serving.admission import Place
 from exo.serving.app_state import Services
-from exo.serving.failover import Attempts, GenerationEvent, Runner
+from exo.serving.errors import RequestError, ServingError, from_failed
+from exo.serving.failover import Attempts, GenerationEvent, LoadedRunner
 from exo.serving.grammar_schemas import naming_tools, with_enforced_schemas
 from exo.serving.output_reader import ChoiceEvent, Reader
 from exo.serving.prompt_builder import Prepared, prepare
 from exo.serving.request import GenerationRequest
+from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.messages import (
     MAX_PROMPT_LOGPROBS,
     Capabilities,
@@ -76,7 +76,7 @@ class Generation:
     def __init__(
         self, services: Services, request: GenerationRequest, request_id: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """``headers`` are further ones of the reply. Raises ``ApiError``."""
+        """``headers`` are further ones of the reply. Raises ``ServingError``."""
         self.request = with_enforced_schemas(request)
         self.id = request_id
         self.headers: Mapping[str, str] = headers or {}
@@ -86,7 +86,7 @@ class Generation:
         self._services = services
 
     async def run(self, sink: Sink) -> None:
-        """Returns when every choice has ended. Cancelling it cancels them. Raises ``ApiError``."""
+        """Returns when every choice has ended. Cancelling it cancels them. Raises ``ServingError``."""
         wants = self.request = replace(self.request, model=self._services.named(self.request.model))
         model = self._services.card(parse_model(wants.model).name).model_id
         attempts = Attempts(self._services, wants.model, wants.needs, self._route, sink.loading, wants.keep_seconds)
@@ -111,7 +111,7 @@ class Generation:
         self.headers = {**self.headers, "x-exo-runner": route.runner, "x-exo-route": route.reason}
         self.routed.set()
 
-    def _failed(self, failed: Failed, retry_seconds: float | None) -> ApiError:
+    def _failed(self, failed: Failed, retry_seconds: float | None) -> ServingError:
         """In the client's words."""
         names = {**self.request.needs, "prompt": self.request.prompt_field, "prompt_logprobs": "logprobs"}
         return from_failed(naming_tools(failed, self.request), params=names, retry_seconds=retry_seconds)
@@ -123,7 +123,7 @@ class Generation:
             if token >= model.vocabulary:
                 accepted = f"token ids of this model are 0 to {model.vocabulary - 1}"
                 message = f"logit_bias: {accepted} (got {token})"
-                raise ApiError(400, message, code="invalid_value", param="logit_bias")
+                raise RequestError(message, code="invalid_value", param="logit_bias")
         defaults = card.sampling_defaults.model_dump(exclude_none=True, exclude={"thinking", "non_thinking"})
         chosen = {**defaults, **request.sampling, "logit_bias": request.logit_bias}
         first_seed = secrets.randbits(64) if request.seed is None else request.seed
@@ -151,10 +151,10 @@ class Generation:
 
 
 async def _generate(
-    attempts: Attempts, runner: Runner, sequences: list[Generate], readers: list[Reader], sink: Sink
+    attempts: Attempts, runner: LoadedRunner, sequences: list[Generate], readers: list[Reader], sink: Sink
 ) -> None:
-    """Runs all sequences at once. The first failure ends the others. Raises ``RunnerError`` and ``ApiError``."""
-    failures: list[RunnerError | ApiError] = []
+    """Runs all sequences at once. The first failure ends the others. Raises ``RunnerError`` and ``ServingError``."""
+    failures: list[RunnerError | ServingError] = []
     told = 0
 
     def pass_on(choice: int, event: GenerationEvent) -> None:
@@ -163,7 +163,7 @@ async def _generate(
             told += sum(1 + len(item.top) for item in event.items)
             if told > MAX_PROMPT_LOGPROBS:
                 message = f"logprobs: the prompts of all choices have more than {MAX_PROMPT_LOGPROBS} log-probabilities"
-                raise ApiError(400, message, code="invalid_value", param="logprobs")
+                raise RequestError(message, code="invalid_value", param="logprobs")
         sink.event(choice, readers[choice].read(event))
 
     async def follow(choice: int) -> None:
@@ -172,7 +172,7 @@ async def _generate(
     async def follow_beside_others(choice: int) -> None:
         try:
             await follow(choice)
-        except (RunnerError, ApiError) as error:
+        except (RunnerError, ServingError) as error:
             failures.append(error)
             tasks.cancel_scope.cancel()
 

@@ -6,17 +6,17 @@ from dataclasses import replace
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
-from exo.api.http.errors import ApiError
-from exo.api.http.warnings import warn
 from exo.chat.grammar.tool_schema import NamedChoice, Tool
-from exo.serving.request import Constraint, Conversation, GenerationRequest, Prompt
+from exo.serving.errors import RequestError
+from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
+from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Failed
 from exo.worker.runner_common.grammar.grammar_errors import named
 from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
 
 
 def with_enforced_schemas(request: GenerationRequest) -> GenerationRequest:
-    """The request, whose schemas can be enforced. Warns of each keyword that is not. Raises ``ApiError``."""
+    """The request, whose schemas can be enforced. Warns of each keyword that is not. Raises ``ServingError``."""
     constraint = request.constraint
     if constraint is not None and constraint.syntax == "json_schema" and len(constraint.source) <= LONGEST_SOURCE:
         constraint = _constraint(constraint)
@@ -34,7 +34,7 @@ def naming_tools(failed: Failed, request: GenerationRequest) -> Failed:
     return failed.model_copy(update={"message": f"grammar: {which} {names}: {reason}"})
 
 
-def _constraint(constraint: Constraint) -> Constraint:
+def _constraint(constraint: OutputConstraint) -> OutputConstraint:
     param = constraint.param
     try:
         found = enforced(from_json(constraint.source))
@@ -42,7 +42,7 @@ def _constraint(constraint: Constraint) -> Constraint:
         return constraint  # the runner says what is wrong with it
     except SchemaError as error:
         where = ".".join(filter(None, (param, error.where)))
-        raise ApiError(400, f"{where}: {error.reason}", code="unsupported_value", param=param) from None
+        raise RequestError(f"{where}: {error.reason}", code="unsupported_value", param=param) from None
     for note in found.notes:
         warn(f"{param}.{note.where}", note.text)
     return replace(constraint, source=to_json(guided(found.schema)).decode())
@@ -63,7 +63,7 @@ def _tool(tool: Tool, param: str) -> Tool:
     try:
         found = enforced({key: each for key, each in tool.parameters.items() if key != "nullable"})
     except SchemaError as error:
-        raise ApiError(400, f"{param}: {owner}: {error}", code="unsupported_value", param=param) from None
+        raise RequestError(f"{param}: {owner}: {error}", code="unsupported_value", param=param) from None
     for note in found.notes:
         warn(f"{owner}: {note.where}", note.text)
     parameters = found.schema if isinstance(found.schema, dict) else dict[str, JsonValue](tool.parameters)

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from uuid import uuid4
 
-from exo.api.http.errors import ApiError, busy
-from exo.api.http.warnings import warn
 from exo.chat.grammar.gbnf import GbnfError
 from exo.chat.output.registry import OutputFormat
 from exo.chat.sandbox_pool import SandboxBusyError
 from exo.serving.app_state import Services
-from exo.serving.failover import Attempts, Runner
+from exo.serving.errors import RequestError, busy
+from exo.serving.failover import Attempts, LoadedRunner
 from exo.serving.output_reader import Reader
 from exo.serving.rendering import format_of, render
-from exo.serving.request import Constraint, Conversation, GenerationRequest, Prompt
+from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
+from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
 from exo.worker.supervisor.runner_process import RunnerError
 
@@ -46,9 +46,9 @@ class Prepared:
 
 
 async def prepare(
-    services: Services, attempts: Attempts, runner: Runner, request: GenerationRequest, prompt: Prompt
+    services: Services, attempts: Attempts, runner: LoadedRunner, request: GenerationRequest, prompt: Prompt
 ) -> Prepared:
-    """Raises ``ApiError`` and ``RunnerError``."""
+    """Raises ``ServingError`` and ``RunnerError``."""
     match prompt:
         case Conversation():
             return await _conversation(services, runner, request, prompt)
@@ -64,7 +64,7 @@ async def prepare(
 
 
 async def _conversation(
-    services: Services, runner: Runner, request: GenerationRequest, conversation: Conversation
+    services: Services, runner: LoadedRunner, request: GenerationRequest, conversation: Conversation
 ) -> Prepared:
     model, card = runner.capabilities, runner.card
     form = format_of(runner)
@@ -84,8 +84,8 @@ async def _conversation(
     return Prepared(texts, grammar=grammar, conversation=conversation, form=form, in_reasoning=inside)
 
 
-async def _grammar(services: Services, constraint: Constraint | None) -> Grammar | None:
-    """What the constraint says, in a notation that runners know; they check it. Raises ``ApiError``."""
+async def _grammar(services: Services, constraint: OutputConstraint | None) -> Grammar | None:
+    """What the constraint says, in a notation that runners know; they check it. Raises ``ServingError``."""
     if constraint is None:
         return None
     if constraint.syntax != "gbnf":
@@ -95,13 +95,13 @@ async def _grammar(services: Services, constraint: Constraint | None) -> Grammar
     except SandboxBusyError as error:
         raise busy(constraint.param, error) from None
     except GbnfError as error:
-        raise ApiError(400, f"{constraint.param}: {error}", code="invalid_value", param=constraint.param) from None
+        raise RequestError(f"{constraint.param}: {error}", code="invalid_value", param=constraint.param) from None
 
 
 def _call_grammar(
     model: Capabilities, conversation: Conversation, form: OutputFormat, *, in_reasoning: bool
 ) -> Grammar:
-    """A grammar of the calls that the request demands. Raises ``ApiError``."""
+    """A grammar of the calls that the request demands. Raises ``ServingError``."""
     param = conversation.choice_param
     try:
         source = form.call_grammar(
@@ -111,7 +111,7 @@ def _call_grammar(
             in_reasoning=in_reasoning,
         )
     except ValueError as error:
-        raise ApiError(400, f"{param}: {error}", code="unsupported_value", param=param) from None
+        raise RequestError(f"{param}: {error}", code="unsupported_value", param=param) from None
     return Grammar(syntax="lark", source=source)
 
 
@@ -132,10 +132,10 @@ def _check_tokens(prompt: tuple[int, ...], model: Capabilities, param: str) -> N
         raise RunnerError(Failed(code="context_length_exceeded", message=message, param="prompt"))
     if max(prompt) >= model.vocabulary:
         accepted = f"token ids of this model are 0 to {model.vocabulary - 1}"
-        raise ApiError(400, f"{param}: {accepted} (got {max(prompt)})", code="invalid_value", param=param)
+        raise RequestError(f"{param}: {accepted} (got {max(prompt)})", code="invalid_value", param=param)
 
 
-async def _text(attempts: Attempts, runner: Runner, tokens: tuple[int, ...]) -> str:
+async def _text(attempts: Attempts, runner: LoadedRunner, tokens: tuple[int, ...]) -> str:
     tokenized = await attempts.ask(runner, Tokenize(id=f"echo-{uuid4().hex}", prompt=tokens))
     assert isinstance(tokenized, Tokenized)
     return b"".join(map(bytes, tokenized.bytes)).decode(errors="replace")

@@ -1,7 +1,7 @@
 """Models that this server is pulling: one download for all who wait for it."""
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -12,9 +12,9 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 
-from exo.api.http.errors import ApiError, shutting_down
 from exo.cards.card import ModelCard
 from exo.config import Settings
+from exo.serving.errors import RequestError, ServingError, shutting_down
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source
 from exo.store.progress import DownloadProgress
@@ -27,20 +27,7 @@ if TYPE_CHECKING:  # what imports the hub's library, a tenth of a second, is imp
 OnProgress = Callable[[DownloadProgress], Awaitable[None]]
 
 _TOLD_EVERY_SECONDS = 0.5
-_STATUS: Mapping[PullErrorCode, int] = {
-    "busy": 409,
-    "denied": 403,
-    "disk_full": 507,
-    "no_match": 400,
-    "not_found": 404,
-    "not_pullable": 400,
-    "offline": 503,
-    "read_only": 503,
-    "store": 503,
-    "unreachable": 502,
-    "unsafe_name": 502,
-    "wrong_content": 502,
-}
+_REQUEST_CODES: tuple[PullErrorCode, ...] = ("no_match", "not_pullable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +66,7 @@ class Pulls:
         """Sees to it that the files are here before a runner is started for them.
 
         Where the card names no repository, or a file outside of it, nothing can be pulled, and the runner itself says
-        what is wrong. Raises ``ApiError``: 404 ``model_not_downloaded`` unless the settings allow pulling, and what
+        what is wrong. Raises ``ServingError``: 404 ``model_not_downloaded`` unless the settings allow pulling, and what
         that comes to.
         """
         try:
@@ -102,7 +89,7 @@ class Pulls:
     async def pull(self, card: ModelCard, runner: str, quant: str | None, on_progress: OnProgress) -> Pulled:
         """Joins the pull of these files, or begins it, and then of the draft model's, if there is one to pull.
 
-        Raises PullError, and ``ApiError`` where the server stops.
+        Raises PullError, and ``ServingError`` where the server stops.
         """
         draft = Source.of_draft(card, runner)
         pulled = await self._join(Source.of(card, runner, quant), on_progress)
@@ -186,10 +173,11 @@ class _Job:
         return self.pulled
 
 
-def from_pull_error(error: PullError, *, param: str) -> ApiError:
-    """A pull's failure. ``param`` is what the request chose the files by."""
-    about_the_request = error.code in ("no_match", "not_pullable")
-    return ApiError(_STATUS[error.code], str(error), code=error.code, param=param if about_the_request else None)
+def from_pull_error(error: PullError, *, param: str) -> ServingError:
+    """A pull's failure. ``param`` is the field of the request that selects the files."""
+    if error.code in _REQUEST_CODES:
+        return RequestError(str(error), code=error.code, param=param)
+    return ServingError(str(error), code=error.code)
 
 
 def pull_note(progress: DownloadProgress) -> str:
@@ -200,11 +188,11 @@ def pull_note(progress: DownloadProgress) -> str:
     return f"pulling {percent}%{rate}{note}"
 
 
-def _not_downloaded(card: ModelCard, source: Source, found: "OnDisk") -> ApiError:
+def _not_downloaded(card: ModelCard, source: Source, found: "OnDisk") -> ServingError:
     part = f" ({found.bytes:,} of {found.total:,} bytes are)" if found.total else ""
     what = card.model_id if source.model_id == card.model_id else f"{source.model_id}, {card.model_id}'s draft model,"
     message = (
         f"{what} is not on disk for runner {source.runner}{part}; "
         f"`exo pull {card.model_id} --runner {source.runner}` fetches it, and `exo serve --auto-pull` does so unasked"
     )
-    return ApiError(404, message, code="model_not_downloaded", param="model")
+    return ServingError(message, code="model_not_downloaded", param="model")

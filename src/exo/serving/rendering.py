@@ -4,8 +4,6 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from exo.api.http.errors import ApiError, busy, from_failed
-from exo.api.http.warnings import warn
 from exo.chat.output.registry import OutputFormat, output_format
 from exo.chat.sandbox_pool import SandboxBusyError
 from exo.chat.template.reasoning import effort_variables, empty_reasoning
@@ -20,24 +18,27 @@ from exo.chat.template.renderer import (
 )
 from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
-from exo.serving.failover import Runner
+from exo.serving.errors import RequestError, busy, from_failed
+from exo.serving.failover import LoadedRunner
 from exo.serving.request import Conversation
+from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Failed, Text
 
 _SWITCHES = ("enable_thinking", "thinking")
 
 
-def format_of(runner: Runner) -> OutputFormat:
+def format_of(runner: LoadedRunner) -> OutputFormat:
     """How the runner's model writes reasoning and calls."""
     card = runner.card
     return output_format(runner.capabilities.chat_template, card.tool_format, card.reasoning_dialect)
 
 
-async def render(services: Services, runner: Runner, conversation: Conversation, prompt_field: str) -> tuple[Text, ...]:
-    """The conversation's prompt. Raises ``ApiError``."""
+async def render(
+    services: Services, runner: LoadedRunner, conversation: Conversation, prompt_field: str
+) -> tuple[Text, ...]:
+    """The conversation's prompt. Raises ``ServingError``."""
     if runner.capabilities.chat_template is None:
-        raise ApiError(
-            400,
+        raise RequestError(
             "this model has no chat template; set chat_template in its model card, or use /v1/completions",
             code="no_chat_template",
             param="model",
@@ -48,21 +49,21 @@ async def render(services: Services, runner: Runner, conversation: Conversation,
         raise busy(prompt_field, error) from None
     except VariableRefusedError as error:
         param = f"chat_template_kwargs.{error.name}"
-        raise ApiError(400, f"{param}: {error}", code="unsupported_parameter", param=param) from None
+        raise RequestError(f"{param}: {error}", code="unsupported_parameter", param=param) from None
     except ToolsUnsupportedError as error:
-        raise ApiError(400, f"tools: {error}", code="unsupported_parameter", param="tools") from None
+        raise RequestError(f"tools: {error}", code="unsupported_parameter", param="tools") from None
     except ConversationRefusedError as error:
-        raise ApiError(400, str(error), code="invalid_value", param=prompt_field) from None
+        raise RequestError(str(error), code="invalid_value", param=prompt_field) from None
     except NoncharacterError as error:
-        raise ApiError(400, f"{prompt_field}: {error}", code="invalid_value", param=prompt_field) from None
+        raise RequestError(f"{prompt_field}: {error}", code="invalid_value", param=prompt_field) from None
     except TemplateError as error:
-        raise ApiError(400, str(error), code="template_error", param=prompt_field) from None
+        raise RequestError(str(error), code="template_error", param=prompt_field) from None
     except PromptTooLongError as error:
         failed = Failed(code="context_length_exceeded", message=str(error))
         raise from_failed(failed, params={"prompt": prompt_field}) from None
 
 
-async def _render(services: Services, runner: Runner, conversation: Conversation) -> tuple[Text, ...]:
+async def _render(services: Services, runner: LoadedRunner, conversation: Conversation) -> tuple[Text, ...]:
     """The prompt, which ends behind an empty reasoning block where the model is not to reason and has no switch for it.
 
     Raises what ``chat_prompt`` raises.

@@ -13,7 +13,7 @@ GrammarSyntax = Literal["json_schema", "regex", "lark", "gbnf"]
 
 
 @dataclass(frozen=True, slots=True)
-class Constraint:
+class OutputConstraint:
     """What the output must match. ``param`` is the request's field that says so."""
 
     syntax: GrammarSyntax
@@ -71,7 +71,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     ignore_eos: bool = False
-    constraint: Constraint | None = None
+    constraint: OutputConstraint | None = None
     logprobs: int | None = None
     """How many alternatives to tell the probabilities of, besides the chosen token's; None: tell nothing."""
     logprobs_param: str = "logprobs"

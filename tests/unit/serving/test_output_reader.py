@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from exo.api.http.response import Choice
+from exo.api.http.response import ReplyChoice
 from exo.chat.output.registry import FORMATS
 from exo.serving.output_reader import Ended, Reader, Said
 from exo.worker.protocol.messages import Delta, Finished, Usage
@@ -17,10 +17,10 @@ USAGE = Usage(prompt_tokens=1, completion_tokens=1)
 
 def both(
     pieces: Sequence[str], reason: str = "stop", stop: str | None = None, name: str = "hermes"
-) -> tuple[Ended, Choice]:
+) -> tuple[Ended, ReplyChoice]:
     """The end of a stream, and the whole reply."""
     reader = Reader(FORMATS[name].parser(tools=TOOLS, in_reasoning=False))
-    choice = Choice()
+    choice = ReplyChoice()
     for text in pieces:
         event = reader.read(Delta(id="r", text=text, tokens=(1,)))
         assert isinstance(event, Said)

@@ -13,12 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
 from exo.api.http.body import read_body
-from exo.api.http.errors import INTERNAL_ERROR, ApiError, ErrorBody
+from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.strict_model import RequestBody
+from exo.api.http.unary_response import UnaryResponse, cancel_when_client_leaves
 from exo.serving.app_state import Services
+from exo.serving.errors import RequestError, ServingError
 from exo.serving.pull_jobs import OnProgress, Pulled, from_pull_error
-from exo.serving.unary import AnswerReply, cancel_when_client_leaves
 from exo.store.errors import PullError
 from exo.store.progress import DownloadProgress, Step
 from exo.worker.router import parse_model
@@ -104,7 +105,7 @@ def pull_routes(services: Services) -> APIRouter:
             wish = parse_model(body.model)
             if None not in (body.runner, wish.runner) and body.runner != wish.runner:
                 message = f"runner: model asks for {wish.runner} (got {body.runner!r})"
-                raise ApiError(400, message, code="invalid_value", param="runner")
+                raise RequestError(message, code="invalid_value", param="runner")
             name = body.model if body.runner is None else f"{wish.name}@{body.runner}"
             card, route = await services.choose(name)
             try:
@@ -123,7 +124,7 @@ def pull_routes(services: Services) -> APIRouter:
         async def streamed(on_progress: OnProgress) -> PullDone:
             return await pull(body, on_progress)
 
-        return _PullStream(streamed) if body.stream else AnswerReply(whole)
+        return _PullStream(streamed) if body.stream else UnaryResponse(whole)
 
     return routes
 
@@ -162,8 +163,8 @@ class _PullStream(Response):
     async def _run(self, tell: OnProgress) -> PullDone | ErrorBody:
         try:
             return await self._work(tell)
-        except ApiError as error:
-            return error.body
+        except ServingError as error:
+            return error_body(error)
         except Exception:
             log.exception("a pull failed")
             return INTERNAL_ERROR

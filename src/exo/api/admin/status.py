@@ -10,11 +10,12 @@ from pydantic import BaseModel, Field
 from exo.api.admin.runners import Instance, InstanceList
 from exo.api.admin.speeds import SpeedAtLoad, known_speeds
 from exo.api.http.body import read_body
-from exo.api.http.errors import ApiError, shutting_down
+from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.strict_model import RequestBody
+from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
-from exo.serving.unary import AnswerReply
+from exo.serving.errors import shutting_down
 from exo.worker.router import LiveRunner
 
 
@@ -98,7 +99,7 @@ def server_routes(services: Services) -> APIRouter:
             _, unloaded = await services.unload(body.model)
             return Unloaded(model=body.model, unloaded=unloaded), {}
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     @routes.get("/v1/route")
     async def route(

@@ -20,7 +20,7 @@ from exo.api.http.strict_model import RequestBody, Unsupported, honoured, invali
 from exo.api.openai.chat_request import MAX_TOOLS, Parameters, ToolName
 from exo.api.openai.common_request import NoLimit, Stops, TopK, TopP
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
-from exo.serving.request import Constraint, Conversation, GenerationRequest
+from exo.serving.request import Conversation, GenerationRequest, OutputConstraint
 
 _SAMPLING = {"temperature", "top_k", "top_p"}
 
@@ -275,7 +275,7 @@ class MessagesRequest(CountTokensRequest):
         constraint = None
         if format_ is not None:
             schema = to_json(format_.schema_).decode()
-            constraint = Constraint("json_schema", schema, "output_config.format.schema")
+            constraint = OutputConstraint("json_schema", schema, "output_config.format.schema")
         sampling: dict[str, Any] = self.model_dump(include=_SAMPLING, exclude_unset=True)
         return GenerationRequest(
             model=self.model,

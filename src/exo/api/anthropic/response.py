@@ -8,7 +8,7 @@ from pydantic_core import from_json, to_json
 
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Choice
+from exo.api.http.response import ReplyChoice
 from exo.api.openai.chat_response import call_id
 from exo.api.openai.chunks import absent
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
@@ -131,7 +131,7 @@ class MessagesDialect:
     def serving(self, serving: Serving) -> None:
         self._model = serving.model_id
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         (choice,) = choices
         content: list[AnthropicText | AnthropicThinking | AnthropicToolUse] = []
         if choice.reasoning and self._thinking:

@@ -13,11 +13,12 @@ from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
 from exo.api.http.response import GenerationReply
-from exo.api.http.warnings import warn
+from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.generation import Generation
 from exo.serving.rendering import render
-from exo.serving.unary import AnswerReply, Question, ask
+from exo.serving.unary import Question, ask
+from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Tokenize, Tokenized
 
 _PARAMS = {"prompt": "messages"}
@@ -25,7 +26,7 @@ _NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply togethe
 
 
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
-    """Raises ``ApiError``."""
+    """Raises ``ServingError``."""
     loaded = await ask(services, Question(model=body.model, needs={}, commands=[], params=_PARAMS))
     prompt = await render(services, loaded.runner, body.conversation(), "messages")
     command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
@@ -59,6 +60,6 @@ def anthropic_routes(services: Services) -> APIRouter:
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             return await _count(services, body)
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     return routes

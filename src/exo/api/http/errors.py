@@ -1,4 +1,4 @@
-"""Errors as the client sees them, in the envelope of the API it speaks, whatever went wrong and wherever."""
+"""Errors in the envelope of the client's API."""
 
 import logging
 import math
@@ -16,21 +16,18 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from exo.chat.sandbox_pool import SandboxBusyError
-from exo.worker.protocol.messages import ErrorCode, Failed
+from exo.serving.errors import RequestError, ServingError
 from exo.worker.protocol.wire import describe
-from exo.worker.router import Refusal
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS = "1"
 _NO_FIELD = re.compile(r"\.\[[a-z_]+\]")
-"""What is in an error's path besides fields: "[key]" for a key of a table, and the tags of a union's types."""
+"""Parts of an error's path that are no fields: "[key]" for a key of a table, and the tags of a union's types."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorBody:
-    """What an error says: ``code`` for programs, ``param`` for the request's field at fault."""
+    """An error with its HTTP status. ``code`` is for programs; ``param`` names the request's field at fault."""
 
     status: int
     message: str
@@ -55,13 +52,13 @@ class ErrorBody:
         return to_json({"error": self.message})
 
     def in_envelope(self, path: str) -> bytes:
-        """As the API says it that ``path`` belongs to: an error may come before anything else is known."""
+        """The error in the envelope of the API that ``path`` belongs to."""
         if _is_anthropic(path):
             return self.anthropic()
         return self.ollama() if path.startswith("/api/") else self.openai()
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
-        """The error as a whole reply to a request for ``path``, with ``headers`` added to its own."""
+        """The reply to a request for ``path``. ``headers`` are added to the error's own."""
         own = dict(self.headers)
         if _is_anthropic(path):
             own["request-id"] = f"req_{uuid4().hex}"
@@ -90,8 +87,8 @@ def _is_anthropic(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
-class ApiError(Exception):
-    """Ends a request with an error for its client."""
+class ApiError(ServingError):
+    """An error of HTTP itself, or of one API alone."""
 
     def __init__(
         self,
@@ -102,84 +99,60 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.body = ErrorBody(status=status, message=message, code=code, param=param, headers=headers or {})
+        super().__init__(message, code=code, param=param)
+        self.status = status
+        self.headers = headers or {}
 
 
 INTERNAL_ERROR = ErrorBody(
     status=500, message="internal error; the server's log has the details", code="internal_error"
 )
 
-_STATUS: Mapping[ErrorCode, int] = {
-    "invalid_request": 400,
-    "context_length_exceeded": 400,
-    "model_not_found": 404,
-    "model_misconfigured": 400,
-    "model_load_failed": 503,
-    "out_of_memory": 503,
+_STATUS: Mapping[str, int] = {
+    "busy": 409,
+    "denied": 403,
+    "disk_full": 507,
     "engine_error": 500,
-    "runner_died": 503,
-    "shutdown": 503,
+    "queue_full": 429,
+    "unreachable": 502,
+    "unsafe_name": 502,
+    "wrong_content": 502,
 }
-_FOR_GOOD: tuple[ErrorCode, ...] = ("model_not_found", "model_misconfigured")
-"""What holds until somebody changes the model card or its files."""
-_WORTH_A_RETRY: tuple[ErrorCode, ...] = ("runner_died", "shutdown")
+"""The statuses of codes that are not 400 for the request's own errors, and 503 for all others."""
+_NOT_FOUND = ("model_not_found", "model_not_downloaded", "not_found")
 
 
-def from_failed(failed: Failed, *, params: Mapping[str, str], retry_seconds: float | None = None) -> ApiError:
-    """A runner's failure. ``params`` are the client's names for the contract's fields, where they differ.
-
-    With ``retry_seconds`` it is one that may be over by then.
-    """
-    param = failed.param.removeprefix("sampling.") if failed.param else None
-    if failed.code == "context_length_exceeded":
-        param = "prompt"
-    message = failed.message
-    if param is not None:
-        param = params.get(param, param)
-        if message.startswith(own := f"{failed.param}: "):
-            message = f"{param}: {message.removeprefix(own)}"
-    if failed.code in _FOR_GOOD:
-        param = param or "model"
-    elif retry_seconds is not None:
-        headers = {"retry-after": str(math.ceil(retry_seconds))}
-        return ApiError(503, message, code=failed.code, param=param, headers=headers)
-    headers = {"retry-after": _RETRY_SECONDS} if failed.code in _WORTH_A_RETRY else {}
-    return ApiError(_STATUS[failed.code], message, code=failed.code, param=param, headers=headers)
-
-
-def from_refusal(refusal: Refusal, *, status: int) -> ApiError:
-    """The router's refusal."""
-    return ApiError(status, refusal.message, code=refusal.code, param=refusal.param)
-
-
-def queue_full(model_id: str, held: int) -> ApiError:
-    """A request that a model's queue has no place for."""
-    message = f"{model_id} has {held} sequences running or waiting and takes no more for now; try again soon"
-    return ApiError(429, message, code="queue_full", headers={"retry-after": _RETRY_SECONDS})
-
-
-def busy(param: str, error: SandboxBusyError) -> ApiError:
-    """A request whose template or grammar has to wait for too many others."""
-    headers = {"retry-after": _RETRY_SECONDS}
-    return ApiError(503, f"{param}: {error}", code="server_busy", param=param, headers=headers)
-
-
-def shutting_down() -> ApiError:
-    """A request that came, or was still running, when the server stopped."""
-    headers = {"retry-after": _RETRY_SECONDS, "connection": "close"}
-    return ApiError(503, "the server is shutting down", code="shutdown", headers=headers)
+def error_body(error: ServingError) -> ErrorBody:
+    """The error with its HTTP status and headers."""
+    if isinstance(error, ApiError):
+        return ErrorBody(
+            status=error.status, message=str(error), code=error.code, param=error.param, headers=error.headers
+        )
+    headers: dict[str, str] = {}
+    if error.retry_seconds is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_seconds))
+    if error.code == "shutdown":
+        headers["connection"] = "close"
+    if error.code in _NOT_FOUND:
+        status = 404
+    elif isinstance(error, RequestError):
+        status = 400
+    else:
+        status = _STATUS.get(error.code, 503)
+        if status == 500 and error.retry_seconds is not None:
+            status = 503
+    return ErrorBody(status=status, message=str(error), code=error.code, param=error.param, headers=headers)
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing wrong with a request body, naming the field, the value and what would be accepted."""
+    """The first error in a request body. The message names the field, the value and what is accepted."""
     first = error.errors(include_url=False)[0]
     kind, reason = first["type"], first["msg"]
     if kind == "json_invalid":
-        return ApiError(400, f"the body is no JSON document: {reason}", code="invalid_json")
+        return ApiError(400, f"the body is not a JSON document: {reason}", code="invalid_json")
     param, message = describe(error)
     param, message = _NO_FIELD.sub("", param)[:200], _NO_FIELD.sub("", message)
-    if "ctx" in first and "param" in first["ctx"]:  # of the errors that ``openai_requests`` makes
+    if "ctx" in first and "param" in first["ctx"]:  # an error of ``strict_model``
         param = ".".join(filter(None, (param, str(first["ctx"]["param"]))))
         return ApiError(400, f"{param}: {reason}", code=kind, param=param)
     if kind == "missing":
@@ -188,9 +161,9 @@ def from_validation(error: ValidationError) -> ApiError:
     return ApiError(400, message, code="invalid_value", param=param or None)
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.body.response(request.url.path)
+async def _serving_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServingError)
+    return error_body(error).response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -225,8 +198,8 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of ``app`` answer in the envelope."""
-    app.add_exception_handler(ApiError, _api_error)
+    """Has ``app`` answer every error in the envelope of the client's API."""
+    app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _query_error)
     app.add_exception_handler(ClientDisconnect, _client_left)

@@ -14,11 +14,12 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
-from exo.api.http.errors import INTERNAL_ERROR, ApiError, ErrorBody
+from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
+from exo.api.http.unary_response import cancel_when_client_leaves
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
+from exo.serving.errors import ServingError
 from exo.serving.generation import Generation, Serving
 from exo.serving.output_reader import ChoiceEvent, Ended, Reason, Said, total_usage
-from exo.serving.unary import cancel_when_client_leaves
 from exo.worker.protocol.messages import PrefillProgress, PromptLogprobs, TokenLogprobs, Usage
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Choice:
+class ReplyChoice:
     """One finished choice; of what was not asked for there is nothing."""
 
     content: str = ""
@@ -105,7 +106,7 @@ class Dialect(Protocol):
         """Called once, before all else, when the model is loaded."""
         ...
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         """The reply to a request that does not stream."""
         ...
 
@@ -181,8 +182,8 @@ class GenerationReply(Response):
     async def _run(self, sink: "_Stream | _Whole") -> ErrorBody | None:
         try:
             await self._generation.run(sink)
-        except ApiError as error:
-            return error.body
+        except ServingError as error:
+            return error_body(error)
         except Exception:
             log.exception("request %s failed", self._generation.id)
             return INTERNAL_ERROR
@@ -201,7 +202,7 @@ class _Whole:
     """Collects a reply that is sent in one piece."""
 
     dialect: Dialect
-    choices: defaultdict[int, Choice] = field(default_factory=lambda: defaultdict[int, Choice](Choice))
+    choices: defaultdict[int, ReplyChoice] = field(default_factory=lambda: defaultdict[int, ReplyChoice](ReplyChoice))
 
     async def loading(self, note: str) -> None:
         """Nothing to tell yet."""

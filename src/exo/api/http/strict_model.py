@@ -13,7 +13,7 @@ from typing import ClassVar, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-from exo.api.http.warnings import MAX_WARNINGS, refuses_unknown_fields, warn
+from exo.serving.warnings import MAX_WARNINGS, refuses_unknown_fields, warn
 from exo.worker.protocol.runners import RUNNERS, Need
 
 Unsupported = Mapping[str, tuple[JsonValue, ...]]

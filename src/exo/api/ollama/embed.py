@@ -9,13 +9,14 @@ from pydantic import BaseModel
 
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.warnings import warn_of_context
+from exo.api.http.unary_response import UnaryResponse
 from exo.api.ollama.request import OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama.response import OllamaReply
 from exo.api.ollama.routes import served_name
 from exo.api.openai.embeddings import embed_commands, shortened
 from exo.serving.app_state import Services
-from exo.serving.unary import Answered, AnswerReply, Question, ask
+from exo.serving.unary import Answered, Question, ask
+from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.messages import Embedded
 
 
@@ -68,7 +69,7 @@ def embed_routes(services: Services) -> APIRouter:
             )
             return reply, answered.headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     @routes.post(
         "/embeddings", response_model=OllamaEmbeddingsResponse, openapi_extra=json_body(OllamaEmbeddingsRequest)
@@ -81,6 +82,6 @@ def embed_routes(services: Services) -> APIRouter:
             answered, (embedded,) = await vectors(body, [body.prompt], "prompt")
             return OllamaEmbeddingsResponse(embedding=list(embedded.vector)), answered.headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     return routes

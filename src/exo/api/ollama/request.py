@@ -14,7 +14,7 @@ from exo.api.openai.chat_request import MAX_TOOLS, ToolDefinition, ToolName
 from exo.api.openai.embeddings import MAX_INPUTS
 from exo.api.openai.messages import UNSEEN
 from exo.chat.template.reshaping import short_id
-from exo.serving.request import Constraint, Conversation, GenerationRequest, Prompt
+from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
 _DURATION = re.compile(r"[+-]?([0-9]{1,12}(\.[0-9]{0,12})?(ns|us|µs|ms|s|m|h))+")
@@ -126,7 +126,7 @@ class OllamaGeneration(OllamaBody):
             seed=self.options.seed,
             stop=tuple(self.options.stop),
             max_tokens=self.options.num_predict,
-            constraint=Constraint("json_schema", schema, "format") if self.format else None,
+            constraint=OutputConstraint("json_schema", schema, "format") if self.format else None,
             logprobs=self.top_logprobs if self.logprobs else None,
             keep_seconds=self.keep_seconds,
             context=self.options.num_ctx or 0,

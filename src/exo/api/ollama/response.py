@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic_core import from_json
 
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, Choice
+from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.chat_response import call_id
 from exo.api.openai.chunks import absent, token_text
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
@@ -145,7 +145,7 @@ class OllamaDialect:
         self._model = serving.model_id
         self._loaded = time.monotonic_ns()
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         (choice,) = choices
         self._began = choice.began
         self._ends(choice.reason)

@@ -11,13 +11,14 @@ from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
 from exo.api.http.response import GenerationReply
-from exo.api.http.warnings import warn_of_context
+from exo.api.http.unary_response import UnaryResponse
 from exo.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest, OllamaGeneration
 from exo.api.ollama.response import OllamaChatResponse, OllamaDialect, OllamaGenerateResponse, loaded
 from exo.serving.app_state import Services
 from exo.serving.generation import Generation
 from exo.serving.request import GenerationRequest
-from exo.serving.unary import AnswerReply, Question, ask
+from exo.serving.unary import Question, ask
+from exo.serving.warnings import warn_of_context
 from exo.worker.router import parse_model
 
 
@@ -36,7 +37,7 @@ def ollama_routes(services: Services) -> APIRouter:
         dialect = OllamaDialect(reply_id, chat=chat, logprobs=body.logprobs)
         return GenerationReply(Generation(services, request, reply_id), dialect, stream=body.stream)
 
-    def load(body: OllamaGeneration, model: str, *, chat: bool) -> AnswerReply:
+    def load(body: OllamaGeneration, model: str, *, chat: bool) -> UnaryResponse:
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if body.keep_alive == 0:
                 model_id, _ = await services.unload(model)
@@ -47,7 +48,7 @@ def ollama_routes(services: Services) -> APIRouter:
             warn_of_context("options.num_ctx", body.options.num_ctx or 0, runner.capabilities.context_length)
             return loaded(runner.card.model_id, chat=chat), answered.headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     @routes.post("/chat", response_model=OllamaChatResponse, openapi_extra=json_body(OllamaChatRequest))
     async def chat(request: Request) -> Response:

@@ -9,7 +9,7 @@ from exo.api.http.strict_model import RequestBody, Unsupported, few, honoured, i
 from exo.api.openai.common_request import UNSUPPORTED, GenerationFields, NoLimit
 from exo.api.openai.messages import MAX_TOOLS, ChatMessages
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
-from exo.serving.request import Constraint
+from exo.serving.request import OutputConstraint
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
 _CHOICES = ("none", "auto", "required")
@@ -105,16 +105,16 @@ class ResponseFormat(RequestBody):
         return self
 
     @property
-    def constraint(self) -> Constraint | None:
+    def constraint(self) -> OutputConstraint | None:
         """What the output must match."""
         if self.type == "text":
             return None
         if self.schema_ is not None:
-            return Constraint("json_schema", to_json(self.schema_).decode(), "response_format.schema")
+            return OutputConstraint("json_schema", to_json(self.schema_).decode(), "response_format.schema")
         if self.json_schema is None:
-            return Constraint("json_schema", _ANY_OBJECT, "response_format")
+            return OutputConstraint("json_schema", _ANY_OBJECT, "response_format")
         schema = to_json(self.json_schema.schema_).decode()
-        return Constraint("json_schema", schema, "response_format.json_schema.schema")
+        return OutputConstraint("json_schema", schema, "response_format.json_schema.schema")
 
 
 class VendorTool(RequestBody):
@@ -209,7 +209,7 @@ class ChatCompletionRequest(GenerationFields):
     )
 
     @property
-    def constraints(self) -> list[Constraint]:
+    def constraints(self) -> list[OutputConstraint]:
         found = [self.response_format.constraint] if self.response_format is not None else []
         return [each for each in found if each is not None] + super().constraints
 

@@ -7,8 +7,8 @@ from typing import Literal, final
 from pydantic import Field
 from pydantic_core import to_json
 
-from exo.api.http.response import Call, Choice
-from exo.api.openai.chunks import Chunks, CompletionUsage, Reply, absent, token_text
+from exo.api.http.response import Call, ReplyChoice
+from exo.api.openai.chunks import ChunkWriter, CompletionUsage, Reply, absent, token_text
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.serving.generation import Serving
 from exo.serving.output_reader import Ended, Reason, Said
@@ -103,7 +103,7 @@ def choice_logprobs(items: Sequence[TokenLogprobs]) -> ChoiceLogprobs:
 
 
 @final
-class ChatDialect(Chunks):
+class ChatDialect(ChunkWriter):
     """``/v1/chat/completions``."""
 
     def __init__(
@@ -116,7 +116,7 @@ class ChatDialect(Chunks):
     def serving(self, serving: Serving) -> None:
         self.start(serving)
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         return (
             ChatCompletion(
                 id=self.id,
@@ -185,7 +185,7 @@ class ChatDialect(Chunks):
             case Arguments(index, text):
                 return to_json({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
 
-    def _message(self, index: int, choice: Choice) -> AssistantMessage:
+    def _message(self, index: int, choice: ReplyChoice) -> AssistantMessage:
         return AssistantMessage(
             content=choice.content if choice.content or not choice.calls else None,
             reasoning_content=choice.reasoning or None,

@@ -1,4 +1,4 @@
-"""What OpenAI's replies have in common. Chunks are put together as bytes: there may be thousands in a second."""
+"""What OpenAI's replies have in common. ChunkWriter are put together as bytes: there may be thousands in a second."""
 
 import time
 from typing import Literal
@@ -48,7 +48,7 @@ class CompletionUsage(Reply):
         )
 
 
-class Model(Reply):
+class ListedModel(Reply):
     """One model that may be asked for."""
 
     id: str
@@ -61,7 +61,7 @@ class ModelList(Reply):
     """The reply of ``/v1/models``."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ListedModel]
 
 
 def token_text(logprob: Logprob) -> str:
@@ -73,7 +73,7 @@ def token_text(logprob: Logprob) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class Chunks:
+class ChunkWriter:
     """The parts of a chunk that stay the same through a stream."""
 
     media_type = sse.MEDIA_TYPE

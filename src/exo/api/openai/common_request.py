@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_va
 from pydantic_core import to_json
 
 from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, few, honoured, invalid
-from exo.serving.request import Constraint
+from exo.serving.request import OutputConstraint
 from exo.worker.protocol.messages import MAX_LOGPROBS, SamplingParams
 
 _SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
@@ -101,9 +101,9 @@ class StreamOptions(RequestBody):
     include_usage: bool = Field(default=False, description="End the stream with a chunk that holds the usage.")
 
 
-def grammar_constraint(source: str, param: str) -> Constraint:
+def grammar_constraint(source: str, param: str) -> OutputConstraint:
     """A grammar in either of the two notations, which only GBNF's sign for "is" tells apart."""
-    return Constraint("gbnf" if "::=" in source else "lark", source, param)
+    return OutputConstraint("gbnf" if "::=" in source else "lark", source, param)
 
 
 def _literal(text: str) -> str:
@@ -111,8 +111,8 @@ def _literal(text: str) -> str:
     return to_json(text).decode()
 
 
-def _choice_constraint(texts: list[str], param: str) -> Constraint:
-    return Constraint("lark", f"start: {' | '.join(map(_literal, texts))}", param)
+def _choice_constraint(texts: list[str], param: str) -> OutputConstraint:
+    return OutputConstraint("lark", f"start: {' | '.join(map(_literal, texts))}", param)
 
 
 def _schema_text(schema: JsonValue) -> str:
@@ -134,16 +134,16 @@ class StructuredOutputs(RequestBody):
         return self
 
     @property
-    def constraint(self) -> Constraint:
+    def constraint(self) -> OutputConstraint:
         """What is given."""
         where = "structured_outputs"
         if self.regex is not None:
-            return Constraint("regex", self.regex, f"{where}.regex")
+            return OutputConstraint("regex", self.regex, f"{where}.regex")
         if self.choice is not None:
             return _choice_constraint(self.choice, f"{where}.choice")
         if self.grammar is not None:
             return grammar_constraint(self.grammar, f"{where}.grammar")
-        return Constraint("json_schema", _schema_text(self.json_), f"{where}.json")
+        return OutputConstraint("json_schema", _schema_text(self.json_), f"{where}.json")
 
 
 class GenerationFields(RequestBody):
@@ -202,7 +202,7 @@ class GenerationFields(RequestBody):
     safety_identifier: JsonValue = Field(default=None, description="Has no effect.")
 
     @property
-    def constraints(self) -> list[Constraint]:
+    def constraints(self) -> list[OutputConstraint]:
         """Everything that the output is to match, of which there may be one."""
         found = [self.structured_outputs.constraint] if self.structured_outputs is not None else []
         if self.grammar is not None:
@@ -210,12 +210,12 @@ class GenerationFields(RequestBody):
         if self.guided_grammar is not None:
             found.append(grammar_constraint(self.guided_grammar, "guided_grammar"))
         if self.guided_regex is not None:
-            found.append(Constraint("regex", self.guided_regex, "guided_regex"))
+            found.append(OutputConstraint("regex", self.guided_regex, "guided_regex"))
         if self.guided_choice is not None:
             found.append(_choice_constraint(self.guided_choice, "guided_choice"))
         for schema, param in ((self.json_schema, "json_schema"), (self.guided_json, "guided_json")):
             if schema is not None:
-                found.append(Constraint("json_schema", _schema_text(schema), param))
+                found.append(OutputConstraint("json_schema", _schema_text(schema), param))
         return found
 
     @property

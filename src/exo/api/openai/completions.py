@@ -6,8 +6,8 @@ from typing import Literal, final
 from pydantic import Field
 from pydantic_core import to_json
 
-from exo.api.http.response import Choice
-from exo.api.openai.chunks import Chunks, CompletionUsage, Reply, absent, token_text
+from exo.api.http.response import ReplyChoice
+from exo.api.openai.chunks import ChunkWriter, CompletionUsage, Reply, absent, token_text
 from exo.chat.output.events import Content, Part
 from exo.serving.generation import Serving
 from exo.serving.output_reader import Ended, Said
@@ -67,7 +67,7 @@ def _text(parts: Iterable[Part]) -> str:
 
 
 @final
-class CompletionDialect(Chunks):
+class CompletionDialect(ChunkWriter):
     """``/v1/completions``. ``n`` is how many choices each prompt has."""
 
     def __init__(
@@ -90,7 +90,7 @@ class CompletionDialect(Chunks):
         self.start(serving)
         self._echoes = serving.prompts
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         return (
             Completion(
                 id=self.id,
@@ -137,7 +137,7 @@ class CompletionDialect(Chunks):
             extra += b',"token_ids":' + to_json(tokens)
         return extra
 
-    def _choice(self, index: int, choice: Choice) -> TextChoice:
+    def _choice(self, index: int, choice: ReplyChoice) -> TextChoice:
         assert choice.reason != "tool_calls"
         logprobs, _ = _logprobs([*choice.prompt_logprobs, *choice.logprobs], 0)
         return TextChoice(

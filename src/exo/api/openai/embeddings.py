@@ -12,13 +12,14 @@ from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from exo.api.http.body import read_body
-from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.strict_model import MODEL, RequestBody, honoured
+from exo.api.http.unary_response import UnaryResponse
 from exo.api.openai.chunks import Reply
 from exo.api.openai.common_request import Prompt, prompts
 from exo.serving.app_state import Services
-from exo.serving.unary import AnswerReply, Question, ask
+from exo.serving.errors import RequestError
+from exo.serving.unary import Question, ask
 from exo.worker.protocol.messages import Embed, Embedded, Text
 
 MAX_INPUTS = 2048
@@ -82,12 +83,12 @@ def embed_commands(inputs: list[str | list[int]], *, truncate: bool = False) -> 
 
 
 def shortened(vector: Sequence[float], dimensions: int | None) -> list[float]:
-    """The first components, made length 1 again. Raises ``ApiError`` where there are not so many."""
+    """The first components, made length 1 again. Raises ``ServingError`` if the vector has fewer."""
     if dimensions is None:
         return list(vector)
     if dimensions > len(vector):
         message = f"dimensions: vectors of this model have {len(vector)} components (got {dimensions})"
-        raise ApiError(400, message, code="invalid_value", param="dimensions")
+        raise RequestError(message, code="invalid_value", param="dimensions")
     kept = vector[:dimensions]
     length = math.hypot(*kept) or 1.0
     return [component / length for component in kept]
@@ -123,6 +124,6 @@ def embedding_routes(services: Services) -> APIRouter:
             usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
             return EmbeddingList(data=data, model=answered.runner.card.model_id, usage=usage), answered.headers
 
-        return AnswerReply(work)
+        return UnaryResponse(work)
 
     return routes

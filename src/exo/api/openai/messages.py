@@ -94,7 +94,7 @@ class CalledFunction(RequestBody):
     arguments: Arguments = Field(default="", description="JSON text as the reply had it, or the object itself.")
 
 
-class MessageToolCall(RequestBody):
+class PastToolCall(RequestBody):
     """A call in an earlier reply."""
 
     id: str = Field(default="", max_length=256, description="What its result refers to.")
@@ -124,7 +124,7 @@ class ChatMessage(RequestBody):
     reasoning_content: str | None = Field(default=None, description="Of an earlier reply.")
     reasoning: str | None = Field(default=None, description="Other servers' name of reasoning_content.")
     refusal: str | None = Field(default=None, description="Of an earlier reply; stands for content that is left out.")
-    tool_calls: list[MessageToolCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
+    tool_calls: list[PastToolCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
     name: str | None = Field(
         default=None, max_length=256, description="Of the speaker or the tool, for chat templates that read it."
     )

@@ -11,7 +11,7 @@ from exo.api.http.raw_route import DirectRoute
 from exo.api.http.response import GenerationReply
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.chat_response import ChatCompletion, ChatDialect
-from exo.api.openai.chunks import Model, ModelList
+from exo.api.openai.chunks import ListedModel, ModelList
 from exo.api.openai.common_request import CompletionRequest, GenerationFields
 from exo.api.openai.completions import Completion, CompletionDialect
 from exo.cards.card import ModelCard
@@ -78,8 +78,8 @@ def openai_routes(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=DirectRoute)
     started = int(time.time())
 
-    def model(card: ModelCard) -> Model:
-        return Model(id=card.model_id, created=started, owned_by=card.model_id.partition("/")[0])
+    def model(card: ModelCard) -> ListedModel:
+        return ListedModel(id=card.model_id, created=started, owned_by=card.model_id.partition("/")[0])
 
     @routes.post("/chat/completions", response_model=ChatCompletion, openapi_extra=json_body(ChatCompletionRequest))
     async def chat_completions(request: Request) -> GenerationReply:
@@ -113,7 +113,7 @@ def openai_routes(services: Services) -> APIRouter:
         return ModelList(data=[model(card) for card in services.catalogue.cards.values()])
 
     @routes.get("/models/{name:path}")
-    async def get_model(name: str = Path(description="A model id or alias.")) -> Model:
+    async def get_model(name: str = Path(description="A model id or alias.")) -> ListedModel:
         """One model, by id or alias."""
         return model(services.card(name))
 

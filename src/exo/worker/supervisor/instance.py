@@ -60,7 +60,7 @@ Kind = tuple[str, str, str]
 
 
 @dataclass(slots=True, eq=False)
-class Instance:
+class RunnerInstance:
     """A runner process. The pool sets ``process`` right after it has made the instance."""
 
     id: str

@@ -26,7 +26,7 @@ from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.host_memory import room, taken
-from exo.worker.supervisor.instance import Instance, InstanceReport, Kind, settings_digest
+from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
@@ -74,10 +74,10 @@ class RunnerPool:
         self._deadlines = deadlines
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
-        self._instances: dict[str, Instance] = {}
+        self._instances: dict[str, RunnerInstance] = {}
         self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
         self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
-        self._last_failed: dict[tuple[str, str], Instance] = {}  # by model id and runner
+        self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and runner
         self._device_names: tuple[str, ...] = ()
         self._n_cores = physical_cores()
         self._in_flight = RequestCount()  # the requests of all runners
@@ -227,7 +227,7 @@ class RunnerPool:
             )
             raise RunnerError(Failed(code=breaker.last.code, message=message), seconds)
 
-    def _start(self, route: Route, card: ModelCard, settings: str) -> Instance:
+    def _start(self, route: Route, card: ModelCard, settings: str) -> RunnerInstance:
         names = (f"{card.model_id.replace('/', '--')}@{route.runner}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
         load = Load(
@@ -237,7 +237,7 @@ class RunnerPool:
             directories=self._models_directories,
             tasks=card.tasks,
         )
-        instance = Instance(name, route.runner, card, settings, route.backend, time.time())
+        instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time())
         counted = self._budget.capacity is not None
         instance.process = RunnerProcess(
             self._commands[route.runner],
@@ -260,7 +260,7 @@ class RunnerPool:
         self._tasks.start_soon(self._run, instance, predecessors)
         return instance
 
-    async def _admit(self, instance: Instance, estimated: Estimated) -> LoadOption:
+    async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> LoadOption:
         """See ``runner_process.Admit``."""
         await self._measure_devices()
         self._budget.estimate(instance.id, estimated)
@@ -357,18 +357,18 @@ class RunnerPool:
         devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
         self._budget.capacity = Memory(capacity.host, devices)
 
-    def _takes_requests(self, instance: Instance) -> bool:
+    def _takes_requests(self, instance: RunnerInstance) -> bool:
         reservation = self._budget.reservation(instance.id)
         return instance.usable and reservation is not None and not reservation.leaving
 
-    async def _close(self, instance: Instance) -> None:
+    async def _close(self, instance: RunnerInstance) -> None:
         try:
             await instance.process.close()
         except Exception:
             log.exception("%s could not be shut down and is killed", instance.id)
             instance.process.kill()
 
-    async def _run(self, instance: Instance, predecessors: Sequence[RunnerProcess]) -> None:
+    async def _run(self, instance: RunnerInstance, predecessors: Sequence[RunnerProcess]) -> None:
         """An instance's life, and the only writer of its circuit breaker. An error in it ends no other instance."""
         process, breaker = instance.process, self._breakers[instance.kind]
 
@@ -405,5 +405,5 @@ class RunnerPool:
             self._budget.release(instance.id)
             self._settle()
 
-    def _of(self, model_id: str, runner: str) -> Iterator[Instance]:
+    def _of(self, model_id: str, runner: str) -> Iterator[RunnerInstance]:
         return (each for each in self._instances.values() if (each.model_id, each.runner) == (model_id, runner))

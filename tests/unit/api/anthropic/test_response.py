@@ -6,7 +6,7 @@ import pytest
 
 from exo.api.anthropic.response import MessagesDialect
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, Choice
+from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.chat_response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.generation import Serving
@@ -101,13 +101,15 @@ def test_why_a_reply_ends(end: Ended, max_tokens: int, reason: str, sequence: st
         line for line in dialect(max_tokens=max_tokens).more(0, end).decode().splitlines() if "delta" in line[6:]
     ][1:]
     assert json.loads(line[6:])["delta"] == {"stop_reason": reason, "stop_sequence": sequence}
-    choice = Choice(reason=end.reason, stop=end.stop, usage=end.usage)
+    choice = ReplyChoice(reason=end.reason, stop=end.stop, usage=end.usage)
     whole = json.loads(dialect(max_tokens=max_tokens).whole([choice], USAGE))
     assert (whole["stop_reason"], whole["stop_sequence"], whole["content"]) == (reason, sequence, [])
 
 
 def test_a_whole_reply() -> None:
-    choice = Choice(content="x", reasoning="hm", calls=[Call("f", '{"a":1}')], reason="tool_calls", reasoning_tokens=2)
+    choice = ReplyChoice(
+        content="x", reasoning="hm", calls=[Call("f", '{"a":1}')], reason="tool_calls", reasoning_tokens=2
+    )
     assert dialect().whole([choice], USAGE) == (
         b'{"id":"msg_1","type":"message","role":"assistant","model":"a/b","content":['
         b'{"type":"thinking","thinking":"hm","signature":""},{"type":"text","text":"x"},'
@@ -120,7 +122,7 @@ def test_a_whole_reply() -> None:
 @pytest.mark.parametrize("arguments", ["", '{"a":[1,2', '{"a":1,"b":"x'])
 def test_a_call_that_the_limit_cut_off_is_no_call(arguments: str) -> None:
     call = Call("f", arguments, whole=False)
-    whole = json.loads(dialect().whole([Choice(content="x", calls=[call], reason="length")], USAGE))
+    whole = json.loads(dialect().whole([ReplyChoice(content="x", calls=[call], reason="length")], USAGE))
     assert (whole["content"], whole["stop_reason"]) == ([{"type": "text", "text": "x"}], "max_tokens")
 
 

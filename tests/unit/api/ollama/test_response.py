@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, Choice
+from exo.api.http.response import Call, ReplyChoice
 from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.chat_response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
@@ -83,7 +83,9 @@ def test_a_completion_stream() -> None:
 
 
 def test_a_whole_reply() -> None:
-    choice = Choice(content="x", reasoning="hm", calls=[Call("f", '{"a":1}')], reason="tool_calls", began=102 * 10**9)
+    choice = ReplyChoice(
+        content="x", reasoning="hm", calls=[Call("f", '{"a":1}')], reason="tool_calls", began=102 * 10**9
+    )
     assert dialect().whole([choice], USAGE) == (
         HEAD + b'"message":{"role":"assistant","content":"x","thinking":"hm","tool_calls":[{"id":"%b",'
         b'"function":{"index":0,"name":"f","arguments":{"a":1}}}]},"done":true,"done_reason":"stop",'
@@ -109,7 +111,7 @@ def test_a_call_that_the_limit_broke_off_is_not_told() -> None:
     assert wire.more(0, ended("length", ToolCall(0, "f"), Arguments(0, '{"a":1,"b'), BrokenCall(0, True))) == b""
     assert lines(wire.end(USAGE))[0]["done_reason"] == "length"
     cut = Call("f", '{"a":1,"b', whole=False)
-    whole = json.loads(dialect().whole([Choice(calls=[cut], reason="length")], USAGE))
+    whole = json.loads(dialect().whole([ReplyChoice(calls=[cut], reason="length")], USAGE))
     assert whole["message"] == {"role": "assistant", "content": ""}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from exo.api.http.errors import ErrorBody, from_validation
+from exo.api.http.errors import ErrorBody, error_body, from_validation
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.common_request import UNSUPPORTED, CompletionRequest, GenerationFields
 
@@ -24,7 +24,7 @@ def completion(**fields: object) -> CompletionRequest:
 def refusal(model: type[GenerationFields], body: str) -> ErrorBody:
     with pytest.raises(ValidationError) as caught:
         model.model_validate_json(body)
-    return from_validation(caught.value).body
+    return error_body(from_validation(caught.value))
 
 
 def chat_refusal(**fields: object) -> ErrorBody:

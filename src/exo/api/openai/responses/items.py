@@ -65,7 +65,7 @@ def _logprobs(items: list[TokenLogprobs]) -> JsonValue:
     return [each.model_dump() for each in choice_logprobs(items).content]
 
 
-class Output:
+class OutputItems:
     """The items of one response in their order. ``tell`` makes the events; whoever does not stream drops them."""
 
     def __init__(self, response_id: str, tell: Tell, tools: Iterable[OfferedTool] = ()) -> None:

@@ -20,7 +20,7 @@ from exo.api.openai.responses.tools import (
     offered,
 )
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
-from exo.serving.request import Constraint
+from exo.serving.request import OutputConstraint
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
 LOGPROBS = "message.output_text.logprobs"
@@ -46,13 +46,13 @@ class TextFormat(RequestBody):
         return self
 
     @property
-    def constraint(self) -> Constraint | None:
+    def constraint(self) -> OutputConstraint | None:
         """What the output must match."""
         if self.type == "text":
             return None
         schema = {"type": "object"} if self.schema_ is None else self.schema_
         where = "text.format" if self.schema_ is None else "text.format.schema"
-        return Constraint("json_schema", to_json(schema).decode(), where)
+        return OutputConstraint("json_schema", to_json(schema).decode(), where)
 
 
 class TextConfig(RequestBody):

@@ -15,9 +15,9 @@ from exo.api.http.body import read_body
 from exo.api.http.errors import ErrorBody
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.response import Choice, GenerationReply
+from exo.api.http.response import GenerationReply, ReplyChoice
 from exo.api.openai.responses.input import InputItem, InputReference, stored_input, stored_item, told
-from exo.api.openai.responses.items import Item, Output
+from exo.api.openai.responses.items import Item, OutputItems
 from exo.api.openai.responses.request import ResponsesRequest
 from exo.api.openai.responses.store import ResponseStore, StoredResponse
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
@@ -85,12 +85,12 @@ class ResponsesDialect:
         self._number = -1
         self._cut_off = False
         self._reasoning_tokens = 0
-        self._output = Output(response_id, self._tell, body.offered)
+        self._output = OutputItems(response_id, self._tell, body.offered)
 
     def serving(self, serving: Serving) -> None:
         self._model, self._sampling = serving.model_id, serving.sampling
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         (choice,) = choices
         if choice.reasoning:
             self._output.add(Reasoning(choice.reasoning))

@@ -9,7 +9,7 @@ from pydantic import JsonValue, ValidationError
 from pydantic_core import to_json
 
 from exo.api.http.errors import ApiError, ErrorBody
-from exo.api.http.response import Call, Choice
+from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.chat_response import call_id
 from exo.api.openai.responses.input import InputItem, InputReference, told
 from exo.api.openai.responses.request import ResponsesRequest
@@ -205,14 +205,14 @@ def test_an_error_ends_a_stream_and_nothing_is_stored() -> None:
 @pytest.mark.parametrize(
     ("parts", "choice"),
     [
-        ((Content("x"),), Choice(content="x")),
-        ((), Choice()),
-        ((Reasoning("hm"), Content("x")), Choice(content="x", reasoning="hm")),
-        ((ToolCall(0, "f"), Arguments(0, "{}")), Choice(calls=[Call("f", "{}")], reason="tool_calls")),
+        ((Content("x"),), ReplyChoice(content="x")),
+        ((), ReplyChoice()),
+        ((Reasoning("hm"), Content("x")), ReplyChoice(content="x", reasoning="hm")),
+        ((ToolCall(0, "f"), Arguments(0, "{}")), ReplyChoice(calls=[Call("f", "{}")], reason="tool_calls")),
     ],
 )
 def test_a_stream_ends_with_what_a_whole_reply_is(
-    parts: tuple[Content | Reasoning | ToolCall | Arguments, ...], choice: Choice
+    parts: tuple[Content | Reasoning | ToolCall | Arguments, ...], choice: ReplyChoice
 ) -> None:
     dialect = opened()
     dialect.more(0, Ended(parts, choice.reason, None, USAGE))
@@ -233,7 +233,7 @@ def test_a_response_tells_what_it_was_asked_for() -> None:
         "store": False,
     }
     store = ResponseStore()
-    response = json.loads(stream(store, **fields).whole([Choice(content="x")], USAGE))
+    response = json.loads(stream(store, **fields).whole([ReplyChoice(content="x")], USAGE))
     for name in ("instructions", "max_output_tokens", "metadata", "tool_choice", "text", "store"):
         assert response[name] == fields[name]
     assert response["reasoning"]["effort"] == "low"
@@ -299,7 +299,7 @@ def test_instructions_come_first_and_only_this_time() -> None:
     assert not isinstance(conversation, str | tuple)
     assert conversation.messages == ({"role": "system", "content": "Be brief."}, USER)
     store = ResponseStore()
-    stream(store, instructions="Be brief.").whole([Choice(content="x")], USAGE)
+    stream(store, instructions="Be brief.").whole([ReplyChoice(content="x")], USAGE)
     assert store.get("resp_1").messages == (USER, {"role": "assistant", "content": "x"})
 
 
@@ -371,10 +371,10 @@ def test_room_that_a_deleted_one_had_is_free_again(monkeypatch: pytest.MonkeyPat
     assert ids(store, "a", "b", "c") == ["b", "c"]
     with pytest.raises(ApiError) as refused:
         store.delete("a")
-    assert (refused.value.body.status, refused.value.body.code) == (404, "response_not_found")
+    assert (refused.value.status, refused.value.code) == (404, "response_not_found")
 
 
 def test_an_earlier_response_that_is_gone_is_the_requests_fault() -> None:
     with pytest.raises(ApiError) as refused:
         ResponseStore().get("resp_9", "previous_response_id")
-    assert (refused.value.body.status, refused.value.body.param) == (400, "previous_response_id")
+    assert (refused.value.status, refused.value.param) == (400, "previous_response_id")

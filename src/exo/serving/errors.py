@@ -1,0 +1,90 @@
+"""Errors that end a request: a code for programs and a message for people. The API maps them to HTTP statuses."""
+
+from collections.abc import Mapping
+
+from exo.chat.sandbox_pool import SandboxBusyError
+from exo.worker.protocol.messages import ErrorCode, Failed
+from exo.worker.router import Refusal, model_not_found
+
+_RETRY_SECONDS = 1.0
+
+
+class ServingError(Exception):
+    """Ends a request with an error for its client. ``param`` names the field of the request that causes it.
+
+    ``retry_seconds`` is the time until a retry makes sense, if there is one.
+    """
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, retry_seconds: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+        self.retry_seconds = retry_seconds
+
+
+class RequestError(ServingError):
+    """The request causes the error: it fails again until the client changes it, or the user a model card."""
+
+
+_REQUEST_CODES: tuple[ErrorCode, ...] = ("invalid_request", "context_length_exceeded")
+_MODEL_CODES: tuple[ErrorCode, ...] = ("model_not_found", "model_misconfigured")
+"""These last until the user changes the model card or its files."""
+_TRANSIENT_CODES: tuple[ErrorCode, ...] = ("runner_died", "shutdown")
+
+
+def from_failed(failed: Failed, *, params: Mapping[str, str], retry_seconds: float | None = None) -> ServingError:
+    """A runner's failure. ``params`` maps the protocol's fields to the client's where their names differ."""
+    param = failed.param.removeprefix("sampling.") if failed.param else None
+    if failed.code == "context_length_exceeded":
+        param = "prompt"
+    message = failed.message
+    if param is not None:
+        param = params.get(param, param)
+        if message.startswith(own := f"{failed.param}: "):
+            message = f"{param}: {message.removeprefix(own)}"
+    if failed.code in _MODEL_CODES:
+        return RequestError(message, code=failed.code, param=param or "model")
+    if retry_seconds is None and failed.code in _REQUEST_CODES:
+        return RequestError(message, code=failed.code, param=param)
+    if retry_seconds is None and failed.code in _TRANSIENT_CODES:
+        retry_seconds = _RETRY_SECONDS
+    return ServingError(message, code=failed.code, param=param, retry_seconds=retry_seconds)
+
+
+def from_refusal(refusal: Refusal, *, runner_requested: bool = True) -> ServingError:
+    """The router's refusal. If the request names no runner, its client cannot fix an unavailable one."""
+    fixable = runner_requested or refusal.code != "runner_unavailable"
+    kind = RequestError if fixable else ServingError
+    return kind(refusal.message, code=refusal.code, param=refusal.param)
+
+
+def unknown_model(name: str, suggestions: tuple[str, ...]) -> ServingError:
+    """No model card has this name."""
+    return from_refusal(model_not_found(name, suggestions))
+
+
+def queue_full(model_id: str, held: int) -> ServingError:
+    """A model has as many sequences as it accepts."""
+    message = f"{model_id} has {held} sequences running or waiting and takes no more for now; try again soon"
+    return ServingError(message, code="queue_full", retry_seconds=_RETRY_SECONDS)
+
+
+def busy(param: str, error: SandboxBusyError) -> ServingError:
+    """Too many other requests wait for a chat template or a grammar."""
+    return ServingError(f"{param}: {error}", code="server_busy", param=param, retry_seconds=_RETRY_SECONDS)
+
+
+def shutting_down() -> ServingError:
+    """The server stops, which refuses new requests and ends those that take too long."""
+    return ServingError("the server is shutting down", code="shutdown", retry_seconds=_RETRY_SECONDS)
+
+
+def model_changed(model_id: str, why: str) -> ServingError:
+    """A request whose runner died cannot continue, because its model is not the same any more."""
+    message = (
+        f"{model_id}: the runner of this request is gone, and the request cannot continue on the present model: "
+        f"{why}; send it again"
+    )
+    return ServingError(message, code="model_changed", retry_seconds=_RETRY_SECONDS)
