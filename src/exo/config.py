@@ -366,7 +366,7 @@ def _base_directory(variable: str, below_home: str) -> Path:
     A relative XDG path is invalid according to the XDG Base Directory Specification 0.8.
     """
     if home := _variable("EXO_HOME"):
-        return _home() / _directory(home, relative_to=_home())
+        return _directory(home, relative_to=None if os.path.isabs(home.value) else _home())
     if sys.platform != "linux":
         return _home() / ".exo"
     if given := _variable(variable):
@@ -388,11 +388,15 @@ def _directory(given: _Given, relative_to: Path | None = None) -> Path:
         raise given.error("~ stands for an unknown home directory") from error
     if not given.value or os.path.isfile(path):
         raise given.error("expected a directory")
+    try:
+        str(path).encode()  # the protocol with the runners is JSON
+    except UnicodeEncodeError as error:
+        raise given.error("expected a path in UTF-8") from error
     return path
 
 
 def _home() -> Path:
     try:
-        return Path.home()
+        return _directory(_Given("HOME", str(Path.home())))
     except RuntimeError as error:
         raise SettingsError("HOME: your home directory is unknown; set HOME or EXO_HOME") from error

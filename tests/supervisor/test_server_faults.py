@@ -1,5 +1,6 @@
 """Mistakes of the server's own, ordered: which runner they end, and when the process ends with the error."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,12 @@ def test_a_server_that_cannot_go_on_exits_with_the_error(tmp_path: Path, method:
     assert done.returncode == 1
     assert "LookupError: as ordered" in done.stderr
     assert "listening on http" in done.stdout
+
+
+async def test_a_path_that_is_not_utf_8_does_not_end_a_runner(tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"caf\xe9")
+    with anyio.fail_after(DEADLINE_SECONDS):
+        async with RunnerPool((directory,), tmp_path, {"cuda": COMMAND}) as instances:
+            process = instances.acquire(ANEW, fake_card())
+            await process.ready()
+            assert await finishes(process)

@@ -104,6 +104,16 @@ def test_a_bad_variable_is_named_with_value_and_remedy(
     assert value.split(":")[-1] in message
 
 
+def test_a_directory_that_json_cannot_carry_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = f"{tmp_path}/{os.fsdecode(b'caf' + bytes([0xE9]))}"
+    for variable in ("EXO_DEFAULT_MODELS_DIR", "EXO_HOME", "HOME"):
+        monkeypatch.setenv(variable, path)
+        with pytest.raises(SettingsError, match=f"{variable}: .*UTF-8") as error:
+            Settings.load()
+        str(error.value).encode()
+        monkeypatch.delenv(variable)
+
+
 def test_a_bad_flag_is_named_even_where_the_variable_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXO_PORT", "8000")
     with pytest.raises(SettingsError, match=r"^--port: .*70000"):

@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 
 from exo.api.app import create_app
-from exo.api.http.connection_limits import cutting_off_after
+from exo.api.http.connection_limits import connection_limit, limited_connection, raise_file_limit
 from exo.api.http.log import OneLineFormatter
 from exo.cards.catalogue import Catalogue
 from exo.config import Settings
@@ -62,13 +62,14 @@ def serve_forever(
             f"{settings.host} can be reached from other machines: give a key with --api-key-file, --api-key or"
             " EXO_API_KEY, or --insecure to let anyone in"
         )
+    raise_file_limit()
     with listen(settings.host, settings.port) as listening:
         services = Services(settings, catalogue, commands)
         app = create_app(settings, services, load=load)
         tls = settings.access.tls
         config = uvicorn.Config(
             app,
-            http=cutting_off_after(settings.limits.stall_seconds),
+            http=limited_connection(settings.limits.stall_seconds, connection_limit()),
             ws="none",
             lifespan="on",
             log_config=None,

@@ -124,11 +124,22 @@ class LiveCatalogue:
 
 
 def _read_cards(directory: Path, known: Iterable[CardFile] = ()) -> tuple[CardFile, ...]:
-    """Every ``*.toml`` below a directory, in order of path. Files of ``known`` that have not changed are not reread."""
+    """Every ``*.toml`` below a directory, in order of path. Files of ``known`` that have not changed are not reread.
+
+    A folder that cannot be listed is a problem, and the known files in it stay.
+    """
     before = {str(file.path): file for file in known}
+    unlisted: list[OSError] = []
     # Paths stay strings until a file has changed: a server walks through all of them once a second.
-    names = (os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names)
+    walk = os.walk(directory, onerror=unlisted.append)
+    names = {os.path.join(folder, name) for folder, _, names in walk for name in names}
     files: list[CardFile] = []
+    for error in unlisted:
+        if not isinstance(error, FileNotFoundError):
+            folder = str(error.filename)
+            names.update(name for name in before if name.startswith(os.path.join(folder, "")))
+            problem = BrokenCard(folder, "", f"cannot be listed: {error.strerror}")
+            files.append(CardFile(Path(folder), None, None, problem))
     for name in sorted(name for name in names if name.endswith(".toml")):
         old, stamp = before.get(name), _stamp(name)
         files.append(old if old is not None and old.stamp == stamp else _read_card(Path(name), stamp, old))

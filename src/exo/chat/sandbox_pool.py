@@ -38,7 +38,7 @@ class SandboxProcess:
         self._answers: BufferedByteReceiveStream | None = None
 
     async def ask(self, request: Mapping[str, object]) -> dict[str, str]:
-        """The answer to one request. Raises SandboxError."""
+        """The answer to one request. Raises SandboxError, and SandboxBusyError if the program cannot be started now."""
         content = line(request)
         async with self._turn:
             seconds = START_SECONDS
@@ -73,9 +73,14 @@ class SandboxProcess:
                 await process.aclose()
 
     async def _start(self) -> Process:
-        process = await anyio.open_process(
-            command(self._module), stderr=None, env=environment(), start_new_session=True
-        )
+        try:
+            process = await anyio.open_process(
+                command(self._module), stderr=None, env=environment(), start_new_session=True
+            )
+        except OSError as error:
+            raise SandboxBusyError(
+                "no process could be started to work on it; see the limits on open files and processes"
+            ) from error
         assert process.stdout is not None
         self._answers = BufferedByteReceiveStream(process.stdout)
         return process

@@ -224,27 +224,34 @@ class Services:
         """Asks the runners what they can do here, and those that do not answer in time again, with more time."""
         async with self._probing:
             host = await self._ask_runners(PROBE_SECONDS)
-            for name, probe in host.probes.items():
-                for note in probe.notes:
-                    log.info("runner %s: %s", name, note)
-            self._probed.set()
-            if host.unanswered:  # requests that need such a runner wait for this probe
+            if host is None or host.unanswered:  # requests that need such a runner wait for this probe
                 host = await self._ask_runners(TRY_SECONDS)
         pause = _PROBE_AGAIN_SECONDS
-        while host.unanswered:
+        while host is None or host.unanswered:
             await anyio.sleep(pause)
             async with self._probing:
                 host = await self._ask_runners(TRY_SECONDS)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _ask_runners(self, deadline: float) -> Host:
+    async def _ask_runners(self, deadline: float) -> Host | None:
+        """Returns None if the system cannot be asked now, as when there are too many open files."""
         commands = self._commands and {name: (*command, "--probe") for name, command in self._commands.items()}
-        found = await probe_host(commands, deadline)
+        try:
+            found = await probe_host(commands, deadline)
+        except Exception:
+            log.exception("this machine could not be probed")
+            return None
+        finally:
+            self._next_probe = anyio.current_time() + _PROBE_AGAIN_SECONDS
+        if self._host is None:
+            for name, probe in found.probes.items():
+                for note in probe.notes:
+                    log.info("runner %s: %s", name, note)
         self._host = found if self._host is None else updated(self._host, found)
+        self._probed.set()
         devices = [each.id for each in self._host.nvidia_devices]
         self.instances.set_capacity(capacity(self._host, self._settings.limits.memory), devices)
         self.speeds.know(self._host)
-        self._next_probe = anyio.current_time() + _PROBE_AGAIN_SECONDS
         if self._host.unanswered:
             names = ", ".join(sorted(self._host.unanswered))
             log.warning("the probe of %s did not answer within %g s and is repeated", names, deadline)

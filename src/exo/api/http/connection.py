@@ -71,10 +71,22 @@ class BoundedConnection(HttpToolsProtocol):
         """The last request that the application was given; later ones are in uvicorn's pipeline."""
         self._refusal: ErrorBody | None = None
         """The last reply on this connection. Once it is set, what the client sends is thrown away."""
+        self._waits_since = self.loop.time()
+        """When the connection was made or, later, when the last reply ended."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._give_time(HEAD_SECONDS)
+
+    def claim(self) -> tuple[bool, float] | None:
+        """The order in which connections are closed when there are too many; None for one that has to stay.
+
+        A connection without a request goes first, then one whose request is still arriving, each time the oldest. One
+        stays while a request is answered or part of a reply has not been sent.
+        """
+        if self._replying() or self.pipeline or self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return None
+        return self._received > 0, self._waits_since
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
@@ -93,10 +105,10 @@ class BoundedConnection(HttpToolsProtocol):
             self._parse(data)
         except httptools.HttpParserError as error:
             raised = error.__context__
-            self._refuse(raised.body if isinstance(raised, _RefusedError) else _MALFORMED)
+            self.refuse(raised.body if isinstance(raised, _RefusedError) else _MALFORMED)
         else:
             if self._reading != "body" and self._received > HEAD_LIMIT:
-                self._refuse(_TOO_LARGE)
+                self.refuse(_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -138,6 +150,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._waits_since = self.loop.time()
         if self._reading == "head":
             self._unset_keepalive_if_required()  # the next request is on its way, and its head has a deadline
         if self._refusal is not None and not self._replying():
@@ -191,7 +204,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._is_behind_another():
             self._give_time(HEAD_SECONDS if self._reading == "head" else BODY_SECONDS)
         else:
-            self._refuse(_TOO_SLOW)
+            self.refuse(_TOO_SLOW)
 
     def _replying(self) -> bool:
         return self._answering is not None and not self._answering.response_complete
@@ -200,7 +213,7 @@ class BoundedConnection(HttpToolsProtocol):
         """Whether the client may be sent nothing about the request that it sends now: an earlier one has no reply."""
         return self._replying() and not (self._reading == "body" and self.cycle is self._answering)
 
-    def _refuse(self, error: ErrorBody) -> None:
+    def refuse(self, error: ErrorBody) -> None:
         """Replies, once the requests before this one have their replies, and closes."""
         self._refusal = error
         self._stop_clock()
@@ -219,7 +232,8 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = error.openai()
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        headers = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items())
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 

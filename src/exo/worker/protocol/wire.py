@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NoReturn
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from exo.worker.protocol.messages import COMMANDS, EVENTS, LINE_BYTES, Command, Event, Failed, Generate, Message
 
@@ -19,8 +19,11 @@ _ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 
 def encode(message: Message) -> bytes:
-    """The message as one line."""
-    return to_json(message) + b"\n"
+    """The message as one line. A byte of a path that is not UTF-8 becomes a question mark."""
+    try:
+        return to_json(message) + b"\n"
+    except PydanticSerializationError:
+        return json.dumps(message.model_dump(), ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def decode_event(line: bytes) -> Event:
