@@ -5,13 +5,16 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-vllm clean
+.PHONY: run test test-fast check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-vllm clean
 
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
 test: setup-clients demo-model  ## all tests; those of vLLM run where make setup-vllm has made its environment
 	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile
+
+test-fast: setup-dev  ## the unit tests: one module at a time, no process started
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile tests/unit
 
 check: setup-dev  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

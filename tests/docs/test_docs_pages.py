@@ -95,3 +95,15 @@ def test_the_files_that_the_architecture_names_exist() -> None:
     ]
     assert len(names) > 30
     assert missing == []
+
+
+def test_a_unit_test_has_the_place_and_name_of_its_module() -> None:
+    """``unit/cards/test_card_text.py`` and ``test_card.py`` are both tests of ``cards/card.py``."""
+    unit = ROOT / "tests" / "unit"
+    files = sorted(unit.rglob("test_*.py"))
+    assert len(files) > 40
+    for file in files:
+        folder = ROOT / "src" / "exo" / file.parent.relative_to(unit)
+        modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+        subject = file.stem.removeprefix("test_")
+        assert any(subject == module or subject.startswith(f"{module}_") for module in modules), file.relative_to(ROOT)

@@ -7,7 +7,6 @@ import pytest
 from exo.chat.output.events import Arguments, BrokenCall, Content, ToolCall
 from exo.chat.output.registry import FORMATS
 from tests.support.replies import TIME, TOOLS, read, text_of
-from tests.unit.chat.output.test_scanner import reading
 
 BY = ["llama3", "llama4", "gemma"]
 CALL = '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}'
@@ -97,14 +96,3 @@ def test_other_json_is_held_no_longer_than_its_first_members() -> None:
     for text in ('Here:\n{"answer": 4', ', "more": {"name": "J', 'ohn"}}\n{"name": "John"', "\n{\nx"):
         shown = "".join(part.text for part in parser.push(text) if isinstance(part, Content))
         assert shown.strip() == text.strip()
-
-
-@pytest.mark.parametrize("name", ["llama3", "gemma"])
-@pytest.mark.parametrize(
-    "piece", [f"{CALL}\n", f"{CALL}x\n", "\n{", '\n{"name": "get_weather", ', "\n```\n{", "\n \n{ "]
-)
-def test_twice_the_text_is_twice_the_work(name: str, piece: str) -> None:
-    for at_once in (True, False):
-        texts = ("So:\n" + (piece * size)[:size] for size in (2000, 4000))
-        first, second = (reading(name, [text] if at_once else text) for text in texts)
-        assert second <= 2.2 * first + 400

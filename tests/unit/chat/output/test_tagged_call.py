@@ -7,44 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, ToolCall
 from exo.chat.output.registry import FORMATS
 from tests.support.replies import read, text_of
+from tests.support.tagged_calls import DONE, END, KEY, TOOLS, call
 
-WRITE = Tool(
-    "write",
-    "Writes a file",
-    {
-        "type": "object",
-        "properties": {
-            "path": {"type": "string"},
-            "content": {"type": "string"},
-            "mode": {"type": "integer"},
-            "meta": {"type": "object"},
-        },
-        "required": ["path", "content"],
-    },
-)
-LOOK = Tool("look", "", {"type": "object", "properties": {"place": {"type": "string"}, "day": {"type": "integer"}}})
-TOOLS = (WRITE, LOOK)
 NAMES = ("qwen3-coder", "glm", "minimax")
-
-
-def call(name: str, tool: str, **arguments: str) -> str:
-    """A call as the model of format ``name`` writes it."""
-    match name:
-        case "qwen3-coder":
-            inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
-            return f"<tool_call>\n<function={tool}>\n{inside}</function>\n</tool_call>"
-        case "glm":
-            inside = "".join(
-                f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in arguments.items()
-            )
-            return f"<tool_call>{tool}\n{inside}</tool_call>"
-        case _:
-            inside = "".join(f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments.items())
-            return f'<minimax:tool_call>\n<invoke name="{tool}">\n{inside}</invoke>\n</minimax:tool_call>'
 
 
 def calls(parts: list[Part]) -> list[tuple[str, JsonValue]]:
@@ -60,11 +28,6 @@ def both_ways(name: str, text: str) -> list[Part]:
     whole = read(FORMATS[name], [text], TOOLS)
     assert read(FORMATS[name], text, TOOLS) == whole
     return whole
-
-
-END = {"qwen3-coder": "</parameter>", "glm": "</arg_value>", "minimax": "</parameter>"}
-KEY = {"qwen3-coder": "<parameter=", "glm": "<arg_key>", "minimax": '<parameter name="'}
-DONE = {"qwen3-coder": "</parameter>\n</function>", "glm": "</arg_value>", "minimax": "</parameter>\n</invoke>"}
 
 
 def values(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The check of a GGUF header, by its own program: sound files pass, and everything else ends in a sentence."""
+"""The check of a GGUF header: sound files pass, and everything else ends in a sentence."""
 
 import struct
 from collections.abc import Callable
@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from exo.worker.runner_common.gguf import TENSOR_TYPES
 from exo.worker.runner_common.header_source import HeaderError
-from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.loading.gguf_check import check_file, check_header
+from exo.worker.runner_cuda.loading.gguf_check import check_file
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.tiny import Shape, write_gguf
 
@@ -77,7 +76,7 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "2^32-1 keys": (put("<Q", KEY_COUNT, (1 << 32) - 1), "4294967295 keys"),
     "negative number of keys": (put("<q", KEY_COUNT, -1), "keys"),
     "negative number of tensors": (put("<q", TENSOR_COUNT, -1), "tensors"),
-    "one key too many": (lambda data: put("<Q", KEY_COUNT, data[KEY_COUNT] + 1)(data), "key"),
+    "one key too many": (lambda data: put("<Q", KEY_COUNT, data[KEY_COUNT] + 1)(data), "a tensor name of 90,"),
     "one tensor too many": (lambda data: put("<Q", TENSOR_COUNT, data[TENSOR_COUNT] + 1)(data), "tensor"),
     "negative length of a key": (before(b"general.architecture", -1 & (1 << 64) - 1), "a metadata key of 18,446,"),
     "length of a key past the end": (before(b"general.architecture", 1 << 40), "a metadata key of 1,099,"),
@@ -115,7 +114,6 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 def test_sound_files_pass(sound: Path, tmp_path: Path) -> None:
     check_file(sound)
-    check_header(sound)
     for dtype in ("F16", "Q8_0", "Q4_0"):
         write_gguf(tmp_path / "other.gguf", Shape(dtype=dtype))
         check_file(tmp_path / "other.gguf")
@@ -132,10 +130,8 @@ def test_a_lie_is_named(sound: Path, tmp_path: Path, lie: str) -> None:
     edit, says = LIES[lie]
     path = tmp_path / "model.gguf"
     path.write_bytes(edit(sound.read_bytes()))
-    with pytest.raises(LoadError) as refusal:
-        check_header(path)
-    assert refusal.value.code == "model_load_failed"
-    assert str(refusal.value).startswith(f"{path} cannot be loaded: it ")
+    with pytest.raises(HeaderError) as refusal:
+        check_file(path)
     assert says in str(refusal.value)
 
 
@@ -145,8 +141,8 @@ def test_a_token_that_is_there_twice_is_refused_before_llama_cpp_aborts(sound: P
     tokens: list[str] = field.contents()
     path = tmp_path / "doubled.gguf"
     rewrite(sound, path, Edit(keys={"tokenizer.ggml.tokens": [*tokens[:-1], tokens[65]]}))
-    with pytest.raises(LoadError, match=f"the token 'A' in .*tokens twice, as numbers 65 and {len(tokens) - 1}"):
-        check_header(path)
+    with pytest.raises(HeaderError, match=f"the token 'A' in .*tokens twice, as numbers 65 and {len(tokens) - 1}"):
+        check_file(path)
 
 
 def test_no_beginning_of_a_file_is_a_file(sound: Path, tmp_path: Path) -> None:
@@ -170,27 +166,3 @@ def test_whatever_is_flipped_the_check_passes_or_says_why(
     path.write_bytes(data)
     with suppress(HeaderError):
         check_file(path)
-
-
-def test_every_file_of_a_split_model_is_checked(sound: Path, tmp_path: Path) -> None:
-    rewrite(sound, tmp_path / "m.gguf", Edit(part_size=10))
-    first, second, *_ = sorted(tmp_path.glob("m-*.gguf"))
-    check_header(first)
-    second.write_bytes(second.read_bytes()[:-1])
-    with pytest.raises(LoadError, match=second.name):
-        check_header(first)
-    second.unlink()
-    with pytest.raises(LoadError, match=f"{second.name} cannot be read"):
-        check_header(first)
-
-
-def test_the_check_runs_without_a_shell_and_without_the_command_pipe(sound: Path, tmp_path: Path) -> None:
-    odd = tmp_path / "$(touch canary) \n-.gguf"
-    odd.write_bytes(sound.read_bytes())
-    check_header(odd)
-    assert [path.name for path in tmp_path.iterdir()] == [odd.name]
-
-
-def test_a_file_without_an_end_runs_into_a_limit() -> None:
-    with pytest.raises(LoadError, match="/dev/zero cannot be loaded: it ends within its header, at byte 0"):
-        check_header(Path("/dev/zero"))

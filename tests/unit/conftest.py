@@ -1,0 +1,16 @@
+"""A unit test starts no process: one that does fails."""
+
+import os
+import sys
+
+import pytest
+
+_STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec", "os.system"}
+
+
+def _refuse(event: str, _: tuple[object, ...]) -> None:
+    if event in _STARTS and os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/unit/"):
+        pytest.fail(f"a unit test starts no process ({event})")
+
+
+sys.addaudithook(_refuse)
