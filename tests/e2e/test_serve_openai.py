@@ -252,6 +252,34 @@ def test_echo_with_logprobs(lenient: openai.OpenAI, model: str) -> None:
     assert scored.choices[0].logprobs.token_logprobs == pytest.approx(values[: len(values) - 3], abs=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_text_offsets_count_the_characters_that_are_shown(
+    server: ServeProgram, model: str, stream: bool, echo: bool
+) -> None:
+    """The prompt has a control token, shown as it was written; the output's control tokens are not shown."""
+    control = server.client.post("/tokenize", json={"model": model, "content": "<|im_start|>"}).json()["tokens"][0]
+    prompt = "caf\u00e9 <|im_start|> \U0001f600"
+    body: dict[str, object] = {"prompt": prompt, "echo": echo, "logprobs": 0, "stream": stream, "temperature": 0}
+    split = {**body, "grammar": 'start: "na\u00efve \U0001f600"', "max_tokens": 30}
+    hidden = {**body, "logit_bias": {control: 100}, "max_tokens": 3}
+    for request, output in ((split, "na\u00efve \U0001f600"), (hidden, "")):
+        reply = server.client.post("/v1/completions", json={"model": model, **request})
+        lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+        choices = [json.loads(line)["choices"][0] for line in (lines if stream else [reply.text])]
+        text = "".join(choice["text"] for choice in choices)
+        assert text == (prompt if echo else "") + output
+        told = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
+        tokens = [each for part in told for each in part["tokens"]]
+        offsets = [each for part in told for each in part["text_offset"]]
+        assert len(tokens) > len(output)
+        for token, begin, end in zip(tokens, offsets, [*offsets[1:], len(text)], strict=True):
+            # A token with a part of a character begins where the character does; the last part takes it.
+            parts = "" if token.startswith("bytes:") else token
+            is_hidden = token == "<|im_start|>" and begin >= len(prompt if echo else "")
+            assert text[begin:end] == ("" if is_hidden else parts) or (not parts and end - begin == 1)
+
+
 def test_echo_of_token_ids(client: openai.OpenAI, server: ServeProgram, model: str) -> None:
     tokens = server.client.post("/tokenize", json={"model": model, "content": "once upon"}).json()["tokens"]
     reply = client.completions.create(model=model, prompt=tokens, echo=True, max_tokens=2)

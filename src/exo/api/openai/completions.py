@@ -1,6 +1,7 @@
 """OpenAI's text completions: the reply, whole and in chunks."""
 
-from collections.abc import Iterable, Sequence
+import codecs
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, final
 
 from pydantic import Field
@@ -11,11 +12,14 @@ from exo.api.openai.chunks import ChunkWriter, CompletionUsage, Reply, absent, t
 from exo.chat.output.events import Content, Part
 from exo.serving.generation import Serving
 from exo.serving.output_reader import Ended, Said
-from exo.worker.protocol.messages import PromptLogprobs, TokenLogprobs, Usage
+from exo.worker.protocol.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
 
 
 class CompletionLogprobs(Reply):
-    """Four lists of equal length, an entry for each token. ``text_offset`` counts characters of ``text``."""
+    """Four lists of equal length, an entry for each token.
+
+    ``text_offset`` is where the token begins in the choice's text, in characters. A control token takes none there.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -45,21 +49,58 @@ class Completion(Reply):
     usage: CompletionUsage
 
 
-def _logprobs(items: Iterable[TokenLogprobs], offset: int) -> tuple[CompletionLogprobs, int]:
-    """The wire's form, and the offset after the last token."""
+@final
+class _Offsets:
+    """Where the tokens of one choice begin in its text, as they are passed to it in order."""
+
+    def __init__(self, echo: str, control: Collection[int]) -> None:
+        self._echo = echo
+        self._control = control
+        self._end = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._in_prompt = True
+
+    def prompt(self, items: Iterable[TokenLogprobs]) -> list[int]:
+        return [self._prompt(each.chosen) for each in items]
+
+    def output(self, items: Iterable[TokenLogprobs]) -> list[int]:
+        if self._in_prompt:
+            self._in_prompt = False
+            self._decoder.reset()
+            self._end = len(self._echo)
+        return [self._output(each.chosen) for each in items]
+
+    def _prompt(self, token: Logprob) -> int:
+        """BOS is in the text only if the client has written it. So is a space in front, which some tokenizers add."""
+        begin = self._end
+        spelt = bytes(token.bytes)
+        text = spelt.decode(errors="replace") if token.token in self._control else self._decoder.decode(spelt)
+        for shown in (text, text.lstrip(" ")):
+            if self._echo.startswith(shown, begin):
+                self._end += len(shown)
+                return begin
+        if token.token not in self._control:  # the tokenizer has normalised the text
+            self._end = min(begin + len(text), len(self._echo))
+        return begin
+
+    def _output(self, token: Logprob) -> int:
+        begin = self._end
+        if token.token not in self._control:
+            self._end += len(self._decoder.decode(bytes(token.bytes)))
+        return begin
+
+
+def _logprobs(items: Iterable[TokenLogprobs], offsets: list[int]) -> CompletionLogprobs:
+    """The wire's form."""
     tokens: list[str] = []
-    offsets: list[int] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     for item in items:
-        offsets.append(offset)
-        offset += len(bytes(item.chosen.bytes).decode(errors="ignore"))
         tokens.append(token_text(item.chosen))
         values.append(item.chosen.logprob)
         top = {token_text(each): each.logprob for each in item.top if each.logprob is not None}
         tops.append(None if item.chosen.logprob is None else top)
-    logprobs = CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
-    return logprobs, offset
+    return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
 
 
 def _text(parts: Iterable[Part]) -> str:
@@ -84,11 +125,13 @@ class CompletionDialect(ChunkWriter):
         self._logprobs = logprobs
         self._token_ids = token_ids
         self._echoes: tuple[str, ...] = ()
-        self._offsets: dict[int, int] = {}
+        self._control: frozenset[int] = frozenset()
+        self._offsets: dict[int, _Offsets] = {}
 
     def serving(self, serving: Serving) -> None:
         self.start(serving)
         self._echoes = serving.prompts
+        self._control = frozenset(serving.capabilities.special_ids)
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         return (
@@ -113,13 +156,16 @@ class CompletionDialect(ChunkWriter):
     def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
         if isinstance(event, PromptLogprobs):
             text = "" if event.start else self._echo(choice)
-            return self._chunk(choice, text, self._extra(choice, event.items, ()))
+            logprobs = _logprobs(event.items, self._offsets_of(choice).prompt(event.items))
+            return self._chunk(choice, text, self._extra(logprobs, ()))
         text = _text(event.parts)
         if isinstance(event, Ended):
             rest = self._chunk(choice, text, b"") if text else b""
             end = b'{"index":%d,"text":"","finish_reason":"%b"' % (choice, event.reason.encode())
             return rest + self.chunk(end)
-        extra = self._extra(choice, event.logprobs, event.tokens)
+        offsets = self._offsets_of(choice).output(event.logprobs)
+        logprobs = _logprobs(event.logprobs, offsets) if event.logprobs else None
+        extra = self._extra(logprobs, event.tokens)
         return self._chunk(choice, text, extra) if text or extra else b""
 
     def _echo(self, choice: int) -> str:
@@ -128,10 +174,14 @@ class CompletionDialect(ChunkWriter):
     def _chunk(self, choice: int, text: str, extra: bytes) -> bytes:
         return self.chunk(b'{"index":%d,"text":%b%b,"finish_reason":null' % (choice, to_json(text), extra))
 
-    def _extra(self, choice: int, items: Sequence[TokenLogprobs], tokens: Sequence[int]) -> bytes:
+    def _offsets_of(self, choice: int) -> _Offsets:
+        if choice not in self._offsets:
+            self._offsets[choice] = _Offsets(self._echo(choice), self._control)
+        return self._offsets[choice]
+
+    def _extra(self, logprobs: CompletionLogprobs | None, tokens: Sequence[int]) -> bytes:
         extra = b""
-        if self._logprobs and items:
-            logprobs, self._offsets[choice] = _logprobs(items, self._offsets.get(choice, 0))
+        if self._logprobs and logprobs is not None:
             extra += b',"logprobs":' + logprobs.model_dump_json().encode()
         if self._token_ids and tokens:
             extra += b',"token_ids":' + to_json(tokens)
@@ -139,7 +189,9 @@ class CompletionDialect(ChunkWriter):
 
     def _choice(self, index: int, choice: ReplyChoice) -> TextChoice:
         assert choice.reason != "tool_calls"
-        logprobs, _ = _logprobs([*choice.prompt_logprobs, *choice.logprobs], 0)
+        offsets = self._offsets_of(index)
+        begins = offsets.prompt(choice.prompt_logprobs) + offsets.output(choice.logprobs)
+        logprobs = _logprobs([*choice.prompt_logprobs, *choice.logprobs], begins)
         return TextChoice(
             index=index,
             text=self._echo(index) + choice.content,

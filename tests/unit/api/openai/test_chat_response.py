@@ -165,6 +165,17 @@ def test_an_echo_begins_a_completion() -> None:
     assert b'"text_offset":[4]' in more
 
 
+def test_a_control_token_and_a_space_that_the_tokenizer_adds_take_no_room_in_the_text() -> None:
+    dialect = CompletionDialect("cmpl-1", logprobs=True)
+    model = LLAMA.model_copy(update={"special_tokens": ("<s>", "</s>"), "special_ids": (1, 2)})
+    dialect.serving(Serving("a/b", model, ("once\u00e9",)))
+    bos, end = (TokenLogprobs(chosen=Logprob(token=each, bytes=tuple(b"<s>"), logprob=-1.0)) for each in (1, 2))
+    prompt = (bos, token(b" once", -1.0), token(b"\xc3", -1.0), token(b"\xa9", -1.0))
+    assert b'"text_offset":[0,0,4,4]' in dialect.more(0, PromptLogprobs(id="1", items=prompt))
+    assert b'"text_offset":[5,5,5]' in dialect.more(0, said(logprobs=(end, end, token(b"\xc3", -1.0))))
+    assert b'"text_offset":[5,6]' in dialect.more(0, said(logprobs=(token(b"\xa9", -1.0), token(b"x", -1.0))))
+
+
 def test_an_error_ends_a_stream_without_done() -> None:
     body = ErrorBody(status=500, message='it\nbroke "badly"', code="engine_error")
     assert chat().error(body) == (
