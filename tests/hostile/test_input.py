@@ -66,8 +66,10 @@ def write_models(home: Path) -> None:
     write_card(home, "ranks", ranks, backends=["MlxCpu", "LlamaCppCpu"], tasks=["TextRanking"])
     canary = f"open({str(home / 'canary')!r}, 'w')"
     (home / "auto-map" / "evil.py").write_text(canary)
-    config = json.loads((home / "auto-map" / "config.json").read_text())
-    (home / "auto-map" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((home / "auto-map" / name).read_text())
+        code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.T", None]}
+        (home / "auto-map" / name).write_text(json.dumps({**settings, "auto_map": code}))
     (home / "pickle" / "model.safetensors").unlink()
     (home / "pickle" / "pytorch_model.bin").write_bytes(b"cbuiltins\nexec\n(S" + repr(canary).encode() + b"\ntR.")
     place: JsonValue = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -358,7 +360,6 @@ def test_row_28_another_host_or_origin(server: ServeProgram) -> None:
         ("keys", "4294967295 keys"),
         ("cut", "it ends within its header, at byte 3000"),
         ("offset", "output_norm.weight"),
-        ("auto-map", "auto_map"),
         ("pickle", "is a pickle"),
         ("overlap", "are taken"),
         ("short-header", "not a safetensors file"),
@@ -368,6 +369,11 @@ def test_rows_21_and_22_a_model_that_lies_is_not_loaded(server: ServeProgram, mo
     error = refused(server.complete(model), 503)
     assert error["code"] == "model_load_failed"
     assert says in error["message"]
+
+
+def test_a_folder_that_names_code_of_its_own_is_served_without_it(program: ServeProgram) -> None:
+    assert program.complete("auto-map", max_tokens=1).status_code == 200
+    assert not (program.log.parent / "canary").exists()
 
 
 @pytest.mark.parametrize("model", FLIPPED)

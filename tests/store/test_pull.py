@@ -27,7 +27,9 @@ FOLDER = {
     "tokenizer.json": b"{}",
     "model-00001-of-00002.safetensors": WEIGHTS[:100_000],
     "model-00002-of-00002.safetensors": WEIGHTS[100_000:],
-    "model.safetensors.index.json": b"{}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
 }
 ALL = {
     **FOLDER,

@@ -17,6 +17,7 @@ from exo.convert.architectures import (
 from exo.convert.hf_folder import StrictJson
 from exo.convert.mlx_quantisation import Quantisation
 from exo.convert.report import ConvertError
+from exo.worker.runner_common.folder_config import inexpressible
 
 _Count = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,18 +30,15 @@ _IGNORED = frozenset(
 """Keys about files and training, which do not change the model's computation."""
 
 
-class Rope(StrictJson):
-    """``rope_scaling``, or ``rope_parameters`` as transformers 5 writes it, for gemma3 once for each kind of layer."""
+class RopeScaling(StrictJson):
+    """How rotary embeddings are stretched beyond the context of the first training."""
 
     rope_type: str | None = None
     type: str | None = None
-    rope_theta: _Positive | None = None
     factor: _Positive | None = None
     low_freq_factor: _Positive = 1.0
     high_freq_factor: _Positive = 4.0
     original_max_position_embeddings: _Count = 8192
-    full_attention: "Rope | None" = None
-    sliding_attention: "Rope | None" = None
 
 
 class Config(StrictJson):
@@ -62,8 +60,9 @@ class Config(StrictJson):
     hidden_act: str | None = None
     hidden_activation: str | None = None
     rope_theta: _Positive | None = None
-    rope_scaling: Rope | None = None
-    rope_parameters: Rope | None = None
+    rope_scaling: RopeScaling | None = None
+    rope_parameters: JsonValue = None
+    """The same in the form of transformers 5; see ``folder_config``."""
     rope_local_base_freq: _Positive | None = None
     sliding_window: _Count | None = None
     sliding_window_pattern: _Count | None = None
@@ -94,8 +93,6 @@ def read_config(config: Config, *, has_output: bool) -> tuple[Architecture, Hype
     """
     architecture = by_model_type(config.model_type)
     _refuse_variants(config, architecture)
-    rope = config.rope_parameters or Rope()
-    whole = rope.full_attention or rope
     sizes = Hyperparameters(
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
@@ -106,9 +103,9 @@ def read_config(config: Config, *, has_output: bool) -> tuple[Architecture, Hype
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         context_length=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
-        rope_base=config.rope_theta or whole.rope_theta or architecture.default_rope_base,
-        rope_scaling=_rope_scaling(config.rope_scaling or whole),
-        sliding_window=_sliding_window(config, rope) if architecture.name == "gemma3" else None,
+        rope_base=config.rope_theta or architecture.default_rope_base,
+        rope_scaling=_rope_scaling(config.rope_scaling),
+        sliding_window=_sliding_window(config) if architecture.name == "gemma3" else None,
         tied=not has_output if config.tie_word_embeddings is None else config.tie_word_embeddings,
     )
     _check_layers(config, sizes)
@@ -119,6 +116,9 @@ def read_config(config: Config, *, has_output: bool) -> tuple[Architecture, Hype
 
 
 def _refuse_variants(config: Config, architecture: Architecture) -> None:
+    rope = config.rope_parameters if isinstance(config.rope_parameters, dict) else {}
+    if (part := inexpressible({"rope_parameters": rope})) is not None:
+        raise _wrong(part.replace(".", ": "), rope[part.partition(".")[2]], "a rope_type of default")
     if config.quantization is None and config.quantization_config is not None:
         raise ConvertError("config.json: quantization_config", "only MLX's own quantisation can be read")
     activation = config.hidden_activation or config.hidden_act
@@ -131,9 +131,9 @@ def _refuse_variants(config: Config, architecture: Architecture) -> None:
         raise _wrong("sliding_window", config.sliding_window, "null for llama")
 
 
-def _rope_scaling(rope: Rope) -> LinearScaling | Llama3Scaling | None:
-    kind = rope.rope_type or rope.type or "default"
-    if kind == "default":
+def _rope_scaling(rope: RopeScaling | None) -> LinearScaling | Llama3Scaling | None:
+    kind = (rope.rope_type or rope.type or "default") if rope is not None else "default"
+    if rope is None or kind == "default":
         return None
     if rope.factor is None or kind not in ("linear", "llama3"):
         raise _wrong("rope_scaling", kind, "default, linear or llama3, the last two with a factor")
@@ -144,16 +144,13 @@ def _rope_scaling(rope: Rope) -> LinearScaling | Llama3Scaling | None:
     )
 
 
-def _sliding_window(config: Config, rope: Rope) -> SlidingWindow:
+def _sliding_window(config: Config) -> SlidingWindow:
     if config.sliding_window is None:
         raise _wrong("sliding_window", None, "a number of tokens for gemma3")
-    local = rope.sliding_attention or Rope()
-    if _rope_scaling(local) is not None:
-        raise _wrong("rope_parameters: sliding_attention", local.rope_type, "default")
     return SlidingWindow(
         size=config.sliding_window,
         pattern=config.sliding_window_pattern or GEMMA3_PATTERN,
-        rope_base=config.rope_local_base_freq or local.rope_theta or _GEMMA3_LOCAL_ROPE_BASE,
+        rope_base=config.rope_local_base_freq or _GEMMA3_LOCAL_ROPE_BASE,
     )
 
 

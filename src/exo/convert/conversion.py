@@ -26,8 +26,9 @@ from exo.convert.gguf_file import GgufModel, MetadataReader, create_gguf
 from exo.convert.gguf_metadata import read_sizes, rope_factors, write_sizes
 from exo.convert.hf_folder import (
     SafetensorsModel,
+    checked,
     create_safetensors,
-    read_json,
+    read_source,
     weight_file_names,
     write_index,
     write_json,
@@ -83,8 +84,9 @@ def safetensors_to_gguf(
     source: Path, target: Path, encoding: GgufEncoding, overwrite: bool, on_progress: OnProgress
 ) -> ConversionReport:
     """See ``exo.convert.convert``."""
-    config = read_json(source / "config.json", Config)
-    model = SafetensorsModel(source, config.quantization)
+    folder = read_source(source)
+    config = checked(folder, Config)
+    model = SafetensorsModel(folder, config.quantization)
     found = model.shapes()
     architecture, sizes = read_config(config, has_output=OUTPUT.hugging_face in found)
     if sizes.layers > len(found):

@@ -18,7 +18,7 @@ from exo.convert.tensor_data import Array, Kind, SourceTensor, decode, map_file
 from exo.worker.protocol.wire import describe
 from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import weight_files
+from exo.worker.runner_common.model_folder import HfFolder, read_folder
 from exo.worker.runner_common.safetensors import open_safetensors
 
 _KINDS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
@@ -43,7 +43,19 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
     try:
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ConvertError(path.name, describe(error)[1].removeprefix(": ")) from error
+        raise _broken(path.name, error) from error
+
+
+def checked(folder: HfFolder, model: type[_Model]) -> _Model:
+    """The configuration of a folder. Raises ConvertError naming the key."""
+    try:
+        return model.model_validate_json(json.dumps(folder.config))
+    except ValidationError as error:
+        raise _broken("config.json", error) from error
+
+
+def _broken(name: str, error: ValidationError) -> ConvertError:
+    return ConvertError(name, describe(error)[1].removeprefix(": "))
 
 
 def write_json(path: Path, content: JsonValue) -> None:
@@ -55,23 +67,24 @@ def write_json(path: Path, content: JsonValue) -> None:
         os.fsync(file.fileno())
 
 
+def read_source(folder: Path) -> HfFolder:
+    """The folder as every reader sees it. Raises ConvertError."""
+    try:
+        return read_folder(folder)
+    except LoadError as error:
+        inside = str(error).removeprefix(f"{folder}/")
+        subject, _, reason = (folder.name, "", inside) if inside == str(error) else inside.partition(" ")
+        raise ConvertError(subject, reason) from error
+
+
 class SafetensorsModel:
     """The tensors of ``folder`` as a user of the model sees them: a quantised matrix is one tensor of its full size.
 
     Raises ConvertError for a broken file, and for a number format that is not float32, float16, bfloat16 or MLX's own.
     """
 
-    def __init__(self, folder: Path, quantisation: Quantisation | None) -> None:
-        self._stored: dict[str, SourceTensor] = {}
-        try:
-            files = weight_files(folder)
-        except LoadError as error:
-            raise ConvertError(folder.name, str(error)) from error
-        for path in files:
-            for name, tensor in _read(path).items():
-                if name in self._stored:
-                    raise ConvertError(name, f"this tensor is in {folder.name} more than once")
-                self._stored[name] = tensor
+    def __init__(self, folder: HfFolder, quantisation: Quantisation | None) -> None:
+        self._stored = {name: tensor for path in folder.weights for name, tensor in _read(path).items()}
         self._quantisation = quantisation
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in self._stored.items():

@@ -12,6 +12,7 @@ from exo.cards.card import ModelCard, ModelId
 from exo.store.errors import PullError
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.folder_weights import INDEX, SUFFIX, choose_weights
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[a-z]+)")
 """A part of a split file, numbered from 00001, as llama.cpp and safetensors name it."""
@@ -21,16 +22,15 @@ _QUANT = re.compile(
 )
 _OTHER_GGUF = re.compile(r"mmproj|imatrix", re.I)
 """GGUF files that are not language models."""
-_MODEL_INDEX = "model.safetensors.index.json"
-_WEIGHTS = "model*.safetensors"
 _DENSE = ("config.json", "model.safetensors")
 _FOLDER = (
-    _WEIGHTS, "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt", "1_Pooling/config.json",
+    "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt", "1_Pooling/config.json",
+    "additional_chat_templates/*.jinja",
     *(f"{place}_Dense/{name}" for place in (2, 3) for name in _DENSE),
 )  # fmt: skip
-"""The files of a model folder: weights, configuration and tokenizer, but nothing that could be code.
+"""The files of a model folder beside its weights: configuration and tokenizer, but nothing that could be code.
 
-Subfolders are those of Sentence Transformers, for embedding models.
+Subfolders are those of Sentence Transformers, for embedding models, and the one for further chat templates.
 """
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -113,13 +113,13 @@ class FileSet:
     missing: tuple[str, ...] = ()
 
 
-def select(source: Source, names: Collection[str]) -> FileSet:
-    """The files to pull from a repository that has these names.
+def select(source: Source, names: Collection[str], indexed: Collection[str] | None = None) -> FileSet:
+    """The files to pull from a repository that has these names; ``indexed`` are those in a folder's index of weights.
 
     Raises PullError, with a list of the quantisations, if not exactly one model fits.
     """
     repo = source.required_repo()
-    found = file_sets(source, names)
+    found = file_sets(source, names, indexed)
     if not found:
         raise PullError("no_match", _no_match(source, repo, names))
     if len(found) > 1:
@@ -133,10 +133,13 @@ def select(source: Source, names: Collection[str]) -> FileSet:
     return FileSet(chosen.label, (*chosen.names, *_projector(source, repo, names)))
 
 
-def file_sets(source: Source, names: Collection[str]) -> list[FileSet]:
-    """Every model among ``names`` that the source accepts, complete or not, in order of name and without projectors."""
+def file_sets(source: Source, names: Collection[str], indexed: Collection[str] | None = None) -> list[FileSet]:
+    """Every model among ``names`` that the source accepts, complete or not, in order of name and without projectors.
+
+    ``indexed`` are the names in a folder's index of weights, if it has one.
+    """
     if source.runner != "cuda":
-        return _folder_set(names)
+        return _folder_set(names, indexed)
     found = _gguf_sets(names)
     if source.quant is not None:
         return [ggufs for ggufs in found if ggufs.label == source.quant.upper()]
@@ -190,15 +193,18 @@ def _missing(name: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(part for part in every if part not in there)
 
 
-def _folder_set(names: Collection[str]) -> list[FileSet]:
-    wanted = sorted(name for name in names if any(matches(pattern, name) for pattern in _FOLDER))
-    wanted = [name for name in wanted if name == _MODEL_INDEX or not name.endswith(".index.json")]
-    weights = [name for name in wanted if matches(_WEIGHTS, name)]
-    if "config.json" not in wanted or not weights:
+def _folder_set(names: Collection[str], indexed: Collection[str] | None) -> list[FileSet]:
+    weights = choose_weights(names, indexed)
+    if "config.json" not in names or not (weights.names or weights.missing):
         return []
-    splits = {(split[1], split[3]): name for name in weights if (split := _PART.fullmatch(name))}
-    missing = sorted(part for name in splits.values() for part in _missing(name, weights))
-    return [FileSet("", ("config.json", *(name for name in wanted if name != "config.json")), tuple(missing))]
+    beside = [name for name in names if any(matches(pattern, name) for pattern in _FOLDER)]
+    wanted = {name for name in beside if name == INDEX or not name.endswith(".index.json")} | set(weights.names)
+    return [FileSet("", ("config.json", *sorted(wanted - {"config.json"})), weights.missing)]
+
+
+def folder_files(names: Iterable[str]) -> list[str]:
+    """All files that may belong to a model folder, also by another revision's index."""
+    return sorted(name for name in names if any(matches(pattern, name) for pattern in (f"*{SUFFIX}", *_FOLDER)))
 
 
 def _projector(source: Source, repo: str, names: Collection[str]) -> tuple[str, ...]:
@@ -219,5 +225,5 @@ def _no_match(source: Source, repo: str, names: Collection[str]) -> str:
     if source.runner == "cuda":
         return f"{repo} has no {_wanted(source)}; it has {', '.join(quantisations(names)) or 'no GGUF file at all'}"
     pickled = any(name.endswith(_PICKLES) for name in names)
-    lacks = "no config.json" if "config.json" not in names else f"no {_WEIGHTS}"
+    lacks = "no config.json" if "config.json" not in names else "no model*.safetensors"
     return f"{repo} has {lacks}, so {source.runner} cannot load it" + ("; pickles are never fetched" if pickled else "")

@@ -10,9 +10,10 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
+from exo.store.discover.remote_bytes import indexed
 from exo.store.download import Download, hash_file
 from exo.store.errors import PullError
-from exo.store.file_selection import Source, file_sets, select
+from exo.store.file_selection import Source, folder_files, select
 from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, check_name, size_of, store_error
 from exo.store.hub import Hub, Stopped
 from exo.store.progress import DownloadProgress, Meter
@@ -80,7 +81,7 @@ async def _show(meter: Meter, report: Callable[[DownloadProgress], None]) -> Non
 
 def _plan(source: Source, hub: Hub, stop: threading.Event) -> PullPlan:
     listing = hub.listing(source.required_repo(), stop=stop)
-    chosen = select(source, listing.files)
+    chosen = select(source, listing.files, indexed(listing, hub) if source.runner != "cuda" else None)
     files: list[RemoteFile] = []
     for name in chosen.names:
         check_name(name)
@@ -187,7 +188,7 @@ class _Pull:
             folder.put(file.name, file.etag)
         wanted = {file.name: file for file in self._plan.files}
         if self._plan.source.runner != "cuda":  # files of an older revision would be loaded too
-            old = {name for files in file_sets(self._plan.source, kept) for name in files.names}
+            old = set(folder_files(kept))
             folder.delete(old - wanted.keys())
             kept = {name: entry for name, entry in kept.items() if name not in old - wanted.keys()}
         now = datetime.now(UTC)

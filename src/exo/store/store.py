@@ -11,6 +11,7 @@ from typing import Literal
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, file_sets, projectors
 from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, folder_name, size_of
+from exo.worker.runner_common.folder_weights import INDEX, names_in_index
 
 _EMPTY = Manifest(repo="")
 
@@ -95,7 +96,7 @@ class Store:
         for directory in self.writable:
             folder = ModelFolder(directory, repo)
             manifest = folder.manifest()
-            if _chosen(source, manifest.files.keys() | manifest.pending.keys()):
+            if _chosen(source, manifest.files.keys() | manifest.pending.keys(), _indexed(folder.path)):
                 with folder.locked():
                     size += _remove(folder, source, deleted)
         if deleted:
@@ -127,22 +128,23 @@ class Store:
         folder = ModelFolder(directory, source.repo) if source.repo else None
         manifest = _manifest(folder) if folder is not None and folder.path == path else _EMPTY
         sizes = _whole(path, source, manifest)
-        recorded = set(_chosen(source, manifest.files))
         read_only = directory in self.read_only
-        for files in file_sets(source, sizes):
+        indexed = _indexed(path)
+        for files in file_sets(source, sizes, indexed):
             names = {*files.names, *projectors(source, sizes)}
             whole = not files.missing and bool(projectors(source, names)) == bool(source.mmproj)
-            if whole and (source.runner == "cuda" or recorded <= names):
+            recorded: set[str] = set() if source.runner == "cuda" else set(_chosen(source, manifest.files, indexed))
+            if whole and recorded <= names:
                 loaded = path / files.names[0] if source.runner == "cuda" else path
                 held, entry = sum(sizes[name] for name in names), manifest.files.get(files.names[0])
                 return OnDisk("present", held, held, loaded, entry and entry.revision, read_only)
         begun = {**manifest.files, **manifest.pending}
-        if (known := _chosen(source, begun)) and folder is not None:
+        if (known := _chosen(source, begun, indexed)) and folder is not None:
             parts = {name: folder.part_size(name, entry) for name, entry in manifest.pending.items()}
             held = sum(sizes.get(name, parts.get(name, 0)) for name in known)
             total, revision = sum(begun[name].size for name in known), begun[known[0]].revision
             return OnDisk("partial", held, total, path, revision, read_only)
-        there = [name for files in file_sets(source, sizes) for name in files.names]
+        there = [name for files in file_sets(source, sizes, indexed) for name in files.names]
         return OnDisk("partial", sum(sizes[name] for name in there), None, path) if there else OnDisk("absent")
 
 
@@ -153,9 +155,16 @@ def _manifest(folder: ModelFolder) -> Manifest:
     return _EMPTY
 
 
-def _chosen(source: Source, names: Collection[str]) -> tuple[str, ...]:
+def _indexed(path: Path) -> frozenset[str] | None:
+    """The names in the index of weights of a folder on disk; None without a sound one."""
+    with suppress(OSError, ValueError):
+        return names_in_index((path / INDEX).read_bytes())
+    return None
+
+
+def _chosen(source: Source, names: Collection[str], indexed: Collection[str] | None) -> tuple[str, ...]:
     """The names of a manifest that belong to the source."""
-    chosen = [name for files in file_sets(source, names) for name in files.names]
+    chosen = [name for files in file_sets(source, names, indexed) for name in files.names]
     return (*chosen, *projectors(source, names)) if chosen else ()
 
 
@@ -172,7 +181,7 @@ def _whole(path: Path, source: Source, manifest: Manifest) -> dict[str, int]:
 
 def _remove(folder: ModelFolder, source: Source, deleted: list[Path]) -> int:
     manifest = folder.manifest()
-    names = _chosen(source, manifest.files.keys() | manifest.pending.keys())
+    names = _chosen(source, manifest.files.keys() | manifest.pending.keys(), _indexed(folder.path))
     size = sum(size_of(folder.path / name) or 0 for name in names)
     deleted += [folder.path / name for name in names]
     for name, entry in manifest.pending.items():

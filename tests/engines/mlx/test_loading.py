@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnkn
 from exo.worker.protocol.messages import Failed, Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import check_folder, find_folder
+from exo.worker.runner_common.model_folder import find_folder, read_folder
 from exo.worker.runner_mlx.options import read_options
 from exo.worker.runner_mlx.probe import probe
 from tests.support.program import Program, ask, runner_command
@@ -49,9 +49,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "config broken": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
     "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "config without type": (lambda folder: edit(folder / "config.json", model_type=None), "model_type"),
-    "code in config": (lambda folder: edit(folder / "config.json", auto_map={"AutoModel": "a.B"}), "has auto_map"),
     "code named": (lambda folder: edit(folder / "config.json", model_file="model.py"), "has model_file"),
-    "code in tokenizer": (lambda folder: edit(folder / "tokenizer_config.json", auto_map={}), "has auto_map"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no model*.safetensors"),
     "pickle": (to_pickle, "pytorch_model.bin is a pickle"),
     "weights cut short": (lambda folder: cut(folder / "model.safetensors"), "is cut short"),
@@ -88,11 +86,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_folder_that_is_no_model_is_refused_in_plain_words(tmp_path: Path, case: str) -> None:
     write_mlx(tmp_path, Shape())
-    assert check_folder(tmp_path)["model_type"] == "llama"
+    assert read_folder(tmp_path).config["model_type"] == "llama"
     spoil, words = BROKEN[case]
     spoil(tmp_path)
     with pytest.raises(LoadError) as refusal:
-        check_folder(tmp_path)
+        read_folder(tmp_path)
     assert refusal.value.code == "model_load_failed"
     assert words in str(refusal.value)
     assert str(tmp_path) in str(refusal.value)

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Text
 from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.model_folder import read_folder
 from exo.worker.runner_mlx.model import open_tokenizer
 from tests.support.tiny import Shape, write_mlx
 
@@ -70,7 +71,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         (folder / "tokenizer.json").write_text(json.dumps(sentencepiece()))
         config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<|im_end|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    found = open_tokenizer(folder, [])
+    found = open_tokenizer(read_folder(folder), [])
     return Tokenizer(found, 400, found.eos_token_ids, None)
 
 

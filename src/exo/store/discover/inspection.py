@@ -7,10 +7,9 @@ from typing import TypeVar
 from pydantic import JsonValue
 
 from exo.store.discover.description import Description, DescriptionError, from_folder, from_gguf
-from exo.store.discover.remote_bytes import RemoteBytes
+from exo.store.discover.remote_bytes import indexed, small_file, start_of
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, quantisations, select
-from exo.store.folder import check_name
 from exo.store.hub import Hub, Listing
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.gguf import read_gguf
@@ -19,7 +18,6 @@ from exo.worker.runner_common.header_source import HeaderError
 DEFAULT_QUANT = "Q4_K_M"
 HEADER_LIMIT = 64 << 20
 """Bytes of metadata; a vocabulary of 262,144 tokens takes about 10 MB."""
-_JSON_LIMIT = 32 << 20
 _SENTENCE_TRANSFORMER = "modules.json"
 """A file that only text embedding models have."""
 _BACKENDS = ("MlxMetal", "Vllm", "MlxCuda", "MlxCpu")
@@ -58,7 +56,7 @@ def _gguf(listing: Listing, hub: Hub, quant: str | None) -> Inspected:
         raise PullError("no_match", f"{repo} has {', '.join(labels)}; choose one, as in {repo}:{labels[0]}")
     chosen = select(Source(repo, "cuda", repo, quant=label), listing.files)
     first = chosen.names[0]
-    start = _start(listing, hub, first)
+    start = start_of(listing, hub, first)
     description = _made(first, lambda: from_gguf(read_gguf(start, limit=HEADER_LIMIT, tensors=False)))
     other = next((each for each in labels if each != chosen.label), None)
     several = f"took {chosen.label} of {', '.join(labels)}; for another, say {repo}:{other}"
@@ -71,9 +69,9 @@ def _gguf(listing: Listing, hub: Hub, quant: str | None) -> Inspected:
 def _folder(listing: Listing, hub: Hub, quant: str | None) -> Inspected:
     if quant is not None:
         raise PullError("no_match", f"{listing.repo} has no GGUF file, so there is no {quant}; leave it out")
-    chosen = select(Source(listing.repo, "mlx", listing.repo), listing.files)
+    chosen = select(Source(listing.repo, "mlx", listing.repo), listing.files, indexed(listing, hub))
     embeds = _SENTENCE_TRANSFORMER in listing.files
-    description = _made("config.json", lambda: from_folder(lambda name: _whole(listing, hub, name), embeds=embeds))
+    description = _made("config.json", lambda: from_folder(lambda name: small_file(listing, hub, name), embeds=embeds))
     size = _size(listing, chosen.names)
     backends = _BACKENDS if description.for_transformers else RUNNERS["mlx"].backends
     runners = [name for name in ("mlx", "vllm") if set(RUNNERS[name].backends) & set(backends)]
@@ -86,24 +84,6 @@ def _made(name: str, make: Callable[[], _Made]) -> _Made:
         return make()
     except (HeaderError, DescriptionError) as error:
         raise PullError("wrong_content", f"{name} {error}") from error
-
-
-def _start(listing: Listing, hub: Hub, name: str) -> RemoteBytes:
-    check_name(name)
-    file = listing.files[name]
-    if file is None:
-        raise PullError("unreachable", f"the hub gives no size of {name}")
-    return RemoteBytes(hub, listing.repo, listing.revision, file)
-
-
-def _whole(listing: Listing, hub: Hub, name: str) -> bytes | None:
-    """A small file; None if the repository has none of that name."""
-    if name not in listing.files:
-        return None
-    start = _start(listing, hub, name)
-    if start.size > _JSON_LIMIT:
-        raise PullError("wrong_content", f"{name} has {start.size:,} bytes, expected at most {_JSON_LIMIT:,}")
-    return bytes(start.upto(start.size))
 
 
 def _size(listing: Listing, names: tuple[str, ...]) -> int:

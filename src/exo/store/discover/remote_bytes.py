@@ -3,11 +3,13 @@
 import threading
 
 from exo.store.errors import PullError
-from exo.store.folder import RemoteFile
-from exo.store.hub import Hub, Interrupted, WrongRange
+from exo.store.folder import RemoteFile, check_name
+from exo.store.hub import Hub, Interrupted, Listing, WrongRange
+from exo.worker.runner_common.folder_weights import INDEX, names_in_index
 
 FIRST = 1 << 20
 """Bytes of the first request; each later one doubles what there is."""
+_WHOLE_LIMIT = 32 << 20
 
 
 class RemoteBytes:
@@ -46,3 +48,31 @@ class RemoteBytes:
             if len(self._data) <= before:
                 backoff.failed(PullError("unreachable", f"{self._file.name}: {failure}"), after)
         return self._data
+
+
+def start_of(listing: Listing, hub: Hub, name: str) -> RemoteBytes:
+    """A file that is in the listing. Raises PullError."""
+    check_name(name)
+    file = listing.files[name]
+    if file is None:
+        raise PullError("unreachable", f"the hub gives no size of {name}")
+    return RemoteBytes(hub, listing.repo, listing.revision, file)
+
+
+def small_file(listing: Listing, hub: Hub, name: str) -> bytes | None:
+    """All of a small file; None if the repository has none of that name. Raises PullError."""
+    if name not in listing.files:
+        return None
+    start = start_of(listing, hub, name)
+    if start.size > _WHOLE_LIMIT:
+        raise PullError("wrong_content", f"{name} has {start.size:,} bytes, expected at most {_WHOLE_LIMIT:,}")
+    return bytes(start.upto(start.size))
+
+
+def indexed(listing: Listing, hub: Hub) -> frozenset[str] | None:
+    """The names in the repository's index of weights; None without one. Raises PullError."""
+    content = small_file(listing, hub, INDEX)
+    try:
+        return None if content is None else names_in_index(content)
+    except ValueError as error:
+        raise PullError("wrong_content", f"{listing.repo}: {INDEX} {error}") from error

@@ -14,8 +14,10 @@ class LoadError(Exception):
         self.code: LoadErrorCode = code
 
 
-def from_library(what: str, error: Exception, *, out_of_memory: bool) -> LoadError:
+def from_library(what: str, error: BaseException, *, out_of_memory: bool) -> LoadError:
     """With the library's own words, shortened: a strict load lists every tensor that is missing."""
+    if isinstance(error, LoadError):
+        return error
     detail = " ".join(str(error).split())
     detail = f"{type(error).__name__}: {detail if len(detail) <= _LONGEST else detail[:_LONGEST] + '…'}"
     return LoadError("out_of_memory" if out_of_memory else "model_load_failed", f"{what}: {detail}")

@@ -1,20 +1,26 @@
-"""A folder of safetensors: the model card's keys that name it, its place on disk, its files, and checks of them.
+"""A folder of safetensors: the model card's keys that name it, its place on disk, and the one reading of its files.
 
-The folder is checked before any library reads it, so that an error names the file and the reason.
+The folder is read before any library sees it, so that an error names the file and the reason. Libraries then get
+``presented``, which holds nothing but what was read.
 """
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 
+from exo.worker.runner_common.folder_config import Json, normalised
+from exo.worker.runner_common.folder_weights import INDEX, SUFFIX, choose_weights, names_in_index
 from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_name import stays_inside
 from exo.worker.runner_common.safetensors import SafetensorsTensor, open_safetensors
-
-Json = dict[str, JsonValue]
 
 _OBJECT: TypeAdapter[Json] = TypeAdapter(Json)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -56,29 +62,77 @@ def find_folder(options: FolderOptions, model_id: str, directories: Sequence[str
     return found
 
 
-def check_folder(folder: Path) -> Json:
-    """The folder's config.json. Raises LoadError for a folder that is no model or asks to run code of its own."""
-    config = _read_object(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise _broken(f"{folder / 'config.json'} does not say its model_type")
-    tokenizer = read_optional(folder, "tokenizer_config.json")
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        for key in ("auto_map", "model_file"):
-            if key in content:
-                raise _broken(f"{folder / name} has {key}, which asks to run code from the folder; that is never done")
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    """A folder as all readers see it. ``written`` is config.json, ``config`` the same with both forms of settings."""
+
+    path: Path
+    written: Json
+    config: Json
+    weights: tuple[Path, ...]
+    ignored: tuple[str, ...]
+    """Names of safetensors files that are no part of the model."""
+
+
+def read_folder(path: Path) -> HfFolder:
+    """Reads configuration, index and the headers of the weights.
+
+    Raises LoadError for a folder that is no model, is incomplete, or names a program of its own as the model.
+    """
+    written = _read_object(path / "config.json")
+    if not isinstance(written.get("model_type"), str):
+        raise _broken(f"{path / 'config.json'} does not say its model_type")
+    if "model_file" in written:
+        reason = "which asks to run code from the folder; that is never done"
+        raise _broken(f"{path / 'config.json'} has model_file, {reason}")
+    names, ignored = _weights(path)
+    folder = HfFolder(path, written, normalised(written), tuple(path / name for name in names), ignored)
     tensors(folder)
-    return config
+    return folder
 
 
-def language_config(config: Json) -> Json:
-    """config.json with the language model's sizes at the top; models with a vision part nest them."""
-    inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, dict) else config
+def tell_ignored(folder: HfFolder) -> None:
+    """Tells the log which files of the folder look like weights and are not loaded."""
+    if folder.ignored:
+        reason = "the index does not name them" if indexed(folder.path) else "they are no part of the model"
+        print(f"{folder.path}: not loaded: {', '.join(folder.ignored)}; {reason}", file=sys.stderr)
 
 
-def tensors(folder: Path) -> dict[str, SafetensorsTensor]:
-    """All tensors of the folder by name. Raises LoadError for a file that is not what its header says."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in file_tensors(file).items()}
+@contextmanager
+def presented(folder: HfFolder, config: Json) -> Generator[Path]:
+    """A directory of links for a library that looks for files by itself: the model's files alone, and this config.json.
+
+    ``auto_map``, which asks to run code from the folder, is left out. Raises OSError.
+    """
+    with TemporaryDirectory(prefix="exo-model-") as name:
+        view = Path(name)
+        tokenizer = read_optional(folder.path, "tokenizer_config.json")
+        written = {"config.json": config} | ({"tokenizer_config.json": tokenizer} if tokenizer else {})
+        for file, content in written.items():
+            kept = {key: value for key, value in content.items() if key != "auto_map"}
+            (view / file).write_text(json.dumps(kept), encoding="utf-8")
+        for entry in folder.path.iterdir():
+            if entry.name not in (*written, INDEX) and entry.suffix not in (SUFFIX, ".py"):
+                (view / entry.name).symlink_to(entry.absolute())
+        count = len(folder.weights)
+        for number, file in enumerate(folder.weights, start=1):
+            part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+            (view / f"model{part}{SUFFIX}").symlink_to(file.absolute())
+        try:
+            yield view
+        except LoadError as error:
+            raise LoadError(error.code, str(error).replace(name, str(folder.path))) from error
+
+
+def tensors(folder: HfFolder) -> dict[str, SafetensorsTensor]:
+    """All tensors of the model by name. Raises LoadError for a file that is not what its header says."""
+    found: dict[str, SafetensorsTensor] = {}
+    for file in folder.weights:
+        held = file_tensors(file)
+        if twice := sorted(found.keys() & held.keys()):
+            raise _broken(f"{file} has the tensor {twice[0]}, which another file of the model has, too")
+        found |= held
+    return found
 
 
 def file_tensors(path: Path) -> Mapping[str, SafetensorsTensor]:
@@ -121,20 +175,31 @@ def _read_object(path: Path) -> Json:
         raise _broken(f"{path} is not a JSON object: {error.errors()[0]['msg']}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Every ``model*.safetensors``, as mlx-lm has it. Raises LoadError without any, or if the index names another."""
-    found = sorted(folder.glob("model*.safetensors"))
-    if not found:
+def _weights(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the files that are the model's weights, and of others beside them. Raises LoadError."""
+    chosen = choose_weights([path.name for path in folder.iterdir()], indexed(folder))
+    if chosen.missing:
+        how = f"{folder / INDEX} lists" if (folder / INDEX).exists() else f"the model in {folder} is split, and needs"
+        raise _broken(f"{how} {chosen.missing[0]}, which is not there")
+    if not chosen.names:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         held = f"; {pickles[0]} is a pickle, which may run code and is never loaded" if pickles else ""
+        if chosen.ignored:
+            held = f"; it has {', '.join(chosen.ignored[:3])}, and no {INDEX} that says which of them are the model"
         raise _broken(f"{folder} has no model*.safetensors{held}")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = _read_object(index).get("weight_map")
-        names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set[str]()
-        if missing := sorted(names - {path.name for path in found}):
-            raise _broken(f"{index} lists {missing[0]}, which is not there")
-    return found
+    return chosen.names, chosen.ignored
+
+
+def indexed(folder: Path) -> frozenset[str] | None:
+    """The names of the files in a folder's index; None without one. Raises LoadError."""
+    if not (folder / INDEX).exists():
+        return None
+    try:
+        return names_in_index((folder / INDEX).read_bytes())
+    except OSError as error:
+        raise _broken(f"{folder / INDEX} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _broken(f"{folder / INDEX} {error}") from error
 
 
 def _broken(message: str) -> LoadError:

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Estimate, Estimated
+from exo.worker.runner_common.folder_config import Json, language_config
 from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
-from exo.worker.runner_common.model_folder import Json, language_config, tensors
+from exo.worker.runner_common.model_folder import tensors
 from exo.worker.runner_common.safetensors import SafetensorsTensor
-from exo.worker.runner_mlx.loader import Checked, check, computed_in, trained_context
+from exo.worker.runner_mlx.loader import Checked, check, computed_in
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding
 
@@ -35,7 +36,7 @@ def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
     checked = check(command.load)
     model = _Model.of(checked)
-    left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=trained_context(checked.config))
+    left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=checked.trained)
     return estimated(Plan(checked.n_ctx, checked.options.slots), left, model.size)
 
 
@@ -55,16 +56,16 @@ class _Model:
     @classmethod
     def of(cls, checked: Checked) -> "_Model":
         """From what the folder's files say of themselves."""
-        sizes = language_config(checked.config)
+        sizes = language_config(checked.folder.config)
         stored = tensors(checked.folder)
-        dtype = computed_in(checked.options, checked.config, checked.backend)
+        dtype = computed_in(checked.options, checked.folder.config, checked.backend)
         floats = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in _FLOATS)
         usual = next((name for name, _ in floats.most_common(1)), "F32")
         heads = _number(sizes, "num_attention_heads", 1)
         head_dim = _number(sizes, "head_dim", _number(sizes, "hidden_size", 1) // max(1, heads))
         layer = 2 * _number(sizes, "num_key_value_heads", heads) * head_dim
         layers = _number(sizes, "num_hidden_layers", 1)
-        file = checked.folder / "tokenizer.json"
+        file = checked.folder.path / "tokenizer.json"
         return cls(
             checked=checked,
             weights=_weights(stored, dtype, layers, checked.sharding),

@@ -7,10 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from exo.worker.protocol.messages import Capabilities, Load, Status
+from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
 from exo.worker.runner_common.hf_tokenizer import Tokenizer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import Json, check_folder, find_folder
+from exo.worker.runner_common.model_folder import HfFolder, find_folder, read_folder, tell_ignored
+from exo.worker.runner_mlx.config_keys import check_keys
 from exo.worker.runner_mlx.devices import Backend, device, use_backend
 from exo.worker.runner_mlx.embedding import Embedder
 from exo.worker.runner_mlx.kv_cache import KVCache
@@ -18,9 +20,9 @@ from exo.worker.runner_mlx.model import (
     BROKEN_MODEL,
     ONE_SEQUENCE,
     Model,
-    divides_layers,
     keep_weights_in_memory,
     load_error,
+    network_class,
     open_tokenizer,
     wait_for,
 )
@@ -36,12 +38,13 @@ CPU_CHUNK, GPU_CHUNK = 32, 512
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A ``Load`` that may succeed. ``config`` is the folder's config.json."""
+    """A ``Load`` that may succeed."""
 
     options: MlxOptions
     backend: Backend
-    folder: Path
-    config: Json
+    folder: HfFolder
+    trained: int
+    """Tokens of context for which the model was trained, as far as mlx-lm computes it."""
     n_ctx: int
     sharding: Sharding | None
 
@@ -67,25 +70,35 @@ def check(command: Load) -> Checked:
     """All that can be known before weights are read, and the backend in use from here on. Raises LoadError."""
     options = read_options(command.table)
     backend = use_backend(command.backend)
-    folder = find_folder(options, command.model_id, command.directories)
-    config = check_folder(folder)
+    folder = read_folder(find_folder(options, command.model_id, command.directories))
+    config = folder.config
     if config["model_type"] in ONE_SEQUENCE and options.slots > 1:
         message = f"mlx-lm computes {config['model_type']} for one sequence at a time only: [mlx] needs slots = 1"
         raise LoadError("model_load_failed", message)
-    n_ctx = options.n_ctx or min(trained_context(config), DEFAULT_CONTEXT)
+    network = network_class(config)
+    window = check_keys(folder, network, options.ignored_settings)
+    if window is not None and (options.n_ctx or 0) > window:
+        reason = "shows every layer all of the context, and so would compute another model"
+        raise LoadError(
+            "model_load_failed",
+            f"{folder.path / 'config.json'} has sliding_window = {window}, and mlx-lm {reason}: "
+            f"[mlx] n_ctx may be at most {window}, or ignored_settings = ['sliding_window']",
+        )
+    trained = trained_context(config) if window is None else min(trained_context(config), window)
+    n_ctx = options.n_ctx or min(trained, DEFAULT_CONTEXT)
     sharding = asked_for(options, config, backend)
-    if sharding is not None and sharding.kind == "tensor" and not divides_layers(config):
+    if sharding is not None and sharding.kind == "tensor" and not hasattr(network, "shard"):
         reason = (
             f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size needs no such thing"
         )
         raise refusal(sharding.kind, sharding.size, reason)
-    return Checked(options, backend, folder, config, n_ctx, sharding)
+    return Checked(options, backend, folder, trained, n_ctx, sharding)
 
 
 def open_model(checked: Checked, on_layer: Callable[[int, int], None], part: Part | None) -> tuple[Model, KVCache]:
     """The network, or this rank's part of it, and the slots' cache. Raises LoadError."""
     keep_weights_in_memory()
-    dtype = computed_in(checked.options, checked.config, checked.backend)
+    dtype = computed_in(checked.options, checked.folder.config, checked.backend)
     model = Model(checked.folder, dtype, on_layer, part)
     return model, KVCache(model.windows, checked.options.slots, checked.n_ctx)
 
@@ -93,8 +106,9 @@ def open_model(checked: Checked, on_layer: Callable[[int, int], None], part: Par
 def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
     checked = check(command)
-    options, backend, folder = checked.options, checked.backend, checked.folder
+    options, backend, folder = checked.options, checked.backend, checked.folder.path
     report(Status(state="Loading"))
+    tell_ignored(checked.folder)
 
     def on_layer(done: int, total: int) -> None:
         report(Status(state="Loading", layers_loaded=done, total_layers=total))
@@ -106,7 +120,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         ranks.wait_until_loaded()
     report(Status(state="WarmingUp"))
     n_vocab = _warm_up(model, cache, folder, options.slots, ranks)
-    found = open_tokenizer(folder, model.eos_token_ids)
+    found = open_tokenizer(checked.folder, model.eos_token_ids)
     tokenizer = Tokenizer(found, n_vocab, found.eos_token_ids, options.chat_template)
     chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
     longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
@@ -130,7 +144,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         special_ids=tuple(tokenizer.special.values()),
     )
     settings = {
-        "quantisation": _quantisation(checked.config),
+        "quantisation": _quantisation(checked.folder.config),
         "computed in": str(cache.arrays()[0].dtype).removeprefix("mlx.core."),
         "prompt chunk": str(chunk),
         "processes": "1" if checked.sharding is None else checked.sharding.describe(),

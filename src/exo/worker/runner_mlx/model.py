@@ -11,14 +11,14 @@ import resource
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Protocol, cast
 
 import mlx.core as mx
 
+from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.hf_tokenizer import HfTokenizer
 from exo.worker.runner_common.load_error import LoadError, from_library
-from exo.worker.runner_common.model_folder import Json
+from exo.worker.runner_common.model_folder import HfFolder, presented
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.pipeline import Body
@@ -51,11 +51,9 @@ wait_for: Callable[..., None] = import_module("mlx.core").eval
 queue: Callable[..., None] = import_module("mlx.core").async_eval
 """The same without waiting."""
 
-BROKEN_MODEL = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
-"""What mlx-lm and transformers raise for a folder that does not fit together; they have no error of their own."""
+BROKEN_MODEL = (Exception, SystemExit)
+"""What mlx-lm, transformers and tokenizers raise for a folder that does not fit together: anything. They have no error
+of their own, and one of mlx-lm's modules ends the process where a package is missing."""
 
 ONE_SEQUENCE = frozenset({"gemma2"})
 """Model types whose attention, mlx-lm's own for them, misreads the mask of several sequences."""
@@ -95,12 +93,13 @@ class Model:
     """
 
     def __init__(
-        self, folder: Path, dtype: str | None, on_layer: Callable[[int, int], None], part: Part | None = None
+        self, folder: HfFolder, dtype: str | None, on_layer: Callable[[int, int], None], part: Part | None = None
     ) -> None:
         """Raises LoadError. ``on_layer`` gets layers loaded and layers in all."""
         self._part = part
         try:
-            network, config = mlx_lm.load_model(folder, lazy=True)
+            with presented(folder, folder.config) as view:
+                network, config = mlx_lm.load_model(view, lazy=True)
             self._network: _Network = network
             if dtype is not None:
                 self._network.set_dtype(cast(mx.Dtype, getattr(mx, dtype)))
@@ -116,7 +115,7 @@ class Model:
             if part is None or part.has_results:
                 wait_for(self._network.parameters())
         except BROKEN_MODEL as error:
-            raise load_error(f"mlx-lm could not load {folder}", error) from error
+            raise load_error(f"mlx-lm could not load {folder.path}", error) from error
         self.eos_token_ids = _as_list(config.get("eos_token_id"))
 
     def forward(
@@ -166,21 +165,21 @@ class Model:
         cache.clear(slot, start, stop)
 
 
-def divides_layers(config: Json) -> bool:
-    """Whether mlx-lm can divide the layers of a kind of model between ranks, by config.json."""
+def network_class(config: Json) -> type:
+    """The class that mlx-lm has for a kind of model. Raises LoadError for a kind that it does not have."""
     try:
-        network, _ = mlx_lm._get_classes(config)
-    except BROKEN_MODEL:
-        return False
-    return hasattr(network, "shard")
+        return mlx_lm._get_classes(config)[0]
+    except BROKEN_MODEL as error:
+        raise load_error("mlx-lm cannot load this kind of model", error) from error
 
 
-def open_tokenizer(folder: Path, eos_token_ids: list[int]) -> MlxTokenizer:
+def open_tokenizer(folder: HfFolder, eos_token_ids: list[int]) -> MlxTokenizer:
     """Raises LoadError. ``eos_token_ids`` are added to those that the tokenizer's own files name."""
     try:
-        return mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+        with presented(folder, folder.written) as view:
+            return mlx_lm.load_tokenizer(view, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
     except BROKEN_MODEL as error:
-        raise load_error(f"mlx-lm could not load the tokenizer in {folder}", error) from error
+        raise load_error(f"mlx-lm could not load the tokenizer in {folder.path}", error) from error
 
 
 def keep_weights_in_memory() -> None:
@@ -188,7 +187,7 @@ def keep_weights_in_memory() -> None:
     mlx_lm.maybe_set_recommended_wired_limit()
 
 
-def ran_out_of_memory(error: Exception) -> bool:
+def ran_out_of_memory(error: BaseException) -> bool:
     """MLX has no error of its own for it."""
     low = str(error).lower()
     return isinstance(error, MemoryError) or any(
@@ -196,7 +195,7 @@ def ran_out_of_memory(error: Exception) -> bool:
     )
 
 
-def load_error(what: str, error: Exception) -> LoadError:
+def load_error(what: str, error: BaseException) -> LoadError:
     """With the library's own words."""
     return from_library(what, error, out_of_memory=ran_out_of_memory(error))
 

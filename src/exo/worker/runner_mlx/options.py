@@ -32,6 +32,9 @@ class MlxOptions(FolderOptions):
     pipeline_parallel_size: int = Field(default=1, ge=1, le=16)
     """Processes that each have some of the layers; on CUDA, each on a GPU of its own. One of the two sizes is 1."""
 
+    ignored_settings: tuple[str, ...] = Field(default=(), strict=False)
+    """Keys of the folder's config.json that mlx-lm does not read, and that do not matter for this model."""
+
     @field_validator("n_ctx", mode="before")
     @classmethod
     def _auto_is_usual(cls, value: JsonValue) -> JsonValue:

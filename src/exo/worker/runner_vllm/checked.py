@@ -1,10 +1,9 @@
 """A ``Load`` that may succeed: all that can be known before vLLM is imported."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from exo.worker.protocol.messages import Load
-from exo.worker.runner_common.model_folder import Json, check_folder, find_folder
+from exo.worker.runner_common.model_folder import HfFolder, find_folder, read_folder
 from exo.worker.runner_vllm.limits import check_limits
 from exo.worker.runner_vllm.options import VllmOptions, read_options
 from exo.worker.runner_vllm.probe import nvidia_devices, on_cpu
@@ -13,11 +12,8 @@ from exo.worker.runner_vllm.purpose import Purpose, find_purpose
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """``config`` is the folder's config.json."""
-
     options: VllmOptions
-    folder: Path
-    config: Json
+    folder: HfFolder
     purpose: Purpose
     processors: bool
     """Whether this build computes on them."""
@@ -26,8 +22,7 @@ class Checked:
 def check(command: Load) -> Checked:
     """Raises LoadError: without a folder, with a broken one, with wrong settings, or those that cannot be done here."""
     options = read_options(command.table)
-    folder = find_folder(options, command.model_id, command.directories)
-    config, processors = check_folder(folder), on_cpu()
-    check_limits(options, config, processors=processors, devices=len(nvidia_devices()))
-    purpose = find_purpose(command, options, folder, config, processors=processors)
-    return Checked(options, folder, config, purpose, processors)
+    folder, processors = read_folder(find_folder(options, command.model_id, command.directories)), on_cpu()
+    check_limits(options, folder.config, processors=processors, devices=len(nvidia_devices()))
+    purpose = find_purpose(command, options, folder.path, folder.config, processors=processors)
+    return Checked(options, folder, purpose, processors)

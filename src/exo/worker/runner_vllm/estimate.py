@@ -63,20 +63,20 @@ class _Model:
     @classmethod
     def of(cls, checked: Checked) -> "_Model":
         """From what the folder's files say of themselves."""
-        width = _WIDTHS[computed_in(checked.config, checked.options)]
-        file = checked.folder / "tokenizer.json"
+        width = _WIDTHS[computed_in(checked.folder.config, checked.options)]
+        file = checked.folder.path / "tokenizer.json"
         return cls(
             checked=checked,
             weights=sum(_bytes(tensor, width) for tensor in tensors(checked.folder).values()),
             tokenizer=file.stat().st_size if file.exists() else 0,
-            trained=trained_context(checked.config),
+            trained=trained_context(checked.folder.config),
         )
 
     def size(self, plan: Plan) -> list[Part]:
         """What everything takes. Devices that share a model have the same share of it."""
         options = self.checked.options.model_copy(update={"slots": plan.slots})
         processes = options.processes
-        cache = cache_bytes(self.checked.config, options, plan.n_ctx)
+        cache = cache_bytes(self.checked.folder.config, options, plan.n_ctx)
         process = Part("process", _PROCESS * (processes + (processes > 1)))
         return [
             replace(self._part("process", _DEVICE_CONTEXT), host=process.host)
@@ -91,13 +91,13 @@ class _Model:
     def _outputs(self, plan: Plan) -> int:
         """Logits, or what the layers of a model that makes vectors have of a text, which may be one step as a whole."""
         if self.checked.purpose.pooling is None:
-            return 8 * plan.slots * number(self.checked.config, "vocab_size", 0)
+            return 8 * plan.slots * number(self.checked.folder.config, "vocab_size", 0)
         wide, narrow = (
-            number(self.checked.config, "intermediate_size", 0),
-            number(self.checked.config, "hidden_size", 0),
+            number(self.checked.folder.config, "intermediate_size", 0),
+            number(self.checked.folder.config, "hidden_size", 0),
         )
         rows = self.checked.purpose.chunk if self.checked.purpose.divides else plan.n_ctx
-        return rows * (2 * wide + 4 * narrow) * _WIDTHS[computed_in(self.checked.config, self.checked.options)]
+        return rows * (2 * wide + 4 * narrow) * _WIDTHS[computed_in(self.checked.folder.config, self.checked.options)]
 
     def _part(self, name: str, size: int, *, later: bool = False) -> Part:
         """Of which every process of those that share the model has as much."""

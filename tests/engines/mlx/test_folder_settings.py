@@ -1,0 +1,159 @@
+"""What config.json and the index say reaches MLX, or is an error that names it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+
+from exo.worker.protocol.messages import Load
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_mlx.loader import check
+from tests.support.program import Program, ask, runner_command
+from tests.support.tiny import Shape, write_mlx
+from tests.support.tiny.shape import Architecture
+
+Json = dict[str, JsonValue]
+FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA3: Json = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR: Json = {"rope_type": "linear", "factor": 4.0}
+
+
+def edit(folder: Path, changes: Json, removed: Sequence[str] = ()) -> None:
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in removed}))
+
+
+def load_of(folder: Path, **table: JsonValue) -> Load:
+    return Load(model_id="test/tiny", backend="MlxCpu", table={"path": str(folder), **table})
+
+
+def generated(folder: Path) -> tuple[int, ...]:
+    """The tokens after a prompt that is long enough for positions to matter."""
+    with Program(runner_command(RUNNERS["mlx"].module)) as program:
+        program.load(load_of(folder))
+        [result] = program.generate(ask("one", "once upon a time there was a little model that counted " * 2))
+        return tuple(result.tokens)
+
+
+OLDER_AND_NEWER: dict[str, tuple[Architecture, Json, Json]] = {
+    "llama theta": ("llama", {"rope_theta": 77.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
+    "llama scaling": (
+        "llama",
+        {"rope_theta": 77.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 77.0, **LLAMA3}},
+    ),
+    "qwen2": (
+        "qwen2",
+        {"rope_theta": 77.0, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 77.0, **LINEAR}},
+    ),
+    "qwen3": (
+        "qwen3",
+        {"rope_theta": 77.0, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 77.0, **LINEAR}},
+    ),
+    "gemma3": (
+        "gemma3",
+        {"rope_theta": 777.0, "rope_local_base_freq": 77.0, "rope_scaling": LINEAR, "sliding_window_pattern": 3},
+        {
+            "rope_parameters": {
+                FULL: {"rope_theta": 777.0, **LINEAR},
+                SLIDING: {"rope_theta": 77.0, "rope_type": "default"},
+            },
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OLDER_AND_NEWER)
+def test_a_folder_of_transformers_5_computes_what_one_of_transformers_4_does(tmp_path: Path, case: str) -> None:
+    architecture, older, newer = OLDER_AND_NEWER[case]
+    own = ("rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern")
+    for name, settings in (("plain", {}), ("older", older), ("newer", newer)):
+        write_mlx(tmp_path / name, Shape(architecture))
+        if settings:
+            edit(tmp_path / name, {}, removed=own)
+            edit(tmp_path / name, settings)
+    expected = generated(tmp_path / "older")
+    assert expected != generated(tmp_path / "plain")
+    assert generated(tmp_path / "newer") == expected
+
+
+UNREAD: dict[str, tuple[Architecture, Json]] = {
+    "partial_rotary_factor": ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "hidden_act": ("llama", {"hidden_act": "gelu"}),
+    "rope_scaling.attention_factor": ("llama", {"rope_scaling": {**LINEAR, "attention_factor": 1.5}}),
+    "rope_parameters": (
+        "gemma3",
+        {"rope_parameters": {FULL: {"rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4, **LINEAR}}},
+    ),
+    "layer_types": ("gemma3", {"layer_types": [SLIDING, FULL, FULL, FULL, SLIDING, FULL]}),
+    "final_logit_softcapping": ("gemma3", {"final_logit_softcapping": 30.0}),
+    "attention_multiplier": ("qwen2", {"attention_multiplier": 0.5}),
+    "use_sliding_window": ("qwen3", {"use_sliding_window": True, "sliding_window": None}),
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_a_setting_that_mlx_would_ignore_is_named(tmp_path: Path, key: str) -> None:
+    architecture, settings = UNREAD[key]
+    write_mlx(tmp_path, Shape(architecture))
+    check(load_of(tmp_path))
+    edit(tmp_path, settings)
+    with pytest.raises(LoadError, match=f"has {key} = ") as refusal:
+        check(load_of(tmp_path))
+    assert f"[mlx] ignored_settings = ['{key}']" in str(refusal.value)
+    check(load_of(tmp_path, ignored_settings=[key]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention_dropout": 0.1, "initializer_range": 0.02, "pretraining_tp": 2, "unsloth_fixed": True},
+        {"mlp_bias": False, "hidden_act": None, "rope_scaling": None, "id2label": {"0": "a"}},
+        {"vision_config": {"a": 1}, "auto_map": {"AutoModel": "a.B"}, "dtype": "bfloat16", "_attn": "sdpa"},
+        {"layer_types": [FULL, FULL], "cache_implementation": None, "rope_parameters": {"rope_theta": 1e4}},
+    ],
+)
+def test_settings_that_change_nothing_are_no_reason_to_refuse(tmp_path: Path, settings: Json) -> None:
+    write_mlx(tmp_path, Shape())
+    edit(tmp_path, settings)
+    check(load_of(tmp_path))
+
+
+def test_a_window_that_mlx_does_not_have_limits_the_context(tmp_path: Path) -> None:
+    write_mlx(tmp_path, Shape())
+    edit(tmp_path, {"model_type": "mistral", "sliding_window": 1024})
+    assert check(load_of(tmp_path)).n_ctx == 1024
+    with pytest.raises(LoadError, match="n_ctx may be at most 1024"):
+        check(load_of(tmp_path, n_ctx=2048))
+    assert check(load_of(tmp_path, n_ctx=2048, ignored_settings=["sliding_window"])).n_ctx == 2048
+
+
+def test_only_the_files_of_the_index_are_loaded_and_the_log_says_what_is_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_mlx(tmp_path / "alone", Shape())
+    expected = generated(tmp_path / "alone")
+    write_mlx(tmp_path / "many", Shape())
+    weights = load_file(tmp_path / "many" / "model.safetensors")
+    (tmp_path / "many" / "model.safetensors").unlink()
+    files = {name: f"part-{'ab'[index % 2]}.safetensors" for index, name in enumerate(sorted(weights))}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in files if files[name] == file}, tmp_path / "many" / file)
+    (tmp_path / "many" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    strays = {"model-00001-of-00001": {name: -array for name, array in weights.items()}}
+    for name, tensors in {**strays, "model": {"another": weights["model.norm.weight"]}}.items():
+        save_file(tensors, tmp_path / "many" / f"{name}.safetensors")
+    assert generated(tmp_path / "many") == expected
+    told = capfd.readouterr().err
+    assert told.count("not loaded: model-00001-of-00001.safetensors, model.safetensors") == 1
