@@ -5,7 +5,7 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test test-fast check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-vllm clean
+.PHONY: run test test-fast check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-peers setup-vllm clean
 
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
@@ -37,14 +37,14 @@ faults: setup-dev demo-model  ## kill, stop and flood under load and check every
 bench: setup  ## measure an OpenAI-compatible server; URL=http://127.0.0.1:52415 MODEL=gemma-3-270m ARGS="--concurrency 1,4 --goodput ttft:1000"
 	$(BIN)/python -m exo.bench $(or $(URL),http://127.0.0.1:52415) --model $(or $(MODEL),gemma-3-270m) $(ARGS)
 
-bench-peers: setup-dev demo-model  ## exo beside llama-server, llama-cpp-python and mlx_lm.server; writes docs/performance.md and docs/one_user.md; PAIRS=5 ARGS=--tiny
+bench-peers: setup-peers demo-model  ## exo beside llama-server, llama-cpp-python and mlx_lm.server; writes docs/performance.md and docs/one_user.md; PAIRS=5 ARGS=--tiny
 	$(BIN)/python -m bench.peers --pairs $(or $(PAIRS),5) $(ARGS)
 	$(BIN)/python -m bench.one_user --pairs $(or $(PAIRS),5)
 
 bench-server: setup-dev  ## what the server path costs, with the fake runner; PAIRS=5
 	$(BIN)/python -m bench.server_path --pairs $(or $(PAIRS),5)
 
-gpu-archive:  ## pack what a machine with a card and no network needs; ARGS="--python 3.12"
+gpu-archive:  ## pack the sources and wheels for a machine with a GPU and no network; ARGS="--python 3.12"
 	$(PYTHON) scripts/gpu_archive.py $(ARGS)
 
 gpu-check:  ## on such a machine: build, test, measure, see docs/gpu.md; ARGS="--stages build,contract"
@@ -62,6 +62,9 @@ setup-dev:
 
 setup-clients:
 	@$(SETUP) --dev --clients
+
+setup-peers:
+	@$(SETUP) --dev --peers
 
 setup-vllm:  ## the vLLM runner's own environment, .venv-vllm: 3 GB on a CPU, more with CUDA
 	@$(SETUP) --vllm

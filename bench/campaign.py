@@ -1,4 +1,4 @@
-"""Eight streams, one after another on each of eight places, while the runner is killed and stopped and floods come."""
+"""Keeps eight streams running while the runner is killed and stopped and floods of requests come."""
 
 import asyncio
 import os
@@ -13,17 +13,16 @@ from typing import Literal
 
 import psutil
 
-from bench.burst import Asked, Burst, text_of
+from bench.streams import Asked, Burst, WatchedStream, client_of, text_of
 from bench.target import STREAMS, Target
-from bench.watched_stream import WatchedStream
 from tests.support.server import ServeProgram
 
 Kind = Literal["kill", "early kill", "stop", "flood"]
 
 MAX_QUEUE = 16
-"""Sequences that the server lets wait."""
+"""Sequences that may wait in the server."""
 FLOOD = 10 * MAX_QUEUE
-"""Requests of one flood."""
+"""Requests of a flood."""
 _FLOOD_SECONDS = 1.0
 _FLOOD_TOKENS = 8
 _EARLY_SHARE = 0.1
@@ -32,9 +31,9 @@ _SETTLE_SECONDS = 0.03
 
 
 def plan(kills: int, stops: int, floods: int, dice: random.Random) -> list[Kind]:
-    """The faults in a random order. Some kills come early, while a runner that replaces a killed one still loads.
+    """The faults in a random order. Some kills come early, while the replacement of a killed runner still loads.
 
-    Never two of these in a row: a third fruitless start would be a crash loop, which is another promise.
+    Two early kills never follow each other: a third start without success would be a crash loop, which has other rules.
     """
     counts: dict[Kind, int] = {"kill": kills, "stop": stops, "flood": floods}
     kinds: list[Kind] = [kind for kind, count in counts.items() for _ in range(count)]
@@ -47,21 +46,21 @@ def plan(kills: int, stops: int, floods: int, dice: random.Random) -> list[Kind]
 
 @dataclass(slots=True)
 class Fault:
-    """A death of the runner, at ``died`` of ``time.perf_counter``; ``seconds`` later a stream had its next token.
+    """A death of the runner at ``died``. ``seconds`` later a stream had its next token.
 
-    ``in_flight`` streams had tokens delivered and others still to come.
+    ``in_flight`` streams had received some of their tokens.
     """
 
     kind: Kind
     died: float
     in_flight: int
     seconds: float | None = None
-    """None where the next death came first."""
+    """None if the next death came first."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """All that was seen."""
+    """The observations of a campaign."""
 
     undisturbed: list[WatchedStream] = field(default_factory=list[WatchedStream])
     streams: list[WatchedStream] = field(default_factory=list[WatchedStream])
@@ -71,17 +70,18 @@ class Outcome:
     """Streams that were told to come again before they began, by status."""
     seconds: float = 0.0
     finished: bool = False
-    """Whether every fault came within the time limit."""
+    """Whether every fault happened within the time limit."""
 
 
 class Campaign:
-    """One server, which runs ``target``, and the faults of ``kinds``; ``load_seconds`` says how long a load takes."""
+    """The faults of ``kinds`` on a server that runs ``target``. ``load_seconds`` is the time of a load."""
 
     def __init__(
         self, server: ServeProgram, target: Target, kinds: Sequence[Kind], dice: random.Random, load_seconds: float
     ) -> None:
         self.outcome = Outcome()
         self._server = server
+        self._client = client_of(server.url)
         self._target = target
         self._kinds = kinds
         self._dice = dice
@@ -89,23 +89,23 @@ class Campaign:
         self._running: dict[int, WatchedStream] = {}
         self._over = False
         self._token = asyncio.Event()
-        """Set once a token has come since the last death."""
+        """Set when a token has come since the last death."""
         self._any_token = asyncio.Event()
         self._flood_request = Asked(target.body(0), _FLOOD_TOKENS)
 
     async def undisturbed(self) -> None:
-        """What all the streams are to be compared with: the same, at once, without faults. Raises SystemExit."""
+        """Runs the streams without faults, for comparison. Raises SystemExit if one fails."""
         streams = [WatchedStream(number, self._target.tokens) for number in range(STREAMS)]
-        await asyncio.gather(*(each.read(self._server.url, self._target.body(each.number)) for each in streams))
+        await asyncio.gather(*(each.read(self._client, self._target.body(each.number)) for each in streams))
         if broken := [each.error for each in streams if not (each.done and each.usage_exact)]:
             raise SystemExit(f"even without faults a stream fails: {broken[0] or 'its usage is wrong'}")
         self.outcome.undisturbed = streams
         if self._target.exact:
-            text = await text_of(self._server.url, self._flood_request)
+            text = await text_of(self._client, self._flood_request)
             self._flood_request = replace(self._flood_request, text=text)
 
     async def run(self, limit: float) -> None:
-        """All the faults; gives up after ``limit`` seconds."""
+        """Causes all faults. Gives up after ``limit`` seconds."""
         began = time.perf_counter()
         with suppress(TimeoutError):
             async with asyncio.timeout(limit), asyncio.TaskGroup() as tasks:
@@ -120,7 +120,7 @@ class Campaign:
         while not self._over:
             stream = WatchedStream(number, self._target.tokens)
             self._running[number] = stream
-            await stream.read(self._server.url, self._target.body(number), self._on_tokens)
+            await stream.read(self._client, self._target.body(number), self._on_tokens)
             del self._running[number]
             if stream.refused:
                 self.outcome.declined[stream.refused] += 1
@@ -148,7 +148,7 @@ class Campaign:
         await self._token.wait()
 
     async def _strike(self, kind: Kind) -> None:
-        """Ends the runner, and returns once there is another."""
+        """Ends the runner, and returns when there is another."""
         if kind == "early kill" and self._token.is_set():
             kind = "kill"
         victims = await self._runners_but(set())
@@ -158,7 +158,7 @@ class Campaign:
         for pid in victims:
             os.kill(pid, signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
         await self._runners_but(victims)
-        # What the dead runner sent has been read by the end of this, and the new one is far from its first token.
+        # After this, everything from the dead runner has been read, and the new one has not sent its first token.
         await asyncio.sleep(_SETTLE_SECONDS)
         cut = self._in_flight()
         for stream in cut:
@@ -175,13 +175,13 @@ class Campaign:
         await self._any_token.wait()
 
     async def _runners_but(self, gone: set[int]) -> set[int]:
-        """The runners, once there are some and none of them is one of ``gone``. No event tells of it."""
+        """Waits for runners none of which is in ``gone``, and returns them. There is no event to wait for."""
         while not (now := self._runners()) or now & gone:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_SECONDS)
         return now
 
     def _runners(self) -> set[int]:
-        """The runners' process ids, without processes that these have started."""
+        """The process ids of the runners, without their children."""
         found: set[int] = set()
         for process in self._server.runners():
             with suppress(psutil.NoSuchProcess):
@@ -190,8 +190,8 @@ class Campaign:
         return found
 
     async def _flood(self) -> None:
-        """Ten times as many requests as the queue has places, within a second."""
+        """Sends ten times as many requests as fit into the queue, within a second."""
         async with asyncio.TaskGroup() as tasks:
             for _ in range(FLOOD):
-                tasks.create_task(self.outcome.flood.ask(self._server.url, self._flood_request))
+                tasks.create_task(self.outcome.flood.ask(self._client, self._flood_request))
                 await asyncio.sleep(_FLOOD_SECONDS / FLOOD)

@@ -1,8 +1,8 @@
-"""Kills, stops and floods ``exo serve`` at random times while eight streams run, and checks every token of them.
+"""Kills, stops and floods ``exo serve`` at random times while eight streams run, and checks every token.
 
 ``python -m bench.faults [--model tiny|demo] [--runner cuda|mlx] [--kills N] [--stops N] [--floods N] [--seed N]
-[--json FILE]``, from the root of the repository. Without arguments: the three campaigns of ``CAMPAIGNS``. Ends with
-status 1 where a promise is broken. Ends by itself, whatever happens, and talks to this machine only.
+[--json FILE]``. Without arguments: the three campaigns of ``CAMPAIGNS``. Exits with status 1 if a promise is broken.
+Has a time limit, and all traffic stays on this machine.
 """
 
 import argparse
@@ -18,29 +18,27 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter
 
-from bench import findings
 from bench.campaign import MAX_QUEUE, Campaign, plan
-from bench.continuations import continuations
-from bench.near_ties import judge_all
-from bench.report import Choices, Report, Server
-from bench.table import lines
+from bench.fault_report import Choices, Deaths, Floods, Report, Server, Streams, different, differing_texts, lines
+from bench.servers import end_within
+from bench.streams import client_of
 from bench.target import LoadTime, Target, demo, load_time, tiny
-from bench.time_limit import end_within
+from bench.texts import continuations, judge_all
 from tests.support.server import ServeProgram
 
 CAMPAIGNS = (("tiny", "cuda", 200), ("tiny", "mlx", 40), ("demo", "cuda", 30))
 """Model, runner and kills."""
 _SHARE = 40
-"""Kills for each stop and each flood, which take longer."""
+"""Kills per stop and per flood, which take longer."""
 _SECONDS_EACH = {"kill": 15.0, "stop": 60.0, "flood": 30.0, "rest": 300.0}
-"""Far more than any needs; their sum is the time limit."""
+"""Generous times; their sum is the time limit."""
 _LAST_SECONDS = 900
-"""After the time limit, for the undisturbed run and for judging the texts."""
+"""Further time for the undisturbed run and the judgement of the texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """One campaign to run."""
+    """The options of one campaign."""
 
     model: str
     runner: str
@@ -51,13 +49,13 @@ class Options:
 
     @property
     def limit(self) -> float:
-        """Seconds within which all faults must have come."""
+        """The time limit of all faults in seconds."""
         counts = {"kill": self.kills, "stop": self.stops, "flood": self.floods, "rest": 1}
         return sum(seconds * counts[name] for name, seconds in _SECONDS_EACH.items())
 
 
 def run(options: Options, home: Path) -> Report:
-    """One campaign on a server of its own, which keeps its files in ``home``."""
+    """Runs one campaign on a server of its own with its files in ``home``."""
     _note(f"{options.model} model on runner {options.runner}")
     target = asyncio.run(tiny(home, options.runner) if options.model == "tiny" else demo())
     load = asyncio.run(load_time(target.engine, home / "load.log"))
@@ -72,11 +70,11 @@ def run(options: Options, home: Path) -> Report:
         asyncio.run(campaign.run(options.limit))
         after = _memory(server)
         outcome = campaign.outcome
-        doubtful = [] if target.exact else findings.different(outcome)
+        doubtful = [] if target.exact else different(outcome)
         _note(f"continuations of {len(doubtful)} texts")
-        asked = asyncio.run(continuations(server.url, target, doubtful))
+        asked = asyncio.run(continuations(client_of(server.url), target, doubtful))
         ended = _end(server, before, after)
-    texts = [] if target.exact else findings.texts(target, outcome, asked)
+    texts = [] if target.exact else differing_texts(target, outcome, asked)
     _note(f"judging {len(texts)} texts")
     ties = judge_all(target.engine, texts)
     same = sum(each.difference() is None for each in asked)
@@ -97,16 +95,16 @@ def _report(
         load_seconds=load.load,
         finished=outcome.finished,
         exact=target.exact,
-        streams=findings.streams(outcome, exact=target.exact),
-        deaths=findings.deaths(outcome),
-        floods=findings.floods(outcome, options.floods),
+        streams=Streams.of(outcome, exact=target.exact),
+        deaths=Deaths.of(outcome),
+        floods=Floods.of(outcome, options.floods),
         server=server,
         choices=choices,
     )
 
 
 def _note(doing: str) -> None:
-    """Tells on standard error what is being done."""
+    """Prints progress on standard error."""
     print(f"{time.strftime('%H:%M:%S')} {doing}", file=sys.stderr, flush=True)
 
 
@@ -115,7 +113,7 @@ def _memory(server: ServeProgram) -> int:
 
 
 def _end(server: ServeProgram, before: int, after: int) -> Server:
-    """Tells the server to stop, as an operator would."""
+    """Stops the server as an operator would."""
     children, runners = server.children(), len(server.runners())
     server.process.send_signal(signal.SIGTERM)
     status = server.process.wait(60)
@@ -141,8 +139,8 @@ def _chosen(arguments: argparse.Namespace) -> list[Options]:
 
 
 def main() -> None:
-    """Runs the campaigns one after the other and prints their figures."""
-    parser = argparse.ArgumentParser(prog="bench.faults")
+    """Runs the campaigns and prints their figures."""
+    parser = argparse.ArgumentParser(prog="bench.faults", description=__doc__)
     parser.add_argument("--model", choices=["tiny", "demo"])
     parser.add_argument("--runner", choices=["cuda", "mlx"])
     for name in ("--kills", "--stops", "--floods"):
@@ -152,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = _chosen(arguments)
     if not chosen:
-        parser.error("the demo model is put under faults on cuda alone")
+        parser.error("--model demo: only with --runner cuda")
     reports: list[Report] = []
     for options in chosen:
         end_within(options.limit + _LAST_SECONDS)

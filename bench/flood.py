@@ -1,9 +1,8 @@
-"""Ten times the requests that the slots can serve, for 30 seconds, against ``exo serve``.
+"""Sends ``exo serve`` ten times the requests that its slots can serve, for 30 seconds.
 
-``python -m bench.flood [--runner fake|cuda] [--seconds N]``, from the root of the repository, with the tests' fake
-runner or llama.cpp on a tiny model: prints how soon what is refused is answered, by how much the memory of the server
-grows, and what the flood does to streams that run through it, whose every token is compared with those of the same
-streams without a flood. Ends with status 1 where a promise is broken.
+``python -m bench.flood [--runner fake|cuda] [--seconds N]``, with the tests' fake runner or llama.cpp on a tiny model,
+prints the times of refusals, the growth of the server's memory, and the effect on streams that run meanwhile. Every
+token of these is compared with the same streams without a flood. Exits with status 1 if a promise is broken.
 """
 
 import argparse
@@ -14,22 +13,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
-from bench.burst import Asked, Burst, text_of
-from bench.report import Promise, Spread
+from bench.fault_report import Promise, Spread
+from bench.servers import end_within
+from bench.streams import Asked, Burst, WatchedStream, client_of, text_of
 from bench.target import tiny
-from bench.time_limit import end_within
-from bench.watched_stream import WatchedStream
+from exo.bench.client import Client
 from tests.support.server import ServeProgram, write_card
 
 STREAMS, SLOTS, MAX_QUEUE = 4, 8, 16
 REQUEST_SECONDS = 0.2
-"""What a request of the flood takes when it is served."""
+"""The time that a served request of the flood takes."""
 RATE = 10 * (SLOTS - STREAMS) / REQUEST_SECONDS
-"""Requests a second."""
+"""Requests per second."""
 N_CTX = 1 << 15
 MEMORY_BYTES = 20e6
 REFUSED_SECONDS = 0.1
@@ -37,12 +37,12 @@ _WARM_UP_SECONDS = 3.0
 _CALIBRATION_TOKENS = 300
 
 Body = Callable[[int], dict[str, object]]
-"""The request of a stream by its number."""
+"""The request of a stream, by its number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Streams without and with the flood, what became of the flood, and memory of the server in bytes."""
+    """The streams without and with the flood, the replies to the flood, and the server's memory in bytes."""
 
     seconds: float
     quiet: list[WatchedStream]
@@ -52,54 +52,54 @@ class Found:
     after: int
 
     def promises(self) -> list[Promise]:
-        """Each, and whether it was kept."""
+        """The promises, and whether they were kept."""
         refused = Spread.of(self.burst.refused_seconds)
         unharmed = all(
-            two.done and two.usage_exact and (one.ids, one.text) == (two.ids, two.text)
+            two.done and two.usage_exact and (one.ids, one.reply.text) == (two.ids, two.reply.text)
             for one, two in zip(self.quiet, self.loud, strict=True)
         )
         kept = {
             f"memory grows by less than {MEMORY_BYTES / 1e6:.0f} MB": self.after - self.before < MEMORY_BYTES,
             f"99 of 100 refused within {REFUSED_SECONDS * 1e3:.0f} ms": refused and refused.p99 < REFUSED_SECONDS,
-            "every token of the streams that of the quiet ones": unharmed,
-            "whatever is not refused is served as asked": self.burst.wrong == self.burst.unexpected == 0,
+            "every token of the streams equals that of the quiet ones": unharmed,
+            "every other request is served correctly": self.burst.wrong == self.burst.unexpected == 0,
         }
         return [Promise(text=text, kept=bool(value)) for text, value in kept.items()]
 
 
-async def streams(url: str, body: Body, tokens: int) -> list[WatchedStream]:
-    """All streams at once, to their ends."""
+async def streams(client: Client, body: Body, tokens: int) -> list[WatchedStream]:
+    """Runs all streams at once."""
     found = [WatchedStream(number, tokens) for number in range(STREAMS)]
-    await asyncio.gather(*(each.read(url, body(each.number)) for each in found))
+    await asyncio.gather(*(each.read(client, body(each.number)) for each in found))
     if errors := [each.error or f"refused with {each.refused}" for each in found if not each.done]:
         print(*errors, sep="\n", file=sys.stderr)
     return found
 
 
 def gaps(found: list[WatchedStream]) -> list[float]:
-    """Seconds between one token and the next."""
-    return [two - one for each in found for one, two in zip(each.times, each.times[1:], strict=False)]
+    """The seconds between tokens."""
+    return [two - one for each in found for one, two in pairwise(each.reply.times)]
 
 
-async def flood(url: str, asked: Asked, seconds: float, burst: Burst) -> None:
-    """``RATE`` requests a second, whatever becomes of them; returns when the last is answered."""
+async def flood(client: Client, asked: Asked, seconds: float, burst: Burst) -> None:
+    """Sends ``RATE`` requests per second, whatever becomes of them. Returns after the last reply."""
     began = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
         for number in range(int(seconds * RATE)):
             await asyncio.sleep(max(0.0, began + number / RATE - time.perf_counter()))
-            tasks.create_task(burst.ask(url, asked))
+            tasks.create_task(burst.ask(client, asked))
 
 
-async def measure(url: str, body: Body, seconds: float, server: psutil.Process) -> Found:
-    """The same streams twice, the second time through the flood."""
-    step = statistics.mean(gaps(await streams(url, body, _CALIBRATION_TOKENS)))
+async def measure(client: Client, body: Body, seconds: float, server: psutil.Process) -> Found:
+    """Runs the same streams twice, the second time during the flood."""
+    step = statistics.mean(gaps(await streams(client, body, _CALIBRATION_TOKENS)))
     asked = Asked(body(0), max(1, round(REQUEST_SECONDS / step)))
-    asked = Asked(asked.body, asked.tokens, await text_of(url, asked))
+    asked = Asked(asked.body, asked.tokens, await text_of(client, asked))
     tokens = min(int(seconds / step), N_CTX - 256)
-    await flood(url, asked, _WARM_UP_SECONDS, Burst())
+    await flood(client, asked, _WARM_UP_SECONDS, Burst())
     before = server.memory_info().rss
-    quiet, burst = await streams(url, body, tokens), Burst()
-    loud, _ = await asyncio.gather(streams(url, body, tokens), flood(url, asked, seconds, burst))
+    quiet, burst = await streams(client, body, tokens), Burst()
+    loud, _ = await asyncio.gather(streams(client, body, tokens), flood(client, asked, seconds, burst))
     return Found(seconds, quiet, loud, burst, before, server.memory_info().rss)
 
 
@@ -112,14 +112,14 @@ def show(found: Found) -> None:
     print(f"memory of the server: {found.before / 1e6:.1f} MB before, {found.after / 1e6:.1f} MB after")
     for name, each in (("without", found.quiet), ("with", found.loud)):
         spread = Spread.of(gaps(each))
-        took = max((stream.times[-1] - stream.times[0] for stream in each if stream.times), default=0)
+        took = max((stream.reply.times[-1] - stream.reply.times[0] for stream in each if stream.reply.times), default=0)
         print(f"{STREAMS} streams {name} flood, {took:.0f} s: token gap {spread and spread.milliseconds()}")
     for promise in found.promises():
         print(f"{'kept' if promise.kept else 'BROKEN':<8}{promise.text}")
 
 
 def prepare(home: Path, runner: str) -> Body:
-    """Puts the model in place."""
+    """Writes the model and its card."""
     if runner == "cuda":
         return asyncio.run(tiny(home, runner, N_CTX)).body
     table = {"slots": SLOTS, "n_ctx": 1_000_000, "step_seconds": 0.01}
@@ -128,8 +128,8 @@ def prepare(home: Path, runner: str) -> Body:
 
 
 def main() -> None:
-    """Runs the bench on a server of its own."""
-    parser = argparse.ArgumentParser(prog="bench.flood")
+    """Runs the benchmark on a server of its own."""
+    parser = argparse.ArgumentParser(prog="bench.flood", description=__doc__)
     parser.add_argument("--runner", choices=["fake", "cuda"], default="fake")
     parser.add_argument("--seconds", type=float, default=30.0)
     arguments = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
         body = prepare(home, arguments.runner)
         with ServeProgram(home, fake=arguments.runner == "fake", EXO_MAX_QUEUE=str(MAX_QUEUE)) as program:
             server = psutil.Process(program.process.pid)
-            found = asyncio.run(measure(program.url, body, arguments.seconds, server))
+            found = asyncio.run(measure(client_of(program.url), body, arguments.seconds, server))
     show(found)
     sys.exit(0 if all(promise.kept for promise in found.promises()) else 1)
 

@@ -1,21 +1,35 @@
-"""What grammar masks cost: eight streams of the demo model that must match a JSON Schema against eight that need not.
+"""Measures guided decoding: its cost, and whether its output follows the schema.
 
-``python -m bench.grammar [PAIRS]``, from the root of the repository: prints both output rates of each pair, their
-ratio, and the median of the ratios.
+``python -m bench.grammar cost [PAIRS]``: eight streams of the demo model that must match a JSON Schema take turns with
+eight free ones. Prints both output rates of each pair, their ratio, and the median of the ratios.
+
+``python -m bench.grammar follow [COUNT [FIRST_SEED]]``: random JSON Schemas at temperature 1, eight at a time. Prints
+the results and every schema that was refused or not followed. Exits with status 1 if one was not followed.
 """
 
-import asyncio
+import argparse
 import json
 import statistics
 import sys
 import tempfile
-import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import anyio
+import httpx
 from pydantic import JsonValue
 
-from bench.streams import MODEL, start_server, wait_until_ready
+from bench.servers import demo_server
+from exo.bench.client import Client
+from exo.bench.load import closed_loop
+from exo.bench.options import Options
+from exo.bench.prompts import body
+from exo.bench.reading import read
+from tests.support.random_schemas import Fate, Schema, fate, follows_formats, random_schema
 
 STREAMS, TOKENS = 8, 64
 PERSON: JsonValue = {
@@ -30,81 +44,112 @@ PERSON: JsonValue = {
     "additionalProperties": False,
 }
 PEOPLE: JsonValue = {"type": "array", "items": PERSON, "minItems": 100}
-"""Never finished within ``TOKENS``."""
+"""``TOKENS`` do not suffice to finish it."""
+
+
+def rate(url: str, model: str, schema: JsonValue) -> float:
+    """Output tokens per second while all streams decode. Every stream must be complete.
+
+    A token may release no text, so the tokens of the usage are spread evenly over the chunks.
+    """
+    fields: dict[str, JsonValue] = {"json_schema": {"name": "people", "schema": schema}, "type": "json_schema"}
+    extra: dict[str, JsonValue] = {} if schema is None else {"response_format": fields}
+    options = Options(url=url, model=model, endpoint="chat", temperature=1, extra=extra)
+    bodies = [body(options, f"List {number + 100} people as JSON.", number, TOKENS) for number in range(STREAMS)]
+    exchanges = anyio.run(closed_loop, Client(options), bodies, STREAMS, options.time_limit)
+    streams = [read(exchange) for exchange in exchanges]
+    assert all(each.whole and each.completion_tokens == TOKENS for each in streams), streams
+    begin, end = max(each.times[0] for each in streams), min(each.times[-1] for each in streams)
+    chunks = ((sum(begin < moment <= end for moment in each.times), len(each.times)) for each in streams)
+    return sum(TOKENS * within / count for within, count in chunks) / (end - begin)
+
+
+def cost(url: str, model: str, pairs: int) -> None:
+    """Takes turns. The first pair does not count: with the first grammar the runner reads the vocabulary."""
+    ratios: list[float] = []
+    for pair in range(pairs + 1):
+        masked, free = rate(url, model, PEOPLE), rate(url, model, None)
+        if pair:
+            ratios.append(masked / free)
+            print(f"with a schema {masked:6.1f} / without {free:6.1f} tokens/s = {ratios[-1]:.3f}", flush=True)
+    print(f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
-    """Arrival times of one stream's chunks, in seconds, and the tokens that it says it has."""
+class Outcome:
+    """The result for the schema of ``seed``. ``text`` is the reply, or the reason of the refusal."""
 
-    times: list[float]
-    completion_tokens: int
+    seed: int
+    schema: Schema
+    fate: Fate
+    text: str
+    tokens: int = 0
 
 
-async def read_stream(url: str, number: int, schema: JsonValue) -> Stream:
-    """Reads bytes and parses them only afterwards, since client and engine share the cores."""
-    body: dict[str, JsonValue] = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": f"List {number + 100} people as JSON."}],
-        "max_tokens": TOKENS,
+def ask(client: httpx.Client, model: str, tokens: int, seed: int) -> Outcome:
+    """Requests one reply. Raises ``httpx.HTTPStatusError`` for every failure but a refusal of the schema."""
+    schema = random_schema(seed)
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Write an example as JSON."}],
         "temperature": 1,
-        "seed": number,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+        "seed": seed,
+        "max_tokens": tokens,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "example", "schema": schema}},
     }
-    if schema is not None:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "people", "schema": schema}}
-    payload = json.dumps(body).encode()
-    host, _, port = url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n"
-    writer.write(f"{head}content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n".encode() + payload)
-    received: list[tuple[float, bytes]] = []
-    while data := await reader.read(1 << 16):
-        received.append((time.perf_counter(), data))
-    writer.close()
-    text = b"".join(data for _, data in received).decode()
-    assert "data: [DONE]" in text, text[:500]
-    usage = text.rpartition('"completion_tokens":')[2]
-    times = [moment for moment, data in received for _ in range(data.count(b'"finish_reason":null'))]
-    return Stream(times, int(usage[: usage.index(",")]))
+    reply = client.post("/v1/chat/completions", json=body)
+    if reply.status_code == 400:
+        error = reply.json()["error"]
+        assert error["param"] == "response_format.json_schema.schema", error
+        return Outcome(seed, schema, "refused", error["message"].partition(": ")[2])
+    made = reply.raise_for_status().json()
+    (choice,) = made["choices"]
+    text: str = choice["message"]["content"]
+    became = fate(schema, choice["finish_reason"], text)
+    return Outcome(seed, schema, became, text, made["usage"]["completion_tokens"])
 
 
-async def rate(url: str, schema: JsonValue) -> float:
-    """Output tokens a second while all streams decode. Every stream must be complete.
+def ask_all(url: str, model: str, seeds: Sequence[int], tokens: int) -> list[Outcome]:
+    """The outcomes in the order of the seeds."""
+    with httpx.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(STREAMS) as pool:
+        return list(pool.map(partial(ask, client, model, tokens), seeds))
 
-    A token may release no text, so tokens are counted from the streams' usage and spread over their chunks.
-    """
-    streams = await asyncio.gather(*(read_stream(url, number, schema) for number in range(STREAMS)))
-    assert all(stream.completion_tokens == TOKENS for stream in streams), "a stream is incomplete"
-    begin = max(stream.times[0] for stream in streams)
-    end = min(stream.times[-1] for stream in streams)
-    tokens = sum(
-        TOKENS / len(stream.times) * sum(begin < moment <= end for moment in stream.times) for stream in streams
+
+def report(outcomes: Sequence[Outcome]) -> None:
+    """Prints the counts, the refusals and the invalid replies."""
+    count = Counter(each.fate for each in outcomes)
+    tokens = sum(each.tokens for each in outcomes)
+    print(f"{len(outcomes)} schemas, {tokens} tokens: {count['valid']} finished and valid,", end=" ")
+    print(f"{count['invalid']} finished and not valid, {count['cut off']} cut off, {count['refused']} refused")
+    loose = [each for each in outcomes if each.fate == "valid" and not follows_formats(each.schema, each.text)]
+    print(f"of the valid, {len(loose)} have a string that does not match its format by jsonschema_rs")
+    for why, number in Counter(each.text for each in outcomes if each.fate == "refused").most_common():
+        print(f"refused {number:3}: {why}")
+    for each in outcomes:
+        if each.fate == "invalid":
+            print(f"not valid, seed {each.seed}: {json.dumps(each.schema)}\n  {each.text!r}")
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bench.grammar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return tokens / (end - begin)
-
-
-def main() -> None:
-    """Both in turn, after one of each whose times are not counted: the first grammar makes the vocabulary known."""
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser.add_argument("what", choices=("cost", "follow"))
+    parser.add_argument("count", type=int, nargs="?", help="pairs, by default 5, or schemas, by default 300")
+    parser.add_argument("first_seed", type=int, nargs="?", default=0)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server, url, _ = start_server(Path(folder), "--load", MODEL)
-        try:
-            wait_until_ready(url)
-            for schema in (PEOPLE, None):
-                asyncio.run(rate(url, schema))
-            ratios: list[float] = []
-            for _ in range(pairs):
-                masked, free = asyncio.run(rate(url, PEOPLE)), asyncio.run(rate(url, None))
-                ratios.append(masked / free)
-                print(f"with a schema {masked:6.1f} / without {free:6.1f} tokens/s = {ratios[-1]:.3f}", flush=True)
-            print(f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-        finally:
-            server.terminate()
-            server.wait()
+        server = demo_server(Path(folder))
+        with server.running(Path(folder) / "serve.log"):
+            if arguments.what == "cost":
+                cost(server.url, server.model, arguments.count or 5)
+                return 0
+            seeds = range(arguments.first_seed, arguments.first_seed + (arguments.count or 300))
+            outcomes = ask_all(server.url, server.model, seeds, 400)
+    report(outcomes)
+    return int(any(each.fate == "invalid" for each in outcomes))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
-"""What one user on one machine sees: a CPU that does other work too, two models at once, prompts that come alone.
+"""Measures what one user on one machine sees: a busy CPU, two models, single prompts, clients that leave.
 
 ``python -m bench.one_user [--pairs N] [--starts N] [--docs FOLDER]`` writes ``one_user.md``. exo and llama-server run
-next to each other and take turns, on the demo model. ``make bench-peers`` runs this after ``bench.peers``.
+side by side with the demo model, and take turns. ``make bench-peers`` runs this after ``bench.peers``.
 """
 
 import argparse
@@ -18,23 +18,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+import httpx
 import psutil
 
-from bench import peers_setup
-from bench.peer_servers import DEMO_CARD, Server, demo_model, demo_server, engine_flags, free_address, llama_server
-from bench.peers import ask, commit
-from bench.scenarios import Scenario
-from bench.time_limit import end_within
+from bench.peer_report import Scenario
+from bench.peers import ask
+from bench.servers import (
+    DEMO_CARD,
+    ROOT,
+    Server,
+    commit,
+    demo_model,
+    demo_server,
+    end_within,
+    llama_server,
+    set_up_peers,
+)
 from exo.bench.report import Stage
 
 PAGE = "one_user.md"
 STREAMS = (1, 4)
 OUTPUT_TOKENS, FEW_TOKENS = 48, 12
-"""Output tokens of each stream next to another process. The second is for a server that is known to be very slow."""
+"""Output tokens of each stream beside another process. The second number is for a very slow server."""
 LONE_PAIRS = 3
-"""Long prompts take long, and their times differ little from pair to pair."""
+"""Few, because long prompts take long and their times vary little."""
 SECOND = "demo/second"
-"""A second model: the same file under another name."""
+"""The second model: the same file with another name."""
 LONG_CONTEXT, LONG_SLOTS = 12_288, 2
 LONE = {
     f"lone prompt of {words:,} words": Scenario("", 1, (), {"requests": n, "prompt_words": words, "output_tokens": 8})
@@ -51,22 +60,22 @@ IDLE_SECONDS = 60.0
 _LIMIT_SECONDS = 3 * 3600.0
 
 Row = tuple[str, str, Sequence[float], Sequence[float]]
-"""Scenario, figure, exo's values pair by pair, and those that they are held against."""
+"""Scenario, figure, exo's values pair by pair, and the values that they are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """A process that computes without end, in a session of its own or in that of the servers.
+    """A process that computes without end, in its own session or in that of the servers.
 
-    The kernel schedules a session as a group. llama-server is started in this program's session, exo's runners have
-    sessions of their own.
+    The kernel schedules a session as a group. llama-server runs in this program's session, each runner of exo in its
+    own.
     """
 
     own_session: bool
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """While the block runs, and two seconds before."""
+        """Runs it during the block, and two seconds before."""
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=self.own_session)
         try:
             time.sleep(2)
@@ -77,9 +86,9 @@ class Busy:
 
 
 def busy_turns(exo: Server, llama: Server, pair: int) -> Iterator[tuple[str, int, Stage]]:
-    """One pair's turns on a quiet machine and on a busy one: who and how, streams, what came of it.
+    """One pair's turns on a quiet and on a busy machine: name, streams, results.
 
-    llama-server next to a process of another session is asked in the first pair only.
+    llama-server beside a process of another session is measured in the first pair only.
     """
     own, shared = Busy(own_session=True).running, Busy(own_session=False).running
     turns = (
@@ -125,7 +134,7 @@ def busy_rows(exo: Server, llama: Server, pairs: int) -> Iterator[Row]:
 
 
 def two_models(home: Path, starts: int) -> Iterator[Row]:
-    """A server with two models, started anew each time: one stream each against two streams of one."""
+    """A server with two models, restarted each time: one stream of each model against two streams of one."""
     server = _two_model_server(home)
     one: list[float] = []
     both: list[float] = []
@@ -151,12 +160,9 @@ def two_models(home: Path, starts: int) -> Iterator[Row]:
 
 
 def lone_prompts(home: Path, pairs: int) -> Iterator[Row]:
-    """Time to the first token of prompts that find the server idle."""
-    exo = demo_server("exo", home / "long", (f"n_ctx = {LONG_CONTEXT}", f"slots = {LONG_SLOTS}"))
-    url, port = free_address()
-    flags = [*engine_flags(LONG_SLOTS, LONG_CONTEXT), "-np", str(LONG_SLOTS), "--no-webui"]
-    plain = llama_server()
-    llama = replace(plain, url=url, command=[*plain.command[:3], "--port", port, *flags])
+    """The time to the first token of prompts that find the server idle."""
+    exo = demo_server(home / "long", (f"n_ctx = {LONG_CONTEXT}", f"slots = {LONG_SLOTS}"))
+    llama = llama_server(LONG_SLOTS, LONG_CONTEXT)
     with exo.running(home / "long.log"), llama.running(home / "llama-long.log"):
         found: dict[tuple[str, str], list[float]] = {}
         for pair in range(min(pairs, LONE_PAIRS)):
@@ -169,8 +175,26 @@ def lone_prompts(home: Path, pairs: int) -> Iterator[Row]:
         yield name, "ms to the first token, against llama-server", found[name, "exo"], found[name, "llama-server"]
 
 
+def leaving_clients(home: Path, runs: int) -> Iterator[Row]:
+    """One slot, whose client leaves in the middle of a prompt of some 2,000 tokens while the next request waits."""
+    server = demo_server(home / "one-slot", ("slots = 1",))
+    after: list[float] = []
+    alone: list[float] = []
+    with server.running(home / "one-slot.log"):
+        for run in range(runs):
+            body = {"model": server.model, "prompt": f"{run} " + "word " * 2000, "stream": True}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+                reply.raise_for_status()
+                time.sleep(0.3 + 0.1 * run)
+            for results in (after, alone):
+                began, short = time.perf_counter(), {"model": server.model, "prompt": "The", "max_tokens": 1}
+                httpx.post(f"{server.url}/v1/completions", json=short, timeout=60).raise_for_status()
+                results.append(1000 * (time.perf_counter() - began))
+    yield "a client leaves a prompt of 2,000 tokens", "ms to the next one's token, against an idle server", after, alone
+
+
 def idle_share(home: Path) -> float:
-    """Share of a core that all processes of a server with two models and no requests use over a minute."""
+    """The share of a core that a server with two models and no requests uses over a minute, with its runners."""
     server = _two_model_server(home)
     with server.running(home / "idle.log"):
         time.sleep(5)
@@ -197,7 +221,7 @@ def _two_model_server(home: Path) -> Server:
         (cards / "second.toml").write_text(
             "\n".join([*lines[:at], f"path = {json.dumps(str(demo_model()))}", *lines[at:]])
         )
-    server = demo_server("exo", folder)
+    server = demo_server(folder)
     return replace(server, command=[*server.command, "--load", SECOND])
 
 
@@ -208,7 +232,7 @@ def _print(pair: int, name: str, stage: Stage) -> None:
 
 
 def page(rows: Sequence[Row], idle: float, pairs: int, starts: int) -> Iterator[str]:
-    """The page's lines. A ratio is exo's figure over the other, within each pair."""
+    """The lines of the page. A ratio is exo's figure divided by the other, within each pair."""
     yield "# One user on one machine"
     yield ""
     yield (
@@ -232,21 +256,21 @@ def page(rows: Sequence[Row], idle: float, pairs: int, starts: int) -> Iterator[
 
 
 def main() -> None:
-    """Sets up, runs, writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Sets up, measures, and writes the page."""
+    parser = argparse.ArgumentParser(prog="bench.one_user", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--starts", type=int, default=10)
-    parser.add_argument("--only", choices=["busy", "two", "lone", "idle"], help="print one part and write no page")
-    parser.add_argument("--docs", type=Path, default=peers_setup.ROOT / "docs", help="where the page goes")
+    parser.add_argument("--only", choices=["busy", "two", "lone", "leave", "idle"], help="one part; writes no page")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the page")
     arguments = parser.parse_args()
-    peers_setup.main()
+    set_up_peers()
     end_within(_LIMIT_SECONDS)
     rows: list[Row] = []
     idle, only = 0.0, arguments.only
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         if only in (None, "busy"):
-            servers = demo_server("exo", home / "exo"), llama_server()
+            servers = demo_server(home / "exo"), llama_server()
             with ExitStack() as running:
                 for server in servers:
                     running.enter_context(server.running(home / f"{server.name}.log"))
@@ -255,6 +279,8 @@ def main() -> None:
             rows += two_models(home, arguments.starts)
         if only in (None, "lone"):
             rows += lone_prompts(home, arguments.pairs)
+        if only in (None, "leave"):
+            rows += leaving_clients(home, 9)
         if only in (None, "idle"):
             idle = idle_share(home)
     lines = "\n".join(page(rows, idle, arguments.pairs, arguments.starts)) + "\n"

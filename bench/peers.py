@@ -1,47 +1,48 @@
-"""exo beside its peers: every scenario in turn, A B A B, in one run. Writes docs/performance.md, its plot and its data.
+"""Measures exo beside its peers, which take turns in every scenario. Writes docs/performance.md, its plot and its data.
 
-``python -m bench.peers [--pairs N] [--tiny] [--docs FOLDER]``; ``make bench-peers`` sets everything up first. With
-``--tiny`` the sizes are those of a try, and the figures say nothing.
+``python -m bench.peers [--pairs N] [--tiny] [--only TEXT] [--architecture NAME] [--docs FOLDER]``. ``--tiny`` is a
+trial with small sizes, whose figures mean nothing. ``--only`` runs the scenarios whose names contain the text and
+writes no page. ``--page FILE.json`` only writes the page again from its data.
 """
 
 import argparse
-import subprocess
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 from zlib import crc32
 
 import anyio
 
-from bench import peers_page, peers_setup
-from bench.ceiling import ceiling
-from bench.peer_findings import CeilingTurn, Contender, PeerFindings, Turn
-from bench.peer_servers import (
-    Name,
+from bench import peer_report
+from bench.peer_report import DEMO, TINY, TWIN, CeilingTurn, Contender, PeerFindings, Scenario, Turn, ceiling
+from bench.servers import (
+    ROOT,
     Server,
     bindings_server,
-    exo_server,
+    commit,
+    demo_server,
+    end_within,
     llama_server,
     mlx_servers,
-    speculating_server,
+    set_up_peers,
 )
-from bench.scenarios import DEMO, TINY, TWIN, Scenario
-from bench.time_limit import end_within
 from exo.bench.options import Options
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
-from exo.compare.evidence import host_facts
+from exo.compare.comparison import HostFacts
 from exo.worker.supervisor.host_probe import probe_host
 from tests.support.tiny import Shape, write_mlx
+from tests.support.tiny.shape import Architecture
 
 CEILING_STREAMS = (1, 4, 8, 16)
 _LIMIT_SECONDS = 3 * 3600.0
 
 
 def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
-    """One turn. A pair's scenario has prompts of its own, so that none is in a cache. Every reply has to be whole."""
+    """One turn. Each pair has its own prompts, so that none is in a cache. Exits unless every reply is complete."""
     options = Options(
         url=server.url,
         model=server.model,
@@ -56,7 +57,7 @@ def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
     return stage
 
 
-def take_turns(servers: Mapping[Name, Server], scenarios: Sequence[Scenario], pair: int, *, tiny: bool) -> list[Turn]:
+def take_turns(servers: Mapping[str, Server], scenarios: Sequence[Scenario], pair: int, *, tiny: bool) -> list[Turn]:
     """One pair of every scenario: exo first, then each peer."""
     turns: list[Turn] = []
     for scenario in scenarios:
@@ -75,29 +76,34 @@ def _figures(stage: Stage) -> str:
     return f"{stage.output_tokens_per_second:8.1f} tokens/s, first token {first:8.1f} ms"
 
 
-def run(pairs: int, home: Path, *, tiny: bool) -> PeerFindings:
-    """Everything: the demo model's servers together, then the tiny model's."""
+def run(pairs: int, home: Path, architecture: Architecture, only: str, *, tiny: bool) -> PeerFindings:
+    """The demo model's servers together, then the tiny model's."""
     turns: list[Turn] = []
     ceilings: list[CeilingTurn] = []
-    demo = (exo_server(home), speculating_server(home), llama_server(), bindings_server())
+    demo = (
+        demo_server(home / "exo"),
+        demo_server(home / "exo-speculating", ('speculate = "auto"',), "exo, speculating"),
+        llama_server(),
+        bindings_server(),
+    )
     folder = home / "twin"
-    write_mlx(folder, Shape())
+    write_mlx(folder, Shape(architecture))
     twin = mlx_servers(home, folder)
-    with _running(demo, home) as servers:
-        for pair in range(pairs):
-            done = take_turns(servers, DEMO, pair, tiny=tiny)
-            turns += done
-            first = done[0].stage
-            prompt, output = first.tokens.prompt // first.requests.whole, first.tokens.output // first.requests.whole
-            ceilings.append(CeilingTurn(pair=pair, batches=tuple(ceiling(CEILING_STREAMS, prompt, output))))
-    with _running(twin, home) as servers:
-        for pair in range(pairs):
-            turns += take_turns(servers, TWIN, pair, tiny=tiny)
+    for servers, all_scenarios in ((demo, DEMO), (twin, TWIN)):
+        scenarios = [scenario for scenario in all_scenarios if only in scenario.name]
+        needed = {name for scenario in scenarios for name in (scenario.us, *scenario.peers)}
+        with _running([server for server in servers if server.name in needed], home) as running:
+            for pair in range(pairs):
+                turns += (done := take_turns(running, scenarios, pair, tiny=tiny))
+                if servers is demo and not only:
+                    tokens, whole = done[0].stage.tokens, done[0].stage.requests.whole
+                    batches = ceiling(CEILING_STREAMS, tokens.prompt // whole, tokens.output // whole)
+                    ceilings.append(CeilingTurn(pair=pair, batches=tuple(batches)))
     return PeerFindings(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         tiny=tiny,
-        host=host_facts(anyio.run(probe_host)),
+        host=HostFacts.of(anyio.run(probe_host)),
         pairs=pairs,
         contenders=tuple(Contender(name=each.name, version=each.version, flags=each.flags) for each in (*demo, *twin)),
         turns=tuple(turns),
@@ -106,37 +112,41 @@ def run(pairs: int, home: Path, *, tiny: bool) -> PeerFindings:
 
 
 @contextmanager
-def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[Name, Server]]:
+def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[str, Server]]:
     with ExitStack() as running:
         for server in servers:
             running.enter_context(server.running(home / f"{server.name}.log"))
         yield {server.name: server for server in servers}
 
 
-def commit() -> str:
-    """The commit that is measured, with a remark if the working tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=peers_setup.ROOT)
-        return done.stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
-
-
 def main() -> None:
-    """Sets up, runs, writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Sets up, measures, and writes the page."""
+    parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help=f"try it all with {TINY}")
-    parser.add_argument("--docs", type=Path, default=peers_setup.ROOT / "docs", help="where the page and the rest go")
+    parser.add_argument("--tiny", action="store_true", help=f"a trial with {TINY}")
+    parser.add_argument("--only", default="", help="the scenarios whose names contain this text; writes no page")
+    parser.add_argument("--architecture", choices=get_args(Architecture), default="llama", help="of MLX's tiny model")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the page")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of this data; measure nothing")
     arguments = parser.parse_args()
-    peers_setup.main()
+    if arguments.page is not None:
+        findings = PeerFindings.model_validate_json(arguments.page.read_text())
+        peer_report.write(findings, arguments.page.parent)
+        return
+    set_up_peers()
     end_within(_LIMIT_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        findings = run(arguments.pairs, Path(folder), tiny=arguments.tiny)
-    arguments.docs.mkdir(parents=True, exist_ok=True)
-    peers_page.write(findings, arguments.docs)
-    print(f"wrote {arguments.docs / peers_page.PAGE}")
+        findings = run(arguments.pairs, Path(folder), arguments.architecture, arguments.only, tiny=arguments.tiny)
+    if not arguments.only:
+        arguments.docs.mkdir(parents=True, exist_ok=True)
+        peer_report.write(findings, arguments.docs)
+        print(f"wrote {arguments.docs / peer_report.PAGE}")
+        return
+    for scenario in (*DEMO, *TWIN):
+        ours = findings.stages(scenario.name, scenario.us)
+        for peer in scenario.peers if ours else ():
+            for each in peer_report.comparisons(ours, findings.stages(scenario.name, peer)):
+                print(scenario.name, each.name, peer, *each.words(), sep=", ")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Pulls one file from a hub on this machine: how fast beside curl, with how much memory, and through kills.
+"""Pulls a file from a hub on this machine: speed beside curl, memory, and kills.
 
-``python -m bench.pull [MIB] [PAIRS] [KILLS]``, from the root of the repository. Curl and the pull take turns; both
-fetch the same file from the same server process to the same disk. A pull also hashes the file and forces it to the
-disk, so curl's time is taken without and with a sync after it. Then one pull is killed at random moments and taken up
-again until the file is whole; the server counts what it sent. Each kill loses what is in the sockets' buffers, up to a
-few MiB whatever the size of the file.
+``python -m bench.pull [MIB] [PAIRS] [KILLS]``. Curl and the pull take turns and fetch the same file from the same
+server process to the same disk. A pull also hashes and syncs the file, so curl is timed without and with a sync. Then
+one pull is killed at random moments and resumed until the file is complete, and the server counts the bytes that it
+sent. Each kill loses the content of the sockets' buffers, up to a few MiB for any size of the file.
 """
 
 import hashlib
@@ -25,12 +24,12 @@ from tests.support.pulling import PullProgram
 
 NAME = "model-Q4_K_M.gguf"
 SHARE, MEMORY_MIB, TWICE = 0.8, 100, 0.05
-"""What must hold: of curl's rate, resident memory, and of the file's bytes."""
+"""The promises: the share of curl's rate, resident memory, and the share of bytes that are sent twice."""
 
 
 @contextmanager
 def hub(content: Path) -> Generator[str]:
-    """The hub as a process of its own, so that it takes nobody's interpreter lock."""
+    """Runs the hub as a process, so that it does not take the pull's interpreter lock."""
     command = [sys.executable, "-m", "tests.support.hub", str(content), NAME]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -39,7 +38,7 @@ def hub(content: Path) -> Generator[str]:
 
 
 def write_content(path: Path, size: int) -> str:
-    """A file that does not compress; returns its SHA-256."""
+    """Writes an incompressible file and returns its SHA-256."""
     digest, source = hashlib.sha256(), random.Random(6)
     with path.open("wb") as file:
         for _ in range(0, size, 1 << 20):
@@ -49,13 +48,13 @@ def write_content(path: Path, size: int) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a whole file."""
+    """The hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def curl(url: str, directory: Path) -> tuple[float, float]:
-    """Seconds for the whole file, redirect included, without and with its sync."""
+    """Seconds for the file and the redirect, without and with a sync."""
     address = f"{url}/org/model/resolve/{httpx.get(f'{url}/api/models/org/model').json()['sha']}/{NAME}"
     target = directory / "curl"
     began = time.perf_counter()
@@ -69,7 +68,7 @@ def curl(url: str, directory: Path) -> tuple[float, float]:
 
 
 def pull(url: str, directory: Path, expected: str) -> tuple[float, float]:
-    """Seconds from the first look at the part to the named file, without the start of Python, and MiB of memory."""
+    """Seconds from the first look at the partial file to the complete one, without Python's start; MiB of memory."""
     with PullProgram(url, directory, NAME) as program:
         program.wait_for(0)
         began = time.perf_counter()
@@ -83,11 +82,11 @@ def pull(url: str, directory: Path, expected: str) -> tuple[float, float]:
 
 
 def kill_often(url: str, directory: Path, size: int, expected: str, kills: int) -> tuple[int, float]:
-    """How many kills came before the end, and the share of the file that the hub sent more than once."""
+    """The number of kills before the end, and the share of the file that the hub sent more than once."""
     before, in_time = int(httpx.get(f"{url}/sent").text), 0
     for moment in sorted(random.randrange(size) for _ in range(kills)):
         with PullProgram(url, directory, NAME) as program:
-            while program.process.poll() is None and come(directory) < moment:
+            while program.process.poll() is None and received(directory) < moment:
                 time.sleep(0.001)
             in_time += program.process.poll() is None
             program.process.kill()
@@ -98,14 +97,14 @@ def kill_often(url: str, directory: Path, size: int, expected: str, kills: int) 
     return in_time, (int(httpx.get(f"{url}/sent").text) - before) / size - 1
 
 
-def come(directory: Path) -> int:
-    """Bytes of the file on its way that are on disk."""
+def received(directory: Path) -> int:
+    """The bytes of the partial file."""
     parts = [path for path in (directory / "org--model/.exo").glob("*") if "manifest" not in path.name]
     return max((path.stat().st_size for path in parts), default=0)
 
 
 def main() -> None:
-    """Prints each pair, the medians, and what the kills cost."""
+    """Prints each pair, the medians, and the cost of the kills."""
     mib, pairs, kills = (int(text) for text in [*sys.argv[1:], *("16", "3", "20")[len(sys.argv) - 1 :]])
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
         directory = Path(scratch)

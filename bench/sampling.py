@@ -1,8 +1,7 @@
-"""One step's sampling, ours against llama.cpp's sampler chain: 16 rows of a vocabulary of 262,144 tokens, taking turns.
+"""Measures one step's sampling: exo's against llama.cpp's sampler chain, on 16 rows of 262,144 tokens. They take turns.
 
-``python -m bench.sampling [--pairs N]``, with the demo model there, which gives the rows: both sides read them where
-llama.cpp keeps them. The chain is run row by row by ``llama_sampler_sample``. Fails where ours is not three times as
-fast.
+``python -m bench.sampling [--pairs N]`` takes the rows from the demo model, where both read them in llama.cpp's memory.
+``llama_sampler_sample`` runs the chain row by row. Exits with status 1 if exo is not three times as fast.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from functools import partial
 
 import llama_cpp
 
-from bench.peer_servers import demo_model
+from bench.servers import demo_model
 from exo.worker.protocol.messages import SamplingParams
 from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
 from exo.worker.runner_cuda.loading.options import CudaOptions
@@ -62,7 +61,7 @@ class Chain:
 
 
 def rows() -> tuple[Context, Logits]:
-    """Sixteen sequences of one token each, computed."""
+    """Computes sixteen sequences of one token."""
     options = CudaOptions(path=str(demo_model()), slots=ROWS, n_gpu_layers=0, threads=1)
     log = Log()
     model = Model(demo_model(), options, (), lambda _: None, log)
@@ -76,14 +75,14 @@ def rows() -> tuple[Context, Logits]:
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """How long one step takes."""
+    """The time of one step in seconds."""
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
 
 
 def measure(case: Case, context: Context, logits: Logits, pairs: int) -> float:
-    """Prints the medians of a case and gives how many times as fast ours is, the median of all pairs."""
+    """Prints the medians of a case and returns the median ratio: how many times as fast exo is."""
     samplers, chain = [Sampler(case.params) for _ in logits], Chain(case.params, context)
 
     def ours(position: int) -> list[int | None]:
@@ -103,7 +102,7 @@ def measure(case: Case, context: Context, logits: Logits, pairs: int) -> float:
 
 def main() -> None:
     """Measures every case."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.sampling", description=__doc__)
     parser.add_argument("--pairs", type=int, default=51)
     pairs = parser.parse_args().pairs
     context, logits = rows()

@@ -1,34 +1,35 @@
-"""What the server path costs: the fake runner through ``exo serve``, a bare FastAPI stream, and the runner by itself.
+"""Measures the cost of the server: the fake runner through ``exo serve``, a bare FastAPI stream, the runner by itself.
 
-``python -m bench.server_path [--pairs N] [--json FILE]``. Tokens a second over 64 connections, the client included, on
-two cores; how much later the first token comes through the server than from the runner's pipe; and the processor time
-that the server takes for each token of streams at an engine's pace, which on a CPU is taken from the engine. All take
-turns.
+``python -m bench.server_path [--pairs N] [--json FILE]`` prints the time and memory of a start; tokens per second over
+64 connections, client included, on two cores; the delay of the first token behind the runner's pipe; and the server's
+CPU time per token of streams at an engine's pace, which the engine on a CPU lacks. All take turns.
 """
 
 import argparse
+import asyncio
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Self
 
 import psutil
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
-from bench.mlx_server import free_port, running
+from bench.direct_runner import DirectRunner
+from bench.servers import Server, free_address
 from exo.bench.options import Options
 from exo.bench.prompts import Prompts
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
-from exo.worker.protocol.messages import Command, Deltas, Event, Finished, Generate, Load, SamplingParams, Status, Text
-from exo.worker.protocol.wire import decode_event, encode
+from exo.worker.protocol.messages import Load
 from tests.support.fake_runner import COMMAND
 from tests.support.server import ServeProgram, write_card
 
@@ -36,62 +37,50 @@ CONNECTIONS, TOKENS = 64, 512
 SINGLE_TOKENS, SINGLES = 4, 100
 PACED_STEP_SECONDS, PACED_TOKENS = 1 / 60, 300
 PACED_STREAMS = (1, 16)
+STARTS = 5
 PROMISED_RATE, PROMISED_MS = 15_000, 1.0
 
 
-class DirectRunner:
-    """The fake runner on a pipe of ours, with nothing between."""
+_CHUNK = (
+    b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1795000000,'
+    b'"model":"test/fake","system_fingerprint":"fake-1-LlamaCppCpu-0123456789abcdef",'
+    b'"choices":[{"index":0,"text":"e","finish_reason":null}],"usage":null}\n\n'
+)
+"""A chunk as long as those of exo."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._requests = 0
-        self._send(Load(model_id="test/fake", backend="LlamaCppCpu", table={"slots": CONNECTIONS}))
-        while not (isinstance(event := self._read(), Status) and event.state == "Ready"):
-            pass
 
-    def __enter__(self) -> Self:
-        return self
+class Wanted(BaseModel):
+    """The field of a completion request that the bare server reads."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
+    max_tokens: int
 
-    def first_token(self, prompt: str) -> float:
-        """Seconds from sending a request to its first token."""
-        self._requests += 1
-        began = time.perf_counter()
-        sampling = SamplingParams(temperature=0, seed=0)
-        request = Generate(
-            id=str(self._requests),
-            prompt=(Text(text=prompt),),
-            sampling=sampling,
-            max_tokens=SINGLE_TOKENS,
-            ignore_eos=True,
-        )
-        self._send(request)
-        while not isinstance(self._read(), Deltas):
-            pass
-        took = time.perf_counter() - began
-        while not isinstance(self._read(), Finished):
-            pass
-        return took
 
-    def _send(self, command: Command) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(encode(command))
-        self._process.stdin.flush()
+def serve_bare(port: int) -> None:
+    """Serves made-up chunks as fast as FastAPI can: the limit of the framework."""
+    app = FastAPI()
 
-    def _read(self) -> Event:
-        assert self._process.stdout is not None
-        return decode_event(self._process.stdout.readline())
+    @app.get("/health")
+    async def health() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
+        return {"status": "ok"}
+
+    @app.post("/v1/completions")
+    async def complete(wanted: Wanted) -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(wanted.max_tokens):
+                yield _CHUNK
+                await asyncio.sleep(0)  # the other streams' turns
+            yield b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}\n\n' % wanted.max_tokens
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
+    uvicorn.run(app, port=port, log_level="warning", loop="uvloop", http="httptools")
 
 
 def options(
     url: str, *, connections: int, requests: int, tokens: int, seed: int, model: str = "test/fake", warmup: int = 1
 ) -> Options:
-    """Short prompts, all of them different; every token counted."""
+    """Options of short, distinct prompts."""
     return Options(
         url=url,
         model=model,
@@ -105,7 +94,7 @@ def options(
 
 
 def measured(asked: Options) -> Stage:
-    """The one stage, in which every request has to have brought all its tokens."""
+    """The only stage. Every request must have all its tokens."""
     (stage,) = run_bench(asked).stages
     expected = (asked.requests or 0) * asked.output_tokens
     assert stage.tokens.output == expected, stage.requests
@@ -113,13 +102,13 @@ def measured(asked: Options) -> Stage:
 
 
 def rate(url: str, seed: int) -> float:
-    """Streamed tokens a second over all connections."""
+    """Streamed tokens per second over all connections."""
     asked = options(url, connections=CONNECTIONS, requests=CONNECTIONS, tokens=TOKENS, seed=seed)
     return measured(asked).output_tokens_per_second
 
 
 def first_token_ms(url: str, seed: int) -> float:
-    """Median milliseconds to the first token, one request after another."""
+    """The median time to the first token in milliseconds, of sequential requests."""
     asked = options(url, connections=1, requests=SINGLES, tokens=SINGLE_TOKENS, seed=seed)
     ttft = measured(asked).ttft
     assert ttft is not None
@@ -127,13 +116,14 @@ def first_token_ms(url: str, seed: int) -> float:
 
 
 def direct_ms(runner: DirectRunner, seed: int) -> float:
-    """The same of the runner alone."""
+    """The same for the runner alone."""
     prompts = Prompts(options("direct", connections=1, requests=SINGLES, tokens=SINGLE_TOKENS, seed=seed), "direct")
-    return 1000 * median(runner.first_token(next(prompts)) for _ in range(SINGLES))
+    streams = (runner.generate(next(prompts), SINGLE_TOKENS) for _ in range(SINGLES))
+    return 1000 * median(stream.times[0] - stream.sent for stream in streams)
 
 
 def cpu_us(server: psutil.Process, url: str, streams: int, seed: int) -> float:
-    """Microseconds of the server's processor time for each token of so many streams at once."""
+    """The server's CPU time per token in microseconds, with ``streams`` at once."""
     asked = options(
         url, connections=streams, requests=streams, tokens=PACED_TOKENS, seed=seed, model="test/paced", warmup=0
     )
@@ -148,20 +138,32 @@ def spread(name: str, values: Sequence[float], unit: str) -> None:
     print(f"{name:<48}{median(values):9.2f} {unit}, {min(values):.2f} to {max(values):.2f}", flush=True)
 
 
+def start_up(home: Path) -> tuple[float, float]:
+    """Seconds from a start without models to the first answer, and the server's memory in MB."""
+    began = time.perf_counter()
+    with ServeProgram(home) as program:
+        program.client.get("/health").raise_for_status()
+        return time.perf_counter() - began, psutil.Process(program.process.pid).memory_info().rss / 1e6
+
+
 def measure(pairs: int) -> dict[str, list[float]]:
-    """Everything in turn, ``pairs`` times, after a first time that does not count."""
+    """Measures everything in turn, ``pairs`` times, after a first time that does not count."""
     names = ("rate", "bare_rate", "direct_ms", "served_ms", "bare_ms", *(f"cpu_us_{n}" for n in PACED_STREAMS))
     found: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as open_:
         home = Path(open_.enter_context(tempfile.TemporaryDirectory()))
+        starts = [start_up(home / "start") for _ in range(STARTS)]
+        found |= {"start_s": [seconds for seconds, _ in starts], "start_mb": [memory for _, memory in starts]}
         write_card(home, "fake", {"cuda": {"slots": CONNECTIONS}})
         write_card(home, "paced", {"cuda": {"slots": CONNECTIONS, "step_seconds": PACED_STEP_SECONDS}})
         program = open_.enter_context(ServeProgram(home, fake=True))
         served, server = program.url, psutil.Process(program.process.pid)
-        bare = f"http://127.0.0.1:{(port := free_port())}"
-        command = [sys.executable, "-m", "bench.bare_stream", str(port)]
-        open_.enter_context(running(command, bare, dict(os.environ)))
-        runner = open_.enter_context(DirectRunner())
+        bare, port = free_address()
+        command = [sys.executable, "-m", "bench.server_path", "--bare", port]
+        open_.enter_context(Server("bare", "", command, bare, "", "/health").running(home / "bare.log"))
+        runner = open_.enter_context(
+            DirectRunner(COMMAND, Load(model_id="test/fake", backend="LlamaCppCpu", table={"slots": CONNECTIONS}))
+        )
         for pair in range(pairs + 1):
             values = (
                 rate(served, pair),
@@ -171,35 +173,41 @@ def measure(pairs: int) -> dict[str, list[float]]:
                 first_token_ms(bare, pair),
                 *(cpu_us(server, served, streams, pair) for streams in PACED_STREAMS),
             )
-            for results, value in zip(found.values(), values, strict=True):
-                results += [value] if pair else []
+            for name, value in zip(names, values, strict=True):
+                found[name] += [value] if pair else []
     return found
 
 
 def show(found: dict[str, list[float]]) -> None:
-    """The figures, and beside them what is promised."""
+    """Prints the figures, and the promises beside them."""
     cores = len(os.sched_getaffinity(0))
     print(f"{CONNECTIONS} connections, {TOKENS} tokens each, {cores} cores, {len(found['rate'])} pairs")
+    spread("start to the first answer of /health", found["start_s"], "s")
+    spread("the server's memory then", found["start_mb"], "MB")
     spread(f"exo serve (promised {PROMISED_RATE})", found["rate"], "tokens/s")
     spread("bare FastAPI stream", found["bare_rate"], "tokens/s")
     ratios = [ours / bare for ours, bare in zip(found["rate"], found["bare_rate"], strict=True)]
-    spread("  of it", ratios, "times")
+    spread("  exo serve over it", ratios, "times")
     spread("first token from the runner's pipe", found["direct_ms"], "ms")
     spread("first token through exo serve", found["served_ms"], "ms")
     added = [served - direct for served, direct in zip(found["served_ms"], found["direct_ms"], strict=True)]
     spread(f"  added (promised {PROMISED_MS:g})", added, "ms")
     spread("first chunk of the bare FastAPI stream", found["bare_ms"], "ms")
     for streams in PACED_STREAMS:
-        name = f"server's processor time a token, {streams} x {1 / PACED_STEP_SECONDS:g}/s"
+        name = f"server's CPU time per token, {streams} x {1 / PACED_STEP_SECONDS:g}/s"
         spread(name, found[f"cpu_us_{streams}"], "us")
 
 
 def main() -> None:
-    """Measures on two cores, or on the one there is."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measures on two cores, or on one if there is only one."""
+    parser = argparse.ArgumentParser(prog="bench.server_path", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures of every pair there")
+    parser.add_argument("--json", type=Path, help="also write the figures of every pair to this file")
+    parser.add_argument("--bare", type=int, metavar="PORT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.bare is not None:
+        serve_bare(arguments.bare)
+        return
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     found = measure(arguments.pairs)
     show(found)

@@ -1,21 +1,24 @@
-"""What guessing ahead brings and costs: text that repeats itself and text that does not, one stream, paired.
+"""Measures speculative decoding with one stream, on text that repeats itself and on text that does not.
 
 ``python -m bench.speculation MODEL.gguf [--pairs N] [--tokens N] [--draft SMALL.gguf] [--json FILE]``: runners with
-``speculate`` "off" and "auto", and with a draft model a third, are loaded side by side and take turns, each beginning
-a round as often as the others. Printed are the medians of the pairs' ratios of output rates, with "off" as 1, how many
-tokens a step gave, and how many of the texts, greedy as they are, differ from those without guesses. Repeated text is
-what a model says after a passage four times over; fresh text follows prompts that have nothing twice.
+``speculate`` "off" and "auto", and a third with a draft model, are loaded side by side and take turns; each begins a
+round equally often. Prints the medians of the pairs' ratios to the output rate of "off", the tokens per step, and the
+number of texts, which are greedy, that differ from those of "off". Repeated text continues a passage that came four
+times; fresh text follows prompts without repetitions.
 """
 
 import argparse
 import json
 import statistics
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from bench.prefix import Runner
+from bench.direct_runner import DirectRunner
+from exo.worker.protocol.messages import Load
+from exo.worker.protocol.runners import RUNNERS
 
 _TOPICS = (
     "a lighthouse keeper", "two sisters and a boat", "the price of bread", "a lost map", "how bees find their way",
@@ -38,23 +41,22 @@ def _fresh(topic: str) -> str:
 _TEXTS = {"repeated": _repeated, "fresh": _fresh}
 
 
-def measure(runners: dict[str, Runner], pairs: int, tokens: int) -> dict[str, JsonValue]:
-    """For each text and each runner but the first: ratios to the first's rate, its own rates, texts that differ."""
+def measure(runners: dict[str, DirectRunner], pairs: int, tokens: int) -> dict[str, JsonValue]:
+    """For each text and runner: its rates, their ratios to those of the first runner, and texts that differ."""
     results: dict[str, JsonValue] = {}
     names = list(runners)
     for what, write in _TEXTS.items():
         rates: dict[str, list[float]] = defaultdict(list)
         per_step: dict[str, list[float]] = defaultdict(list)
         differing = dict.fromkeys(names, 0)
-        for pair in range(-1, pairs):  # the first round is not counted: in it, "auto" learns how long steps take
+        for pair in range(-1, pairs):  # not counted: in the first round "auto" measures its steps
             said: dict[str, list[int]] = {}
             prompt = write(_TOPICS[pair % len(_TOPICS)])
             for name in names[pair % len(names) :] + names[: pair % len(names)]:
-                stream = runners[name].start(prompt, tokens)
-                runners[name].finish([stream])
+                stream = runners[name].generate(prompt, tokens)
                 said[name] = stream.tokens
                 if pair >= 0:
-                    rates[name].append(stream.rate)
+                    rates[name].append((len(stream.times) - 1) / (stream.times[-1] - stream.times[0]))
                     per_step[name].append(len(stream.times) / len(set(stream.times)))
             for name in names:
                 differing[name] += pair >= 0 and said[name] != said[names[0]]
@@ -73,8 +75,8 @@ def measure(runners: dict[str, Runner], pairs: int, tokens: int) -> dict[str, Js
 
 
 def main() -> None:
-    """A line for each text and runner."""
-    parser = argparse.ArgumentParser()
+    """Prints a line for each text and runner."""
+    parser = argparse.ArgumentParser(prog="bench.speculation", description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=192)
@@ -84,10 +86,13 @@ def main() -> None:
     tables: dict[str, dict[str, JsonValue]] = {"off": {"speculate": "off"}, "auto": {"speculate": "auto"}}
     if arguments.draft is not None:
         tables["draft model"] = {"speculate": "auto", "draft": {"path": arguments.draft}}
-    runners = {name: Runner(arguments.path, slots=1, n_ctx=2048, **table) for name, table in tables.items()}
-    results = measure(runners, arguments.pairs, arguments.tokens)
-    for runner in runners.values():
-        runner.stop()
+    with ExitStack() as running:
+        runners: dict[str, DirectRunner] = {}
+        for name, table in tables.items():
+            common: dict[str, JsonValue] = {"path": arguments.path, "n_gpu_layers": 0, "slots": 1, "n_ctx": 2048}
+            load = Load(model_id="bench", backend="LlamaCppCpu", table={**common, **table})
+            runners[name] = running.enter_context(DirectRunner(RUNNERS["cuda"].command, load))
+        results = measure(runners, arguments.pairs, arguments.tokens)
     for name, found in results.items():
         assert isinstance(found, dict)
         ratios = f"{found['ratio']:.3f} of off ({found['lowest']:.3f} to {found['highest']:.3f})"

@@ -1,195 +1,150 @@
-"""Concurrent streams of the demo model through ``exo serve`` against llama.cpp's bare decode loop, taking turns.
+"""Streamed completions under faults: every token id, and the moments when the runner died."""
 
-``python bench/streams.py [PAIRS]``: prints how soon the server listens and what it weighs, the ratio of each pair and
-their median, and how soon a slot is free after its client left in the middle of a 2,000-token prompt.
-"""
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import asyncio
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from httptools import HttpParserError
+from pydantic import ValidationError
+from pydantic_core import to_json
 
-import httpx
-import psutil
-
-from exo.config import Settings
-
-MODEL = "gemma-3-270m"
-STREAMS, TOKENS = 16, 64
+from exo.bench.client import Client, Exchange
+from exo.bench.options import Options
+from exo.bench.reading import Reply
 
 
 @dataclass(slots=True)
-class Stream:
-    """Arrival times of one stream's text, in seconds, and what its end said."""
+class Cut:
+    """The runner died when the stream had ``at`` tokens. ``seconds`` later the next one came."""
 
-    times: list[float]
-    completion_tokens: int
-    done: bool
-
-
-def start_server(home: Path, *arguments: str) -> tuple[subprocess.Popen[str], str, float]:
-    """The process, its URL and the seconds until it listened."""
-    began = time.perf_counter()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XDG_DATA_HOME": str(home)}
-    command = [
-        sys.executable,
-        "-m",
-        "exo",
-        "serve",
-        "--port",
-        "0",
-        "--models-dir",
-        str(Settings.load().models_directory),
-    ]
-    server = subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    assert server.stdout is not None
-    url = server.stdout.readline().split()[4]
-    httpx.get(f"{url}/health")
-    return server, url, time.perf_counter() - began
+    at: int
+    died: float
+    seconds: float | None = None
+    """None if another death or the end came first."""
 
 
-def megabytes(server: subprocess.Popen[str]) -> float:
-    """Resident memory of the server process, its runners not counted."""
-    return psutil.Process(server.pid).memory_info().rss / 1e6
+@dataclass(slots=True)
+class WatchedStream:
+    """A stream of ``tokens`` tokens. Times are seconds by ``time.perf_counter``."""
 
+    number: int
+    tokens: int
+    refused: int = 0
+    """The status with which the server refused to begin, along with a Retry-After header, or 0."""
+    error: str = ""
+    cuts: list[Cut] = field(default_factory=list[Cut])
+    reply: Reply = field(default_factory=Reply)
+    seconds: float = 0.0
+    """From the connection to the end."""
 
-def wait_until_ready(url: str) -> None:
-    """Returns when a model can answer."""
-    while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
-        time.sleep(0.2)
+    @property
+    def ids(self) -> list[int]:
+        """The token ids so far."""
+        return self.reply.ids or []
 
+    @property
+    def done(self) -> bool:
+        """Whether it ended with [DONE] and without an error."""
+        return self.reply.done and not self.error
 
-async def read_stream(url: str, number: int) -> Stream:
-    """One greedy stream of ``TOKENS`` tokens.
+    @property
+    def in_flight(self) -> bool:
+        """Whether tokens have come and others are still to come."""
+        return 0 < len(self.ids) < self.tokens and not self.done
 
-    Reads bytes and parses them only afterwards: what a client costs is not what is measured, and here it shares the
-    cores with the engine.
-    """
-    body = {
-        "model": MODEL,
-        "prompt": f"Story number {number}: once upon a time",
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    payload = json.dumps(body).encode()
-    host, _, port = url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    writer.write(f"{head}content-length: {len(payload)}\r\n\r\n".encode() + payload)
-    received: list[tuple[float, bytes]] = []
-    while data := await reader.read(1 << 16):
-        received.append((time.perf_counter(), data))
-    writer.close()
-    text = b"".join(data for _, data in received).decode()
-    usage = text.rpartition('"completion_tokens":')[2]
-    return Stream(
-        times=[moment for moment, data in received for _ in range(data.count(b'"finish_reason":null'))],
-        completion_tokens=int(usage[: usage.index(",")]),
-        done="data: [DONE]" in text,
-    )
-
-
-async def through_server(url: str) -> tuple[float, float]:
-    """Output tokens a second while all streams decode, and over the whole run. Every stream must be complete."""
-    began = time.perf_counter()
-    streams = await asyncio.gather(*(read_stream(url, number) for number in range(STREAMS)))
-    ended = time.perf_counter()
-    assert all(stream.done and stream.completion_tokens == TOKENS for stream in streams), "a stream is incomplete"
-    all_decoding = max(stream.times[0] for stream in streams)
-    first_ended = min(stream.times[-1] for stream in streams)
-    tokens = sum(all_decoding < moment <= first_ended for stream in streams for moment in stream.times)
-    return tokens / (first_ended - all_decoding), STREAMS * TOKENS / (ended - began)
-
-
-def bare_loop() -> tuple[float, float]:
-    """The same two rates of llama.cpp alone, in a process of its own."""
-    model = next((Settings.load().models_directory / "google--gemma-3-270m").glob("*.gguf"))
-    command = [sys.executable, str(Path(__file__).parent / "raw_loop.py"), str(model), str(STREAMS), str(TOKENS)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-    rates = json.loads(done.stdout)
-    return rates["decode"], rates["whole"]
-
-
-def compare_rates(home: Path, pairs: int) -> None:
-    """Server and bare loop in turn."""
-    server, url, _ = start_server(home, "--load", MODEL)
-    wait_until_ready(url)
-    asyncio.run(through_server(url))
-    decode: list[float] = []
-    whole: list[float] = []
-    for _ in range(pairs):
-        ours, bare = asyncio.run(through_server(url)), bare_loop()
-        decode.append(ours[0] / bare[0])
-        whole.append(ours[1] / bare[1])
-        print(
-            f"decoding {ours[0]:6.1f} / {bare[0]:6.1f} tokens/s = {decode[-1]:.3f}    "
-            f"with prompts {ours[1]:6.1f} / {bare[1]:6.1f} = {whole[-1]:.3f}",
-            flush=True,
+    @property
+    def usage_exact(self) -> bool:
+        """Whether the usage states the tokens that were requested and received."""
+        usage = self.reply.usage
+        return (
+            usage is not None
+            and usage.completion_tokens == len(self.ids) == self.tokens
+            and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
         )
-    for name, ratios in (("decoding", decode), ("with prompts", whole)):
-        print(f"{name}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    print(f"server memory after {(pairs + 1) * STREAMS} streams: {megabytes(server):.0f} MB")
-    server.terminate()
-    server.wait()
+
+    def cut(self, died: float) -> None:
+        """Records that the runner died. Everything that it had sent must have been read."""
+        self.cuts.append(Cut(len(self.ids), died))
+
+    async def read(
+        self, client: Client, body: Mapping[str, object], on_tokens: Callable[[], None] | None = None
+    ) -> None:
+        """Runs the stream to its end. Errors of the server are stored, not raised."""
+        wanted = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        exchange = Exchange(to_json({**body, **wanted, "max_tokens": self.tokens}))
+
+        def heard() -> None:
+            before = len(self.ids)
+            moment, data = exchange.pieces[-1]
+            try:
+                self.reply.feed(moment, data)
+            except (HttpParserError, ValidationError) as error:
+                self.error = self.error or f"unreadable: {' '.join(str(error).split())[:300]}"
+            if len(self.ids) > before:
+                if self.cuts and self.cuts[-1].seconds is None:
+                    self.cuts[-1].seconds = moment - self.cuts[-1].died
+                if on_tokens is not None:
+                    on_tokens()
+
+        await client.send(exchange, heard)
+        self.seconds = exchange.ended - exchange.began
+        status = self.reply.status
+        if status in (429, 503) and b"retry-after" in self.reply.headers:
+            self.refused = status
+        elif status not in (None, 200):
+            self.error = f"status {status}: {self.reply.plain.decode(errors='replace')[:300]}"
+        elif not self.done and not self.error:
+            fault = self.reply.fault
+            self.error = fault.message if fault else exchange.failure or "the stream ended without [DONE]"
 
 
-def start_time(home: Path, runs: int) -> None:
-    """Seconds to listening without a model."""
-    seconds: list[float] = []
-    memory = 0.0
-    for _ in range(runs):
-        server, _, took = start_server(home)
-        seconds.append(took)
-        memory = megabytes(server)
-        server.terminate()
-        server.wait()
-    print(f"start to first answer of /health: median {statistics.median(seconds):.2f} s; memory {memory:.0f} MB")
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request for ``tokens`` tokens, and its expected text, or None if that may vary."""
+
+    body: Mapping[str, object]
+    tokens: int
+    text: str | None = None
 
 
-def cancel_time(home: Path, runs: int) -> None:
-    """A model with one slot, whose client leaves during a prompt of some 2,000 tokens while the next one waits."""
-    cards = home / "exo" / "custom_model_cards"
-    cards.mkdir(parents=True)
-    built_in = Path(__file__).parent.parent / "src/exo/cards/built_in/gemma-3-270m.toml"
-    (cards / "one-slot.toml").write_text(built_in.read_text().replace("slots = 16", "slots = 1"))
-    server, url, _ = start_server(home, "--load", MODEL)
-    wait_until_ready(url)
-    seconds: list[float] = []
-    alone: list[float] = []
-    for run in range(runs):
-        body = {"model": MODEL, "prompt": f"{run} " + "word " * 2000, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
-            assert reply.status_code == 200
-            time.sleep(0.3 + 0.1 * run)
-        for results in (seconds, alone):
-            began = time.perf_counter()
-            httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "The", "max_tokens": 1}, timeout=60)
-            results.append(time.perf_counter() - began)
-    print(f"one token after a client left a 2,000-token prompt: median {statistics.median(seconds):.2f} s, ", end="")
-    print(f"largest {max(seconds):.2f} s (with nothing before it: {statistics.median(alone):.2f} s)")
-    server.terminate()
-    server.wait()
+@dataclass(slots=True)
+class Burst:
+    """Replies by status, 0 for a broken connection, and the seconds to each complete refusal.
+
+    ``wrong`` counts replies with another text or number of tokens, and refusals without Retry-After.
+    """
+
+    statuses: Counter[int] = field(default_factory=Counter[int])
+    refused_seconds: list[float] = field(default_factory=list[float])
+    wrong: int = 0
+
+    @property
+    def unexpected(self) -> int:
+        """The number of requests that were neither served nor told to come again."""
+        return sum(count for status, count in self.statuses.items() if status not in (200, 429, 503))
+
+    async def ask(self, client: Client, asked: Asked) -> None:
+        """Sends one request. Errors of the server are counted, not raised."""
+        stream = WatchedStream(0, asked.tokens)
+        await stream.read(client, asked.body)
+        status = stream.reply.status or 0
+        self.statuses[status] += 1
+        if status == 200:
+            served = stream.done and stream.usage_exact
+            self.wrong += not (served and asked.text in (None, stream.reply.text))
+        elif status:
+            self.wrong += not stream.refused
+        if status == 429:
+            self.refused_seconds.append(stream.seconds)
 
 
-def main() -> None:
-    """All measurements, one after the other."""
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    with tempfile.TemporaryDirectory() as folder:
-        start_time(Path(folder), 5)
-        compare_rates(Path(folder), pairs)
-        cancel_time(Path(folder), 9)
+def client_of(url: str) -> Client:
+    """A client for completions."""
+    return Client(Options(url=url, model="any"))
 
 
-if __name__ == "__main__":
-    main()
+async def text_of(client: Client, asked: Asked) -> str:
+    """The text that such a request gets without faults."""
+    stream = WatchedStream(0, asked.tokens)
+    await stream.read(client, asked.body)
+    return stream.reply.text

@@ -1,4 +1,4 @@
-"""A model under faults: how it is put in place, what its streams ask for, and what must come out of it."""
+"""The models under faults, and the requests of their streams."""
 
 import math
 import tempfile
@@ -38,7 +38,7 @@ assert len(_STORIES) == STREAMS
 
 @dataclass(frozen=True, slots=True)
 class LoadTime:
-    """Seconds of one start of a runner: until it begins to load the model, and from there until it is ready."""
+    """Seconds of a runner's start: until it begins to load the model, and from there until it is ready."""
 
     start: float
     load: float
@@ -54,13 +54,13 @@ class Target:
     tokens: int
     sampling: Mapping[str, object]
     longest_pause: float
-    """Seconds from a token to the next fault, at most: a stream must get further in between."""
+    """The longest time from a token to the next fault in seconds. A stream must progress in between."""
     exact: bool
-    """Whether a replay must give the very tokens of the undisturbed run; else a near-tie may turn out otherwise."""
+    """Whether a replay must give the tokens of the undisturbed run. Otherwise a near-tie may be decided differently."""
     arguments: tuple[str, ...] = ()
 
     def body(self, number: int) -> dict[str, object]:
-        """The request of a stream, but for the number of tokens."""
+        """The request of a stream without the number of tokens."""
         return {
             "model": f"{self.engine.load.model_id}@{self.engine.name}",
             "prompt": self.prompts[number],
@@ -77,7 +77,7 @@ class Target:
 
 
 async def tiny(home: Path, runner: str, n_ctx: int = 2048) -> Target:
-    """Random weights, all in float32, so that rounding never shows; sampled, so that texts do not repeat themselves."""
+    """Random weights in float32, so that rounding has no effect; sampled, so that texts do not repeat themselves."""
     shape = Shape(context_length=n_ctx)
     size: dict[str, JsonValue] = {"n_ctx": n_ctx, "slots": STREAMS}
     flat: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
@@ -94,10 +94,10 @@ async def tiny(home: Path, runner: str, n_ctx: int = 2048) -> Target:
 
 
 async def demo(tokens: int = 96) -> Target:
-    """The demo model as ``make run`` serves it on llama.cpp: quantised, so greedy choices may turn on rounding."""
+    """The demo model as ``make run`` serves it on llama.cpp: quantised, so rounding may change greedy choices."""
     models = Settings.load().models_directory
     if not (models / "google--gemma-3-270m").is_dir():
-        raise SystemExit("the demo model is not there; make demo-model fetches it")
+        raise SystemExit("the demo model is not on disk; `make demo-model` fetches it")
     engine = await _engine(Catalogue.load(), "google/gemma-3-270m", "cuda", str(models))
     with tempfile.TemporaryDirectory() as directory:
         prompts = (await score(engine, _STORIES, Path(directory))).tokens
@@ -111,7 +111,7 @@ async def _engine(catalogue: Catalogue, model_id: str, runner: str, *directories
 
 
 async def load_time(engine: Engine, log: Path) -> LoadTime:
-    """The median start of a few, with nothing else running."""
+    """The median of a few starts with nothing else running."""
     times = [await _load_time(engine, log) for _ in range(_LOADS)]
     return sorted(times, key=lambda each: each.start + each.load)[_LOADS // 2]
 

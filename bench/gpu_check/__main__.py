@@ -1,17 +1,16 @@
-"""``scripts/gpu_check``: builds, then hands over to the Python of the environment that it has built."""
+"""``scripts/gpu_check``: builds, then runs the other stages with the Python of the new environment."""
 
 import subprocess
 import sys
 import time
 
 from bench.gpu_check import build
-from bench.gpu_check.environment import digest
 from bench.gpu_check.options import Options, parse
 from bench.gpu_check.record import find, perform
 
 
 def main() -> None:
-    """Exits with 0 if every check of the stages asked for has passed, in this call or an earlier one."""
+    """Exits with status 0 if every step of the chosen stages has passed, in this call or an earlier one."""
     options = parse(sys.argv[1:])
     deadline = time.monotonic() + options.budget
     if problem := _other_work(options):
@@ -19,21 +18,21 @@ def main() -> None:
     if "build" in options.stages and not _build(options, deadline):
         sys.exit(1)
     if find(options.results, "llama.cpp") is None:
-        sys.exit(f"nothing is built in {options.work} yet: run the stage build first, with the same --work")
+        sys.exit(f"nothing is built in {options.work}: run the stage build first, with the same --work")
     left = f"{max(1.0, deadline - time.monotonic()) / 60:.4f}"
     command = [options.python, "-m", "bench.gpu_check.stages", *sys.argv[1:], "--budget", left]
     sys.exit(subprocess.run(command, check=False).returncode)
 
 
 def _other_work(options: Options) -> str:
-    """In what the work folder's earlier calls differ from this one, or nothing."""
+    """How the earlier calls with this work folder differ from this one, or an empty text."""
     tools, unpacked = find(options.results, "tools"), find(options.results, "unpack")
     if tools is not None and tools.state == "passed":
         before = (tools.facts["cpu"], tools.facts["small"])
         if before != (options.cpu, options.small):
             return f"with cpu = {before[0]} and small = {before[1]}"
     if unpacked is not None and unpacked.state == "passed" and options.archive.exists():
-        return "" if unpacked.facts["sha256"] == digest(options.archive) else "from another archive"
+        return "" if unpacked.facts["sha256"] == build.digest(options.archive) else "from another archive"
     return ""
 
 

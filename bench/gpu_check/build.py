@@ -1,58 +1,64 @@
-"""llama.cpp built once: the same libraries under the bindings, llama-server and llama.cpp's own benchmarks."""
+"""Unpacks the archive, makes the environment, and builds llama.cpp once for the bindings and its own programs."""
 
+import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
+import tarfile
+import time
+import venv
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_check.environment import SOURCES, make_environment, site_packages, unpack
-from bench.gpu_check.options import Options
-from bench.gpu_check.program import run
-from bench.gpu_check.record import Step
+from bench.gpu_check.options import ROOT, Options
+from bench.gpu_check.record import CheckError, Step, run
 from bench.gpu_check.toolchain import Cuda, Toolchain, find_toolchain
 
 TARGETS = ("llama", "llama-server", "llama-bench", "llama-batched-bench")
 _OFF = ("TESTS", "EXAMPLES", "APP", "UI")
 _BYTES_OF_A_COMPILER = 3 << 30
-"""Of memory that one nvcc may take."""
+"""The memory that one nvcc may take."""
+_SOURCES = Path("archive") / "llama-cpp-python"
+_INSTALL_SECONDS = 300.0
 
 
 def steps(options: Options) -> list[Step]:
-    """In order; each needs those before it."""
+    """The steps in order. Each needs those before it."""
     return [
         Step("tools", "build", lambda _: _tools(options)),
-        Step("unpack", "build", lambda _: unpack(options)),
-        Step("environment", "build", partial(make_environment, options)),
-        Step("llama.cpp", "build", partial(build, options)),
+        Step("unpack", "build", lambda _: _unpack(options)),
+        Step("environment", "build", partial(_make_environment, options)),
+        Step("llama.cpp", "build", partial(_build, options)),
     ]
 
 
 def _tools(options: Options) -> Mapping[str, Any]:
     found = asdict(find_toolchain(cpu=options.cpu))
-    # As JSON: paths are text there.
+    # In JSON, paths are text.
     return {**json.loads(json.dumps(found, default=str)), "cpu": options.cpu, "small": options.small}
 
 
-def build(options: Options, deadline: float) -> Mapping[str, Any]:
-    """Configures, builds, and puts the libraries where the bindings look. A build that was cut short goes on."""
+def _build(options: Options, deadline: float) -> Mapping[str, Any]:
+    """Configures and builds, and links the libraries into the bindings. Continues an interrupted build."""
     tools = find_toolchain(cpu=options.cpu)
     folder = options.tools.parent
-    source = options.work / SOURCES / "vendor" / "llama.cpp"
+    source = options.work / _SOURCES / "vendor" / "llama.cpp"
     arguments = cmake_arguments(tools, folder)
     run([tools.cmake, "-S", source, "-B", folder, *arguments], options.logs / "configure.log", deadline)
     jobs = parallel_jobs()
     command = [tools.cmake, "--build", folder, "--parallel", jobs, "--target", *TARGETS]
     run(command, options.logs / "build.log", deadline)
-    install_bindings(options)
+    _install_bindings(options)
     return {"arguments": arguments, "jobs": int(jobs)}
 
 
 def cmake_arguments(tools: Toolchain, folder: Path) -> list[str]:
-    """For llama.cpp's own project, for this processor and exactly the card found."""
+    """The options of llama.cpp's own project, for this processor and exactly the GPU that was found."""
     arguments = ["-DCMAKE_BUILD_TYPE=Release", *(f"-DLLAMA_BUILD_{part}=OFF" for part in _OFF)]
     arguments += ["-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DGGML_CCACHE=OFF"]
     if tools.ninja is not None:
@@ -61,9 +67,9 @@ def cmake_arguments(tools: Toolchain, folder: Path) -> list[str]:
 
 
 def cuda_arguments(cuda: Cuda, folder: Path) -> list[str]:
-    """The part for the card, with what CMake would not find by itself."""
+    """The options for the GPU, with the paths that CMake does not find by itself."""
     arguments = ["-DGGML_CUDA=ON", "-DGGML_CUDA_NCCL=OFF", f"-DCMAKE_CUDA_COMPILER={cuda.nvcc}"]
-    arguments += [f"-DCMAKE_CUDA_ARCHITECTURES={cuda.card.architecture}"]
+    arguments += [f"-DCMAKE_CUDA_ARCHITECTURES={cuda.gpu.architecture}"]
     beside = [cuda.toolkit / "lib64"]
     if cuda.cublas is not None:
         library = cuda.cublas.library
@@ -72,18 +78,18 @@ def cuda_arguments(cuda: Cuda, folder: Path) -> list[str]:
         arguments += [f"-DCMAKE_CUDA_FLAGS=-I{_own_headers(cuda.cublas.headers, folder)}"]
         beside.append(library.parent)
     if cuda.driver is None:
-        arguments.append("-DGGML_CUDA_NO_VMM=ON")  # the one part of it that needs libcuda when linking
+        arguments.append("-DGGML_CUDA_NO_VMM=ON")  # the only part that needs libcuda at link time
     else:
         arguments.append(f"-DCUDA_cuda_driver_LIBRARY={cuda.driver}")
         beside.append(cuda.driver.parent)
-    # The linker has to find what libggml-cuda needs in turn; so has the loader, but a stub must not be what it finds.
+    # The linker and the loader must find the libraries of libggml-cuda. The loader must not find a stub.
     links = ",".join(f"-rpath-link,{each}" for each in beside)
     loaded = ";".join(str(each) for each in beside if each.name != "stubs")
     return [*arguments, f"-DCMAKE_EXE_LINKER_FLAGS=-Wl,{links}", f"-DCMAKE_BUILD_RPATH={loaded}"]
 
 
 def _own_headers(headers: Path, folder: Path) -> Path:
-    """The headers of cuBLAS alone: its package may have, beside them, those of another release of CUDA than nvcc's."""
+    """A folder with cuBLAS's headers only: its package may have headers of another CUDA release than nvcc's."""
     own = folder / "cublas"
     own.mkdir(parents=True, exist_ok=True)
     for header in headers.glob("cublas*.h"):
@@ -93,20 +99,61 @@ def _own_headers(headers: Path, folder: Path) -> Path:
 
 
 def parallel_jobs() -> str:
-    """Every core, as far as there is memory for so many compilers."""
+    """The number of cores, or fewer if the memory does not suffice for so many compilers."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return str(max(1, min(len(os.sched_getaffinity(0)), memory // _BYTES_OF_A_COMPILER)))
 
 
-def install_bindings(options: Options) -> None:
-    """The bindings' modules into the environment, with links to the libraries that were built.
+def _install_bindings(options: Options) -> None:
+    """Copies the bindings' modules into the environment, and links the built libraries.
 
-    They load libggml from their own folder whatever LLAMA_CPP_LIB_PATH says; behind a link it is the same file as the
-    one that the programs load.
+    The bindings load libggml from their own folder, whatever LLAMA_CPP_LIB_PATH says. Through a link it is the same
+    file as the one that the programs load.
     """
-    package = site_packages(options) / "llama_cpp"
+    package = _site_packages(options) / "llama_cpp"
     shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(options.work / SOURCES / "llama_cpp", package)
+    shutil.copytree(options.work / _SOURCES / "llama_cpp", package)
     (package / "lib").mkdir()
     for library in options.tools.glob("lib*.so"):
         (package / "lib" / library.name).symlink_to(library)
+
+
+def _unpack(options: Options) -> Mapping[str, Any]:
+    """Unpacks it into ``archive`` below the work folder. Raises CheckError if it is missing."""
+    if not options.archive.exists():
+        raise CheckError(
+            f"there is no {options.archive}; `make gpu-archive` makes it on a machine with access to packages"
+        )
+    with tarfile.open(options.archive) as archive:
+        archive.extractall(options.work / "archive", filter="data")
+    return {"sha256": digest(options.archive)}
+
+
+def digest(archive: Path) -> str:
+    """The archive's hash, which the work folder records."""
+    with archive.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_environment(options: Options, deadline: float) -> Mapping[str, Any]:
+    """Makes a virtual environment with the archive's wheels and this checkout. Raises CheckError."""
+    wheels = options.work / "archive" / "wheels"
+    names = sorted({"==".join(wheel.name.split("-")[:2]) for wheel in wheels.glob("*.whl")})
+    (pip,) = wheels.glob("pip-*.whl")
+    # Without pip, which the Python of some distributions cannot install.
+    venv.create(options.work / "venv", symlinks=True, clear=True)
+    install = ["install", "--no-index", "--no-deps", "--quiet", "--disable-pip-version-check", "--find-links", wheels]
+    try:
+        deadline = min(deadline, time.monotonic() + _INSTALL_SECONDS)
+        run([options.python, pip / "pip", *install, *names], options.logs / "environment.log", deadline)
+    except CheckError as error:
+        hint = "make gpu-archive ARGS='--python X.Y' packs for other versions of Python"
+        raise CheckError(f"{error}\n(this is Python {platform.python_version()}; {hint})") from None
+    (_site_packages(options) / "checkout.pth").write_text(f"{ROOT / 'src'}\n{ROOT}\n")
+    return {"python": sys.version, "packages": names}
+
+
+def _site_packages(options: Options) -> Path:
+    """The folder of the environment's packages."""
+    (folder,) = (options.work / "venv").glob("lib/python3*/site-packages")
+    return folder

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, whose quantised blocks are drawn as they are stored."""
+"""Writes models of real shapes with random weights. Quantised blocks are drawn in their stored form."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ _OUTPUT_GAIN = 3.0
 """Standard deviation of the logits."""
 _BLOCK_BYTES = {"Q8_0": 2 + QUANTISATION_BLOCK, "Q4_0": 2 + QUANTISATION_BLOCK // 2}
 _DEVIATION = {"Q8_0": 256 / math.sqrt(12), "Q4_0": 16 / math.sqrt(12)}
-"""Of a block's integers, drawn evenly from all that there are; a weight is one of them times the block's scale."""
+"""The standard deviation of a block's uniformly drawn integers. A weight is an integer times the block's scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model to measure, and how it is served."""
+    """A model to measure."""
 
     name: str
     shape: Shape
     context: int = 1024
-    """Tokens of a slot."""
+    """Tokens per slot."""
 
 
 _LLAMA_8B = {"vocabulary": 128_256, "hidden": 4096, "feed_forward": 14_336, "layers": 32, "heads": 32, "kv_heads": 8}
@@ -51,12 +51,12 @@ SMALL_MODELS = (
 
 
 def models(options: Options) -> tuple[Model, ...]:
-    """Those of this check."""
+    """The models of this check."""
     return SMALL_MODELS if options.small else MODELS
 
 
 def file_of(options: Options, model: Model) -> Path:
-    """The model's file, written by the first who asks."""
+    """The model's file. The first call writes it."""
     path = options.work / "models" / f"{model.name}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ def file_of(options: Options, model: Model) -> Path:
 
 
 def write_random(path: Path, shape: Shape) -> None:
-    """A quantised model with weights that keep every vector of the network about as long as it was.
+    """Writes a quantised model whose weights keep the lengths of the network's vectors.
 
-    Tensors of one size have the same blocks in every layer: a matrix product costs the same whatever it multiplies.
+    Tensors of one size have the same blocks in every layer, because the values do not affect the speed.
     """
     write_stored(path, shape, Tokenizer.of_size(shape.vocabulary), _tensors(shape))
 
@@ -109,7 +109,7 @@ def _blocks(shape: Shape) -> Callable[[int, int, float], NDArray[np.uint8]]:
 
     @cache
     def draw(rows: int, columns: int, gain: float) -> NDArray[np.uint8]:
-        """[rows, bytes of a row]; maps a vector of root mean square 1 to one of about ``gain``."""
+        """[rows, bytes per row]; maps a vector with a root mean square of 1 to one of about ``gain``."""
         blocks = np.frombuffer(random.bytes(rows * columns // QUANTISATION_BLOCK * size), np.uint8).copy()
         scale = np.array([gain / (math.sqrt(columns) * deviation)], np.float16)
         blocks.reshape(-1, size)[:, :2] = scale.view(np.uint8)

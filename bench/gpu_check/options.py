@@ -1,4 +1,4 @@
-"""What is to be checked, with what, where, and within how much time."""
+"""The options of ``scripts/gpu_check``."""
 
 import argparse
 import tempfile
@@ -14,56 +14,58 @@ BUDGET_MINUTES = 25.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """One call. ``stages`` are in the order of ``STAGES``; what earlier calls with the same ``work`` did stays done."""
+    """The options of one call. ``stages`` are in the order of ``STAGES``. No step is repeated in the same ``work``."""
 
     work: Path
     out: Path
     archive: Path
     stages: tuple[str, ...]
     budget: float
-    """Seconds."""
+    """In seconds."""
     cpu: bool
     small: bool
 
     @property
     def backend(self) -> str:
-        """The card backend that is checked."""
+        """The back end that is checked, by its name in model cards."""
         return "LlamaCppCpu" if self.cpu else "LlamaCppCuda"
 
     @property
     def results(self) -> Path:
-        """Where every step leaves its record."""
+        """The folder of the steps' records."""
         return self.work / "results"
 
     @property
     def logs(self) -> Path:
-        """Where every program leaves what it says."""
+        """The folder of the programs' logs."""
         return self.work / "logs"
 
     @property
     def tools(self) -> Path:
-        """Where the build leaves llama.cpp's programs and libraries."""
+        """The folder of llama.cpp's programs and libraries."""
         return self.work / ("build-cpu" if self.cpu else "build-cuda") / "bin"
 
     @property
     def python(self) -> Path:
-        """Of the environment that everything after the build runs in."""
+        """The Python of all stages after the build."""
         return self.work / "venv" / "bin" / "python"
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """From the command line; ends the program where it is wrong."""
+    """Reads the command line. Exits if it is invalid."""
     parser = argparse.ArgumentParser(
-        prog="gpu_check", description="Builds llama.cpp for the NVIDIA card at hand, and tests and measures exo on it."
+        prog="gpu_check", description="Builds llama.cpp for the GPU of this machine, and tests and measures exo on it."
     )
     default = Path(tempfile.gettempdir()) / "exo-gpu-check"
     parser.add_argument("--work", type=Path, default=default, help=f"builds, models and results; default {default}")
-    parser.add_argument("--out", type=Path, help="where gpu-check.json goes; default WORK/out")
-    parser.add_argument("--archive", type=Path, default=ARCHIVE, help=f"made by make gpu-archive; default {ARCHIVE}")
+    parser.add_argument("--out", type=Path, help="the folder of gpu-check.json; default WORK/out")
+    parser.add_argument(
+        "--archive", type=Path, default=ARCHIVE, help=f"the file that make gpu-archive makes; default {ARCHIVE}"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}; default all")
     parser.add_argument("--budget", type=float, default=BUDGET_MINUTES, metavar="MINUTES", help="default 25")
-    parser.add_argument("--cpu", action="store_true", help="do without a card: prove the script")
-    parser.add_argument("--small", action="store_true", help="tiny models and loads: figures that say nothing")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU instead of a GPU, to try the script")
+    parser.add_argument("--small", action="store_true", help="use tiny models and loads, whose figures mean nothing")
     given = parser.parse_args(arguments)
     chosen = str(given.stages).split(",")
     if unknown := set(chosen) - set(STAGES):
@@ -72,7 +74,7 @@ def parse(arguments: Sequence[str]) -> Options:
         parser.error(f"--budget: must be minutes, above 0 and at most a day (got {given.budget:g})")
     work = Path(given.work).absolute()
     if work.is_relative_to(ROOT):
-        parser.error(f"--work: must be outside the checkout, which stays as it is (got {given.work})")
+        parser.error(f"--work: must be outside the checkout, which is not changed (got {given.work})")
     return Options(
         work=work,
         out=Path(given.out).absolute() if given.out else work / "out",

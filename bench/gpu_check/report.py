@@ -1,7 +1,6 @@
-"""What was found, from the records of all steps: one table for people and one JSON file."""
+"""Reports the records of all steps as tables and as a JSON file."""
 
 import json
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,22 +12,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.ceiling import Ceiling
 from bench.gpu_check.models import Model, models
-from bench.gpu_check.options import ROOT, Options
+from bench.gpu_check.options import Options
 from bench.gpu_check.record import Record
-from bench.gpu_check.sweep import SERVERS, SETTINGS, concurrency, name_of
+from bench.gpu_check.speed import SERVERS, SETTINGS, concurrency, name_of
+from bench.peer_report import Ceiling
+from bench.servers import commit
 from exo.bench.report import Report, Stage
 from exo.compare.comparison import HostFacts
-from exo.compare.evidence import host_facts
 from exo.worker.supervisor.host_probe import probe_host
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "gpu-check.json"
 
 
 def write(options: Options, records: Mapping[str, Record]) -> Path:
-    """The JSON file, which is returned: date, commit, machine, and each step with its facts or its failure."""
+    """Writes the JSON file and returns its path: date, commit, machine, and each step with its facts or failure."""
     tools = records.get("tools")
     found: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -37,7 +36,7 @@ def write(options: Options, records: Mapping[str, Record]) -> Path:
         "host": anyio.run(_host).model_dump(mode="json"),
         "backend": options.backend,
         "small": options.small,
-        "card": tools.facts["cuda"]["card"] if tools is not None and tools.facts.get("cuda") else None,
+        "gpu": tools.facts["cuda"]["gpu"] if tools is not None and tools.facts.get("cuda") else None,
         "steps": [asdict(record) for record in records.values()],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -47,21 +46,11 @@ def write(options: Options, records: Mapping[str, Record]) -> Path:
 
 
 async def _host() -> HostFacts:
-    return host_facts(await probe_host({}))
-
-
-def commit() -> str:
-    """Of the checkout, or that there is no telling."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    return HostFacts.of(await probe_host({}))
 
 
 def show(options: Options, records: Mapping[str, Record], console: Console) -> None:
-    """One line for each check, one for each model and load."""
+    """Prints a line for each step, and one for each model and load."""
     table = Table("check", "", "seconds", "", box=None)
     for record in records.values():
         seconds = f"{record.seconds:.0f}" if record.seconds else ""
@@ -75,7 +64,7 @@ def show(options: Options, records: Mapping[str, Record], console: Console) -> N
 
 
 def _short(message: str) -> str:
-    """Of a message that quotes a log: what failed, and the log's last line, which mostly says why."""
+    """The first line of a message, and the last one, which is the end of a log and mostly states the cause."""
     first, *quoted = message.strip().splitlines() or [""]
     return "\n".join(line[-_WIDTH:] for line in (first, *quoted[-1:]))
 
@@ -85,7 +74,7 @@ _COLUMNS = ("model", "streams", *SERVERS, "exo / best", "llama-batched-bench", *
 
 
 def rows(options: Options, records: Mapping[str, Record]) -> Iterator[Sequence[str]]:
-    """Of the second table: each model at each load that anything was measured at."""
+    """The rows of the second table: each model at each measured load."""
     for model in models(options):
         stages = {server: _stages(records.get(name_of(model, server))) for server in (*SERVERS, *SETTINGS)}
         ceilings = _ceilings(model, records)
@@ -123,7 +112,7 @@ def _ratio(ours: Stage | None, *theirs: Stage | None) -> str:
 
 
 def _found(record: Record) -> str:
-    """The facts that fit on a line."""
+    """The main facts on a line."""
     facts = record.facts
     match record.stage:
         case "contract":
@@ -132,7 +121,7 @@ def _found(record: Record) -> str:
             return f"largest difference {facts['max_abs']:.1e} nats, KL {facts['kl_mean']:.1e}, {facts['greedy']}"
         case "offload":
             taken = (f"{name}: {facts[name]['taken_bytes'] / 1e9:.2f} GB" for name in ("all", "half", "none"))
-            return f"{'+'.join(facts['all']['devices'])}; layers on the card, {', '.join(taken)}"
+            return f"{'+'.join(facts['all']['devices'])}; layers on the GPU, {', '.join(taken)}"
         case "ceiling" if "rates" in facts:
             named = ("prefill" if rate["n_prompt"] else "decode" for rate in facts["rates"])
             return ", ".join(

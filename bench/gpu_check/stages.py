@@ -1,4 +1,4 @@
-"""Everything after the build, in the environment that it made: ``python -m bench.gpu_check.stages``."""
+"""Runs all stages after the build, in its environment: ``python -m bench.gpu_check.stages``."""
 
 import os
 import sys
@@ -6,18 +6,18 @@ import time
 
 from rich.console import Console
 
-from bench.gpu_check import build, ceiling, contract, offload, parity, report, sweep
+from bench.gpu_check import build, checks, report, speed
 from bench.gpu_check.options import Options, parse
 from bench.gpu_check.record import Record, Step, find, perform
 
 
 def steps(options: Options) -> list[Step]:
-    """Of all stages but the build, in order."""
-    return [step for stage in (contract, parity, offload, sweep, ceiling) for step in stage.steps(options)]
+    """The steps of all stages but the build, in order."""
+    return [*checks.steps(options), *speed.steps(options)]
 
 
 def run(options: Options, console: Console) -> int:
-    """Runs what was asked for, shows and writes all that is known; the exit status."""
+    """Runs the chosen stages, and prints and writes all records. Returns the exit status."""
     deadline = time.monotonic() + options.budget
     asked: list[Record] = []
     for step in steps(options):
@@ -35,8 +35,8 @@ def run(options: Options, console: Console) -> int:
 
 
 def main() -> None:
-    """The command line is that of ``scripts/gpu_check``; its budget is what is left of it."""
-    # cuBLAS would round the factors of float32 products to 10 bits.
+    """Has the command line of ``scripts/gpu_check`` with the rest of its budget."""
+    # Otherwise cuBLAS rounds the factors of float32 products to 10 bits.
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     sys.exit(run(parse(sys.argv[1:]), Console(width=160)))
 

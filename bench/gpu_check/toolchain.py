@@ -1,4 +1,4 @@
-"""The tools of this machine: compilers, the card and its driver, and cuBLAS, which may lie among Python's packages."""
+"""Finds the tools of this machine: compilers, the GPU and its driver, and cuBLAS, which may be a Python package."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from pathlib import Path
 from bench.gpu_check.record import CheckError
 
 CUDA_BIN, DRIVER_BIN = "/usr/local/cuda/bin", "/usr/local/nvidia/bin"
-"""Where they often are, and PATH does not lead."""
+"""Usual folders that are often missing from PATH."""
 SYSTEM = Path("/usr")
-"""Where a distribution's own packages put cuBLAS."""
+"""The folder of a distribution's own cuBLAS."""
 DRIVER_FOLDERS = ("/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib")
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """The first NVIDIA card that the driver lists."""
+class Gpu:
+    """The first GPU that the driver lists."""
 
     name: str
     capability: str
@@ -30,7 +30,7 @@ class Card:
 
     @property
     def architecture(self) -> str:
-        """What CMake calls machine code for exactly this card."""
+        """CMake's name of machine code for exactly this GPU."""
         return f"{self.capability.replace('.', '')}-real"
 
 
@@ -40,26 +40,26 @@ class Cublas:
 
     headers: Path
     library: Path
-    """With its version number at the end; libcublasLt lies beside it."""
+    """Its name ends with the version; libcublasLt is beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cuda:
-    """What a build for a card needs. ``cublas`` is None where CMake finds it by itself, beside the compiler."""
+    """The parts of a CUDA build. ``cublas`` is None if CMake finds it beside the compiler."""
 
     nvcc: str
     version: str
     toolkit: Path
-    """The folder that holds nvcc's bin and the run-time library's lib64."""
-    card: Card
+    """The folder with nvcc's bin and the run-time library's lib64."""
+    gpu: Gpu
     cublas: Cublas | None
     driver: Path | None
-    """libcuda, or its stub; None where there is neither."""
+    """libcuda or its stub; None without either."""
 
 
 @dataclass(frozen=True, slots=True)
 class Toolchain:
-    """Everything; ``cuda`` is None for a build for the CPU."""
+    """All tools. ``cuda`` is None for a CPU build."""
 
     cmake: str
     ninja: str | None
@@ -67,7 +67,7 @@ class Toolchain:
 
 
 def find_toolchain(*, cpu: bool) -> Toolchain:
-    """Raises CheckError that names what is missing."""
+    """Raises CheckError, which names the missing tool."""
     cmake = _program("cmake")
     if cmake is None:
         raise CheckError("there is no cmake in PATH; llama.cpp is built with CMake 3.18 or newer")
@@ -77,34 +77,34 @@ def find_toolchain(*, cpu: bool) -> Toolchain:
 
 
 def find_cuda() -> Cuda:
-    """Raises CheckError that names what is missing."""
-    card = find_card()
+    """Raises CheckError, which names the missing tool."""
+    gpu = find_gpu()
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("nvcc", path=CUDA_BIN)
     if nvcc is None:
         raise CheckError(f"there is no nvcc in PATH or {CUDA_BIN}: the CUDA toolkit's compiler is needed")
     found = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
     if found is None:
-        raise CheckError(f"{nvcc} --version does not tell a release of CUDA")
+        raise CheckError(f"{nvcc} --version does not state a CUDA release")
     toolkit = _toolkit(nvcc)
     cublas = None if _has_cublas(toolkit) else _packaged_cublas(found[1].partition(".")[0])
-    return Cuda(nvcc, found[1], toolkit, card, cublas, _driver_library(toolkit))
+    return Cuda(nvcc, found[1], toolkit, gpu, cublas, _driver_library(toolkit))
 
 
-def find_card() -> Card:
-    """Raises CheckError where the driver does not answer or lists none."""
+def find_gpu() -> Gpu:
+    """Raises CheckError if the driver does not answer or lists no GPU."""
     smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=DRIVER_BIN)
     if smi is None:
-        raise CheckError("there is no nvidia-smi: no NVIDIA driver here; --cpu --small proves the script without one")
+        raise CheckError("there is no nvidia-smi: no NVIDIA driver here; --cpu --small tries the script without a GPU")
     fields = "name,compute_cap,driver_version,memory.total"
     lines = _output([smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]).strip().splitlines()
     values = [value.strip() for value in lines[0].split(",")] if lines else []
     if len(values) != 4 or not re.fullmatch(r"\d+\.\d+", values[1]):
-        raise CheckError(f"nvidia-smi lists no card: {' '.join(lines) or 'it says nothing'}")
-    return Card(values[0], values[1], values[2], int(values[3]) if values[3].isdigit() else 0)
+        raise CheckError(f"nvidia-smi lists no GPU: {' '.join(lines) or 'no output'}")
+    return Gpu(values[0], values[1], values[2], int(values[3]) if values[3].isdigit() else 0)
 
 
 def _program(name: str) -> str | None:
-    """In PATH, or beside this Python, whose packages bring programs too."""
+    """A program in PATH or beside this Python, whose packages may have installed it."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
@@ -119,7 +119,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _toolkit(nvcc: str) -> Path:
-    """The folder above nvcc's own, also where the nvcc in PATH is a script that calls it."""
+    """The folder above nvcc's own, even if the nvcc in PATH is a script that calls it."""
     command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     here = re.search(r"_HERE_=(.+)", done.stderr)
@@ -134,7 +134,7 @@ def _has_cublas(toolkit: Path) -> bool:
 
 
 def _packaged_cublas(major: str) -> Cublas:
-    """From a package nvidia-cublas, of which each release of CUDA has its own layout. Raises CheckError."""
+    """The cuBLAS of a package nvidia-cublas, whose layout varies with the CUDA release. Raises CheckError."""
     for packages in _package_folders():
         for library in sorted(packages.glob(f"nvidia/*/lib/libcublas.so.{major}")):
             headers = library.parent.parent / "include"
@@ -147,7 +147,7 @@ def _packaged_cublas(major: str) -> Cublas:
 
 
 def _package_folders() -> Iterator[Path]:
-    """Of this Python, and of the others in PATH."""
+    """The package folders of this Python and of the others in PATH."""
     yield from (Path(entry) for entry in sys.path if entry)
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         yield from Path(folder).parent.glob("lib/python3*/*-packages")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, get_args
 
+from exo.exit_code import CommandError, ExitCode
 from exo.worker.protocol.runners import Prefer
 
 DEFAULT_HOST = "127.0.0.1"
@@ -25,8 +26,11 @@ _ORIGIN_PATTERN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]{1,255}")
 _T = TypeVar("_T")
 
 
-class SettingsError(ValueError):
+class SettingsError(CommandError):
     """A flag or an environment variable has an invalid value; the message names both."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ExitCode.USAGE)
 
 
 @dataclass(frozen=True, slots=True)

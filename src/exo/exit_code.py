@@ -1,4 +1,4 @@
-"""How a command ends: what its exit status means, and the exception that ends it early."""
+"""The exit statuses of the commands, and the exception that ends a command."""
 
 from enum import IntEnum
 
@@ -16,11 +16,11 @@ class ExitCode(IntEnum):
 
 EXIT_CODES = """\
   0    done
-  1    failed; what is wrong and what to do is on standard error
+  1    failed; the cause and the remedy are on standard error
   2    the command line, a setting or a file given with it cannot be used
   3    there is no such model, or its files are not on disk
-  4    no server answers: exo's own or, for what asks the hub, the hub
-  130  interrupted; what was pulled is kept"""
+  4    no server answers: exo's own or, for commands that ask the hub, the hub
+  130  interrupted; downloaded files are kept"""
 
 
 class CommandError(Exception):

@@ -1,8 +1,8 @@
-"""Text that others wrote, made fit for a terminal."""
+"""Makes foreign text safe for a terminal."""
 
 
 def printable(text: str) -> str:
-    """What would speak to the terminal, or is invisible, as a Python literal has it; line ends and tabs stay."""
+    """Escapes control and invisible characters as in a Python literal, except line ends and tabs."""
     return text if text.isprintable() else "".join(map(_shown, text))
 
 

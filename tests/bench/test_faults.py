@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.alignment import Alignment, align
 from bench.campaign import plan
-from bench.near_ties import gap_and_noise
-from bench.report import NearTie
+from bench.texts import Alignment, NearTie, align, gap_and_noise
 
 TEXT = random.Random(0).choices(range(320), k=400)
 

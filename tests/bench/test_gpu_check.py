@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench.gpu_check import offload, report
-from bench.gpu_check.contract import counted
+from bench.gpu_check import report
+from bench.gpu_check.checks import counted, verdict
 from bench.gpu_check.models import SMALL_MODELS, Model, write_random
 from bench.gpu_check.options import ROOT, Options, parse
 from bench.gpu_check.record import CheckError, Record, Step, find, perform
-from bench.gpu_check.sweep import SERVERS, name_of
+from bench.gpu_check.speed import SERVERS, name_of
 from exo.bench.options import Options as Asked
 from exo.bench.report import Distribution, Load, Report, Requests, Stage, Tokens
 from exo.worker.protocol.messages import Load as LoadModel
@@ -109,7 +109,7 @@ def loads(every: int, half: int, nothing: int) -> dict[str, dict[str, object]]:
 
 def test_offload_is_believed_where_the_cards_memory_shows_it(tmp_path: Path) -> None:
     options = parse(["--work", str(tmp_path)])
-    assert offload.verdict(loads(95, 48, 1), options) == ""
+    assert verdict(loads(95, 48, 1), options) == ""
 
 
 @pytest.mark.parametrize(
@@ -118,17 +118,17 @@ def test_offload_is_believed_where_the_cards_memory_shows_it(tmp_path: Path) -> 
         (10, 5, 1, "all layers took 10 bytes"),
         (95, 95, 1, "half of the layers took 95"),
         (95, 2, 1, "half of the layers took 2"),
-        (95, 48, 60, "no layer was to be on the card, and 60"),
+        (95, 48, 60, "no layer was to be on the GPU, but 60"),
     ],
 )
 def test_offload_that_did_not_happen_is_found(every: int, half: int, nothing: int, said: str, tmp_path: Path) -> None:
-    assert said in offload.verdict(loads(every, half, nothing), parse(["--work", str(tmp_path)]))
+    assert said in verdict(loads(every, half, nothing), parse(["--work", str(tmp_path)]))
 
 
 def test_a_runner_that_names_no_card_is_found(tmp_path: Path) -> None:
     found = loads(95, 48, 1)
     found["all"]["devices"] = ["CPU"]
-    assert "the runner names ['CPU']" in offload.verdict(found, parse(["--work", str(tmp_path)]))
+    assert "the runner names ['CPU']" in verdict(found, parse(["--work", str(tmp_path)]))
 
 
 # --- models ---
@@ -183,7 +183,7 @@ def sweep_record(server: str, *rates: float) -> Record:
 
 def recorded(options: Options) -> dict[str, Record]:
     batch = {"streams": 2, "prompt_tokens": 32, "output_tokens": 16, "prefill_seconds": 0.1, "decode_seconds": 0.3}
-    tools = {"cuda": {"card": {"name": "NVIDIA H200", "driver": "580"}}, "cpu": False, "small": True}
+    tools = {"cuda": {"gpu": {"name": "NVIDIA H200", "driver": "580"}}, "cpu": False, "small": True}
     records = [
         Record("tools", "build", "passed", 1, facts=tools),
         Record("contract", "contract", "failed", 2, "pytest ended with 1"),
@@ -214,7 +214,7 @@ def test_the_json_file_names_the_card_and_holds_every_step(tmp_path: Path) -> No
     options = parse(["--work", str(tmp_path), "--small", "--out", str(tmp_path / "out")])
     records = recorded(options)
     written = json.loads(report.write(options, records).read_text())
-    assert written["card"]["name"] == "NVIDIA H200"
+    assert written["gpu"]["name"] == "NVIDIA H200"
     assert written["backend"] == "LlamaCppCuda"
     assert [step["state"] for step in written["steps"]] == ["passed", "failed", *["passed"] * 5]
     assert written["steps"][2]["facts"] == records[name_of(SMALL_MODELS[0], "exo")].facts

@@ -58,7 +58,7 @@ def test_without_a_driver_it_says_so(machine: Path) -> None:
 
 def test_without_a_card_it_says_what_the_driver_said(machine: Path) -> None:
     program(machine, "nvidia-smi", "echo No devices were found")
-    with pytest.raises(CheckError, match="lists no card: No devices were found"):
+    with pytest.raises(CheckError, match="lists no GPU: No devices were found"):
         toolchain.find_cuda()
 
 
@@ -89,7 +89,7 @@ def test_cublas_is_found_beside_nvcc_or_else_among_packages(machine: Path) -> No
     found = toolchain.find_cuda()
     assert found.cublas == toolchain.Cublas(packages / "include", packages / "lib" / "libcublas.so.13")
     assert (found.version, found.toolkit) == ("13.0", machine / "toolkit")
-    assert found.card == toolchain.Card("NVIDIA H200", "9.0", "580.65", 143771)
+    assert found.gpu == toolchain.Gpu("NVIDIA H200", "9.0", "580.65", 143771)
     for name in ("include/cublas_v2.h", "lib64/libcublas.so"):
         (machine / "toolkit" / name).parent.mkdir(exist_ok=True)
         (machine / "toolkit" / name).touch()
@@ -114,7 +114,7 @@ def test_it_builds_for_exactly_the_card_with_cublas_headers_alone(machine: Path)
 
 
 def test_without_libcuda_it_is_built_without_the_part_that_links_to_it(tmp_path: Path) -> None:
-    card = toolchain.Card("some", "12.0", "1", 1)
+    card = toolchain.Gpu("some", "12.0", "1", 1)
     cuda = toolchain.Cuda("nvcc", "13.0", tmp_path, card, None, None)
     arguments = build.cuda_arguments(cuda, tmp_path)
     assert "-DGGML_CUDA_NO_VMM=ON" in arguments

@@ -4,10 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from bench.ceiling import Ceiling, read_line
-from bench.peer_findings import CeilingTurn, Contender, PeerFindings, Turn, against_ceiling, comparisons
-from bench.peers_page import DATA, PAGE, PLOT, write
-from bench.scenarios import DEMO, TWIN
+from bench.peer_report import (
+    DATA,
+    DEMO,
+    PAGE,
+    PLOT,
+    TWIN,
+    Ceiling,
+    CeilingTurn,
+    Contender,
+    PeerFindings,
+    Turn,
+    against_ceiling,
+    comparisons,
+    read_line,
+    write,
+)
 from exo.bench.options import Options
 from exo.bench.reading import Outcome
 from exo.bench.report import Load, Stage

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from exo.chat.output.events import Arguments, Content, Reasoning, ToolCall
 from exo.cli.chat.screen import AnswerScreen, settled
-from exo.cli.chat.settings import ChatSettings, SettingError
+from exo.cli.chat.settings import ChatSettings
+from exo.exit_code import CommandError
 from tests.support.api_server import CHAT_TEMPLATE
 from tests.support.server import ServeProgram, environment, write_card
 from tests.support.terminal import CTRL_C, CTRL_D, PROMPT, UP, Terminal, plain
@@ -104,7 +105,7 @@ def test_ctrl_c_stops_the_answer_and_frees_its_slot_and_the_chat_goes_on(server:
         terminal.keys("half a line")
         terminal.wait_for("half a line")  # Python misses a Ctrl-C between the prompt and its wait for keys
         terminal.keys(CTRL_C)
-        terminal.wait_for("Ctrl-D or /exit leaves")
+        terminal.wait_for("Ctrl-D or /exit ends the chat")
         terminal.wait_for(PROMPT)
         terminal.keys("more\r")
         terminal.wait_for(r"[etaoin shrdlu\n]{100}")
@@ -325,5 +326,5 @@ def test_a_setting_is_what_the_server_would_take() -> None:
     settings.set("temperature", "")
     assert settings.fields() == {"stop": ["a", "\n"], "top_k": 40, "reasoning_effort": "low"}
     for name, value in (("top_k", "4.5"), ("reasoning_effort", "some"), ("seed", "x"), ("tools", "/nowhere.json")):
-        with pytest.raises(SettingError, match=name):
+        with pytest.raises(CommandError, match=name):
             settings.set(name, value)

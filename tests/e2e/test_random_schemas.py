@@ -7,7 +7,7 @@ from collections.abc import Generator
 import pytest
 from pydantic import JsonValue
 
-from bench.schemas import ask_all
+from bench.grammar import ask_all
 from tests.e2e.test_serve_openai import TEMPLATE
 from tests.support.random_schemas import fate, random_schema
 from tests.support.server import ServeProgram, write_card

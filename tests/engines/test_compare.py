@@ -12,11 +12,13 @@ from rich.console import Console
 from exo.cards.catalogue import Catalogue
 from exo.compare.comparison import CompareError, Comparison
 from exo.compare.engine import Engine
-from exo.compare.plot import check_plot, draw
+from exo.compare.plot import draw
 from exo.compare.prompts import PROMPTS, read_prompts
 from exo.compare.run import Options, Subject, compare, examine
 from exo.compare.table import show
 from exo.config import Settings
+from exo.exit_code import CommandError
+from exo.plot import check_plot
 from exo.worker.host import Host
 from exo.worker.protocol.messages import Load
 from exo.worker.supervisor.pool import runner_commands
@@ -208,10 +210,10 @@ async def test_divergence_is_drawn_over_position(gguf: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_drawn_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CompareError, match=r"must end in .png, .svg, .pdf \(got .*plot.bmp"):
+    with pytest.raises(CommandError, match=r"must end in .png, .svg, .pdf \(got .*plot.bmp"):
         check_plot(tmp_path / "plot.bmp")
-    with pytest.raises(CompareError, match="no directory"):
+    with pytest.raises(CommandError, match="no directory"):
         check_plot(tmp_path / "missing" / "plot.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(CompareError, match=r"exo\[plot\]"):
+    with pytest.raises(CommandError, match=r"exo\[plot\]"):
         check_plot(tmp_path / "plot.png")

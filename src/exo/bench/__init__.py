@@ -1,4 +1,4 @@
-"""``exo bench``: what a client of an OpenAI-compatible server has to wait for, and how much it gets.
+"""``exo bench`` measures the latency and throughput of an OpenAI-compatible server, as its client sees them.
 
-``run.run_bench`` measures, ``report`` is what it finds, ``table`` and ``plot`` show it.
+``run.run_bench`` returns a ``report``; ``table`` and ``plot`` show it.
 """

@@ -1,7 +1,7 @@
-"""A client that costs next to nothing, since it often shares the cores with what it measures.
+"""A client that takes little CPU time, because it often shares the cores with the server that it measures.
 
-While a reply comes, its bytes are only kept, with the moment of each read; ``reading`` makes sense of them afterwards.
-One connection for each request, as clients without a pool have it.
+While a reply comes, it only stores the bytes and the time of each read; ``reading`` parses them afterwards. Each
+request has its own connection.
 """
 
 import asyncio
@@ -17,30 +17,30 @@ from exo.exit_code import CommandError, ExitCode
 
 _PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 _LAST_CHUNK = b"0\r\n\r\n"
-"""How HTTP/1.1 ends a body sent in chunks. Within a stream no read ends so: events end in ``}`` or ``]``."""
+"""The end of a chunked body in HTTP/1.1. No other read ends like this: events end in ``}`` or ``]``."""
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and what came back. Moments are seconds by ``time.perf_counter``."""
+    """One request and its reply. Times are seconds by ``time.perf_counter``."""
 
     body: bytes
     began: float = 0.0
-    """When the connection was asked for, or was due to be."""
+    """When the connection was opened or was due to be opened."""
     ended: float = 0.0
     pieces: list[tuple[float, bytes]] = field(default_factory=list[tuple[float, bytes]])
-    """Every read, head of the reply included."""
+    """The time and the bytes of every read, including the head."""
     failure: str = ""
-    """Why there is no connection, or why it broke."""
+    """Why the connection failed."""
     cut: bool = False
-    """Whether this side hung up."""
+    """Whether the client hung up."""
 
 
 class Client:
     """Sends requests to one endpoint of one server."""
 
     def __init__(self, options: Options) -> None:
-        """Raises CommandError where the URL is none."""
+        """Raises CommandError if the URL is invalid."""
         url = urlsplit(options.url if "://" in options.url else f"http://{options.url}")
         try:
             port = url.port
@@ -67,9 +67,9 @@ class Client:
         self._head = "".join(f"{line}\r\n" for line in lines)
 
     async def send(self, exchange: Exchange, heard: Callable[[], None] | None = None) -> None:
-        """Sends the body and returns when the reply is over. ``heard`` is called after each read.
+        """Sends the body and returns at the end of the reply. Calls ``heard`` after each read.
 
-        Failures are kept in ``exchange``; a cancellation hangs up and is kept there too.
+        Failures are stored in ``exchange``. A cancellation hangs up and is stored as well.
         """
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()

@@ -1,4 +1,4 @@
-"""The command ``exo bench``; also ``python -m exo.bench``."""
+"""The commands ``exo bench`` and ``python -m exo.bench``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,68 +13,66 @@ if TYPE_CHECKING:
 
     from exo.bench.options import Options
 
+_NOT_PASSED_ON = {"concurrency", "rate", "goodput", "extra", "api_key", "plot", "as_json"}
+"""Options of the command that ``Options`` has in another form or not at all."""
+
 
 def bench(
-    url: Annotated[str, typer.Argument(help="Of an OpenAI-compatible server, such as http://127.0.0.1:52415.")],
-    model: Annotated[str, typer.Option(help="The model to ask for.")],
-    endpoint: Annotated[str | None, typer.Option(help="completions (default) or chat.")] = None,
+    url: Annotated[str, typer.Argument(help="The address of an OpenAI-compatible server: http://127.0.0.1:52415.")],
+    model: Annotated[str, typer.Option(help="The model to request.")],
+    endpoint: Annotated[str | None, typer.Option(help="completions or chat. Default: completions.")] = None,
     workload: Annotated[
-        str | None, typer.Option(help="random (default), shared-prefix, long-prompt or repeat.")
+        str | None, typer.Option(help="random, shared-prefix, long-prompt or repeat. Default: random.")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help="Requests in flight, one stage after another. Default 1,4,16.")
+        str | None, typer.Option(help="Requests in flight, one stage per number. Default: 1,4,16.")
     ] = None,
     rate: Annotated[
-        str | None, typer.Option(help="Instead: requests a second, arriving at random moments, such as 0.5,1,2.")
+        str | None, typer.Option(help="Instead: requests per second at random times, such as 0.5,1,2.")
     ] = None,
-    requests: Annotated[int | None, typer.Option(help="Of each stage. Default: twice the concurrency.")] = None,
-    prompt_words: Annotated[int | None, typer.Option(help="Words of a prompt. Default 40.")] = None,
-    shared_words: Annotated[int | None, typer.Option(help="Words before it that all share. Default 400.")] = None,
-    long_words: Annotated[int | None, typer.Option(help="Words of the long prompt. Default 2000.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Tokens to generate for each. Default 64.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default 0: greedy.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Requests of each stage. Default: twice the concurrency, at least 8.")
+    ] = None,
+    prompt_words: Annotated[int | None, typer.Option(help="Words of a prompt. Default: 40.")] = None,
+    shared_words: Annotated[
+        int | None, typer.Option(help="Words at the beginning that all prompts share. Default: 400.")
+    ] = None,
+    long_words: Annotated[int | None, typer.Option(help="Words of the long prompt. Default: 2000.")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens to generate per request. Default: 64.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: 0, which is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling. Default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of prompts, arrivals and sampling. Default: 0.")] = None,
     goodput: Annotated[
-        str | None, typer.Option(help="Objective in ms, such as ttft:1000,itl:100; also gap (longest) and e2e.")
+        str | None, typer.Option(help="Objective in ms, such as ttft:1000,itl:100. Also: gap (the longest) and e2e.")
     ] = None,
-    warmup: Annotated[int | None, typer.Option(help="Requests before each stage that do not count. Default 1.")] = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Ask for all tokens, which OpenAI's own servers refuse.")] = True,
-    token_ids: Annotated[bool, typer.Option("--token-ids", help="Ask for token ids and count every one.")] = False,
-    extra: Annotated[str | None, typer.Option(help="More fields of each request, as a JSON object.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds of each stage. Default 300.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="By default the first of EXO_API_KEY.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw throughput and latency against load into this file.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Requests before each stage that are not counted. Default: 1.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Request exactly the tokens above, which OpenAI's own servers refuse.")
+    ] = True,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Request token ids and count them.")] = False,
+    extra: Annotated[str | None, typer.Option(help="Further fields of each request, as a JSON object.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds per stage. Default: 300.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Default: the first key of EXO_API_KEY.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw throughput and latency against load into this file: .png, .svg or .pdf.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure an OpenAI-compatible server: latency, throughput, goodput, errors."""
+    given = {name: value for name, value in locals().items() if name not in _NOT_PASSED_ON}
     from exo.bench.options import Objective, Options
 
     err = Console(stderr=True)
     try:
         options = Options.check(
-            url=url,
-            model=model,
-            endpoint=endpoint,
-            workload=workload,
+            **given,
             concurrency=_numbers("--concurrency", concurrency),
             rates=_numbers("--rate", rate),
-            requests=requests,
-            prompt_words=prompt_words,
-            shared_words=shared_words,
-            long_words=long_words,
-            output_tokens=output_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
             objective=Objective.parse(goodput) if goodput is not None else None,
-            warmup=warmup,
-            ignore_eos=ignore_eos,
-            token_ids=token_ids,
             extra=_object("--extra", extra),
-            time_limit=time_limit,
             api_key=api_key if api_key is not None else _servers_key(),
         )
         _run(options, plot, as_json, err)
@@ -84,9 +82,10 @@ def bench(
 
 
 def _run(options: "Options", plot: Path | None, as_json: bool, err: Console) -> None:
-    from exo.bench.plot import check_plot, draw
+    from exo.bench.plot import draw
     from exo.bench.run import run_bench
     from exo.bench.table import show
+    from exo.plot import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -100,33 +99,30 @@ def _run(options: "Options", plot: Path | None, as_json: bool, err: Console) -> 
     if plot is not None:
         draw({"": report}, plot)
     if not all(stage.requests.whole for stage in report.stages):
-        raise CommandError("a stage has no whole reply")
+        raise CommandError("a stage has no complete reply")
 
 
 def _servers_key() -> str | None:
-    """The first key that a server started here would accept. Raises CommandError."""
-    from exo.config import Access, SettingsError
+    """The first key of a server with this environment. Raises CommandError."""
+    from exo.config import Access
 
-    try:
-        keys = Access.load().keys
-    except SettingsError as error:
-        raise CommandError(str(error), ExitCode.USAGE) from None
+    keys = Access.load().keys
     return keys[0].key if keys else None
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
-    """A list such as ``1,4,16``. Raises CommandError."""
+    """Parses a list such as ``1,4,16``. Raises CommandError."""
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        message = f"{option}: must be numbers with commas between (got {text!r})"
+        message = f"{option}: must be numbers separated by commas (got {text!r})"
         raise CommandError(message, ExitCode.USAGE) from None
 
 
 def _object(option: str, text: str | None) -> "dict[str, JsonValue] | None":
-    """A JSON object. Raises CommandError."""
+    """Parses a JSON object. Raises CommandError."""
     from pydantic import JsonValue, TypeAdapter, ValidationError
 
     if text is None:

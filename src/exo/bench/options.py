@@ -1,4 +1,4 @@
-"""What is measured: where, with what requests, under what load."""
+"""The options of a benchmark: the server, the requests and the load."""
 
 import math
 from typing import Annotated, Literal
@@ -30,9 +30,9 @@ Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Objective(_Frozen):
-    """What a request must keep to count as good: at most so many milliseconds; None is no demand.
+    """The limits in milliseconds that a good request meets; None is no limit.
 
-    ``itl`` is the request's mean inter-token latency, as others judge goodput; ``gap`` is its longest.
+    ``itl`` is the request's mean inter-token latency, as in other benchmarks; ``gap`` is its longest.
     """
 
     ttft: Milliseconds | None = None
@@ -42,7 +42,7 @@ class Objective(_Frozen):
 
     @classmethod
     def parse(cls, text: str) -> "Objective":
-        """From text such as ``ttft:1000,itl:100``. Raises CommandError."""
+        """Parses text such as ``ttft:1000,itl:100``. Raises CommandError."""
         named: dict[str, float] = {}
         for part in text.split(","):
             name, _, limit = part.partition(":")
@@ -58,7 +58,7 @@ class Objective(_Frozen):
             raise CommandError(f"--goodput: {_first(error)}; accepted are {names}", ExitCode.USAGE) from error
 
     def __str__(self) -> str:
-        """As ``parse`` reads it."""
+        """The form that ``parse`` reads."""
         return ",".join(f"{name}:{limit:g}" for name, limit in self.model_dump(exclude_none=True).items())
 
 
@@ -73,48 +73,48 @@ Streams = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Options(_Frozen):
-    """One benchmark: a sweep over ``concurrency`` (closed loop) or, where ``rates`` are given, over those (open loop).
+    """One benchmark: a sweep over ``rates`` (open loop) or, if there are none, over ``concurrency`` (closed loop).
 
-    Words are counted, since only the server has the tokenizer; for most tokenizers each is one token.
+    Lengths are in words, because only the server has the tokenizer. Most tokenizers make one token of each word.
     """
 
     url: str = Field(min_length=1)
-    """Of the server, with or without ``/v1``."""
+    """The server's address, with or without ``/v1``."""
     model: str = Field(min_length=1)
     endpoint: Endpoint = "completions"
     workload: Workload = "random"
     prompt_words: int = Field(default=40, ge=1, le=1_000_000)
-    """Words of a prompt that no other prompt shares, or with "repeat" of the whole prompt."""
+    """Words of a prompt that no other prompt shares. With "repeat": words of the whole prompt."""
     shared_words: int = Field(default=400, ge=1, le=1_000_000)
-    """Words that all prompts of a stage begin with, for "shared-prefix"."""
+    """Words at the beginning of all prompts of a stage, for "shared-prefix"."""
     long_words: int = Field(default=2000, ge=1, le=1_000_000)
-    """Words of the prompt that comes among running streams, for "long-prompt"."""
+    """Words of the prompt that arrives among running streams, for "long-prompt"."""
     output_tokens: int = Field(default=64, ge=1, le=1_000_000)
-    """``max_tokens``; with "long-prompt", of the long prompt alone."""
+    """``max_tokens``. With "long-prompt" it applies to the long prompt only."""
     stream_tokens: int = Field(default=2048, ge=64, le=1_000_000)
-    """``max_tokens`` of the streams that "long-prompt" interrupts; each is followed by another if it ends too soon."""
+    """``max_tokens`` of the streams that "long-prompt" interrupts. A stream that ends too soon is replaced."""
     concurrency: tuple[Streams, ...] = Field(default=(1, 4, 16), min_length=1)
     """Requests in flight, one stage after another."""
     rates: tuple[Rate, ...] = ()
-    """Requests a second that arrive as a Poisson process, however many are in flight."""
+    """Requests per second, which arrive as a Poisson process regardless of the number in flight."""
     requests: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Of each stage; by default twice the concurrency or ten seconds' arrivals, and at least eight."""
+    """Requests of each stage. Default: twice the concurrency or ten seconds' arrivals, and at least eight."""
     warmup: int = Field(default=1, ge=0, le=10_000)
-    """Requests before each stage, one after another, that are not counted. They share the stage's prefix."""
+    """Sequential requests before each stage that are not counted. They share the stage's prefix."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=1 << 31)
-    """Of prompts, arrivals and sampling: the same seed asks the same."""
+    """The seed of prompts, arrivals and sampling."""
     ignore_eos: bool = True
-    """Asks for exactly ``max_tokens`` tokens, which OpenAI's own servers refuse."""
+    """Requests exactly ``max_tokens`` tokens, which OpenAI's own servers refuse."""
     token_ids: bool = False
-    """Asks for the ids of the tokens (``return_token_ids``), so that every single one is counted in the stream."""
+    """Requests token ids (``return_token_ids``), so that each token is counted in the stream."""
     extra: dict[str, JsonValue] = {}
-    """More fields for the body of each request."""
+    """Further fields of each request."""
     objective: Objective | None = None
     time_limit: float = Field(default=300.0, gt=0, le=86_400)
-    """Seconds of a stage: what is then in flight is cut and not counted."""
+    """Seconds per stage. Requests in flight at its end are cut and not counted."""
     api_key: SecretStr | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
@@ -125,14 +125,14 @@ class Options(_Frozen):
 
     @classmethod
     def check(cls, **values: object) -> "Options":
-        """The options, None meaning the default. Raises CommandError, which names the option at fault."""
+        """The options; None stands for a default. Raises CommandError, which names the invalid option."""
         try:
             return cls.model_validate({name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
             raise CommandError(f"--{_first(error)}", ExitCode.USAGE) from error
 
     def count(self, concurrency: int | None, rate: float | None) -> int:
-        """Requests of a stage."""
+        """The number of requests of a stage."""
         if self.requests is not None:
             return self.requests
         return max(_FEWEST_REQUESTS, 2 * concurrency if concurrency is not None else round(10 * (rate or 0)))

@@ -1,7 +1,10 @@
-"""Prompts of a stage, the same for the same seed. They mean nothing: what they cost counts, and what they share."""
+"""The prompts and bodies of a stage's requests. The same seed gives the same prompts, which are random words."""
 
 from collections.abc import Iterator
 from random import Random
+
+from pydantic import JsonValue
+from pydantic_core import to_json
 
 from exo.bench.options import Options
 
@@ -28,11 +31,11 @@ water wave weather week west wheel white wide wild wind window wine winter wise 
 year yellow young
 """
 _WORDS = _TEXT.split()
-"""Common enough that most tokenizers have a token for each, with the space before it."""
+"""Most tokenizers have one token for each of these, including the space before it."""
 
 
 class Prompts:
-    """Iterates over prompts without end. ``stage`` keeps the prompts of one stage from those of all others."""
+    """Iterates over prompts without end. No two stages have the same prompts."""
 
     def __init__(self, options: Options, stage: str) -> None:
         self._options = options
@@ -53,8 +56,32 @@ class Prompts:
                 return "\n".join([" ".join(self._words(max(1, words // _REPEATS)))] * _REPEATS) + "\n"
 
     def long(self) -> str:
-        """The prompt that comes among running streams."""
+        """The prompt that arrives among running streams."""
         return " ".join(self._words(self._options.long_words))
 
     def _words(self, count: int) -> list[str]:
         return self._random.choices(_WORDS, k=count)
+
+
+def body(options: Options, prompt: str, number: int, max_tokens: int) -> bytes:
+    """The body of a streamed request, with the chosen fields only, because not every server accepts all of them.
+
+    Each ``number`` has its own seed, so that no two texts are the same.
+    """
+    asked: dict[str, JsonValue] = {"model": options.model}
+    if options.endpoint == "chat":
+        asked["messages"] = [{"role": "user", "content": prompt}]
+    else:
+        asked["prompt"] = prompt
+    asked |= {"max_tokens": max_tokens, "temperature": options.temperature}
+    if options.temperature > 0:
+        asked["seed"] = options.seed + number
+    if options.top_k is not None:
+        asked["top_k"] = options.top_k
+    if options.top_p is not None:
+        asked["top_p"] = options.top_p
+    if options.ignore_eos:
+        asked["ignore_eos"] = True
+    if options.token_ids:
+        asked["return_token_ids"] = True
+    return to_json({**asked, "stream": True, "stream_options": {"include_usage": True}, **options.extra})

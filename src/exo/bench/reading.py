@@ -1,6 +1,5 @@
-"""What came back, read after the load is over: when there was text, how many tokens, and what went wrong."""
+"""Reads replies: when text came, how many tokens, and what went wrong."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, final
@@ -12,16 +11,19 @@ from pydantic_core import to_json
 from exo.bench.client import Exchange
 
 _EXAMPLE = 300
-"""Characters kept of an error's message."""
+"""The most characters of an error message."""
 
 
 class _Details(BaseModel):
     cached_tokens: int | None = None
 
 
-class _Usage(BaseModel):
+class Usage(BaseModel):
+    """The token counts that the server states."""
+
     prompt_tokens: int
     completion_tokens: int
+    total_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
@@ -39,7 +41,7 @@ class _Choice(BaseModel):
 
     @property
     def says(self) -> bool:
-        """Whether there is anything of the reply, and not only its role or its end."""
+        """Whether it has text, tokens or tool calls, and not only the role or the end."""
         if self.text or self.token_ids:
             return True
         of = self.delta
@@ -47,10 +49,10 @@ class _Choice(BaseModel):
 
 
 class _Chunk(BaseModel):
-    """An event of a stream, as far as it is read; servers add to it at will."""
+    """The fields of an event that are read. Servers add others."""
 
     choices: list[_Choice] = []
-    usage: _Usage | None = None
+    usage: Usage | None = None
     error: JsonValue = None
 
 
@@ -59,7 +61,7 @@ CountedBy = Literal["usage", "chunks"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What was wrong with a request: a kind to count by, and the words of one."""
+    """An error of a request: its kind, by which errors are counted, and its message."""
 
     kind: str
     message: str
@@ -67,7 +69,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request. Moments are seconds on the clock of its exchange; ``times`` are those of chunks with text."""
+    """The result of one request. Times are seconds by ``time.perf_counter``, ``times`` those of chunks with text."""
 
     began: float
     ended: float
@@ -77,18 +79,18 @@ class Outcome:
     completion_tokens: int = 0
     counted_by: CountedBy = "chunks"
     ids: int | None = None
-    """Token ids that came in the stream; None where there were none."""
+    """The number of token ids in the stream; None if it had none."""
     fault: Fault | None = None
     cut: bool = False
 
     @property
     def whole(self) -> bool:
-        """Whether the reply came to its end without a fault."""
+        """Whether the reply is complete and correct."""
         return self.fault is None and not self.cut
 
     @property
     def ttft(self) -> float:
-        """Seconds to the first text. Of an outcome that has some."""
+        """Seconds to the first text, of which there must be some."""
         return self.times[0] - self.began
 
     @property
@@ -103,13 +105,13 @@ class Outcome:
 
     @property
     def itl(self) -> float | None:
-        """Mean seconds from token to token after the first; None of a single token."""
+        """Mean seconds per token after the first; None for a single token."""
         return (self.times[-1] - self.times[0]) / (self.completion_tokens - 1) if self.completion_tokens > 1 else None
 
 
 def read(exchange: Exchange) -> Outcome:
-    """The outcome of an exchange that is over."""
-    reply = _Reply()
+    """The outcome of an exchange that has ended."""
+    reply = Reply()
     try:
         for moment, data in exchange.pieces:
             reply.feed(moment, data)
@@ -122,16 +124,16 @@ def read(exchange: Exchange) -> Outcome:
         times=tuple(reply.times),
         prompt_tokens=usage.prompt_tokens if usage else 0,
         cached_tokens=usage.prompt_tokens_details.cached_tokens if usage and usage.prompt_tokens_details else None,
-        completion_tokens=usage.completion_tokens if usage else reply.ids or len(reply.times),
+        completion_tokens=usage.completion_tokens if usage else len(reply.ids or reply.times),
         counted_by="usage" if usage else "chunks",
-        ids=reply.ids,
+        ids=None if reply.ids is None else len(reply.ids),
         fault=_fault(exchange, reply),
         cut=exchange.cut,
     )
 
 
-def _fault(exchange: Exchange, reply: "_Reply") -> Fault | None:
-    """The first thing wrong, from the wire up to the count of tokens."""
+def _fault(exchange: Exchange, reply: "Reply") -> Fault | None:
+    """The first error, from the connection up to the number of tokens."""
     if exchange.cut:
         return None
     if exchange.failure:
@@ -146,11 +148,11 @@ def _fault(exchange: Exchange, reply: "_Reply") -> Fault | None:
         return Fault("incomplete", "the stream ended without [DONE]")
     if not reply.times:
         return Fault("no_text", "the stream had no text")
-    return _miscount(reply.usage, reply.ids, len(reply.times))
+    return _miscount(reply)
 
 
 def _refusal(body: bytes) -> str:
-    """What a reply that is no stream says, in OpenAI's form or in any other."""
+    """The error message of a reply that is no stream, in OpenAI's form or any other."""
     try:
         error = _Chunk.model_validate_json(body).error
     except ValidationError:
@@ -163,13 +165,13 @@ def _message(error: JsonValue) -> str:
     return (said if isinstance(said, str) else to_json(error).decode())[:_EXAMPLE]
 
 
-def _miscount(usage: _Usage | None, ids: int | None, chunks: int) -> Fault | None:
-    """A chunk has one token or more; ids are told one by one."""
-    if usage is None:
+def _miscount(reply: "Reply") -> Fault | None:
+    """Compares the usage with the stream. A chunk has at least one token."""
+    if reply.usage is None:
         return None
-    counted = usage.completion_tokens
-    if ids is not None and ids != counted:
-        return Fault("token_count", f"the usage has {counted} tokens, the stream {ids} ids")
+    counted, chunks = reply.usage.completion_tokens, len(reply.times)
+    if reply.ids is not None and len(reply.ids) != counted:
+        return Fault("token_count", f"the usage has {counted} tokens, the stream {len(reply.ids)} ids")
     if chunks > counted:
         return Fault("token_count", f"the usage has {counted} tokens, the stream {chunks} chunks of text")
     return None
@@ -177,15 +179,21 @@ def _miscount(usage: _Usage | None, ids: int | None, chunks: int) -> Fault | Non
 
 @final
 @dataclass(slots=True)
-class _Reply:
-    """Collects a reply, read by read."""
+class Reply:
+    """A reply as far as it has been read. ``feed`` raises HttpParserError and ValidationError."""
 
     times: list[float] = field(default_factory=list[float])
+    """When chunks with text came, in seconds."""
     status: int | None = None
+    headers: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
+    """With lower-case names."""
     plain: bytes = b""
     """The body of a reply that is an error."""
-    usage: _Usage | None = None
-    ids: int | None = None
+    text: str = ""
+    """The text of a completion."""
+    ids: list[int] | None = None
+    """The token ids; None if the server sends none."""
+    usage: Usage | None = None
     done: bool = False
     fault: Fault | None = None
     _parser: HttpResponseParser = field(init=False)
@@ -194,6 +202,10 @@ class _Reply:
 
     def __post_init__(self) -> None:
         self._parser = HttpResponseParser(self)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        self.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
@@ -211,8 +223,9 @@ class _Reply:
             self.plain += body
             return
         *lines, self._rest = (self._rest + body).split(b"\n")
-        for event in _data(lines):
-            self._take(moment, event)
+        for line in lines:  # an event of OpenAI's API has one line
+            if line.startswith(b"data:"):
+                self._take(moment, line[5:].strip())
 
     def _take(self, moment: float, event: bytes) -> None:
         if event == b"[DONE]":
@@ -223,14 +236,9 @@ class _Reply:
             self.fault = self.fault or Fault("stream_error", _message(chunk.error))
         if any(choice.says for choice in chunk.choices):
             self.times.append(moment)
-        told = [choice.token_ids for choice in chunk.choices if choice.token_ids is not None]
-        if told:
-            self.ids = (self.ids or 0) + sum(map(len, told))
+        for choice in chunk.choices:
+            self.text += choice.text or ""
+            if choice.token_ids is not None:
+                self.ids = self.ids or []
+                self.ids += choice.token_ids
         self.usage = chunk.usage or self.usage
-
-
-def _data(lines: Sequence[bytes]) -> Iterator[bytes]:
-    """What the events among the lines carry; OpenAI's have one line each."""
-    for line in lines:
-        if line.startswith(b"data:"):
-            yield line[5:].strip()

@@ -1,4 +1,4 @@
-"""What a benchmark finds. Its JSON keeps its shape: a change of meaning or of names raises ``SCHEMA_VERSION``."""
+"""A benchmark's report. A change of its JSON's names or meanings raises ``SCHEMA_VERSION``."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ class _Finding(BaseModel):
 
 
 class Distribution(_Finding):
-    """Milliseconds. Percentiles are interpolated linearly between the two nearest ranks."""
+    """Milliseconds. Percentiles are interpolated between the two nearest ranks."""
 
     count: int
     mean: float
@@ -27,42 +27,39 @@ class Distribution(_Finding):
 
 
 class Load(_Finding):
-    """One of the two is None: ``concurrency`` requests in flight, or ``rate`` arriving each second."""
+    """Requests in flight, or requests per second. The other is None."""
 
     concurrency: int | None
     rate: float | None
 
 
 class Requests(_Finding):
-    """Requests by how they ended. ``cut`` are those that this side hung up on: at the time limit, and streams
-    around a long prompt when it is done.
-    """
+    """Requests by result. The client hung up on ``cut`` ones: at the time limit, and at the end of a long prompt."""
 
     sent: int
     whole: int
     cut: int
     errors: dict[str, int]
-    """By kind; an HTTP status is ``http_429``. ``token_count``: the stream and the usage disagree."""
+    """By kind, such as ``http_429``. ``token_count``: the stream and the usage disagree."""
     messages: dict[str, str]
-    """The first of each kind."""
+    """The first message of each kind."""
 
 
 class Tokens(_Finding):
-    """Tokens of whole requests, as the server's usage counts them."""
+    """Tokens of complete requests, from the server's usage."""
 
     prompt: int
     cached: int | None
-    """Of the prompt, not computed again; None where the server does not tell."""
+    """Prompt tokens from a cache; None if the server does not state them."""
     output: int
     counted_by_usage: int
-    """Requests whose usage was told. Of the others the chunks with text are counted, and their prompts are not."""
+    """Requests with a usage. For the others, chunks with text are counted, and prompts are not."""
     checked_by_ids: int
-    """Requests of which every token id came in the stream, as many as the usage has. In all others no more chunks of
-    text came than tokens were counted."""
+    """Requests with as many token ids in the stream as the usage states. All others had at most one chunk per token."""
 
 
 class Goodput(_Finding):
-    """Requests that kept the objective, a second and as a share of all that were sent and not cut."""
+    """Requests that met the objective: per second, and as a share of the requests that were not cut."""
 
     objective: str
     good: int
@@ -71,19 +68,19 @@ class Goodput(_Finding):
 
 
 class LongPrompt(_Finding):
-    """A long prompt among running streams. Gaps are from chunk to chunk of the streams."""
+    """A long prompt among running streams. Gaps are between chunks of a stream."""
 
     prompt_tokens: int
     ttft_ms: float
     gaps_before: Distribution | None
     gaps_during: Distribution | None
-    """Of gaps that have a moment in common with the long prompt's wait for its first token."""
+    """The gaps that overlap with the long prompt's wait for its first token."""
     stream_chunks_per_second_before: float
     stream_chunks_per_second_during: float
 
 
 class Stage(_Finding):
-    """One load. Rates are over ``seconds``, from the first request's beginning to the last one's end."""
+    """The figures of one load. Rates are over ``seconds``, from the first request's start to the last one's end."""
 
     load: Load
     requests: Requests
@@ -96,21 +93,21 @@ class Stage(_Finding):
     ttft: Distribution | None
     """From the request, connecting included, to the first chunk with text."""
     itl: Distribution | None
-    """Inter-token latency as it is felt: every time from one chunk with text to the next."""
+    """Inter-token latency: each time between two chunks with text."""
     tpot: Distribution | None
-    """Mean time per output token after the first, of each request."""
+    """The mean time per output token after the first of each request."""
     e2e: Distribution | None
     long_prompt: LongPrompt | None
 
 
 class Report(_Finding):
-    """One benchmark of one server."""
+    """The results of one benchmark."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     date: str
     """ISO 8601, UTC."""
     exo_version: str
     client: str
-    """The machine that asked."""
+    """The client's machine."""
     options: Options
     stages: tuple[Stage, ...]

@@ -1,4 +1,4 @@
-"""One benchmark from beginning to end."""
+"""Runs one benchmark."""
 
 import os
 import platform
@@ -9,12 +9,10 @@ from itertools import count
 import anyio
 
 import exo
-from exo.bench.body import body
 from exo.bench.client import Client, Exchange
-from exo.bench.interruption import Interruption
-from exo.bench.load import arrivals, closed_loop, open_loop
+from exo.bench.load import Interruption, arrivals, closed_loop, open_loop
 from exo.bench.options import Options
-from exo.bench.prompts import Prompts
+from exo.bench.prompts import Prompts, body
 from exo.bench.reading import read
 from exo.bench.report import Load, Report, Stage
 from exo.bench.statistics import long_prompt, summarize
@@ -24,22 +22,22 @@ Note = Callable[[str], None]
 
 
 def run_bench(options: Options, note: Note = lambda _: None) -> Report:
-    """Measures stage by stage; ``note`` is told which.
+    """Measures stage by stage, and passes each stage's name to ``note``.
 
-    Raises CommandError where the URL is none or a warm-up request fails; later failures are counted in the report.
+    Raises CommandError if the URL is invalid or a warm-up request fails. Later failures are counted in the report.
     """
     return anyio.run(measure, options, note, backend_options={"use_uvloop": True})
 
 
 async def measure(options: Options, note: Note) -> Report:
-    """The same on a running event loop."""
+    """Measures on a running event loop."""
     client = Client(options)
     loads = [Load(concurrency=None, rate=rate) for rate in options.rates]
     loads = loads or [Load(concurrency=each, rate=None) for each in options.concurrency]
     return Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         exo_version=exo.__version__,
-        client=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        client=f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical CPUs",
         options=options,
         stages=tuple([await _stage(client, options, load, note) for load in loads]),
     )

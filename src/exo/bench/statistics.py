@@ -1,16 +1,16 @@
-"""From outcomes to numbers; pure."""
+"""Computes a stage's figures from the outcomes of its requests. Pure."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-from exo.bench.interruption import gaps_before, gaps_during
 from exo.bench.options import Objective
 from exo.bench.reading import Outcome
 from exo.bench.report import Distribution, Goodput, Load, LongPrompt, Requests, Stage, Tokens
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of numbers in rising order, at least one; linear between the two nearest ranks, ``share * (n - 1)`` from 0."""
+    """A percentile of ascending numbers, of which there is at least one. Interpolates between the two nearest ranks."""
     rank = share * (len(ordered) - 1)
     below = int(rank)
     above = min(below + 1, len(ordered) - 1)
@@ -18,7 +18,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def distribution(seconds: Sequence[float]) -> Distribution | None:
-    """None of nothing."""
+    """The distribution in milliseconds; None without values."""
     if not seconds:
         return None
     ordered = sorted(1000 * each for each in seconds)
@@ -35,7 +35,7 @@ def distribution(seconds: Sequence[float]) -> Distribution | None:
 
 
 def is_good(outcome: Outcome, objective: Objective) -> bool:
-    """Whether a request kept every demand of the objective. A single token has no latency between tokens."""
+    """Whether a request meets every limit of the objective. A single token has no inter-token latency."""
     if not outcome.whole:
         return False
     kept = (
@@ -50,7 +50,7 @@ def is_good(outcome: Outcome, objective: Objective) -> bool:
 def summarize(
     load: Load, outcomes: Sequence[Outcome], objective: Objective | None, long: LongPrompt | None = None
 ) -> Stage:
-    """The stage that these outcomes make up."""
+    """The figures of a stage."""
     whole = [outcome for outcome in outcomes if outcome.whole]
     ended = [outcome for outcome in outcomes if not outcome.cut]
     seconds = max(each.ended for each in ended) - min(each.began for each in ended) if ended else 0.0
@@ -77,7 +77,7 @@ def summarize(
 
 
 def long_prompt(streams: Sequence[Outcome], long: Outcome) -> LongPrompt:
-    """What a long prompt that has its first token did to the streams around it."""
+    """The effect of a long prompt, which got its first token, on the streams around it."""
     before, during = gaps_before(streams, long), gaps_during(streams, long)
     begun = max((each.times[0] for each in streams if each.times and each.times[0] < long.began), default=long.began)
 
@@ -93,6 +93,23 @@ def long_prompt(streams: Sequence[Outcome], long: Outcome) -> LongPrompt:
         stream_chunks_per_second_before=chunk_rate(begun, long.began),
         stream_chunks_per_second_during=chunk_rate(long.began, long.times[0]),
     )
+
+
+def gaps_before(streams: Sequence[Outcome], long: Outcome) -> list[float]:
+    """Seconds between the chunks of each stream, from the start of the last stream until the long prompt was sent."""
+    running = max((stream.times[0] for stream in streams if stream.times and stream.times[0] < long.began), default=0.0)
+    return _gaps(streams, lambda earlier, later: earlier >= running and later <= long.began)
+
+
+def gaps_during(streams: Sequence[Outcome], long: Outcome) -> list[float]:
+    """The gaps that overlap with the long prompt's wait for its first token."""
+    return _gaps(streams, lambda earlier, later: later > long.began and earlier < long.times[0])
+
+
+def _gaps(streams: Sequence[Outcome], counts: Callable[[float, float], bool]) -> list[float]:
+    return [
+        later - earlier for stream in streams for earlier, later in pairwise(stream.times) if counts(earlier, later)
+    ]
 
 
 def _requests(outcomes: Sequence[Outcome]) -> Requests:

@@ -1,4 +1,4 @@
-"""A report as a table for the terminal: a column for each load."""
+"""Prints a report as a table with one column per load."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from exo.bench.report import Distribution, Report, Stage
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints what was asked and what was found."""
+    """Prints the options and the results."""
     options = report.options
     sampling = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}"
     for name, value in (("top_k", options.top_k), ("top_p", options.top_p)):

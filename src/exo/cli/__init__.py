@@ -1,16 +1,68 @@
-"""The command line. Nothing heavy is imported before the command that needs it runs, so that --help is instant."""
+"""The command line. A command's module is imported when the command runs, so that ``exo --help`` is instant."""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from exo.bench.command import bench
-from exo.cli.answers import chat, run
-from exo.cli.engines import compare, convert, doctor, route
-from exo.cli.models import add, list_models, pull, remove, show
-from exo.cli.server import ps, serve, stop
 from exo.exit_code import EXIT_CODES
+
+_COMMANDS = {
+    "serve": ("exo.cli.serve:serve", "Serve models on one OpenAI-compatible endpoint."),
+    "run": ("exo.cli.run:run", "Answer one prompt."),
+    "chat": ("exo.cli.chat.command:chat", "Talk with a model at the terminal."),
+    "pull": ("exo.cli.pull:pull", "Download a model's files."),
+    "list": ("exo.cli.list:list_models", "List the models that have a model card."),
+    "show": ("exo.cli.show:show", "Show a model's card, files and engines."),
+    "add": ("exo.cli.add:add", "Write a model card for a repository on the hub."),
+    "rm": ("exo.cli.rm:remove", "Delete a model's downloaded files."),
+    "ps": ("exo.cli.ps:ps", "Show the models that the running server has loaded."),
+    "stop": ("exo.cli.stop:stop", "Unload a model from the running server."),
+    "route": ("exo.cli.route:route", "Show which runner would serve a model here, and why."),
+    "doctor": ("exo.cli.doctor:doctor", "Show which engines work on this machine, and how to repair the others."),
+    "convert": ("exo.cli.convert:convert", "Convert a model between GGUF and safetensors."),
+    "compare": ("exo.cli.compare:compare", "Measure how far two engines agree on one model."),
+    "bench": ("exo.bench.command:bench", "Measure the latency and throughput of a server."),
+}
+"""The module and function of each command, and its line in ``exo --help``."""
+
+
+class _Commands(Mapping[str, Any]):
+    """Makes a command of its function when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 -- typer does not export the type
+        module, _, function = _COMMANDS[name][0].partition(":")
+        from exo.cli.command import as_command
+
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name)(as_command(getattr(import_module(module), function)))
+        return typer.main.get_command(single)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:  # noqa: ANN401 -- passed on unread
+        super().__init__(**attributes)
+        self.commands: Any = _Commands()
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401
+        return list(_COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
 
 app = typer.Typer(
     name="exo",
+    cls=_Group,
     help="One OpenAI-compatible endpoint over several local inference engines.",
     epilog=f"\b\nExit status of every command:\n{EXIT_CODES}\n\n"
     "exo --install-completion teaches your shell (bash, zsh, fish, PowerShell) the commands, options and model names.",
@@ -19,14 +71,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, run, chat, pull):
-    app.command()(_command)
-app.command("list")(list_models)
-for _command in (show, add):
-    app.command()(_command)
-app.command("rm")(remove)
-for _command in (ps, stop, route, doctor, convert, compare, bench):
-    app.command()(_command)
+
+
+@app.callback()
+def _exo() -> None:
+    """Makes ``app`` a group although no command is registered."""
 
 
 def main() -> None:

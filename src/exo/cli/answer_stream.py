@@ -1,4 +1,4 @@
-"""A server's answer to a prompt, part by part as it comes."""
+"""Reads a streamed answer of the server."""
 
 import json
 from collections.abc import Generator, Iterator, Mapping
@@ -15,14 +15,14 @@ from exo.exit_code import CommandError
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What the server says while nothing is generated yet, such as "loading 3/18"."""
+    """The server's progress before the first token, such as "loading 3/18"."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallId:
-    """What the answer to call ``index`` is to name."""
+    """The id that the result of call ``index`` must name."""
 
     index: int
     id: str
@@ -33,31 +33,31 @@ AnswerEvent = Note | Part | CallId
 
 @contextmanager
 def answer(client: httpx.Client, body: Mapping[str, object]) -> Generator[Iterator[AnswerEvent]]:
-    """The events of the answer to a chat or completion request, OpenAI's body.
+    """Sends a chat or completion request with OpenAI's body and yields the events of its answer.
 
-    Leaving the context early has the server stop. Raises CommandError.
+    Leaving the context early stops the generation. Raises CommandError.
     """
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     try:
-        # No time limit: a large model may load for minutes, and the server says so meanwhile.
+        # No time limit: a large model may load for minutes, and the server reports its progress.
         with client.stream("POST", path, json={**body, "stream": True}, timeout=None) as reply:
             if reply.status_code != 200:
                 raise refusal(client, reply.read())
             yield _events(client, reply)
     except httpx.HTTPError as error:
-        raise CommandError(f"the server at {client.base_url} broke off: {error}") from error
+        raise CommandError(f"the connection to the server at {client.base_url} broke: {error}") from error
 
 
 @final
 class _StreamedCall:
-    """The call that a stream is in. A stream marks no call as broken: its arguments are then no JSON object."""
+    """The current call of a stream. A stream does not mark broken calls: their arguments are not a JSON object."""
 
     def __init__(self) -> None:
         self._index: int | None = None
         self._arguments: list[str] = []
 
     def before(self, part: Part | CallId) -> Iterator[BrokenCall]:
-        """Takes the next part. It may end the call before it, which may turn out to be broken."""
+        """Takes the next part. It may end the call before it, and yields whether that call is broken."""
         match part:
             case CallId():
                 pass
@@ -68,7 +68,7 @@ class _StreamedCall:
                 self._index = part.index if isinstance(part, ToolCall) else None
 
     def end(self, *, cut_off: bool) -> Iterator[BrokenCall]:
-        """The call ends, if there is one."""
+        """Ends the current call, if there is one."""
         index, text = self._index, "".join(self._arguments)
         self._index, self._arguments = None, []
         if index is None:

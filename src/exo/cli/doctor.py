@@ -1,18 +1,37 @@
-"""``exo doctor``: what this machine has, which engines work on it, and the command that mends what does not."""
+"""``exo doctor``: the machine, the engines that work on it, and the commands that repair the others."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import anyio
+import typer
+
+from exo.cli.console import out, say
+from exo.cli.options import AsJson
+from exo.exit_code import ExitCode
 from exo.worker.host import Host
 from exo.worker.protocol.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
 from exo.worker.protocol.messages import Probe
+from exo.worker.supervisor.host_probe import TRY_SECONDS, probe_commands, probe_host
 
-CROWDED = 0.1
-"""Share of the time in which processes wait for a CPU, from which on it counts as shared."""
+_CROWDED = 0.1
+"""The CPU counts as shared if processes wait for it in this share of the time."""
 
 
-def as_json(host: Host) -> dict[str, object]:
-    """The same findings for programs; memory in bytes."""
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine has, which engines work on it, and the commands that repair the others."""
+    host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
+    if as_json:
+        out.print_json(json.dumps(_as_json(host)))
+    else:
+        for line in as_text(host):
+            say(line)
+    raise typer.Exit(ExitCode.OK if any(probe.backends for probe in host.probes.values()) else ExitCode.FAILED)
+
+
+def _as_json(host: Host) -> dict[str, object]:
+    """Memory is in bytes."""
     return {
         "system": host.system,
         "machine": host.machine,
@@ -26,7 +45,7 @@ def as_json(host: Host) -> dict[str, object]:
 
 def as_text(host: Host) -> Iterator[str]:
     """The findings line by line."""
-    yield f"host      {host.system} {host.machine}, {host.cpu_count} processors"
+    yield f"host      {host.system} {host.machine}, {host.cpu_count} logical CPUs"
     yield from _cpu()
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"
     for device in host.nvidia_devices:
@@ -40,19 +59,14 @@ def as_text(host: Host) -> Iterator[str]:
 
 
 def _cpu() -> Iterator[str]:
-    """Cores that a runner may use, what limits them, and whether processes wait for them at the moment."""
+    """The threads that a runner may use, their limits, and whether processes wait for a CPU now."""
     cores, cpus, quota = physical_cores(), len(usable_cpus()), cpu_quota()
     limits = [f"{cpus} logical CPUs in the affinity mask", *([] if quota is None else [f"a quota of {quota:g} CPUs"])]
     yield f"CPU       a model computes with up to {cores} thread{'s'[: cores > 1]}: {', '.join(limits)}"
     pressure = cpu_pressure()
     if pressure is not None:
-        busy = "CPU is shared; a model next to it computes with fewer threads" if pressure >= CROWDED else "quiet"
+        busy = "CPU is shared, so models compute with fewer threads" if pressure >= _CROWDED else "quiet"
         yield f"          a process waited for a CPU in {pressure:.0%} of the last 10 s: {busy}"
-
-
-def healthy(host: Host) -> bool:
-    """Whether at least one runner can serve."""
-    return any(probe.backends for probe in host.probes.values())
 
 
 def _runner(name: str, probe: Probe) -> Iterator[str]:
@@ -67,7 +81,7 @@ def _runner(name: str, probe: Probe) -> Iterator[str]:
     for note in probe.notes:
         yield f"  note    {note}"
     if probe.remedy:
-        yield f"  mend    {probe.remedy}"
+        yield f"  repair  {probe.remedy}"
 
 
 def _gib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""A server to ask: the one that is up or, where there is none, one of the command's own."""
+"""The running server or, if there is none, a server inside the command."""
 
 import secrets
 import threading
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def some_server(settings: Settings, catalogue: "Callable[[], Catalogue]") -> Generator[httpx.Client]:
-    """A client of the running server, else of a server that ends with the context, as do its runners.
+    """A client of the running server, or else of one that ends with the context, together with its runners.
 
-    Nothing of a server is imported where one is up. Raises CommandError.
+    The server's code is imported only if no server runs. Raises CommandError.
     """
     with server_client(settings) as client:
         if is_up(client):
@@ -32,7 +32,7 @@ def some_server(settings: Settings, catalogue: "Callable[[], Catalogue]") -> Gen
 
 @contextmanager
 def _own_server(settings: Settings, catalogue: "Catalogue") -> Generator[Settings]:
-    """Where it is, and the key without which nobody else on this machine may use it."""
+    """The settings to reach it: its port, and a random key that keeps others on this machine out."""
     import uvicorn
 
     from exo.api.app import create_app
@@ -46,7 +46,7 @@ def _own_server(settings: Settings, catalogue: "Catalogue") -> Generator[Setting
         server = uvicorn.Server(
             uvicorn.Config(app, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1)
         )
-        # Not in the main thread, which the terminal's interrupts reach: they end an answer, and not the server.
+        # Ctrl-C interrupts the main thread: it must end an answer, not the server.
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

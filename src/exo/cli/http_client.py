@@ -1,4 +1,4 @@
-"""A client of the running server, for the commands that ask it something."""
+"""The HTTP client of the commands that ask the running server."""
 
 import json
 import ssl
@@ -16,9 +16,9 @@ _NOT_FOUND = ("model_not_found", "model_not_downloaded", "model_not_loaded")
 
 
 def server_client(settings: Settings) -> httpx.Client:
-    """A client with the first of the server's keys. Its certificate is trusted, whoever signed it.
+    """A client with the first of the server's keys, which trusts the server's certificate.
 
-    Raises CommandError where the certificate cannot be read.
+    Raises CommandError if the certificate cannot be read.
     """
     tls, keys = settings.access.tls, settings.access.keys
     try:
@@ -50,7 +50,7 @@ def ask(
         reply = client.request("GET" if body is None else "POST", path, params=params, json=body, timeout=seconds)
     except httpx.HTTPError as error:
         raise CommandError(
-            f"no server answers at {client.base_url} ({error}); start one with `exo serve`, or say where it is with"
+            f"no server answers at {client.base_url} ({error}); start one with `exo serve`, or give its address with"
             " --host and --port",
             ExitCode.UNREACHABLE,
         ) from error
@@ -60,7 +60,7 @@ def ask(
 
 
 def refusal(client: httpx.Client, reply: bytes) -> CommandError:
-    """What a reply that is an error says."""
+    """The error that an unsuccessful reply states."""
     try:
         return told(json.loads(reply)["error"])
     except (ValueError, KeyError, TypeError):
@@ -68,11 +68,11 @@ def refusal(client: httpx.Client, reply: bytes) -> CommandError:
 
 
 def told(error: Mapping[str, JsonValue]) -> CommandError:
-    """An error of the server's, by its ``code`` and ``message``. Raises KeyError for what is none."""
+    """The command's error for an error object of the API. Raises KeyError if it is none."""
     code = ExitCode.NOT_FOUND if error["code"] in _NOT_FOUND else ExitCode.FAILED
     return CommandError(cast(str, error["message"]), code)
 
 
 def foreign(client: httpx.Client) -> CommandError:
-    """For an answer that no exo server of this version gives."""
-    return CommandError(f"what answers at {client.base_url} is no exo server of this version")
+    """The error for a reply that no exo server of this version sends."""
+    return CommandError(f"the program that answers at {client.base_url} is no exo server of this version")

@@ -1,36 +1,44 @@
-"""``exo ps``: what the running server has loaded, how busy it is, and what died of what."""
+"""``exo ps``: the models that the running server has loaded, their load, and why runners failed."""
 
 import math
 import time
 from collections.abc import Iterator
 
-import httpx
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from exo.api.admin.runners import Instance, InstanceList
-from exo.cli.http_client import ask, foreign
+from exo.cli.console import out
+from exo.cli.http_client import ask, foreign, server_client
+from exo.cli.options import AsJson, ServerOptions
+from exo.terminal import printable
 
 TOLD_DELAY, TOLD_SLOWDOWN = 0.1, 1.3
-"""From which on the cost of other programs is worth a line."""
+"""The cost of other programs is shown from these values on."""
+_COLUMNS = ("Model", "Runner", "Backend", "Devices", "State", "Slots", "Context", "Size", "PID", "Up", "Deaths")
 
 
-def ask_server(client: httpx.Client) -> InstanceList:
-    """The server's instances. Raises CommandError."""
-    reply = ask(client, "/v1/instances")
-    try:
-        return InstanceList.model_validate_json(reply)
-    except ValidationError as error:
-        raise foreign(client) from error
+def ps(*, server: ServerOptions, as_json: AsJson = False) -> None:
+    """Show the models that the running server has loaded, how busy they are, and why runners failed."""
+    with server_client(server.settings()) as client:
+        reply = ask(client, "/v1/instances")
+        try:
+            instances = InstanceList.model_validate_json(reply)
+        except ValidationError as error:
+            raise foreign(client) from error
+    if as_json:
+        out.print_json(instances.model_dump_json())
+    else:
+        show(instances, out)
 
 
-def show(instances: InstanceList, out: Console) -> None:
-    """A table, and below it how each model computes on the CPU and why each runner failed that has."""
+def show(instances: InstanceList, console: Console) -> None:
+    """Prints a table, then each model's use of the CPU and each runner's last failure."""
     if not instances.data:
-        out.print("no model is loaded; one is when it is asked for")
+        console.print("no model is loaded; the first request for a model loads it")
         return
-    table = Table("Model", "Runner", "Backend", "Devices", "State", "Slots", "Size", "PID", "Up", "Deaths", box=None)
+    table = Table(*_COLUMNS, box=None)
     table.columns[0].overflow = "fold"
     now = time.time()
     for each in instances.data:
@@ -42,18 +50,19 @@ def show(instances: InstanceList, out: Console) -> None:
             _devices(each),
             _state(each),
             slots if each.slots else "-",
+            f"{each.context_length:,}" if each.context_length else "-",
             f"{each.model_bytes / 1e9:.2f} GB" if each.model_bytes else "-",
             str(each.pid or "-"),
             _span(now - each.started) if each.pid else "-",
             str(each.deaths),
         )
-    out.print(table, markup=False, highlight=False)
+    console.print(table, markup=False, highlight=False)
     for line in (*_cpu_use(instances), *_failures(instances, now)):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _devices(instance: Instance) -> str:
-    """With what it has there, or what is kept for it until that is known."""
+    """Each device with the memory that the runner has there, or its reservation until that is measured."""
     sizes = {each.device: each.reserved if each.measured is None else each.measured for each in instance.device_memory}
     names = dict.fromkeys((*instance.devices, *sizes))
     return ", ".join(f"{name} {sizes[name] / 1e9:.2f} GB" if name in sizes else name for name in names) or "-"
@@ -66,7 +75,7 @@ def _state(instance: Instance) -> str:
 
 
 def _cpu_use(instances: InstanceList) -> Iterator[str]:
-    """Threads and why, and what other programs cost the model."""
+    """The number of threads, the reason for it, and the cost of other programs."""
     for each in instances.data:
         if (cpu := each.cpu) is None:
             continue
@@ -79,12 +88,12 @@ def _cpu_use(instances: InstanceList) -> Iterator[str]:
 
 
 def _failures(instances: InstanceList, now: float) -> Iterator[str]:
-    """Once for each model and runner, however many processes they have now."""
+    """One failure per model and runner, for however many processes."""
     kinds = {(each.model, each.runner): each for each in instances.data}
     for (model, runner), each in kinds.items():
         if (failed := each.last_failure) is not None:
             yield ""
-            yield f"{model}@{runner} failed {_span(now - failed.at)} ago: {_printable(failed.message)}"
+            yield f"{model}@{runner} failed {_span(now - failed.at)} ago: {printable(failed.message)}"
             if each.retry_seconds:
                 yield f"it may be started again in {_span(math.ceil(each.retry_seconds))}"
 
@@ -95,8 +104,3 @@ def _span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds // size} {unit}"
     return f"{seconds} s"
-
-
-def _printable(text: str) -> str:
-    """A runner's last words may hold anything; nothing but text and line ends reaches the terminal."""
-    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)

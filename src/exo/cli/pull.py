@@ -1,23 +1,24 @@
-"""``exo pull``: a model's files for one runner, with a bar that shows how far it is."""
+"""``exo pull``: downloads a model's files for one runner, with a progress bar."""
 
 from collections.abc import Mapping
 
 import anyio
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn
-from rich.progress import Progress as ProgressBar
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 
 from exo.cards.card import ModelCard
+from exo.cli.console import err, say, warn
+from exo.cli.local_models import card_of, catalogue_of, check_runner, runners_of, store_of
+from exo.cli.options import Model, ModelsDir, Quant, Runner
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source, matches
 from exo.store.hub import Hub
 from exo.store.progress import DownloadProgress
-from exo.store.pull import PullPlan, plan, pull
+from exo.store.pull import PullPlan, plan
+from exo.store.pull import pull as download
 from exo.store.store import OnDisk, Store
-from exo.worker.protocol.runners import RUNNERS
-from exo.worker.router import Refusal, route
+from exo.worker.router import Refusal, parse_model, route
 from exo.worker.supervisor.host_probe import probe_host
 
 _EXIT_CODES: Mapping[PullErrorCode, ExitCode] = {
@@ -28,24 +29,35 @@ _EXIT_CODES: Mapping[PullErrorCode, ExitCode] = {
 }
 
 
-def pull_model(
-    settings: Settings, card: ModelCard, runner: str | None, quant: str | None, console: Console
-) -> tuple[PullPlan, OnDisk]:
-    """Pulls, and shows how far it is on ``console``. Without ``runner``, for the one that would serve the model here.
+def pull(model: Model, runner: Runner = None, quant: Quant = None, models_dir: ModelsDir = None) -> None:
+    """Download a model's files and verify them. An interrupted download continues where it stopped."""
+    wish = parse_model(model)
+    check_runner(runner)
+    if None not in (runner, wish.runner) and runner != wish.runner:
+        raise CommandError(f"--runner: {model} asks for runner {wish.runner} (got {runner!r})", ExitCode.USAGE)
+    settings = Settings.load(models_directory=models_dir)
+    card = card_of(catalogue_of(settings), wish.name)
+    planned, found = _pull_model(settings, card, runner or wish.runner, quant)
+    label = f"{planned.quant}, " if planned.quant else ""
+    where = f"{found.path} ({label}{planned.total / 1e9:.2f} GB, revision {planned.revision[:12]})"
+    say(f"{card.model_id} for {planned.source.runner}: {where}")
+    if not _is_loaded_by(card, planned):
+        warn(f"the card names another file; file = {planned.files[0].name!r} in its table [cuda] has this one loaded")
 
-    Raises CommandError.
-    """
+
+def _pull_model(settings: Settings, card: ModelCard, runner: str | None, quant: str | None) -> tuple[PullPlan, OnDisk]:
+    """Without ``runner``, downloads for the one that would serve the model here. Raises CommandError."""
     chosen = _runner(card, runner)
-    hub, store = Hub(settings.hub), Store(settings.models_directories, settings.read_only_directories)
+    hub, store = Hub(settings.hub), store_of(settings)
     try:
         source, draft = Source.of(card, chosen, quant), Source.of_draft(card, chosen)
         source.required_repo()
     except PullError as error:
         raise pull_failure(error) from error
     try:
-        pulled = anyio.run(_pull, source, store, hub, console)
+        pulled = anyio.run(_pull, source, store, hub)
         if draft is not None and draft.repo is not None:
-            anyio.run(_pull, draft, store, hub, console)
+            anyio.run(_pull, draft, store, hub)
         return pulled
     except PullError as error:
         raise pull_failure(error) from error
@@ -56,8 +68,8 @@ def pull_model(
         raise CommandError(f"interrupted{share}, and `{again}` goes on from there", ExitCode.INTERRUPTED) from None
 
 
-def is_what_the_card_loads(card: ModelCard, planned: PullPlan) -> bool:
-    """Whether a runner will find what was pulled, which may be of another quantisation."""
+def _is_loaded_by(card: ModelCard, planned: PullPlan) -> bool:
+    """Whether the card's runner loads the downloaded files, which may have another quantisation."""
     if planned.source.quant is None:
         return True
     loads = Source.of(card, planned.source.runner)
@@ -65,15 +77,15 @@ def is_what_the_card_loads(card: ModelCard, planned: PullPlan) -> bool:
 
 
 def pull_failure(error: PullError) -> CommandError:
-    """A pull's failure as a command's."""
+    """The command's error for a failed download."""
     return CommandError(str(error), _EXIT_CODES.get(error.code, ExitCode.FAILED))
 
 
-async def _pull(source: Source, store: Store, hub: Hub, console: Console) -> tuple[PullPlan, OnDisk]:
-    with _bar(console) as bar:
+async def _pull(source: Source, store: Store, hub: Hub) -> tuple[PullPlan, OnDisk]:
+    with _bar() as bar:
         task = bar.add_task(f"asking the hub about {source.repo}", total=None, rate="")
         planned = await plan(source, hub)
-        console.print(
+        err.print(
             f"pulling {len(planned.files)} files, {planned.total:,} bytes, of {source.repo}"
             f" at {planned.revision[:12]} for runner {source.runner}",
             highlight=False,
@@ -83,13 +95,13 @@ async def _pull(source: Source, store: Store, hub: Hub, console: Console) -> tup
 
         def show(progress: DownloadProgress) -> None:
             bar.update(
-                task, description=_what(progress), completed=progress.done, total=progress.total, rate=_rate(progress)
+                task, description=_step(progress), completed=progress.done, total=progress.total, rate=_rate(progress)
             )
 
-        return planned, await pull(planned, store, hub, show)
+        return planned, await download(planned, store, hub, show)
 
 
-def _bar(console: Console) -> ProgressBar:
+def _bar() -> Progress:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -97,10 +109,10 @@ def _bar(console: Console) -> ProgressBar:
         DownloadColumn(),
         TextColumn("{task.fields[rate]}", markup=False),
     )
-    return ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True)
+    return Progress(*columns, console=err, disable=not err.is_terminal, transient=True)
 
 
-def _what(progress: DownloadProgress) -> str:
+def _step(progress: DownloadProgress) -> str:
     return " ".join(filter(None, (progress.step, progress.file.rpartition("/")[2], progress.note)))
 
 
@@ -113,15 +125,12 @@ def _rate(progress: DownloadProgress) -> str:
 
 
 def _runner(card: ModelCard, wish: str | None) -> str:
-    """The runner to pull for. The host is asked only where the card leaves a choice."""
+    """The runner to download for. The host is probed only if the card leaves a choice."""
     if wish is not None:
         return wish
-    served = [name for name, spec in RUNNERS.items() if set(spec.backends) & set(card.backends)]
-    if card.runner != "auto":
-        return card.runner
-    if len(served) == 1:
+    if len(served := runners_of(card)) == 1:
         return served[0]
     decision = route(None, card, anyio.run(probe_host), (), card.needs)
     if isinstance(decision, Refusal):
-        raise CommandError(f"{decision.message}; --runner says for which to pull all the same")
+        raise CommandError(f"{decision.message}; --runner chooses one all the same")
     return decision.runner

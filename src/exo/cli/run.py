@@ -1,47 +1,83 @@
-"""``exo run``: one prompt, its files and what is piped in, and the answer."""
+"""``exo run``: answers one prompt with its files and piped text."""
 
+import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import httpx
+import typer
 
 from exo.chat.output.events import Content, Reasoning
 from exo.cli.answer_stream import Note, answer
+from exo.cli.console import err, out
+from exo.cli.embedded_server import some_server
+from exo.cli.local_models import catalogue_of
+from exo.cli.options import Model, ModelsDir, SamplingOptions, ServerOptions
 from exo.exit_code import CommandError, ExitCode
+from exo.terminal import printable
 
 
-@dataclass(frozen=True, slots=True)
-class Screen:
-    """Where an answer and what is said about its making go."""
+def run(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; piped text is put behind it.")] = None,
+    *,
+    file: Annotated[list[Path] | None, typer.Option(help="A text file to add; repeatable.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="A file with the JSON Schema of the answer.")] = None,
+    sampling: SamplingOptions,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt unchanged, without chat template.")] = False,
+    server: ServerOptions,
+    models_dir: ModelsDir = None,
+) -> None:
+    """Answer one prompt through the running server or, if there is none, through a runner of its own."""
+    if raw and system is not None:
+        raise CommandError("--system: not accepted together with --raw, which has no messages", ExitCode.USAGE)
+    settings = server.settings(models_dir)
+    body: dict[str, object] = {"model": model, **sampling.request_fields()}
+    if json_schema is not None:
+        body["structured_outputs"] = {"json": _schema(json_schema)}
+    whole = _compose(prompt, file or (), _read_pipe(), raw=raw)
+    if raw:
+        body["prompt"] = whole
+    else:
+        first = [{"role": "system", "content": system}] if system is not None else []
+        body["messages"] = [*first, {"role": "user", "content": whole}]
+    with err.status("starting") as status:
 
-    text: Callable[[str], None]
-    note: Callable[[str], None]
+        def show(text: str) -> None:
+            status.stop()
+            out.file.write(printable(text) if out.is_terminal else text)
+            out.file.flush()
+
+        with some_server(settings, lambda: catalogue_of(settings)) as client, answer(client, body) as events:
+            for event in events:
+                match event:
+                    case Content(text):
+                        show(text)
+                    case Reasoning():
+                        status.update("thinking")
+                    case Note(text):
+                        status.update(printable(text))
+                    case _:
+                        pass
+        show("\n")
 
 
-def run_prompt(client: httpx.Client, body: Mapping[str, object], screen: Screen) -> None:
-    """Streams the answer to a chat or completion request (OpenAI's body) to ``screen``. Raises CommandError."""
-    with answer(client, body) as events:
-        for event in events:
-            match event:
-                case Content(text):
-                    screen.text(text)
-                case Reasoning():
-                    screen.note("thinking")
-                case Note(text):
-                    screen.note(text)
-                case _:
-                    pass
+def _schema(path: Path) -> object:
+    """Raises CommandError."""
+    try:
+        return json.loads(read_text("--json-schema", path))
+    except ValueError as error:
+        raise CommandError(f"--json-schema: {path} is not JSON: {error}", ExitCode.USAGE) from error
 
 
-def compose(prompt: str | None, files: Sequence[Path], piped: str | None, *, raw: bool) -> str:
-    """One prompt: the words typed, each file below its name, and what was piped in, blank lines between them.
+def _compose(prompt: str | None, files: Sequence[Path], piped: str | None, *, raw: bool) -> str:
+    """One prompt: the typed words, each file below its name, and the piped text, with blank lines between them.
 
-    A raw prompt is all of it as it stands, end to end. Raises CommandError for a file that is no text, and where there
-    is nothing at all.
+    A raw prompt is their concatenation. Raises CommandError if a file is not text, or if everything is empty.
     """
     texts = [(path, read_text("--file", path)) for path in files]
     if raw:
@@ -55,17 +91,17 @@ def compose(prompt: str | None, files: Sequence[Path], piped: str | None, *, raw
 
 
 def read_text(flag: str, path: Path) -> str:
-    """A file of text. Raises CommandError, which names the flag."""
+    """The text of a file. Raises CommandError, which names the flag."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{flag}: {path} cannot be read as text: {error}", ExitCode.USAGE) from error
 
 
-def read_pipe() -> str | None:
-    """What is piped into standard input, or redirected there from a file; None where it is anything else.
+def _read_pipe() -> str | None:
+    """The text that is piped or redirected into standard input; None if it is a terminal or closed.
 
-    Raises CommandError for what is no text.
+    Raises CommandError if it is not text.
     """
     try:
         kind = os.fstat(0).st_mode
@@ -73,4 +109,4 @@ def read_pipe() -> str | None:
     except UnicodeDecodeError as error:
         raise CommandError(f"standard input is not text: {error}", ExitCode.USAGE) from error
     except OSError:
-        return None  # it is closed
+        return None  # closed

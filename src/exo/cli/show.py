@@ -1,75 +1,101 @@
-"""``exo show``: one model's card, what is on disk of it, and which engines could serve it here."""
+"""``exo show``: a model's card, its files, the engines that could serve it here, and the memory that it would take."""
 
-from collections.abc import Iterator
-from typing import Literal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
 
-from pydantic import BaseModel, ConfigDict
+import anyio
+from anyio.streams.buffered import BufferedByteReceiveStream
+from pydantic import BaseModel, ConfigDict, JsonValue
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
+from exo.cli.console import out
+from exo.cli.local_models import FileState, card_of, catalogue_of, store_of
+from exo.cli.options import AsJson, Card, ModelsDir
+from exo.config import Settings
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
 from exo.worker.host import Host
+from exo.worker.protocol.messages import Estimate, Estimated, Failed, Load
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.wire import decode_event, encode
 from exo.worker.router import Refusal, Route, route
+from exo.worker.supervisor.host_memory import capacity
+from exo.worker.supervisor.host_probe import probe_host
+from exo.worker.supervisor.memory_budget import MemoryBudget
+
+_ESTIMATE_SECONDS = 30.0
+_LONGEST_LINE = 8 << 20
 
 
-class _Shown(BaseModel):
+class MemoryPlan(BaseModel):
+    """How a runner would load the model if no other model is loaded. Sizes are bytes."""
+
     model_config = ConfigDict(frozen=True)
 
-
-class Files(_Shown):
-    """Where a model's files are from, and what of them is here."""
-
-    source: str | None
-    """The repository, and of it the GGUF file or pattern, or the path."""
-    state: Literal["present", "partial", "absent"] | None
-    """None where the card's table for the runner is broken, which the engine's ``reason`` then tells."""
-    bytes: int = 0
-    """On disk."""
-    total: int | None = None
-    """Bytes when whole, where that is known."""
-    path: str | None = None
-    """What the runner loads, or where a part of it is."""
-    revision: str | None = None
-    read_only: bool = False
+    settings: Mapping[str, JsonValue] = {}
+    """Values for the keys that the model card leaves to exo, such as ``n_ctx``."""
+    memory: Mapping[str, int] = {}
+    """By place: "memory" is RAM, the others are devices."""
+    problem: str | None = None
+    """Why the model cannot be loaded."""
 
 
-class Engine(Files):
-    """One runner that the card is for, and the model's files for it."""
+class Engine(FileState):
+    """One runner of the model card, and the model's files for it."""
 
     runner: str
     backend: str | None
-    """What it would compute on; None where it cannot serve the model here."""
+    """None if it cannot serve the model here."""
     reason: str
-    """The router's, for or against."""
-    draft: Files | None = None
-    """The draft model's, where the card has one."""
+    """The router's reason for or against it."""
+    draft: FileState | None = None
+    """The files of the draft model, if the card has one."""
+    plan: MemoryPlan | None = None
+    """None if the files are not on disk or the runner gives no estimate."""
 
 
-class ShownModel(_Shown):
-    """A model as far as it is known without the network."""
+class ShownModel(BaseModel):
+    """Everything that is known about a model without the network."""
+
+    model_config = ConfigDict(frozen=True)
 
     card: ModelCard
     file: str | None
-    """The card's."""
+    """The card's file."""
     problems: tuple[str, ...]
-    """What is wrong with that file now."""
+    """The errors in that file."""
     engines: tuple[Engine, ...]
     route: str | None
-    """The runner that would be chosen of itself; None where there is none."""
+    """The runner that would be chosen without a wish; None if there is none."""
     reason: str
-    """The router's, for that choice or against every one."""
+    """The router's reason for that choice or against every runner."""
+
+
+def show(model: Card, models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
+    """Show a model's card, its files, the engines that could serve it here, and their context and memory."""
+    settings = Settings.load(models_directory=models_dir)
+    catalogue = catalogue_of(settings)
+    card, host = card_of(catalogue, model), anyio.run(probe_host)
+    shown = show_model(card, catalogue, store_of(settings), host)
+    plans = {each.runner: anyio.run(_plan, each, card, host, settings) for each in shown.engines}
+    engines = tuple(each.model_copy(update={"plan": plans[each.runner]}) for each in shown.engines)
+    shown = shown.model_copy(update={"engines": engines})
+    if as_json:
+        out.print_json(shown.model_dump_json())
+    else:
+        render(shown, out)
 
 
 def show_model(card: ModelCard, catalogue: Catalogue, store: Store, host: Host) -> ShownModel:
-    """Looks at the disk, and nowhere else."""
+    """Reads the disk only. Has no memory plans."""
     file = catalogue.files.get(card.model_id)
-    decision = _decide(None, card, host)
+    decision = route(None, card, host, (), card.needs)
     runners = [name for name, spec in RUNNERS.items() if set(spec.backends) & set(card.backends)]
     return ShownModel(
         card=card,
@@ -77,47 +103,76 @@ def show_model(card: ModelCard, catalogue: Catalogue, store: Store, host: Host) 
         problems=tuple(str(problem) for problem in catalogue.problems if problem.file == str(file)),
         engines=tuple(_engine(runner, card, store, host) for runner in runners),
         route=decision.runner if isinstance(decision, Route) else None,
-        reason=decision.reason if isinstance(decision, Route) else decision.message,
+        reason=decision.message if isinstance(decision, Refusal) else decision.reason,
     )
 
 
-def _decide(runner: str | None, card: ModelCard, host: Host) -> Route | Refusal:
-    """For what the model is for: text, or else vectors or scores."""
-    return route(runner, card, host, (), card.needs)
-
-
 def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> Engine:
-    decision = _decide(runner, card, host)
+    decision = route(runner, card, host, (), card.needs)
     backend, reason = (decision.backend, decision.reason) if isinstance(decision, Route) else (None, decision.message)
     try:
         source, draft = Source.of(card, runner), Source.of_draft(card, runner)
     except PullError as error:
-        return Engine(runner=runner, backend=None, reason=str(error), source=None, state=None)
-    of_draft = _files(draft, store) if draft is not None else None
-    return Engine(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(_files(source, store)))
+        return Engine(runner=runner, backend=None, reason=str(error))
+    of_draft = FileState.of(draft, store.on_disk(draft)) if draft is not None else None
+    files = FileState.of(source, store.on_disk(source))
+    return Engine(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(files))
 
 
-def _files(source: Source, store: Store) -> Files:
-    disk = store.on_disk(source)
-    return Files(
-        source=": ".join(part for part in (source.repo, source.path or source.file) if part) or None,
-        state=disk.state,
-        bytes=disk.bytes,
-        total=disk.total,
-        path=str(disk.path) if disk.path is not None else None,
-        revision=disk.revision,
-        read_only=disk.read_only,
+async def _plan(engine: Engine, card: ModelCard, host: Host, settings: Settings) -> MemoryPlan | None:
+    """The decision of the server's memory budget with no other model loaded."""
+    if engine.backend is None or engine.state != "present":
+        return None
+    load = Load(
+        model_id=card.model_id,
+        backend=engine.backend,
+        table=card.engines.get(engine.runner, {}),
+        directories=tuple(map(str, settings.models_directories)),
+        tasks=card.tasks,
     )
+    answer = await _estimate(RUNNERS[engine.runner].command, load)
+    if isinstance(answer, Failed):
+        return MemoryPlan(problem=answer.message)
+    if answer is None:
+        return None
+    budget = MemoryBudget(capacity(host, settings.limits.memory))
+    budget.enter(engine.runner, now := time.monotonic())
+    budget.estimate(engine.runner, answer)
+    decided = budget.settle(now)
+    if (refusal := decided.refused.get(engine.runner)) is not None:
+        return MemoryPlan(problem=refusal.message(card.model_id, engine.runner))
+    option = decided.granted[engine.runner]
+    return MemoryPlan(settings=option.settings, memory=budget.need(option).by_account())
 
 
-def render(shown: ShownModel, out: Console) -> None:
-    """For people."""
+async def _estimate(command: tuple[str, ...], load: Load) -> Estimated | Failed | None:
+    """The runner's answer; None if there is none in time."""
+    with anyio.move_on_after(_ESTIMATE_SECONDS):
+        async with await anyio.open_process(command, stderr=subprocess.DEVNULL) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            lines = BufferedByteReceiveStream(process.stdout)
+            try:
+                await process.stdin.send(encode(Estimate(load=load)))
+                while True:
+                    event = decode_event(await lines.receive_until(b"\n", _LONGEST_LINE))
+                    if isinstance(event, Estimated | Failed):
+                        return event
+            except (anyio.BrokenResourceError, anyio.IncompleteRead):
+                return None  # the runner has ended
+            finally:
+                process.terminate()
+    return None
+
+
+def render(shown: ShownModel, console: Console) -> None:
+    """Prints for people."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(shown):
         table.add_row(name, escape(value))
-    out.print(table, highlight=False)
+    console.print(table, highlight=False)
 
 
 def _rows(shown: ShownModel) -> Iterator[tuple[str, str]]:
@@ -132,7 +187,7 @@ def _rows(shown: ShownModel) -> Iterator[tuple[str, str]]:
     yield "kind", ", ".join(filter(None, (card.base_model, card.family, card.quantization, *card.tasks)))
     heads = f", {card.num_key_value_heads} key/value heads" if card.num_key_value_heads else ""
     yield "shape", f"{card.n_layers} layers of {card.hidden_size}{heads}"
-    yield "context", f"{card.context_length:,} tokens" if card.context_length else "not stated"
+    yield "trained for", f"{card.context_length:,} tokens" if card.context_length else "a context that is not stated"
     yield "size", f"{_gb(card.storage_size.in_bytes)} by its card"
     if card.capabilities:
         yield "can", ", ".join(card.capabilities)
@@ -155,9 +210,24 @@ def _engine_rows(engine: Engine) -> Iterator[tuple[str, str]]:
     if engine.draft is not None:
         yield "draft model", engine.draft.source or "none named"
         yield "on disk", _on_disk(engine.draft)
+    if engine.plan is not None:
+        yield from _plan_rows(engine.plan)
 
 
-def _on_disk(files: Files) -> str:
+def _plan_rows(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
+    if plan.problem is not None:
+        yield "memory", plan.problem
+        return
+    chosen = dict(plan.settings)
+    if (n_ctx := chosen.pop("n_ctx", None)) is not None:
+        yield "context", f"{n_ctx:,} tokens per slot, as much as fits"
+    if chosen:
+        yield "settings", ", ".join(f"{key} {value}" for key, value in chosen.items())
+    places = ((name.replace("memory", "RAM"), _gb(size)) for name, size in plan.memory.items())
+    yield "memory", ", ".join(f"{size} of {name}" for name, size in places)
+
+
+def _on_disk(files: FileState) -> str:
     if files.state == "absent":
         return "no"
     whole = "yes" if files.state == "present" else f"in part, {_gb(files.bytes)} of {_gb(files.total)}"

@@ -1,4 +1,4 @@
-"""How many tokens two engines choose alike, and how near they were where they did not."""
+"""Counts the tokens that two engines choose alike, and measures how close their different choices were."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from exo.compare.generation import Generated, Wanted
 from exo.compare.scoring import Scoring, Tokens, score
 
 NEAR_TIE = 0.1
-"""The largest margin, in nats, that is called a near-tie."""
+"""The largest margin of a near-tie, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """A token that an engine chose otherwise than the reference, having read the same."""
+    """A different choice than the reference's after the same text."""
 
     mode: Mode
     prompt: int
     position: int
-    """Of generated tokens."""
+    """The index of the generated token."""
     reference_token: int
     other_token: int
 
 
 def partings(reference: Generated, other: Generated) -> list[Parting]:
-    """Every choice of ``other`` that differs from what ``reference`` generated, of which it had read all before it."""
+    """Every choice of ``other`` along the reference's texts that differs from the reference's."""
     return [
         Parting(mode, prompt, position, ours, theirs)
         for mode in MODES
@@ -38,7 +38,7 @@ def partings(reference: Generated, other: Generated) -> list[Parting]:
 
 
 def agreement(mode: Mode, reference: Generated, other: Generated, differences: Sequence[Difference]) -> TokenAgreement:
-    """The counts, with the differences that ``partings`` found and ``judge`` judged."""
+    """The counts, with the differences from ``judge``."""
     pairs = list(zip(reference.texts[mode], other.texts[mode], strict=True))
     equal = [left == right for ours, theirs in pairs for left, right in zip(ours, theirs, strict=True)]
     return TokenAgreement(
@@ -54,7 +54,7 @@ def agreement(mode: Mode, reference: Generated, other: Generated, differences: S
 async def judge(
     engine: Engine, wanted: Wanted, reference: Generated, found: Sequence[Parting]
 ) -> dict[Parting, Difference]:
-    """How far ``engine``, which generated ``reference``, was from each other token. Raises CompareError."""
+    """How far the reference ``engine`` was from choosing each other token. Raises CompareError."""
     ends: dict[tuple[Mode, int], int] = {}
     for parting in found:
         text = parting.mode, parting.prompt
@@ -71,7 +71,7 @@ async def judge(
 
 
 def _judge(parting: Parting, scoring: Scoring, index: int, wanted: Wanted) -> Difference:
-    """``scoring`` has at ``index`` the prompt and what the reference generated before the token, or more."""
+    """``scoring`` has, at ``index``, the prompt and at least the reference's tokens before this one."""
     from exo.compare.divergence import greedy_margin, row_after, seeded_margin
 
     position = len(wanted.prompts[parting.prompt]) + parting.position

@@ -1,25 +1,29 @@
-"""What a comparison finds: the numbers, and everything that one must know to believe them."""
+"""The result of a comparison, with everything that is needed to judge it."""
 
-from typing import Literal, get_args
+import platform
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue
+
+from exo.exit_code import CommandError
+from exo.worker.host import Host
 
 Mode = Literal["greedy", "seeded"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-class CompareError(Exception):
-    """There is no comparison; the message says why and names the engine at fault."""
+class CompareError(CommandError):
+    """Two engines cannot be compared; the message names the engine and the cause."""
 
 
 class _Finding(BaseModel):
-    """Frozen. A number that is infinite, for a token that only one engine rules out, is null in JSON."""
+    """Infinite numbers, for tokens that only one engine rules out, are null in JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class HostFacts(_Finding):
-    """The machine that both engines ran on. Memory in bytes."""
+    """The machine. Memory is in bytes."""
 
     system: str
     processor: str
@@ -27,12 +31,23 @@ class HostFacts(_Finding):
     memory_total: int
     nvidia_devices: tuple[str, ...]
 
+    @classmethod
+    def of(cls, host: Host) -> Self:
+        """The facts of a probed machine."""
+        return cls(
+            system=f"{host.system} {host.machine}",
+            processor=host.processor or platform.machine(),
+            cpu_count=host.cpu_count,
+            memory_total=host.memory_total,
+            nvidia_devices=tuple(device.name for device in host.nvidia_devices),
+        )
+
 
 class Speed(_Finding):
-    """Rates of one stream with nothing beside it, over the runs that generated text.
+    """Tokens and times of the runs that generated text, one stream at a time.
 
-    Prefill is from sending a request to its first token, over the prompt's tokens that no cache held; decode is from
-    there to the last token. Both are timed by the reader of the runner's pipe.
+    Prefill lasts from sending a request to its first token and counts prompt tokens that no cache held; decode lasts
+    from there to the last token. Times are taken when events are read from the runner's pipe.
     """
 
     prefill_tokens: int
@@ -52,39 +67,39 @@ class Speed(_Finding):
 
 
 class MemoryUse(_Finding):
-    """Bytes of the runner's process and its children. ``resident`` counts mapped files that are in memory."""
+    """Bytes of the runner's process and its children. ``resident`` includes mapped files in memory."""
 
     resident_ready: int
     resident_peak: int
-    """The largest of samples ten times a second."""
+    """The largest of ten samples per second."""
     device_peak: int | None
-    """On NVIDIA devices; None where the driver does not tell it by process."""
+    """On NVIDIA devices; None if the driver does not state it per process."""
 
 
 class EngineReport(_Finding):
-    """One engine: what it is, how it was set up, and what it needs."""
+    """One engine: its version, settings, speed and memory."""
 
     name: str
-    """The runner's."""
+    """The name of the runner."""
     engine: str
     version: str
     backend: str
     devices: tuple[str, ...]
     table: dict[str, JsonValue]
-    """The card's table for this runner, which names the weights."""
+    """The model card's table for this runner, which names the weights."""
     settings: dict[str, str]
-    """What rounding depends on, in the runner's own words."""
+    """The settings that affect rounding, as the runner reports them."""
     model_bytes: int
     context_length: int
     vocabulary: int
     negative_log_likelihood: float | None
-    """Of the prompts, in nats a token, over every token but each prompt's first; None if there is no other."""
+    """Nats per prompt token, without each prompt's first token; None if there are no others."""
     speed: Speed
     memory: MemoryUse
 
 
 class PositionDivergence(_Finding):
-    """Divergence after the token at one position, over the ``sequences`` that are so long."""
+    """Divergence after the token at one position, over the ``sequences`` with that length."""
 
     position: int
     sequences: int
@@ -94,66 +109,66 @@ class PositionDivergence(_Finding):
 
 
 class Divergence(_Finding):
-    """How far apart two engines' log-probabilities (nats) are, given the same tokens (teacher forcing).
+    """The differences of two engines' log-probabilities in nats, given the same tokens (teacher forcing).
 
-    Differences are over every position and the whole vocabulary. KL is D(reference || other), in nats a position.
+    Differences are over every position and the whole vocabulary. KL is D(reference || other), in nats per position.
     """
 
     positions: int
     vocabulary: int
-    """Token ids compared: the smaller vocabulary where they differ."""
+    """The number of token ids compared: the smaller vocabulary if they differ."""
     max_abs: float
     mean_abs: float
     kl_mean: float
     kl_max: float
     top1_agreement: float
-    """Share of positions where both find the same token most probable."""
+    """The share of positions with the same most probable token."""
     by_position: tuple[PositionDivergence, ...]
 
 
 class Difference(_Finding):
-    """A token that the other engine chose otherwise than the reference, having read the same."""
+    """A different choice of the other engine after the same text."""
 
     prompt: int
     position: int
-    """Of generated tokens, from 0."""
+    """The index of the generated token."""
     reference_token: int
     other_token: int
     margin: float
-    """How far the reference was from choosing the other token, when it read the text again: in nats, the gap of the two
-    log-probabilities, or of the two scores of a draw; below 0 where reading in chunks instead of single tokens already
-    turns the choice."""
+    """How far the reference was from choosing the other token when it read the text again: the difference of the two
+    log-probabilities in nats, or of the two scores of a draw. Negative if reading in chunks instead of single tokens
+    already changes the choice."""
     near_tie: bool
-    """Whether the margin is so small that a quantisation's rounding explains the difference; see ``NEAR_TIE``."""
+    """Whether the rounding of a quantised model explains the difference; see ``NEAR_TIE``."""
 
 
 class TokenAgreement(_Finding):
-    """Generated sequences, token by token. Every sequence has the same number of tokens."""
+    """A token-by-token comparison of generated sequences, which all have the same length."""
 
     sequences: int
     identical: int
     tokens: int
-    """Of all sequences of one engine."""
+    """The tokens of all sequences of one engine."""
     equal: int
-    """Tokens at whose position both have the same, each engine going on from its own: one difference costs the rest."""
+    """Positions with equal tokens. Each engine continues from its own tokens, so a difference affects the rest."""
     chosen_alike: int
-    """Tokens that the other engine also chose after reading the reference's text so far; the rest are differences."""
+    """Tokens that the other engine also chose after the reference's text. The rest are ``differences``."""
     differences: tuple[Difference, ...]
-    """By prompt and position."""
+    """In the order of prompts and positions."""
 
 
 class TokenisationDifference(_Finding):
-    """A prompt of which the two tokenizers make different tokens. It is scored with the reference's."""
+    """A prompt that the two tokenizers split differently. It is scored with the reference's tokens."""
 
     prompt: int
     position: int
-    """Of the first token that differs."""
+    """The index of the first different token."""
     reference_tokens: tuple[int, ...]
     other_tokens: tuple[int, ...]
 
 
 class Pair(_Finding):
-    """The first engine, which is the reference, against another."""
+    """A comparison of one engine with the reference."""
 
     reference: str
     other: str
@@ -164,19 +179,19 @@ class Pair(_Finding):
 
 
 class Comparison(_Finding):
-    """One model on several engines, the first of which is the reference for the others."""
+    """One model on several engines. The first is the reference."""
 
     model_id: str
     quantization: str
-    """By the card."""
+    """The card's statement."""
     exo_version: str
     date: str
     """ISO 8601, UTC."""
     host: HostFacts
     prompts: tuple[str, ...]
     tokens: int
-    """Generated for each prompt, end-of-generation tokens ruled out."""
+    """Generated per prompt, with end-of-generation tokens ruled out."""
     seed: int
-    """Of the first prompt's seeded run, at temperature 1; each further prompt's is one more."""
+    """The seed of the first prompt's run at temperature 1. Each further prompt's seed is one more."""
     engines: tuple[EngineReport, ...]
     pairs: tuple[Pair, ...]

@@ -1,6 +1,6 @@
-"""How far apart log-probabilities are. Needs NumPy, which comes with every engine.
+"""Computes the differences of log-probabilities. Needs NumPy, which comes with every engine.
 
-Files are memory-mapped and read row by row in float64, so memory is bounded by a few rows whatever the vocabulary.
+Files are memory-mapped and read row by row in float64, so a few rows are in memory at a time.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Row = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RowDivergence:
-    """Of the distributions of one next token; in nats."""
+    """The divergence of two distributions of one next token, in nats."""
 
     max_abs: float
     mean_abs: float
@@ -28,10 +28,10 @@ class RowDivergence:
 
 
 def compare_rows(reference: Row, other: Row) -> RowDivergence:
-    """Of two rows of log-probabilities, shape (vocabulary,). A token that both rule out differs by nothing.
+    """Compares two rows of log-probabilities, shape (vocabulary,). A token that both rule out has no difference.
 
-    KL is the sum of P log(P/Q) - P + Q. For distributions the last two sum to nothing; with them every term is at least
-    0, and the rounding of the files to float32 cancels to first order, which it must where engines nearly agree.
+    KL is the sum of P log(P/Q) - P + Q. The last two terms sum to 0. With them every summand is at least 0, and the
+    rounding of the files to float32 cancels to first order, which matters if the engines nearly agree.
     """
     with np.errstate(invalid="ignore"):  # -inf minus -inf
         gap = np.where(reference == other, 0.0, reference - other)
@@ -44,7 +44,7 @@ def compare_rows(reference: Row, other: Row) -> RowDivergence:
 
 
 def measure(reference: Scoring, other: Scoring) -> Divergence:
-    """Over every row of both, which hold the same tokens. Raises CompareError for files that cannot be compared."""
+    """The divergence over all rows. Both scorings have the same tokens. Raises CompareError for invalid files."""
     width = min(reference.capabilities.vocabulary, other.capabilities.vocabulary)
     rows: list[list[RowDivergence]] = []
     for index, tokens in enumerate(reference.tokens):
@@ -68,7 +68,7 @@ def measure(reference: Scoring, other: Scoring) -> Divergence:
 
 
 def negative_log_likelihood(scoring: Scoring) -> float | None:
-    """Mean over every token but the first of each text, in nats; None if there is none."""
+    """The mean in nats per token, without the first token of each text; None if there are no others."""
     found: list[float] = []
     for index, tokens in enumerate(scoring.tokens):
         file = _open(scoring, index)
@@ -77,20 +77,20 @@ def negative_log_likelihood(scoring: Scoring) -> float | None:
 
 
 def row_after(scoring: Scoring, index: int, n_tokens: int) -> Row:
-    """Log-probabilities of what follows the first ``n_tokens`` of text ``index``. Raises CompareError."""
+    """Log-probabilities of the token after the first ``n_tokens`` of text ``index``. Raises CompareError."""
     return _row(_open(scoring, index)[n_tokens - 1], scoring)
 
 
 def greedy_margin(row: Row, chosen: int, other: int) -> float:
-    """By how many nats the chosen token leads; infinite over a token that this engine does not have."""
+    """The lead of the chosen token in nats; infinite over a token that this engine does not have."""
     return float(row[chosen] - row[other]) if other < row.size else inf
 
 
 def seeded_margin(row: Row, seed: int, position: int, chosen: int, other: int) -> float:
-    """By how many nats the chosen token leads in the draw of ``SamplingParams``, step 5; infinite as above.
+    """The lead of the chosen token in nats in the draw of ``SamplingParams``, step 5; infinite as above.
 
-    If the tokens are of one block, their own scores with noise; else those of their blocks. End-of-generation tokens,
-    which were ruled out when the token was chosen, cannot be told from a row and are taken to be improbable.
+    Compares the noisy scores of the tokens if they are in one block, else those of their blocks. A row does not show
+    which tokens end the generation. They were ruled out, and are assumed to be improbable.
     """
     if other >= row.size:
         return inf

@@ -1,4 +1,4 @@
-"""The engines to compare: runners that the router would give this model to."""
+"""The engines to compare: runners that can serve the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from exo.worker.router import Refusal, route
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A runner: its name, the command that starts it, and the model it is to load."""
+    """A runner: its name, its command, and the model to load."""
 
     name: str
     command: tuple[str, ...]
@@ -21,7 +21,7 @@ class Engine:
 
 
 def engine_names(card: ModelCard, wished: Sequence[str] | None) -> tuple[str, ...]:
-    """The runners to compare; by default all that serve one of the card's backends. Raises CompareError."""
+    """The runners to compare. Default: all that serve one of the card's back ends. Raises CompareError."""
     serving = tuple(name for name, spec in RUNNERS.items() if set(spec.backends) & set(card.backends))
     names = serving if wished is None else tuple(wished)
     repeated = next((name for name in names if names.count(name) > 1), None)
@@ -39,7 +39,7 @@ def engine_names(card: ModelCard, wished: Sequence[str] | None) -> tuple[str, ..
 def choose_engine(
     name: str, card: ModelCard, host: Host, commands: Mapping[str, Sequence[str]], directories: Sequence[str]
 ) -> Engine:
-    """The engine that a request for ``card`` at this runner would get. Raises CompareError with a refusal."""
+    """The engine for ``card`` on this runner. Raises CompareError with the router's refusal."""
     decision = route(name, card, host, (), {})
     if isinstance(decision, Refusal):
         raise CompareError(f"engine {name}: {decision.message}")

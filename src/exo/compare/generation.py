@@ -1,16 +1,18 @@
-"""What each engine makes of given prompts, at which speed and in how much memory: its program under the contract."""
+"""Has each engine continue the prompts, and measures its speed and memory. Drives the runner by its protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 
 import anyio
+import psutil
 from anyio.abc import TaskGroup
 
 from exo.compare.comparison import MODES, CompareError, MemoryUse, Mode, Speed
 from exo.compare.engine import Engine
-from exo.compare.memory import MemoryWatch
 from exo.compare.scoring import Tokens
 from exo.worker.protocol.messages import (
     Delta,
@@ -21,22 +23,25 @@ from exo.worker.protocol.messages import (
     PromptLogprobs,
     SamplingParams,
 )
+from exo.worker.supervisor.host_probe import query_nvml
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 
+_SAMPLE_SECONDS = 0.1
+
 Texts = Mapping[Mode, tuple[Tokens, ...]]
-"""What was generated, by mode and prompt."""
+"""The generated tokens, by mode and prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Token ids to continue, each by ``tokens`` more; the first is seeded with ``seed``, the next with one more."""
+    """Prompts to continue by ``tokens`` each. The first has ``seed``, each next one a seed that is one more."""
 
     prompts: tuple[Tokens, ...]
     tokens: int
     seed: int
 
     def request(self, mode: Mode, prompt: int) -> Generate:
-        """End-of-generation tokens are ruled out, so that all sequences are equally long."""
+        """The request for a prompt. It rules out end-of-generation tokens, so that all sequences are equally long."""
         sampling = SamplingParams(temperature=0 if mode == "greedy" else 1, seed=self.seed_of(prompt))
         return Generate(
             id=f"{mode}-{prompt}",
@@ -48,25 +53,25 @@ class Wanted:
         )
 
     def seed_of(self, prompt: int) -> int:
-        """Distinct, so that the prompts do not all draw the same numbers."""
+        """Distinct seeds, so that the prompts do not draw the same numbers."""
         return (self.seed + prompt) % (1 << 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What an engine made of every prompt, and what that cost."""
+    """An engine's continuations, speed and memory."""
 
     texts: Texts
-    """Each token from what the engine itself chose before it."""
+    """The tokens that follow the engine's own choices."""
     choices: Texts
-    """Each token from what the reference chose before it; the reference's own choices are its texts."""
+    """The tokens that follow the reference's choices. Those of the reference are its texts."""
     speed: Speed
     memory: MemoryUse
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One request. Seconds are by this process's clock, when the event was read."""
+    """One request, with the times when its events were read."""
 
     tokens: Tokens
     prefill_tokens: int
@@ -78,9 +83,9 @@ class _Run:
 async def generate(
     engine: Engine, wanted: Wanted, reference: Generated | None, log: Path, note: Callable[[str], None]
 ) -> Generated:
-    """Loads the model and runs every prompt greedily, then seeded, one at a time.
+    """Loads the model and continues every prompt, first greedily, then with a seed, one at a time.
 
-    Without a ``reference`` the engine is the reference. Raises CompareError.
+    Without ``reference`` the engine is the reference. Raises CompareError.
     """
     process = RunnerProcess(engine.command, engine.load, log)
     outcome: Generated | Failed = Failed(code="shutdown", message="the runner was shut down")
@@ -102,29 +107,29 @@ async def generate(
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """One engine at work. What it does raises RunnerError."""
+    """A loaded engine. Its methods raise RunnerError."""
 
     process: RunnerProcess
     wanted: Wanted
     note: Callable[[str], None]
 
     async def generate(self, tasks: TaskGroup, reference: Generated | None) -> Generated:
-        """Everything, from loading on; memory is watched in ``tasks``."""
+        """Loads the model and generates. Memory is sampled in ``tasks``."""
         self.note("loading")
         await self.process.ready()
-        memory = MemoryWatch()
+        memory = _MemoryWatch()
         tasks.start_soon(memory.watch)
         await self._warm_up()
         runs: dict[Mode, list[_Run]] = {mode: await self._runs(mode) for mode in MODES}
         texts: Texts = {mode: tuple(run.tokens for run in runs[mode]) for mode in MODES}
-        # After all timed runs: what is cancelled here may still take part in the runner's next step.
+        # After all timed runs, because a cancelled request may take part in one more step.
         choices: Texts = texts
         if reference is not None:
             choices = {mode: await self._choices(mode, texts[mode], reference.texts[mode]) for mode in MODES}
         return Generated(texts, choices, _speed(runs["greedy"], runs["seeded"]), memory.use())
 
     async def _warm_up(self) -> None:
-        """A first request may pay for kernels. The prompt is backwards, so that no prefix cache gains by it."""
+        """The first request may compile kernels. Its prompt is reversed, so that it fills no prefix cache."""
         backwards = {"id": "warm-up", "prompt": tuple(reversed(self.wanted.prompts[0]))}
         await _run(self.process, self.wanted.request("greedy", 0).model_copy(update=backwards))
 
@@ -136,7 +141,7 @@ class _Session:
         return runs
 
     async def _choices(self, mode: Mode, own: tuple[Tokens, ...], reference: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
-        """What the engine chooses at every position of the reference's texts; ``own`` is what it wrote by itself."""
+        """The engine's choice at every position of the reference's texts. ``own`` are its own texts."""
         found: list[Tokens] = []
         for prompt, (mine, text) in enumerate(zip(own, reference, strict=True)):
             self.note(f"{mode} choices along the reference's text {prompt + 1} of {len(reference)}")
@@ -144,11 +149,52 @@ class _Session:
         return tuple(found)
 
 
+class _MemoryWatch:
+    """Samples the memory of this process's children: only one runner runs at a time. Create it when that is ready."""
+
+    def __init__(self) -> None:
+        self._ready = self._peak = _resident()
+        self._on_devices = [_on_devices()]
+
+    async def watch(self) -> None:
+        """Samples until cancelled."""
+        while True:
+            await anyio.sleep(_SAMPLE_SECONDS)
+            self._peak = max(self._peak, _resident())
+
+    def use(self) -> MemoryUse:
+        """The memory so far. An engine does not return the memory of devices, so the driver is asked only here."""
+        sizes = [size for size in (*self._on_devices, _on_devices()) if size is not None]
+        return MemoryUse(resident_ready=self._ready, resident_peak=self._peak, device_peak=max(sizes, default=None))
+
+
+def _resident() -> int:
+    size = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            size += process.memory_info().rss
+    return size
+
+
+def _on_devices() -> int | None:
+    """Bytes on all NVIDIA devices. None without a driver, or if it does not know our processes, as in a container."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+
+    def query(nvml: ModuleType) -> list[int]:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        found = [each for handle in handles for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+        return [each.usedGpuMemory for each in found if each.pid in ours and each.usedGpuMemory is not None]
+
+    nothing: list[int] = []
+    sizes = query_nvml(query, nothing)
+    return sum(sizes) if sizes else None
+
+
 async def _along(process: RunnerProcess, request: Generate, own: Tokens, text: Tokens) -> Tokens:
     """The choices along one text.
 
-    After each difference another request goes on from the reference's token, as a replay would: randomness is keyed by
-    position, so nothing but what was read changes. Raises RunnerError.
+    After each difference, another request continues from the reference's token, as a replay does. Random numbers are
+    keyed by position, so only the preceding text differs. Raises RunnerError.
     """
     chosen = _to_difference(own, text)
     while len(chosen) < len(text):
@@ -178,20 +224,20 @@ async def _follow(process: RunnerProcess, request: Generate, text: Tokens) -> To
 
 
 def _to_difference(tokens: Tokens, text: Tokens) -> Tokens:
-    """What is the same as in ``text``, and the first token that is not."""
+    """The tokens that equal ``text``, and the first one that differs."""
     differs = next((at for at, (one, two) in enumerate(zip(tokens, text, strict=False)) if one != two), len(tokens))
     return tokens[: differs + 1]
 
 
 def _check_length(request: Generate, tokens: Sequence[int], end: Finished) -> None:
-    """Raises RunnerError for a request that ended before it had all its tokens."""
+    """Raises RunnerError if a request ended before it had all its tokens."""
     if len(tokens) != request.max_tokens:
         message = f"{request.id} ended ({end.reason}) after {len(tokens)} of {request.max_tokens} tokens"
         raise RunnerError(Failed(id=request.id, code="engine_error", message=message))
 
 
 async def _run(process: RunnerProcess, request: Generate) -> _Run:
-    """One request from sending it to its end. Raises RunnerError."""
+    """Runs one request. Raises RunnerError."""
     tokens: list[int] = []
     sent = perf_counter()
     first = last = sent
@@ -216,7 +262,7 @@ async def _run(process: RunnerProcess, request: Generate) -> _Run:
 
 
 def _speed(greedy: Sequence[_Run], seeded: Sequence[_Run]) -> Speed:
-    """Prefill of the greedy runs only: the seeded ones find their prompts in the prefix cache."""
+    """Counts the prefill of greedy runs only, because the seeded ones find their prompts in the prefix cache."""
     return Speed(
         prefill_tokens=sum(run.prefill_tokens for run in greedy),
         prefill_seconds=sum(run.prefill_seconds for run in greedy),

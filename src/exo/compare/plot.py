@@ -1,30 +1,18 @@
-"""Divergence over position, as a picture. Needs the extra ``plot``."""
+"""Draws the divergence of two engines over the position in the text."""
 
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
-from exo.compare.comparison import CompareError, Comparison
-
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot(file: Path) -> None:
-    """Says before the work, not after it, that ``file`` cannot be drawn. Raises CompareError."""
-    if file.suffix.lower() not in FORMATS:
-        raise CompareError(f"plot: the file's name must end in {', '.join(FORMATS)} (got {str(file)!r})")
-    if not file.parent.is_dir():
-        raise CompareError(f"plot: there is no directory {str(file.parent)!r}")
-    _matplotlib()
+from exo.compare.comparison import Comparison
+from exo.plot import check_plot, new_figure, save
 
 
 def draw(comparison: Comparison, file: Path) -> None:
     """Writes the largest and the mean difference of log-probabilities and the KL divergence at every position.
 
-    Raises CompareError.
+    Raises CommandError.
     """
     check_plot(file)
-    figure = _matplotlib().Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure((9, 5))
     axes = figure.subplots()
     for pair in comparison.pairs:
         label = f"{pair.other} against {pair.reference}"
@@ -41,14 +29,4 @@ def draw(comparison: Comparison, file: Path) -> None:
         f"{comparison.model_id}, {', '.join(f'{each.engine} {each.version}' for each in comparison.engines)}"
     )
     axes.legend(fontsize="small")
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise CompareError(f"plot: {file} cannot be written: {error}") from error
-
-
-def _matplotlib() -> ModuleType:
-    try:
-        return import_module("matplotlib.figure")  # by name, since it is optional and its types are incomplete
-    except ModuleNotFoundError as error:
-        raise CompareError("plot: matplotlib is not installed; to mend it: pip install 'exo[plot]'") from error
+    save(figure, file, 150)

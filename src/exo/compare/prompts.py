@@ -1,4 +1,4 @@
-"""The texts that engines are compared on."""
+"""The texts of a comparison."""
 
 from pathlib import Path
 
@@ -18,16 +18,16 @@ PROMPTS = (
     "Die Stadt liegt an einem breiten Fluss, über den drei Brücken führen. Die älteste von ihnen wurde im Jahr",
     "Once upon a time there was a fox who could count to ten. One, two, three, four, five,",
 )
-"""Prose, fact, code, arithmetic, a list, a letter, another language and a pattern: each about thirty tokens."""
+"""Prose, a fact, code, arithmetic, a list, a letter, German and a pattern, each about thirty tokens long."""
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:
-    """One prompt a line; blank lines are passed over. Raises CompareError."""
+    """One prompt per line; blank lines are ignored. Raises CompareError."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CompareError(f"prompts: {file} cannot be read: {error}") from error
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
-        raise CompareError(f"prompts: {file} has no text; it should hold one prompt a line")
+        raise CompareError(f"prompts: {file} has no text; expected one prompt per line")
     return prompts

@@ -1,4 +1,4 @@
-"""One comparison from beginning to end. Engines run one after another, so that neither slows the other down."""
+"""Runs one comparison. The engines run one after another, so that neither slows down the other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from exo.compare.comparison import (
     CompareError,
     Comparison,
     Divergence,
+    EngineReport,
+    HostFacts,
     Mode,
     Pair,
     TokenAgreement,
     TokenisationDifference,
 )
 from exo.compare.engine import Engine, choose_engine, engine_names
-from exo.compare.evidence import engine_report, host_facts
 from exo.compare.generation import Generated, Wanted, generate
 from exo.compare.prompts import PROMPTS
 from exo.compare.scoring import Scoring, score, score_same
@@ -39,7 +40,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What engines are compared on: ``tokens`` are generated for each prompt, twice."""
+    """The texts of a comparison. ``tokens`` are generated twice for each prompt."""
 
     prompts: tuple[str, ...] = PROMPTS
     tokens: int = 32
@@ -48,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model compared, and the machine it is compared on."""
+    """The compared model, and the machine."""
 
     card: ModelCard
     host: Host
@@ -65,7 +66,7 @@ def compare(
 ) -> Comparison:
     """Compares the runners named in ``engines`` (None: all that serve the card) on the model called ``model``.
 
-    ``note`` is told what is being done. ``commands`` start the runners, by name, where they are not the usual ones.
+    ``note`` gets progress messages. ``commands``, by runner name, replace the usual commands of the runners.
     Raises CompareError.
     """
     card = catalogue.get(model)
@@ -84,7 +85,7 @@ async def _start(
     note: Note,
     commands: Mapping[str, Sequence[str]],
 ) -> Comparison:
-    note("asking the engines what they can do here")
+    note("probing the engines")
     host = await probe_host({name: (*command, "--probe") for name, command in commands.items()})
     directories = [str(directory) for directory in settings.models_directories]
     chosen = [choose_engine(name, card, host, commands, directories) for name in names]
@@ -94,7 +95,7 @@ async def _start(
 async def examine(
     subject: Subject, engines: Sequence[Engine], options: Options, log_directory: Path, note: Note
 ) -> Comparison:
-    """The comparison of ``engines``, the first of which is the reference; each leaves a log. Raises CompareError."""
+    """Compares ``engines``, of which the first is the reference. Each writes a log. Raises CompareError."""
     reading = await _read(engines, options.prompts, note)
     for scoring in reading.scorings:
         _check_room(scoring, options.tokens)
@@ -108,11 +109,11 @@ async def examine(
         quantization=subject.card.quantization,
         exo_version=exo.__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        host=host_facts(subject.host),
+        host=HostFacts.of(subject.host),
         prompts=options.prompts,
         tokens=options.tokens,
         seed=options.seed,
-        engines=tuple(map(engine_report, engines, reading.scorings, reading.likelihoods, generated)),
+        engines=tuple(map(_engine_report, engines, reading.scorings, reading.likelihoods, generated)),
         pairs=tuple(
             Pair(
                 reference=engines[0].name,
@@ -129,9 +130,29 @@ async def examine(
     )
 
 
+def _engine_report(engine: Engine, scoring: Scoring, likelihood: float | None, generated: Generated) -> EngineReport:
+    """One engine's report, from its capabilities and measurements."""
+    can = scoring.capabilities
+    return EngineReport(
+        name=engine.name,
+        engine=can.engine,
+        version=can.engine_version,
+        backend=can.backend,
+        devices=can.devices,
+        table=dict(engine.load.table),
+        settings=dict(scoring.settings),
+        model_bytes=can.model_bytes,
+        context_length=can.context_length,
+        vocabulary=can.vocabulary,
+        negative_log_likelihood=likelihood,
+        speed=generated.speed,
+        memory=generated.memory,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Of each engine: scoring, whose files are gone, and likelihood. Of each but the first: how it differs from it."""
+    """Scorings and likelihoods of all engines, and the differences of all but the first from it. The files are gone."""
 
     scorings: list[Scoring]
     likelihoods: list[float | None]
@@ -144,7 +165,7 @@ async def _read(engines: Sequence[Engine], prompts: Sequence[str], note: Note) -
     note(f"engine {first.name}: scoring {len(prompts)} texts")
     with TemporaryDirectory(prefix="exo-compare-") as folder:
         reference = await score(first, prompts, Path(mkdtemp(dir=folder)))
-        # Here and not at the top, since NumPy comes with the engines: without one, its lack is not what is wrong.
+        # Not at the top: NumPy comes with the engines, and without them their lack must be reported first.
         from exo.compare.divergence import measure, negative_log_likelihood
 
         reading = _Reading([reference], [negative_log_likelihood(reference)], [], [])
@@ -159,7 +180,7 @@ async def _read(engines: Sequence[Engine], prompts: Sequence[str], note: Note) -
 
 
 def _check_room(scoring: Scoring, tokens: int) -> None:
-    """Raises CompareError where a prompt and what is to be generated exceed the engine's context."""
+    """Raises CompareError if a prompt and the generated tokens exceed the engine's context."""
     room = scoring.capabilities.context_length
     for index, prompt in enumerate(scoring.tokens):
         if len(prompt) + tokens > room:
@@ -181,7 +202,7 @@ async def _generate(engines: Sequence[Engine], wanted: Wanted, logs: Sequence[Pa
 async def _agreements(
     engine: Engine, wanted: Wanted, generated: Sequence[Generated], note: Note
 ) -> list[dict[Mode, TokenAgreement]]:
-    """Of each engine but the first with the first, which is ``engine`` and judges the differences."""
+    """The agreement of each other engine with the first one, ``engine``, which judges the differences."""
     reference, *others = generated
     parted = [partings(reference, other) for other in others]
     note(f"engine {engine.name}: judging {sum(map(len, parted))} differences")

@@ -1,4 +1,4 @@
-"""What each engine thinks of given texts: its program with ``--score``."""
+"""Has each engine score given texts, by its program with ``--score``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ _ANSWER: TypeAdapter[Scored | Failed] = TypeAdapter(Scored | Failed)
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Texts that an engine has read. ``files`` hold the log-probabilities of ``tokens``, as ``Score`` says."""
+    """Scored texts. ``files`` hold the log-probabilities of ``tokens`` in the form that ``Score`` defines."""
 
     engine: str
     tokens: tuple[Tokens, ...]
@@ -29,9 +29,9 @@ class Scoring:
 
 
 async def score(engine: Engine, prompts: Sequence[str | Tokens], directory: Path) -> Scoring:
-    """Has ``engine`` read ``prompts``, each a text or token ids. Raises CompareError.
+    """Scores ``prompts``, which are texts or token ids. Raises CompareError.
 
-    The files take 4 bytes times tokens times vocabulary in ``directory``, which must exist.
+    The files in ``directory``, which must exist, take 4 bytes per token and vocabulary entry.
     """
     parts = tuple((Text(text=each),) if isinstance(each, str) else each for each in prompts)
     request = Score(load=engine.load, prompts=parts, directory=str(directory))
@@ -55,9 +55,9 @@ async def score(engine: Engine, prompts: Sequence[str | Tokens], directory: Path
 async def score_same(
     engine: Engine, texts: Sequence[str], reference: Scoring, directory: Path
 ) -> tuple[Scoring, tuple[TokenisationDifference, ...]]:
-    """Has ``engine`` read the tokens that ``reference`` read, and says where it would have made others of ``texts``.
+    """Scores the tokens of ``reference``, and finds where ``engine`` would split ``texts`` into other tokens.
 
-    It reads the texts first: where both tokenizers agree, that is all there is to do. Raises CompareError.
+    The engine scores the texts first, which suffices if both tokenizers agree. Raises CompareError.
     """
     own = await score(engine, texts, directory)
     differing = [index for index, tokens in enumerate(own.tokens) if tokens != reference.tokens[index]]

@@ -1,4 +1,4 @@
-"""A comparison as tables for the terminal."""
+"""Prints a comparison as tables."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from exo.compare.comparison import Comparison, EngineReport, Pair, TokenAgreemen
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Prints host, engines and, for each pair, how far they agree."""
+    """Prints the machine, the engines, and the agreement of each pair."""
     for part in _parts(comparison):
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
 
@@ -21,7 +21,7 @@ def _parts(comparison: Comparison) -> Iterator[RenderableType]:
     devices = ", ".join(host.nvidia_devices) or "no NVIDIA device"
     quantization = f" ({comparison.quantization} by its card)" if comparison.quantization else ""
     yield Text(f"{comparison.model_id}{quantization}, exo {comparison.exo_version}, {comparison.date}")
-    yield Text(f"{host.system}, {host.processor}, {host.cpu_count} processors, {_gib(host.memory_total)}, {devices}")
+    yield Text(f"{host.system}, {host.processor}, {host.cpu_count} logical CPUs, {_gib(host.memory_total)}, {devices}")
     yield Text(
         f"{len(comparison.prompts)} prompts, each continued by {comparison.tokens} tokens greedily and with seeds from "
         f"{comparison.seed} on\n"
@@ -67,7 +67,7 @@ def _engines(engines: tuple[EngineReport, ...]) -> Table:
 
 
 def _card_table(engine: EngineReport) -> str:
-    """The card's table without what takes more than a line, such as a chat template."""
+    """The card's table without values of several lines, such as a chat template."""
     short = {key: str(value) for key, value in engine.table.items() if "\n" not in str(value)}
     return ", ".join(f"{key}={value}" for key, value in short.items()) or "-"
 
@@ -87,7 +87,7 @@ def _pair(pair: Pair) -> Table:
 
 
 def _agreement(found: TokenAgreement) -> str:
-    """Both shares: of the texts as they came out, and of single choices with the same text before them."""
+    """The agreement of whole texts, and that of single choices after the same text."""
     near = sum(each.near_tie for each in found.differences)
     ties = f", {near} of the others near-ties" if found.differences else ""
     return (
@@ -100,7 +100,7 @@ def _tokenisation(pair: Pair) -> Iterator[Text]:
     for each in pair.tokenisation:
         yield Text(
             f"prompt {each.prompt + 1} is tokenised differently from token {each.position} on: {pair.reference} "
-            f"{_ids(each.reference_tokens)}, {pair.other} {_ids(each.other_tokens)}; both were given the former"
+            f"{_ids(each.reference_tokens)}, {pair.other} {_ids(each.other_tokens)}; both read the former"
         )
 
 
@@ -124,7 +124,7 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """Rounded down, so that only agreement everywhere shows as 100 %."""
+    """Rounds down, so that only complete agreement shows as 100 %."""
     return f"{int(share * 10_000) / 100:.4g} %"
 
 

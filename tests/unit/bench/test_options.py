@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from exo.bench.body import body
 from exo.bench.client import Client
 from exo.bench.options import Objective, Options
-from exo.bench.prompts import Prompts
+from exo.bench.prompts import Prompts, body
 from exo.exit_code import CommandError, ExitCode
 
 

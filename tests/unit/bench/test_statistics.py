@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.bench.interruption import gaps_before, gaps_during
 from exo.bench.load import arrivals
 from exo.bench.options import Objective
 from exo.bench.reading import Fault, Outcome
 from exo.bench.report import Load
-from exo.bench.statistics import distribution, is_good, long_prompt, percentile, summarize
+from exo.bench.statistics import distribution, gaps_before, gaps_during, is_good, long_prompt, percentile, summarize
 
 LOAD = Load(concurrency=2, rate=None)
 

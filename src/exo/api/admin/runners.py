@@ -42,6 +42,8 @@ class Instance(BaseModel):
     layers_loaded: int
     total_layers: int
     slots: int
+    context_length: int = 0
+    """Tokens of one sequence, prompt and output together."""
     active: int
     """Sequences in a slot."""
     waiting: int
@@ -91,6 +93,7 @@ class Instance(BaseModel):
             layers_loaded=report.status.layers_loaded,
             total_layers=report.status.total_layers,
             slots=now.slots,
+            context_length=model.context_length if model else 0,
             active=now.active,
             waiting=now.waiting,
             model_bytes=model.model_bytes if model else 0,

@@ -2,55 +2,75 @@
 
 import json
 from dataclasses import dataclass
-from typing import final
+from typing import Annotated, final
 
 import httpx
+import typer
 from pydantic import JsonValue
-from rich.console import Console
 
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.cli.answer_stream import CallId, Note, answer
 from exo.cli.chat.input import ChatInput
 from exo.cli.chat.screen import AnswerScreen
-from exo.cli.chat.settings import ChatSettings, SettingError
+from exo.cli.chat.settings import ChatSettings
+from exo.cli.console import err, out, warn
+from exo.cli.embedded_server import some_server
 from exo.cli.http_client import ask
+from exo.cli.local_models import catalogue_of
+from exo.cli.options import Model, ModelsDir, SamplingOptions, ServerOptions
 from exo.exit_code import CommandError
 
 HELP = '''\
-/set NAME VALUE   set something; without a value it is as if never set, without a name all settings are shown
-/clear            forget the conversation; settings stay
-/help             this
-/exit             leave, as Ctrl-D does
+/set NAME VALUE   changes a setting; without a value it resets it, without a name it shows all settings
+/clear            forgets the conversation; settings stay
+/help             shows this text
+/exit             ends the chat, as Ctrl-D does
 """               begins a message of several lines, which ends with the next three quotation marks
-\\                 at the end of a line: the message goes on in the next
-Ctrl-C            stops an answer, or drops what is being typed'''
+\\                 at the end of a line continues the message on the next line
+Ctrl-C            stops an answer, or drops the typed line'''
+
+
+def chat(
+    model: Model,
+    *,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    sampling: SamplingOptions,
+    server: ServerOptions,
+    models_dir: ModelsDir = None,
+) -> None:
+    """Talk with a model through the running server or, if there is none, through a runner of its own.
+
+    /help lists the commands inside.
+    """
+    settings = server.settings(models_dir)
+    chosen = {**({"system": system} if system is not None else {}), **sampling.request_fields()}
+    with some_server(settings, lambda: catalogue_of(settings)) as client:
+        conversation = Chat(client, model, ChatSettings(chosen), ChatInput(settings.history_file))
+        conversation.begin()
+        conversation.run()
 
 
 @final
 class Chat:
-    """One conversation with ``model``, as the server at ``client`` calls it."""
+    """A conversation with ``model`` through the server that ``client`` asks."""
 
-    def __init__(
-        self, client: httpx.Client, model: str, settings: ChatSettings, typed: ChatInput, out: Console, err: Console
-    ) -> None:
+    def __init__(self, client: httpx.Client, model: str, settings: ChatSettings, typed: ChatInput) -> None:
         self._client = client
         self._model = model
         self._settings = settings
         self._typed = typed
-        self._out = out
-        self._err = err
         self._messages: list[dict[str, JsonValue]] = []
         self._unanswered: list[dict[str, JsonValue]] = []
-        """Calls of tools, whose results are typed next."""
+        """Tool calls whose results the user types next."""
 
     def begin(self) -> None:
-        """Says who answers. Raises CommandError where nobody would."""
-        with self._err.status("starting"):
+        """Prints the model and its runner. Raises CommandError if there is none."""
+        with err.status("starting"):
             route = json.loads(ask(self._client, "/v1/route", params={"model": self._model}, seconds=None))
-        self._say(f"{route['model']} on runner {route['runner']}; /help lists the commands, Ctrl-D leaves")
+        _say(f"{route['model']} on runner {route['runner']}; /help lists the commands, Ctrl-D ends the chat")
 
     def run(self) -> None:
-        """Until the input ends, or somebody leaves."""
+        """Runs until the input ends or the user ends the chat."""
         while True:
             try:
                 text = self._read()
@@ -60,42 +80,42 @@ class Chat:
                 elif text.strip():
                     self._answer(text)
             except EOFError:
-                self._say("")
+                _say("")
                 return
             except KeyboardInterrupt:
-                self._say("\n(Ctrl-D or /exit leaves)")
+                _say("\n(Ctrl-D or /exit ends the chat)")
             except UnicodeDecodeError as error:
-                self._complain(f"what was typed is not text: {error}")
-            except (CommandError, SettingError) as error:
-                self._complain(str(error))
+                warn(f"the input is not text: {error}")
+            except CommandError as error:
+                warn(str(error))
 
     def _read(self) -> str:
         if self._unanswered:
-            self._say(f"type the result of {self._unanswered[0]['name']}")
+            _say(f"type the result of {self._unanswered[0]['name']}")
         return self._typed.read()
 
     def _obey(self, text: str) -> bool:
-        """Does what a command says. Returns whether the chat goes on."""
+        """Runs a command of the chat. Returns whether the chat goes on."""
         command, _, rest = text.partition(" ")
         match command.strip():
             case "/exit" | "/quit" | "/bye":
                 return False
             case "/help" | "/?":
-                self._say(HELP)
+                _say(HELP)
             case "/clear":
                 self._messages, self._unanswered = [], []
-                self._say("the conversation is forgotten")
+                _say("the conversation is cleared")
             case "/set" if rest.strip():
                 name, _, value = rest.strip().partition(" ")
                 self._settings.set(name, value.strip())
             case "/set":
-                self._say("\n".join(self._settings.lines()))
+                _say("\n".join(self._settings.lines()))
             case unknown:
-                self._complain(f"there is no command {unknown}; /help lists them. A space before it sends it as it is")
+                warn(f"there is no command {unknown}; /help lists them; a space before it makes it a message")
         return True
 
     def _answer(self, text: str) -> None:
-        """Asks, and keeps question and answer; what was said of one that was stopped is kept too."""
+        """Sends a message. Adds it and its answer, or the part before a stop, to the conversation."""
         if self._unanswered:
             call = self._unanswered[0]
             self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
@@ -108,7 +128,7 @@ class Chat:
         messages = [*self._settings.messages(), *self._messages]
         body: dict[str, object] = {"model": self._model, "messages": messages, **self._settings.fields()}
         try:
-            with answer(self._client, body) as events, AnswerScreen(self._out) as screen:
+            with answer(self._client, body) as events, AnswerScreen(out) as screen:
                 for event in events:
                     if isinstance(event, Note):
                         screen.note(event.text)
@@ -119,7 +139,7 @@ class Chat:
             self._unanswered = [{"id": call.id, "name": call.name} for call in said.calls.values()]
         except KeyboardInterrupt:
             said.calls.clear()  # they may be cut off
-            self._say("(stopped)")
+            _say("(stopped)")
         finally:
             if said.content or said.calls:
                 self._messages.append(said.message())
@@ -127,18 +147,16 @@ class Chat:
                 self._forget_question()
 
     def _forget_question(self) -> None:
-        """What got no answer is not part of the conversation."""
+        """Removes the messages that got no answer."""
         while self._messages and self._messages[-1]["role"] != "assistant":
             self._messages.pop()
         if self._messages and "tool_calls" in self._messages[-1]:
             self._messages.pop()
             self._forget_question()
 
-    def _say(self, text: str) -> None:
-        self._err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    def _complain(self, text: str) -> None:
-        self._err.print(f"exo: {text}", markup=False, highlight=False, soft_wrap=True)
+def _say(text: str) -> None:
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(slots=True)
@@ -150,7 +168,7 @@ class _Call:
 
 @final
 class _Said:
-    """An answer as far as it has come."""
+    """The received part of an answer."""
 
     def __init__(self) -> None:
         self.content = ""
@@ -158,7 +176,7 @@ class _Said:
         self.calls: dict[int, _Call] = {}
 
     def take(self, event: Part | CallId) -> None:
-        """More of it."""
+        """Adds a part."""
         match event:
             case Content(text):
                 self.content += text
@@ -174,7 +192,7 @@ class _Said:
                 del self.calls[index]
 
     def message(self) -> dict[str, JsonValue]:
-        """As the conversation has it from now on."""
+        """The answer as a message of the conversation."""
         message: dict[str, JsonValue] = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning

@@ -1,4 +1,4 @@
-"""What is typed into ``exo chat``: lines with an editor and a history, and messages of several lines."""
+"""The input of ``exo chat``: a line editor with a history, and messages of several lines."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ _KEPT_LINES = 1000
 
 @final
 class ChatInput:
-    """Reads messages from standard input. ``history`` is the file that lines are kept in from one chat to the next.
+    """Reads messages from standard input. ``history`` is the file that keeps lines from one chat to the next.
 
-    A line that ends with a backslash goes on in the next one. Three quotation marks at the beginning, or behind a
+    A line that ends with a backslash continues on the next one. Three quotation marks at the beginning, or behind a
     command, begin a message that ends with the next three.
     """
 
@@ -53,12 +53,12 @@ class ChatInput:
 
         readline.add_history(line)
         if self._history is not None:
-            with suppress(OSError):  # a full disk ends no conversation
+            with suppress(OSError):  # a full disk must not end a chat
                 readline.append_history_file(1, self._history)
 
 
 def _open_history(path: Path) -> None:
-    """Reads it, or makes it, for its owner alone; without one the chat goes on."""
+    """Reads the history, or creates it for its owner alone. A failure does not stop the chat."""
     import readline
 
     with suppress(OSError):

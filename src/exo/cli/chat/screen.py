@@ -1,4 +1,4 @@
-"""An answer on its way to the terminal: Markdown as it comes, reasoning dimmed, calls of tools."""
+"""Prints an answer while it comes: Markdown, dimmed reasoning, tool calls."""
 
 import re
 from types import TracebackType
@@ -22,17 +22,17 @@ Kind = Literal["content", "reasoning", "call"]
 
 @final
 class AnswerScreen:
-    """A context, in which parts of one answer are shown. Where the console is no terminal, content comes as it is.
+    """A context that shows the parts of one answer. If the console is no terminal, content is printed unchanged.
 
-    What can change no more is printed once and for all, block by block; only the end of the answer is drawn again and
-    again. So an answer may be longer than the window, and stays in the terminal's history whole.
+    Blocks that can no longer change are printed once; only the end of the answer is redrawn. An answer may therefore
+    be longer than the window, and all of it stays in the terminal's history.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._kind: Kind | None = None
         self._tail = ""
-        """What is not printed yet, of one kind."""
+        """Text of one kind that is not printed yet."""
         self._waiting = Spinner("dots", text=Text("waiting", style="dim"))
         self._printed = self._over = False
         self._live = Live(
@@ -58,11 +58,11 @@ class AnswerScreen:
             self._console.print()
 
     def note(self, text: str) -> None:
-        """What the server says while there is no answer yet."""
+        """Shows the server's progress before the answer begins."""
         self._waiting.update(text=Text(printable(text), style="dim"))
 
     def part(self, part: Part) -> None:
-        """More of the answer."""
+        """Shows another part of the answer."""
         match part:
             case Content(text):
                 self._add("content", text)
@@ -90,20 +90,20 @@ class AnswerScreen:
             self._print(end)
 
     def _print(self, end: int) -> None:
-        """The tail up to ``end``, above what is drawn, for good."""
+        """Prints the tail up to ``end`` permanently, above the redrawn part."""
         text, self._tail = self._tail[:end], self._tail[end:]
         if not self._console.is_terminal:
             self._console.file.write(text)
             self._console.file.flush()
         elif text.strip():
             apart, self._printed = self._printed and self._kind == "content", True
-            self._live.refresh()  # or what was drawn last would be drawn again below
+            self._live.refresh()  # otherwise the last drawing would appear again below
             if apart:
                 self._console.print()
             self._console.print(_rendered(self._kind, text.rstrip("\n")))
 
     def _drawn(self) -> RenderableType:
-        """What may still change; called from another thread, several times a second."""
+        """The part that may still change. Called several times a second from another thread."""
         if tail := self._tail.strip("\n"):
             return _LastLines(_rendered(self._kind, tail))
         return "" if self._printed or self._over else self._waiting
@@ -111,7 +111,7 @@ class AnswerScreen:
 
 @final
 class _LastLines:
-    """As much of the end of something as the window shows: what is taller could not be drawn over again."""
+    """The last lines that fit into the window: only those can be redrawn."""
 
     def __init__(self, whole: RenderableType) -> None:
         self._whole = whole
@@ -124,7 +124,7 @@ class _LastLines:
 
 
 def settled(text: str) -> int:
-    """Up to where nothing that follows can change how Markdown reads: a blank line, or the end of fenced code."""
+    """The end of the Markdown that later text cannot change: a blank line, or the end of fenced code."""
     at = end = 0
     fence = ""
     for line in text.split("\n")[:-1]:

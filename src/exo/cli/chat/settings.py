@@ -1,4 +1,4 @@
-"""What ``/set`` sets in ``exo chat``: the fields of a chat request, checked as the server would check them."""
+"""The settings of ``exo chat``: fields of a chat request, checked by the server's rules."""
 
 import json
 from collections.abc import Mapping
@@ -11,40 +11,36 @@ from exo.cli.run import read_text
 from exo.exit_code import CommandError
 
 SETTINGS: Mapping[str, str] = {
-    "system": "what the model is told before the conversation",
+    "system": "the system message",
     "temperature": "0 to 2; 0 always takes the most probable token",
     "top_p": "0 to 1: keep the most probable tokens up to this sum",
     "top_k": "keep this many tokens; 0 keeps all",
-    "min_p": "0 to 1: drop tokens below this share of the largest",
-    "repetition_penalty": "1 is none",
+    "min_p": "0 to 1: drop tokens below this share of the most probable one",
+    "repetition_penalty": "1 is no penalty",
     "presence_penalty": "-2 to 2",
     "frequency_penalty": "-2 to 2",
-    "max_tokens": "most tokens of an answer",
-    "seed": "same seed, same answer",
+    "max_tokens": "the most tokens of an answer",
+    "seed": "the same seed gives the same answer",
     "stop": "text that ends an answer, or a JSON list of texts",
     "reasoning_effort": "none, minimal, low, medium, high or xhigh",
     "tools": "a JSON file with a list of tools, as OpenAI's API has them",
 }
-"""Name and meaning."""
+"""Names and meanings."""
 _TEXTS = ("system", "tools", "reasoning_effort")
-"""Taken as they are typed; the others are JSON, or failing that text."""
-
-
-class SettingError(Exception):
-    """A setting that cannot be used; the message names it and says what would be accepted."""
+"""Their values are text; those of the others are JSON or, if that fails, text."""
 
 
 @final
 class ChatSettings:
-    """The settings of one chat. A setting that is not there is the model card's, or the server's default."""
+    """The settings of one chat. Without a setting, the model card's or the server's default applies."""
 
     def __init__(self, given: Mapping[str, JsonValue] | None = None) -> None:
         self._values: dict[str, JsonValue] = dict(given or {})
 
     def set(self, name: str, text: str) -> None:
-        """Sets ``name`` to what ``text`` says; an empty one takes it back. Raises SettingError."""
+        """Sets ``name`` to the value in ``text``; an empty text resets it. Raises CommandError."""
         if name not in SETTINGS:
-            raise SettingError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+            raise CommandError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
         if not text:
             self._values.pop(name, None)
             return
@@ -54,7 +50,7 @@ class ChatSettings:
         self._values[name] = value
 
     def lines(self) -> list[str]:
-        """Every setting: what it is now or, where it is nothing, what it means."""
+        """Every setting with its value or, without one, its meaning."""
         return [f"{name:20}{self._shown(name)}" for name in SETTINGS]
 
     def _shown(self, name: str) -> str:
@@ -64,11 +60,11 @@ class ChatSettings:
         return f"{len(value)} of them" if name == "tools" and isinstance(value, list) else str(value)
 
     def messages(self) -> list[dict[str, JsonValue]]:
-        """Those that precede the conversation."""
+        """The messages that precede the conversation."""
         return [{"role": "system", "content": self._values["system"]}] if "system" in self._values else []
 
     def fields(self) -> dict[str, JsonValue]:
-        """Of the request, besides its messages."""
+        """The fields of the request besides its messages."""
         return {name: value for name, value in self._values.items() if name != "system"}
 
 
@@ -82,14 +78,12 @@ def _json_or_text(text: str) -> JsonValue:
 def _tools(text: str) -> JsonValue:
     try:
         return cast(JsonValue, json.loads(read_text("tools", Path(text).expanduser())))
-    except CommandError as error:
-        raise SettingError(str(error)) from error
     except ValueError as error:
-        raise SettingError(f"tools: {text} is not JSON: {error}") from error
+        raise CommandError(f"tools: {text} is not JSON: {error}") from error
 
 
 def _check(name: str, value: JsonValue) -> None:
-    """By the server's own rules, which are imported here because a chat may never need them."""
+    """Applies the server's own rules. They are imported here because few chats need them."""
     from exo.api.http.errors import from_validation
     from exo.api.openai.chat_request import ChatCompletionRequest
 
@@ -98,4 +92,4 @@ def _check(name: str, value: JsonValue) -> None:
             {"model": "any", "messages": [{"role": "user", "content": "any"}], name: value}
         )
     except ValidationError as error:
-        raise SettingError(str(from_validation(error))) from error
+        raise CommandError(str(from_validation(error))) from error

@@ -1,20 +1,18 @@
-"""exo and a tuned llama-server of the same build, on the same files, asked by the same client at rising concurrency."""
+"""Measures exo, a tuned llama-server of the same build, and llama.cpp's own benchmarks on the same files."""
 
-import sys
 import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import httpx
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue, TypeAdapter
 
-import exo
 from bench.gpu_check.models import Model, file_of, models
 from bench.gpu_check.options import Options
-from bench.gpu_check.record import CheckError, Step
-from bench.mlx_server import free_port
-from bench.peer_servers import Server
+from bench.gpu_check.record import CheckError, Step, run
+from bench.peer_report import SAMPLED, read_line
+from bench.servers import Server, exo_server, free_address
 from exo.bench.options import Options as Asked
 from exo.bench.run import run_bench
 from exo.exit_code import CommandError
@@ -22,32 +20,50 @@ from tests.support.server import write_card
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 SMALL_CONCURRENCY = (1, 2)
-SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
 LLAMA_SERVER, BACKEND_SAMPLING = "llama-server", "llama-server -bs"
 SERVERS = ("exo", LLAMA_SERVER, BACKEND_SAMPLING)
 SETTINGS = {"exo, sampling on": "on"}
-"""exo with ``backend_sampling`` set, which is off by itself; for the model with the most tokens."""
+"""exo with ``backend_sampling``, which is off by default; for the model with the largest vocabulary."""
 _LOAD_SECONDS, _STEP_SECONDS, _LEAST_SECONDS = 120.0, 150.0, 75.0
 _CARD = "gpu-check"
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 128
+
+
+class _Rate(BaseModel):
+    """The format of llama-bench: one test, prefill or decode."""
+
+    n_prompt: int
+    n_gen: int
+    avg_ts: float
+    stddev_ts: float
+
+
+_RATES: TypeAdapter[list[_Rate]] = TypeAdapter(list[_Rate])
 
 
 def steps(options: Options) -> list[Step]:
-    """Every server on every model, those of a model one after another; last what a setting makes of exo."""
+    """Every server on every model, exo with other settings, then llama.cpp's benchmarks."""
     widest = max(models(options), key=lambda model: model.shape.vocabulary)
     pairs = [(model, server) for model in models(options) for server in SERVERS]
-    return [
+    sweeps = [
         Step(name_of(model, server), "sweep", partial(_sweep, options, model, server), _LEAST_SECONDS)
         for model, server in (*pairs, *((widest, setting) for setting in SETTINGS))
+    ]
+    programs = {"llama_bench": _llama_bench, "batched_bench": _batched_bench}
+    return sweeps + [
+        Step(f"{name} {model.name}", "ceiling", partial(program, options, model), 20)
+        for model in models(options)
+        for name, program in programs.items()
     ]
 
 
 def name_of(model: Model, server: str) -> str:
-    """Of the step."""
+    """The name of the step."""
     return f"sweep {model.name} {server}"
 
 
 def concurrency(options: Options) -> tuple[int, ...]:
-    """Requests in flight, one load after another; the last is the number of slots, too."""
+    """Requests in flight, one load per number. The last is also the number of slots."""
     return SMALL_CONCURRENCY if options.small else CONCURRENCY
 
 
@@ -81,7 +97,7 @@ def _sweep(options: Options, model: Model, name: str, deadline: float) -> Mappin
 
 
 def _load(server: Server, deadline: float) -> None:
-    """A first token, for which exo loads the model. Raises CheckError."""
+    """Requests a first token, for which exo loads the model. Raises CheckError."""
     asked = {"model": server.model, "prompt": "one", "max_tokens": 1}
     limit = max(1.0, min(_LOAD_SECONDS, deadline - time.monotonic()))
     try:
@@ -93,23 +109,43 @@ def _load(server: Server, deadline: float) -> None:
 
 
 def _exo(options: Options, model: Model, sampling: str) -> Server:
-    """``exo serve`` with a card for this model alone."""
+    """``exo serve`` with a model card for this model."""
     home = options.work / "exo" / model.name
     slots = max(concurrency(options))
     table: dict[str, JsonValue] = {"path": str(file_of(options, model)), "slots": slots, "n_ctx": model.context}
     table |= {"flash_attn": "on", "backend_sampling": sampling}
     write_card(home, _CARD, {"cuda": table}, backends=[options.backend])
-    port = str(free_port())
-    command = [sys.executable, "-m", "exo", "serve", "--port", port]
-    url = f"http://127.0.0.1:{port}"
-    return Server("exo", exo.__version__, command, url, f"{_CARD}@cuda", "/health", environment={"EXO_HOME": str(home)})
+    return exo_server(home, f"{_CARD}@cuda", ready="/health")
 
 
 def _llama_server(options: Options, model: Model, name: str) -> Server:
-    """With split KV and flash attention, which is what exo has; its defaults would flatter exo."""
+    """With a split KV cache and flash attention as in exo; its defaults would favour exo."""
     slots = max(concurrency(options))
-    port = str(free_port())
+    url, port = free_address()
     command = [str(options.tools / "llama-server"), "-m", str(file_of(options, model)), "--port", port, "--no-ui"]
     command += ["-np", str(slots), "-no-kvu", "-c", str(slots * model.context), "-fa", "on"]
     command += ["-ngl", "0" if options.cpu else "99", *(["-bs"] if name == BACKEND_SAMPLING else [])]
-    return Server("llama-server", "", command, f"http://127.0.0.1:{port}", model.name, "/health")
+    return Server("llama-server", "", command, url, model.name, "/health")
+
+
+def _llama_bench(options: Options, model: Model, deadline: float) -> Mapping[str, Any]:
+    """Prefill of 512 tokens and decode of 128 with one sequence, in tokens per second."""
+    command = [options.tools / "llama-bench", "-m", file_of(options, model), "-o", "json", "-fa", "1"]
+    command += ["-p", "64" if options.small else "512", "-n", "16" if options.small else "128", *_layers(options)]
+    rates = _RATES.validate_json(run(command, options.logs / f"llama-bench {model.name}.log", deadline))
+    return {"rates": [rate.model_dump() for rate in rates]}
+
+
+def _batched_bench(options: Options, model: Model, deadline: float) -> Mapping[str, Any]:
+    """The seconds of prefill and decode at every batch size of the sweep."""
+    loads = concurrency(options)
+    prompt, output = (32, 16) if options.small else (PROMPT_TOKENS, OUTPUT_TOKENS)
+    command = [options.tools / "llama-batched-bench", "-m", file_of(options, model), "-no-kvu", "-fa", "on"]
+    command += ["-npp", str(prompt), "-ntg", str(output), "-npl", ",".join(map(str, loads)), *_layers(options)]
+    command += ["-c", str(max(loads) * (prompt + output)), "--output-format", "jsonl"]
+    said = run(command, options.logs / f"llama-batched-bench {model.name}.log", deadline)
+    return {"batches": [read_line(line).model_dump() for line in said.splitlines() if line.startswith("{")]}
+
+
+def _layers(options: Options) -> list[str]:
+    return ["-ngl", "0" if options.cpu else "99"]

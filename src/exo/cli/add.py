@@ -1,0 +1,39 @@
+"""``exo add``."""
+
+from typing import Annotated
+
+import typer
+
+from exo.cli.console import err, out, say
+from exo.cli.local_models import catalogue_of
+from exo.cli.options import AsJson
+from exo.cli.pull import pull_failure
+from exo.config import Settings
+from exo.exit_code import CommandError
+from exo.store.discover.add import AddError, as_text
+from exo.store.discover.add import add as add_card
+from exo.store.errors import PullError
+from exo.store.hub import Hub
+
+
+def add(
+    reference: Annotated[str, typer.Argument(metavar="REPO[:QUANT]", help="A repository on the hub: OWNER/NAME.")],
+    name: Annotated[str | None, typer.Option(help="The card's model id. Default: the repository's name.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card with that model id.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model card for a repository on the hub, without downloading the weights."""
+    settings = Settings.load()
+    catalogue, directory = catalogue_of(settings), settings.cards_directory
+    with err.status(f"asking the hub about {reference.partition(':')[0]}"):
+        try:
+            added = add_card(reference, Hub(settings.hub), catalogue, directory, name=name, overwrite=overwrite)
+        except AddError as error:
+            raise CommandError(str(error)) from error
+        except PullError as error:
+            raise pull_failure(error) from error
+    if as_json:
+        out.print_json(added.model_dump_json())
+        return
+    for line in as_text(added):
+        say(line)

@@ -1,0 +1,102 @@
+"""The models that have a model card on this machine, and their files on disk."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import Catalogue
+from exo.cli.console import warn
+from exo.config import Settings
+from exo.exit_code import CommandError, ExitCode
+from exo.store.errors import PullError
+from exo.store.file_selection import Source
+from exo.store.store import OnDisk, Store
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.router import model_not_found
+
+
+class FileState(BaseModel):
+    """A model's files, as ``--json`` prints them. Sizes are bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str | None = None
+    """The repository with the GGUF file or pattern, or the path."""
+    state: str | None = None
+    """present, partial or absent. None if the model card's table for the runner is broken."""
+    bytes: int = 0
+    total: int | None = None
+    """The size of the whole, if it is known."""
+    path: str | None = None
+    """The path that the runner loads, or of a part of it."""
+    revision: str | None = None
+    read_only: bool = False
+
+    @classmethod
+    def of(cls, source: Source, found: OnDisk) -> Self:
+        return cls(
+            source=": ".join(part for part in (source.repo, source.path or source.file) if part) or None,
+            state=found.state,
+            bytes=found.bytes,
+            total=found.total,
+            path=str(found.path) if found.path is not None else None,
+            revision=found.revision,
+            read_only=found.read_only,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The files on disk of one model for one runner."""
+
+    source: Source
+    found: OnDisk
+
+
+def catalogue_of(settings: Settings) -> Catalogue:
+    """The catalogue. Prints the problems of single model cards on standard error."""
+    catalogue = Catalogue.load(settings.cards_directory)
+    for problem in catalogue.problems:
+        warn(f"model card {problem}")
+    return catalogue
+
+
+def card_of(catalogue: Catalogue, name: str) -> ModelCard:
+    """The model card with an id or alias. Raises CommandError, which suggests similar names."""
+    card = catalogue.get(name)
+    if card is None:
+        raise CommandError(model_not_found(name, catalogue.suggest(name)).message, ExitCode.NOT_FOUND)
+    return card
+
+
+def store_of(settings: Settings) -> Store:
+    """The models directories."""
+    return Store(settings.models_directories, settings.read_only_directories)
+
+
+def check_runner(runner: str | None) -> None:
+    """Raises CommandError if ``--runner`` names no runner."""
+    if runner is not None and runner not in RUNNERS:
+        message = f"--runner: there is no runner {runner!r}; there are {', '.join(RUNNERS)}"
+        raise CommandError(message, ExitCode.USAGE)
+
+
+def runners_of(card: ModelCard) -> list[str]:
+    """The runners that may serve a model, in the order of the card's back ends."""
+    if card.runner != "auto":
+        return [card.runner]
+    served = {backend: name for name, spec in RUNNERS.items() for backend in spec.backends}
+    return list(dict.fromkeys(served[backend] for backend in card.backends if backend in served))
+
+
+def kept(store: Store, card: ModelCard, runners: Iterable[str], quant: str | None = None) -> Iterator[Kept]:
+    """The files for each runner whose table in the card is valid."""
+    for runner in runners:
+        try:
+            source = Source.of(card, runner, quant)
+        except PullError:
+            continue  # the runner itself reports the error
+        yield Kept(source, store.on_disk(source))

@@ -1,0 +1,79 @@
+"""``exo serve``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exo.api.server import ListenError, serve_forever
+from exo.cli.console import say
+from exo.cli.local_models import catalogue_of
+from exo.cli.options import ModelsDir, ServerOptions
+from exo.config import Limits, Settings
+from exo.exit_code import CommandError
+
+
+def serve(
+    *,
+    server: ServerOptions,
+    models_dir: ModelsDir = None,
+    load: Annotated[list[str] | None, typer.Option(help="Load this model at the start; repeatable.")] = None,
+    auto_pull: Annotated[
+        bool, typer.Option("--auto-pull", help="Download a requested model that is not on disk. EXO_AUTO_PULL.")
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Accept other machines without a key, if --host admits them.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Another host name that clients may use; * is any. Repeatable.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may use the server; * is any. Repeatable.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None,
+    max_queue: Annotated[
+        str | None, typer.Option(help="Sequences of one model that may wait for a slot. Default: 256.")
+    ] = None,
+    drain_timeout: Annotated[
+        str | None, typer.Option(help="Seconds that running requests get when the server is stopped. Default: 30.")
+    ] = None,
+    stall_timeout: Annotated[
+        str | None, typer.Option(help="Seconds until a client that does not read is disconnected. Default: 60.")
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="RAM for all models together, such as 12GB. Default: all but a margin.")
+    ] = None,
+    ttl: Annotated[
+        str | None, typer.Option(help="Seconds that an idle model stays loaded. Default: it stays loaded.")
+    ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(help="latency or throughput: among runners with the model loaded, prefer the faster one."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse unknown request fields instead of warning. EXO_STRICT.")
+    ] = False,
+) -> None:
+    """Serve models on one OpenAI-compatible endpoint until interrupted."""
+    access = server.access(
+        allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), insecure=insecure, certificate_key=ssl_keyfile
+    )
+    settings = Settings.load(
+        host=server.host,
+        port=server.port,
+        models_directory=models_dir,
+        access=access,
+        limits=Limits.load(max_queue=max_queue, drain=drain_timeout, stall=stall_timeout, memory=memory_limit, ttl=ttl),
+        auto_pull=auto_pull,
+        prefer=prefer,
+        strict=strict,
+    )
+    try:
+        serve_forever(
+            settings,
+            catalogue_of(settings),
+            load or (),
+            lambda url: say(f"exo is listening on {url} (API documentation: {url}/docs)"),
+        )
+    except ListenError as error:
+        raise CommandError(str(error)) from error
