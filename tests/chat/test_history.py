@@ -28,7 +28,7 @@ from exo.api.openai.routes import conversation_of
 from exo.chat.template.fitting import outline
 from exo.chat.template.messages import template_messages
 from exo.chat.template.renderer import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
-from exo.serving.generation import Serving
+from exo.serving.events import Started
 from exo.worker.protocol.messages import Capabilities, Usage
 from tests.chat.test_template import joined, model, worker
 from tests.support.templates import FAMILIES, known_templates
@@ -131,7 +131,7 @@ def anthropic(choice: ReplyChoice) -> Sequence[Message]:
 
 def ollama(choice: ReplyChoice) -> Sequence[Message]:
     dialect = OllamaDialect("1", chat=True)
-    dialect.serving(Serving("m", model(None)))
+    dialect.write(Started("m", model(None)))
     reply = whole(dialect, choice)["message"]
     calls = reply.get("tool_calls", ())
     results = [

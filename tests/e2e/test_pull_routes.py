@@ -4,8 +4,9 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import anyio.to_thread
 import httpx
 import pytest
 
+from exo.cards.card import ModelCard
 from exo.config import HubAccess, Settings
 from exo.serving.errors import ServingError
-from exo.serving.pull_jobs import Pulls, pull_note
+from exo.serving.pull_jobs import Pulled, Pulls, pull_note
 from exo.store.errors import PullError
 from exo.store.progress import DownloadProgress
 from tests.support.hub import REPO, Fault, LocalHub
@@ -135,6 +137,16 @@ def test_two_clients_share_one_download_which_outlives_the_first_of_them_that_le
     assert hub.starts == [0]
 
 
+async def pull_all(pulls: Pulls, card: ModelCard, on_progress: Callable[[], None] = lambda: None) -> Pulled:
+    """Downloads the files of a card to the end."""
+    async with aclosing(pulls.pull(card, "cuda", None)) as steps:
+        async for step in steps:
+            if isinstance(step, Pulled):
+                return step
+            on_progress()
+    raise AssertionError("the download has no result")
+
+
 @pytest.fixture
 def settings(tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("EXO_HOME", str(tmp_path / "home"))
@@ -147,20 +159,14 @@ async def test_a_pull_stops_when_the_last_who_waits_leaves_and_the_next_goes_on_
     hub.state.faults.append(Fault("stall", at=300_000))
     card = gguf_card(file_of("other"))
 
-    async def ignore(_: DownloadProgress) -> None:
-        pass
-
-    async def release(_: DownloadProgress) -> None:
-        """By now the first pull has been told to stop; it sees so as soon as anything comes."""
-        hub.state.go_on.set()
-
     async with Pulls(settings) as pulls:
         async with anyio.create_task_group() as leaving:
             for _ in range(3):
-                leaving.start_soon(pulls.pull, card, "cuda", None, ignore)
+                leaving.start_soon(pull_all, pulls, card)
             await anyio.to_thread.run_sync(hub.state.stalled.wait, 30)
             leaving.cancel_scope.cancel()
-        pulled = await pulls.pull(card, "cuda", None, release)
+        # By now the first download has been told to stop. It sees so as soon as anything comes.
+        pulled = await pull_all(pulls, card, on_progress=hub.state.go_on.set)
     assert pulled.found.path is not None
     assert pulled.found.path.read_bytes() == CONTENT
     first, second = hub.starts
@@ -172,12 +178,9 @@ async def test_whoever_waits_hears_that_the_server_stops(settings: Settings, hub
     hub.state.faults.append(Fault("stall", at=300_000))
     caught: list[ServingError] = []
 
-    async def ignore(_: DownloadProgress) -> None:
-        pass
-
     async def wait(pulls: Pulls) -> None:
         try:
-            await pulls.pull(gguf_card(file_of("other")), "cuda", None, ignore)
+            await pull_all(pulls, gguf_card(file_of("other")))
         except ServingError as error:
             caught.append(error)
 
@@ -194,12 +197,9 @@ async def test_a_failure_is_told_to_all_who_wait_and_the_next_request_tries_agai
 ) -> None:
     caught: list[PullError] = []
 
-    async def ignore(_: DownloadProgress) -> None:
-        pass
-
     async def wait(pulls: Pulls) -> None:
         try:
-            await pulls.pull(gguf_card("*"), "cuda", None, ignore)
+            await pull_all(pulls, gguf_card("*"))
         except PullError as error:
             caught.append(error)
 
@@ -209,7 +209,7 @@ async def test_a_failure_is_told_to_all_who_wait_and_the_next_request_tries_agai
                 waiting.start_soon(wait, pulls)
         assert [error.code for error in caught] == ["no_match", "no_match"]
         assert caught[0] is not caught[1]
-        assert (await pulls.pull(gguf_card(file_of("other")), "cuda", None, ignore)).found.state == "present"
+        assert (await pull_all(pulls, gguf_card(file_of("other")))).found.state == "present"
 
 
 @pytest.mark.parametrize(

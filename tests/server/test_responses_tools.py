@@ -18,7 +18,7 @@ from exo.api.openai.responses.store import ResponseStore
 from exo.api.openai.responses.tools import custom_arguments, custom_input
 from exo.chat.grammar.tool_schema import NamedChoice
 from exo.chat.output.events import Arguments, ToolCall
-from exo.serving.output_reader import Ended, Said
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted
 from exo.serving.request import Conversation
 from exo.worker.protocol.messages import Usage
 from tests.conftest import fake_card
@@ -140,10 +140,10 @@ def test_calls_are_given_back_under_the_clients_names_and_types() -> None:
 
 def test_a_stream_tells_the_input_of_a_custom_tool_as_text() -> None:
     streamed = dialect(request(tools=TOOLS))
-    streamed.opening(0)
+    streamed.write(ChoiceStarted(0))
     text = custom_arguments("*** Begin\n")
-    data = streamed.more(0, Said((ToolCall(0, "apply_patch"), Arguments(0, text[:9])), (7,), ()))
-    data += streamed.more(0, Ended((Arguments(0, text[9:]),), "tool_calls", None, USAGE))
+    data = streamed.write(ChoiceDelta(0, (ToolCall(0, "apply_patch"), Arguments(0, text[:9])), (7,), ()))
+    data += streamed.write(ChoiceFinished(0, (Arguments(0, text[9:]),), "tool_calls", None, USAGE))
     events = [json.loads(line[6:]) for line in data.decode().splitlines() if line.startswith("data: ")]
     assert [event["type"].removeprefix("response.") for event in events] == [
         "output_item.added",

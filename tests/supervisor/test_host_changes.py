@@ -49,7 +49,7 @@ def complete(url: str) -> httpx.Response:
 def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.serving.app_state.PROBE_SECONDS", 3.0)
+    monkeypatch.setattr("exo.serving.host_prober.PROBE_SECONDS", 3.0)
     mark = tmp_path / "mark"
     slow = runner(mark, f"open({str(mark)!r}, 'w').close(); time.sleep(1000)")
     with serve(tmp_path, fake_card(), commands={"cuda": slow}) as url:
@@ -60,7 +60,7 @@ def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
 def test_a_runner_that_is_installed_later_is_found_without_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.serving.app_state._PROBE_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("exo.serving.host_prober._PROBE_AGAIN_SECONDS", 0.0)
     mark = tmp_path / "mark"
     with serve(tmp_path, fake_card(), commands={"cuda": runner(mark, "sys.exit('no engine')")}) as url:
         refused = complete(url)

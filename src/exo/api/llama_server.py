@@ -1,4 +1,4 @@
-"""Endpoints that llama-server has besides OpenAI's: tokens, chat templates and ranking."""
+"""Endpoints of llama-server that OpenAI does not have: tokens, chat templates and ranking."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -11,17 +11,16 @@ from pydantic import BaseModel, Field
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, honoured
-from exo.api.http.unary_response import UnaryResponse, in_pieces
+from exo.api.http.unary_response import UnaryResponse, in_pieces, route_headers
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.chunks import Reply
 from exo.api.openai.common_request import TokenId
 from exo.api.openai.embeddings import EmbeddingUsage
 from exo.api.openai.routes import conversation_of
 from exo.serving.app_state import Services
-from exo.serving.rendering import render
+from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
 from exo.worker.protocol.messages import MAX_TOKENIZED, Rank, Ranked, Text, Tokenize, Tokenized
-from exo.worker.router import parse_model
 
 MAX_DOCUMENTS = 1024
 MAX_TEXT = 1 << 22
@@ -111,11 +110,11 @@ def _piece(raw: tuple[int, ...]) -> str | list[int]:
 async def _tokenized(
     services: Services, model: str, command: Tokenize, field: str
 ) -> tuple[Tokenized, Mapping[str, str]]:
-    question = Question(model=model, needs=None, commands=[command], params={"prompt": field})
+    question = Question(model=services.routing.resolve(model), needs=None, commands=[command], params={"prompt": field})
     answered = await ask(services, question)
     (answer,) = answered.answers
     assert isinstance(answer, Tokenized)
-    return answer, answered.headers
+    return answer, route_headers(answered.runner.route)
 
 
 def llama_routes(services: Services) -> APIRouter:
@@ -129,7 +128,7 @@ def llama_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if not body.content and not body.add_special:
-                services.card(parse_model(services.named(body.model)).name)
+                services.routing.resolve(body.model)
                 return TokenList(tokens=[]), {}
             text = (Text(text=body.content, special=body.parse_special),)
             command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
@@ -150,7 +149,7 @@ def llama_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             if not body.tokens:
-                services.card(parse_model(services.named(body.model)).name)
+                services.routing.resolve(body.model)
                 return Detokenized(content=""), {}
             command = Tokenize(id=f"detok-{uuid4().hex}", prompt=tuple(body.tokens))
             answer, headers = await _tokenized(services, body.model, command, "tokens")
@@ -165,9 +164,11 @@ def llama_routes(services: Services) -> APIRouter:
         body = await read_body(request, ChatCompletionRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            answered = await ask(services, Question(model=body.model, needs={}, commands=[], params={}))
+            answered = await ask(
+                services, Question(model=services.routing.resolve(body.model), needs={}, commands=[], params={})
+            )
             texts = await render(services, answered.runner, conversation_of(body), "messages")
-            return TemplateApplied(prompt="".join(text.text for text in texts)), answered.headers
+            return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
 
         return UnaryResponse(work)
 
@@ -184,7 +185,10 @@ def llama_routes(services: Services) -> APIRouter:
                 for at, document in enumerate(body.documents)
             ]
             question = Question(
-                model=body.model, needs={"rerank": "model"}, commands=commands, params={"document": "documents"}
+                model=services.routing.resolve(body.model),
+                needs={"rerank": "model"},
+                commands=commands,
+                params={"document": "documents"},
             )
             answered = await ask(services, question)
             ranked = [answer for answer in answered.answers if isinstance(answer, Ranked)]
@@ -193,7 +197,7 @@ def llama_routes(services: Services) -> APIRouter:
             tokens = sum(each.usage.prompt_tokens for each in ranked)
             usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
             reply = Reranked(model=answered.runner.card.model_id, usage=usage, results=results[: body.top_n])
-            return reply, answered.headers
+            return reply, route_headers(answered.runner.route)
 
         return UnaryResponse(work)
 

@@ -144,7 +144,7 @@ async def _stop_on_signal(
         await anext(signals)
         log.info("stopping at once")
         services.queues.cut()
-        services.instances.kill()
+        services.pool.kill()
         server.force_exit = True
         server.stop()
 

@@ -1,122 +1,178 @@
-"""One request from route to last token, the same for every dialect: route, load, prompt, generate."""
+"""One request to generate text, in no API's form, from its place in the queue to its last token."""
 
 import asyncio
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Protocol
-
-import anyio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import final
 
 from exo.cards.card import ModelCard
 from exo.serving.admission import Place
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError, from_failed
-from exo.serving.failover import Attempts, GenerationEvent, LoadedRunner
-from exo.serving.grammar_schemas import naming_tools, with_enforced_schemas
-from exo.serving.output_reader import ChoiceEvent, Reader
-from exo.serving.prompt_builder import Prepared, prepare
-from exo.serving.request import GenerationRequest
+from exo.serving.events import ChoiceStarted, Completed, GenerationEvent, Started, total_usage
+from exo.serving.failover import Failover, LoadedRunner
+from exo.serving.output_reader import ChoiceReader
+from exo.serving.prompt_builder import PreparedPrompt, prepare
+from exo.serving.request import GenerationRequest, naming_tools, with_enforced_schemas
+from exo.serving.routing import RequestedModel
 from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.messages import (
     MAX_PROMPT_LOGPROBS,
     Capabilities,
+    Delta,
     Failed,
+    Finished,
     Generate,
+    PrefillProgress,
     PromptLogprobs,
     SamplingParams,
+    Usage,
 )
-from exo.worker.router import Route, parse_model
+from exo.worker.supervisor.pending import RequestEvents
 from exo.worker.supervisor.replay import Replay, ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError
 
 _SEEDS = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """By what a request is served. ``prompts`` are the texts of its prompts, if the reply is to begin with them."""
+@dataclass(slots=True)
+class _Choice:
+    """One choice. ``arrival`` is set when a runner has sent an event of it, or of another choice of the request."""
 
-    model_id: str
-    capabilities: Capabilities
-    prompts: tuple[str, ...] = ()
-    sampling: SamplingParams = field(default_factory=partial(SamplingParams, seed=0))
-    """What holds where the request and the card have had their say."""
+    number: int
+    replay: Replay
+    reader: ChoiceReader
+    arrival: asyncio.Event
+    started: bool = False
+    runner: LoadedRunner = field(init=False)
+    events: RequestEvents = field(init=False)
 
-    @property
-    def fingerprint(self) -> str:
-        """Names what a seed's result depends on."""
-        return f"{self.capabilities.engine}-{self.capabilities.engine_version}"
+    async def run(self, runner: LoadedRunner, in_flight: AsyncExitStack) -> None:
+        """Sends the request, or what remains of it, to a runner. Closing ``in_flight`` cancels it."""
+        self.runner = runner
+        sending = runner.process.generate(self.replay.remainder(), self.arrival)
+        self.events = await in_flight.enter_async_context(sending)
 
-
-class Sink(Protocol):
-    """Where the events of a request go."""
-
-    async def loading(self, note: str) -> None:
-        """The model is not loaded yet, or not even on disk; ``note`` says how far that is."""
-        ...
-
-    def serving(self, serving: Serving) -> None:
-        """The model is loaded; comes before the first event."""
-        ...
-
-    def event(self, choice: int, event: ChoiceEvent) -> None:
-        """The next event of a choice; the last is ``Ended``."""
-        ...
-
-    async def flush(self) -> None:
-        """Sends what there is. While it waits, it holds up one sequence and not the others."""
-        ...
+    def take(self, event: PrefillProgress | PromptLogprobs | Delta | Finished, batch: list[GenerationEvent]) -> None:
+        """Adds a runner's event to ``batch``."""
+        if not self.started:
+            self.started = True
+            prompt_tokens = event.total if isinstance(event, PrefillProgress) else 0
+            batch.append(ChoiceStarted(self.number, prompt_tokens))
+        if isinstance(event, Delta):
+            self.replay.take(event)
+        batch.append(self.reader.read(event))
 
 
+@final
 class Generation:
-    """One request on its way. ``headers`` tell the route, and ``routed`` is set, once the router has decided."""
+    """Serves one request. The events that have arrived come in one batch, so a slow reader gets fewer batches."""
 
-    def __init__(
-        self, services: Services, request: GenerationRequest, request_id: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """``headers`` are further ones of the reply. Raises ``ServingError``."""
+    def __init__(self, services: Services, model: RequestedModel, request: GenerationRequest, request_id: str) -> None:
+        """Raises ``ServingError``."""
         self.request = with_enforced_schemas(request)
         self.id = request_id
-        self.headers: Mapping[str, str] = headers or {}
-        self.routed = asyncio.Event()
-        self.place: Place
-        """In the model's queue; there is one from before ``routed`` is set."""
+        self.place: Place  # in the queue of the model; it exists once ``running`` is entered
         self._services = services
+        self._model = model
+        self._prompt_logprobs = 0
 
-    async def run(self, sink: Sink) -> None:
-        """Returns when every choice has ended. Cancelling it cancels them. Raises ``ServingError``."""
-        wants = self.request = replace(self.request, model=self._services.named(self.request.model))
-        model = self._services.card(parse_model(wants.model).name).model_id
-        attempts = Attempts(self._services, wants.model, wants.needs, self._route, sink.loading, wants.keep_seconds)
-        with self._services.queues.place(model, wants.choices) as self.place, attempts:
-            await self._serve(attempts, sink)
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[AsyncGenerator[list[GenerationEvent]]]:
+        """A place in the queue, and the stream of events. Leaving the context cancels the request.
 
-    async def _serve(self, attempts: Attempts, sink: Sink) -> None:
-        request = self.request
+        The stream raises ``ServingError``, and so does the context: if the queue is full, and if the server stops.
+        """
+        request, model_id = self.request, self._model.card.model_id
+        # A stop of the server cancels the scope of the place. It is open here, around the reader of the stream, because
+        # a scope that is open while a generator yields would cancel its reader at the wrong place.
+        with (
+            self._services.queues.place(model_id, request.choices) as self.place,
+            Failover(self._services, self._model, request.needs, request.keep_seconds) as failover,
+        ):
+            async with aclosing(self._events(failover)) as batches:
+                yield batches
+
+    async def _events(self, failover: Failover) -> AsyncGenerator[list[GenerationEvent]]:
+        usages: dict[int, Usage] = {}
         try:
-            runner = await attempts.runner(ReplayBudget())
-            prepared = [await prepare(self._services, attempts, runner, request, each) for each in request.prompts]
-            sequences = self._sequences(runner.card, runner.capabilities, prepared)
-            self._services.queues.slots_changed(runner.card.model_id)
-            echoes = tuple(each.echo for each in prepared if request.echo)
-            sink.serving(Serving(runner.card.model_id, runner.capabilities, echoes, sequences[0].sampling))
-            readers = [each.reader() for each in prepared for _ in range(request.n)]
-            await _generate(attempts, runner, sequences, readers, sink)
+            async with aclosing(failover.connect(ReplayBudget())) as steps:
+                async for step in steps:
+                    yield [step]
+            started, choices = await self._prepare(failover)
+            yield [started]
+            async with AsyncExitStack() as in_flight:
+                for choice in choices:
+                    await choice.run(failover.runner, in_flight)
+                while len(usages) < len(choices):
+                    await choices[0].arrival.wait()
+                    choices[0].arrival.clear()
+                    batch: list[GenerationEvent] = []
+                    for choice in choices:
+                        if (failed := self._read(choice, batch, usages)) is None:
+                            continue
+                        yield batch
+                        batch = []
+                        failover.check_replay(choice.runner, failed, choice.replay.budget)
+                        # The other choices wait meanwhile. Most often the same death has ended them too.
+                        async with aclosing(failover.connect(choice.replay.budget)) as steps:
+                            async for step in steps:
+                                yield [step]
+                        await choice.run(failover.runner, in_flight)
+                    if len(usages) == len(choices):
+                        batch.append(Completed(total_usage(usages, self.request.n)))
+                    yield batch
         except RunnerError as error:
             raise self._failed(error.failed, error.retry_seconds) from None
 
-    def _route(self, route: Route) -> None:
-        self.headers = {**self.headers, "x-exo-runner": route.runner, "x-exo-route": route.reason}
-        self.routed.set()
+    async def _prepare(self, failover: Failover) -> tuple[Started, list[_Choice]]:
+        """Makes the prompts and what each choice needs. Raises ``ServingError`` and ``RunnerError``."""
+        request, runner = self.request, failover.runner
+        prepared = [await prepare(self._services, failover, request, each) for each in request.prompts]
+        sequences = self._sequences(runner.card, runner.capabilities, prepared)
+        self._services.queues.slots_changed(runner.card.model_id)
+        echoes = tuple([each.echo for each in prepared]) if request.echo else ()
+        started = Started(runner.card.model_id, runner.capabilities, echoes, sequences[0].sampling)
+        arrival = asyncio.Event()
+        return started, [
+            _Choice(number, Replay(sequence), prepared[number // request.n].reader(number), arrival)
+            for number, sequence in enumerate(sequences)
+        ]
+
+    def _read(self, choice: _Choice, batch: list[GenerationEvent], usages: dict[int, Usage]) -> Failed | None:
+        """Moves the events that have arrived for a choice to ``batch``. Returns the last one if it is a failure."""
+        for event in choice.events.take():
+            match event:
+                case Failed():
+                    return event
+                case Finished(reason="cancelled"):
+                    return Failed(id=event.id, code="shutdown", message="the runner cancelled the request")
+                case Finished():
+                    usages[choice.number] = event.usage
+                    choice.take(event, batch)
+                case PromptLogprobs():
+                    if (new := choice.replay.untold(event)).items:
+                        self._count(new)
+                        choice.take(new, batch)
+                case _:
+                    choice.take(event, batch)
+        return None
+
+    def _count(self, prompt: PromptLogprobs) -> None:
+        """Raises ``ServingError`` if the reply would become too large."""
+        self._prompt_logprobs += sum([1 + len(item.top) for item in prompt.items])
+        if self._prompt_logprobs > MAX_PROMPT_LOGPROBS:
+            message = f"logprobs: the prompts of all choices have more than {MAX_PROMPT_LOGPROBS} log-probabilities"
+            raise RequestError(message, code="invalid_value", param="logprobs")
 
     def _failed(self, failed: Failed, retry_seconds: float | None) -> ServingError:
-        """In the client's words."""
+        """A runner's failure with the client's names of the fields."""
         names = {**self.request.needs, "prompt": self.request.prompt_field, "prompt_logprobs": "logprobs"}
         return from_failed(naming_tools(failed, self.request), params=names, retry_seconds=retry_seconds)
 
-    def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[Prepared]) -> list[Generate]:
+    def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[PreparedPrompt]) -> list[Generate]:
         request = self.request
         warn_of_context(request.context_param, request.context, model.context_length)
         for token in request.logit_bias:
@@ -148,39 +204,3 @@ class Generation:
                 name = f"{self.id}-{at * request.n + choice}"
                 sequences.append(first.model_copy(update={"id": name, "sampling": sampling}))
         return sequences
-
-
-async def _generate(
-    attempts: Attempts, runner: LoadedRunner, sequences: list[Generate], readers: list[Reader], sink: Sink
-) -> None:
-    """Runs all sequences at once. The first failure ends the others. Raises ``RunnerError`` and ``ServingError``."""
-    failures: list[RunnerError | ServingError] = []
-    told = 0
-
-    def pass_on(choice: int, event: GenerationEvent) -> None:
-        nonlocal told
-        if isinstance(event, PromptLogprobs):
-            told += sum(1 + len(item.top) for item in event.items)
-            if told > MAX_PROMPT_LOGPROBS:
-                message = f"logprobs: the prompts of all choices have more than {MAX_PROMPT_LOGPROBS} log-probabilities"
-                raise RequestError(message, code="invalid_value", param="logprobs")
-        sink.event(choice, readers[choice].read(event))
-
-    async def follow(choice: int) -> None:
-        await attempts.generate(runner, Replay(sequences[choice]), partial(pass_on, choice), sink.flush)
-
-    async def follow_beside_others(choice: int) -> None:
-        try:
-            await follow(choice)
-        except (RunnerError, ServingError) as error:
-            failures.append(error)
-            tasks.cancel_scope.cancel()
-
-    if len(sequences) == 1:
-        await follow(0)
-        return
-    async with anyio.create_task_group() as tasks:
-        for choice in range(len(sequences)):
-            tasks.start_soon(follow_beside_others, choice)
-    if failures:
-        raise failures[0]

@@ -1,28 +1,42 @@
-"""From what a request says to what a runner is told: prompt, grammar and how the output is to be read."""
+"""Makes the prompt and the grammar of a request, and the reader of its output."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from uuid import uuid4
 
+from pydantic import JsonValue
+
 from exo.chat.grammar.gbnf import GbnfError
-from exo.chat.output.registry import OutputFormat
+from exo.chat.output.registry import OutputFormat, output_format
 from exo.chat.sandbox_pool import SandboxBusyError
+from exo.chat.template.reasoning import effort_variables, empty_reasoning
+from exo.chat.template.renderer import (
+    GIVEN,
+    ConversationRefusedError,
+    PromptTooLongError,
+    TemplateError,
+    ToolsUnsupportedError,
+    VariableRefusedError,
+    chat_prompt,
+)
+from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
-from exo.serving.errors import RequestError, busy
-from exo.serving.failover import Attempts, LoadedRunner
-from exo.serving.output_reader import Reader
-from exo.serving.rendering import format_of, render
+from exo.serving.errors import RequestError, busy, from_failed
+from exo.serving.failover import Failover, LoadedRunner
+from exo.serving.output_reader import ChoiceReader
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
 from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
 from exo.worker.supervisor.runner_process import RunnerError
 
 _LONGEST_TOKEN = 1024
-"""Characters; the longest tokens of known vocabularies, which stand for spaces, have some hundred."""
+"""Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """One prompt for a runner. ``echo`` is its text, where the reply is to begin with it."""
+class PreparedPrompt:
+    """One prompt for a runner. ``echo`` is its text if the reply begins with it."""
 
     prompt: tuple[Text, ...] | tuple[int, ...]
     echo: str = ""
@@ -33,39 +47,38 @@ class Prepared:
 
     @property
     def special(self) -> bool:
-        """Whether the output's text must show control tokens, because calls or reasoning are marked by them."""
+        """Whether the output must contain control tokens as text, because they mark calls or reasoning."""
         return self.form is not None and self.form.special
 
-    def reader(self) -> Reader:
-        """For one choice."""
+    def reader(self, choice: int) -> ChoiceReader:
+        """A reader for one choice."""
         if self.form is None or self.conversation is None:
-            return Reader(None)
+            return ChoiceReader(choice, None)
         tools = self.conversation.tools if self.form.known or self.conversation.must_call else ()
         parser = self.form.parser(tools=tools, in_reasoning=self.in_reasoning)
-        return Reader(parser, parallel=self.conversation.parallel)
+        return ChoiceReader(choice, parser, parallel=self.conversation.parallel)
 
 
-async def prepare(
-    services: Services, attempts: Attempts, runner: LoadedRunner, request: GenerationRequest, prompt: Prompt
-) -> Prepared:
-    """Raises ``ServingError`` and ``RunnerError``."""
+async def prepare(services: Services, failover: Failover, request: GenerationRequest, prompt: Prompt) -> PreparedPrompt:
+    """Prepares a prompt for ``failover.runner``. Raises ``ServingError`` and ``RunnerError``."""
+    runner = failover.runner
     match prompt:
         case Conversation():
             return await _conversation(services, runner, request, prompt)
         case str():
             _check_length(len(prompt), runner.capabilities)
             grammar = await _grammar(services, request.constraint)
-            return Prepared((Text(text=prompt, special=True),), prompt, grammar)
+            return PreparedPrompt((Text(text=prompt, special=True),), prompt, grammar)
         case _:
             _check_tokens(prompt, runner.capabilities, request.prompt_field)
             grammar = await _grammar(services, request.constraint)
-            echo = await _text(attempts, runner, prompt) if request.echo else ""
-            return Prepared(prompt, echo, grammar)
+            echo = await _text(failover, prompt) if request.echo else ""
+            return PreparedPrompt(prompt, echo, grammar)
 
 
 async def _conversation(
     services: Services, runner: LoadedRunner, request: GenerationRequest, conversation: Conversation
-) -> Prepared:
+) -> PreparedPrompt:
     model, card = runner.capabilities, runner.card
     form = format_of(runner)
     texts = await render(services, runner, conversation, request.prompt_field)
@@ -80,12 +93,12 @@ async def _conversation(
     else:
         grammar = await _grammar(services, request.constraint)
         if grammar is not None:
-            grammar = form.after_reasoning(grammar, special_tokens=_special(model), in_reasoning=inside)
-    return Prepared(texts, grammar=grammar, conversation=conversation, form=form, in_reasoning=inside)
+            grammar = form.after_reasoning(grammar, special_tokens=_special_ids(model), in_reasoning=inside)
+    return PreparedPrompt(texts, grammar=grammar, conversation=conversation, form=form, in_reasoning=inside)
 
 
 async def _grammar(services: Services, constraint: OutputConstraint | None) -> Grammar | None:
-    """What the constraint says, in a notation that runners know; they check it. Raises ``ServingError``."""
+    """The constraint in a notation that runners know. The runner checks it. Raises ``ServingError``."""
     if constraint is None:
         return None
     if constraint.syntax != "gbnf":
@@ -101,13 +114,13 @@ async def _grammar(services: Services, constraint: OutputConstraint | None) -> G
 def _call_grammar(
     model: Capabilities, conversation: Conversation, form: OutputFormat, *, in_reasoning: bool
 ) -> Grammar:
-    """A grammar of the calls that the request demands. Raises ``ServingError``."""
+    """A grammar of the calls that the request requires. Raises ``ServingError``."""
     param = conversation.choice_param
     try:
         source = form.call_grammar(
             conversation.forced,
             parallel=conversation.parallel,
-            special_tokens=_special(model),
+            special_tokens=_special_ids(model),
             in_reasoning=in_reasoning,
         )
     except ValueError as error:
@@ -115,12 +128,12 @@ def _call_grammar(
     return Grammar(syntax="lark", source=source)
 
 
-def _special(model: Capabilities) -> dict[str, int]:
+def _special_ids(model: Capabilities) -> dict[str, int]:
     return dict(zip(model.special_tokens, model.special_ids, strict=True))
 
 
 def _check_length(characters: int, model: Capabilities) -> None:
-    """Spares the runner a text that it would tokenize for nothing."""
+    """Refuses a text that cannot fit, before the runner tokenizes it."""
     if characters > model.context_length * _LONGEST_TOKEN:
         message = f"the prompt has {characters} characters, but the context holds {model.context_length} tokens"
         raise RunnerError(Failed(code="context_length_exceeded", message=message, param="prompt"))
@@ -135,7 +148,97 @@ def _check_tokens(prompt: tuple[int, ...], model: Capabilities, param: str) -> N
         raise RequestError(f"{param}: {accepted} (got {max(prompt)})", code="invalid_value", param=param)
 
 
-async def _text(attempts: Attempts, runner: LoadedRunner, tokens: tuple[int, ...]) -> str:
-    tokenized = await attempts.ask(runner, Tokenize(id=f"echo-{uuid4().hex}", prompt=tokens))
+async def _text(failover: Failover, tokens: tuple[int, ...]) -> str:
+    tokenized = await failover.ask(Tokenize(id=f"echo-{uuid4().hex}", prompt=tokens))
     assert isinstance(tokenized, Tokenized)
     return b"".join(map(bytes, tokenized.bytes)).decode(errors="replace")
+
+
+def format_of(runner: LoadedRunner) -> OutputFormat:
+    """The form in which the runner's model writes reasoning and calls."""
+    card = runner.card
+    return output_format(runner.capabilities.chat_template, card.tool_format, card.reasoning_dialect)
+
+
+async def render(
+    services: Services, runner: LoadedRunner, conversation: Conversation, prompt_field: str
+) -> tuple[Text, ...]:
+    """The conversation's prompt. Raises ``ServingError``."""
+    if runner.capabilities.chat_template is None:
+        raise RequestError(
+            "this model has no chat template; set chat_template in its model card, or use /v1/completions",
+            code="no_chat_template",
+            param="model",
+        )
+    try:
+        return await _render(services, runner, conversation)
+    except SandboxBusyError as error:
+        raise busy(prompt_field, error) from None
+    except VariableRefusedError as error:
+        param = f"chat_template_kwargs.{error.name}"
+        raise RequestError(f"{param}: {error}", code="unsupported_parameter", param=param) from None
+    except ToolsUnsupportedError as error:
+        raise RequestError(f"tools: {error}", code="unsupported_parameter", param="tools") from None
+    except ConversationRefusedError as error:
+        raise RequestError(str(error), code="invalid_value", param=prompt_field) from None
+    except NoncharacterError as error:
+        raise RequestError(f"{prompt_field}: {error}", code="invalid_value", param=prompt_field) from None
+    except TemplateError as error:
+        raise RequestError(str(error), code="template_error", param=prompt_field) from None
+    except PromptTooLongError as error:
+        failed = Failed(code="context_length_exceeded", message=str(error))
+        raise from_failed(failed, params={"prompt": prompt_field}) from None
+
+
+async def _render(services: Services, runner: LoadedRunner, conversation: Conversation) -> tuple[Text, ...]:
+    """Renders the prompt. It ends with an empty reasoning block if nothing else keeps the model from reasoning.
+
+    Raises the exceptions of ``chat_prompt``.
+    """
+    model, variables = runner.capabilities, dict(conversation.variables)
+    assert model.chat_template is not None
+    ways = effort_variables(model.chat_template, conversation.effort)
+    texts: tuple[Text, ...] | None = None
+    way: dict[str, JsonValue] = {}
+    while texts is None:
+        way = {**ways[0], **variables}
+        try:
+            texts = await chat_prompt(
+                services.templates,
+                model,
+                conversation.messages,
+                tools=[tool.definition() for tool in conversation.tools],
+                variables=way,
+                continue_final_message=conversation.continues,
+            )
+        except VariableRefusedError as error:
+            if error.name in GIVEN:
+                raise
+            if error.name not in variables:
+                del ways[0]
+            elif variables.pop(error.name) is not False or error.name not in _SWITCHES:
+                warn(f"chat_template_kwargs.{error.name}", "this model's chat template does not read it")
+    form = format_of(runner)
+    off = conversation.effort == "none" or any(conversation.variables.get(name) is False for name in _SWITCHES)
+    if off and not conversation.continues:
+        prompt = "".join(text.text for text in texts)
+        switched = way.get("reasoning_effort") == "none" or any(name in way for name in _SWITCHES)
+        if form.starts_in_reasoning(prompt) or not switched:
+            return (*texts, *_special_text(empty_reasoning(form, prompt)))
+    elif conversation.effort not in (None, "none"):
+        _tell_effect(conversation, form, way)
+    return texts
+
+
+def _special_text(text: str) -> tuple[Text, ...]:
+    return (Text(text=text, special=True),) if text else ()
+
+
+def _tell_effect(conversation: Conversation, form: OutputFormat, way: Mapping[str, JsonValue]) -> None:
+    """Warns if the requested effort changes nothing."""
+    if form.thinking is None and not way:
+        warn(conversation.effort_param, "this model does not reason, so it has no effect")
+    elif "reasoning_effort" not in way and conversation.effort != "medium":
+        warn(
+            conversation.effort_param, "this model's chat template knows no levels of reasoning, so it only turns it on"
+        )

@@ -1,7 +1,8 @@
-"""Models that this server is pulling: one download for all who wait for it."""
+"""Downloads of models: requests that need the same files share one."""
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,45 +16,46 @@ from anyio.to_thread import run_sync
 from exo.cards.card import ModelCard
 from exo.config import Settings
 from exo.serving.errors import RequestError, ServingError, shutting_down
+from exo.store.discover.description import Description
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source
+from exo.store.local import describe_on_disk
 from exo.store.progress import DownloadProgress
+from exo.store.store import OnDisk, Store
 
-if TYPE_CHECKING:  # what imports the hub's library, a tenth of a second, is imported when there is something to pull
+if TYPE_CHECKING:  # the hub's library takes a tenth of a second to import, so only a download does it
     from exo.store.hub import Hub
     from exo.store.pull import PullPlan
-    from exo.store.store import OnDisk, Store
 
-OnProgress = Callable[[DownloadProgress], Awaitable[None]]
-
-_TOLD_EVERY_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.5
 _REQUEST_CODES: tuple[PullErrorCode, ...] = ("no_match", "not_pullable")
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A model that is there, and what was pulled for it."""
+    """A model on disk, and the plan of its download."""
 
     plan: "PullPlan"
-    found: "OnDisk"
+    found: OnDisk
 
 
 @final
 class Pulls:
-    """An asynchronous context: leaving it ends every pull.
+    """An asynchronous context. Leaving it ends every download.
 
-    A pull belongs to those who wait for it. It goes on while there is one of them, and stops when the last has left;
-    what has come is kept, and whoever asks next goes on from there.
+    A download continues while a request waits for it. When the last one leaves, it stops and keeps its partial files;
+    the next request continues from there.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, provides_files: bool = True) -> None:
+        """If ``provides_files`` is false, ``ensure`` does nothing."""
         self._settings = settings
-        self._jobs: dict[Source, _Job] = {}
-        """Pulls that may be joined."""
-        self._tasks: TaskGroup = anyio.create_task_group()
+        self._provides_files = provides_files
+        self._jobs: dict[Source, _Job] = {}  # those that may be joined
+        self._tasks: TaskGroup  # exists once the context is entered
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
+        self._tasks = await anyio.create_task_group().__aenter__()
         return self
 
     async def __aexit__(
@@ -62,17 +64,18 @@ class Pulls:
         self._tasks.cancel_scope.cancel()
         return await self._tasks.__aexit__(kind, error, trace)
 
-    async def ensure(self, card: ModelCard, runner: str, on_progress: OnProgress) -> None:
-        """Sees to it that the files are here before a runner is started for them.
+    async def ensure(self, card: ModelCard, runner: str) -> AsyncGenerator[DownloadProgress]:
+        """Downloads the files of a runner that are missing.
 
-        Where the card names no repository, or a file outside of it, nothing can be pulled, and the runner itself says
-        what is wrong. Raises ``ServingError``: 404 ``model_not_downloaded`` unless the settings allow pulling, and what
-        that comes to.
+        If the card names no repository, or a file outside of it, nothing is downloaded and the runner explains the
+        error. Raises ``ServingError``, also if files are missing and the settings do not allow downloads.
         """
+        if not self._provides_files:
+            return
         try:
             sources = Source.of(card, runner), Source.of_draft(card, runner)
         except PullError:
-            return  # the runner says what is wrong with its table
+            return  # the runner explains the error in its table
         for source in sources:
             if source is None or source.repo is None or ".." in PurePosixPath(source.file or "").parts:
                 continue
@@ -82,22 +85,37 @@ class Pulls:
             if not self._settings.auto_pull:
                 raise _not_downloaded(card, source, found)
             try:
-                await self._join(source, on_progress)
+                async with aclosing(self._join(source)) as steps:
+                    async for step in steps:
+                        if isinstance(step, DownloadProgress):
+                            yield step
             except PullError as error:
                 raise from_pull_error(error, param="model") from error
 
-    async def pull(self, card: ModelCard, runner: str, quant: str | None, on_progress: OnProgress) -> Pulled:
-        """Joins the pull of these files, or begins it, and then of the draft model's, if there is one to pull.
+    async def pull(self, card: ModelCard, runner: str, quant: str | None) -> AsyncGenerator[DownloadProgress | Pulled]:
+        """Downloads these files, then those of the draft model if there is one. Ends with ``Pulled``.
 
-        Raises PullError, and ``ServingError`` where the server stops.
+        Raises ``PullError``, and ``ServingError`` if the server stops.
         """
         draft = Source.of_draft(card, runner)
-        pulled = await self._join(Source.of(card, runner, quant), on_progress)
-        if draft is not None and draft.repo is not None:
-            await self._join(draft, on_progress)
-        return pulled
+        sources = [Source.of(card, runner, quant), *([draft] if draft is not None and draft.repo is not None else [])]
+        pulled: Pulled | None = None
+        for source in sources:
+            async with aclosing(self._join(source)) as steps:
+                async for step in steps:
+                    if isinstance(step, DownloadProgress):
+                        yield step
+                    else:
+                        pulled = pulled or step
+        assert pulled is not None
+        yield pulled
 
-    async def _join(self, source: Source, on_progress: OnProgress) -> Pulled:
+    async def describe(self, card: ModelCard) -> Description | None:
+        """What the model's files say about it, if they are on disk."""
+        return await run_sync(describe_on_disk, card, self._store())
+
+    async def _join(self, source: Source) -> AsyncGenerator[DownloadProgress | Pulled]:
+        """Starts the download or joins it."""
         source.required_repo()
         job = self._jobs.get(source)
         if job is None:
@@ -105,7 +123,9 @@ class Pulls:
             self._tasks.start_soon(self._run, job, source)
         job.waiting += 1
         try:
-            return await job.follow(on_progress)
+            async with aclosing(job.follow()) as steps:
+                async for step in steps:
+                    yield step
         finally:
             job.waiting -= 1
             if not job.waiting:
@@ -120,7 +140,7 @@ class Pulls:
 
                 planned = await plan(source, hub)
                 job.pulled = Pulled(planned, await pull(planned, store, hub, partial(setattr, job, "progress")))
-        except Exception as error:  # noqa: BLE001 - raised to those who wait
+        except Exception as error:  # noqa: BLE001 - raised by ``follow``
             job.failure = error
         finally:
             self._forget(source, job)
@@ -135,18 +155,16 @@ class Pulls:
 
         return Hub(self._settings.hub), self._store()
 
-    def _store(self) -> "Store":
-        from exo.store.store import Store
-
+    def _store(self) -> Store:
         return Store(self._settings.models_directories, self._settings.read_only_directories)
 
-    def _on_disk(self, source: Source) -> "OnDisk":
+    def _on_disk(self, source: Source) -> OnDisk:
         return self._store().on_disk(source)
 
 
 @dataclass(slots=True)
 class _Job:
-    """One pull. ``Pulls._run`` is the only writer of how far it is, ``Pulls.pull`` of who waits."""
+    """One download. ``Pulls._run`` writes its state, ``Pulls._join`` the number of requests that wait for it."""
 
     progress: DownloadProgress | None = None
     pulled: Pulled | None = None
@@ -155,22 +173,22 @@ class _Job:
     ended: anyio.Event = field(default_factory=anyio.Event)
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
-    async def follow(self, on_progress: OnProgress) -> Pulled:
-        """Tells how far it is, a few times a second, until it ends. However slowly one listens, nothing piles up."""
-        told: DownloadProgress | None = None
+    async def follow(self) -> AsyncGenerator[DownloadProgress | Pulled]:
+        """The progress, a few times a second, and the result. A slow reader misses progress in between."""
+        seen: DownloadProgress | None = None
         while not self.ended.is_set():
-            with anyio.move_on_after(_TOLD_EVERY_SECONDS):
+            with anyio.move_on_after(_PROGRESS_SECONDS):
                 await self.ended.wait()
-            if self.progress is not None and self.progress is not told:
-                told = self.progress
-                await on_progress(told)
+            if self.progress is not None and self.progress is not seen:
+                seen = self.progress
+                yield seen
         if isinstance(self.failure, PullError):
-            raise PullError(self.failure.code, str(self.failure))  # for each who waits an exception of its own
+            raise PullError(self.failure.code, str(self.failure))  # each waiting request needs an exception of its own
         if self.failure is not None:
             raise self.failure
         if self.pulled is None:
             raise shutting_down()
-        return self.pulled
+        yield self.pulled
 
 
 def from_pull_error(error: PullError, *, param: str) -> ServingError:
@@ -181,14 +199,14 @@ def from_pull_error(error: PullError, *, param: str) -> ServingError:
 
 
 def pull_note(progress: DownloadProgress) -> str:
-    """What people may want to read while a request waits for a pull: "pulling 41% 12 MB/s"."""
+    """The progress in words, such as "pulling 41% 12 MB/s"."""
     percent = math.floor(100 * progress.done / progress.total) if progress.total else 100
     rate = f" {progress.rate / 1e6:.0f} MB/s" if progress.step == "downloading" else f", {progress.step}"
     note = f"; {progress.note}" if progress.note else ""
     return f"pulling {percent}%{rate}{note}"
 
 
-def _not_downloaded(card: ModelCard, source: Source, found: "OnDisk") -> ServingError:
+def _not_downloaded(card: ModelCard, source: Source, found: OnDisk) -> ServingError:
     part = f" ({found.bytes:,} of {found.total:,} bytes are)" if found.total else ""
     what = card.model_id if source.model_id == card.model_id else f"{source.model_id}, {card.model_id}'s draft model,"
     message = (

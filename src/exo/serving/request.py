@@ -1,20 +1,26 @@
-"""What a client asks for, in no dialect."""
+"""A request to generate text, in no API's form, and its JSON Schemas in the form that grammars can enforce."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import JsonValue
+from pydantic_core import from_json, to_json
 
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
+from exo.serving.errors import RequestError
+from exo.serving.warnings import warn
+from exo.worker.protocol.messages import Failed
 from exo.worker.protocol.runners import Need
+from exo.worker.runner_common.grammar.grammar_errors import named
+from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
 
 GrammarSyntax = Literal["json_schema", "regex", "lark", "gbnf"]
 
 
 @dataclass(frozen=True, slots=True)
 class OutputConstraint:
-    """What the output must match. ``param`` is the request's field that says so."""
+    """The output must match this. ``param`` is the field of the request that demands it."""
 
     syntax: GrammarSyntax
     source: str
@@ -23,30 +29,31 @@ class OutputConstraint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Messages from which a chat template makes the prompt; each has at least a ``role``."""
+    """Messages from which a chat template makes the prompt. Each has at least a ``role``.
+
+    The fields that end in ``_param`` are the client's names of fields, for error messages.
+    """
 
     messages: tuple[Mapping[str, JsonValue], ...]
     tools: tuple[Tool, ...] = ()
-    """Those that may be called; what ``tool_choice`` excludes is not among them."""
+    """The tools that the model may call. Those that ``tool_choice`` excludes are not among them."""
     forced: tuple[Tool, ...] = ()
-    """The tools of which the reply must call one, with schemas that can be enforced; empty where it need not."""
+    """The reply must call one of these tools, whose schemas can be enforced; empty if it need not call any."""
     choice: ToolChoice = "auto"
     choice_param: str = "tool_choice"
-    """What the client calls ``choice``."""
     parallel: bool = True
-    """Whether there may be several calls in one reply."""
+    """Whether one reply may have several calls."""
     variables: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
-    """What else the template is to know, such as ``enable_thinking``."""
+    """Further variables of the chat template, such as ``enable_thinking``."""
     effort: str | None = None
-    """How much the model is to reason: "none", "minimal", "low", "medium", "high" or "xhigh"."""
+    """How much the model should reason: "none", "minimal", "low", "medium", "high" or "xhigh"."""
     effort_param: str = "reasoning_effort"
-    """What the client calls ``effort``."""
     continues: bool = False
-    """Whether the reply goes on with the last message, which is the assistant's."""
+    """Whether the reply continues the last message, which is the assistant's."""
 
     @property
     def must_call(self) -> bool:
-        """Whether the reply has to be a call."""
+        """Whether the reply must be a tool call."""
         return self.choice == "required" or isinstance(self.choice, NamedChoice)
 
 
@@ -57,40 +64,38 @@ Prompt = Conversation | str | tuple[int, ...]
 class GenerationRequest:
     """One request to generate text. Choices are numbered prompt by prompt, ``n`` for each."""
 
-    model: str
-    """A model id or alias, perhaps with "@runner"."""
     prompts: tuple[Prompt, ...]
     prompt_field: str
-    """What the client calls the prompt, for error messages."""
+    """The client's name of the prompt's field, as are the fields that end in ``_param``."""
     n: int = 1
     sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     """Fields of ``SamplingParams`` that the client set; the card's defaults apply to the others."""
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
-    """Choice i of a prompt is generated with ``seed + i``. None: a random one."""
+    """Choice i of a prompt is generated with ``seed + i``. None means a random seed."""
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     ignore_eos: bool = False
     constraint: OutputConstraint | None = None
     logprobs: int | None = None
-    """How many alternatives to tell the probabilities of, besides the chosen token's; None: tell nothing."""
+    """The number of alternatives whose log-probabilities are wanted besides the token's own; None for no values."""
     logprobs_param: str = "logprobs"
     context: int = 0
-    """Tokens that the context must hold at least."""
+    """The context length that the client expects, in tokens."""
     context_param: str = "num_ctx"
     keep_seconds: float | None = None
-    """How long the model then stays loaded without being used; None changes nothing."""
+    """How long the model stays loaded afterwards without being used; None changes nothing."""
     echo: bool = False
-    """Whether the reply begins with the prompt, which is text or token ids; with ``logprobs``, with those too."""
+    """Whether the reply begins with the prompt, which is text or token ids. With ``logprobs``, it has those of both."""
 
     @property
     def choices(self) -> int:
-        """Sequences to generate."""
+        """The number of sequences to generate."""
         return len(self.prompts) * self.n
 
     @property
     def needs(self) -> Mapping[Need, str]:
-        """What a runner must be able to do for this, with the field that asks for it."""
+        """The features that a runner needs for this request, each with the field that requires it."""
         needs: dict[Need, str] = {}
         for prompt in self.prompts:
             if isinstance(prompt, Conversation) and prompt.must_call:
@@ -100,3 +105,65 @@ class GenerationRequest:
         if self.logprobs is not None:
             needs["logprobs"] = self.logprobs_param
         return needs
+
+
+def with_enforced_schemas(request: GenerationRequest) -> GenerationRequest:
+    """The request with schemas that can be enforced. Warns of each keyword that cannot. Raises ``ServingError``."""
+    constraint = request.constraint
+    if constraint is not None and constraint.syntax == "json_schema" and len(constraint.source) <= LONGEST_SOURCE:
+        constraint = _enforced_constraint(constraint)
+    return replace(request, constraint=constraint, prompts=tuple(map(_enforced_prompt, request.prompts)))
+
+
+def naming_tools(failed: Failed, request: GenerationRequest) -> Failed:
+    """Adds the names of the tools to a failure of their grammar that names none."""
+    tools = [tool.name for prompt in request.prompts if isinstance(prompt, Conversation) for tool in prompt.forced]
+    if failed.param != "grammar" or not tools or ": tool " in failed.message:
+        return failed
+    names = ", ".join(map(repr, tools[:5])) + (f" and {len(tools) - 5} more" if len(tools) > 5 else "")
+    reason = failed.message.removeprefix("grammar: ")
+    which = "tool" if len(tools) == 1 else "tools"
+    return failed.model_copy(update={"message": f"grammar: {which} {names}: {reason}"})
+
+
+def _enforced_constraint(constraint: OutputConstraint) -> OutputConstraint:
+    param = constraint.param
+    try:
+        found = enforced(from_json(constraint.source))
+    except ValueError:
+        return constraint  # the runner's error explains it
+    except SchemaError as error:
+        where = ".".join(filter(None, (param, error.where)))
+        raise RequestError(f"{where}: {error.reason}", code="unsupported_value", param=param) from None
+    for note in found.notes:
+        warn(f"{param}.{note.where}", note.text)
+    return replace(constraint, source=to_json(guided(found.schema)).decode())
+
+
+def _enforced_prompt(prompt: Prompt) -> Prompt:
+    if not isinstance(prompt, Conversation) or not prompt.must_call:
+        return prompt
+    tools = prompt.tools
+    if isinstance(prompt.choice, NamedChoice):
+        tools = tuple(tool for tool in tools if tool.name == prompt.choice.name)
+    return replace(prompt, forced=tuple(_enforced_tool(tool, prompt.choice_param) for tool in tools))
+
+
+def _enforced_tool(tool: Tool, param: str) -> Tool:
+    """The tool with a schema that can be enforced and that names the tool in its errors."""
+    owner = f"tool {tool.name!r}"
+    try:
+        found = enforced({key: each for key, each in tool.parameters.items() if key != "nullable"})
+    except SchemaError as error:
+        raise RequestError(f"{param}: {owner}: {error}", code="unsupported_value", param=param) from None
+    for note in found.notes:
+        warn(f"{owner}: {note.where}", note.text)
+    parameters = found.schema if isinstance(found.schema, dict) else dict[str, JsonValue](tool.parameters)
+    properties = parameters.get("properties")
+    if isinstance(properties, Mapping):
+        owned: dict[str, JsonValue] = {
+            name: named(each, f"{owner}, property {name!r}") if isinstance(each, dict) else each
+            for name, each in properties.items()
+        }
+        parameters = {**parameters, "properties": owned}
+    return replace(tool, parameters=named(parameters, owner))

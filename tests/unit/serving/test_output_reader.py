@@ -7,7 +7,8 @@ import pytest
 
 from exo.api.http.response import ReplyChoice
 from exo.chat.output.registry import FORMATS
-from exo.serving.output_reader import Ended, Reader, Said
+from exo.serving.events import ChoiceDelta, ChoiceFinished
+from exo.serving.output_reader import ChoiceReader
 from exo.worker.protocol.messages import Delta, Finished, Usage
 from tests.support.replies import ONE_CALL, TOOLS
 
@@ -17,16 +18,16 @@ USAGE = Usage(prompt_tokens=1, completion_tokens=1)
 
 def both(
     pieces: Sequence[str], reason: str = "stop", stop: str | None = None, name: str = "hermes"
-) -> tuple[Ended, ReplyChoice]:
+) -> tuple[ChoiceFinished, ReplyChoice]:
     """The end of a stream, and the whole reply."""
-    reader = Reader(FORMATS[name].parser(tools=TOOLS, in_reasoning=False))
+    reader = ChoiceReader(0, FORMATS[name].parser(tools=TOOLS, in_reasoning=False))
     choice = ReplyChoice()
     for text in pieces:
         event = reader.read(Delta(id="r", text=text, tokens=(1,)))
-        assert isinstance(event, Said)
+        assert isinstance(event, ChoiceDelta)
         choice.add(event)
     end = reader.read(Finished.model_validate({"id": "r", "reason": reason, "text": "", "stop": stop, "usage": USAGE}))
-    assert isinstance(end, Ended)
+    assert isinstance(end, ChoiceFinished)
     choice.add(end)
     return end, choice
 

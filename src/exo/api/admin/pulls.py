@@ -1,8 +1,9 @@
-"""Pulling over HTTP: how far it is as server-sent events, or the end of it as one reply."""
+"""Downloads over HTTP: the progress as server-sent events, or the result in one reply."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import asdict, replace
 from typing import ClassVar, Literal, Self, final
 
 import anyio
@@ -19,15 +20,14 @@ from exo.api.http.strict_model import RequestBody
 from exo.api.http.unary_response import UnaryResponse, cancel_when_client_leaves
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError
-from exo.serving.pull_jobs import OnProgress, Pulled, from_pull_error
+from exo.serving.pull_jobs import Pulled, from_pull_error
 from exo.store.errors import PullError
 from exo.store.progress import DownloadProgress, Step
-from exo.worker.router import parse_model
 
 log = logging.getLogger(__name__)
 
 _PATH = "/v1/models/pull"
-"""Also their place in the server's queues, so that a stop waits for pulls as it does for other requests."""
+"""Also the name of their queue: a stop of the server waits for downloads as it does for other requests."""
 
 
 class PullRequest(RequestBody):
@@ -60,11 +60,11 @@ class PullProgress(BaseModel):
     rate: float
     seconds_left: float | None
     note: str
-    """Why nothing comes at the moment, where that is known."""
+    """The reason for a pause, if known."""
 
     @classmethod
     def of(cls, progress: DownloadProgress) -> Self:
-        """The wire's form."""
+        """The form of the API."""
         return cls(**asdict(progress))
 
 
@@ -84,7 +84,7 @@ class PullDone(BaseModel):
 
     @classmethod
     def of(cls, pulled: Pulled) -> Self:
-        """The wire's form."""
+        """The form of the API."""
         source = pulled.plan.source
         return cls(
             model=source.model_id,
@@ -97,21 +97,23 @@ class PullDone(BaseModel):
 
 
 def pull_routes(services: Services) -> APIRouter:
-    """The one route."""
+    """The route of downloads."""
     routes = APIRouter(tags=["server"])
 
-    async def pull(body: PullRequest, on_progress: OnProgress) -> PullDone:
-        with services.queues.place(_PATH, 1):
-            wish = parse_model(body.model)
-            if None not in (body.runner, wish.runner) and body.runner != wish.runner:
-                message = f"runner: model asks for {wish.runner} (got {body.runner!r})"
+    async def pull(body: PullRequest) -> AsyncGenerator[DownloadProgress | Pulled]:
+        model = services.routing.resolve(body.model)
+        if body.runner is not None:
+            if model.runner not in (None, body.runner):
+                message = f"runner: model asks for {model.runner} (got {body.runner!r})"
                 raise RequestError(message, code="invalid_value", param="runner")
-            name = body.model if body.runner is None else f"{wish.name}@{body.runner}"
-            card, route = await services.choose(name)
-            try:
-                return PullDone.of(await services.pulls.pull(card, route.runner, body.quant, on_progress))
-            except PullError as error:
-                raise from_pull_error(error, param="quant" if body.quant is not None else "model") from error
+            model = replace(model, runner=body.runner)
+        route = await services.routing.choose(model)
+        try:
+            async with aclosing(services.pulls.pull(model.card, route.runner, body.quant)) as steps:
+                async for step in steps:
+                    yield step
+        except PullError as error:
+            raise from_pull_error(error, param="quant" if body.quant is not None else "model") from error
 
     @routes.post(_PATH, response_model=PullDone, openapi_extra=json_body(PullRequest))
     async def pull_model(request: Request) -> Response:
@@ -119,55 +121,53 @@ def pull_routes(services: Services) -> APIRouter:
         body = await read_body(request, PullRequest)
 
         async def whole() -> tuple[PullDone, Mapping[str, str]]:
-            return await pull(body, _ignore), {}
+            with services.queues.place(_PATH, 1):
+                async with aclosing(pull(body)) as steps:
+                    *_, last = [step async for step in steps]
+            assert isinstance(last, Pulled)
+            return PullDone.of(last), {}
 
-        async def streamed(on_progress: OnProgress) -> PullDone:
-            return await pull(body, on_progress)
-
-        return _PullStream(streamed) if body.stream else UnaryResponse(whole)
+        return _PullStream(services, pull(body)) if body.stream else UnaryResponse(whole)
 
     return routes
 
 
-async def _ignore(_: DownloadProgress) -> None:
-    """For a client that wants the end only."""
-
-
 @final
 class _PullStream(Response):
-    """Begins with the first progress, so that what fails before gets an HTTP status. A failure later is an event."""
+    """Begins with the first progress, so that an earlier failure gets an HTTP status. A later one is an event."""
 
-    def __init__(self, work: Callable[[OnProgress], Awaitable[PullDone]]) -> None:
+    def __init__(self, services: Services, steps: AsyncGenerator[DownloadProgress | Pulled]) -> None:
         super().__init__()
-        self._work = work
+        self._services = services
+        self._steps = steps
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Replies, as ASGI has it."""
-
-        async def tell(progress: DownloadProgress) -> None:
-            await self._write(send, sse.event(PullProgress.of(progress).model_dump_json().encode()))
-
+        """See the ASGI specification."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(cancel_when_client_leaves, receive, tasks)
-            result = await self._run(tell)
-            if isinstance(result, PullDone):
-                last = sse.event(result.model_dump_json().encode()) + sse.DONE
-                await self._write(send, last, more=False)
+            error = await self._run(send)
+            if error is None:
+                await self._write(send, sse.DONE, more=False)
             elif self._started:
-                await self._write(send, sse.event(result.openai()), more=False)
+                await self._write(send, sse.event(error.openai()), more=False)
             else:
-                await result.response(scope["path"])(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
             tasks.cancel_scope.cancel()
 
-    async def _run(self, tell: OnProgress) -> PullDone | ErrorBody:
+    async def _run(self, send: Send) -> ErrorBody | None:
         try:
-            return await self._work(tell)
+            with self._services.queues.place(_PATH, 1):
+                async with aclosing(self._steps) as steps:
+                    async for step in steps:
+                        body = PullDone.of(step) if isinstance(step, Pulled) else PullProgress.of(step)
+                        await self._write(send, sse.event(body.model_dump_json().encode()))
         except ServingError as error:
             return error_body(error)
         except Exception:
-            log.exception("a pull failed")
+            log.exception("a download failed")
             return INTERNAL_ERROR
+        return None
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
         if not self._started:

@@ -78,17 +78,17 @@ def server_routes(services: Services) -> APIRouter:
         """Whether a model can answer; 503 with the reason where none can."""
         if services.queues.closed:
             raise shutting_down()
-        live = services.instances.live()
+        live = services.pool.live()
         models = sorted({each.model_id for each in live if each.state in ("Ready", "Running")})
         if not models:
-            raise ApiError(503, _why_not_ready(live, services.start_failures), code="not_ready")
+            raise ApiError(503, _why_not_ready(live, services.models.start_failures), code="not_ready")
         return Ready(models=models)
 
     @routes.get("/v1/instances")
     async def instances() -> InstanceList:
         """What is loaded, how busy it is, how often it died and why."""
-        reports = services.instances.reports()
-        return InstanceList(data=[Instance.of(each, outdated=services.is_outdated(each)) for each in reports])
+        reports = services.pool.reports()
+        return InstanceList(data=[Instance.of(each, outdated=services.models.is_outdated(each)) for each in reports])
 
     @routes.post("/v1/models/unload", response_model=Unloaded, openapi_extra=json_body(UnloadRequest))
     async def unload(request: Request) -> Response:
@@ -96,7 +96,7 @@ def server_routes(services: Services) -> APIRouter:
         body = await read_body(request, UnloadRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            _, unloaded = await services.unload(body.model)
+            _, unloaded = await services.models.unload(services.routing.parse(body.model).name)
             return Unloaded(model=body.model, unloaded=unloaded), {}
 
         return UnaryResponse(work)
@@ -106,14 +106,15 @@ def server_routes(services: Services) -> APIRouter:
         model: str = Query(min_length=1, max_length=300, description="A model id or alias, optionally with @runner."),
     ) -> RouteReport:
         """Which runner would serve the model, and why; a refusal is the error that a request would get."""
-        card, chosen = await services.choose(model, arriving=1)
+        requested = services.routing.resolve(model)
+        chosen = await services.routing.choose(requested, arriving=1)
         return RouteReport(
-            model=card.model_id,
+            model=requested.card.model_id,
             runner=chosen.runner,
             instance=chosen.instance,
             backend=chosen.backend,
             reason=chosen.reason,
-            speeds=known_speeds(services.speeds, card),
+            speeds=known_speeds(services.speeds, requested.card),
         )
 
     return routes

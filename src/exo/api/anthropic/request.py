@@ -278,7 +278,6 @@ class MessagesRequest(CountTokensRequest):
             constraint = OutputConstraint("json_schema", schema, "output_config.format.schema")
         sampling: dict[str, Any] = self.model_dump(include=_SAMPLING, exclude_unset=True)
         return GenerationRequest(
-            model=self.model,
             prompts=(self.conversation(),),
             prompt_field="messages",
             sampling=sampling,

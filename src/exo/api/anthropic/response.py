@@ -12,9 +12,16 @@ from exo.api.http.response import ReplyChoice
 from exo.api.openai.chat_response import call_id
 from exo.api.openai.chunks import absent
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.serving.generation import Serving
-from exo.serving.output_reader import Ended, Reason, Said
-from exo.worker.protocol.messages import PromptLogprobs, Usage
+from exo.serving.events import (
+    ChoiceDelta,
+    ChoiceFinished,
+    ChoiceStarted,
+    Completed,
+    GenerationEvent,
+    Reason,
+    Started,
+)
+from exo.worker.protocol.messages import Usage
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
@@ -128,9 +135,6 @@ class MessagesDialect:
         """How many there have been before it."""
         self._broken = False
 
-    def serving(self, serving: Serving) -> None:
-        self._model = serving.model_id
-
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         (choice,) = choices
         content: list[AnthropicText | AnthropicThinking | AnthropicToolUse] = []
@@ -152,8 +156,24 @@ class MessagesDialect:
         )
         return message.model_dump_json().encode()
 
-    def opening(self, choice: int, prompt_tokens: int) -> bytes:
-        """How much of the prompt is cached, and so the usage, is known at the end."""
+    def write(self, event: GenerationEvent) -> bytes:
+        match event:
+            case ChoiceDelta():
+                return b"".join([self._part(part) for part in event.parts])
+            case ChoiceFinished():
+                return self._finish(event)
+            case ChoiceStarted():
+                return self._message_start(event.prompt_tokens)
+            case Started():
+                self._model = event.model_id
+                return b""
+            case Completed():
+                return b"" if self._broken else _event(b"message_stop", b"")
+            case _:
+                return b""
+
+    def _message_start(self, prompt_tokens: int) -> bytes:
+        """The number of cached tokens, and so the usage, is only known at the end."""
         message = AnthropicReplyMessage(
             id=self._id,
             model=self._model,
@@ -164,21 +184,14 @@ class MessagesDialect:
         )
         return _event(b"message_start", b',"message":' + message.model_dump_json().encode())
 
-    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
-        if isinstance(event, PromptLogprobs):
-            return b""
-        data = b"".join(self._part(part) for part in event.parts)
-        if isinstance(event, Said):
-            return data
+    def _finish(self, event: ChoiceFinished) -> bytes:
+        data = b"".join([self._part(part) for part in event.parts])
         if self._broken:
             return data + self._close() + self.error(_BROKEN_CALL)
         reason = self._reason(event.reason, event.stop, event.usage)
         usage = _usage(event.usage, event.reasoning_tokens).model_dump_json().encode()
         delta = to_json({"stop_reason": reason, "stop_sequence": event.stop})
         return data + self._close() + _event(b"message_delta", b',"delta":' + delta + b',"usage":' + usage)
-
-    def end(self, usage: Usage) -> bytes:
-        return b"" if self._broken else _event(b"message_stop", b"")
 
     def error(self, body: ErrorBody) -> bytes:
         return b"event: error\n" + sse.event(body.anthropic())

@@ -1,4 +1,4 @@
-"""Anthropic's endpoints: a body in, a generation request out, and the dialect that answers it."""
+"""Anthropic's endpoints: each makes a generation request of its body."""
 
 from collections.abc import Mapping
 from uuid import uuid4
@@ -12,11 +12,11 @@ from exo.api.anthropic.response import AnthropicReplyMessage, MessagesDialect, T
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.response import GenerationReply
-from exo.api.http.unary_response import UnaryResponse
+from exo.api.http.response import GenerationResponse
+from exo.api.http.unary_response import UnaryResponse, route_headers
 from exo.serving.app_state import Services
 from exo.serving.generation import Generation
-from exo.serving.rendering import render
+from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
 from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Tokenize, Tokenized
@@ -27,30 +27,31 @@ _NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply togethe
 
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
     """Raises ``ServingError``."""
-    loaded = await ask(services, Question(model=body.model, needs={}, commands=[], params=_PARAMS))
+    model = services.routing.resolve(body.model)
+    loaded = await ask(services, Question(model=model, needs={}, commands=[], params=_PARAMS))
     prompt = await render(services, loaded.runner, body.conversation(), "messages")
     command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
-    answered = await ask(services, Question(model=body.model, needs={}, commands=[command], params=_PARAMS))
+    answered = await ask(services, Question(model=model, needs={}, commands=[command], params=_PARAMS))
     (answer,) = answered.answers
     assert isinstance(answer, Tokenized)
-    return TokenCount(input_tokens=len(answer.tokens)), answered.headers
+    return TokenCount(input_tokens=len(answer.tokens)), route_headers(answered.runner.route)
 
 
 def anthropic_routes(services: Services) -> APIRouter:
-    """Messages, and their tokens. Any ``anthropic-version`` will do."""
+    """Messages and the count of their tokens. Every ``anthropic-version`` is accepted."""
     routes = APIRouter(prefix="/v1", tags=["Anthropic"], route_class=DirectRoute)
 
     @routes.post("/messages", response_model=AnthropicReplyMessage, openapi_extra=json_body(MessagesRequest))
-    async def messages(request: Request) -> GenerationReply:
+    async def messages(request: Request) -> GenerationResponse:
         """Replies to a conversation."""
         body = await read_body(request, MessagesRequest)
         reply_id = f"msg_{uuid4().hex}"
         if body.thinking is not None and body.thinking.budget_tokens is not None:
             warn("thinking.budget_tokens", _NO_LIMIT)
         headers = {"request-id": f"req_{reply_id.removeprefix('msg_')}"}
-        generation = Generation(services, body.request(), reply_id, headers)
+        generation = Generation(services, services.routing.resolve(body.model), body.request(), reply_id)
         dialect = MessagesDialect(reply_id, max_tokens=body.max_tokens, thinking=body.shows_thinking)
-        return GenerationReply(generation, dialect, stream=body.stream)
+        return GenerationResponse(generation, dialect, stream=body.stream, headers=headers)
 
     @routes.post("/messages/count_tokens", response_model=TokenCount, openapi_extra=json_body(CountTokensRequest))
     async def count_tokens(request: Request) -> Response:

@@ -1,12 +1,11 @@
-"""How a generation's events reach its client: as one reply or as a stream, until the client leaves."""
+"""Sends the events of a generation to its client, in one piece or as a stream."""
 
 import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import anyio
@@ -15,27 +14,39 @@ from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
-from exo.api.http.unary_response import cancel_when_client_leaves
+from exo.api.http.unary_response import cancel_when_client_leaves, route_headers
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.serving.errors import ServingError
-from exo.serving.generation import Generation, Serving
-from exo.serving.output_reader import ChoiceEvent, Ended, Reason, Said, total_usage
-from exo.worker.protocol.messages import PrefillProgress, PromptLogprobs, TokenLogprobs, Usage
+from exo.serving.events import (
+    ChoiceDelta,
+    ChoiceFinished,
+    ChoicePrompt,
+    ChoiceStarted,
+    Completed,
+    GenerationEvent,
+    Loading,
+    Prefill,
+    Reason,
+    Routed,
+    Started,
+)
+from exo.serving.generation import Generation
+from exo.worker.protocol.messages import TokenLogprobs, Usage
 
 log = logging.getLogger(__name__)
 
 _QUICK_SECONDS = 0.05
-"""A reply that takes no longer needs nobody who watches its client, or the time."""
+"""A faster reply needs no task that watches the client or the time."""
 GRACE_SECONDS = 1.0
 """How long a stream waits for its first event, so that an early failure still gets an HTTP status."""
 KEEP_ALIVE_SECONDS = 10.0
 PLACE_SECONDS = 0.5
-"""How soon after one place in the queue a client is told the next."""
+"""The minimum time between two notes of the place in the queue."""
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of a tool. ``arguments`` is a JSON object, or the beginning of one where the call is not ``whole``."""
+    """A tool call. ``arguments`` is a JSON object, or the beginning of one if the call is not ``whole``."""
 
     name: str
     arguments: str = ""
@@ -44,27 +55,24 @@ class Call:
 
 @dataclass(slots=True)
 class ReplyChoice:
-    """One finished choice; of what was not asked for there is nothing."""
+    """One finished choice. Fields that were not requested stay empty."""
 
     content: str = ""
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list[Call])
     reason: Reason = "stop"
     stop: str | None = None
-    """The stop string that ended it."""
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     began: int = 0
-    """When there was a first token, by ``time.monotonic_ns``; 0 where there is none."""
-    usage: Usage = field(default_factory=partial(Usage, prompt_tokens=0, completion_tokens=0))
-
+    """The time of the first token, by ``time.monotonic_ns``; 0 if there is none."""
     reasoning_tokens: int = 0
 
-    def add(self, event: PromptLogprobs | Said | Ended) -> None:
+    def add(self, event: ChoicePrompt | ChoiceDelta | ChoiceFinished) -> None:
         """Takes the next event of the choice."""
-        if isinstance(event, PromptLogprobs):
-            self.prompt_logprobs += event.items
+        if isinstance(event, ChoicePrompt):
+            self.prompt_logprobs += event.logprobs
             return
         for part in event.parts:
             match part:
@@ -78,17 +86,17 @@ class ReplyChoice:
                     self.calls[index].arguments += text
                 case BrokenCall(index, _):
                     self.calls[index].whole = False
-        if isinstance(event, Said):
+        if isinstance(event, ChoiceDelta):
             self.began = self.began or time.monotonic_ns()
             self.tokens += event.tokens
             self.logprobs += event.logprobs
         else:
-            self.reason, self.stop, self.usage = event.reason, event.stop, event.usage
+            self.reason, self.stop = event.reason, event.stop
             self.reasoning_tokens = event.reasoning_tokens
             self._withdraw()
 
     def _withdraw(self) -> None:
-        """Takes broken calls back, whose text is content. One that the limit cut off stays, as the beginning it is."""
+        """Removes broken calls, whose text is content. A call that the token limit cut off stays."""
         if self.reason == "length" or all(call.whole for call in self.calls):
             return
         self.calls = [call for call in self.calls if call.whole]
@@ -97,53 +105,44 @@ class ReplyChoice:
 
 
 class Dialect(Protocol):
-    """One API's words for a reply. The bytes are whole JSON documents, or whole events of a stream."""
+    """One API's form of a reply. The bytes are whole JSON documents, or whole events of a stream."""
 
     media_type: str
     """Of a stream."""
 
-    def serving(self, serving: Serving) -> None:
-        """Called once, before all else, when the model is loaded."""
+    def write(self, event: GenerationEvent) -> bytes:
+        """The bytes of the next event in a stream. ``Started`` has none, but is passed for a whole reply, too."""
         ...
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         """The reply to a request that does not stream."""
         ...
 
-    def opening(self, choice: int, prompt_tokens: int) -> bytes:
-        """The beginning of a choice, before all of it that follows."""
-        ...
-
-    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
-        """The next event of a choice, which may be nothing to tell; the last is ``Ended``."""
-        ...
-
-    def end(self, usage: Usage) -> bytes:
-        """The end of a stream in which every choice has ended."""
-        ...
-
     def error(self, body: ErrorBody) -> bytes:
-        """The end of a stream that failed."""
+        """The end of a stream that has failed."""
         ...
 
     def note(self, text: str) -> bytes:
-        """What people may want to read meanwhile and programs skip; empty where there is no place for it."""
+        """A text for people, which programs skip; empty if the API has no place for it."""
         ...
 
 
-class GenerationReply(Response):
-    """Runs the generation while it replies, so that all of it ends within a moment when the client leaves."""
+class GenerationResponse(Response):
+    """Runs the generation while it replies, and cancels it when the client leaves. ``headers`` are further headers."""
 
-    def __init__(self, generation: Generation, dialect: Dialect, *, stream: bool) -> None:
+    def __init__(
+        self, generation: Generation, dialect: Dialect, *, stream: bool, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self._generation = generation
         self._dialect = dialect
         self._stream = stream
+        self._headers = dict(headers or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Replies, as ASGI has it."""
+        """See the ASGI specification."""
         over = asyncio.Event()
-        stream = _Stream(self._generation, self._dialect, send) if self._stream else None
+        stream = _Stream(self._generation, self._dialect, self._headers, send) if self._stream else None
 
         async def reply() -> None:
             path = scope["path"]
@@ -153,7 +152,7 @@ class GenerationReply(Response):
             over.set()
 
         async with anyio.create_task_group() as tasks:
-            # A task of its own is resumed for each token without all the applications around this one.
+            # Each batch of events resumes this task alone, and not the applications around it.
             tasks.start_soon(reply)
             await asyncio.sleep(0)  # it goes first
             with anyio.move_on_after(_QUICK_SECONDS):
@@ -162,26 +161,36 @@ class GenerationReply(Response):
                 tasks.start_soon(cancel_when_client_leaves, receive, tasks)
                 if stream is not None:
                     tasks.start_soon(stream.keep_alive)
-                    tasks.start_soon(stream.tell_place)
+                    tasks.start_soon(stream.write_places)
                 await over.wait()
                 tasks.cancel_scope.cancel()
 
     async def _streamed(self, stream: "_Stream", path: str) -> Response | None:
-        """Streams the reply. Returns another one where an error came before anything was sent."""
+        """Streams the reply. Returns an error that comes before anything is sent."""
         error = await self._run(stream)
         if error is not None and stream.abandon():
-            return error.response(path, self._generation.headers)
+            return error.response(path, self._headers)
         await stream.close(error)
         return None
 
     async def _whole(self, path: str) -> Response:
         whole = _Whole(self._dialect)
         error = await self._run(whole)
-        return error.response(path, self._generation.headers) if error else self._complete(whole)
+        if error is not None:
+            return error.response(path, self._headers)
+        choices = [whole.choices[number] for number in range(self._generation.request.choices)]
+        body = self._dialect.whole(choices, whole.usage)
+        return Response(body, headers=self._headers, media_type="application/json")
 
-    async def _run(self, sink: "_Stream | _Whole") -> ErrorBody | None:
+    async def _run(self, output: "_Stream | _Whole") -> ErrorBody | None:
         try:
-            await self._generation.run(sink)
+            async with self._generation.running() as batches:
+                async for batch in batches:
+                    for event in batch:
+                        if isinstance(event, Routed):
+                            self._headers.update(route_headers(event))
+                        output.take(event)
+                    await output.flush()
         except ServingError as error:
             return error_body(error)
         except Exception:
@@ -189,94 +198,100 @@ class GenerationReply(Response):
             return INTERNAL_ERROR
         return None
 
-    def _complete(self, whole: "_Whole") -> Response:
-        request = self._generation.request
-        choices = [whole.choices[choice] for choice in range(request.choices)]
-        usages = {index: choice.usage for index, choice in enumerate(choices)}
-        body = self._dialect.whole(choices, total_usage(usages, request.n))
-        return Response(body, headers=dict(self._generation.headers), media_type="application/json")
 
-
-@dataclass(slots=True)
 class _Whole:
     """Collects a reply that is sent in one piece."""
 
-    dialect: Dialect
-    choices: defaultdict[int, ReplyChoice] = field(default_factory=lambda: defaultdict[int, ReplyChoice](ReplyChoice))
+    def __init__(self, dialect: Dialect) -> None:
+        self.choices: defaultdict[int, ReplyChoice] = defaultdict(ReplyChoice)
+        self.usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self._dialect = dialect
 
-    async def loading(self, note: str) -> None:
-        """Nothing to tell yet."""
-
-    def serving(self, serving: Serving) -> None:
-        self.dialect.serving(serving)
-
-    def event(self, choice: int, event: ChoiceEvent) -> None:
-        if not isinstance(event, PrefillProgress):
-            self.choices[choice].add(event)
+    def take(self, event: GenerationEvent) -> None:
+        match event:
+            case ChoicePrompt() | ChoiceDelta() | ChoiceFinished():
+                self.choices[event.choice].add(event)
+            case Started():
+                self._dialect.write(event)
+            case Completed():
+                self.usage = event.usage
+            case _:
+                pass
 
     async def flush(self) -> None:
         """Nothing is sent before the end."""
 
 
 class _Stream:
-    """Writes a stream. Until it is opened, what is written is held back, so that an error can still take its place.
+    """Writes a stream. Nothing is sent until it opens, so that an early error still gets an HTTP status.
 
-    It opens with the first output after every choice has been accepted; without any, once that has been so for a
-    moment, or when the grace is over.
+    It opens with the first output after every choice has been accepted. Without output, it opens a moment after that
+    or when the grace period is over.
     """
 
-    def __init__(self, generation: Generation, dialect: Dialect, send: Send) -> None:
+    def __init__(self, generation: Generation, dialect: Dialect, headers: Mapping[str, str], send: Send) -> None:
         self._generation = generation
         self._dialect = dialect
+        self._headers = headers
         self._send = send
+        self._routed = asyncio.Event()
         self._started = False
         self._starting = anyio.Lock(fast_acquire=True)
         self._open = False
         self._held: list[bytes] = []
         self._note = b""
         self._place_note = b""
-        self._waiting = True
-        self._speaking = False
+        self._queued = True
+        self._has_output = False
+        self._completed = False
         self._quiet = True
-        self._accepted: set[int] = set()
+        self._n_accepted = 0
         self._all_accepted = asyncio.Event()
-        self._usages: dict[int, Usage] = {}
 
-    async def loading(self, note: str) -> None:
-        if (comment := self._dialect.note(note)) != self._note:
-            self._note = comment
-            if self._open:
-                await self._write(comment)
+    def take(self, event: GenerationEvent) -> None:
+        """Holds the bytes of an event for ``flush``."""
+        match event:
+            case ChoiceDelta() | ChoicePrompt() | ChoiceFinished():
+                self._has_output = True
+                self._leave_queue()
+            case Prefill():
+                if event.processed:
+                    self._leave_queue()
+                return
+            case ChoiceStarted():
+                self._n_accepted += 1
+                if self._n_accepted == self._generation.request.choices:
+                    self._all_accepted.set()
+            case Loading():
+                if (comment := self._dialect.note(event.note)) != self._note:
+                    self._note = comment
+                    if self._open:
+                        self._held.append(comment)
+                return
+            case Routed():
+                self._routed.set()
+                return
+            case Started():
+                self._note = b""
+            case Completed():
+                self._completed = True
+        self._held.append(self._dialect.write(event))
 
-    def serving(self, serving: Serving) -> None:
-        self._note = b""
-        self._dialect.serving(serving)
-
-    def event(self, choice: int, event: ChoiceEvent) -> None:
-        if self._waiting and (not isinstance(event, PrefillProgress) or event.processed):
-            self._waiting, self._place_note = False, b""
-        if choice not in self._accepted:
-            self._accepted.add(choice)
-            if len(self._accepted) == self._generation.request.choices:
-                self._all_accepted.set()
-            self._held.append(self._dialect.opening(choice, event.total if isinstance(event, PrefillProgress) else 0))
-        if not isinstance(event, PrefillProgress):
-            self._speaking = True
-            self._held.append(self._dialect.more(choice, event))
-            if isinstance(event, Ended):
-                self._usages[choice] = event.usage
+    def _leave_queue(self) -> None:
+        self._queued, self._place_note = False, b""
 
     async def flush(self) -> None:
-        if len(self._usages) == self._generation.request.choices:
-            return  # ``close`` comes at once, and sends what is left with its own
+        """Sends the bytes that are held, or opens the stream with them if it is time."""
+        if self._completed:
+            return  # ``close`` follows at once and sends them
         if self._open:
             await self._send_held()
-        elif self._speaking and self._all_accepted.is_set():
+        elif self._has_output and self._all_accepted.is_set():
             await self._start()
 
     async def keep_alive(self) -> None:
-        """Opens the stream when it is accepted, or after the grace, then fills every long silence."""
-        await self._generation.routed.wait()  # the headers tell the route
+        """Opens the stream when it is accepted or the grace period is over, then writes a comment in every silence."""
+        await self._routed.wait()  # the headers contain the route
         with anyio.move_on_after(GRACE_SECONDS):
             await self._all_accepted.wait()
         await self._start()
@@ -286,33 +301,30 @@ class _Stream:
             if self._quiet:
                 await self._write(self._dialect.note("keep-alive"))
 
-    async def tell_place(self) -> None:
-        """Writes the place in the queue while there is no slot yet."""
-        await self._generation.routed.wait()
+    async def write_places(self) -> None:
+        """Writes the place in the queue whenever it changes, until there is a slot."""
+        await self._routed.wait()
         number = 0
-        while self._waiting:
+        while self._queued:
             number = await self._generation.place.number_after(number)
-            if self._waiting:
+            if self._queued:
                 self._place_note = self._dialect.note(f"queued {number}") if number else b""
                 if self._open and number:
                     await self._write(self._place_note)
             await anyio.sleep(PLACE_SECONDS)
 
     def abandon(self) -> bool:
-        """Whether nothing has been sent yet; then nothing will be, and another reply can take its place."""
+        """Returns whether nothing has been sent. Then nothing will be, and another reply can take its place."""
         untouched, self._started = not self._started, True
         return untouched
 
     async def close(self, error: ErrorBody | None) -> None:
-        """Ends the stream, opening it first if need be."""
+        """Ends the stream. Opens it first if necessary."""
         await self._start()
-        if error is None:
-            last = self._dialect.end(total_usage(self._usages, self._generation.request.n))
-        else:
-            last = self._dialect.error(error)
-        self._open = False  # so that nothing else follows, however long this has to wait
-        body = b"".join((*self._held, last))
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        if error is not None:
+            self._held.append(self._dialect.error(error))
+        self._open = False  # nothing else may follow, however long the client takes
+        await self._send({"type": "http.response.body", "body": b"".join(self._held), "more_body": False})
 
     async def _write(self, data: bytes) -> None:
         self._held.append(data)
@@ -331,7 +343,7 @@ class _Stream:
             if self._started:
                 return
             self._started = True
-            headers = {"content-type": self._dialect.media_type, **sse.HEADERS, **self._generation.headers}
+            headers = {"content-type": self._dialect.media_type, **sse.HEADERS, **self._headers}
             raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": raw})
             self._held.insert(0, self._note + self._place_note)

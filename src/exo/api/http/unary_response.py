@@ -15,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
 from exo.serving.errors import ServingError
+from exo.serving.events import Routed
+from exo.worker.router import Route
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,11 @@ async def in_pieces(items: Sequence[T], size: int = _PIECE) -> AsyncGenerator[Se
         if time.monotonic() - began > _TURN_SECONDS:
             await anyio.lowlevel.checkpoint()
             began = time.monotonic()
+
+
+def route_headers(route: Route | Routed) -> dict[str, str]:
+    """The headers with the runner that serves the request, and the reason."""
+    return {"x-exo-runner": route.runner, "x-exo-route": route.reason}
 
 
 async def cancel_when_client_leaves(receive: Receive, tasks: TaskGroup) -> None:

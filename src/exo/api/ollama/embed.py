@@ -9,10 +9,10 @@ from pydantic import BaseModel
 
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.unary_response import UnaryResponse
+from exo.api.http.unary_response import UnaryResponse, route_headers
 from exo.api.ollama.request import OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama.response import OllamaReply
-from exo.api.ollama.routes import served_name
+from exo.api.ollama.routes import LATEST
 from exo.api.openai.embeddings import embed_commands, shortened
 from exo.serving.app_state import Services
 from exo.serving.unary import Answered, Question, ask
@@ -43,7 +43,7 @@ def embed_routes(services: Services) -> APIRouter:
         body: OllamaEmbedRequest | OllamaEmbeddingsRequest, texts: list[str], field: str
     ) -> tuple[Answered, list[Embedded]]:
         question = Question(
-            model=served_name(services, body.model),
+            model=services.routing.resolve(body.model, LATEST),
             keep_seconds=body.keep_seconds,
             needs={"embeddings": "model"},
             commands=embed_commands(list[str | list[int]](texts), truncate=body.truncate),
@@ -67,7 +67,7 @@ def embed_routes(services: Services) -> APIRouter:
                 total_duration=time.monotonic_ns() - arrived,
                 prompt_eval_count=sum(each.usage.prompt_tokens for each in embedded),
             )
-            return reply, answered.headers
+            return reply, route_headers(answered.runner.route)
 
         return UnaryResponse(work)
 
@@ -80,7 +80,7 @@ def embed_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             answered, (embedded,) = await vectors(body, [body.prompt], "prompt")
-            return OllamaEmbeddingsResponse(embedding=list(embedded.vector)), answered.headers
+            return OllamaEmbeddingsResponse(embedding=list(embedded.vector)), route_headers(answered.runner.route)
 
         return UnaryResponse(work)
 

@@ -14,13 +14,12 @@ from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
 from exo.api.ollama.request import OllamaShowRequest
 from exo.api.ollama.response import OllamaReply, now
-from exo.api.ollama.routes import served_name
+from exo.api.ollama.routes import LATEST
 from exo.cards.card import ModelCard
 from exo.chat.output.registry import output_format
 from exo.serving.app_state import Services
 from exo.store.discover.description import Description
 from exo.worker.protocol.messages import Capabilities
-from exo.worker.router import parse_model
 from exo.worker.supervisor.instance import InstanceReport
 
 OLLAMA_VERSION = "0.13.5"
@@ -194,7 +193,7 @@ def model_routes(services: Services) -> APIRouter:
     @routes.get("/tags")
     async def tags() -> OllamaModels:
         """Every model that has a card, and again for each of its aliases."""
-        catalogue = services.catalogue
+        catalogue = services.cards.known
         named = {name: card for name in (*catalogue.cards, *catalogue.aliases) if (card := catalogue.get(name))}
         return OllamaModels(models=[listed(name, card, started) for name, card in named.items()])
 
@@ -202,15 +201,15 @@ def model_routes(services: Services) -> APIRouter:
     async def show(request: Request) -> OllamaShown:
         """What is known of a model."""
         body = await read_body(request, OllamaShowRequest)
-        card = services.card(parse_model(served_name(services, body.model or body.name)).name)
-        live = [each.capabilities for each in services.instances.live() if each.model_id == card.model_id]
-        return shown(card, next(filter(None, live), None), await services.describe(card), started)
+        card = services.routing.resolve(body.model or body.name, LATEST).card
+        live = [each.capabilities for each in services.pool.live() if each.model_id == card.model_id]
+        return shown(card, next(filter(None, live), None), await services.pulls.describe(card), started)
 
     @routes.get("/ps")
     async def ps() -> OllamaLoadedModels:
         """The models that are loaded."""
-        cards = services.catalogue.cards
-        reports = services.instances.reports()
+        cards = services.cards.known.cards
+        reports = services.pool.reports()
         found = [running(cards.get(report.now.model_id, report.card), report) for report in reports]
         return OllamaLoadedModels(models=[each for each in found if each is not None])
 

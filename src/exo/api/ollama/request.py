@@ -115,11 +115,10 @@ class OllamaGeneration(OllamaBody):
             raise invalid("only allowed where logprobs is true", "top_logprobs")
         return self
 
-    def generation(self, model: str, prompt: Prompt, prompt_field: str) -> GenerationRequest:
+    def generation(self, prompt: Prompt, prompt_field: str) -> GenerationRequest:
         """What is asked for, in no dialect."""
         schema = '{"type":"object"}' if self.format == "json" else to_json(self.format).decode()
         return GenerationRequest(
-            model=model,
             prompts=(prompt,),
             prompt_field=prompt_field,
             sampling=self.options.sampling(),

@@ -12,10 +12,9 @@ from exo.api.http.errors import ErrorBody
 from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.chat_response import call_id
 from exo.api.openai.chunks import absent, token_text
-from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
-from exo.serving.generation import Serving
-from exo.serving.output_reader import Ended, Reason, Said
-from exo.worker.protocol.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.serving.events import ChoiceDelta, ChoiceFinished, Completed, GenerationEvent, Reason, Started
+from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage
 
 DoneReason = Literal["stop", "length", "load", "unload"]
 
@@ -141,10 +140,6 @@ class OllamaDialect:
         """The call whose arguments are still coming."""
         self._reason: DoneReason = "stop"
 
-    def serving(self, serving: Serving) -> None:
-        self._model = serving.model_id
-        self._loaded = time.monotonic_ns()
-
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         (choice,) = choices
         self._began = choice.began
@@ -153,23 +148,32 @@ class OllamaDialect:
         logprobs = _logprobs(choice.logprobs) if self._logprobs else None
         return self._piece(choice.content, choice.reasoning, calls, self._outcome(usage, logprobs))
 
-    def opening(self, choice: int, prompt_tokens: int) -> bytes:
-        """There is nothing to say before the first text."""
-        return b""
+    def write(self, event: GenerationEvent) -> bytes:
+        match event:
+            case ChoiceDelta():
+                self._began = self._began or time.monotonic_ns()
+                return b"".join(self._lines(event.parts, event.logprobs if self._logprobs else ()))
+            case ChoiceFinished():
+                self._ends(event.reason)
+                return b"".join([*self._lines(event.parts, ()), *self._finished_call()])
+            case Started():
+                self._model = event.model_id
+                self._loaded = time.monotonic_ns()
+                return b""
+            case Completed(usage):
+                return _line(self._piece("", "", [], self._outcome(usage, None)))
+            case _:
+                return b""
 
-    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
-        if isinstance(event, PromptLogprobs):
-            return b""
-        logprobs: list[OllamaLogprob] | None = None
-        if isinstance(event, Said):
-            self._began = self._began or time.monotonic_ns()
-            logprobs = _logprobs(event.logprobs) if self._logprobs and event.logprobs else None
+    def _lines(self, parts: Sequence[Part], tokens: Sequence[TokenLogprobs]) -> list[bytes]:
+        """The log-probabilities belong to the first line."""
+        logprobs = _logprobs(tokens) if tokens else None
         lines: list[bytes] = []
-        for part in event.parts:
+        for part in parts:
             match part:
                 case Content(text):
                     lines += [*self._finished_call(), _line(self._piece(text, "", [], {"logprobs": logprobs}))]
-                    logprobs = None  # each token's is told once
+                    logprobs = None
                 case Reasoning(text):
                     lines += [*self._finished_call(), _line(self._piece("", text, [], {"logprobs": logprobs}))]
                     logprobs = None
@@ -183,13 +187,7 @@ class OllamaDialect:
                     self._call = None
         if logprobs:
             lines.append(_line(self._piece("", "", [], {"logprobs": logprobs})))
-        if isinstance(event, Ended):
-            lines += self._finished_call()
-            self._ends(event.reason)
-        return b"".join(lines)
-
-    def end(self, usage: Usage) -> bytes:
-        return _line(self._piece("", "", [], self._outcome(usage, None)))
+        return lines
 
     def error(self, body: ErrorBody) -> bytes:
         return _line(body.ollama())

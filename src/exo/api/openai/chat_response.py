@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: the reply, whole and in chunks."""
+"""OpenAI's chat completions: the reply, in one piece and in chunks."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,13 +10,20 @@ from pydantic_core import to_json
 from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.chunks import ChunkWriter, CompletionUsage, Reply, absent, token_text
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
-from exo.serving.generation import Serving
-from exo.serving.output_reader import Ended, Reason, Said
-from exo.worker.protocol.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
+from exo.serving.events import (
+    ChoiceDelta,
+    ChoiceFinished,
+    ChoiceStarted,
+    Completed,
+    GenerationEvent,
+    Reason,
+    Started,
+)
+from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage
 
 
 class TopLogprob(Reply):
-    """A token that could have been."""
+    """A token that was possible."""
 
     token: str
     logprob: float | None
@@ -30,14 +37,14 @@ class ContentLogprob(TopLogprob):
 
 
 class ChoiceLogprobs(Reply):
-    """Of every token of a reply, whatever part of it it belongs to."""
+    """The log-probabilities of all tokens of a reply, also of those in reasoning and calls."""
 
     content: list[ContentLogprob]
     refusal: None = None
 
 
 class Function(Reply):
-    """What a call calls. ``arguments`` is JSON text."""
+    """The called function. ``arguments`` is JSON text."""
 
     name: str
     arguments: str
@@ -52,11 +59,11 @@ class MessageToolCall(Reply):
 
 
 class AssistantMessage(Reply):
-    """What the model said."""
+    """The model's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    """Null where there is nothing but calls."""
+    """Null if the message only has calls."""
     reasoning_content: str | None = Field(default=None, exclude_if=absent)
     tool_calls: list[MessageToolCall] | None = Field(default=None, exclude_if=absent)
 
@@ -93,7 +100,7 @@ def _top(logprob: Logprob) -> TopLogprob:
 
 
 def choice_logprobs(items: Sequence[TokenLogprobs]) -> ChoiceLogprobs:
-    """The wire's form."""
+    """The form of the API."""
     return ChoiceLogprobs(
         content=[
             ContentLogprob(**_top(item.chosen).model_dump(), top_logprobs=[_top(each) for each in item.top])
@@ -112,9 +119,6 @@ class ChatDialect(ChunkWriter):
         super().__init__(reply_id, "chat.completion.chunk", include_usage=include_usage)
         self._logprobs = logprobs
         self._token_ids = token_ids
-
-    def serving(self, serving: Serving) -> None:
-        self.start(serving)
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         return (
@@ -139,33 +143,52 @@ class ChatDialect(ChunkWriter):
             .encode()
         )
 
-    def opening(self, choice: int, prompt_tokens: int = 0) -> bytes:
-        return self.chunk(b'{"index":%d,"delta":{"role":"assistant","content":""},"finish_reason":null' % choice)
+    def write(self, event: GenerationEvent) -> bytes:
+        match event:
+            case ChoiceDelta():
+                return self._delta_chunks(event)
+            case ChoiceFinished():
+                return self._last_chunks(event)
+            case ChoiceStarted(choice):
+                first = b'{"index":%d,"delta":{"role":"assistant","content":""},"finish_reason":null'
+                return self.chunk(first % choice)
+            case Started():
+                self.start(event)
+                return b""
+            case Completed(usage):
+                return self.end(usage)
+            case _:
+                return b""
 
-    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
-        if isinstance(event, PromptLogprobs):
-            return b""
-        # A broken call has no words of its own here: its arguments end early, and the reply does not end for its calls.
-        deltas = [self._delta(choice, part) for part in event.parts if not isinstance(part, BrokenCall)]
-        if isinstance(event, Ended):
-            chunks = [self.chunk(b'{"index":%d,"delta":%b,"finish_reason":null' % (choice, each)) for each in deltas]
-            last = self.chunk(b'{"index":%d,"delta":{},"finish_reason":"%b"' % (choice, event.reason.encode()))
-            return b"".join(chunks) + last
+    def _delta_chunks(self, event: ChoiceDelta) -> bytes:
+        deltas = self._deltas(event)
         extra = self._extra(event)
         if extra and not deltas:
             deltas = [b'{"content":""}']
         data = b""
         for delta in deltas:
-            data += self.chunk(b'{"index":%d,"delta":%b%b,"finish_reason":null' % (choice, delta, extra))
-            extra = b""  # each token's is told once
+            data += self.chunk(b'{"index":%d,"delta":%b%b,"finish_reason":null' % (event.choice, delta, extra))
+            extra = b""  # the tokens belong to the first chunk
         return data
 
-    def _extra(self, said: Said) -> bytes:
+    def _last_chunks(self, event: ChoiceFinished) -> bytes:
+        chunks = [
+            self.chunk(b'{"index":%d,"delta":%b,"finish_reason":null' % (event.choice, delta))
+            for delta in self._deltas(event)
+        ]
+        last = self.chunk(b'{"index":%d,"delta":{},"finish_reason":"%b"' % (event.choice, event.reason.encode()))
+        return b"".join(chunks) + last
+
+    def _deltas(self, event: ChoiceDelta | ChoiceFinished) -> list[bytes]:
+        """A broken call has no form of its own: its arguments end early, and the finish reason is not its call."""
+        return [self._delta(event.choice, part) for part in event.parts if not isinstance(part, BrokenCall)]
+
+    def _extra(self, event: ChoiceDelta) -> bytes:
         extra = b""
-        if self._logprobs and said.logprobs:
-            extra += b',"logprobs":' + choice_logprobs(said.logprobs).model_dump_json().encode()
+        if self._logprobs and event.logprobs:
+            extra += b',"logprobs":' + choice_logprobs(event.logprobs).model_dump_json().encode()
         if self._token_ids:
-            extra += b',"token_ids":' + to_json(said.tokens)
+            extra += b',"token_ids":' + to_json(event.tokens)
         return extra
 
     def _delta(self, choice: int, part: Content | Reasoning | ToolCall | Arguments) -> bytes:

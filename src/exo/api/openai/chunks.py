@@ -1,4 +1,4 @@
-"""What OpenAI's replies have in common. ChunkWriter are put together as bytes: there may be thousands in a second."""
+"""Common parts of OpenAI's replies. Chunks are joined from bytes, because a server may write thousands per second."""
 
 import time
 from typing import Literal
@@ -8,12 +8,12 @@ from pydantic_core import to_json
 
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
-from exo.serving.generation import Serving
+from exo.serving.events import Started
 from exo.worker.protocol.messages import Logprob, Usage
 
 
 class Reply(BaseModel):
-    """Frozen; a field that OpenAI leaves out where there is nothing to say is None, and left out."""
+    """Frozen. A field that OpenAI omits if it is empty is None, and is omitted."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -24,7 +24,7 @@ def absent(value: object) -> bool:
 
 
 class PromptTokensDetails(Reply):
-    """``cached_tokens`` of the prompt were not computed again."""
+    """``cached_tokens`` of the prompt were in the cache."""
 
     cached_tokens: int
 
@@ -39,7 +39,7 @@ class CompletionUsage(Reply):
 
     @classmethod
     def of(cls, usage: Usage) -> "CompletionUsage":
-        """The wire's form of a usage."""
+        """The usage of a request."""
         return cls(
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
@@ -49,7 +49,7 @@ class CompletionUsage(Reply):
 
 
 class ListedModel(Reply):
-    """One model that may be asked for."""
+    """One available model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -65,7 +65,7 @@ class ModelList(Reply):
 
 
 def token_text(logprob: Logprob) -> str:
-    r"""A token as text; one that is no whole text by itself as ``bytes:\xe2\x80``, as OpenAI writes it."""
+    r"""A token as text, or as ``bytes:\xe2\x80`` if it is not valid UTF-8 by itself, as OpenAI writes it."""
     raw = bytes(logprob.bytes)
     try:
         return raw.decode()
@@ -86,12 +86,12 @@ class ChunkWriter:
         self._kind = kind
         self._include_usage = include_usage
         self._head = b""
-        # With the usage asked for, OpenAI's chunks all have the field, null but in the last.
+        # If the usage is requested, all of OpenAI's chunks have the field; only in the last it is not null.
         self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
 
-    def start(self, serving: Serving) -> None:
-        """Fixes what all chunks begin with."""
-        self.model, self.fingerprint = serving.model_id, serving.fingerprint
+    def start(self, started: Started) -> None:
+        """Sets the beginning of all chunks."""
+        self.model, self.fingerprint = started.model_id, started.fingerprint
         common = {
             "id": self.id,
             "object": self._kind,
@@ -106,13 +106,13 @@ class ChunkWriter:
         return self._head + choice + self._tail
 
     def end(self, usage: Usage) -> bytes:
-        """The last of a stream: the usage, if asked for."""
+        """The end of a stream, with the usage if requested."""
         if not self._include_usage:
             return sse.DONE
         return self._head + b'],"usage":' + CompletionUsage.of(usage).model_dump_json().encode() + b"}\n\n" + sse.DONE
 
     def error(self, body: ErrorBody) -> bytes:
-        """In the stream, without the mark of a whole one."""
+        """An error in the stream, which then has no "[DONE]"."""
         return sse.event(body.openai())
 
     def note(self, text: str) -> bytes:

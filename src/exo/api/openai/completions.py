@@ -1,4 +1,4 @@
-"""OpenAI's text completions: the reply, whole and in chunks."""
+"""OpenAI's text completions: the reply, in one piece and in chunks."""
 
 import codecs
 from collections.abc import Collection, Iterable, Sequence
@@ -10,9 +10,16 @@ from pydantic_core import to_json
 from exo.api.http.response import ReplyChoice
 from exo.api.openai.chunks import ChunkWriter, CompletionUsage, Reply, absent, token_text
 from exo.chat.output.events import Content, Part
-from exo.serving.generation import Serving
-from exo.serving.output_reader import Ended, Said
-from exo.worker.protocol.messages import Logprob, PromptLogprobs, TokenLogprobs, Usage
+from exo.serving.events import (
+    ChoiceDelta,
+    ChoiceFinished,
+    ChoicePrompt,
+    ChoiceStarted,
+    Completed,
+    GenerationEvent,
+    Started,
+)
+from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage
 
 
 class CompletionLogprobs(Reply):
@@ -91,7 +98,7 @@ class _Offsets:
 
 
 def _logprobs(items: Iterable[TokenLogprobs], offsets: list[int]) -> CompletionLogprobs:
-    """The wire's form."""
+    """The form of the API."""
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
@@ -109,7 +116,7 @@ def _text(parts: Iterable[Part]) -> str:
 
 @final
 class CompletionDialect(ChunkWriter):
-    """``/v1/completions``. ``n`` is how many choices each prompt has."""
+    """``/v1/completions``. ``n`` is the number of choices of each prompt."""
 
     def __init__(
         self,
@@ -128,11 +135,6 @@ class CompletionDialect(ChunkWriter):
         self._control: frozenset[int] = frozenset()
         self._offsets: dict[int, _Offsets] = {}
 
-    def serving(self, serving: Serving) -> None:
-        self.start(serving)
-        self._echoes = serving.prompts
-        self._control = frozenset(serving.capabilities.special_ids)
-
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         return (
             Completion(
@@ -147,26 +149,35 @@ class CompletionDialect(ChunkWriter):
             .encode()
         )
 
-    def opening(self, choice: int, prompt_tokens: int = 0) -> bytes:
-        """A text completion has no role; what it may have is the prompt."""
-        echo = self._echo(choice)
-        # With log-probabilities, those of the prompt come when it is computed, and its text with them.
-        return self._chunk(choice, echo, b"") if echo and not self._logprobs else b""
-
-    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
-        if isinstance(event, PromptLogprobs):
-            text = "" if event.start else self._echo(choice)
-            logprobs = _logprobs(event.items, self._offsets_of(choice).prompt(event.items))
-            return self._chunk(choice, text, self._extra(logprobs, ()))
-        text = _text(event.parts)
-        if isinstance(event, Ended):
-            rest = self._chunk(choice, text, b"") if text else b""
-            end = b'{"index":%d,"text":"","finish_reason":"%b"' % (choice, event.reason.encode())
-            return rest + self.chunk(end)
-        offsets = self._offsets_of(choice).output(event.logprobs)
-        logprobs = _logprobs(event.logprobs, offsets) if event.logprobs else None
-        extra = self._extra(logprobs, event.tokens)
-        return self._chunk(choice, text, extra) if text or extra else b""
+    def write(self, event: GenerationEvent) -> bytes:
+        match event:
+            case ChoiceDelta(choice):
+                text = _text(event.parts)
+                logprobs: CompletionLogprobs | None = None
+                if self._logprobs and event.logprobs:
+                    logprobs = _logprobs(event.logprobs, self._offsets_of(choice).output(event.logprobs))
+                extra = self._extra(logprobs, event.tokens)
+                return self._chunk(choice, text, extra) if text or extra else b""
+            case ChoiceFinished(choice):
+                text = _text(event.parts)
+                end = b'{"index":%d,"text":"","finish_reason":"%b"' % (choice, event.reason.encode())
+                return (self._chunk(choice, text, b"") if text else b"") + self.chunk(end)
+            case ChoiceStarted(choice):
+                # With log-probabilities, the prompt's text comes with those of its tokens.
+                return b"" if self._logprobs or not self._echo(choice) else self._chunk(choice, self._echo(choice), b"")
+            case ChoicePrompt(choice):
+                text = "" if event.start else self._echo(choice)
+                logprobs = _logprobs(event.logprobs, self._offsets_of(choice).prompt(event.logprobs))
+                return self._chunk(choice, text, self._extra(logprobs, ()))
+            case Started():
+                self.start(event)
+                self._echoes = event.prompts
+                self._control = frozenset(event.capabilities.special_ids)
+                return b""
+            case Completed(usage):
+                return self.end(usage)
+            case _:
+                return b""
 
     def _echo(self, choice: int) -> str:
         return self._echoes[choice // self._n] if self._echoes else ""

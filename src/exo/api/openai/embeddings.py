@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.strict_model import MODEL, RequestBody, honoured
-from exo.api.http.unary_response import UnaryResponse
+from exo.api.http.unary_response import UnaryResponse, route_headers
 from exo.api.openai.chunks import Reply
 from exo.api.openai.common_request import Prompt, prompts
 from exo.serving.app_state import Services
@@ -110,7 +110,10 @@ def embedding_routes(services: Services) -> APIRouter:
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             commands = embed_commands(body.input)
             question = Question(
-                model=body.model, needs={"embeddings": "model"}, commands=commands, params={"prompt": "input"}
+                model=services.routing.resolve(body.model),
+                needs={"embeddings": "model"},
+                commands=commands,
+                params={"prompt": "input"},
             )
             answered = await ask(services, question)
             as_floats = body.encoding_format == "float"
@@ -122,7 +125,9 @@ def embedding_routes(services: Services) -> APIRouter:
                 data.append(Embedding(index=index, embedding=vector if as_floats else _encoded(vector)))
                 tokens += answer.usage.prompt_tokens
             usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
-            return EmbeddingList(data=data, model=answered.runner.card.model_id, usage=usage), answered.headers
+            return EmbeddingList(data=data, model=answered.runner.card.model_id, usage=usage), route_headers(
+                answered.runner.route
+            )
 
         return UnaryResponse(work)
 

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: a body in, a generation request out, and the dialect that answers it."""
+"""OpenAI's endpoints for text: each makes a generation request of its body."""
 
 import time
 from uuid import uuid4
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.response import GenerationReply
+from exo.api.http.response import GenerationResponse
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.chat_response import ChatCompletion, ChatDialect
 from exo.api.openai.chunks import ListedModel, ModelList
@@ -30,7 +30,6 @@ def _request(
     echo: bool = False,
 ) -> GenerationRequest:
     return GenerationRequest(
-        model=body.model,
         prompts=prompts,
         prompt_field=prompt_field,
         n=body.n,
@@ -47,7 +46,7 @@ def _request(
 
 
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
-    """The prompt of a chat completion, in no dialect."""
+    """The prompt of a chat completion, in no API's form."""
     effort, effort_param = body.effort
     return Conversation(
         messages=tuple(message.told() for message in body.messages),
@@ -62,13 +61,13 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
 
 
 def chat_request(body: ChatCompletionRequest) -> GenerationRequest:
-    """What a chat completion asks for, in no dialect."""
+    """A chat completion in no API's form."""
     limit = body.max_completion_tokens or body.max_tokens
     return _request(body, (conversation_of(body),), "messages", limit, body.top_logprobs if body.logprobs else None)
 
 
 def completion_request(body: CompletionRequest) -> GenerationRequest:
-    """What a completion asks for, in no dialect."""
+    """A completion in no API's form."""
     prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompt)
     return _request(body, prompts, "prompt", body.max_tokens, body.logprobs, echo=body.echo)
 
@@ -82,22 +81,22 @@ def openai_routes(services: Services) -> APIRouter:
         return ListedModel(id=card.model_id, created=started, owned_by=card.model_id.partition("/")[0])
 
     @routes.post("/chat/completions", response_model=ChatCompletion, openapi_extra=json_body(ChatCompletionRequest))
-    async def chat_completions(request: Request) -> GenerationReply:
+    async def chat_completions(request: Request) -> GenerationResponse:
         """Replies to a conversation."""
         body = await read_body(request, ChatCompletionRequest)
         reply_id = f"chatcmpl-{uuid4().hex}"
-        generation = Generation(services, chat_request(body), reply_id)
+        generation = Generation(services, services.routing.resolve(body.model), chat_request(body), reply_id)
         dialect = ChatDialect(
             reply_id, include_usage=body.include_usage, logprobs=body.logprobs, token_ids=body.return_token_ids
         )
-        return GenerationReply(generation, dialect, stream=body.stream)
+        return GenerationResponse(generation, dialect, stream=body.stream)
 
     @routes.post("/completions", response_model=Completion, openapi_extra=json_body(CompletionRequest))
-    async def completions(request: Request) -> GenerationReply:
-        """Continues prompts, given as text or token ids."""
+    async def completions(request: Request) -> GenerationResponse:
+        """Continues prompts, which are text or token ids."""
         body = await read_body(request, CompletionRequest)
         reply_id = f"cmpl-{uuid4().hex}"
-        generation = Generation(services, completion_request(body), reply_id)
+        generation = Generation(services, services.routing.resolve(body.model), completion_request(body), reply_id)
         dialect = CompletionDialect(
             reply_id,
             n=body.n,
@@ -105,16 +104,16 @@ def openai_routes(services: Services) -> APIRouter:
             logprobs=body.logprobs is not None,
             token_ids=body.return_token_ids,
         )
-        return GenerationReply(generation, dialect, stream=body.stream)
+        return GenerationResponse(generation, dialect, stream=body.stream)
 
     @routes.get("/models")
     async def list_models() -> ModelList:
         """Every model that has a card."""
-        return ModelList(data=[model(card) for card in services.catalogue.cards.values()])
+        return ModelList(data=[model(card) for card in services.cards.known.cards.values()])
 
     @routes.get("/models/{name:path}")
     async def get_model(name: str = Path(description="A model id or alias.")) -> ListedModel:
         """One model, by id or alias."""
-        return model(services.card(name))
+        return model(services.routing.card(name))
 
     return routes

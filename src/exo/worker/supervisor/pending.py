@@ -39,9 +39,10 @@ class RequestEvents:
     tokens of one sequence, which the context length bounds, and loses nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arrival: asyncio.Event | None = None) -> None:
+        """``arrival`` is set with each event. Several requests may share it, whose reader then calls ``take``."""
         self._buffer: deque[RequestEvent] = deque()
-        self._arrival: asyncio.Future[None] | None = None
+        self._arrival = asyncio.Event() if arrival is None else arrival
         self._open = True
 
     def put(self, event: RequestEvent) -> None:
@@ -49,15 +50,15 @@ class RequestEvents:
         if not self._open:
             return
         self._buffer.append(event)
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
+        self._arrival.set()
         if len(self._buffer) >= _BOUND:
             self._compact()
 
-    @property
-    def pending(self) -> bool:
-        """Whether the next event has arrived."""
-        return bool(self._buffer)
+    def take(self) -> list[RequestEvent]:
+        """Returns the events that have arrived."""
+        events = list(self._buffer)
+        self._buffer.clear()
+        return events
 
     def discard(self) -> None:
         """Drops the buffered events and all later ones: the reader has left."""
@@ -72,8 +73,8 @@ class RequestEvents:
         while not self._buffer:
             if not self._open:
                 raise StopAsyncIteration
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
+            self._arrival.clear()
+            await self._arrival.wait()
         event = self._buffer.popleft()
         if isinstance(event, Finished | Failed):
             self._open = False

@@ -81,14 +81,15 @@ class RunnerPool:
         self._device_names: tuple[str, ...] = ()
         self._n_cores = physical_cores()
         self._in_flight = RequestCount()  # the requests of all runners
-        self._tasks: TaskGroup = anyio.create_task_group()
-        self._background = anyio.CancelScope()
+        self._tasks: TaskGroup  # these two exist once the context is entered
+        self._background: anyio.CancelScope
         self._changed = anyio.Event()  # the budget's next expiry may have changed
         self._loaded = anyio.Event()  # another runner has loaded, and should be measured
         self._closed = False
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
+        self._background = anyio.CancelScope()
+        self._tasks = await anyio.create_task_group().__aenter__()
         self._tasks.start_soon(self._look_after)
         return self
 
@@ -182,6 +183,10 @@ class RunnerPool:
     def live(self) -> tuple[LiveRunner, ...]:
         """The runners that load or serve."""
         return tuple(each.describe() for each in self._instances.values() if self._takes_requests(each))
+
+    def slots(self, model_id: str) -> int:
+        """The number of sequences of a model that its runners serve at once; 0 if none has loaded."""
+        return sum(each.slots for each in self.live() if each.model_id == model_id)
 
     def live_for(self, card: ModelCard) -> tuple[LiveRunner, ...]:
         """Those that this version of the card started: the router's choice."""

@@ -195,13 +195,14 @@ class RunnerProcess:
         return self.failure
 
     @asynccontextmanager
-    async def generate(self, request: Generate) -> AsyncGenerator[RequestEvents]:
+    async def generate(self, request: Generate, arrival: asyncio.Event | None = None) -> AsyncGenerator[RequestEvents]:
         """Sends the request and yields its events. Leaving before the terminal event cancels it without waiting.
 
+        ``arrival`` is passed to ``RequestEvents``.
         If the runner dies, or is gone, the events end with ``Failed``. Raises ``ValueError`` for an id in use and
         ``RuntimeError`` before ``ready``.
         """
-        events = RequestEvents()
+        events = RequestEvents(arrival)
         with self._in_flight(request, events):
             try:
                 yield events

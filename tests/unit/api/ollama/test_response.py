@@ -13,8 +13,7 @@ from exo.api.http.response import Call, ReplyChoice
 from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.chat_response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.serving.generation import Serving
-from exo.serving.output_reader import Ended, Reason, Said
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Reason, Started
 from exo.worker.protocol.messages import Capabilities, Logprob, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
@@ -41,16 +40,16 @@ def _ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dialect(*, chat: bool = True, logprobs: bool = False) -> OllamaDialect:
     made = OllamaDialect("1", chat=chat, logprobs=logprobs)
-    made.serving(Serving("a/b", MODEL))
+    made.write(Started("a/b", MODEL))
     return made
 
 
-def said(*parts: Part, logprobs: tuple[TokenLogprobs, ...] = ()) -> Said:
-    return Said(parts, (7,), logprobs)
+def said(*parts: Part, logprobs: tuple[TokenLogprobs, ...] = ()) -> ChoiceDelta:
+    return ChoiceDelta(0, parts, (7,), logprobs)
 
 
-def ended(reason: Reason, *parts: Part) -> Ended:
-    return Ended(parts, reason, None, USAGE)
+def ended(reason: Reason, *parts: Part) -> ChoiceFinished:
+    return ChoiceFinished(0, parts, reason, None, USAGE)
 
 
 def lines(data: bytes) -> list[dict[str, Any]]:
@@ -66,20 +65,20 @@ OUTCOME = (
 
 def test_a_chat_stream() -> None:
     wire = dialect()
-    assert wire.opening(0, 30) == b""
-    assert wire.more(0, said(Content('é"\n'))) == (
+    assert wire.write(ChoiceStarted(0, 30)) == b""
+    assert wire.write(said(Content('é"\n'))) == (
         HEAD + '"message":{"role":"assistant","content":"é\\"\\n"},"done":false}\n'.encode()
     )
-    assert wire.more(0, ended("length")) == b""
+    assert wire.write(ended("length")) == b""
     end = HEAD + b'"message":{"role":"assistant","content":""},"done":true,"done_reason":"length",'
-    assert wire.end(USAGE) == end + OUTCOME
+    assert wire.write(Completed(USAGE)) == end + OUTCOME
 
 
 def test_a_completion_stream() -> None:
     wire = dialect(chat=False)
-    assert wire.more(0, said(Content("x"))) == HEAD + b'"response":"x","done":false}\n'
-    assert wire.more(0, said(Reasoning("hm"))) == HEAD + b'"response":"","thinking":"hm","done":false}\n'
-    assert wire.end(USAGE) == HEAD + b'"response":"","done":true,"done_reason":"stop",' + OUTCOME
+    assert wire.write(said(Content("x"))) == HEAD + b'"response":"x","done":false}\n'
+    assert wire.write(said(Reasoning("hm"))) == HEAD + b'"response":"","thinking":"hm","done":false}\n'
+    assert wire.write(Completed(USAGE)) == HEAD + b'"response":"","done":true,"done_reason":"stop",' + OUTCOME
 
 
 def test_a_whole_reply() -> None:
@@ -96,20 +95,20 @@ def test_a_whole_reply() -> None:
 
 def test_a_call_is_told_when_it_is_whole() -> None:
     wire = dialect()
-    assert wire.more(0, said(ToolCall(0, "f"), Arguments(0, '{"a"'))) == b""
-    assert wire.more(0, said(Arguments(0, ":1}"))) == b""
-    first, second = lines(wire.more(0, ended("tool_calls", ToolCall(1, "g"), Arguments(1, "{}"))))
+    assert wire.write(said(ToolCall(0, "f"), Arguments(0, '{"a"'))) == b""
+    assert wire.write(said(Arguments(0, ":1}"))) == b""
+    first, second = lines(wire.write(ended("tool_calls", ToolCall(1, "g"), Arguments(1, "{}"))))
     assert first["message"]["tool_calls"] == [
         {"id": CALL, "function": {"index": 0, "name": "f", "arguments": {"a": 1}}}
     ]
     assert second["message"]["tool_calls"][0]["function"] == {"index": 1, "name": "g", "arguments": {}}
-    assert lines(wire.end(USAGE))[0]["done_reason"] == "stop"
+    assert lines(wire.write(Completed(USAGE)))[0]["done_reason"] == "stop"
 
 
 def test_a_call_that_the_limit_broke_off_is_not_told() -> None:
     wire = dialect()
-    assert wire.more(0, ended("length", ToolCall(0, "f"), Arguments(0, '{"a":1,"b'), BrokenCall(0, True))) == b""
-    assert lines(wire.end(USAGE))[0]["done_reason"] == "length"
+    assert wire.write(ended("length", ToolCall(0, "f"), Arguments(0, '{"a":1,"b'), BrokenCall(0, True))) == b""
+    assert lines(wire.write(Completed(USAGE)))[0]["done_reason"] == "length"
     cut = Call("f", '{"a":1,"b', whole=False)
     whole = json.loads(dialect().whole([ReplyChoice(calls=[cut], reason="length")], USAGE))
     assert whole["message"] == {"role": "assistant", "content": ""}
@@ -119,11 +118,11 @@ def test_logprobs_are_told_once_each() -> None:
     token = TokenLogprobs(
         chosen=Logprob(token=7, bytes=(104,), logprob=-0.5), top=(Logprob(token=8, bytes=(105,), logprob=-2.5),)
     )
-    first, second = lines(dialect(logprobs=True).more(0, said(Reasoning("hm"), Content("h"), logprobs=(token,))))
+    first, second = lines(dialect(logprobs=True).write(said(Reasoning("hm"), Content("h"), logprobs=(token,))))
     told = {"token": "h", "logprob": -0.5, "bytes": [104]}
     assert first["logprobs"] == [{**told, "top_logprobs": [{"token": "i", "logprob": -2.5, "bytes": [105]}]}]
     assert "logprobs" not in second
-    (held_back,) = lines(dialect(chat=False, logprobs=True).more(0, said(logprobs=(token,))))
+    (held_back,) = lines(dialect(chat=False, logprobs=True).write(said(logprobs=(token,))))
     assert (held_back["response"], len(held_back["logprobs"])) == ("", 1)
 
 
@@ -135,6 +134,6 @@ def test_an_error_and_a_note() -> None:
 
 @pytest.mark.parametrize("text", ["\n", "\r\n", "\u2028", "\x85", "\x00", "\U0001f600"])
 def test_whatever_a_model_writes_stays_on_its_line(text: str) -> None:
-    data = dialect().more(0, said(Content(text)))
+    data = dialect().write(said(Content(text)))
     assert len(data.decode().splitlines()) == 1  # which is how httpx finds lines
     assert json.loads(data)["message"]["content"] == text

@@ -1,4 +1,4 @@
-"""OpenAI's responses: the dialect and the routes."""
+"""OpenAI's responses: the reply and the routes."""
 
 import time
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from exo.api.http.body import read_body
 from exo.api.http.errors import ErrorBody
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.response import GenerationReply, ReplyChoice
+from exo.api.http.response import GenerationResponse, ReplyChoice
 from exo.api.openai.responses.input import InputItem, InputReference, stored_input, stored_item, told
 from exo.api.openai.responses.items import Item, OutputItems
 from exo.api.openai.responses.request import ResponsesRequest
 from exo.api.openai.responses.store import ResponseStore, StoredResponse
-from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.app_state import Services
-from exo.serving.generation import Generation, Serving
-from exo.serving.output_reader import Ended, Said
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, GenerationEvent, Started
+from exo.serving.generation import Generation
 from exo.serving.request import Conversation, GenerationRequest
-from exo.worker.protocol.messages import PromptLogprobs, SamplingParams, Usage
+from exo.worker.protocol.messages import SamplingParams, TokenLogprobs, Usage
 
 _SAMPLING = {"temperature", "top_p", "presence_penalty", "frequency_penalty"}
 ResponseId = Annotated[str, Path(description="The id of a response.")]
@@ -42,7 +42,7 @@ class ResponseBody(BaseModel):
 
 
 class Deleted(BaseModel):
-    """A response is not kept any more."""
+    """A response has been deleted."""
 
     id: str
     object: str = "response"
@@ -50,7 +50,7 @@ class Deleted(BaseModel):
 
 
 class InputItems(BaseModel):
-    """What a response was asked."""
+    """The input of a response."""
 
     object: str = "list"
     data: list[Any]
@@ -61,7 +61,7 @@ class InputItems(BaseModel):
 
 @final
 class ResponsesDialect:
-    """``/v1/responses``. A response that is to be stored is so when it ends."""
+    """``/v1/responses``. A response is stored when it ends, if the request wants that."""
 
     media_type = sse.MEDIA_TYPE
 
@@ -73,7 +73,7 @@ class ResponsesDialect:
         messages: Sequence[dict[str, JsonValue]],
         store: ResponseStore,
     ) -> None:
-        """``items`` are the request's input, ``messages`` all of the conversation."""
+        """``items`` are the request's input, ``messages`` the whole conversation."""
         self._id = response_id
         self._body = body
         self._items = items
@@ -86,9 +86,6 @@ class ResponsesDialect:
         self._cut_off = False
         self._reasoning_tokens = 0
         self._output = OutputItems(response_id, self._tell, body.offered)
-
-    def serving(self, serving: Serving) -> None:
-        self._model, self._sampling = serving.model_id, serving.sampling
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         (choice,) = choices
@@ -108,30 +105,37 @@ class ResponsesDialect:
         self._output.close(complete=not self._cut_off or bool(choice.calls))
         return to_json(self._finish(usage))
 
-    def opening(self, choice: int, prompt_tokens: int = 0) -> bytes:
-        begun: dict[str, JsonValue] = {"response": self._wire("in_progress", None)}
-        return self._tell("response.created", begun) + self._tell("response.in_progress", begun)
+    def write(self, event: GenerationEvent) -> bytes:
+        match event:
+            case ChoiceDelta():
+                logprobs = event.logprobs if self._body.logprobs else ()
+                return self._add(event.parts or ((Content(""),) if logprobs else ()), logprobs)
+            case ChoiceFinished():
+                data = self._add(event.parts, ())
+                if not self._output.items:
+                    data += self._output.add(Content(""))
+                self._cut_off = event.reason == "length"
+                self._reasoning_tokens = event.reasoning_tokens
+                return data + self._output.close(complete=not self._cut_off)
+            case ChoiceStarted():
+                begun: dict[str, JsonValue] = {"response": self._wire("in_progress", None)}
+                return self._tell("response.created", begun) + self._tell("response.in_progress", begun)
+            case Started():
+                self._model, self._sampling = event.model_id, event.sampling
+                return b""
+            case Completed(usage):
+                kind = "response.incomplete" if self._cut_off else "response.completed"
+                return self._tell(kind, {"response": self._finish(usage)})
+            case _:
+                return b""
 
-    def more(self, choice: int, event: PromptLogprobs | Said | Ended) -> bytes:
-        if isinstance(event, PromptLogprobs):
-            return b""
-        logprobs = event.logprobs if isinstance(event, Said) and self._body.logprobs else ()
-        parts = event.parts or ((Content(""),) if logprobs else ())
+    def _add(self, parts: Sequence[Part], logprobs: tuple[TokenLogprobs, ...]) -> bytes:
+        """The log-probabilities belong to the first part."""
         data = b""
         for part in parts:
             data += self._output.add(part, logprobs)
             logprobs = ()
-        if isinstance(event, Ended):
-            if not self._output.items:
-                data += self._output.add(Content(""))
-            self._cut_off = event.reason == "length"
-            self._reasoning_tokens = event.reasoning_tokens
-            data += self._output.close(complete=not self._cut_off)
         return data
-
-    def end(self, usage: Usage) -> bytes:
-        response = self._finish(usage)
-        return self._tell("response.incomplete" if self._cut_off else "response.completed", {"response": response})
 
     def error(self, body: ErrorBody) -> bytes:
         return self._tell("error", {"code": body.code, "message": body.message, "param": body.param})
@@ -196,7 +200,7 @@ class ResponsesDialect:
 def _usage(usage: Usage, reasoning_tokens: int) -> dict[str, JsonValue]:
     return {
         "input_tokens": usage.prompt_tokens,
-        # Nothing is written into a cache that a client would have to pay for.
+        # A local cache costs the client nothing.
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
@@ -217,7 +221,7 @@ def _said(items: Sequence[Item]) -> list[dict[str, JsonValue]]:
 
 
 def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonValue]]) -> GenerationRequest:
-    """What a response asks for, in no dialect; ``messages`` are all of the conversation."""
+    """The request in no API's form; ``messages`` are the whole conversation."""
     system: list[dict[str, JsonValue]] = (
         [{"role": "system", "content": body.instructions}] if body.instructions is not None else []
     )
@@ -230,7 +234,6 @@ def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonV
         effort_param="reasoning.effort",
     )
     return GenerationRequest(
-        model=body.model,
         prompts=(conversation,),
         prompt_field="input",
         sampling=body.model_dump(include=_SAMPLING, exclude_unset=True),
@@ -247,7 +250,7 @@ def responses_routes(services: Services) -> APIRouter:
     store = ResponseStore()
 
     @routes.post("", response_model=ResponseBody, openapi_extra=json_body(ResponsesRequest))
-    async def create_response(request: Request) -> GenerationReply:
+    async def create_response(request: Request) -> GenerationResponse:
         """Replies to a conversation, which the server may keep for the next request."""
         body = await read_body(request, ResponsesRequest)
         earlier = body.previous_response_id
@@ -258,9 +261,10 @@ def responses_routes(services: Services) -> APIRouter:
         ]
         messages = (*before, *told(items))
         response_id = f"resp_{uuid4().hex}"
-        generation = Generation(services, responses_request(body, messages), response_id)
+        model = services.routing.resolve(body.model)
+        generation = Generation(services, model, responses_request(body, messages), response_id)
         dialect = ResponsesDialect(response_id, body, items, messages, store)
-        return GenerationReply(generation, dialect, stream=body.stream)
+        return GenerationResponse(generation, dialect, stream=body.stream)
 
     @routes.get("/{response_id}", response_model=ResponseBody)
     async def get_response(response_id: ResponseId) -> Response:

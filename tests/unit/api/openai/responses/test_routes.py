@@ -16,8 +16,7 @@ from exo.api.openai.responses.request import ResponsesRequest
 from exo.api.openai.responses.routes import ResponsesDialect, responses_request
 from exo.api.openai.responses.store import ResponseStore, StoredResponse
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.serving.generation import Serving
-from exo.serving.output_reader import Ended, Said
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Started
 from exo.worker.protocol.messages import Capabilities, Logprob, SamplingParams, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
@@ -59,13 +58,13 @@ def stream(store: ResponseStore | None = None, /, **fields: object) -> Responses
     body = request(**fields)
     items = given(body)
     dialect = ResponsesDialect("resp_1", body, items, told(items), store or ResponseStore())
-    dialect.serving(Serving("a/b", LLAMA, sampling=SamplingParams(temperature=0.5, seed=0)))
+    dialect.write(Started("a/b", LLAMA, sampling=SamplingParams(temperature=0.5, seed=0)))
     return dialect
 
 
 def opened(store: ResponseStore | None = None, /, **fields: object) -> ResponsesDialect:
     dialect = stream(store, **fields)
-    dialect.opening(0)
+    dialect.write(ChoiceStarted(0))
     return dialect
 
 
@@ -73,8 +72,8 @@ def event(number: int, kind: bytes, fields: bytes) -> bytes:
     return b'event: %b\ndata: {"type":"%b","sequence_number":%d,%b}\n\n' % (kind, kind, number, fields)
 
 
-def said(*parts: Part, logprobs: tuple[TokenLogprobs, ...] = ()) -> Said:
-    return Said(parts, (7,), logprobs)
+def said(*parts: Part, logprobs: tuple[TokenLogprobs, ...] = ()) -> ChoiceDelta:
+    return ChoiceDelta(0, parts, (7,), logprobs)
 
 
 def token(text: bytes, logprob: float) -> TokenLogprobs:
@@ -87,29 +86,29 @@ def token(text: bytes, logprob: float) -> TokenLogprobs:
 def test_text() -> None:
     dialect = stream()
     begun = RESPONSE % (b"in_progress", b"null", b"null", b"", b"null")
-    assert dialect.opening(0) == (
+    assert dialect.write(ChoiceStarted(0)) == (
         event(0, b"response.created", b'"response":' + begun)
         + event(1, b"response.in_progress", b'"response":' + begun)
     )
     item = b'{"id":"msg_10","type":"message","status":"%b","role":"assistant","content":[%b]}'
     part = b'{"type":"output_text","text":"%b","annotations":[]}'
     where = b'"item_id":"msg_10","output_index":0,"content_index":0,'
-    assert dialect.more(0, said(Content("x"))) == (
+    assert dialect.write(said(Content("x"))) == (
         event(2, b"response.output_item.added", b'"output_index":0,"item":' + item % (b"in_progress", b""))
         + event(3, b"response.content_part.added", where + b'"part":' + part % b"")
         + event(4, b"response.output_text.delta", where + b'"delta":"x","logprobs":[]')
     )
     delta = event(5, b"response.output_text.delta", where + b'"delta":"\\n\xc3\xa9","logprobs":[]')
-    assert dialect.more(0, said(Content("\né"))) == delta
+    assert dialect.write(said(Content("\né"))) == delta
     whole = part % b"x\\n\xc3\xa9"
     done = item % (b"completed", whole)
-    assert dialect.more(0, Ended((), "stop", None, USAGE)) == (
+    assert dialect.write(ChoiceFinished(0, (), "stop", None, USAGE)) == (
         event(6, b"response.output_text.done", where + b'"text":"x\\n\xc3\xa9","logprobs":[]')
         + event(7, b"response.content_part.done", where + b'"part":' + whole)
         + event(8, b"response.output_item.done", b'"output_index":0,"item":' + done)
     )
     response = RESPONSE % (b"completed", NOW, b"null", done, USED)
-    assert dialect.end(USAGE) == event(9, b"response.completed", b'"response":' + response)
+    assert dialect.write(Completed(USAGE)) == event(9, b"response.completed", b'"response":' + response)
 
 
 def test_reasoning_and_then_text() -> None:
@@ -117,12 +116,12 @@ def test_reasoning_and_then_text() -> None:
     item = b'{"id":"rs_10","type":"reasoning","status":"%b","summary":[],"content":[%b]}'
     part = b'{"type":"reasoning_text","text":"%b"}'
     where = b'"item_id":"rs_10","output_index":0,"content_index":0,'
-    assert dialect.more(0, said(Reasoning("hm"))) == (
+    assert dialect.write(said(Reasoning("hm"))) == (
         event(2, b"response.output_item.added", b'"output_index":0,"item":' + item % (b"in_progress", b""))
         + event(3, b"response.content_part.added", where + b'"part":' + part % b"")
         + event(4, b"response.reasoning_text.delta", where + b'"delta":"hm"')
     )
-    assert dialect.more(0, said(Content("x"))).startswith(
+    assert dialect.write(said(Content("x"))).startswith(
         event(5, b"response.reasoning_text.done", where + b'"text":"hm"')
         + event(6, b"response.content_part.done", where + b'"part":' + part % b"hm")
         + event(7, b"response.output_item.done", b'"output_index":0,"item":' + item % (b"completed", part % b"hm"))
@@ -137,38 +136,38 @@ def test_a_call() -> None:
         % call_id("resp_1", 0, 0).encode()
     )
     where = b'"item_id":"fc_10","output_index":0,'
-    assert dialect.more(0, said(ToolCall(0, "f"), Arguments(0, '{"a"'))) == (
+    assert dialect.write(said(ToolCall(0, "f"), Arguments(0, '{"a"'))) == (
         event(2, b"response.output_item.added", b'"output_index":0,"item":' + item % (b"in_progress", b""))
         + event(3, b"response.function_call_arguments.delta", where + b'"delta":"{\\"a\\""')
     )
     done = item % (b"completed", b'{\\"a\\":1}')
-    assert dialect.more(0, Ended((Arguments(0, ":1}"),), "tool_calls", None, USAGE)) == (
+    assert dialect.write(ChoiceFinished(0, (Arguments(0, ":1}"),), "tool_calls", None, USAGE)) == (
         event(4, b"response.function_call_arguments.delta", where + b'"delta":":1}"')
         + event(5, b"response.function_call_arguments.done", where + b'"arguments":"{\\"a\\":1}"')
         + event(6, b"response.output_item.done", b'"output_index":0,"item":' + done)
     )
     response = RESPONSE % (b"completed", NOW, b"null", done, USED)
-    assert dialect.end(USAGE) == event(7, b"response.completed", b'"response":' + response)
+    assert dialect.write(Completed(USAGE)) == event(7, b"response.completed", b'"response":' + response)
 
 
 def test_what_the_length_cuts_off_is_incomplete() -> None:
     dialect = opened()
-    dialect.more(0, said(Content("x")))
-    last = dialect.more(0, Ended((), "length", None, USAGE))
+    dialect.write(said(Content("x")))
+    last = dialect.write(ChoiceFinished(0, (), "length", None, USAGE))
     item = (
         b'{"id":"msg_10","type":"message","status":"incomplete","role":"assistant","content":[{"type":"output_text",'
         b'"text":"x","annotations":[]}]}'
     )
     assert last.endswith(event(7, b"response.output_item.done", b'"output_index":0,"item":' + item))
     response = RESPONSE % (b"incomplete", b"null", b'{"reason":"max_output_tokens"}', item, USED)
-    assert dialect.end(USAGE) == event(8, b"response.incomplete", b'"response":' + response)
+    assert dialect.write(Completed(USAGE)) == event(8, b"response.incomplete", b'"response":' + response)
 
 
 @pytest.mark.parametrize(("cut_off", "reason"), [(True, "length"), (False, "stop")])
 def test_a_call_that_is_not_whole_is_an_incomplete_item(cut_off: bool, reason: Literal["length", "stop"]) -> None:
     dialect = opened()
-    dialect.more(0, said(ToolCall(0, "f"), Arguments(0, '{"a":"hal')))
-    data = dialect.more(0, Ended((BrokenCall(0, cut_off),), reason, None, USAGE)).decode()
+    dialect.write(said(ToolCall(0, "f"), Arguments(0, '{"a":"hal')))
+    data = dialect.write(ChoiceFinished(0, (BrokenCall(0, cut_off),), reason, None, USAGE)).decode()
     assert "response.function_call_arguments.done" not in data
     assert '"status":"incomplete","call_id"' in data
 
@@ -177,24 +176,24 @@ def test_logprobs_come_with_their_tokens_even_where_the_text_is_held_back() -> N
     dialect = opened(**LOGPROBS)
     where = b'"item_id":"msg_10","output_index":0,"content_index":0,'
     more = b'{"token":"!","logprob":-1.5,"bytes":[33],"top_logprobs":[]}'
-    assert dialect.more(0, said(Content("hi"), logprobs=(token(b"hi", -0.5),))).endswith(
+    assert dialect.write(said(Content("hi"), logprobs=(token(b"hi", -0.5),))).endswith(
         event(4, b"response.output_text.delta", where + b'"delta":"hi","logprobs":[' + HI + b"]")
     )
-    held = dialect.more(0, said(logprobs=(token(b"!", -1.5),)))
+    held = dialect.write(said(logprobs=(token(b"!", -1.5),)))
     assert held == event(5, b"response.output_text.delta", where + b'"delta":"","logprobs":[' + more + b"]")
-    done = dialect.more(0, Ended((Content("!"),), "stop", None, USAGE))
+    done = dialect.write(ChoiceFinished(0, (Content("!"),), "stop", None, USAGE))
     assert event(7, b"response.output_text.done", where + b'"text":"hi!","logprobs":[%b,%b]' % (HI, more)) in done
-    assert opened().more(0, said(Content("hi"), logprobs=(token(b"hi", -0.5),))).endswith(b'"logprobs":[]}\n\n')
+    assert opened().write(said(Content("hi"), logprobs=(token(b"hi", -0.5),))).endswith(b'"logprobs":[]}\n\n')
 
 
 def test_text_that_is_held_back_makes_no_event() -> None:
-    assert opened().more(0, said()) == b""
+    assert opened().write(said()) == b""
 
 
 def test_an_error_ends_a_stream_and_nothing_is_stored() -> None:
     store = ResponseStore()
     dialect = opened(store)
-    dialect.more(0, said(Content("x")))
+    dialect.write(said(Content("x")))
     body = ErrorBody(status=503, message='it\nbroke "badly"', code="runner_died")
     fields = b'"code":"runner_died","message":"it\\nbroke \\"badly\\"","param":null'
     assert dialect.error(body) == event(5, b"error", fields)
@@ -215,8 +214,8 @@ def test_a_stream_ends_with_what_a_whole_reply_is(
     parts: tuple[Content | Reasoning | ToolCall | Arguments, ...], choice: ReplyChoice
 ) -> None:
     dialect = opened()
-    dialect.more(0, Ended(parts, choice.reason, None, USAGE))
-    last = json.loads(dialect.end(USAGE).partition(b"data: ")[2])["response"]
+    dialect.write(ChoiceFinished(0, parts, choice.reason, None, USAGE))
+    last = json.loads(dialect.write(Completed(USAGE)).partition(b"data: ")[2])["response"]
     assert json.loads(stream().whole([choice], USAGE)) == last
     assert len(last["output"]) == max(1, len({type(part) for part in parts} - {Arguments}))
 

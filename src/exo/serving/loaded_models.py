@@ -1,0 +1,88 @@
+"""Models in memory: those loaded at the start, and unloading."""
+
+import logging
+from contextlib import aclosing
+from typing import final
+
+from exo.cards.catalogue import LiveCatalogue
+from exo.chat.template.renderer import TemplateError, TemplateWorker
+from exo.serving.errors import ServingError, unknown_model
+from exo.serving.pull_jobs import Pulls
+from exo.serving.routing import Routing
+from exo.worker.supervisor.instance import InstanceReport, settings_digest
+from exo.worker.supervisor.pool import RunnerPool
+from exo.worker.supervisor.runner_process import RunnerError
+
+log = logging.getLogger(__name__)
+
+
+@final
+class LoadedModels:
+    """Loads models ahead of their first request, and unloads them."""
+
+    def __init__(
+        self,
+        cards: LiveCatalogue,
+        routing: Routing,
+        pool: RunnerPool,
+        pulls: Pulls,
+        templates: TemplateWorker,
+        drain_seconds: float,
+    ) -> None:
+        """``drain_seconds`` is how long the requests of a model may continue once it is to be unloaded."""
+        self.start_failures: dict[str, str] = {}  # by the model as it was requested
+        self._cards = cards
+        self._routing = routing
+        self._pool = pool
+        self._pulls = pulls
+        self._templates = templates
+        self._drain_seconds = drain_seconds
+
+    async def load(self, model: str) -> None:
+        """Loads a model and compiles its chat template. A failure is logged and added to ``start_failures``."""
+        try:
+            requested = self._routing.resolve(model)
+            chosen = await self._routing.choose(requested)
+            async with aclosing(self._pulls.ensure(requested.card, chosen.runner)) as pull:
+                async for _ in pull:
+                    pass
+            process = self._pool.acquire(chosen, requested.card)
+            with self._pool.using(process):
+                capabilities = await process.ready()
+            if capabilities.chat_template is not None:
+                await self._templates.prepare(capabilities.chat_template)
+        except (ServingError, RunnerError, TemplateError) as error:
+            log.error("%s: %s", model, error)
+            self.start_failures[model] = str(error)
+        except Exception as error:
+            log.exception("%s could not be loaded", model)
+            self.start_failures[model] = f"internal error: {error!r}"
+
+    async def unload(self, name: str) -> tuple[str, bool]:
+        """Unloads a model when its requests have ended or their time is over.
+
+        Returns its id and whether it was loaded or loading. A loaded model whose card is gone keeps the card's names.
+        Raises ``ServingError``.
+        """
+        card = self._cards.known.get(name)
+        model_id = self._started_as(name) if card is None else card.model_id
+        unloaded = await self._pool.unload(model_id, self._drain_seconds)
+        if card is None and not unloaded:
+            raise self._unknown(name)
+        return model_id, unloaded > 0
+
+    def _started_as(self, name: str) -> str:
+        """The id of the only running model whose card had this name when it was started. Raises ``ServingError``."""
+        cards = [each.card for each in self._pool.reports()]
+        found = {card.model_id for card in cards if name in (card.model_id, *card.aliases)}
+        if len(found) != 1:
+            raise self._unknown(name)
+        return found.pop()
+
+    def _unknown(self, name: str) -> ServingError:
+        return unknown_model(name, self._cards.known.suggest(name))
+
+    def is_outdated(self, report: InstanceReport) -> bool:
+        """Whether the model card has changed or gone since the instance was started."""
+        card = self._cards.known.get(report.now.model_id)
+        return card is None or settings_digest(card, report.now.runner) != report.settings

@@ -1,0 +1,107 @@
+"""From the model that a request names to its model card and a runner."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from exo.cards.card import ModelCard
+from exo.cards.catalogue import LiveCatalogue
+from exo.serving.admission import Queues
+from exo.serving.errors import RequestError, from_refusal, unknown_model
+from exo.serving.host_prober import HostProber
+from exo.worker.host import Host
+from exo.worker.protocol.runners import Need, Prefer
+from exo.worker.router import Refusal, Route, Wish, parse_model, route
+from exo.worker.supervisor.pool import RunnerPool
+from exo.worker.supervisor.speed_store import SpeedStore
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedModel:
+    """The model card of a request, and the runner if the request names one."""
+
+    card: ModelCard
+    runner: str | None
+
+
+@final
+class Routing:
+    """Resolves model names, and chooses runners with what is known of the host, the runners and their speed."""
+
+    def __init__(
+        self,
+        cards: LiveCatalogue,
+        prober: HostProber,
+        pool: RunnerPool,
+        queues: Queues,
+        speeds: SpeedStore,
+        prefer: Prefer | None,
+    ) -> None:
+        """``prefer`` applies to model cards that do not state a preference."""
+        self._cards = cards
+        self._prober = prober
+        self._pool = pool
+        self._queues = queues
+        self._speeds = speeds
+        self._prefer: Prefer | None = prefer
+
+    def parse(self, model: str, tag: str = "") -> Wish:
+        """Splits "name@runner". ``tag`` is removed from the end of a name that no model card has."""
+        if tag and ("@" in model or self._cards.known.get(model) is None):
+            model = model.removesuffix(tag)
+        return parse_model(model)
+
+    def resolve(self, model: str, tag: str = "") -> RequestedModel:
+        """Finds the model card of a model id or alias with an optional "@runner"; ``tag`` as in ``parse``.
+
+        An empty ``model`` means the only loaded model, or else the only known one. Raises ``ServingError``.
+        """
+        wish = self.parse(model or self._only_model(), tag)
+        return RequestedModel(self.card(wish.name), wish.runner)
+
+    def card(self, name: str) -> ModelCard:
+        """Finds the model card of a model id or alias. Raises ``ServingError``."""
+        catalogue = self._cards.known
+        card = catalogue.get(name)
+        if card is None:
+            raise unknown_model(name, catalogue.suggest(name))
+        return card
+
+    def _only_model(self) -> str:
+        loaded = sorted({each.model_id for each in self._pool.live()})
+        found = loaded or list(self._cards.known.cards)
+        if len(found) == 1:
+            return found[0]
+        message = f"model: this field is required; loaded are {', '.join(loaded) or 'none'}"
+        raise RequestError(message[:1000], code="missing_parameter", param="model")
+
+    async def choose(self, model: RequestedModel, needs: Mapping[Need, str] | None = None, arriving: int = 0) -> Route:
+        """The route of a request. Waits until the host has been probed. Raises ``ServingError``.
+
+        ``needs`` is passed to ``router.route``; None means what the model card is for. ``arriving`` is the number of
+        the request's sequences if it has no place in the queue yet.
+        """
+        decision = self._decide(model, self._prober.host or await self._prober.first(), needs, arriving)
+        if isinstance(decision, Refusal) and decision.code == "runner_unavailable":
+            decision = self._decide(model, await self._prober.again(), needs, arriving)
+        if isinstance(decision, Refusal):
+            raise from_refusal(decision, runner_requested=model.runner is not None)
+        return decision
+
+    def _decide(
+        self, model: RequestedModel, host: Host, needs: Mapping[Need, str] | None, arriving: int
+    ) -> Route | Refusal:
+        card = model.card
+        load = self._load(card, arriving)
+        preference = self._speeds.preference(card, card.prefer or self._prefer, load, time.time())
+        live, failing = self._pool.live_for(card), self._pool.avoided(card)
+        return route(model.runner, card, host, live, card.needs if needs is None else needs, failing, preference)
+
+    def sent(self, card: ModelCard, route: Route) -> None:
+        """Notes that a request has taken this route; later decisions depend on it."""
+        self._speeds.sent(card.model_id, route.runner, self._load(card), route.basis)
+
+    def _load(self, card: ModelCard, arriving: int = 0) -> int:
+        """The sequences of a model that are running, waiting or arriving."""
+        return max(1, self._queues.held(card.model_id) + arriving)
