@@ -298,6 +298,18 @@ def test_a_stop_string_ends_the_text_before_it_wherever_tokens_end(program: Prog
         assert free.tokens[: len(stopped.tokens)] == stopped.tokens
 
 
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("x", ""), ("", "y"), ("x", "y")])
+def test_a_stop_string_may_name_control_tokens(program: Program, before: str, after: str) -> None:
+    assert program.capabilities is not None
+    control = program.capabilities.special_tokens[0]
+    grammar = Grammar(syntax="lark", source=f'start: "ax" {control} "yb"')
+    stop = (before + control + after, "never" + control, control + "never")
+    whole = goes_on_from_everywhere(program, constrained(grammar, stop=stop))
+    assert (whole.text, whole.finished.reason, whole.finished.stop) == ("ax".removesuffix(before), "stop", stop[0])
+    missed = goes_on_from_everywhere(program, constrained(grammar, stop=stop[1:]))
+    assert (missed.text, missed.finished.stop) == ("axyb", None)
+
+
 def test_text_held_back_for_a_stop_string_that_never_comes_is_not_lost(program: Program) -> None:
     free = one(program, ask(next(name), max_tokens=8))
     held = one(program, ask(next(name), max_tokens=8, stop=[free.text[-2:] + "never", free.text[3:5] + "\x00"]))

@@ -280,6 +280,17 @@ def test_text_offsets_count_the_characters_that_are_shown(
             assert text[begin:end] == ("" if is_hidden else parts) or (not parts and end - begin == 1)
 
 
+@pytest.mark.parametrize("name", ["<|im_start|>", "<|im_end|>"])
+def test_a_stop_string_may_be_a_control_token(
+    client: openai.OpenAI, server: ServeProgram, model: str, name: str
+) -> None:
+    (control,) = server.client.post("/tokenize", json={"model": model, "content": name}).json()["tokens"]
+    reply = chat(client, model=model, messages=HI, max_tokens=9, stop=[name], logit_bias={str(control): 100})
+    assert (reply.choices[0].finish_reason, reply.choices[0].message.content) == ("stop", "")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 1
+
+
 def test_echo_of_token_ids(client: openai.OpenAI, server: ServeProgram, model: str) -> None:
     tokens = server.client.post("/tokenize", json={"model": model, "content": "once upon"}).json()["tokens"]
     reply = client.completions.create(model=model, prompt=tokens, echo=True, max_tokens=2)

@@ -545,12 +545,9 @@ class FakeRunner:
         sequence.state = hash_tokens([token], sequence.state)
         sequence.output += 1
         self.tokens += 1
-        text = ""
-        if token != EOS:
-            bytes_of = Vocabulary().piece_of if request.show_special else Vocabulary().bytes_of
-            text = sequence.text.push(bytes_of(token))
-            if sequence.constraint is not None:
-                sequence.constraint.accept(token)
+        text = sequence.text.take(token, Vocabulary(), show_special=request.show_special)
+        if token != EOS and sequence.constraint is not None:
+            sequence.constraint.accept(token)
         return Delta(id=request.id, tokens=(token,), text=text, logprobs=logprobs)
 
     def reason(self, sequence: FakeSequence, token: int) -> FinishReason | None:

@@ -2,10 +2,32 @@
 
 import codecs
 from collections.abc import Sequence
+from typing import Protocol
+
+_FIRST_MARK = 0xDC00
+"""The first of the lone surrogates, which no decoded text contains."""
+
+
+class Vocabulary(Protocol):
+    """What a runner's tokenizer knows of its tokens."""
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to the text; nothing for control tokens."""
+        ...
+
+    def piece_of(self, token: int) -> bytes:
+        """What a token adds to the text, or the text of a control token."""
+        ...
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a token ends generation."""
+        ...
 
 
 class TextStream:
-    """Turns the bytes of one sequence's tokens into text, ending at the first stop string.
+    """Turns the tokens of one sequence into text, ending at the first stop string.
+
+    A stop string may name control tokens, which are not part of the text: one that is generated matches its name.
 
     Invariants: the pieces returned are always whole characters; no piece ever contains any part of a stop string that
     turns out to match; and the pieces depend only on the bytes pushed so far, not on how they were split, once
@@ -14,21 +36,44 @@ class TextStream:
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stop = tuple(stop)
+        self._stop = {each: each for each in stop}
+        """Stop strings by what is looked for: themselves, or with a mark for each control token they name."""
+        self._marks: dict[str, str] = {}
+        """Of the control tokens that a stop string names, by name; found when the first one is generated."""
         self._beginnings = frozenset("".join(each[:-1] for each in self._stop))
         """Characters in which the beginning of a stop string may end."""
         self._held = ""
         self.stopped_by: str | None = None
 
+    def take(self, token: int, vocabulary: Vocabulary, *, show_special: bool = False) -> str:
+        """The text that a token releases. Control tokens are shown if ``show_special``, except at the end of a turn."""
+        shown = vocabulary.piece_of if show_special else vocabulary.bytes_of
+        if data := b"" if vocabulary.is_eog(token) else shown(token):
+            return self.push(data)
+        return self._push_control(vocabulary.piece_of(token).decode(errors="replace")) if self._stop else ""
+
     def push(self, data: bytes) -> str:
         """The text that ``data`` releases; empty once a stop string has matched."""
         return self._release(self._decoder.decode(data))
+
+    def _push_control(self, name: str) -> str:
+        if name not in self._marks:
+            naming = {pattern: stop for pattern, stop in self._stop.items() if name and name in pattern}
+            if not naming:
+                return ""
+            mark = self._marks[name] = chr(_FIRST_MARK + len(self._marks))
+            self._stop |= {pattern.replace(name, mark): stop for pattern, stop in naming.items()}
+            self._beginnings = frozenset("".join(each[:-1] for each in self._stop))
+        return self._release(self._marks[name])
 
     def finish(self) -> str:
         """The text still held back when generation ends; an incomplete character becomes U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
-        return text + held
+        return text + self._without_marks(held)
+
+    def _without_marks(self, text: str) -> str:
+        return text.translate({ord(mark): None for mark in self._marks.values()}) if self._marks else text
 
     def _release(self, text: str) -> str:
         if self.stopped_by is not None or not (self._stop and text):
@@ -37,14 +82,14 @@ class TextStream:
         if match := self._first_match(text):
             start, self.stopped_by = match
             self._held = ""
-            return text[:start]
+            return self._without_marks(text[:start])
         keep = self._possible_prefix(text)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return self._without_marks(text[: len(text) - keep])
 
     def _first_match(self, text: str) -> tuple[int, str] | None:
         """The match that ends first, as it would if the text came a character at a time; of those the longest."""
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(each), at, stop) for each, stop in self._stop.items() if (at := text.find(each)) >= 0]
         if not found:
             return None
         _, start, stop = min(found)

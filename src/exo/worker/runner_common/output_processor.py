@@ -32,9 +32,9 @@ from exo.worker.protocol.messages import (
     Usage,
 )
 from exo.worker.protocol.wire import encode, exit_now
-from exo.worker.runner_common.detokenizer import TextStream
+from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 from exo.worker.runner_common.load_effort import effort
-from exo.worker.runner_common.request_checks import Resumed, Vocabulary
+from exo.worker.runner_common.request_checks import Resumed
 
 HEARTBEAT_SECONDS = 1.0
 LEAST_LOGPROB = -9999.0
@@ -79,7 +79,6 @@ class Sampled:
     id: str
     token: int
     reason: FinishReason | None
-    is_eog: bool
     scores: Scores | None = None
 
 
@@ -280,10 +279,7 @@ class Emitter:
         return messages + ends
 
     def _delta(self, sampled: Sampled, output: Output) -> Delta:
-        text = ""
-        if not sampled.is_eog:
-            bytes_of = self.vocabulary.piece_of if output.show_special else self.vocabulary.bytes_of
-            text = output.text.push(bytes_of(sampled.token))
+        text = output.text.take(sampled.token, self.vocabulary, show_special=output.show_special)
         logprobs = () if sampled.scores is None else (self._logprobs(sampled.token, sampled.scores),)
         return Delta(id=sampled.id, tokens=(sampled.token,), text=text, logprobs=logprobs)
 

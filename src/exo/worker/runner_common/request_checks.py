@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from exo.worker.protocol.messages import (
     MAX_PROMPT_LOGPROBS,
@@ -18,26 +17,10 @@ from exo.worker.protocol.messages import (
     Tokenize,
     Tokenized,
 )
-from exo.worker.runner_common.detokenizer import TextStream
+from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 
 ARRIVED = 16
 """Requests that a runner reads ahead of the one that it tokenizes. What comes then stays in the pipe."""
-
-
-class Vocabulary(Protocol):
-    """What a runner's tokenizer knows of its tokens."""
-
-    def bytes_of(self, token: int) -> bytes:
-        """What a token adds to the text; nothing for control tokens."""
-        ...
-
-    def piece_of(self, token: int) -> bytes:
-        """What a token adds to the text, or the text of a control token."""
-        ...
-
-    def is_eog(self, token: int) -> bool:
-        """Whether a token ends generation."""
-        ...
 
 
 def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: int) -> Failed | None:
@@ -152,14 +135,12 @@ def resume(request: Generate, n_prompt: int, n_limit: int, output: Vocabulary) -
 
     A request for no tokens at all has something left: its prompt is to be computed.
     """
-    bytes_of = output.piece_of if request.show_special else output.bytes_of
     text = TextStream(request.stop)
     ended: FinishReason | None = None
     for token in request.delivered:
+        text.take(token, output, show_special=request.show_special)
         if output.is_eog(token):
             ended = "stop"
-        else:
-            text.push(bytes_of(token))
     if text.stopped_by is not None:
         ended = "stop"
     elif ended is None and request.delivered and n_prompt + len(request.delivered) >= n_limit:

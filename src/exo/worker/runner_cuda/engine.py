@@ -265,7 +265,7 @@ class Engine:
             self._scheduler.remove(sequence.id)
         elif sequence.constraint is not None and not sequence.constraint.spared:
             sequence.constraint.prepare()
-        return Sampled(sequence.id, token, reason, is_eog, scores)
+        return Sampled(sequence.id, token, reason, scores)
 
 
 def _choose(sequence: Sequence, row: Row) -> Reading[int | None]:

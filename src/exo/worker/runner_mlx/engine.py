@@ -267,7 +267,7 @@ class Engine:
             self._scheduler.remove(sequence.id)
         elif sequence.constraint is not None:
             sequence.constraint.prepare()
-        return Sampled(sequence.id, token, reason, is_eog, scores)
+        return Sampled(sequence.id, token, reason, scores)
 
     def _advance(self, sequence: Sequence, token: int) -> bool:
         """Tells the grammar of a token; whether the output is complete with it. Raises GrammarError."""

@@ -146,7 +146,7 @@ class Engine:
             self._remove(sequence.id)
         elif sequence.choice.constraint is not None:
             sequence.choice.constraint.prepare()
-        done.sampled.append(Sampled(sequence.id, token, reason, is_eog, output.scores))
+        done.sampled.append(Sampled(sequence.id, token, reason, output.scores))
 
     def _advance(self, sequence: Sequence, token: int) -> bool:
         """Tells the grammar of a token; whether the output is complete with it. Raises GrammarError."""

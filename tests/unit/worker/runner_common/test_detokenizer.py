@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo.worker.runner_common.detokenizer import TextStream
+from tests.support.bytes_vocabulary import CONTROL, END, BytesVocabulary
 
 ALPHABET = st.text(alphabet="abé😀 <|>", max_size=40)
 
@@ -67,3 +68,14 @@ def test_the_stop_string_that_is_complete_first_wins() -> None:
     stream = TextStream(["bcde", "cd"])
     assert stream.push(b"abcde") == "ab"
     assert stream.stopped_by == "cd"
+
+
+def test_control_tokens_match_by_name_and_are_not_shown() -> None:
+    vocabulary = BytesVocabulary()
+    stream = TextStream(["a<c><end>b", "never<c>"])
+    assert [stream.take(token, vocabulary) for token in (*b"xa", CONTROL, *b"y")] == ["x", "", "", "ay"]
+    assert [stream.take(token, vocabulary) for token in (*b"a", CONTROL, END, *b"b")] == ["", "", "", ""]
+    assert (stream.finish(), stream.stopped_by) == ("", "a<c><end>b")
+    held = TextStream(["a<c>b"])
+    assert [held.take(token, vocabulary) for token in (*b"a", CONTROL)] == ["", ""]
+    assert (held.finish(), held.stopped_by) == ("a", None)

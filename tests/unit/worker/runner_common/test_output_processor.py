@@ -56,7 +56,7 @@ def step(*sampled: Sampled, ended: Iterable[tuple[str, FinishReason]] = ()) -> S
 
 
 def token(name: str, number: int, reason: FinishReason | None = None, scores: Scores | None = None) -> Sampled:
-    return Sampled(name, number, reason, number == END, scores)
+    return Sampled(name, number, reason, scores)
 
 
 def said(name: str, text: str) -> list[StepDone]:
