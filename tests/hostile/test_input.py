@@ -23,6 +23,7 @@ from pydantic import JsonValue
 
 from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_cuda.loading.gguf_check import check_file
+from tests.support.edited_gguf import Edit, rewrite
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.encoder import Encoder
@@ -56,6 +57,9 @@ def write_models(home: Path) -> None:
     (home / "offset.gguf").write_bytes(whole[:at] + struct.pack("<Q", 1 << 40) + whole[at + 8 :])
     for name in ("keys", "cut", "offset"):
         write_card(home, name, {"cuda": {**TABLE, "path": str(home / f"{name}.gguf")}})
+    write_gguf(home / "sound.gguf", Shape("qwen3"))
+    rewrite(home / "sound.gguf", home / "assertion.gguf", Edit(keys={"qwen3.rope.dimension_count": 8}))
+    write_card(home, "assertion", {"cuda": {**TABLE, "path": str(home / "assertion.gguf")}})
     for name, source in CHATS.items():
         write_card(home, name, {"cuda": {**TABLE, "path": str(home / "good.gguf"), "chat_template": source}})
     for name in ("auto-map", "pickle", "overlap", "short-header"):
@@ -374,6 +378,15 @@ def test_rows_21_and_22_a_model_that_lies_is_not_loaded(server: ServeProgram, mo
 def test_a_folder_that_names_code_of_its_own_is_served_without_it(program: ServeProgram) -> None:
     assert program.complete("auto-map", max_tokens=1).status_code == 200
     assert not (program.log.parent / "canary").exists()
+
+
+def test_an_assertion_that_no_check_foresees_is_quoted_and_the_load_is_not_repeated(program: ServeProgram) -> None:
+    reply = program.complete("assertion")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_load_failed")
+    assert "GGML_ASSERT(n_embd_head == n_rot) failed" in reply.json()["error"]["message"]
+    assert "#1" not in reply.json()["error"]["message"]
+    logs = [path.read_text(errors="replace") for path in program.log.parent.rglob("*.log")]
+    assert sum(text.count("GGML_ASSERT(n_embd_head == n_rot) failed") for text in logs) == 1
 
 
 @pytest.mark.parametrize("model", FLIPPED)

@@ -31,6 +31,16 @@ def test_an_assertion_is_told_in_front_of_a_debuggers_backtrace(tmp_path: Path) 
     assert "loading" in failed.message
 
 
+def test_an_engine_that_crashes_while_it_loads_would_do_so_again() -> None:
+    failed = diagnose("was killed by SIGABRT", f"loading\n{ASSERTION}\n{GDB}", loading=True)
+    assert failed.code == "model_load_failed"
+    assert "GGML_ASSERT(id_to_token.size() == token_to_id.size()) failed (llama-vocab.cpp:3012)" in failed.message
+    assert "LWP" not in failed.message
+    assert diagnose("was killed by SIGFPE", "", loading=True).code == "model_load_failed"
+    assert diagnose("was killed by SIGSEGV", "CUDA error: 700", loading=True).code == "runner_died"
+    assert diagnose("was killed by SIGKILL", "", loading=True).code == "runner_died"
+
+
 def test_ordinary_last_words_stay_as_they_are() -> None:
     failed = diagnose("exited with code 7", "ValueError: it failed\n#hashtag")
     assert (

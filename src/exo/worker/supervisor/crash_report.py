@@ -41,6 +41,7 @@ _DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access 
 
 _ASSERTION = re.compile(r"^(?:\S*/)?([^/\s]+:\d+): (.*(?:GGML_ASSERT|Assertion|GGML_ABORT).*)$", re.MULTILINE)
 """A failed assertion of ggml's or llama.cpp's, after its place in the source."""
+_CRASHES = tuple(f"was killed by {signal}" for signal in ("SIGABRT", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGILL"))
 _BACKTRACE = re.compile(
     r"#\d+ |\[New LWP|\[Thread debugging|Using host libthread_db|\[Inferior |This GDB |Enable debuginfod|"
     r"Debuginfod has been|To make this setting|warning: \d+\t|\d+\tin |WARNING: Using native backtrace|"
@@ -116,10 +117,11 @@ def _without_backtrace(lines: Iterable[str]) -> list[str]:
     return [line for line in lines if not _BACKTRACE.match(line)]
 
 
-def diagnose(how: str, stderr: str) -> Failed:
+def diagnose(how: str, stderr: str, *, loading: bool = False) -> Failed:
     """The failure of a runner that did not report one itself.
 
     ``how`` is the predicate of "the runner", such as "exited with code 1". ``stderr`` is the end of its standard error.
+    An engine that crashes in its own code while it is ``loading`` a model would do so again.
     """
     low = stderr.lower()
 
@@ -139,7 +141,12 @@ def diagnose(how: str, stderr: str) -> Failed:
         cause = "; this machine ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
     elif how == "was killed by SIGKILL":
         cause = ", which the kernel does when memory runs out"
-    if not cause and (failed := _ASSERTION.search(stderr)) is not None:
+    elif (failed := _ASSERTION.search(stderr)) is not None:
         cause = f"; {failed[2]} ({failed[1]})"
+        if loading:
+            reason = "the engine gave up on the model, which is broken or of a kind that this version does not know"
+            return Failed(code="model_load_failed", message=reason + cause)
+    elif loading and how in _CRASHES:
+        code = "model_load_failed"
     last_lines = f"; the end of its standard error:\n{stderr}" if stderr else ""
     return Failed(code=code, message=f"the runner {how}{cause}{last_lines}")

@@ -430,7 +430,7 @@ class RunnerProcess:
             return _SHUT_DOWN
         if (known := self.refused or self._machine.failure) is not None:
             return known
-        failed = diagnose(how, stderr)
+        failed = diagnose(how, stderr, loading=self.capabilities is None)
         if self._stalled and failed.code == "runner_died":  # another process would most likely hang as well
             return failed.model_copy(update={"code": "model_load_failed"})
         return failed

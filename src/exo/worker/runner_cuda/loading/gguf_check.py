@@ -7,6 +7,7 @@ split model, is sound.
 """
 
 import json
+import math
 from pathlib import Path
 
 from exo.worker.runner_common.gguf import BOOL, STRING, UINT32, GgufHeader, open_gguf, split_parts
@@ -16,10 +17,13 @@ from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimit
 
 _LIMITS = SandboxLimits(seconds=60, address_space=2 << 30)
 """Most of the time is a slow disk's."""
-_MOST = {"block_count": 512, "embedding_length": 1 << 20, "feed_forward_length": 1 << 24, "expert_count": 512} | {
+_MOST_LAYERS = 512
+_MOST = {"embedding_length": 1 << 20, "feed_forward_length": 1 << 24, "expert_count": 512} | {
     f"attention.{name}": 1 << 16 for name in ("head_count", "head_count_kv", "key_length", "value_length")
 }
 """The largest values, by key without the architecture before it, with which llama.cpp does not abort its process."""
+_EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.group_norm_epsilon")
+_ROPE_SCALINGS = ("", "none", "linear", "yarn", "longrope")
 _TOKENS = "tokenizer.ggml.tokens"
 _SHOWN = 80
 
@@ -56,8 +60,47 @@ def check_file(path: Path) -> None:
             value, most = header.integer(key, 0), _MOST.get(key.partition(".")[2])
             if most is not None and value > most:
                 raise HeaderError(f"has {key} = {value}, expected at most {most}")
+    if "general.architecture" in header.fields:
+        _check_hyperparameters(header, header.architecture)
     if (tokens := header.fields.get(_TOKENS)) is not None and tokens.kind == STRING and tokens.count is not None:
         _check_tokens(header)
+
+
+def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
+    """What llama.cpp asserts of a model's numbers when it loads it."""
+
+    def number(key: str) -> int:
+        return header.integer(f"{arch}.{key}", 0)
+
+    layers = header.integer(f"{arch}.block_count", 1)
+    if not 1 <= layers <= _MOST_LAYERS:
+        raise HeaderError(f"has {arch}.block_count = {layers}, expected 1 to {_MOST_LAYERS}")
+    for key in _EPSILONS:
+        value = header.value(f"{arch}.{key}")
+        if value is not None and not (isinstance(value, float) and 0 < value < math.inf):
+            raise HeaderError(f"has {arch}.{key} = {value}, expected a positive number")
+    experts, groups, groups_used = (number(f"expert_{key}") for key in ("count", "group_count", "group_used_count"))
+    used = max(header.per_layer(f"{arch}.expert_used_count", layers, 0))
+    heads = header.per_layer(f"{arch}.attention.head_count", layers, 0)
+    kv_heads = header.per_layer(f"{arch}.attention.head_count_kv", layers, 0)
+    routes = not (arch.startswith("hunyuan") and experts <= 1)  # whose count of one stands for none
+    scaling, ahead = header.text(f"{arch}.rope.scaling.type"), number("nextn_predict_layers")
+    rules = (
+        (ahead <= layers, f"nextn_predict_layers = {ahead}, which is more than all {layers} layers"),
+        (used <= experts or not routes, f"expert_used_count = {used}, which is more than the {experts} experts"),
+        (used > 0 or experts == 0, f"{experts} experts, of which expert_used_count = 0 are used"),
+        (groups < max(1, experts) or not routes, f"expert_group_count = {groups} for {experts} experts"),
+        (groups < 2 or experts % groups == 0, f"{experts} experts, which {groups} groups do not divide"),
+        (groups < 2 or 0 < groups_used < groups, f"expert_group_used_count = {groups_used} of {groups} groups"),
+        (
+            all(kv == 0 or each % kv == 0 for each, kv in zip(heads, kv_heads, strict=True)),
+            "attention.head_count, which attention.head_count_kv does not divide",
+        ),
+        (scaling in _ROPE_SCALINGS, f"rope.scaling.type = {ascii(scaling)[:_SHOWN]}, which is unknown to llama.cpp"),
+    )
+    for holds, fault in rules:
+        if not holds:
+            raise HeaderError(f"has {fault} ({arch})")
 
 
 def _check_tokens(header: GgufHeader) -> None:

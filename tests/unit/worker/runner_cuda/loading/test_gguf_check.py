@@ -1,7 +1,8 @@
 """The check of a GGUF header: sound files pass, and everything else ends in a sentence."""
 
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from exo.worker.runner_common.gguf import TENSOR_TYPES
 from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_cuda.loading.gguf_check import check_file
-from tests.support.edited_gguf import Edit, rewrite
+from tests.support.edited_gguf import Edit, Value, rewrite
 from tests.support.tiny import Shape, write_gguf
 
 KEY_COUNT, TENSOR_COUNT = 16, 8
@@ -68,6 +69,7 @@ def with_key(data: bytes, key: bytes, kind: int, value: bytes) -> bytes:
 
 
 NORM = b"output_norm.weight"
+EPSILON = "llama.attention.layer_norm_rms_epsilon"
 LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _: b"", "at byte 0"),
     "magic": (lambda data: b"GGML" + data[4:], "begins with b'GGML'"),
@@ -92,7 +94,10 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a key twice": (lambda data: with_key(data, b"general.name", 0, b"x"), "the metadata key 'general.name' twice"),
     "a truth value of 7": (lambda data: with_key(data, b"x", 7, b"\7"), "neither 0 nor 1"),
     "a key that is no text": (lambda data: with_key(data, b"\xff", 0, b"x"), "not UTF-8"),
-    "half a billion layers": (after(b"llama.block_count", "<I", 4, 1 << 29), "expected at most 512"),
+    "half a billion layers": (
+        after(b"llama.block_count", "<I", 4, 1 << 29),
+        "block_count = 536870912, expected 1 to 512",
+    ),
     "no dimensions": (after(NORM, "<I", 0, 0), "0 dimensions"),
     "5 dimensions": (after(NORM, "<I", 0, 5), "5 dimensions"),
     "dimension 0": (after(NORM, "<Q", 4, 0), "with the dimensions [0]"),
@@ -133,6 +138,53 @@ def test_a_lie_is_named(sound: Path, tmp_path: Path, lie: str) -> None:
     with pytest.raises(HeaderError) as refusal:
         check_file(path)
     assert says in str(refusal.value)
+
+
+REFUSED: dict[str, tuple[Mapping[str, Value | None], str]] = {
+    "no layers": ({"llama.block_count": 0}, "block_count = 0, expected 1 to 512"),
+    "513 layers": ({"llama.block_count": 513}, "block_count = 513"),
+    "epsilon 0": ({EPSILON: 0.0}, f"{EPSILON} = 0.0, expected a positive number"),
+    "epsilon below 0": ({EPSILON: -1e-5}, "expected a positive number"),
+    "epsilon not a number": ({EPSILON: float("nan")}, f"{EPSILON} = nan"),
+    "more experts used": (
+        {"llama.expert_count": 2, "llama.expert_used_count": 3},
+        "expert_used_count = 3, which is more than the 2 experts",
+    ),
+    "experts used of none": ({"llama.expert_used_count": 2}, "more than the 0 experts"),
+    "no experts used": ({"llama.expert_count": 2}, "expert_used_count = 0"),
+    "as many groups as experts": (
+        {"llama.expert_count": 2, "llama.expert_used_count": 1, "llama.expert_group_count": 2},
+        "expert_group_count = 2 for 2 experts",
+    ),
+    "groups of unequal size": (
+        {"llama.expert_count": 5, "llama.expert_used_count": 1, "llama.expert_group_count": 2},
+        "which 2 groups do not divide",
+    ),
+    "no groups used": (
+        {"llama.expert_count": 4, "llama.expert_used_count": 1, "llama.expert_group_count": 2},
+        "expert_group_used_count = 0 of 2 groups",
+    ),
+    "more layers ahead": ({"llama.nextn_predict_layers": 3}, "more than all 2 layers"),
+    "rope scaling": ({"llama.rope.scaling.type": "dynamic"}, "rope.scaling.type = 'dynamic'"),
+    "heads": ({"llama.attention.head_count_kv": 3}, "attention.head_count_kv does not divide"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_asserts_of_a_model_s_numbers_is_found_before_it_does(
+    sound: Path, tmp_path: Path, case: str
+) -> None:
+    keys, words = REFUSED[case]
+    rewrite(sound, tmp_path / "edited.gguf", Edit(keys=keys))
+    with pytest.raises(HeaderError, match=re.escape(words)):
+        check_file(tmp_path / "edited.gguf")
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "yarn", "longrope"])
+def test_known_numbers_pass(sound: Path, tmp_path: Path, scaling: str) -> None:
+    keys = {"llama.rope.scaling.type": scaling, "llama.expert_count": 8, "llama.expert_used_count": 2}
+    rewrite(sound, tmp_path / "edited.gguf", Edit(keys={**keys, "llama.expert_group_count": 1}))
+    check_file(tmp_path / "edited.gguf")
 
 
 def test_a_token_that_is_there_twice_is_refused_before_llama_cpp_aborts(sound: Path, tmp_path: Path) -> None:
