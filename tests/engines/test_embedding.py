@@ -131,7 +131,7 @@ def test_a_pooling_that_nobody_knows_is_refused_with_those_that_there_are(tmp_pa
     assert "max_tokens; [mlx] pooling may be mean, cls or last" in load_failure("mlx", tmp_path / "tiny")
     write_gguf(tmp_path / "tiny.gguf", Shape())
     assert "[cuda] pooling" in load_failure("cuda", tmp_path / "tiny.gguf", pooling="max")
-    assert "has no head that ranks" in load_failure("cuda", tmp_path / "tiny.gguf", pooling="rank")
+    assert "has no ranking head" in load_failure("cuda", tmp_path / "tiny.gguf", pooling="rank")
 
 
 # --- encoders ---

@@ -409,7 +409,7 @@ def test_finding_out_whether_it_is_faster_leaves_no_trace(tmp_path: Path) -> Non
     drafting = options.model_copy(update={"speculate": 3})
     assert backend_sampling(done.context, chains, drafting, can_cut=True, on_gpus=True).sizes == ()
     asked = options.model_copy(update={"backend_sampling": "on"})
-    with pytest.raises(LoadError, match=r"backend_sampling: .* cannot take tokens back"):
+    with pytest.raises(LoadError, match=r"backend_sampling: .* cannot drop a sequence's last token"):
         backend_sampling(done.context, chains, asked, can_cut=False, on_gpus=False)
     done.free()
 

@@ -63,14 +63,14 @@ def test_all_gpus_are_used_or_those_of_the_card_in_its_order() -> None:
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ({"devices": ["CUDA0", "CUDA2"]}, "devices: there is no device 'CUDA2' .* there is CUDA0, CUDA1"),
-        ({"tensor_split": [1]}, "tensor_split: has 1 numbers, and must have one for each device; .*: CUDA0, CUDA1"),
+        ({"devices": ["CUDA0", "CUDA2"]}, "devices: LlamaCppCuda has no device 'CUDA2' here; it has CUDA0, CUDA1"),
+        ({"tensor_split": [1]}, "tensor_split: has 1 numbers, but must have one for each device .*: CUDA0, CUDA1"),
         ({"tensor_split": [1, 2, 3]}, "tensor_split: has 3 numbers"),
         ({"tensor_split": [1, 2], "devices": ["CUDA1"]}, "tensor_split: has 2 numbers, .*: CUDA1"),
         ({"tensor_split": [1, 2], "devices": ["CPU"]}, "tensor_split: has 2 numbers, .*: none"),
         ({"split_mode": "row"}, 'split_mode: .* cannot split rows over CUDA0, CUDA1; "tensor"'),
         ({"split_mode": "tensor", "devices": ["CPU"]}, 'split_mode: "tensor" needs a GPU'),
-        ({"split_mode": "none", "main_gpu": 2}, "main_gpu: is 2, and counts from 0 .*: CUDA0, CUDA1"),
+        ({"split_mode": "none", "main_gpu": 2}, "main_gpu: is 2, but must be an index from 0 .*: CUDA0, CUDA1"),
         ({"split_mode": "none", "main_gpu": 1, "devices": ["CUDA1"]}, "main_gpu: is 1, .*: CUDA1"),
     ],
 )
@@ -91,13 +91,13 @@ def test_rows_are_split_where_the_build_can() -> None:
     [
         ({"devices": []}, "at least 1"),
         ({"devices": ["CUDA0", "CUDA0"]}, "each device once"),
-        ({"devices": ["CPU", "CUDA0"]}, "has to be alone"),
+        ({"devices": ["CPU", "CUDA0"]}, "must be the only name"),
         ({"tensor_split": [0, 0]}, "a number above 0"),
         ({"tensor_split": [1, -1]}, "greater than or equal to 0"),
         ({"tensor_split": [1, 1], "split_mode": "none"}, 'split_mode "none" uses one'),
-        ({"main_gpu": 1}, 'only where split_mode is "none"'),
+        ({"main_gpu": 1}, 'only if split_mode is "none"'),
         ({"split_mode": "tensor", "flash_attn": "off"}, "needs flash_attn"),
-        ({"split_mode": "tensor", "cache_type_k": "q8_0"}, "needs cache types of f32, f16, bf16, not q8_0 and f16"),
+        ({"split_mode": "tensor", "cache_type_k": "q8_0"}, "needs cache types among f32, f16, bf16, not q8_0 and f16"),
         ({"split_mode": "sideways"}, "'none', 'layer', 'row' or 'tensor'"),
     ],
 )
@@ -293,10 +293,10 @@ def load(path: Path, **table: JsonValue) -> Load:
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ({"devices": ["CUDA0"]}, "devices: there is no device 'CUDA0' for LlamaCppCpu here; there is CPU"),
+        ({"devices": ["CUDA0"]}, "devices: LlamaCppCpu has no device 'CUDA0' here; it has CPU"),
         ({"split_mode": "tensor"}, 'split_mode: "tensor" needs a GPU'),
         ({"tensor_split": [1, 1]}, "tensor_split: has 2 numbers"),
-        ({"main_gpu": 1}, 'main_gpu chooses a device only where split_mode is "none"'),
+        ({"main_gpu": 1}, 'main_gpu chooses a device only if split_mode is "none"'),
     ],
 )
 def test_a_device_that_is_not_there_is_refused_by_the_runner(

@@ -1,7 +1,7 @@
-"""The ctypes edge: the only file that touches llama.cpp's handles. One thread may use a ``Context``; see ``engine``.
+"""The ctypes edge: this file and ``device_chains`` own llama.cpp's handles. Only one thread may use a ``Context``.
 
-Field names and constants are those of llama-cpp-python 0.3.36; every struct starts from its ``default_params``, since
-their layouts change nearly every release.
+Field names and constants are those of llama-cpp-python 0.3.36. Every struct starts from its ``default_params``, because
+the layouts change in nearly every release.
 """
 
 import ctypes
@@ -34,15 +34,15 @@ POOLING: dict[Pooling, int] = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
 
 
 class EngineError(Exception):
-    """llama.cpp failed in a way after which it cannot be trusted; the process ends."""
+    """llama.cpp failed and can no longer be trusted, so the process must end."""
 
 
 class Log:
-    """Receives llama.cpp's log: warnings and errors go to standard error, the last errors are kept for a diagnosis."""
+    """Receives llama.cpp's log. Warnings and errors go to standard error; the last errors are kept for diagnosis."""
 
     WARNING, ERROR = 3, 4
+    # llama.cpp keeps the function's address until the process ends, so the function must never be collected.
     _callbacks: ClassVar[list[object]] = []
-    """llama.cpp keeps the function's address until the process ends, so the function may never be collected."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -70,14 +70,14 @@ class Model:
         on_progress: Callable[[float], None],
         log: Log,
     ) -> None:
-        """Raises LoadError with llama.cpp's own last error lines. ``on_progress`` gets the share done, 0 to 1.
+        """Loads onto ``devices``, or into RAM if there are none. ``on_progress`` gets the share done, 0 to 1.
 
-        Without ``devices`` everything is the processors'.
+        Raises LoadError with llama.cpp's own last error lines.
         """
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers if devices else 0
         params.split_mode = SPLIT_MODES[options.split_mode if devices else "none"]
-        if not devices:  # a file's pages cannot be huge ones
+        if not devices:  # memory-mapped files cannot use huge pages
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
 
         def progress(done: float, _: object) -> bool:
@@ -105,46 +105,48 @@ class Model:
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
         self.size_bytes = llama_cpp.llama_model_size(handle)
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
-        """Whether a sequence's last tokens can be taken from the cache."""
+        """Whether a sequence's last tokens can be removed from the cache."""
         self.keeps_window = not self.can_cut or llama_cpp.llama_model_n_swa(handle) > 0
-        """Whether a saved state has, in some layers, only what the next token needs."""
+        """Whether a saved state has, in some layers, only the cells that the next token sees."""
 
     def chat_template(self) -> str | None:
-        """The file's own template, or None."""
+        """The chat template in the file, or None."""
         source = llama_cpp.llama_model_chat_template(self.handle, None)
         return source.decode(errors="replace") if source else None
 
     def metadata(self, key: str) -> str | None:
-        """A value of the file's header as text, or None; "{arch}" in the key stands for the architecture's name."""
+        """A value of the file's metadata as text, or None. "{arch}" in the key stands for the architecture's name."""
         if "{arch}" in key:
             key = key.replace("{arch}", self.metadata("general.architecture") or "")
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            # The bindings say bytes, which cannot be written into.
+            # The bindings declare bytes, which cannot be written to.
             length = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)  # pyright: ignore[reportArgumentType]
             if length < size:
                 return None if length < 0 else buffer.value.decode(errors="replace")
             size = length + 1
 
     def free(self) -> None:
-        """Call after every context over this model is freed."""
+        """Frees the model. Call it after every context over this model is freed."""
         llama_cpp.llama_model_free(self.handle)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The most rows of one step, of one computation graph (llama.cpp's micro-batch), and that give logits."""
+    """Limits on the number of batch rows."""
 
     step: int
     graph: int
+    """The most rows of one computation graph (llama.cpp's micro-batch)."""
     outputs: int
+    """The most rows of a step that give logits."""
     reduced: int = 1
-    """Of those that give logits, in one sequence whose logits ``chains`` reduce."""
+    """The most rows of one sequence that give logits, if a sampler chain reduces them."""
 
 
 class Batch:
-    """One preallocated llama_batch whose arrays are written through numpy; each row belongs to exactly one sequence."""
+    """A preallocated llama_batch whose arrays are written through numpy. Each row belongs to exactly one sequence."""
 
     def __init__(self, size: int) -> None:
         self.tokens = np.zeros(size, np.int32)
@@ -169,8 +171,8 @@ class Batch:
 class Context:
     """The KV cache and compute buffers for ``slots`` sequences of ``n_ctx`` tokens each.
 
-    The cache is split (``kv_unified`` off): a sequence's logits then do not depend on its slot or its neighbours, which
-    a unified cache does not give (8.5 apart on a Q4_K_M model).
+    The cache is split (``kv_unified`` off), so that a sequence's logits do not depend on its slot or its neighbours.
+    With a unified cache, logits of a Q4_K_M model were up to 8.5 apart.
     """
 
     def __init__(self, model: Model, options: CudaOptions, n_ctx: int, rows: Rows, log: Log) -> None:
@@ -192,12 +194,12 @@ class Context:
         self.n_vocab = model.n_vocab
         self._memory = llama_cpp.llama_get_memory(handle)
         self.generates = self._memory is not None and llama_cpp.llama_get_causal_attn(handle)
-        """False for an encoder, in which every token sees all others: it can only be asked for vectors of whole texts.
-        llama.cpp tells so of a context and not of a model."""
+        """False for an encoder, which computes only vectors of whole texts. llama.cpp reports this of a context, not of
+        a model."""
         self.keeps_window = model.keeps_window
 
     def decode(self, n_rows: int) -> None:
-        """Computes the batch's first ``n_rows``, to the end. Raises EngineError; the context is then unusable."""
+        """Computes the batch's first ``n_rows`` and waits for the end. Raises EngineError: the context is unusable."""
         self.batch.struct.n_tokens = n_rows
         code = llama_cpp.llama_decode(self.handle, self.batch.struct)
         if code != 0:
@@ -205,31 +207,31 @@ class Context:
         llama_cpp.llama_synchronize(self.handle)
 
     def logits(self, n_outputs: int) -> Logits:
-        """A view, shape (n_outputs, n_vocab), of the rows asked for, in batch order; valid until the next decode."""
+        """Returns a view (n_outputs, n_vocab) of the output rows in batch order; valid until the next decode."""
         address = llama_cpp.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(address, shape=(n_outputs, self.n_vocab))
 
     def use_threads(self, one_row: int, more: int) -> None:
-        """Sets the threads of the CPU part, for steps of one row and for steps of more."""
+        """Sets the number of CPU threads for steps of one row and for steps of more."""
         llama_cpp.llama_set_n_threads(self.handle, one_row, more)
 
     def trim(self, slot: int, length: int) -> bool:
-        """Keeps the first ``length`` cells of a slot; false where this model's cache cannot be cut there."""
+        """Keeps the first ``length`` cells of a slot. Returns false if this model's cache cannot be cut there."""
         return self._memory is not None and llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
 
     def copy(self, source: int, target: int) -> None:
-        """Makes a slot's cells those of another, all of them, since a split cache knows no less.
+        """Copies all cells of one slot to another. A split cache cannot copy fewer.
 
-        llama.cpp does so with the next decode, before it computes anything: what overwrites the source's cells until
-        then by other means than a decode is copied in their stead.
+        llama.cpp copies with the next decode, before it computes. If the source's cells are overwritten before that by
+        other means than a decode, the new content is copied.
         """
         assert self._memory is not None
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def wipe(self, slot: int, sound: int | None) -> None:
-        """Empties a slot and overwrites its cells with those of the slot ``sound``, when ``copy`` does.
+        """Empties a slot and overwrites its cells with those of the slot ``sound``, with the next decode.
 
-        None: all slots are emptied and their cells are zeros at once.
+        If ``sound`` is None, all slots are emptied and filled with zeros at once.
         """
         assert self._memory is not None
         if sound is None:
@@ -239,9 +241,9 @@ class Context:
         self.trim(slot, 0)
 
     def save(self, slot: int, most: int) -> State:
-        """The cells of a slot, but of layers with a sliding window only those that the next token sees.
+        """Returns the cells of a slot; an empty array if that failed or they take more than ``most`` bytes.
 
-        Empty if that failed or takes over ``most`` bytes.
+        Layers with a sliding window contribute only the cells that the next token sees.
         """
         size = llama_cpp.llama_state_seq_get_size(self.handle, ctypes.c_int32(slot))
         if not 0 < size <= most:
@@ -251,7 +253,7 @@ class Context:
         return state[: llama_cpp.llama_state_seq_get_data(self.handle, array, size, ctypes.c_int32(slot))]
 
     def restore(self, slot: int, state: State) -> bool:
-        """Makes a slot's cells those saved; false, and no cells, if that failed."""
+        """Replaces a slot's cells with saved ones. On failure, returns false and leaves the slot empty."""
         array = (ctypes.c_uint8 * state.size).from_buffer(state.data)
         if llama_cpp.llama_state_seq_set_data(self.handle, array, state.size, ctypes.c_int32(slot)) == state.size:
             return True
@@ -259,20 +261,20 @@ class Context:
         return False
 
     def free(self) -> None:
-        """Call from the thread that decodes, before the model is freed."""
+        """Frees the context. Call it from the thread that decodes, before the model is freed."""
         llama_cpp.llama_free(self.handle)
 
 
 class PooledContext:
-    """Vectors of whole texts, or scores, over the weights that generation uses; at most ``n_texts`` at a time.
+    """Computes vectors or scores of up to ``n_texts`` texts at a time, with the weights that generation uses.
 
-    Each text is a sequence of its own, numbered from 0. They share the cells of one cache, since nothing stays in them.
+    Each text is a sequence, numbered from 0. They share one unified cache, which is emptied after each group of texts.
     """
 
     def __init__(
         self, model: Model, options: CudaOptions, pooling: Pooling, n_cells: int, n_rows: int, n_texts: int, log: Log
     ) -> None:
-        """``n_cells`` tokens of texts, ``n_rows`` of them in one batch. Raises LoadError."""
+        """The cache holds ``n_cells`` tokens. A batch has up to ``n_rows``. Raises LoadError."""
         params = _context_params(options)
         params.n_ctx = n_cells
         params.n_seq_max = n_texts
@@ -287,37 +289,37 @@ class PooledContext:
         self.batch = Batch(n_rows)
         self.batch.outputs[:] = 1
         self.size = 1 if pooling == "rank" else llama_cpp.llama_model_n_embd_out(model.handle)
-        """Numbers that ``pooled`` gives."""
+        """The length of the vector that ``pooled`` returns."""
         self._memory = llama_cpp.llama_get_memory(handle)
 
     def use_threads(self, count: int) -> None:
-        """Sets the threads of the CPU part."""
+        """Sets the number of CPU threads."""
         llama_cpp.llama_set_n_threads(self.handle, count, count)
 
     def compute(self, n_rows: int) -> None:
-        """The batch's first ``n_rows``. Raises EngineError; the context is then unusable."""
+        """Computes the batch's first ``n_rows``. Raises EngineError: the context is unusable then."""
         self.batch.struct.n_tokens = n_rows
         code = llama_cpp.llama_decode(self.handle, self.batch.struct)
         if code != 0:
             raise EngineError(f"llama_decode returned {code} for {n_rows} rows to embed")
 
     def pooled(self, text: int) -> Vector:
-        """What the rows of a text in the last batch pool to; a copy. Waits for the computation to end."""
+        """Returns the pooled vector of a text's rows in the last batch, as a copy. Waits for the computation to end."""
         address = llama_cpp.llama_get_embeddings_seq(self.handle, text)
         return np.ctypeslib.as_array(address, shape=(self.size,)).copy()
 
     def clear(self, *, data: bool) -> None:
-        """Empties the cache; with ``data`` also overwrites what was in it, such as values that are not numbers."""
+        """Empties the cache. With ``data``, also overwrites its content, which may contain NaN."""
         if self._memory is not None:
             llama_cpp.llama_memory_clear(self._memory, data)
 
     def free(self) -> None:
-        """Call from the thread that computes, before the model is freed."""
+        """Frees the context. Call it from the thread that computes, before the model is freed."""
         llama_cpp.llama_free(self.handle)
 
 
 def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
-    """What all contexts of a model have in common."""
+    """Returns the parameters that all contexts of a model share."""
     params = llama_cpp.llama_context_default_params()
     params.swa_full = True
     params.n_threads = options.threads or 1
@@ -338,5 +340,5 @@ def _load_error(what: str, log: Log) -> LoadError:
 
 
 def engine_version() -> str:
-    """Version of llama.cpp and of its bindings, such as "0.5.0-dev+python.0.3.36"."""
+    """Returns the versions of llama.cpp and of its bindings, such as "0.5.0-dev+python.0.3.36"."""
     return f"{llama_cpp.llama_version().decode()}+python.{llama_cpp.__version__}"

@@ -1,8 +1,8 @@
-"""Texts to vectors and scores, in a second context over the model's weights, made when the first text comes.
+"""Computes vectors and scores of texts in a second context over the model's weights, created with the first text.
 
-Where tokens see only those before them, texts are computed in chunks, as prompts are, so that streams go on in between
-and a chunk's logits, which llama.cpp computes for every token to embed, stay small: what a chunk pools to is added up.
-An encoder's tokens see the whole text, so there a text is one batch.
+With causal attention, texts are computed in chunks like prompts, and the pooled values of the chunks are added up.
+Streams continue in between, and the logits, which llama.cpp computes for every token to embed, stay small. An encoder's
+tokens attend to the whole text, so a text is one batch.
 """
 
 from collections import deque
@@ -19,21 +19,21 @@ from exo.worker.runner_cuda.bindings import POOLING, Log, Model, PooledContext, 
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
 
 LONGEST = 2048
-"""Tokens of a text, where the card does not say."""
+"""The most tokens of a text, unless the card sets that."""
 MOST_TEXTS = 64
-"""Texts computed together."""
+"""The most texts computed together."""
 LOGITS_BYTES = 256 << 20
-"""Of one chunk."""
+"""The most bytes of one chunk's logits."""
 
 RANKING_HEADS = ("cls.weight", "cls.output.weight")
-"""Tensors of which a model that ranks has one at least."""
+"""A ranking model has at least one of these tensors."""
 
 Integers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A text to be made a vector or, with its query, a score."""
+    """The tokens of a text, or of a query and a document, and the kind of answer."""
 
     id: str
     tokens: list[int]
@@ -42,17 +42,17 @@ class Job:
 
 @dataclass(slots=True)
 class _Texts:
-    """Texts that are computed together, row after row. A cancelled one's place in ``jobs`` is None."""
+    """A group of texts that are computed together. In ``jobs``, None replaces a cancelled or answered one."""
 
     jobs: list[Job | None]
     pooled: npt.NDArray[np.float64]
-    """What each text's rows have pooled to so far, shape (texts, size)."""
+    """The pooled values so far, shape (texts, size)."""
     tokens: Integers
     positions: Integers
     numbers: Integers
-    """The text that each row belongs to."""
+    """The index of each row's text."""
     ends: list[int]
-    """The row after each text's last."""
+    """The row after each text's last row."""
     done: int = 0
 
     @classmethod
@@ -68,7 +68,7 @@ class _Texts:
         )
 
     def fold(self, pooling: Pooling, number: int, count: int, value: Vector) -> None:
-        """Adds what ``count`` rows of a text pooled to. A mean's sum will do, as a vector's length is made 1 anyway."""
+        """Adds the pooled value of ``count`` rows of a text. A mean stays a sum, because vectors are normalised."""
         begun = self.ends[number] - int((self.numbers == number).sum()) < self.done
         match pooling:
             case "mean":
@@ -81,22 +81,21 @@ class _Texts:
 
 @dataclass(slots=True)
 class Embedder:
-    """The texts that wait and those in work. Belongs to the engine's thread, but for reading ``longest`` and counts."""
+    """The waiting texts and the current group. Other threads than the engine's may read ``longest`` and the counts."""
 
     model: Model
     options: CudaOptions
     causal: bool
-    """Whether tokens see only those before them; false for an encoder."""
+    """False for an encoder, whose tokens attend to the whole text."""
     n_ctx: int
-    """Of a slot."""
+    """The context length of a slot."""
     chunk: int
     log: Log
     pooling: Pooling = field(init=False)
     longest: int = field(init=False)
-    """Tokens that a text may have."""
+    """The most tokens of a text."""
     waiting: deque[Job] = field(default_factory=deque[Job])
     n_threads: int = 1
-    """Threads of the CPU part."""
     _n_rows: int = field(init=False)
     _n_texts: int = field(init=False)
     _context: PooledContext | None = None
@@ -117,17 +116,17 @@ class Embedder:
 
     @property
     def n_active(self) -> int:
-        """Texts in work."""
+        """The number of unanswered texts in the current group."""
         texts = self._texts
         return 0 if texts is None else sum(job is not None for job in texts.jobs)
 
     def jobs(self) -> list[Job]:
-        """All that are not answered."""
+        """All unanswered jobs."""
         working = [] if self._texts is None else [job for job in self._texts.jobs if job is not None]
         return [*working, *self.waiting]
 
     def remove(self, request: str) -> bool:
-        """Drops a request; false if it is not here, or answered."""
+        """Drops a request. Returns false if it is unknown or answered."""
         for job in self.waiting:
             if job.id == request:
                 self.waiting.remove(job)
@@ -140,7 +139,7 @@ class Embedder:
         return False
 
     def open(self) -> PooledContext:
-        """The context, which is made if there is none. Raises LoadError."""
+        """Returns the context, which is created by the first call. Raises LoadError."""
         if self._context is None:
             n_cells, n_rows = self.longest, self._n_rows
             self._context = PooledContext(
@@ -149,7 +148,7 @@ class Embedder:
         return self._context
 
     def step(self) -> list[Embedded | Ranked | Failed]:
-        """Computes one batch; the answers of the texts that end in it. Raises EngineError."""
+        """Computes one batch, and returns the answers of the texts that end in it. Raises EngineError."""
         try:
             context = self.open()
         except LoadError as error:
@@ -165,7 +164,7 @@ class Embedder:
         return answers
 
     def _next_jobs(self) -> list[Job]:
-        """In their order; at least one. An encoder's batch grows past a chunk only for a text that is longer."""
+        """Takes the next jobs in order, at least one. An encoder's batch exceeds a chunk only for a longer text."""
         room = self.longest if self.causal else min(self.longest, self.chunk)
         jobs = [self.waiting.popleft()]
         room -= len(jobs[0].tokens)
@@ -195,13 +194,13 @@ class Embedder:
         return answers
 
     def free(self) -> None:
-        """Call before the model is freed."""
+        """Frees the context. Call it before the model is freed."""
         if self._context is not None:
             self._context.free()
 
 
 def _stored_pooling(model: Model) -> Pooling:
-    """What the file says; mean where it says nothing, as a model made for generation."""
+    """Returns the pooling that the file states; "mean" if it states none, as in a model for generation."""
     stored = model.metadata("{arch}.pooling_type")
     names: dict[str, Pooling] = {str(number): name for name, number in POOLING.items()}
     return names.get(stored or "", "mean")
@@ -214,5 +213,5 @@ def _answer(job: Job, pooled: npt.NDArray[np.float64]) -> Embedded | Ranked | Fa
         return Ranked(id=job.id, score=float(pooled[0]), usage=usage)
     if job.answer == "vector" and 0 < length < np.inf:
         return Embedded(id=job.id, vector=tuple((pooled / length).tolist()), usage=usage)
-    message = "the model computed a vector for this text that has a number that is none, or no length"
+    message = "the model's result for this text contains NaN or infinity, or is a zero vector"
     return Failed(id=job.id, code="engine_error", message=message)

@@ -1,6 +1,6 @@
-"""What goes before, between and after texts that become a vector or a score.
+"""Adds the tokens before, between and after texts that become a vector or a score.
 
-It is what llama.cpp's server puts there (``format_prompt_rerank`` in tools/server), so that the numbers are the same.
+They are the same as in llama.cpp's server (``format_prompt_rerank`` in tools/server), so that the results are too.
 """
 
 import re
@@ -13,7 +13,7 @@ from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 
 class Framing:
-    """Token ids of whole texts. Safe to call from any thread."""
+    """Makes the token ids of whole texts. Safe to call from any thread."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         vocab = model.vocab
@@ -30,7 +30,7 @@ class Framing:
         self._template = template.decode(errors="replace") if template else None
 
     def text(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:
-        """A text to be made a vector: as given, or with the tokens around it that it lacks."""
+        """Returns the tokens of a text to embed. Token ids stay as given; text gets the tokens around it if missing."""
         tokens = self._tokenizer.encode(prompt, add_bos=False)
         if not any(isinstance(part, Text) for part in prompt):
             return tokens
@@ -39,14 +39,14 @@ class Framing:
         return [*before, *tokens, *after]
 
     def pair(self, query: str, document: str) -> list[int]:
-        """Query and document to be made a score: in the file's own template for it, or joined by control tokens."""
+        """Returns the tokens of a query and a document, in the file's own template or joined by control tokens."""
         if self._template is not None:
             return self._tokenizer.encode(self._fill(self._template, query, document), add_bos=False)
         first, second = (self._tokenizer.encode((Text(text=each),), add_bos=False) for each in (query, document))
         return [*self._before, *first, *self._between, *second, *self._after_pair]
 
     def _fill(self, template: str, query: str, document: str) -> tuple[Text, ...]:
-        """Control tokens are the template's own only: what the texts contain of their like stays ordinary text."""
+        """Fills in the template. Its control tokens are special; the same strings in the texts are ordinary text."""
         special = sorted(filter(None, self._tokenizer.special), key=len, reverse=True)
         values = {"{query}": query, "{document}": document}
         parts: list[Text] = []

@@ -1,4 +1,4 @@
-"""Decides what the next step computes. Knows slots, sequences and budgets; touches no library."""
+"""Plans the next step from slots, sequences and token budgets. Pure: it does not call llama.cpp."""
 
 from collections import deque
 from collections.abc import Collection, Iterable
@@ -12,45 +12,45 @@ from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step_time import Pace
 
 LEAST = 64
-"""Prompts are cut into chunks of no fewer tokens, the last one too, and only a prompt of fewer is computed as one chunk
-of fewer: flash attention computes 64 rows or more by other means than fewer."""
+"""The minimum chunk length, also of a prompt's last chunk. A shorter prompt is one chunk. Flash attention uses another
+kernel below 64 rows, so a shorter chunk would change the results."""
 GROUP = 8
-"""All chunks but the last are multiples of this, since a matrix product takes rows by fours. Where a prompt is cut then
-does not matter, bit for bit, on a CPU (cut otherwise, logits of a Q4_K_M model are up to 4.6 apart)."""
+"""The length of every chunk but the last is a multiple of this, because a matrix product takes rows in groups of four.
+On a CPU, the cuts then do not change a bit of the results; other cuts moved logits of a Q4_K_M model by up to 4.6."""
 ALONE_SECONDS = 1.5
-"""How long a step of a prompt may take while nothing else decodes: a request that comes meanwhile waits for its end."""
+"""The longest prefill step while nothing decodes. A request that arrives during the step waits for its end."""
 SCORED_ROWS = 32
-"""Rows of a step that may tell a prompt's log-probabilities: each takes the width of the vocabulary in memory."""
+"""The most rows of a step that give prompt log-probabilities. Each takes the memory of a row of logits."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """``sequence.tokens[start:stop]`` and then ``draft``, to be computed in this step."""
+    """The rows of one sequence in a step: ``sequence.tokens[start:stop]``, then ``draft``."""
 
     sequence: Sequence
     start: int
     stop: int
     draft: list[int] = field(default_factory=list[int])
-    """Tokens guessed to come next, each of which gives logits too."""
+    """Guesses of the next tokens. Each gives logits too."""
 
     @property
     def n_rows(self) -> int:
-        """Rows of the batch."""
+        """The number of batch rows."""
         return self.stop - self.start + len(self.draft)
 
     @property
     def samples(self) -> bool:
-        """Whether every known token is computed after this chunk, so that its last row gives a new one."""
+        """Whether the chunk contains the last known token, so that a new token is sampled after it."""
         return self.stop == len(self.sequence.tokens)
 
     @property
     def n_sampled(self) -> int:
-        """Rows, the last ones, that tokens are chosen from."""
+        """The number of rows, at the end, from whose logits tokens are sampled."""
         return 1 + len(self.draft) if self.samples else 0
 
     @property
     def n_scored(self) -> int:
-        """Rows, the first ones, that tell how probable the prompt's next token was."""
+        """The number of rows, at the beginning, that give the log-probability of the prompt's next token."""
         if self.sequence.prompt_logprobs is None:
             return 0
         return max(0, min(self.stop, self.sequence.n_prompt - 1) - self.start)
@@ -58,34 +58,37 @@ class Chunk:
 
 @dataclass(slots=True)
 class Step:
-    """The rows of one batch, in ascending order of slot; and who entered a slot, with the tokens found cached there.
+    """One batch, with its chunks in ascending order of slot.
 
-    Either every sequence that lacks one token gives it, and perhaps a draft, or prompts give chunks. llama.cpp would
-    compute the two one after the other even in one batch, since it joins only as many rows of each sequence as all
-    have, and would have every row attend over as many cells as the longest sequence has.
+    A step either decodes, with one row and perhaps a draft of every decoding sequence, or prefills chunks of prompts.
+    A mixed batch would gain nothing: llama.cpp joins only as many rows of each sequence as all have, so it would
+    compute the two parts one after the other, and every row would attend to as many cells as the longest sequence has.
     """
 
     chunks: list[Chunk]
     started: list[tuple[str, int]]
+    """The sequences that have entered a slot, by id, each with the number of its tokens found in the cache."""
     prefills: bool = False
 
     @property
     def n_rows(self) -> int:
-        """Of the batch."""
+        """The number of batch rows."""
         return sum(chunk.n_rows for chunk in self.chunks)
 
 
 class Scheduler:
-    """Waiting requests, slots and the order in which prompts get their turn.
+    """Owns the queue, the slots and the order in which prompts are prefilled.
 
-    Steps of all decoding sequences and of prompts take turns. Between two of the first, prompts are computed for as
-    many tokens as ``pace`` finds not to stall the streams, at most ``budget``, and of each at most ``chunk``. A step of
-    prompts takes another one as long as it has fewer than ``enough`` tokens. The oldest prompt and the one that lacks
-    the fewest tokens come first by turns: so a short one overtakes a long one, which still gets half of the time.
-    Prompts are cut where that changes no results. One that is to be scored is cut at multiples of ``SCORED_ROWS``, and
-    one such chunk a step is all that the context has logits for.
+    Decode steps and prefill steps alternate. Invariants:
 
-    Sequences that decode, with no prompt beside them, may have drafts verified: ``speculation`` makes them.
+    - Between two decode steps, prompts get at most ``budget`` tokens, and no more than ``pace`` allows without stalling
+      the streams. One prompt gets at most ``chunk`` of them. A prefill step takes further prompts while it has fewer
+      than ``enough`` tokens.
+    - The oldest prompt and the one with the fewest missing tokens come first in turn. A short prompt thus overtakes a
+      long one, which still gets half of the time.
+    - Prompts are cut only where that does not change the results. A prompt with log-probabilities is cut at multiples
+      of ``SCORED_ROWS``, and a step has at most one such chunk, because the context has room for its logits only.
+    - Drafts, which ``speculation`` makes, are verified only while no prompt is being prefilled.
     """
 
     def __init__(
@@ -99,23 +102,18 @@ class Scheduler:
         speculation: Speculation | None = None,
         alone: int | None = None,
     ) -> None:
-        """While no sequence decodes, a prompt's chunk has up to ``alone`` tokens, as far as a step stays short."""
+        """While no sequence decodes, a prompt's chunk has up to ``alone`` tokens, if ``ALONE_SECONDS`` suffice."""
         self.slots = [Slot(index) for index in range(n_slots)]
         self.waiting: deque[Sequence] = deque()
-        self._prefilling: list[Sequence] = []
-        """In the order of their arrival."""
-        self._left = 0
-        """Prompt tokens that may be computed before the streams' next step."""
-        self._streaming = False
-        """Whether a sequence was decoding when the last step was planned."""
-        self._served: set[str] = set()
-        """Who has had a chunk since their last step."""
+        self._prefilling: list[Sequence] = []  # in order of arrival
+        self._left = 0  # prompt tokens that may be computed before the next decode step
+        self._streaming = False  # whether a sequence was decoding when the last step was planned
+        self._served: set[str] = set()  # prompts that have had a chunk since the last decode step
         self._oldest_first = True
         self._by_id: dict[str, Sequence] = {}
         self._budget = budget
         self._beside, self._alone = min(chunk, budget), min(alone or chunk, budget)
-        self._chunk = self._alone
-        """The most tokens of one prompt in the next step."""
+        self._chunk = self._alone  # the most tokens of one prompt in the next step
         self._least = min(LEAST, self._beside)
         self._enough = min(enough, budget)
         self._pace = pace
@@ -125,23 +123,23 @@ class Scheduler:
 
     @property
     def n_active(self) -> int:
-        """Sequences in a slot."""
+        """The number of sequences in slots."""
         return len(self._by_id) - len(self.waiting)
 
     def __bool__(self) -> bool:
         return bool(self._by_id)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence, first in, first out."""
+        """Appends a sequence to the queue."""
         self._by_id[sequence.id] = sequence
         self.waiting.append(sequence)
 
     def sequences(self) -> Iterable[Sequence]:
-        """All that are not done."""
+        """All sequences that are not done."""
         return tuple(self._by_id.values())
 
     def remove(self, sequence_id: str) -> Sequence | None:
-        """Ends a sequence wherever it stands and frees its slot, whose cells stay; None if it is not known."""
+        """Ends a sequence in any phase, and returns it; None if it is unknown. Its slot keeps the cached cells."""
         sequence = self._by_id.pop(sequence_id, None)
         if sequence is None:
             return None
@@ -157,14 +155,14 @@ class Scheduler:
         return sequence
 
     def plan(self) -> Step:
-        """The next step; without chunks when there is nothing to do."""
+        """Returns the next step, without chunks if there is nothing to compute."""
         started = self._admit()
         due = [slot.sequence for slot in self.slots if slot.sequence is not None and slot.sequence.n_missing == 1]
         self._chunk = self._beside if due else self._pace.tokens_in(ALONE_SECONDS, self._beside, self._alone)
         if not due:
             self._left = self._budget
             self._served.clear()
-        elif not self._streaming:  # the first streams of a burst wait no longer for their second token than others do
+        elif not self._streaming:  # the first streams of a burst wait for their second token no longer than others
             self._left = min(self._left, self._pace.prompt_tokens(len(due), self._least, self._budget))
         self._streaming = bool(due)
         chunks = self._prefill_chunks()
@@ -181,7 +179,7 @@ class Scheduler:
         return Step(chunks, started, prefills=False)
 
     def computed(self, step: Step, seconds: float) -> None:
-        """Records that ``step`` is in the KV cache, and how long that took."""
+        """Records that ``step`` is in the KV cache, and the time it took."""
         if step.prefills:
             self._pace.prefilled(step.n_rows, seconds)
         else:
@@ -198,9 +196,9 @@ class Scheduler:
                 sequence.move(Phase.DECODE)
 
     def verified(self, chunk: Chunk) -> None:
-        """Records how much of a draft has come true, now that the tokens after it are known, and drops the other cells.
+        """Keeps the cells of the draft's correct guesses, once the sampled tokens are known, and drops the others.
 
-        Also for a sequence that is done, whose slot keeps what it holds.
+        A sequence may be done by then: its slot keeps the cells for later prompts.
         """
         sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
         came = sequence.tokens[chunk.stop : chunk.stop + len(chunk.draft)]
@@ -213,19 +211,22 @@ class Scheduler:
         self._cache.drop_after(slot, sequence.n_computed)
 
     def wipe(self, spoilt: Collection[int]) -> None:
-        """Overwrites what free slots hold, in which there is NaN or infinity."""
+        """Overwrites the cells of free slots that contain NaN or infinity."""
         sound = next((slot for slot in self.slots if slot.id not in spoilt), None)
         self._cache.wipe([self.slots[index] for index in spoilt], sound)
 
     def again(self, sequence: Sequence) -> None:
-        """Has the last known token of a sequence in its slot, which is computed, computed once more."""
+        """Has the last known token of a sequence computed once more."""
         slot = self.slots[sequence.slot]
         sequence.n_computed = len(sequence.tokens) - 1
         del slot.cached[sequence.n_computed :]
         self._cache.drop_after(slot, sequence.n_computed)
 
     def _admit(self) -> list[tuple[str, int]]:
-        """Fills the free slots, first come, first served, but for those who wait for what another computes for them."""
+        """Moves waiting sequences to free slots, in order of arrival. Returns them with their cached tokens.
+
+        A sequence stays in the queue while another one is computing the prefix that both need.
+        """
         started: list[tuple[str, int]] = []
         for sequence in tuple(islice(self.waiting, len(self.slots))):
             if self.n_active == len(self.slots):
@@ -249,10 +250,10 @@ class Scheduler:
         return started
 
     def _choose_slot(self, found: Found | None) -> Slot:
-        """Of the free slots, one beside busy ones, since each gap costs a computation of its own in every step.
+        """Returns a free slot with as many busy neighbours as possible: each gap splits every batch once more.
 
-        Of these the one that holds the prefix, if that is most of what it holds; else the one that was given to a
-        sequence the longest time ago.
+        Among equals, the slot with the found prefix is preferred, if the prefix is most of its content, then the slot
+        that a sequence entered the longest time ago.
         """
 
         def busy(index: int) -> bool:
@@ -265,7 +266,7 @@ class Scheduler:
         return min((slot for slot in self.slots if slot.sequence is None), key=cost)
 
     def _prefill_chunks(self) -> list[Chunk]:
-        """Of the prompts whose turn it is, as far as tokens are left."""
+        """Returns chunks of the prompts in turn, within the tokens left."""
         chunks: list[Chunk] = []
         n_rows, scored = 0, False
         for sequence in self._in_turn():
@@ -282,16 +283,17 @@ class Scheduler:
         return chunks
 
     def _in_turn(self) -> list[Sequence]:
-        """The prompts that lack more than one token and have a chunk to get before the streams' next step."""
+        """The prompts with more than one missing token that have had no chunk since the last decode step."""
         prompts = [s for s in self._prefilling if s.n_missing > 1 and s.id not in self._served]
         if not self._oldest_first:
             prompts.sort(key=lambda sequence: sequence.n_missing)
         return prompts
 
     def _cut(self, sequence: Sequence, budget: int) -> int:
-        """Where a prompt's next chunk ends: nowhere beyond its start if too little of the budget is left.
+        """Returns where a prompt's next chunk ends, which is its start if the rest of the budget is too small.
 
-        The end of a prompt that is too short to be cut may be up to ``LEAST`` tokens over the budget.
+        Unless log-probabilities are wanted, neither the chunk nor the rest of the prompt becomes shorter than
+        ``LEAST``: a rest that is too short to be cut may exceed the budget by up to ``LEAST`` tokens.
         """
         start, missing = sequence.n_computed, sequence.n_missing
         if sequence.prompt_logprobs is not None:

@@ -1,4 +1,4 @@
-"""A place in the context: one llama.cpp sequence id with its own part of the split KV cache."""
+"""A slot of the context: one llama.cpp sequence id with its own part of the split KV cache."""
 
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
@@ -8,23 +8,23 @@ from exo.worker.runner_cuda.sequence import Sequence
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """``cached`` are the tokens whose cells are in the cache; they stay after a sequence leaves, for the next one."""
+    """``cached`` are the tokens with cells in the KV cache. They stay after a sequence leaves, for later prompts."""
 
     id: int
     cached: list[int] = field(default_factory=list[int])
     least: int = 0
-    """The cells are of use only for at least so many of the tokens: those before may be missing in some layers."""
+    """The shortest usable prefix. Layers with a sliding window may lack the cells for shorter ones."""
     sequence: Sequence | None = None
     entered: int = 0
-    """When the last sequence entered, as a number that grows; 0: none has."""
+    """The running number of the last sequence that entered; 0 if there was none."""
 
     @property
     def tokens(self) -> list[int]:
-        """What is cached or known to be computed next."""
+        """The tokens that are cached or will be, as far as known."""
         return self.cached if self.sequence is None else self.sequence.tokens
 
     def common_prefix(self, tokens: Tokens[int]) -> int:
-        """How many leading tokens this slot already holds."""
+        """Returns how many leading ``tokens`` are cached here."""
         length = 0
         for mine, theirs in zip(self.cached, tokens, strict=False):
             if mine != theirs:

@@ -1,45 +1,43 @@
-"""How long steps take on this machine, and what of a prompt one step may compute without stalling the streams."""
+"""Measures how long steps take, and derives how many prompt tokens a step may compute without stalling streams."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
 _KEPT = 0.7
-"""Of what was measured before, at a new measurement: a single hiccup counts for little and is soon forgotten."""
+"""The weight of earlier measurements when a new one is added."""
 _TRUSTED = 0.998
-"""What is left, at each new measurement, of the time of steps with more rows: once they looked slow they are not made
-any more, and one hiccup would rule them out for ever."""
+"""Each new measurement multiplies the times of larger steps by this. A larger step that was slow once is not made any
+more, so it would never be measured again."""
 _TELLING = 64
-"""Prompt tokens from which on a step tells what one of them takes; fewer replace less of what was measured before."""
+"""Prompt tokens of a step that counts as a full measurement. A step with fewer has less weight."""
 
 
 @dataclass(slots=True)
 class Pace:
-    """Measured steps, and the ``bound`` in seconds from one step of the streams to the end of the next.
+    """``bound`` is the longest time, in seconds, from the end of one decode step to the end of the next.
 
-    Where the streams' step alone takes more than half the bound, prompts get as much time as it does.
+    If a decode step alone takes more than half of the bound, prompts get as much time as the decode step.
     """
 
     bound: float
-    _decoding: dict[int, float] = field(default_factory=dict[int, float])
-    """Seconds of a step of so many rows of decoding sequences."""
-    _prompt_seconds: float = 0.0
+    _decoding: dict[int, float] = field(default_factory=dict[int, float])  # seconds of a decode step, by its rows
+    _prompt_seconds: float = 0.0  # of recent prefill steps, with decaying weights, as are their tokens
     _prompt_tokens: float = 0.0
-    """What prompts took of late, and how many tokens of them there were."""
 
     def decoded(self, n_rows: int, seconds: float) -> None:
-        """Notes a step of decoding sequences."""
+        """Notes a decode step."""
         before = self._decoding.get(n_rows, seconds)
         self._decoding = {n: _TRUSTED * old if n > n_rows else old for n, old in self._decoding.items()}
         self._decoding[n_rows] = _KEPT * before + (1 - _KEPT) * seconds
 
     def prefilled(self, n_tokens: int, seconds: float) -> None:
-        """Notes a step of prompts."""
+        """Notes a prefill step."""
         kept = _KEPT ** min(1.0, n_tokens / _TELLING)
         self._prompt_seconds = kept * self._prompt_seconds + seconds
         self._prompt_tokens = kept * self._prompt_tokens + n_tokens
 
     def decoding(self, n_rows: int) -> float:
-        """Seconds of a step with so many rows, between those that were measured; 0 for none, or if none was."""
+        """Returns the seconds of a decode step with ``n_rows``, interpolated; 0 before any measurement."""
         if n_rows == 0 or not self._decoding:
             return 0.0
         known = sorted(self._decoding)
@@ -51,15 +49,15 @@ class Pace:
         return self._decoding[low] + share * (self._decoding[high] - self._decoding[low])
 
     def tokens_in(self, seconds: float, least: int, most: int) -> int:
-        """Prompt tokens that take about so long, from ``least`` to ``most``; ``most`` before anything is known."""
+        """Returns how many prompt tokens take ``seconds``, from ``least`` to ``most``; ``most`` if unmeasured."""
         if not self._prompt_seconds:
             return most
         return min(max(int(seconds * self._prompt_tokens / self._prompt_seconds), least), most)
 
     def prompt_tokens(self, n_decoding: int, least: int, most: int) -> int:
-        """Prompt tokens to compute after a step of so many decoding rows: from ``least`` to ``most``.
+        """Returns how many prompt tokens may follow a decode step with ``n_decoding`` rows, from ``least`` to ``most``.
 
-        ``least`` is also what is tried before anything is known.
+        Before any measurement of prompts it is ``least``.
         """
         if n_decoding == 0:
             return most

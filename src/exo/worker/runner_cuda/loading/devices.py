@@ -1,4 +1,4 @@
-"""What this llama.cpp build can use on this host: ggml's device list, physical cores, and the answer to --probe."""
+"""The devices that this llama.cpp build can use on this host, and the answer to --probe."""
 
 import ctypes
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _GPU, _INTEGRATED_GPU = 1, 2
 
 
 def probe() -> Probe:
-    """Whether llama-cpp-python is installed and loads, and which card backends it serves here."""
+    """Reports whether llama-cpp-python loads, and which card backends it serves on this host."""
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
@@ -46,17 +46,17 @@ def probe() -> Probe:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A CUDA device that this process sees. To know it takes none of its memory, to ask for its memory does."""
+    """A CUDA device that this process sees. Listing it takes no memory on the device; ``memory`` does."""
 
     name: str
-    """Such as "CUDA0"."""
+    """A name such as "CUDA0"."""
     handle: int
-    """ggml's, for llama.cpp."""
+    """ggml's handle of the device."""
     splits_rows: bool
-    """Whether it can have some rows of a matrix whose others are elsewhere."""
+    """Whether a matrix can be split by rows between this device and others."""
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes. CUDA starts on the device for it, where it then keeps some hundred million bytes."""
+        """Returns free and total bytes. It starts CUDA on the device, which then keeps several hundred megabytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         _library().ggml_backend_dev_memory(self.handle, ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
@@ -75,7 +75,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def ggml_devices() -> tuple[Device, ...]:
-    """Every device of the loaded ggml backends; memory in bytes. Takes memory on each, see ``Gpu.memory``."""
+    """Returns every device of the loaded ggml backends. It takes memory on each; see ``Gpu.memory``."""
     lib = _library()
     found: list[Device] = []
     for handle in _handles(lib):
@@ -104,7 +104,7 @@ class _Properties(ctypes.Structure):
         ("memory_total", ctypes.c_size_t),
         ("type", ctypes.c_int),
         ("device_id", ctypes.c_char_p),
-        ("capabilities", ctypes.c_bool * 32),  # five, and room for more
+        ("capabilities", ctypes.c_bool * 32),  # five flags, and room for later ones
     )
     memory_free: int
     memory_total: int
@@ -121,7 +121,7 @@ def _is_cuda(lib: ctypes.CDLL, handle: int) -> bool:
 
 
 def _library() -> ctypes.CDLL:
-    """The bindings leave these functions out."""
+    """Returns llama.cpp's library with the signatures of ggml's device functions, which the bindings lack."""
     from llama_cpp.llama_cpp import _lib as lib  # pyright: ignore[reportPrivateUsage]
 
     handle, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t

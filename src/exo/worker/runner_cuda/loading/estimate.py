@@ -1,7 +1,7 @@
-"""How much memory a model takes in this runner, from its file's header and the card's settings. Loads nothing.
+"""Estimates the memory of a model in this runner from its file's header and the model card. Loads no weights.
 
-Weights and KV cache are counted exactly. The rest is fitted to what runner processes were measured to have
-(x86-64, llama.cpp 0.5.0-dev, Python 3.11; ``tests/engines/test_estimate.py`` measures again).
+Weights and KV cache are counted exactly. The rest is fitted to measurements of runner processes (x86-64, llama.cpp
+0.5.0-dev, Python 3.11), which ``tests/engines/test_estimate.py`` repeats.
 """
 
 import math
@@ -34,19 +34,19 @@ from exo.worker.runner_cuda.loading.placement import (
 from exo.worker.runner_cuda.scheduler import SCORED_ROWS
 
 _PROCESS = 70_000_000
-"""Interpreter and libraries."""
+"""Bytes of RAM for the interpreter and libraries."""
 _DRIVER = 350_000_000
-"""What CUDA adds to that."""
+"""Bytes of RAM that CUDA adds."""
 DEVICE_CONTEXT = 512 << 20
-"""Of each device, what CUDA takes for itself."""
+"""Bytes that CUDA takes for itself on each device."""
 _COPIES = 4
-"""Of a graph's inputs, where several devices work on batches one behind the other (GGML_SCHED_MAX_COPIES)."""
-_HANDED_BACK = 4
-"""Times the logits that it takes on the host to have room for what backend sampling may hand back of them, too."""
+"""Copies of a graph's inputs if several devices form a pipeline (GGML_SCHED_MAX_COPIES)."""
+_OUTPUT_COPIES = 4
+"""The size of the output buffers with backend sampling, as a multiple of the logits."""
 _TOKEN = 150
-"""Each token of the vocabulary."""
+"""Bytes of RAM for each token of the vocabulary."""
 _REPACKED = (2, 12, 20, 39)
-"""ggml's types of matrices of which the CPU keeps a second copy, in an order that suits its instructions."""
+"""ggml's types of matrices that the CPU keeps a second time, rearranged for its instructions."""
 _Where = Sequence[Mapping[str, float]]
 """See ``Placement.layers``."""
 _OF_DRAFT = ("vocabulary", "weights", "KV cache", "outputs", "compute")
@@ -54,7 +54,7 @@ _SMALLER_CACHES = ("q8_0", "q4_0")
 
 
 def estimate(command: Estimate) -> Estimated:
-    """Raises LoadError as loading would: without a file, with a broken one or with wrong settings."""
+    """Raises LoadError as loading would, for a missing or broken file or wrong settings."""
     load = command.load
     options = read_options(load)
     on_gpu = load.backend == "LlamaCppCuda"
@@ -64,7 +64,7 @@ def estimate(command: Estimate) -> Estimated:
     check_header(path)
     headers = read_headers(path)
     check_architecture(options, lambda: headers[0])
-    model = _Model.of(headers, options)
+    model = _GgufSizes.of(headers, options)
     splits = tensor_splits(options, devices)
     left = Open(
         n_ctx=load.table.get("n_ctx") == "auto",
@@ -92,15 +92,15 @@ def estimate(command: Estimate) -> Estimated:
     return estimated(plan, left, size, _smaller_caches(options))
 
 
-def _draft(load: Load, options: CudaOptions) -> "_Model | None":
+def _draft(load: Load, options: CudaOptions) -> "_GgufSizes | None":
     path = draft_file(load, options)
     if path is None or options.draft is None:
         return None
-    return _Model.of(read_headers(path), draft_options(options, options.draft))
+    return _GgufSizes.of(read_headers(path), draft_options(options, options.draft))
 
 
 def _smaller_caches(options: CudaOptions) -> Sequence[str]:
-    """Values are only quantised where attention is computed in one go, and not for devices that share each layer."""
+    """Returns the smaller types to suggest. Quantised values need flash attention, and exclude split mode "tensor"."""
     if options.flash_attn == "off" or options.split_mode == "tensor":
         return ()
     largest = max(_bytes(options.cache_type_k, 1024), _bytes(options.cache_type_v, 1024))
@@ -108,36 +108,36 @@ def _smaller_caches(options: CudaOptions) -> Sequence[str]:
 
 
 @dataclass(slots=True)
-class _Layer:
-    """What one layer has."""
+class _LayerSizes:
+    """Sizes of one layer, in bytes unless noted."""
 
     weights: int = 0
-    """Bytes."""
     repacked: int = 0
-    """Of these, what a CPU keeps twice."""
+    """The part of ``weights`` that a CPU keeps twice."""
     copied: int = 0
-    """And what each device has whole where they share the layer."""
+    """The part of ``weights`` that is copied to each device if they share the layer."""
     heads: int = 1
-    """Of keys and values, which devices do not divide."""
+    """The number of KV heads. A device has whole heads."""
     keys: int = 0
-    """Elements of one token's keys, and ``values`` of its values."""
+    """Elements of one token's keys."""
     values: int = 0
+    """Elements of one token's values."""
     state: int = 0
-    """Bytes of a sequence, in a layer that keeps something other than keys and values."""
+    """The state of one sequence in a recurrent layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """Sizes of weights are in bytes."""
+class _GgufSizes:
+    """Sizes of a model's parts. Those of weights are in bytes."""
 
     options: CudaOptions
-    layers: list[_Layer]
+    layers: list[_LayerSizes]
     embedding: int
-    """The matrix for tokens that go in, which stays with the processors."""
+    """The token embedding, which stays in RAM."""
     rest: int
-    """What is behind the last layer."""
+    """The weights of the output."""
     tied: bool
-    """Whether the embedding is the output's matrix too, of which a device has a copy."""
+    """Whether the output uses the embedding's matrix, which is then copied to a device."""
     vocabulary: int
     trained: int
     hidden: int
@@ -145,8 +145,8 @@ class _Model:
     heads: int
 
     @classmethod
-    def of(cls, headers: Sequence[GgufHeader], options: CudaOptions) -> "_Model":
-        """From the headers of a model's files, the first of which has the metadata."""
+    def of(cls, headers: Sequence[GgufHeader], options: CudaOptions) -> "_GgufSizes":
+        """Reads the sizes from the headers of a model's files. The first one has the metadata."""
         header, tensors = headers[0], [tensor for each in headers for tensor in each.tensors]
         arch = header.text("general.architecture")
         layers = _layers(header, arch)
@@ -177,13 +177,13 @@ class _Model:
         )
 
     def size(self, plan: Plan) -> list[Part]:
-        """What everything takes."""
+        """Returns the memory of each part for a plan."""
         n_device, on_gpu = plan.n_gpu_layers or 0, plan.n_gpu_layers is not None
         shares = plan.tensor_split or (1.0,) * len(plan.devices)
         placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
         where = placement.layers(len(self.layers), n_device)
         started = dict.fromkeys(plan.devices, DEVICE_CONTEXT)
-        row = 4 * self.vocabulary * (_HANDED_BACK if self._may_reduce(where) else 1)
+        row = 4 * self.vocabulary * (_OUTPUT_COPIES if self._may_reduce(where) else 1)
         return [
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
@@ -197,7 +197,7 @@ class _Model:
         ]
 
     def beside(self, plan: Plan) -> list[Part]:
-        """What a draft model takes beside the one that ``plan`` is for: no process and no caches of its own."""
+        """Returns the memory that this model adds as the draft model of the one that ``plan`` is for."""
         wanted = len(self.layers) + 1 if self.options.n_gpu_layers < 0 else self.options.n_gpu_layers
         own = replace(plan, n_gpu_layers=plan.n_gpu_layers and wanted, devices=plan.devices[:1], tensor_split=None)
         return [replace(part, name="draft model") for part in self.size(own) if part.name in _OF_DRAFT]
@@ -215,7 +215,7 @@ class _Model:
         return Part("weights", host, devices=devices)
 
     def _cache(self, name: str, plan: Plan, where: _Where, slots: int, n_ctx: int, *, later: bool = False) -> Part:
-        """Keys and values of so many slots. Devices that share a layer have whole heads of it."""
+        """Returns the memory of the KV cache. Devices that share a layer have whole heads of it."""
         host, devices = 0, dict.fromkeys(_devices(where), 0)
         for layer, shares in zip(self.layers, where, strict=False):
             size = slots * (cells(n_ctx) * self._token(layer, plan) + layer.state)
@@ -225,25 +225,28 @@ class _Model:
                 devices[device] += math.ceil(size * whole)
         return Part(name, host, later=later, devices=devices)
 
-    def _token(self, layer: _Layer, plan: Plan) -> int:
-        """Bytes of one token in one layer's cache."""
+    def _token(self, layer: _LayerSizes, plan: Plan) -> int:
+        """Returns the bytes of one token in one layer's cache."""
         types = self.options.cache_type_k, self.options.cache_type_v
         kinds = (plan.cache_type, plan.cache_type) if plan.cache_type is not None else types
         return _bytes(kinds[0], layer.keys) + _bytes(kinds[1], layer.values)
 
     def _compute(self, plan: Plan, where: _Where) -> Part:
-        """The graph's buffer: logits of all rows that give any, or one layer's activations, and the mask."""
+        """Returns the memory of the graph of a step."""
         chunk = chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).alone
         n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
         return self._graph("compute", where, chunk, n_outputs, plan.n_ctx)
 
     def _may_reduce(self, where: _Where) -> bool:
-        """Whether there may be backend sampling, whose graph has the logits twice."""
+        """Whether backend sampling may be used, whose graph has the logits twice."""
         wanted = self.options.backend_sampling
         return wanted == "on" or (wanted == "auto" and all(where) and self.options.split_mode != "tensor")
 
     def _graph(self, name: str, where: _Where, rows: int, n_outputs: int, n_ctx: int) -> Part:
-        """Of the processors, or of each device, of which those with the end of the model compute the logits."""
+        """Returns the memory of a graph's buffer: the logits or one layer's activations, and the inputs.
+
+        Only the devices with the output compute logits.
+        """
         inputs, activations = self._attention(rows, n_ctx), self._activations(rows)
         largest = max(4 * n_outputs * self.vocabulary, activations)
         devices = _devices(where)
@@ -256,7 +259,7 @@ class _Model:
         return Part(name, later=True, devices=sizes)
 
     def _texts(self, plan: Plan, where: _Where) -> list[Part]:
-        """The context for texts to embed; see ``embedding``."""
+        """Returns the memory of the context for embeddings; see ``runner_cuda/embedding.py``."""
         options = self.options
         chunk = chunks(options, on_gpu=bool(plan.n_gpu_layers)).beside
         longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
@@ -264,20 +267,20 @@ class _Model:
         return [
             self._cache("embedding", plan, where, 1, longest, later=True),
             self._graph("embedding", where, rows, rows, longest),
-            Part("embedding", 4 * rows * self.vocabulary, later=True),  # the results, with logits of every row
+            Part("embedding", 4 * rows * self.vocabulary, later=True),  # llama.cpp computes logits of every row
         ]
 
     def _activations(self, rows: int) -> int:
         return 4 * rows * (4 * self.hidden + 3 * self.feed_forward)
 
     def _attention(self, rows: int, n_ctx: int) -> int:
-        """The mask and, where attention is not computed in one go, every head's scores."""
+        """Returns the bytes of the mask and, without flash attention, of every head's scores."""
         scores = 4 * self.heads if self.options.flash_attn == "off" else 0
         return rows * cells(n_ctx) * (6 + scores)
 
 
 def _devices(where: _Where) -> tuple[str, ...]:
-    """All that have something."""
+    """Returns the devices that hold a part of the model."""
     return tuple(dict.fromkeys(name for shares in where for name in shares))
 
 
@@ -286,8 +289,8 @@ def _bytes(kind: str, elements: int) -> int:
     return elements // block * size
 
 
-def _layers(header: GgufHeader, arch: str) -> list[_Layer]:
-    """The layers' caches; their weights are still to be counted."""
+def _layers(header: GgufHeader, arch: str) -> list[_LayerSizes]:
+    """Returns the layers with the sizes of their caches. The caller adds the weights."""
 
     def number(key: str, default: int) -> int:
         return header.integer(f"{arch}.{key}", default)
@@ -296,10 +299,10 @@ def _layers(header: GgufHeader, arch: str) -> list[_Layer]:
     heads = header.per_layer(f"{arch}.attention.head_count", n_layers, 1)
     kv_heads = header.per_layer(f"{arch}.attention.head_count_kv", n_layers, max(heads))
     width = number("embedding_length", 1) // max(1, *heads)
-    # An encoder keeps nothing of the tokens that it has seen.
+    # An encoder has no KV cache.
     causal = number("attention.causal", 1)
     keys, values = number("attention.key_length", width) * causal, number("attention.value_length", width) * causal
     inner, state = number("ssm.inner_size", 0), number("ssm.state_size", 0)
     convolved = (number("ssm.conv_kernel", 1) - 1) * (inner + 2 * number("ssm.group_count", 0) * state)
     kept = 4 * (inner * state + convolved)
-    return [_Layer(heads=each, keys=each * keys, values=each * values, state=kept) for each in kv_heads]
+    return [_LayerSizes(heads=each, keys=each * keys, values=each * values, state=kept) for each in kv_heads]

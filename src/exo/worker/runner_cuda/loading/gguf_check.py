@@ -1,9 +1,8 @@
 """Checks a GGUF file before llama.cpp opens it, in a sandbox.
 
-llama.cpp trusts a file in places where a wrong length or offset makes it read and write memory that is not its own, and
-aborts its process for some values. So no byte of a file reaches it before this program has followed every length. The
-program gets a ``path`` and answers with the ``error``, which is empty if the file, and with it the other files of a
-split model, is sound.
+llama.cpp trusts lengths and offsets in a file, so that wrong ones make it read and write foreign memory, and it aborts
+its process for some values. This program follows every length before llama.cpp sees the file. It gets a ``path`` and
+answers with the ``error``, which is empty if the file is sound. The other files of a split model are checked too.
 """
 
 import json
@@ -16,12 +15,12 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimits, serve
 
 _LIMITS = SandboxLimits(seconds=60, address_space=2 << 30)
-"""Most of the time is a slow disk's."""
+"""The time is for slow disks."""
 _MOST_LAYERS = 512
 _MOST = {"embedding_length": 1 << 20, "feed_forward_length": 1 << 24, "expert_count": 512} | {
     f"attention.{name}": 1 << 16 for name in ("head_count", "head_count_kv", "key_length", "value_length")
 }
-"""The largest values, by key without the architecture before it, with which llama.cpp does not abort its process."""
+"""The largest values with which llama.cpp does not abort its process, by key without the architecture's name."""
 _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.group_norm_epsilon")
 _ROPE_SCALINGS = ("", "none", "linear", "yarn", "longrope")
 _TOKENS = "tokenizer.ggml.tokens"
@@ -48,7 +47,7 @@ def read_headers(path: Path) -> list[GgufHeader]:
 
 
 def check_file(path: Path) -> None:
-    """Raises HeaderError, and OSError where the file cannot be read."""
+    """Checks one file. Raises HeaderError, and OSError if the file cannot be read."""
     header = open_gguf(path)
     header.text("general.architecture")  # the estimate relies on it
     for key, field in header.fields.items():
@@ -67,7 +66,7 @@ def check_file(path: Path) -> None:
 
 
 def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
-    """What llama.cpp asserts of a model's numbers when it loads it."""
+    """Raises HeaderError for numbers that llama.cpp's assertions would reject while loading."""
 
     def number(key: str) -> int:
         return header.integer(f"{arch}.{key}", 0)
@@ -83,7 +82,7 @@ def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
     used = max(header.per_layer(f"{arch}.expert_used_count", layers, 0))
     heads = header.per_layer(f"{arch}.attention.head_count", layers, 0)
     kv_heads = header.per_layer(f"{arch}.attention.head_count_kv", layers, 0)
-    routes = not (arch.startswith("hunyuan") and experts <= 1)  # whose count of one stands for none
+    routes = not (arch.startswith("hunyuan") and experts <= 1)  # there, a count of one means none
     scaling, ahead = header.text(f"{arch}.rope.scaling.type"), number("nextn_predict_layers")
     rules = (
         (ahead <= layers, f"nextn_predict_layers = {ahead}, which is more than all {layers} layers"),
@@ -104,7 +103,7 @@ def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
 
 
 def _check_tokens(header: GgufHeader) -> None:
-    """llama.cpp aborts its process for a token that is there twice. It numbers empty ones."""
+    """Raises HeaderError for a repeated token, for which llama.cpp aborts. Empty tokens may repeat: it numbers them."""
     numbers: dict[bytes, int] = {}
     for number, token in enumerate(header.strings(_TOKENS)):
         if token and (first := numbers.setdefault(token, number)) != number:

@@ -1,7 +1,7 @@
-"""Has the C library ask for huge pages for what it allocates, model weights among them.
+"""Has the C library request huge pages for its allocations, model weights among them.
 
-A token takes every weight of a model through the processor once. In pages of 4 KiB much of that time goes to finding
-where they are: a model of 270 million weights generates up to a tenth faster from pages of 2 MiB.
+Each token reads every weight once. With pages of 4 KiB, much of that time is address translation: a model of 270
+million weights generates up to a tenth faster from pages of 2 MiB.
 """
 
 import os
@@ -9,12 +9,12 @@ import sys
 
 _VARIABLE = "GLIBC_TUNABLES"
 _SETTINGS = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
-"""One arena, since each would begin with huge pages of its own. The GNU C Library's manual, "Memory Allocation
-Tunables" (hugetlb since 2.35; what an older one does not know, it ignores)."""
+"""See the GNU C Library's manual, "Memory Allocation Tunables". There is one arena, because each would begin with huge
+pages of its own. Versions before 2.35 ignore hugetlb."""
 
 
 def restart_with_huge_pages() -> None:
-    """Begins the program anew, as the same process, unless somebody has chosen the settings of the C library."""
+    """Restarts the program in the same process with these settings, unless the user has set the variable."""
     if sys.platform == "linux" and _VARIABLE not in os.environ:
         os.environ[_VARIABLE] = _SETTINGS
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,4 +1,4 @@
-"""From a ``Load`` command to a warm model: options, weights, context, tokenizer and what they can do."""
+"""Loads a model: from a ``Load`` command to a warm context, scheduler and tokenizer."""
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
@@ -31,18 +31,18 @@ from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
 CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
-"""Prompt tokens on a CPU: of one prompt next to streams and without any, and of all prompts between two steps of the
-streams. A step of one prompt is short, so that the prompt ends soon after it is cancelled."""
+"""The most prompt tokens on a CPU: of one prompt beside streams, of one prompt alone, and of all prompts between two
+decode steps. Steps are short, so that a cancelled prompt ends soon."""
 CPU_ENOUGH = 32
-"""Prompt tokens from which on a CPU computes the next prompt in a step of its own, so that the first can begin its
-output: with more, a token takes hardly less. A GPU has use for all that there are."""
+"""On a CPU, a prefill step with this many tokens takes no further prompt, so that the first one begins its output
+sooner: larger steps are hardly faster per token. On a GPU they are."""
 GPU_CHUNK, GPU_BUDGET = 512, 2048
 CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 260, 100
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to generate. ``chunk`` is the prompt tokens per step of one prompt."""
+    """A model ready to generate. ``chunk`` is the most tokens of one prompt in a step."""
 
     model: Model
     context: Context
@@ -57,7 +57,7 @@ class Loaded:
     threads: Threads
 
     def free(self) -> None:
-        """Contexts first: they borrow from the model, and from the chains of backend sampling."""
+        """Frees the contexts first: they borrow from the model and from the sampler chains."""
         if self.draft is not None:
             self.draft.free()
         self.embedder.free()
@@ -67,7 +67,7 @@ class Loaded:
 
 
 def load(command: Load, report: Callable[[Status], None], *, score: bool = False) -> Loaded:
-    """Loads and warms up, reporting the way there; with ``score``, every row may give logits. Raises LoadError."""
+    """Loads and warms up a model, and reports progress. With ``score``, every row may give logits. Raises LoadError."""
     log = Log()
     options = read_options(command)
     devices = chosen(options, command.backend, gpus() if command.backend == "LlamaCppCuda" else ())
@@ -101,7 +101,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     report(Status(state="WarmingUp"))
     embedder = Embedder(model, options, context.generates, context.n_ctx, chunk, log)
     if embedder.pooling == "rank" and not _has_tensor(path, RANKING_HEADS):
-        raise LoadError("model_load_failed", f"{path} has no head that ranks, and its pooling is to be rank")
+        raise LoadError("model_load_failed", f'{path} has no ranking head, which pooling "rank" needs')
     _warm_up(context, embedder, score)
     on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
     chains = Chains(context)
@@ -158,7 +158,7 @@ def _capabilities(
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Prompt tokens per step: of one prompt, next to streams and without any, and of all prompts."""
+    """The most prompt tokens of a step: of one prompt beside streams, of one prompt alone, and of all prompts."""
 
     beside: int
     alone: int
@@ -166,14 +166,14 @@ class Chunks:
 
 
 def chunks(options: CudaOptions, *, on_gpu: bool) -> Chunks:
-    """The sizes that the model card sets, or else those that were measured to be fastest on such a device."""
+    """Returns the model card's sizes, or else the fastest ones measured on such a device."""
     beside = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
     alone = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_ALONE)
     return Chunks(beside, alone, max(alone, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET)))
 
 
 def read_options(command: Load) -> CudaOptions:
-    """The card's table, validated and made to fit the backend that was chosen. Raises LoadError naming the key."""
+    """Validates the card's table and adapts it to the backend. Raises LoadError with the key at fault."""
     try:
         options = CudaOptions.model_validate(command.table)
     except ValidationError as error:
@@ -184,14 +184,14 @@ def read_options(command: Load) -> CudaOptions:
     elif command.backend != "LlamaCppCuda":
         raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
     elif not gpus():
-        raise LoadError("model_load_failed", "LlamaCppCuda was asked for, but llama.cpp sees no CUDA device here")
+        raise LoadError("model_load_failed", "LlamaCppCuda was requested, but llama.cpp finds no CUDA device here")
     elif options.devices == (CPU,):
         updates["n_gpu_layers"] = 0
     return options.model_copy(update=updates)
 
 
 def _fixed_threads(command: Load, options: CudaOptions) -> tuple[int, int] | None:
-    """The model card's threads for steps of one row and of more; None where it leaves them open."""
+    """Returns the model card's threads for steps of one row and of more; None if it sets neither."""
     if all(command.table.get(key) is None for key in ("threads", "threads_batch")):
         return None
     one = options.threads or physical_cores()
@@ -203,13 +203,13 @@ def _has_tensor(path: Path, names: Collection[str]) -> bool:
 
 
 def _warm_up(context: Context, embedder: Embedder, score: bool) -> None:
-    """One token through the model, so that weights are paged in and kernels are built before the first request.
+    """Computes one token, so that weights are paged in and kernels built before the first request.
 
-    Of an encoder, the context for its texts is made. Raises LoadError.
+    For an encoder, creates the context for texts instead. Raises LoadError.
     """
     if not context.generates:
         if score:
-            raise LoadError("model_load_failed", "this model is an encoder, which gives no next token a probability")
+            raise LoadError("model_load_failed", "this model is an encoder, which predicts no next token")
         embedder.open()
         return
     _decode_one(context)
@@ -225,7 +225,7 @@ def _decode_one(context: Context) -> None:
 
 
 def draft_file(command: Load, options: CudaOptions) -> Path | None:
-    """The draft model's file, its header checked; None where none is wanted. Raises LoadError naming the key."""
+    """Finds the draft model's file and checks its header; None without a draft model. Raises LoadError with the key."""
     draft = options.draft
     if draft is None or options.speculation == "off":
         return None
@@ -236,7 +236,7 @@ def draft_file(command: Load, options: CudaOptions) -> Path | None:
 
 
 def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
-    """A draft model's, as if it were loaded for itself: on one device, since it is small and waited for."""
+    """Returns a draft model's options: those of the model, but on one device, because the drafts are waited for."""
     alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off"}
     return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, **alone})
 
@@ -251,27 +251,27 @@ def _load_draft(
     threads: Threads,
     log: Log,
 ) -> DraftModel | None:
-    """Raises LoadError naming the key."""
+    """Raises LoadError with the key at fault."""
     path, draft = draft_file(command, options), options.draft
     if path is None or draft is None:
         return None
     own = draft_options(options, draft)
     with _about(draft):
         if not (context.generates and target.can_cut):
-            raise LoadError("model_load_failed", "the model cannot take tokens back, so there is no use for guesses")
+            raise LoadError("model_load_failed", "the model's cache cannot drop tokens, so it cannot verify guesses")
         model = Model(path, own, devices[:1] if draft.n_gpu_layers else (), lambda _: None, log)
         check_vocabulary(model, target)
         rows = Rows(step=max(chunk, options.slots * LITTLE), graph=chunk, outputs=options.slots)
         guessing = Context(model, own, context.n_ctx, rows, log)
         if not (guessing.generates and model.can_cut):
-            raise LoadError("model_load_failed", "it cannot take tokens back, as a draft model must")
+            raise LoadError("model_load_failed", "its cache cannot drop tokens, as a draft model must")
     _decode_one(guessing)
     return DraftModel(model, guessing, options.slots, chunk, draft.max_tokens, threads)
 
 
 @contextmanager
 def _about(draft: DraftOptions) -> Generator[None]:
-    """Errors in here are of a draft model's file."""
+    """Attributes a LoadError in its body to the draft model's key in the card."""
     try:
         yield
     except LoadError as error:

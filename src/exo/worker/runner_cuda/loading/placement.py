@@ -1,6 +1,6 @@
-"""Which devices a model goes on and how much of it on each, by the card's settings and llama.cpp's own rules.
+"""Divides a model among devices, by the model card's settings and llama.cpp's own rules.
 
-The rules are those of llama.cpp 0.5.0-dev (``llama_prepare_model_devices``, ``load_tensors``,
+These rules are those of llama.cpp 0.5.0-dev (``llama_prepare_model_devices``, ``load_tensors``,
 ``llm_arch_supports_sm_tensor`` and ``llama_meta_device_get_split_state``).
 """
 
@@ -22,18 +22,18 @@ WITHOUT_TENSOR = frozenset({
     "granitehybrid", "minimax-01", "minimax-m2", "minimax-m3", "mistral4", "kimi-linear", "bailingmoe3", "kimi-k3",
     "glm5-next", "qwen3tts", "qwen4exp",
 })  # fmt: skip
-"""Architectures (``general.architecture``) whose layers llama.cpp cannot share out among devices."""
+"""Architectures (``general.architecture``) that llama.cpp cannot split by "tensor"."""
 _SHARED_OUT = re.compile(
     r"(?:blk\.\d+\.(?:attn_(?:q|k|v|qkv|output|gate)|ffn_(?:up|gate|gate_up|down)(?:_exps)?|ssm_\w+)|output)"
     r"(?:\.weight|\.bias)?"
 )
-"""Tensors of which, in split mode "tensor", each device has a share; of all others each has a copy."""
+"""Tensors that split mode "tensor" divides among the devices. Each device has a copy of every other tensor."""
 
 
 def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[Gpu, ...]:
-    """The devices to load on, in the card's order, of those that are ``present`` for ``backend``.
+    """Returns the devices to load on, in the card's order, out of those ``present`` for ``backend``.
 
-    None for a model that stays with the processors. Raises LoadError naming the key that asks for what is not there.
+    It is empty for a model that stays on the CPU. Raises LoadError with the key that cannot be satisfied.
     """
     known = {each.name: each for each in present}
     wanted = () if options.devices == (CPU,) else options.devices
@@ -41,28 +41,28 @@ def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[
     for name in names:
         if name not in known:
             there = ", ".join(known) or CPU
-            raise _refused(f"devices: there is no device {name!r} for {backend} here; there is {there}")
+            raise _refused(f"devices: {backend} has no device {name!r} here; it has {there}")
     gpus = tuple(known[name] for name in names)
     listed = ", ".join(names) or "none"
     if options.tensor_split is not None and len(options.tensor_split) != len(gpus):
         count = len(options.tensor_split)
-        raise _refused(f"tensor_split: has {count} numbers, and must have one for each device; there are: {listed}")
+        raise _refused(f"tensor_split: has {count} numbers, but must have one for each device in use: {listed}")
     if options.split_mode in ("row", "tensor") and not gpus:
-        raise _refused(f'split_mode: "{options.split_mode}" needs a GPU, and there is none to use')
+        raise _refused(f'split_mode: "{options.split_mode}" needs a GPU, but none is in use')
     if options.split_mode == "row" and (lacking := [each.name for each in gpus if not each.splits_rows]):
         what = f"this build of llama.cpp cannot split rows over {', '.join(lacking)}"
-        raise _refused(f'split_mode: {what}; "tensor" also has a share of every layer on each device')
+        raise _refused(f'split_mode: {what}; "tensor" also puts a share of every layer on each device')
     if options.main_gpu >= max(1, len(gpus)):
-        raise _refused(f"main_gpu: is {options.main_gpu}, and counts from 0 the devices that there are: {listed}")
+        raise _refused(f"main_gpu: is {options.main_gpu}, but must be an index from 0 of the devices in use: {listed}")
     if options.n_gpu_layers == 0:
         return ()
     return gpus[options.main_gpu : options.main_gpu + 1] if options.split_mode == "none" else gpus
 
 
 def check_architecture(options: CudaOptions, header: Callable[[], GgufHeader]) -> None:
-    """Raises LoadError where llama.cpp cannot split a model of this architecture as the card asks.
+    """Raises LoadError if llama.cpp cannot split a model of this architecture as the card asks.
 
-    ``header`` reads that of the model's file, and is called only if it matters.
+    ``header`` reads the header of the model's file. It is called only if needed.
     """
     if options.split_mode != "tensor":
         return
@@ -72,10 +72,9 @@ def check_architecture(options: CudaOptions, header: Callable[[], GgufHeader]) -
 
 
 def tensor_splits(options: CudaOptions, devices: Sequence[Gpu]) -> tuple[tuple[float, ...], ...]:
-    """How whole layers may be divided where the card does not say: by the memory that is free, as llama.cpp does, and
-    by all that there is.
+    """Returns the proportions to consider if the card sets none: free memory, as in llama.cpp, and total memory.
 
-    One of them is told to llama.cpp when it loads, since by then other memory may be free.
+    The chosen one is passed to llama.cpp, because the free memory may have changed when it loads.
     """
     if options.split_mode == "tensor" or options.tensor_split is not None or len(devices) < 2:
         return ()
@@ -89,7 +88,7 @@ def _shares(sizes: Sequence[int]) -> tuple[float, ...]:
 
 
 def elsewhere(options: CudaOptions, devices: Sequence[Gpu], present: Sequence[Gpu]) -> tuple[tuple[str, ...], ...]:
-    """Each device by itself, and all of them: what the card's devices could be instead."""
+    """Returns alternatives to the chosen devices, for a remedy: each present device by itself, and all of them."""
     if not devices or options.tensor_split is not None or options.main_gpu:
         return ()
     names = tuple(each.name for each in present)
@@ -103,15 +102,15 @@ def _refused(message: str) -> LoadError:
 
 
 def shared_out(tensor: str) -> bool:
-    """Whether in split mode "tensor" each device has a share of this tensor, not a copy."""
+    """Whether split mode "tensor" divides this tensor among the devices, instead of copying it to each."""
     return _SHARED_OUT.fullmatch(tensor) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Devices by name, and the proportions in which they share a model. ``by_tensor``: each has a share of each layer.
+    """How devices share a model: whole layers on each or, ``by_tensor``, a share of each layer on each.
 
-    ``shares`` is of the same length as ``devices``, and its sum is positive.
+    ``shares`` are proportions. They are as many as ``devices``, and their sum is positive.
     """
 
     devices: tuple[str, ...]
@@ -119,16 +118,17 @@ class Placement:
     by_tensor: bool = False
 
     def layers(self, n_layers: int, n_device: int) -> list[dict[str, float]]:
-        """What part of each layer each device has, empty for a layer of the processors'; ``n_layers`` and one more.
+        """Returns the share of each layer on each device, by name; empty for a layer on the CPU.
 
-        The last entry is for what is behind the last layer. ``n_device`` is llama.cpp's ``n_gpu_layers``.
+        The result has ``n_layers`` + 1 entries, the last one for the output. ``n_device`` is llama.cpp's
+        ``n_gpu_layers``.
         """
         n_device = min(n_device, n_layers + 1) if self.devices else 0
         host: list[dict[str, float]] = [{} for _ in range(n_layers + 1 - n_device)]
         if self.by_tensor:
             total = sum(self.shares)
             return host + [{n: s / total for n, s in zip(self.devices, self.shares, strict=True)}] * n_device
-        # In the same precision as llama.cpp, in which a layer on the border falls to the same side.
+        # float32, as in llama.cpp, so that rounding puts a layer on the border on the same side.
         ends = np.array(list(accumulate(np.float32(each) for each in self.shares)), np.float32)
         places = np.arange(n_device, dtype=np.float32) / np.float32(max(1, n_device))
         at = np.searchsorted(ends / ends[-1], places, side="right") if n_device else ()

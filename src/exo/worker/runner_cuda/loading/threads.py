@@ -1,8 +1,8 @@
-"""How many threads compute a step. The count is measured while the model serves, since other programs come and go.
+"""Chooses the number of threads of a step, by measurements while the model serves: other programs come and go.
 
-llama.cpp has two counts: one for steps of a single row and one for steps of several. The second changes no bit of the
-results. The first does in contexts of 512 tokens and more, where flash attention divides the cells among the threads.
-A request that has to be repeatable to the last bit therefore gets the same count for single rows whatever else runs.
+llama.cpp has two counts: one for steps of a single row and one for steps of several rows. The second does not change
+the results. The first does in contexts of 512 tokens and more, where flash attention divides the cells among the
+threads. A request that must be repeatable to the last bit therefore gets a fixed count for single rows.
 """
 
 import os
@@ -20,22 +20,22 @@ from exo.worker.protocol.messages import CpuUse
 TURNS = 6
 """Steps with each count in a trial."""
 HOPELESS = 1.25
-"""A trial ends after two steps with each count if the new one takes so many times as long."""
+"""A trial ends after two steps with each count if the new one takes this many times as long."""
 WORTH_MORE = 1.03
-"""How many times as fast more threads have to be. Whatever else a token takes needs a core, too: its text, the server
-and the client stop a thread for which the others then wait."""
+"""How many times as fast more threads must be. The text of a token, the server and the client need a core too: they
+stop a thread, for which the others then wait."""
 CROWDED = 0.12
-"""Share of the time that computing threads want to run and have no core, from which on fewer threads are tried."""
+"""Fewer threads are tried if the computing threads wait for a core for this share of the time."""
 IDLE_CORE = 0.7
-"""Cores that have nothing to do, from which on more threads are tried."""
+"""More threads are tried if this many cores are idle."""
 WINDOW_SECONDS = 0.5
 LOOKS, LOOK_SECONDS = 4, 0.001
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds between two trials in the same direction: doubled by each that fails, from the first to the longest."""
+"""Seconds between two trials in the same direction. Each failure doubles them, up to the longest."""
 TRIAL_SECONDS = 5.0
-"""A trial that has not ended by then is given up: the number of rows kept changing."""
+"""A longer trial is given up: the number of rows kept changing."""
 _KEPT = 0.8
-"""Weight of earlier measurements at a new one."""
+"""The weight of earlier measurements when a new one is added."""
 
 StepKind = tuple[bool, int]
 """Whether prompts were computed, and the number of rows: steps of the same kind take about the same time."""
@@ -43,10 +43,10 @@ StepKind = tuple[bool, int]
 
 @dataclass(frozen=True, slots=True)
 class CpuWindow:
-    """What the machine did for half a second.
+    """The load of the CPUs over half a second.
 
-    ``delay`` is the share of the time that the computing threads wanted to run and waited for a core. ``idle`` is the
-    usable CPUs' worth of time in which nothing ran.
+    ``delay`` is the share of the time in which the computing threads were runnable and waited for a core. ``idle`` is
+    the idle time of the usable CPUs, in CPUs.
     """
 
     delay: float
@@ -54,7 +54,7 @@ class CpuWindow:
 
 
 class CpuWatch:
-    """Reads the run-queue delay of this process's busiest threads and the idle time of the CPUs that it may use."""
+    """Reads the run-queue delay of this process's busiest threads, and the idle time of the CPUs that it may use."""
 
     def __init__(self) -> None:
         self._cpus = usable_cpus()
@@ -79,7 +79,7 @@ class CpuWatch:
         return found
 
     def restart(self) -> None:
-        """Begins a new window, after a pause that shows nothing about computing."""
+        """Begins a new window, after a pause in which nothing was computed."""
         self._since, self._tasks, self._idle = time.monotonic(), dict(_task_times()), self._idle_seconds()
 
     def _idle_seconds(self) -> float:
@@ -88,9 +88,9 @@ class CpuWatch:
 
 
 def others_running() -> int | None:
-    """Threads besides this one that run or want to, on the whole machine; None where the kernel does not count them.
+    """Returns the number of other runnable threads on the whole machine; None if the kernel does not report it.
 
-    It is the least of a few looks within milliseconds: a program that computes is there at each.
+    It is the minimum of a few readings within milliseconds, which a program that computes shows up in each time.
     """
     found: list[int] = []
     for look in range(LOOKS):
@@ -103,19 +103,19 @@ def others_running() -> int | None:
 
 
 def _task_times() -> Iterator[tuple[str, tuple[int, int]]]:
-    """Nanoseconds that each thread of this process has run, and that it waited for a core (Linux's ``schedstat``)."""
+    """Yields each thread's id, and its nanoseconds of running and of waiting for a core (Linux's ``schedstat``)."""
     tasks = Path("/proc/self/task")
     for name in os.listdir(tasks) if tasks.exists() else ():
         try:
             ran, waited, _ = (tasks / name / "schedstat").read_text().split()
-        except (OSError, ValueError):  # the thread has ended, or this kernel does not count
+        except (OSError, ValueError):  # the thread has ended, or this kernel does not report it
             continue
         yield name, (int(ran), int(waited))
 
 
 @dataclass(slots=True)
 class Trial:
-    """Steps that take turns with two counts, until it is known which is faster."""
+    """Alternates between two counts until it is known which one is faster."""
 
     usual: int
     other: int
@@ -134,7 +134,7 @@ class Trial:
         self.turn += 1
 
     def verdict(self, kind: StepKind) -> bool | None:
-        """Whether ``other`` is to be used from now on; None while that is not known."""
+        """Whether ``other`` is better; None while that is not known."""
         usual, other = self.times.get((kind, self.usual), []), self.times.get((kind, self.other), [])
         n = min(len(usual), len(other))
         if n >= 2 and fmean(other) > HOPELESS * fmean(usual):
@@ -146,20 +146,19 @@ class Trial:
 
 
 class ThreadCount:
-    """The count for one sort of steps: from 1 to ``limit``, beginning with ``cores``."""
+    """The count for single rows or for several: from 1 to ``limit``, beginning with ``cores``."""
 
     def __init__(self, cores: int, limit: int) -> None:
         self.cores = cores
         self.limit = limit
-        """The most threads that are of use here."""
+        """The most threads to use."""
         self.count = cores
         self._trial: Trial | None = None
-        self._next = {True: 0.0, False: 0.0}
-        """When more, or fewer, threads may be tried again."""
+        self._next = {True: 0.0, False: 0.0}  # the time from which more (True) or fewer threads may be tried
         self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
 
     def restrict(self, limit: int) -> None:
-        """Makes ``limit`` the most from now on. Cores that become free are used at once."""
+        """Sets the limit. Cores that become free are used at once."""
         if limit == self.limit:
             return
         self.count = min(limit, self.cores if limit > self.limit else self.count)
@@ -167,7 +166,7 @@ class ThreadCount:
         self._trial = None
 
     def begin_anew(self, count: int) -> None:
-        """Uses ``count`` cores, as far as there are so many, if that is more than now."""
+        """Raises the count to ``count``, within the limit. Never lowers it."""
         if (count := min(count, self.cores, self.limit)) > self.count:
             self.count = count
             self._trial = None
@@ -178,7 +177,7 @@ class ThreadCount:
         return self.count if self._trial is None else self._trial.count
 
     def computed(self, kind: StepKind, seconds: float, now: float) -> None:
-        """Takes a step with the count that ``now()`` gave into account."""
+        """Notes the time of a step that used the count from ``now()``."""
         trial = self._trial
         if trial is None:
             return
@@ -196,7 +195,7 @@ class ThreadCount:
         self._next[up] = now + self._pause[up]
 
     def look(self, window: CpuWindow, now: float) -> None:
-        """Begins a trial where the machine looks as if another count were better."""
+        """Begins a trial if the window suggests that another count is better."""
         if self._trial is not None:
             return
         step = max(1, self.count // 4)
@@ -207,9 +206,9 @@ class ThreadCount:
 
 
 class Threads:
-    """Both counts of a context, and what they are worth at the moment. Belongs to the engine's thread.
+    """Both counts of a context. Used by the engine's thread.
 
-    ``fixed`` counts, of single rows and of more, are the model card's and never change.
+    ``fixed`` counts, for single rows and for more, come from the model card and never change.
     """
 
     def __init__(self, cores: int, hyperthreads: int, fixed: tuple[int, int] | None = None) -> None:
@@ -221,18 +220,20 @@ class Threads:
         self._watch = CpuWatch()
         self._last_step = time.monotonic()
         self._window = CpuWindow(0.0, 0.0)
-        self._quiet: dict[StepKind, float] = {}
-        """Seconds of a step while nothing else wanted the cores."""
+        self._quiet: dict[StepKind, float] = {}  # seconds of a step while no other program wanted the cores
         self._slowdown = 1.0
 
     def restrict(self, share: int) -> None:
-        """Uses at most ``share`` cores from now on, since other runners of this server compute as well."""
+        """Limits the cores to ``share``, because other runners of this server compute as well."""
         self._share = min(share, self._cores)
         self._one.restrict(self._share)
         self._more.restrict(self._hyperthreads if self._share == self._cores else self._share)
 
     def counts(self, *, exact: bool) -> tuple[int, int]:
-        """Threads for a step of one row and for a step of more; ``exact`` if a sequence has to be repeatable."""
+        """Returns the threads for a step of one row and for a step of more.
+
+        ``exact``: a sequence must be repeatable to the last bit.
+        """
         if time.monotonic() - self._last_step > WINDOW_SECONDS:
             self._resume()
         if self._fixed is not None:
@@ -240,7 +241,7 @@ class Threads:
         return self._cores if exact else self._one.now(), self._more.now()
 
     def computed(self, n_rows: int, seconds: float, *, prefills: bool, exact: bool) -> None:
-        """Takes a step with the counts that ``counts()`` gave into account."""
+        """Notes the time of a step that used the counts from ``counts()``."""
         now, kind, used = time.monotonic(), (prefills, n_rows), self._one if n_rows == 1 else self._more
         self._last_step = now
         if self._fixed is None and not (exact and n_rows == 1):
@@ -253,10 +254,10 @@ class Threads:
                 used.look(window, now)
 
     def _resume(self) -> None:
-        """Begins anew after a pause, with the cores that no other program uses at the moment.
+        """Starts again after a pause, with the cores that no other program uses now.
 
-        After a program that took a core has ended, a request's prompt and first tokens would otherwise be computed with
-        too few threads until a trial has shown better.
+        If another program has ended meanwhile, a request's prompt and first tokens would otherwise be computed with too
+        few threads, until a trial has shown that more are faster.
         """
         self._watch.restart()
         self._last_step = time.monotonic()
@@ -272,7 +273,7 @@ class Threads:
             self._slowdown = _KEPT * self._slowdown + (1 - _KEPT) * seconds / quiet
 
     def use(self) -> CpuUse:
-        """What a heartbeat tells. Safe to call from any thread."""
+        """Returns the report for a heartbeat. Safe to call from any thread."""
         if self._fixed is not None:
             count, reason = self._fixed[0], "the model card sets it"
         else:

@@ -1,4 +1,4 @@
-"""Prefixes that need not be computed again: in any slot, busy or idle, and of slots given away in the host's memory."""
+"""The prefix cache: prefixes in the slots, busy or free, and states saved to RAM before a slot is overwritten."""
 
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
@@ -15,54 +15,54 @@ from exo.worker.runner_cuda.slot import Slot
 State = npt.NDArray[np.uint8]
 
 WORTH_COPYING = 1 / 512
-"""Tokens, for each that a slot can hold, that make up for copying its cells, all of which are copied: computing a
-token takes about a thousand times as long as copying one's cells, on CPUs and GPUs alike."""
+"""The share of a slot's size by which a found prefix must exceed the slot's own to be worth a copy, which copies all
+cells. Computing a token takes about a thousand times as long as copying a cell, on CPUs and GPUs alike."""
 WORTH_SAVING = 256
-"""Tokens, found nowhere else, for which what is lost from a slot is kept in the host's memory."""
+"""A slot's state is saved before it is overwritten if at least this many of its tokens are cached nowhere else."""
 WORTH_WAITING = 64
-"""Tokens that another slot is about to compute, for which a request does not compute them at the same time."""
+"""A request waits for another slot's prefill if that is about to compute at least this many tokens of its prompt."""
 
 
 class Cells(Protocol):
-    """The context's cells. ``llama.Context`` has them."""
+    """The cells of the slots' KV caches, which ``bindings.Context`` owns."""
 
     @property
     def n_ctx(self) -> int:
-        """How many a slot has."""
+        """The number of cells of one slot."""
         ...
 
     @property
     def keeps_window(self) -> bool:
-        """Whether a saved state has only what the next token needs, so that it is of use whole or not at all."""
+        """Whether a saved state has, in some layers, only the cells that the next token sees: it cannot be cut then."""
         ...
 
     def trim(self, slot: int, length: int) -> bool:
-        """Keeps the first ``length`` cells of a slot; false where they cannot be cut there."""
+        """Keeps the first ``length`` cells of a slot. Returns false if the model's cache cannot be cut there."""
         ...
 
     def copy(self, source: int, target: int) -> None:
-        """Makes a slot's cells those of another; done with the next decode, before anything else."""
+        """Copies all cells of one slot to another. It takes effect with the next decode, before that computes."""
         ...
 
     def wipe(self, slot: int, sound: int | None) -> None:
-        """Empties a slot and overwrites its cells with those of the slot ``sound``, as late as ``copy`` does.
+        """Empties a slot and overwrites its cells with those of the slot ``sound``, with the next decode.
 
-        None: all slots are emptied and overwritten at once.
+        If ``sound`` is None, all slots are emptied and overwritten with zeros at once.
         """
         ...
 
     def save(self, slot: int, most: int) -> State:
-        """The cells of a slot; empty if that failed or takes over ``most`` bytes."""
+        """Returns the cells of a slot; an empty array if that failed or they take more than ``most`` bytes."""
         ...
 
     def restore(self, slot: int, state: State) -> bool:
-        """Makes a slot's cells those saved; false, and no cells, if that failed."""
+        """Replaces a slot's cells with saved ones. On failure, returns false and leaves the slot empty."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Saved:
-    """What a slot held; of use for at least its first ``least`` tokens."""
+    """A slot's saved state. Prefixes of it with fewer than ``least`` tokens cannot be used."""
 
     cached: list[int]
     least: int
@@ -70,18 +70,18 @@ class Saved:
 
     @property
     def tokens(self) -> list[int]:
-        """As ``Slot.tokens``."""
+        """The same as ``cached``, for what ``Slot`` and ``Saved`` have in common."""
         return self.cached
 
     @property
     def n_bytes(self) -> int:
-        """Memory taken; a token takes a pointer and a number."""
+        """RAM taken. A token in the list takes a pointer and an integer object."""
         return self.state.nbytes + 40 * len(self.cached)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where the first ``length`` tokens of a prompt are, and how many are there once what is known is computed."""
+    """A cached prefix: ``length`` tokens now, ``promised`` once the holder's sequence is computed."""
 
     holder: Slot | Saved
     length: int
@@ -89,23 +89,26 @@ class Found:
 
 
 class PrefixCache:
-    """Knows what all slots hold and moves cells between them. For the engine's thread only, as the cells are."""
+    """Knows the tokens of all slots and saved states, and moves cells between them. Used by the engine's thread.
+
+    Invariants: the tree has the tokens of each saved state, and those that each slot has computed or will compute, in
+    whole blocks. A slot's ``cached`` are the tokens with cells. Saved states take at most ``capacity`` bytes.
+    """
 
     def __init__(self, cells: Cells, capacity: int) -> None:
-        """``capacity`` bytes of the host's memory for what slots no longer hold."""
+        """``capacity`` is the RAM for saved states, in bytes; 0 saves none."""
         self.n_bytes = 0
         self._cells = cells
         self._capacity = capacity
         self._tree: PrefixTree[Slot | Saved] = PrefixTree()
-        self._saved: dict[Saved, None] = {}
-        """Least recently used first."""
-        self._copying = False
+        self._saved: dict[Saved, None] = {}  # least recently used first
+        self._copying = False  # a copy or a wipe is due with the next decode
 
     def find(self, sequence: Sequence) -> Found | None:
-        """The longest prefix of a sequence that anyone holds or is about to compute, of at least one block.
+        """Returns the longest prefix of a sequence that is cached or about to be, of at least one block.
 
-        The last token is left out, since its logits are what the first choice is made from; and all are where the
-        prompt's log-probabilities are asked for.
+        The last token is always computed, because the first new token is sampled from its logits. With prompt
+        log-probabilities, every token is computed, so nothing is looked up.
         """
         if sequence.prompt_logprobs is not None:
             return None
@@ -118,18 +121,19 @@ class PrefixCache:
         return None
 
     def is_awaited(self, found: Found) -> bool:
-        """Whether a request does better to wait a step, until another has computed what both need."""
+        """Whether the request should wait for the sequence that is computing the rest of the prefix."""
         return found.promised - found.length >= WORTH_WAITING
 
     def needs_decode(self, found: Found) -> bool:
-        """Whether what was found can be used only after a decode.
+        """Whether the prefix can be used only after a decode.
 
-        A copy is made with the next decode; a state restored before it would be overwritten, or copied instead.
+        A pending copy takes effect with the next decode. It would overwrite a state restored before it, or copy that
+        state instead of the source's cells.
         """
         return self._copying and isinstance(found.holder, Saved)
 
     def enter(self, slot: Slot, sequence: Sequence, found: Found | None) -> int:
-        """Gives a free slot to a sequence, whose first tokens it then holds as far as anyone has; how many they are."""
+        """Gives a free slot to a sequence, with the found prefix in it. Returns the number of cached tokens."""
         length = 0
         if sequence.prompt_logprobs is None:
             length = _usable(slot, min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1))
@@ -150,22 +154,22 @@ class PrefixCache:
         return length
 
     def promise(self, slot: Slot) -> None:
-        """Notes all tokens known of the sequence in a slot, computed or not."""
+        """Records all known tokens of the slot's sequence, so that other requests can wait for them."""
         self._tree.put(slot, slot.tokens)
 
     def drop_after(self, slot: Slot, length: int) -> None:
-        """Drops the cells that a slot has beyond ``length`` tokens, which are all that it knows of."""
+        """Drops the slot's cells from index ``length`` on, and records the sequence's tokens."""
         self._cells.trim(slot.id, length)
         self.promise(slot)
 
     def leave(self, slot: Slot) -> None:
-        """Notes that the sequence has left the slot, which holds what was computed."""
+        """Records that the sequence has left the slot: only computed tokens are cached, nothing is promised."""
         self._tree.cut(slot, len(slot.cached))
 
     def wipe(self, spoilt: Collection[Slot], sound: Slot | None) -> None:
-        """Forgets what free slots hold, and overwrites it with the cells of ``sound``; None: no slot is.
+        """Empties free slots, and overwrites their cells with those of ``sound``, or with zeros if that is None.
 
-        A masked cell still spoils a computation if it is NaN.
+        Emptying alone is not enough: a masked cell still spoils a computation if it is NaN.
         """
         for slot in spoilt:
             self._tree.cut(slot, 0)
@@ -175,11 +179,11 @@ class PrefixCache:
             self._copying = sound is not None
 
     def decoded(self) -> None:
-        """Notes a decode, with which copies are made."""
+        """Records a decode, with which pending copies have taken effect."""
         self._copying = False
 
     def _fetch(self, slot: Slot, found: Found) -> int:
-        """Puts what was found in the place of what the slot holds; how many of the tokens are of use."""
+        """Replaces the slot's cells with the found ones. Returns the number of usable tokens."""
         source = found.holder
         if isinstance(source, Saved):
             self._drop(source)
@@ -196,7 +200,7 @@ class PrefixCache:
         return found.length
 
     def _keep(self, slot: Slot, n_kept: int) -> None:
-        """Saves what the slot holds, if much of it is in no other place, nor among the tokens that it keeps."""
+        """Saves the slot's state if many of its tokens are neither among the ``n_kept`` first nor cached elsewhere."""
         n_safe = max(n_kept, self._held_elsewhere(slot))
         if self._capacity == 0 or len(slot.cached) - n_safe < WORTH_SAVING:
             return
@@ -215,6 +219,7 @@ class PrefixCache:
         self._tree.put(saved, saved.cached)
 
     def _held_elsewhere(self, slot: Slot) -> int:
+        """Returns how many leading tokens of the slot are cached in another place, in whole blocks."""
         for depth, holders in self._tree.matches(slot.cached):
             if any(h is not slot and len(h.cached) >= depth >= h.least for h in holders):
                 return depth

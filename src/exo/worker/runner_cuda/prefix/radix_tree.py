@@ -1,4 +1,4 @@
-"""Finds who holds the longest common prefix with a prompt; what that costs does not depend on how many hold any."""
+"""Finds the holders of a prompt's longest common prefix, at a cost that does not depend on the number of holders."""
 
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
@@ -6,28 +6,31 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 BLOCK = 16
-"""Tokens that a node stands for. What is shared beyond whole blocks is for the caller to compare."""
+"""Tokens of one node. The caller compares the tokens beyond whole blocks."""
 
 Holder = TypeVar("Holder", bound=Hashable)
 
 
 @dataclass(slots=True, eq=False)
 class _Node(Generic[Holder]):
-    """All tokens from the root to here; ``holders`` hold at least these."""
+    """Stands for the tokens on the path from the root. Each of ``holders`` has at least these."""
 
     children: dict[bytes, "_Node[Holder]"] = field(default_factory=dict[bytes, "_Node[Holder]"])
     holders: set[Holder] = field(default_factory=set[Holder])
 
 
 class PrefixTree(Generic[Holder]):
-    """A radix tree over blocks of token ids."""
+    """A radix tree over blocks of token ids.
+
+    Invariant: a holder is in every node on the path of its tokens, and a node without holders is removed.
+    """
 
     def __init__(self) -> None:
         self._root: _Node[Holder] = _Node()
         self._paths: dict[Holder, list[tuple[bytes, _Node[Holder]]]] = {}
 
     def put(self, holder: Holder, tokens: Sequence[int]) -> None:
-        """``holder`` holds ``tokens``, which begin with what it was put with before, where it was."""
+        """Extends a holder's tokens to ``tokens``, which must begin with its earlier ones."""
         path = self._paths.setdefault(holder, [])
         node = path[-1][1] if path else self._root
         for block in _blocks(tokens, len(path)):
@@ -36,7 +39,7 @@ class PrefixTree(Generic[Holder]):
             path.append((block, node))
 
     def cut(self, holder: Holder, length: int) -> None:
-        """``holder`` holds no more than its first ``length`` tokens; with 0 it is forgotten."""
+        """Shortens a holder's tokens to the first ``length``; 0 removes it."""
         path = self._paths.get(holder, [])
         while len(path) > length // BLOCK:
             block, node = path.pop()
@@ -47,7 +50,7 @@ class PrefixTree(Generic[Holder]):
             self._paths.pop(holder, None)
 
     def matches(self, tokens: Sequence[int]) -> Iterator[tuple[int, frozenset[Holder]]]:
-        """Lengths, in whole blocks and longest first, and who holds at least so much of ``tokens``."""
+        """Yields prefix lengths of ``tokens`` in whole blocks, longest first, each with its holders."""
         nodes: list[_Node[Holder]] = []
         node = self._root
         for block in _blocks(tokens, 0):

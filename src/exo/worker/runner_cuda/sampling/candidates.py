@@ -1,7 +1,7 @@
-"""Finds the few tokens of a row that may be drawn, and draws for all rows of a step at once.
+"""Finds the few candidates of each row, and draws a token from each row's candidates, for all rows of a step at once.
 
-No sum runs over several rows or over padding, and no order of additions depends on either: a row's token is the same
-in any company.
+Invariant: a row's token does not depend on the other rows. No sum runs over several rows or over padding, and no order
+of additions depends on them.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ Weights = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 LEAST = np.finfo(np.float32).min
-"""Smaller logits are those of tokens left out."""
+"""A smaller logit marks a token that is excluded."""
 
 
-class NotFinite(Exception):  # noqa: N818 -- it names what the logits are
+class NotFinite(Exception):  # noqa: N818 -- it names the logits' property
     """The row's largest logit is NaN or infinite: the computation went wrong for this sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The tokens that one is to be drawn from: at least one, in ascending order, the largest logit among them."""
+    """The tokens of one row that may be drawn: at least one, in ascending order, including the largest logit's."""
 
     ids: Ids
     logits: Row
@@ -36,25 +36,25 @@ class Candidates:
     min_p: float
     top_p: float
     key: int
-    """Of the noise: ``randomness.key``."""
+    """The key of the noise, from ``keyed_rng.key``."""
 
 
 @dataclass(slots=True)
 class _Pool:
-    """The candidates of several rows one after another; ``rows`` ascend from 0, and each has at least one."""
+    """The candidates of several rows, concatenated. ``rows`` ascend from 0, and each row has at least one."""
 
     rows: Ids
     ids: Ids
     weights: Weights
-    """Probabilities as multiples of the row's largest."""
+    """Probabilities divided by the row's largest one."""
 
     def keep(self, kept: Mask) -> "_Pool":
-        """Without the others."""
+        """Returns the candidates for which ``kept`` is true."""
         return _Pool(self.rows[kept], self.ids[kept], self.weights[kept])
 
 
 def largest(row: Row) -> np.float32:
-    """The largest logit. Raises NotFinite."""
+    """Returns the largest logit. Raises NotFinite."""
     found = row.max()
     if not np.isfinite(found):
         raise NotFinite
@@ -62,12 +62,12 @@ def largest(row: Row) -> np.float32:
 
 
 def top_k(row: Row, k: int) -> Ids:
-    """Ids, ascending, of the k largest logits and of all equals of the k-th. Raises NotFinite.
+    """Returns the ids, ascending, of the k largest logits and of all equals of the k-th. Raises NotFinite.
 
-    The row is folded into groups: logit i is of group i modulo their number. The k-th largest of their maxima is a
-    lower bound of the k-th largest logit, since each of k groups holds at least one logit that large. So only the
-    groups reaching it, about k, are looked at. That takes least where there are about as many groups as the root of k
-    times the row's length.
+    The row is folded into groups: logit i belongs to group i modulo the number of groups. The k-th largest of the
+    groups' maxima is a lower bound of the k-th largest logit, because each of k groups has a logit of at least that
+    size. Only the groups that reach the bound, about k, are searched. The cost is least with about sqrt(k * row.size)
+    groups.
     """
     depth = 1 << isqrt(row.size // k).bit_length() >> 1
     if depth < 2:
@@ -76,13 +76,13 @@ def top_k(row: Row, k: int) -> Ids:
     else:
         width = row.size // depth
         groups, rest = row[: depth * width].reshape(depth, width), row[depth * width :]
-        # Two operands, since ``max`` alone reads half as fast what is not in the processor's cache.
+        # Two operands: ``max`` alone reads data that is not in the CPU's cache at half the speed.
         maxima = np.maximum(groups[: depth // 2], groups[depth // 2 :]).max(axis=0)
         best = np.partition(maxima, width - k)[width - k :]
         if rest.size:
             best = np.append(best, rest)
         largest(best)
-        # Where fewer groups have a token left, all tokens left are looked at.
+        # If fewer than k groups have a token that is not excluded, all such tokens are candidates.
         bound = max(best[0], LEAST)
         (reaching,) = (maxima >= bound).nonzero()
         members, places = (groups[:, reaching] >= bound).nonzero()
@@ -96,12 +96,12 @@ def top_k(row: Row, k: int) -> Ids:
 
 
 def draw(candidates: Sequence[Candidates]) -> list[int]:
-    """One token of each: the block of ids first, then the token in it."""
+    """Draws one token for each row: first a block of ids, then a token in it. See ``SamplingParams``."""
     pool = _weighed(candidates)
     if any(each.min_p > 0 for each in candidates):
         pool = pool.keep(pool.weights >= np.array([each.min_p for each in candidates])[pool.rows])
     if any(each.top_p < 1 for each in candidates):
-        # What is to reach an infinite sum is kept whole.
+        # A row without top-p needs an infinite share, which keeps all of its candidates.
         pool = _top_p(pool, np.array([each.top_p if each.top_p < 1 else np.inf for each in candidates]))
     keys = np.array([each.key for each in candidates], np.uint64)
     blocks, places = np.divmod(pool.ids, BLOCK)
@@ -122,7 +122,7 @@ def _weighed(candidates: Sequence[Candidates]) -> _Pool:
 
 
 def _top_p(pool: _Pool, shares: Weights) -> _Pool:
-    """The smallest set of each row's heaviest that reaches its share; of equals at the border the lowest ids."""
+    """Keeps each row's smallest set of heaviest candidates whose sum reaches its share; of equals, the lowest ids."""
     order = np.lexsort((-pool.weights, pool.rows))
     weights, starts = pool.weights[order], _starts(pool.rows)
     ends = np.append(starts[1:], weights.size)
@@ -137,7 +137,7 @@ def _top_p(pool: _Pool, shares: Weights) -> _Pool:
 
 
 def _winners(weights: Weights, noise: Weights, rows: Ids) -> Ids:
-    """Index of each row's largest ln(weight) + noise; of equals the first."""
+    """Returns the index of each row's largest ln(weight) + noise; of equals, the first."""
     with np.errstate(divide="ignore"):
         scores = np.log(weights) + noise
     starts = _starts(rows)
@@ -146,7 +146,7 @@ def _winners(weights: Weights, noise: Weights, rows: Ids) -> Ids:
 
 
 def _starts(keys: Ids) -> Ids:
-    """Where each run of equals begins."""
+    """Returns the index at which each run of equal keys begins."""
     begins = np.empty(keys.size, np.bool_)
     begins[0] = True
     np.not_equal(keys[1:], keys[:-1], out=begins[1:])

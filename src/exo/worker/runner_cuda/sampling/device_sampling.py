@@ -1,10 +1,11 @@
-"""Backend sampling: llama.cpp keeps only the largest logits of a row, where it computed them.
+"""Backend sampling: the device that computes the logits returns only the largest ones of each row.
 
-So less travels from a GPU and less is read here. The token is still chosen here, from what is left and with the same
-noise as from a whole row, and so it is the same token. Where equals of the least logit handed back may be missing, the
-row is computed again and read whole. One difference is left: a whole row fails its request for any logit that is NaN,
-and here one may stay behind, if it is not so in every row (such models are found when they are loaded) and a device
-does not count it among the largest.
+Less data is copied from a GPU and read here. The token is still chosen here, with the same noise as from a whole row,
+so it is the same token. If equals of the least returned logit might be missing, the row is computed again and read
+whole.
+
+Known gap: a NaN fails the request if the whole row is read, but goes unnoticed here if the device does not count it
+among the largest logits. A model that has one in every row is detected when it is loaded.
 """
 
 import time
@@ -25,24 +26,25 @@ from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence
 
 SIZES = (64, 256)
-"""Logits that may be handed back of a row. Few sizes, since a slot's next request mostly keeps its chain then."""
+"""Numbers of logits that a chain may return. There are few, so that a slot's next request can mostly keep its chain."""
 WORTH = 1.05
-"""How many times as fast it has to make a step of all slots."""
+"""The speed-up of a step of all slots that makes backend sampling worth using."""
 _UNTIMED, _TIMED = 3, 7
-"""Steps of a try; the first ones also build the graphs."""
+"""Steps of a trial. The untimed ones come first and also build the graphs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Some of a row's logits, in no order of ids. No other one of the row is larger than any of them."""
+    """A row's largest logits, in no particular order. No other logit of the row is larger than any of them."""
 
     ids: Ids
     logits: Row
 
     def choice(self, sampler: Sampler, position: int) -> int | Candidates | None:
-        """The token at ``position``, or those to draw it from, just as the whole row gives them; None: they are open.
+        """Returns the token at ``position``, or its candidates, as the whole row would give them; None if unknown.
 
-        They are known where the least one that matters is larger than the least of all. Raises NotFinite.
+        They are known if every logit that matters is larger than the least one here, whose equals may be missing.
+        Raises NotFinite.
         """
         least = self.logits.min()
         order = self.ids.argsort()
@@ -60,7 +62,7 @@ class Best:
 
 
 def needed(sequence: Sequence) -> int:
-    """How many of the largest logits a sequence's choices surely need, without ties; 0: all, or some besides."""
+    """Returns how many of the largest logits a sequence needs if there are no ties; 0 if it needs whole rows."""
     sampler, params = sequence.sampler, sequence.sampler.params
     penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     scored = sequence.logprobs is not None or sequence.prompt_logprobs is not None
@@ -72,18 +74,16 @@ def needed(sequence: Sequence) -> int:
 
 @dataclass(slots=True)
 class BackendSampling:
-    """Which slots have a chain, and what the chains hand back. For the engine's thread."""
+    """Attaches chains to slots, and reads their results. Used by the engine's thread."""
 
     chains: Chains
     sizes: tuple[int, ...] = ()
-    """Of chains, ascending; none is larger than the vocabulary. None: all rows are handed back whole."""
-    _attached: dict[int, int] = field(default_factory=dict[int, int])
-    """Sizes by slot."""
-    _whole: dict[int, Sequence] = field(default_factory=dict[int, Sequence])
-    """By slot, whose rows are read whole for as long as it is there."""
+    """The sizes of chains, ascending, at most the vocabulary's. If empty, all rows are read whole."""
+    _attached: dict[int, int] = field(default_factory=dict[int, int])  # the chain's size, by slot
+    _whole: dict[int, Sequence] = field(default_factory=dict[int, Sequence])  # sequences read whole, by slot
 
     def prepare(self, step: Step) -> None:
-        """Before the step's decode. A slot keeps its chain as long as that does for the sequences in it."""
+        """Attaches chains before the step's decode. A slot keeps its chain while that is large enough."""
         if not self.sizes:
             return
         for chunk in step.chunks:
@@ -99,7 +99,7 @@ class BackendSampling:
                     del self._attached[slot]
 
     def read(self, step: Step) -> dict[int, list[Best]]:
-        """After the decode: by slot, the rows that tokens are chosen from and that were not handed back whole."""
+        """Returns, after the decode, the rows of each slot that has a chain. Other rows must be read whole."""
         n_outputs = sum(chunk.n_scored + chunk.n_sampled for chunk in step.chunks)
         at, rows = 0, dict[int, range]()
         for chunk in step.chunks:
@@ -118,11 +118,11 @@ class BackendSampling:
         }
 
     def read_whole(self, sequence: Sequence) -> None:
-        """From now on its rows are handed back whole."""
+        """Has the sequence's rows read whole from now on."""
         self._whole[sequence.slot] = sequence
 
     def stop(self) -> None:
-        """No slot has a chain."""
+        """Detaches all chains."""
         for slot in self._attached:
             self.chains.attach(slot, 0)
         self._attached.clear()
@@ -131,9 +131,10 @@ class BackendSampling:
 def backend_sampling(
     context: Context, chains: Chains, options: CudaOptions, *, can_cut: bool, on_gpus: bool
 ) -> BackendSampling:
-    """As the card asks, once that was tried with the context, which is warm and empty. Raises LoadError.
+    """Tries backend sampling as the model card asks, and returns it, unused if it does not work or does not pay.
 
-    ``on_gpus``: every layer is on a GPU, without which "auto" does not try it.
+    The context must be warm and empty. With "auto", it is tried only if every layer is on a GPU (``on_gpus``). Raises
+    LoadError if the card says "on" and it does not work.
     """
     unused, wanted = BackendSampling(chains), options.backend_sampling
     if wanted == "off" or (wanted == "auto" and (not on_gpus or options.speculation != "off")):
@@ -141,13 +142,13 @@ def backend_sampling(
     used = BackendSampling(chains, tuple(size for size in SIZES if size <= context.n_vocab))
     obstacle = _obstacle(used, context, options, can_cut=can_cut)
     if obstacle is None:
-        trial = _Trial(context, options.slots)
+        trial = _SamplingTrial(context, options.slots)
         seconds = trial.seconds(trial.read)
         if not np.isfinite(context.logits(trial.n_rows)).all():
-            # A request fails where such a logit is anywhere in a row, and a chain may not hand it back.
+            # Such a logit must fail the request, and a chain may not return it.
             return unused
         if not trial.reduces(used):
-            obstacle = "the device that computes the logits cannot find the largest of a row"
+            obstacle = "the device that computes the logits cannot select the largest logits of a row"
         elif wanted == "on" or seconds >= WORTH * trial.seconds(lambda: trial.read_largest(used)):
             return used
         used.stop()
@@ -157,20 +158,20 @@ def backend_sampling(
 
 
 def _obstacle(used: BackendSampling, context: Context, options: CudaOptions, *, can_cut: bool) -> str | None:
-    """Why there is none for this model."""
+    """Returns why this model cannot use backend sampling; None if it can."""
     if not context.generates:
-        return "the model is an encoder, which chooses no tokens"
+        return "the model is an encoder, which generates no tokens"
     if not can_cut:
-        return "the model cannot take tokens back, as it must where a row has to be computed again"
+        return "this model's cache cannot drop a sequence's last token, as it must to compute a row again"
     if options.split_mode == "tensor":
-        return 'llama.cpp has none with split_mode "tensor"'
+        return 'llama.cpp does not support it with split_mode "tensor"'
     if not used.sizes:
-        return f"the vocabulary has only {context.n_vocab} tokens, and {SIZES[0]} are kept of each row"
+        return f"the vocabulary has only {context.n_vocab} tokens, fewer than the {SIZES[0]} that are kept of each row"
     return None
 
 
-class _Trial:
-    """A step in which every slot gets a token, over and over."""
+class _SamplingTrial:
+    """Repeats a step in which every slot gets a token."""
 
     def __init__(self, context: Context, n_slots: int) -> None:
         sampler = Sampler(SamplingParams(seed=0, temperature=0.8, top_k=40, top_p=0.95))
@@ -185,22 +186,22 @@ class _Trial:
         batch.outputs[:n_rows] = 1
 
     def reduces(self, sampling: BackendSampling) -> bool:
-        """Attaches a chain to every slot; whether that has an effect on each."""
+        """Attaches a chain to every slot. Returns whether each one has an effect."""
         sampling.prepare(self._step)
         self._decode()
         return all(sampling.chains.count(row, self.n_rows) == sampling.sizes[0] for row in range(self.n_rows))
 
     def read(self) -> None:
-        """The tokens from whole rows."""
+        """Chooses tokens from whole rows."""
         choose([Turn(self._sampler, row, 1) for row in self._context.logits(self.n_rows)])
 
     def read_largest(self, sampling: BackendSampling) -> None:
-        """The tokens from what was handed back."""
+        """Chooses tokens from the largest logits."""
         found = (best.choice(self._sampler, 1) for rows in sampling.read(self._step).values() for best in rows)
         choose([each for each in found if isinstance(each, Candidates)])
 
     def seconds(self, read: Callable[[], None]) -> float:
-        """Of a step."""
+        """Returns the median duration of a step, including ``read``."""
         taken: list[float] = []
         for _ in range(_UNTIMED + _TIMED):
             began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Chooses tokens from views of the logits, by the semantics of ``messages.SamplingParams``.
+"""Chooses tokens from views of the logits, with the semantics of ``messages.SamplingParams``.
 
-Everything is exact, and only sampling without top-k and min-p takes the exponential of a whole row: sampling from large
-vocabularies is what slows other llama.cpp servers down. All rows of a step are chosen from together.
+Only sampling without top-k and min-p computes the exponentials of a whole row, which is slow with a large vocabulary.
+All rows of a step are sampled together.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,12 +26,12 @@ from exo.worker.runner_cuda.sampling.candidates import (
 )
 
 _COLDEST = 1e-30
-"""In place of temperatures whose inverse is infinite in float32. The largest logit wins in either."""
+"""Replaces temperatures whose inverse is infinite in float32. The largest logit wins either way."""
 
 
 @dataclass(slots=True)
 class Sampler:
-    """The choices of one sequence. ``seen`` and ``counts`` are kept only where a penalty asks for them."""
+    """The sampling state of one sequence. ``seen`` and ``counts`` are kept only if a penalty needs them."""
 
     params: SamplingParams
     forbidden: Sequence[int] = ()
@@ -63,17 +63,17 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the largest logit wins: one that is allowed then also wins among those allowed alone.
+        """Whether the largest logit wins.
 
-        No other choice is known to be the same before and after a grammar has left tokens out: they are missing among
-        the candidates and in the sums of blocks.
+        If the grammar allows that token, it is also the choice under the grammar's mask. No other kind of choice is
+        known without the mask, which changes the candidates and the sums of blocks.
         """
         return self.params.temperature == 0
 
     def choose(self, row: Row, position: int, allowed: Mask | None = None) -> int:
-        """The token at ``position`` from its logits, shape (n_vocab,), which are changed in place.
+        """Returns the token at ``position``. ``row`` has its logits, shape (n_vocab,), and is changed in place.
 
-        ``allowed``, of the same shape, is false for the tokens that a grammar leaves out. Raises NotFinite.
+        ``allowed``, of the same shape, is false for tokens that the grammar excludes. Raises NotFinite.
         """
         self.adjust(row)
         [token] = choose([Turn(self, row, position, allowed)])
@@ -82,13 +82,13 @@ class Sampler:
         return token
 
     def among(self, ids: Ids, logits: Row, position: int) -> Candidates:
-        """What the token at ``position`` is drawn from, of tokens in ascending order and their adjusted logits."""
+        """Returns the candidates at ``position``. ``ids`` ascend; ``logits`` are adjusted."""
         params = self.params
         temperature = max(params.temperature, _COLDEST)
         return Candidates(ids, logits, temperature, params.min_p, params.top_p, key(params.seed, position))
 
     def adjust(self, row: Row) -> None:
-        """Penalties, bias and tokens never chosen: no more than a few places of the row are touched."""
+        """Applies penalties, bias and ``forbidden`` to the row in place. Only the tokens concerned are touched."""
         params = self.params
         if self.seen:
             ids = np.fromiter(self.seen, np.intp)
@@ -106,19 +106,19 @@ class Sampler:
 
 @dataclass(slots=True)
 class Turn:
-    """A token to be chosen from the adjusted logits, shape (n_vocab,), of one row."""
+    """A token to be chosen from one row of adjusted logits, shape (n_vocab,)."""
 
     sampler: Sampler
     row: Row
     position: int
     allowed: Mask | None = None
-    """Of the same shape: false for the tokens that a grammar leaves out."""
+    """False for tokens that the grammar excludes."""
 
 
 def choose(turns: Sequence[Turn | Candidates]) -> list[int | None]:
-    """The tokens of one step, each as if it were alone. None: the row's largest logit is NaN or infinite.
+    """Returns the tokens of one step; None for a row whose largest logit is NaN or infinite.
 
-    The rows are changed in place.
+    A token does not depend on the other rows. The rows are changed in place.
     """
     tokens: list[int | None] = [None] * len(turns)
     drawn: dict[int, Candidates] = {}
@@ -142,9 +142,9 @@ def choose(turns: Sequence[Turn | Candidates]) -> list[int | None]:
 
 
 def score(row: Row, token: int, n_top: int) -> Scores:
-    """How probable ``token`` and the ``n_top`` most probable ones are by the logits, shape (n_vocab,), as computed.
+    """Returns the log-softmax of ``token`` and of the ``n_top`` most probable tokens. Raises NotFinite.
 
-    The logarithm of the softmax. Raises NotFinite.
+    ``row`` has the unadjusted logits, shape (n_vocab,).
     """
     peak = largest(row)
     normaliser = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
@@ -162,14 +162,14 @@ def _greedy(row: Row) -> int:
 
 
 def _candidates(turn: Turn) -> Candidates | None:
-    """The tokens among which the choice is made; None: all of them. Raises NotFinite."""
+    """Returns the candidates, or None if every token of the row is one. Raises NotFinite."""
     row, params = turn.row, turn.sampler.params
     temperature, top_p = max(params.temperature, _COLDEST), params.top_p
     if 0 < params.top_k < row.size:
         ids = top_k(row, params.top_k)
     elif params.min_p > 0:
-        # A weight is at least min_p exactly where the logit is at least top + T ln(min_p); the slack keeps rounding
-        # from dropping a token that the exact comparison would keep.
+        # A weight reaches min_p exactly if the logit reaches top + T ln(min_p). The slack keeps tokens that rounding
+        # would drop and the exact comparison in ``draw`` keeps.
         ids = np.flatnonzero(row >= largest(row) + temperature * np.log(params.min_p) - 1e-3)
     elif top_p < 1:
         ids, top_p = _top_p(_weights(row, temperature), top_p), 1.0
@@ -179,17 +179,17 @@ def _candidates(turn: Turn) -> Candidates | None:
 
 
 def _weights(row: Row, temperature: float) -> Row:
-    """Unnormalised probabilities, of which the largest is 1. Raises NotFinite."""
+    """Returns probabilities divided by the largest one. Raises NotFinite."""
     weights = row - largest(row)
     weights *= np.float32(1.0 / temperature)
     return np.exp(weights, out=weights)
 
 
 def _top_p(weights: Row, top_p: float) -> Ids:
-    """Ids, ascending, of the smallest set of the heaviest whose share reaches ``top_p``; of equals the lowest.
+    """Returns the ids, ascending, of the smallest set of heaviest tokens whose share reaches ``top_p``.
 
-    The heaviest weight is 1. All tokens above a floor that together reach the share hold the set, so only they are
-    sorted; with the logits of a language model the first floor nearly always does.
+    Of equals, the lowest ids are in the set. The heaviest weight is 1. If the tokens above a floor together reach the
+    share, they contain the set, so only they are sorted. With a language model the first floor nearly always suffices.
     """
     target = top_p * float(weights.sum(dtype=np.float64))
     near = np.empty(0, np.intp)
@@ -203,7 +203,7 @@ def _top_p(weights: Row, top_p: float) -> Ids:
 
 
 def _draw_from_all(turn: Turn) -> int:
-    """The block of ids first, then the token in it. Raises NotFinite."""
+    """Draws a block of ids, then a token in it. Raises NotFinite."""
     params, position = turn.sampler.params, turn.position
     weights = _weights(turn.row, max(params.temperature, _COLDEST))
     whole = weights.size // BLOCK
@@ -216,6 +216,6 @@ def _draw_from_all(turn: Turn) -> int:
 
 
 def _winner(weights: Weights | Row, noise: Weights) -> int:
-    """Index of the largest ln(weight) + noise."""
+    """Returns the index of the largest ln(weight) + noise."""
     with np.errstate(divide="ignore"):
         return int((np.log(weights) + noise).argmax())

@@ -1,4 +1,4 @@
-"""A small model that guesses what the large one will say, in a context of its own with the same slots."""
+"""A draft model: a small model that guesses the next tokens of the large one, in a context with the same slots."""
 
 import time
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.tokenizer import Tokenizer
 
 LITTLE = 16
-"""Tokens of each sequence that a draft may begin with computing; more are caught up with in steps before."""
+"""Missing tokens of a sequence that a draft computes along the way. More are computed in steps before it."""
 _KEPT = 0.7
-"""Of the time that a guess took before, at a new one."""
+"""The weight of earlier times per guess when a new one is added."""
 
 
 class DraftModel:
-    """Follows sequences by comparing their tokens with what it has computed, so that it needs to be told nothing.
+    """Guesses tokens with each sequence's own sampler.
 
-    What was guessed and did not come, another sequence in the slot or a replay: all are tokens that differ. It guesses
-    with each sequence's own sampler, whose noise depends on seed and position alone: where both models find the same
-    tokens probable, both draw the same one.
+    The sampler's noise depends on seed and position alone, so both models draw the same token where they find the same
+    tokens probable. The model follows a sequence by comparing its tokens with its own cells: a rejected guess, a new
+    sequence in the slot and a replay all show as tokens that differ.
     """
 
     def __init__(
@@ -39,13 +39,15 @@ class DraftModel:
         self._context = context
         self._threads = threads
         self._chunk = chunk
-        self._held: list[list[int]] = [[] for _ in range(n_slots)]
-        """Tokens whose cells each slot has."""
+        self._held: list[list[int]] = [[] for _ in range(n_slots)]  # the tokens with cells in each slot
+        # The sequence that each slot was last compared with, and the length of their common prefix.
         self._agreed: list[tuple[Stream | None, int]] = [(None, 0)] * n_slots
-        """The sequence that a slot was last compared with, and how many tokens were found to be the same."""
 
     def catch_up(self, streams: Sequence[Stream]) -> bool:
-        """One piece a step, and beside other streams a small one: so a long prompt does not stall them."""
+        """Computes a chunk of missing tokens of one sequence. Returns whether the model is ready to guess.
+
+        The chunk is small if there are other streams, so that a long prompt does not stall them.
+        """
         self._context.use_threads(*self._threads.counts(exact=False))
         lacking = [(stream, self._aligned(stream)) for stream in streams]
         behind = [(stream, start) for stream, start in lacking if len(stream.tokens) - start > LITTLE]
@@ -57,7 +59,7 @@ class DraftModel:
         return not behind
 
     def draft(self, streams: Sequence[Stream], size: int) -> list[list[int]]:
-        """Each of its tokens is chosen from what it makes of those before."""
+        """Returns ``size`` guesses for each sequence, or none for all if the logits are not finite."""
         began = time.perf_counter()
         drafts: list[list[int]] = [[] for _ in streams]
         try:
@@ -86,7 +88,7 @@ class DraftModel:
         self._model.free()
 
     def _aligned(self, stream: Stream) -> int:
-        """Drops the cells of what is not the sequence's; how many are left, at least one token less than it has."""
+        """Drops the cells of tokens that are not the sequence's. Returns how many are left, at most all but one."""
         held, (known, length) = self._held[stream.slot], self._agreed[stream.slot]
         length = length if known is stream else 0
         most = min(len(held), len(stream.tokens) - 1)
@@ -99,7 +101,7 @@ class DraftModel:
         return length
 
     def _fill(self, row: int, stream: Stream, start: int, tokens: Sequence[int], *, output: bool = False) -> int:
-        """Writes tokens from position ``start`` on into the batch from ``row`` on; the row after them."""
+        """Writes tokens, from position ``start`` on, into the batch from ``row`` on. Returns the row after them."""
         batch, end = self._context.batch, row + len(tokens)
         batch.tokens[row:end] = tokens
         batch.positions[row:end] = range(start, start + len(tokens))
@@ -109,7 +111,7 @@ class DraftModel:
         return end
 
     def _guess(self, streams: Sequence[Stream], n_rows: int, drafts: Sequence[list[int]]) -> None:
-        """Computes the batch and adds a token to each draft. Raises NotFinite."""
+        """Computes the batch and appends a token to each draft. Raises NotFinite."""
         self._context.decode(n_rows)
         logits: Logits = self._context.logits(len(streams))
         turns: list[Turn] = []
@@ -123,7 +125,7 @@ class DraftModel:
 
 
 def check_vocabulary(draft: Model, target: Model) -> None:
-    """Raises LoadError unless each token means the same to both models."""
+    """Raises LoadError unless both models have the same vocabulary."""
     if draft.n_vocab != target.n_vocab:
         raise LoadError("model_load_failed", f"it has {draft.n_vocab:,} tokens, the model has {target.n_vocab:,}")
     kinds = [llama_cpp.llama_vocab_type(model.vocab) for model in (draft, target)]

@@ -1,36 +1,34 @@
-"""Guesses how a sequence goes on from what it has said before, and how far guesses are to be trusted.
+"""Guesses the continuation of a sequence from its own earlier text, and measures how often guesses are right.
 
-Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023) as a draft for speculative decoding. The sampler chooses each
-token as it would without a draft, from the logits in its place; a guess only decides whether they are there already.
+This is prompt lookup (Saxena, "Prompt Lookup Decoding", 2023) as a draft for speculative decoding. The sampler chooses
+each token from its logits as it would without a draft. A right guess only means that the logits are there already.
 """
 
 from collections.abc import Sequence
 
 NGRAM = 3
-"""Tokens that must have stood together before for what followed them to be a guess."""
+"""The number of tokens that must occur again for the tokens after their last occurrence to become a guess."""
 LONGEST = 16
-"""Tokens of a draft."""
+"""The most tokens of a draft."""
 _KEPT = 0.9
-"""Of the hits and misses before, at each new one."""
+"""The weight of earlier guesses when a new one is added."""
 _RECOVERED = 0.005
-"""Of the way back to what a rate began with, in one go."""
-
-
+"""The share of the way back to a rate's initial value that one call of ``recover`` makes."""
 HOPE = 0.75
-"""The share of a draft model's guesses that is taken to be right before any were made."""
+"""The initial rate of a draft model's right guesses."""
 
 
 class Rate:
-    """How often late guesses were right."""
+    """The share of recent guesses that were right."""
 
     def __init__(self, hope: float, tries: float) -> None:
-        """``hope`` is the share of right ones to begin with, which counts as so many ``tries``."""
+        """``hope`` is the initial share, with the weight of ``tries`` guesses."""
         self._hope = hope
         self._hits, self._tries = hope * tries, tries
 
     @property
     def share(self) -> float:
-        """Of guesses that were right."""
+        """The share, 0 to 1."""
         return self._hits / self._tries
 
     def seen(self, *, hit: bool) -> None:
@@ -39,22 +37,23 @@ class Rate:
         self._tries = _KEPT * self._tries + 1
 
     def recover(self) -> None:
-        """Goes back a little, for each token not guessed: what is not tried any more would never be tried again."""
+        """Moves the share towards its initial value. Call it for each token without a guess.
+
+        A source with a low rate is not used, so its rate would otherwise stay low for ever.
+        """
         self._hits += _RECOVERED * (self._hope * self._tries - self._hits)
 
 
 class Drafter:
-    """Follows one sequence, with drafts or without: a guess is compared with what came either way."""
+    """Follows one sequence. Its guesses are compared with the sampled tokens even if they are not verified."""
 
     def __init__(self, n_prompt: int) -> None:
-        """Guesses are counted from the token after the prompt on."""
+        """The rate counts guesses from the token after the prompt on."""
         self.rate = Rate(0.0, 1.0)
         self._n_prompt = n_prompt
         self._n_followed = 0
-        self._followed_by: dict[tuple[int, ...], int] = {}
-        """Where the token stands that came after an n-gram the last time."""
-        self._guess: int | None = None
-        """Where the token stands that is guessed to come next; those that follow it there come after it."""
+        self._followed_by: dict[tuple[int, ...], int] = {}  # by n-gram: the index of the token after its last place
+        self._guess: int | None = None  # the index of an earlier token that is guessed to come next again
 
     @property
     def guesses(self) -> bool:
@@ -62,7 +61,7 @@ class Drafter:
         return self._guess is not None
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Takes note of what has come since the last time; ``tokens`` are prompt and output."""
+        """Takes the tokens that are new since the last call. ``tokens`` are the whole prompt and output."""
         for position in range(self._n_followed, len(tokens)):
             if self._guess is not None:
                 hit = tokens[self._guess] == tokens[position]
@@ -77,7 +76,7 @@ class Drafter:
         self._n_followed = len(tokens)
 
     def draft(self, tokens: Sequence[int], size: int) -> list[int]:
-        """The next ``size`` tokens as guessed; none where nothing is. Text that repeats itself goes on doing so."""
+        """Returns guesses of the next ``size`` tokens, or none. A repetition at the end of the text is continued."""
         if self._guess is None:
             return []
         guessed = list(tokens[self._guess : self._guess + size])

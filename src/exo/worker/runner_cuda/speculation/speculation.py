@@ -1,4 +1,8 @@
-"""Whether a step verifies drafts, how long they are and who makes them. Touches no library."""
+"""The speculation policy: whether a step verifies drafts, their length and their source. Pure.
+
+Drafts never change which tokens are sampled, except by rounding. With "auto", a draft is used only if the measured step
+times and the rates of right guesses promise more tokens a second by a margin of ``_GAIN``.
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,55 +13,58 @@ from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST, Drafter
 
 Source = Literal["lookup", "model"]
-"""What drafts are made from: text that came before, or a model's own guesses."""
+"""The source of drafts: earlier text of the same sequence, or a draft model."""
 
 _SIZES = (1, 2, 4, 8, LONGEST)
 _GAIN = 1.1
-"""How much faster a step with drafts must promise to be."""
+"""How many times as fast drafts must promise to be."""
 _LATE, _ENOUGH = 4, 2
-"""Measurements of a step's time that are kept, and that it takes to believe them."""
+"""The number of recent measurements kept of each step size, and the number that makes them count."""
 _TRUSTED = 0.998
-"""What is left, with each step, of the time of steps with more rows: machines change, and so do their other tasks."""
+"""Each step multiplies the times of larger steps by this, so that they are tried again: the machine's load changes."""
 
 
 class Guesser(Protocol):
-    """A draft model. ``draft_model.DraftModel`` is one."""
+    """A draft model, which ``model_drafter.DraftModel`` implements."""
 
     @property
     def longest(self) -> int:
-        """Tokens of a draft at most."""
+        """The most tokens of a draft."""
         ...
 
     @property
     def seconds(self) -> float:
-        """That one more token of the drafts of a step takes; 0 until one was measured."""
+        """The time of one more token in each draft of a step; 0 until measured."""
         ...
 
     def catch_up(self, streams: Sequence[Stream]) -> bool:
-        """Computes a part of what it lacks of these sequences, if that is much; whether it is ready to guess."""
+        """Computes some of the sequences' missing tokens, if there are many. Returns whether it is ready to guess."""
         ...
 
     def draft(self, streams: Sequence[Stream], size: int) -> list[list[int]]:
-        """The next ``size`` tokens of each sequence as it guesses, in ascending order of slot; sometimes fewer."""
+        """Returns up to ``size`` guesses for each sequence. The sequences are in ascending order of slot."""
         ...
 
 
 class StepTimes:
-    """Seconds of a step by its rows: the least of late measurements, since whatever disturbs one makes it longer."""
+    """Seconds of a decode step by its rows: the minimum of recent measurements, because disturbances only add time."""
 
     def __init__(self) -> None:
         self._late: dict[int, deque[float]] = {}
         self._trust: dict[int, float] = {}
 
     def measured(self, n_rows: int, seconds: float) -> None:
-        """Notes a step without prompts."""
+        """Notes a decode step."""
         for n, trust in self._trust.items():
             self._trust[n] = trust * _TRUSTED if n > n_rows else trust
         self._late.setdefault(n_rows, deque(maxlen=_LATE)).append(seconds)
         self._trust[n_rows] = 1.0
 
     def __call__(self, n_rows: int) -> float:
-        """As the most rows, up to so many, that were measured: so what never was is tried. 0: nothing was."""
+        """Returns the time of the nearest measured step with at most ``n_rows``, or else of the smallest one.
+
+        A larger step that was never measured thus looks cheap and gets tried. Before any measurement it is 0.
+        """
         known = [n for n, late in self._late.items() if len(late) >= _ENOUGH]
         if not known:
             return 0.0
@@ -66,22 +73,21 @@ class StepTimes:
 
 
 class Speculation:
-    """Drafts for every decoding sequence, each as long as the others, or for none.
+    """Makes drafts of equal length for all decoding sequences of a step, or for none.
 
-    llama.cpp computes the rows of several sequences together only as far as each has as many.
+    llama.cpp computes the rows of several sequences together only as far as each has the same number.
     """
 
     def __init__(self, speculate: Speculate, n_rows: int = 0, model: Guesser | None = None) -> None:
-        """``n_rows`` of a step at most may give logits."""
+        """``n_rows`` is the most rows of a step that may give logits."""
         self._speculate: Speculate = speculate
         self._seconds = StepTimes()
         self._n_rows = n_rows
         self._model = model
-        self._source: Source = "lookup"
-        """Of the last drafts."""
+        self._source: Source = "lookup"  # the source of the last drafts
 
     def drafts(self, streams: Sequence[Stream]) -> list[list[int]]:
-        """For the sequences of a step, in ascending order of slot."""
+        """Returns a draft, perhaps empty, for each sequence of a step. They are in ascending order of slot."""
         none: list[list[int]] = [[] for _ in streams]
         if self._speculate == "off" or not streams:
             return none
@@ -95,12 +101,12 @@ class Speculation:
         return [drafter.draft(stream.tokens, size) for drafter, stream in zip(drafters, streams, strict=True)]
 
     def computed(self, n_rows: int, seconds: float) -> None:
-        """Notes how long a step of decoding sequences alone took."""
+        """Notes the time of a decode step."""
         if self._speculate == "auto":
             self._seconds.measured(n_rows, seconds)
 
     def verified(self, stream: Stream, n_true: int, *, missed: bool) -> None:
-        """Notes of a draft how many tokens came true, and whether the next one did not."""
+        """Notes that ``n_true`` guesses of a sequence's draft were right, and whether the next one was wrong."""
         if self._source == "model":
             for _ in range(n_true):
                 stream.draft_rate.seen(hit=True)
@@ -108,7 +114,7 @@ class Speculation:
                 stream.draft_rate.seen(hit=False)
 
     def _choose(self, streams: Sequence[Stream], drafters: Sequence[Drafter], most: int) -> tuple[Source, int]:
-        """Who makes the drafts, and how many tokens each is to have; 0: none is worth it."""
+        """Returns the source and the length of the drafts; length 0 if drafts do not pay."""
         sources = list(self._sources(streams, drafters, most))
         if isinstance(self._speculate, int):
             best = max(sources, key=lambda source: sum(source[1]), default=None)
@@ -129,7 +135,7 @@ class Speculation:
     def _sources(
         self, streams: Sequence[Stream], drafters: Sequence[Drafter], most: int
     ) -> Iterator[tuple[Source, list[float], float, int]]:
-        """Who can guess now, how often each sequence's guesses are right, a token's seconds, and how many at most."""
+        """Yields each source that can guess now: its rate for each sequence, seconds per token, and longest draft."""
         if most > 0 and all(drafter.guesses for drafter in drafters):
             yield "lookup", [drafter.rate.share for drafter in drafters], 0.0, most
         if most > 0 and self._model is not None:
@@ -138,7 +144,7 @@ class Speculation:
 
 
 def _expected(rate: float, size: int) -> float:
-    """Tokens that a step gives with a draft of ``size`` whose guesses are right at this rate.
+    """Returns the expected number of tokens of a step with a draft of ``size`` whose guesses are right at this rate.
 
     1 + p + ... + p^size (Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding",
     2023).
