@@ -19,7 +19,7 @@ from exo.chat.template.renderer import (
 )
 from exo.worker.protocol.messages import Text
 from tests import ROOT
-from tests.chat.test_template import CHATML, joined, model, user, worker
+from tests.support.rendering import CHATML, joined, model, user, worker
 
 
 class Options(TypedDict, total=False):

@@ -30,7 +30,7 @@ from exo.chat.template.messages import template_messages
 from exo.chat.template.renderer import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
 from exo.serving.events import Started
 from exo.worker.protocol.messages import Capabilities, Usage
-from tests.chat.test_template import joined, model, worker
+from tests.support.rendering import joined, model, worker
 from tests.support.templates import FAMILIES, known_templates
 
 Message = Mapping[str, JsonValue]

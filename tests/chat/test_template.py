@@ -1,7 +1,6 @@
 """Chat templates: what they render, what they may not do, and special tokens in what a user writes."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import anyio
@@ -12,43 +11,10 @@ from pydantic import JsonValue
 
 from exo.chat.template import render_main
 from exo.chat.template.render_main import CLOSE, LIMITS, OPEN
-from exo.chat.template.renderer import ConversationRefusedError, TemplateError, TemplateWorker, chat_prompt
+from exo.chat.template.renderer import ConversationRefusedError, TemplateError, chat_prompt
 from exo.chat.template.special_tokens import NoncharacterError, SpecialTokens
-from exo.worker.protocol.messages import Capabilities, Text
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MARKERS = ("<|im_start|>", "<|im_end|>")
-
-
-def model(template: str | None, special: Sequence[str] = MARKERS) -> Capabilities:
-    return Capabilities(
-        engine="test",
-        engine_version="0",
-        backend="LlamaCppCpu",
-        context_length=128,
-        slots=1,
-        vocabulary=1000,
-        chat_template=template,
-        bos_token="<s>",
-        eos_token="</s>",
-        special_tokens=tuple(special),
-    )
-
-
-def user(content: str) -> Mapping[str, JsonValue]:
-    return {"role": "user", "content": content}
-
-
-@asynccontextmanager
-async def worker() -> AsyncGenerator[TemplateWorker]:
-    made = TemplateWorker()
-    try:
-        yield made
-    finally:
-        await made.aclose()
+from exo.worker.protocol.messages import Text
+from tests.support.rendering import CHATML, MARKERS, joined, model, user, worker
 
 
 async def prompt(template: str, *messages: Mapping[str, JsonValue], special: Sequence[str] = MARKERS) -> list[Text]:
@@ -189,10 +155,6 @@ def test_the_rendering_process_answers_a_malformed_request_as_an_error() -> None
 
 TOKENS = st.lists(st.text("<|>ab", min_size=1, max_size=6), max_size=6)
 STRINGS = st.text("<|>abc", max_size=12)
-
-
-def joined(stretches: Sequence[Text]) -> str:
-    return "".join(stretch.text for stretch in stretches)
 
 
 @given(TOKENS, STRINGS)

@@ -14,8 +14,8 @@ from exo.store.store import Store
 from exo.worker.host import Host
 from exo.worker.protocol.messages import Probe
 from tests.support.hub import LocalHub
+from tests.support.model_cards import SMALL
 from tests.support.pulling import gguf_card, hub_at, pull_card
-from tests.unit.cards.test_card import SMALL
 
 CPU = Probe(installed=True, engine="llama.cpp", backends=("LlamaCppCpu",))
 NONE = Probe(installed=False, engine="MLX", notes=("no module named mlx",), remedy="install exo[mlx]")

@@ -10,8 +10,8 @@ import numpy as np
 
 from exo.config import Settings
 from exo.convert import convert
-from tests.engines.test_tiny import log_softmax
 from tests.support.tiny.question import Question, ask
+from tests.support.tiny.texts import log_softmax
 
 FILE = Path("google--gemma-3-270m", "gemma-3-270m-q4_k_m.gguf")
 BOS = 2

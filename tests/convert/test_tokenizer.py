@@ -9,10 +9,10 @@ import pytest
 from pydantic import JsonValue
 
 from exo.convert import convert
-from tests.engines.test_tiny import TEXTS
 from tests.support.converted import Said, ask_both, change_json, config, question
 from tests.support.sentencepiece import RUNS, SPACE, added_token, write_sentencepiece
 from tests.support.tiny import Shape, write_mlx
+from tests.support.tiny.texts import TEXTS
 
 MORE_TEXTS = [
     *TEXTS,

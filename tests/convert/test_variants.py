@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from exo.convert import convert
-from tests.engines.test_tiny import TEXTS
 from tests.support.converted import ask_both, bits, change_json, config, make_twins, question, weights
 from tests.support.edited_gguf import Edit, decoded, rewrite
 from tests.support.tiny import Shape, write_mlx
 from tests.support.tiny.question import ask
 from tests.support.tiny.shape import Architecture
+from tests.support.tiny.texts import TEXTS
 
 
 @pytest.fixture(scope="module")

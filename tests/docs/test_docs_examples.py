@@ -18,10 +18,10 @@ import pytest
 from pydantic import JsonValue
 
 from tests import ROOT
-from tests.e2e.test_serve_openai import TEMPLATE
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.encoder import Encoder
+from tests.support.tiny.tool_template import TEMPLATE
 
 DOCUMENT = (ROOT / "docs" / "api.md").read_text()
 FIELD = re.compile(r"`([a-z_]+)`")

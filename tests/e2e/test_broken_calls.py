@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_serve_openai import TEMPLATE
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import write_scripted
+from tests.support.tiny.tool_template import TEMPLATE
 
 PIECES = ("<tool_call>\n", '{"name": "paint", ', '"arguments": {"colour": "red", ', '"size": big}}', "\n</tool_call>")
 TEXT = "".join(PIECES)

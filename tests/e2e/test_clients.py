@@ -17,10 +17,10 @@ from pydantic import JsonValue
 from exo.worker.protocol.messages import Load, Score, Scored
 from exo.worker.protocol.runners import RUNNERS
 from tests import ROOT
-from tests.e2e.test_serve_openai import TEMPLATE
 from tests.support.program import runner_command
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx, write_scripted
+from tests.support.tiny.tool_template import TEMPLATE
 
 PROGRAMS = Path(__file__).parent / "clients"
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"

@@ -8,10 +8,10 @@ import pytest
 from pydantic import JsonValue
 
 from bench.grammar import ask_all
-from tests.e2e.test_serve_openai import TEMPLATE
 from tests.support.random_schemas import fate, random_schema
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny.tool_template import TEMPLATE
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,9 @@ from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny.tool_template import TEMPLATE
 
 RUNNERS = ("cuda", "mlx")
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {

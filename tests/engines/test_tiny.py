@@ -13,22 +13,11 @@ from numpy.typing import NDArray
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.question import Answer, Question, ask
 from tests.support.tiny.shape import ARCHITECTURES, Architecture, Dtype
+from tests.support.tiny.texts import TEXTS, log_softmax
 from tests.support.tiny.tokenizer import Tokenizer
 
 PROMPT = 60
 GREEDY = 64
-TEXTS = [
-    "Hello world",
-    " the stopper and a hello world",
-    "naïve café, Ærøskøbing",
-    "你好 и здравствуй",
-    "😀👩‍👩‍👧 done",
-    "one\n\n  two\t\r\n three   ",
-    "I'll say they're 1234 things; don't!",
-    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-    "a<|endoftext|>b <|im_end",
-    "",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +55,6 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[Architecture, Twin]:
         questions.append(question_about(folder, shape))
     answers = zip(ARCHITECTURES, questions, ask("llama_engine", questions), ask("mlx_engine", questions), strict=True)
     return {architecture: Twin(question, llama, mlx) for architecture, question, llama, mlx in answers}
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from pydantic import JsonValue
 
-from tests.e2e.test_serve_openai import TEMPLATE
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
+from tests.support.tiny.tool_template import TEMPLATE
 
 MESSAGES: list[JsonValue] = [{"role": "user", "content": "hi"}]
 

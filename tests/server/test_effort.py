@@ -10,9 +10,9 @@ from pydantic import JsonValue
 from exo.chat.output.registry import output_format
 from exo.chat.template.reasoning import effort_variables, empty_reasoning
 from tests.chat.test_conversation import rendered
-from tests.chat.test_template import user
 from tests.conftest import fake_card
 from tests.support.api_server import serve
+from tests.support.rendering import user
 
 SAY = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 TEMPLATES = {

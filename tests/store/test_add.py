@@ -19,10 +19,10 @@ from exo.worker.host import Host
 from exo.worker.protocol.messages import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Route, route
+from tests.support.gguf_bytes import LLAMA, field, header, text
 from tests.support.hub import REPO, Fault, LocalHub
 from tests.support.pulling import hub_at, pull_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
-from tests.unit.worker.runner_common.test_gguf import LLAMA, field, header, text
 
 TEMPLATE = field("tokenizer.chat_template", 8, text("{% if enable_thinking %}<think></think>{% endif %}"))
 VOCABULARY = field(

@@ -18,12 +18,11 @@ from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError
 from tests.conftest import fake_card
-from tests.supervisor.test_instances import ANEW
-from tests.supervisor.test_unload import until
 from tests.support.api_server import serve
 from tests.support.fake_runner import COMMAND
 from tests.support.nvml import FakeDevice, fake_nvml
 from tests.support.program import DEADLINE_SECONDS
+from tests.support.runner_pool import ANEW, until
 
 GIB = 1 << 30
 

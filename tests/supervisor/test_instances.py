@@ -1,4 +1,3 @@
-import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -11,7 +10,7 @@ import psutil
 import pytest
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.messages import Failed, Finished, Load, Status
+from exo.worker.protocol.messages import Failed, Load, Status
 from exo.worker.protocol.wire import encode
 from exo.worker.router import LiveRunner, Route
 from exo.worker.supervisor.circuit_breaker import FAILURES_TO_AVOID
@@ -20,8 +19,7 @@ from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask
-
-ANEW = Route(runner="cuda", instance=None, backend="LlamaCppCpu", reason="the tests")
+from tests.support.runner_pool import ANEW, finishes, loading, pass_gate
 
 
 @asynccontextmanager
@@ -32,28 +30,6 @@ async def opened(
         async with RunnerPool(models_directories, directory / "logs", {"cuda": command, "other": command}) as instances:
             yield instances
     assert psutil.Process().children(recursive=True) == []
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """A FIFO at which a load waits until ``pass_gate``."""
-    path = tmp_path / "gate"
-    os.mkfifo(path)
-    return path
-
-
-async def pass_gate(gate: Path) -> None:
-    await anyio.Path(gate).write_bytes(b"")
-
-
-async def finishes(process: RunnerProcess, name: str = "one") -> bool:
-    async with process.generate(ask(name)) as events:
-        return isinstance([event async for event in events][-1], Finished)
-
-
-async def loading(process: RunnerProcess) -> None:
-    while process.status.state != "Loading":
-        await process.status_after(process.status)
 
 
 def instance_of(instances: RunnerPool, model_id: str) -> LiveRunner:

@@ -15,9 +15,9 @@ from exo.worker.speed import Measurement
 from exo.worker.supervisor.pool import RunnerPool
 from tests import ROOT
 from tests.conftest import fake_card
-from tests.supervisor.test_instances import ANEW, finishes
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS
+from tests.support.runner_pool import ANEW, finishes
 from tests.support.server import environment
 
 

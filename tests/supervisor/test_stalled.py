@@ -19,9 +19,9 @@ from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
 from exo.worker.supervisor.runner_process import Admit, RunnerError, RunnerProcess
 from exo.worker.supervisor.watchdog import Deadlines, LoadProgress
-from tests.supervisor.test_unload import until
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask, runner_command
+from tests.support.runner_pool import until
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_mlx
 from tests.support.twins import mlx_load

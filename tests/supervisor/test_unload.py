@@ -1,13 +1,12 @@
 """Several models on one machine: who has to go, who waits, and that no request is lost over it."""
 
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 import anyio
-import anyio.lowlevel
 import psutil
 import pytest
 from anyio.abc import TaskGroup
@@ -21,11 +20,9 @@ from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
-from tests.supervisor.test_instances import ANEW, gate, loading, pass_gate
 from tests.support.fake_runner import COMMAND, PROCESS_BYTES
 from tests.support.program import DEADLINE_SECONDS, ask
-
-__all__ = ["gate"]
+from tests.support.runner_pool import ANEW, loading, pass_gate, until
 
 GIB = 1 << 30
 
@@ -54,11 +51,6 @@ async def request(instances: RunnerPool, card: ModelCard, name: str, tokens: int
         async with process.generate(ask(name, max_tokens=tokens)) as events:
             assert isinstance([event async for event in events][-1], Finished)
     return process
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await anyio.lowlevel.checkpoint()
 
 
 def loaded(instances: RunnerPool) -> list[str]:

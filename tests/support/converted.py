@@ -12,10 +12,10 @@ from pydantic import JsonValue
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from exo.convert import ConvertError, Dtype, convert
-from tests.engines.test_tiny import TEXTS, log_softmax
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.question import Answer, Question, ask
 from tests.support.tiny.shape import ARCHITECTURES
+from tests.support.tiny.texts import TEXTS, log_softmax
 
 TOKENS = np.random.default_rng(1).integers(0, Shape().vocabulary, 60).tolist()
 

@@ -21,9 +21,9 @@ from exo.worker.runner_cuda.loading import loader
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
+from tests.support.gguf_bytes import field, header, read, text
 from tests.support.program import Program, runner_command
 from tests.support.tiny import Shape, write_gguf
-from tests.unit.worker.runner_common.test_gguf import field, header, read, text
 
 MIB = 1 << 20
 LAYERS = 6

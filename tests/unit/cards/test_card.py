@@ -6,19 +6,7 @@ from pydantic import ValidationError
 from exo.cards.card import CardError, ModelCard, SamplingValues
 from exo.worker.protocol.messages import SamplingParams
 from exo.worker.protocol.runners import RUNNERS, RunnerSpec
-from tests import DATA
-
-UPSTREAM = sorted((DATA / "upstream_cards").glob("*.toml"))
-
-SMALL = """
-model_id = "someone/small"
-backends = ["LlamaCppCuda", "LlamaCppCpu"]
-n_layers = 2
-hidden_size = 64
-supports_tensor = false
-tasks = ["TextGeneration"]
-storage_size = { in_bytes = 1000 }
-"""
+from tests.support.model_cards import SMALL, UPSTREAM
 
 
 @pytest.mark.parametrize("path", UPSTREAM, ids=lambda path: path.stem)

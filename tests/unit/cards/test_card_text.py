@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from exo.cards.card import ModelCard
-from tests.unit.cards.test_card import SMALL, UPSTREAM
+from tests.support.model_cards import SMALL, UPSTREAM
 
 BUILT_IN = [Path(str(entry)) for entry in files("exo.cards").joinpath("built_in").iterdir()]
 

@@ -8,16 +8,9 @@ from exo.cards.card import ModelCard
 from exo.cards.catalogue import BrokenCard, Catalogue
 from exo.worker.runner_cuda.loading import options as cuda_options
 from exo.worker.runner_mlx import options as mlx_options
-from tests.unit.cards.test_card import SMALL
+from tests.support.model_cards import write
 
 DEMO = "google/gemma-3-270m"
-
-
-def write(directory: Path, name: str, model_id: str, *aliases: str, layers: int = 2) -> Path:
-    path = directory / name
-    text = SMALL.replace("someone/small", model_id).replace("n_layers = 2", f"n_layers = {layers}")
-    path.write_text(f"aliases = {list(aliases)}\n{text}")
-    return path
 
 
 def test_every_built_in_card_is_sound() -> None:

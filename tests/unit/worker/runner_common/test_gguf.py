@@ -7,54 +7,11 @@ import gguf
 import pytest
 
 from exo.store.discover.description import from_gguf
-from exo.worker.runner_common.gguf import GgufHeader, read_gguf
+from exo.worker.runner_common.gguf import read_gguf
 from exo.worker.runner_common.header_source import HeaderError, LocalHeader
 from tests.support.edited_gguf import Edit, rewrite
+from tests.support.gguf_bytes import LLAMA, Source, field, header, number, read, text
 from tests.support.tiny import Shape, write_gguf
-
-
-def text(value: str | bytes) -> bytes:
-    data = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(data)) + data
-
-
-def field(key: str | bytes, kind: int, value: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + value
-
-
-def number(key: str, value: int) -> bytes:
-    return field(key, 4, struct.pack("<I", value))
-
-
-def header(*fields: bytes, version: int = 3, claimed: int | None = None) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", version, 7, len(fields) if claimed is None else claimed) + b"".join(fields)
-
-
-LLAMA = (
-    field("general.architecture", 8, text("llama")),
-    field("general.name", 8, text("A model\x1b[2J")),
-    number("llama.block_count", 4),
-    number("llama.embedding_length", 64),
-    number("llama.context_length", 10_485_760),
-)
-
-
-class Source:
-    """A file of which a reader gets no byte that it does not ask for."""
-
-    def __init__(self, data: bytes) -> None:
-        self.size = len(data)
-        self.asked = [0]
-        self._data = data
-
-    def upto(self, end: int) -> bytes:
-        self.asked.append(end)
-        return self._data[:end]
-
-
-def read(data: bytes) -> GgufHeader:
-    """The metadata."""
-    return read_gguf(Source(data), tensors=False)
 
 
 def test_a_real_files_metadata_and_no_byte_after_it(tmp_path: Path) -> None:
