@@ -97,6 +97,9 @@ class Limits:
     """Sequences of one model that may wait for a slot."""
     drain_seconds: float = 30
     """How long running requests may continue after SIGTERM."""
+    idle_seconds: float = 120
+    """How long a connection without a request stays open. Proxies keep theirs for 60 to 75 seconds by default, and one
+    that reuses a connection which closes at that moment reports an error."""
     stall_seconds: float = 60
     """How long a client may stop reading before it is disconnected."""
     memory: int | None = None
@@ -116,6 +119,7 @@ class Limits:
         *,
         max_queue: int | str | None = None,
         drain: float | str | None = None,
+        idle: float | str | None = None,
         stall: float | str | None = None,
         memory: int | str | None = None,
         ttl: float | str | None = None,
@@ -128,6 +132,7 @@ class Limits:
         return cls(
             max_queue=_parse("--max-queue", max_queue, "EXO_MAX_QUEUE", _count, unset.max_queue),
             drain_seconds=_parse("--drain-timeout", drain, "EXO_DRAIN_TIMEOUT", _seconds, unset.drain_seconds),
+            idle_seconds=_parse("--idle-timeout", idle, "EXO_IDLE_TIMEOUT", _seconds, unset.idle_seconds),
             stall_seconds=_parse("--stall-timeout", stall, "EXO_STALL_TIMEOUT", _seconds, unset.stall_seconds),
             memory=_parse("--memory-limit", memory, "EXO_MEMORY_LIMIT", _bytes, None),
             keep_seconds=_parse("--ttl", ttl, "EXO_TTL", _seconds, unset.keep_seconds),

@@ -192,6 +192,12 @@ def test_a_listed_origin_is_shared_with_but_never_with_credentials(locked: httpx
     assert error(other) == (403, "origin_not_allowed")
 
 
+def test_a_preflight_allows_the_methods_that_exist(locked: httpx.Client) -> None:
+    asked = {"origin": PAGE, "access-control-request-method": "DELETE"}
+    allowed = locked.options("/api/delete", headers=asked).headers["access-control-allow-methods"].split(", ")
+    assert {method for method, _ in routes(locked)} - {"PUT", "OPTIONS"} == set(allowed)
+
+
 def test_any_origin_if_asked_for_still_without_credentials(tmp_path: Path) -> None:
     with serve(tmp_path, fake_card(MODEL), access=Access(cors_origins=("*",))) as url:
         for origin in (PAGE, "null"):

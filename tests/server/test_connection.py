@@ -116,6 +116,32 @@ def test_a_second_host_header_does_not_help(url: httpx.URL) -> None:
     assert refusal(said) == (403, "host_not_allowed")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_client_of_http_1_0_gets_no_chunks(url: httpx.URL, version: bytes, stream: bool) -> None:
+    fields = {"model": MODEL, "prompt": "hello", "max_tokens": 200, "temperature": 0, "stream": stream}
+    body = json.dumps(fields).encode()
+    head = POST.replace(b"1.1", version) + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head, _, reply = talk(url, head + body).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert (b"chunked" in head) == (stream and version == b"1.1")
+    if version == b"1.0":
+        assert b"connection: close" in head
+        lines = reply.decode().split("\n\n") if stream else [reply.decode()]
+        choices = [json.loads(line.removeprefix("data: "))["choices"] for line in lines if "choices" in line]
+        assert len("".join(choice[0]["text"] for choice in choices)) == 200
+        assert lines[-2:] == ["data: [DONE]", ""] or not stream
+    else:
+        assert reply.endswith(b"0\r\n\r\n" if stream else b"}")
+
+
+def test_a_key_may_have_blanks_around_it(tmp_path: Path) -> None:
+    with serve(tmp_path, fake_card(), access=Access(keys=(ApiKey("alice", "alice's-secret"),))) as url:
+        for header in (b"x-api-key:  alice's-secret \t", b"Authorization: Bearer   alice's-secret  "):
+            head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            assert talk(httpx.URL(url), head + header + b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
 def test_a_request_may_follow_another_at_once(url: httpx.URL) -> None:
     said = talk(url, GET + b"\r\n" + GET + b"Connection: close\r\n\r\n")
     assert said.count(b"HTTP/1.1 200") == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 from pydantic import JsonValue
 
+from exo.config import Limits
 from tests.support.program import DEADLINE_SECONDS
 from tests.support.server import ServeProgram, write_card
 
@@ -47,6 +48,20 @@ def test_more_idle_connections_than_file_descriptors_leave_room_for_requests(tmp
         assert newest.recv(12) == b"HTTP/1.1 200"
         for each in idle:
             each.close()
+
+
+def test_a_connection_without_a_request_is_closed_in_the_end(tmp_path: Path) -> None:
+    assert Limits().idle_seconds > 75  # proxies give up theirs first
+    with ServeProgram(tmp_path, fake=True, EXO_IDLE_TIMEOUT="1") as server:
+        url = httpx.URL(server.url)
+        assert url.port is not None
+        with socket.create_connection((url.host, url.port), timeout=DEADLINE_SECONDS) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            said = b""
+            while data := client.recv(1 << 16):
+                said += data
+        assert said.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" not in said
 
 
 def test_a_connection_is_refused_while_all_others_are_answered(tmp_path: Path) -> None:

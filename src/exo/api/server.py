@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
@@ -75,6 +76,7 @@ def serve_forever(
             log_config=None,
             access_log=False,
             proxy_headers=False,  # nothing here depends on what a proxy says of the client
+            timeout_keep_alive=math.ceil(settings.limits.idle_seconds),
             timeout_graceful_shutdown=GRACEFUL_SECONDS,
             ssl_certfile=tls.certificate if tls else None,
             ssl_keyfile=tls.key if tls else None,

@@ -37,6 +37,9 @@ def serve(
     drain_timeout: Annotated[
         str | None, typer.Option(help="Seconds that running requests get when the server is stopped. Default: 30.")
     ] = None,
+    idle_timeout: Annotated[
+        str | None, typer.Option(help="Seconds that a connection without a request stays open. Default 120.")
+    ] = None,
     stall_timeout: Annotated[
         str | None, typer.Option(help="Seconds until a client that does not read is disconnected. Default: 60.")
     ] = None,
@@ -63,7 +66,14 @@ def serve(
         port=server.port,
         models_directory=models_dir,
         access=access,
-        limits=Limits.load(max_queue=max_queue, drain=drain_timeout, stall=stall_timeout, memory=memory_limit, ttl=ttl),
+        limits=Limits.load(
+            max_queue=max_queue,
+            drain=drain_timeout,
+            idle=idle_timeout,
+            stall=stall_timeout,
+            memory=memory_limit,
+            ttl=ttl,
+        ),
         auto_pull=auto_pull,
         prefer=prefer,
         strict=strict,

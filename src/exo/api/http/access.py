@@ -100,7 +100,7 @@ class AccessControl:
         wanted = headers.get("access-control-request-headers", "")
         allowed = {
             **self._cors(origin),
-            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-methods": "GET, HEAD, POST, DELETE",
             "access-control-allow-headers": wanted if _HEADER_NAMES.fullmatch(wanted) else "",
             "access-control-max-age": _PREFLIGHT_SECONDS,
             "vary": "origin",
@@ -160,7 +160,7 @@ def _same_origin(headers: Headers, origin: str) -> str | None:
 def _given_keys(headers: Headers) -> list[str]:
     bearers = [value.partition(" ") for value in headers.getlist("authorization")]
     found = [key.strip() for scheme, _, key in bearers if scheme.lower() == "bearer"]
-    return [*found, *headers.getlist("x-api-key")]
+    return [*found, *(key.strip() for key in headers.getlist("x-api-key"))]
 
 
 def _denied(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> DeniedError:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import httptools
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -158,7 +158,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
     def _parse(self, data: bytes) -> None:
         """Raises ``httptools.HttpParserError``.
@@ -236,6 +236,32 @@ class BoundedConnection(HttpToolsProtocol):
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+
+def _without_chunks(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """``app`` for a client of HTTP/1.0, which knows no chunks: a body without a length ends with the connection.
+
+    uvicorn writes a body as it is if its length has been announced, so each part is announced as it is sent.
+    """
+
+    async def replying(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        without_length = False
+
+        async def send_plain(message: ASGISendEvent) -> None:
+            nonlocal without_length
+            while cycle.flow.write_paused and not cycle.disconnected:
+                await cycle.flow.drain()  # here, so that nothing else is sent between the announcement and the part
+            if message["type"] == "http.response.start":
+                without_length = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+                if without_length:
+                    cycle.chunked_encoding = False
+            elif message["type"] == "http.response.body" and without_length:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return replying
 
 
 def _abandon(cycle: RequestResponseCycle) -> None:
