@@ -10,11 +10,12 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Load, SamplingParams
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import Scheduler, Step
-from exo.worker.runner_cuda.sequence import Phase, Sequence
+from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
 from tests.support.program import Program, ask, runner_command

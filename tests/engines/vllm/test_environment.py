@@ -35,13 +35,17 @@ pytestmark = needs_vllm
 name = names()
 
 CONTRACT_ALONE = """
+import os
 import sys
+before = dict(os.environ)
 for package in ("fastapi", "starlette", "uvicorn", "typer", "httpx", "jinja2", "llama_cpp", "mlx", "mlx_lm", "rich"):
     assert package not in sys.modules
     sys.modules[package] = None
+import exo.worker.runner_vllm.__main__
 import exo.worker.runner_vllm.runner
 import exo.worker.runner_vllm.score
 assert not {"torch", "transformers", "vllm"} & set(sys.modules)
+assert dict(os.environ) == before, "importing the runner has changed the environment"
 """
 
 

@@ -9,14 +9,14 @@ _FIRST_MARK = 0xDC00
 
 
 class Vocabulary(Protocol):
-    """What a runner's tokenizer knows of its tokens."""
+    """The bytes of a model's tokens."""
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to the text; nothing for control tokens."""
+        """Returns the bytes that a token adds to the text; none for control tokens."""
         ...
 
     def piece_of(self, token: int) -> bytes:
-        """What a token adds to the text, or the text of a control token."""
+        """Returns the bytes that a token adds to the text, or the text of a control token."""
         ...
 
     def is_eog(self, token: int) -> bool:

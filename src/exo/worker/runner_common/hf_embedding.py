@@ -1,6 +1,5 @@
-"""Texts to be made vectors: what is the same in the runners that read Hugging Face's folders."""
+"""Embeddings: the part that is the same in the runners that read Hugging Face's folders."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
@@ -9,6 +8,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from exo.worker.protocol.messages import Embedded, Failed, Usage
+from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_folder import read_optional
 
@@ -30,14 +30,6 @@ class _Module(BaseModel):
 
 
 _MODULES = TypeAdapter(list[_Module])
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A text to be made a vector."""
-
-    id: str
-    tokens: list[int]
 
 
 def choose_pooling(asked: Pooling | None, folder: Path, table: str) -> Pooling:
@@ -78,8 +70,8 @@ def dense_layers(folder: Path) -> list[Path]:
     return [folder / name for name in layers]
 
 
-def answer(job: Job, pooled: npt.NDArray[np.float64]) -> Embedded | Failed:
-    """The vector that a text's tokens have pooled to, shape (size,), made to have length 1."""
+def answer(job: TextJob, pooled: npt.NDArray[np.float64]) -> Embedded | Failed:
+    """Scales a text's pooled vector, shape (size,), to length 1; a failure if it has NaN, infinity or no length."""
     length = float(np.linalg.norm(pooled))
     if not 0 < length < np.inf:
         message = "the model computed a vector for this text that has a number that is none, or no length"

@@ -1,26 +1,27 @@
 """Hugging Face's tokenizers: text to token ids and token ids to bytes.
 
-``encode`` is for one thread; the rest is looked up once and read-only.
+``encode`` is for one thread. Everything else is looked up once and safe in any thread.
 """
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.messages import Embed, Prompt, Rank, Text
+from exo.worker.runner_common.tokenizer import PromptEncoder
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class AddedToken(Protocol):
-    """A token outside the tokenizer's model: control tokens and whatever a user added."""
+    """A token outside the tokenizer's model: a control token or one that a user has added."""
 
     content: str
     special: bool
 
 
 class HfTokenizer(Protocol):
-    """What is relied on of Hugging Face's tokenizers."""
+    """The attributes of Hugging Face's tokenizers that runners use."""
 
     bos_token: str | None
     bos_token_id: int | None
@@ -44,8 +45,8 @@ class _Decoder(Protocol):
     def __getstate__(self) -> bytes: ...
 
 
-class Tokenizer:
-    """Encodes prompts and knows the bytes of every token."""
+class FolderTokenizer:
+    """Encodes prompts and knows the bytes of every token of a model folder."""
 
     def __init__(self, tokenizer: HfTokenizer, n_vocab: int, ends: Collection[int], chat_template: str | None) -> None:
         """``n_vocab`` is the width of the logits, which may be more than the tokenizer has tokens.
@@ -54,10 +55,11 @@ class Tokenizer:
         """
         self._tokenizer = tokenizer
         self.n_vocab = n_vocab
-        self.bos = tokenizer.bos_token_id
+        bos = tokenizer.bos_token_id
         begins = tokenizer.encode("", add_special_tokens=True, split_special_tokens=False)
-        self.adds_bos = self.bos is not None and begins[:1] == [self.bos]
-        self.closing = begins[1:] if self.adds_bos else begins
+        adds_bos = bos is not None and begins[:1] == [bos]
+        self._prompts = PromptEncoder(self._encode, bos if adds_bos else None)
+        self.closing = begins[1:] if adds_bos else begins
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eog_tokens = tuple(sorted(token for token in {*ends, *own} if token < n_vocab))
         self.bos_text = tokenizer.bos_token or ""
@@ -65,41 +67,35 @@ class Tokenizer:
         self.special = {
             added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }
-        """Token ids of the control tokens by their text."""
+        """The ids of the control tokens by their text."""
         self.chat_template = chat_template or _default_template(tokenizer.chat_template)
-        self._latest: tuple[object, bool, list[int]] = (), False, []
-        """The last text that was encoded, and its tokens."""
         self._control = frozenset(self.special.values())
         self._pieces = _pieces_of_all(tokenizer)
 
-    def encode(self, prompt: tuple[Text, ...] | tuple[int, ...], *, add_bos: bool = True) -> list[int]:
-        """Token ids of a prompt: as given, or of its text, with BOS in front if the model wants one and it lacks it."""
-        texts = [part for part in prompt if isinstance(part, Text)]
-        if not texts:
-            return [part for part in prompt if isinstance(part, int)]
-        if prompt is self._latest[0] and add_bos == self._latest[1]:  # as several sequences' is
-            return self._latest[2].copy()
-        tokens = [token for part in texts if part.text for token in self._encode(part)]
-        if add_bos and self.adds_bos and self.bos is not None and tokens[:1] != [self.bos]:
-            tokens.insert(0, self.bos)
-        self._latest = prompt, add_bos, tokens.copy()
-        return tokens
+    def encode(self, prompt: Prompt, *, add_bos: bool = True) -> list[int]:
+        """Returns the token ids of a prompt, with BOS in front if the model wants one and the text lacks it."""
+        return self._prompts.encode(prompt, add_bos=add_bos)
 
-    def encode_whole(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:
-        """Token ids of a text to be made a vector: as given, or with the control tokens around it that it lacks."""
-        tokens, after = self.encode(prompt), self.closing
-        given = not any(isinstance(part, Text) for part in prompt)
+    def text_tokens(self, request: Embed | Rank) -> list[int]:
+        """Returns the token ids of a text to embed, with the control tokens around it that it lacks.
+
+        Given token ids stay as they are. A ``Rank`` has none, since no runner of model folders ranks.
+        """
+        if isinstance(request, Rank):
+            return []
+        tokens, after = self.encode(request.prompt), self.closing
+        given = not any(isinstance(part, Text) for part in request.prompt)
         return tokens if given or not after or tokens[-len(after) :] == after else [*tokens, *after]
 
-    def _encode(self, part: Text) -> list[int]:
-        return self._tokenizer.encode(part.text, add_special_tokens=False, split_special_tokens=not part.special)
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to the text; nothing for control tokens and for ids that only pad the vocabulary."""
+        """Returns the bytes that a token adds to the text; none for control tokens and ids that pad the vocabulary."""
         return b"" if token in self._control else self.piece_of(token)
 
     def piece_of(self, token: int) -> bytes:
-        """What a token adds to the text, or the text of a control token."""
+        """Returns the bytes that a token adds to the text, or the text of a control token."""
         return self._pieces[token] if token < len(self._pieces) else b""
 
     def is_control(self, token: int) -> bool:
@@ -116,7 +112,7 @@ def _default_template(template: str | Mapping[str, str] | None) -> str | None:
 
 
 def _pieces_of_all(tokenizer: HfTokenizer) -> list[bytes]:
-    """By token id. How a token's name spells its bytes depends on the kind of tokenizer, which its decoder tells."""
+    """Returns the bytes by token id. The tokenizer's decoder shows how a token's name spells its bytes."""
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     decoder = tokenizer.backend_tokenizer.decoder
     steps = "" if decoder is None else decoder.__getstate__().decode()

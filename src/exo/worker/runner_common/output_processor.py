@@ -1,7 +1,7 @@
-"""Makes text, stop strings and JSON out of tokens, in a thread of its own, while the engine computes the next step.
+"""Turns tokens into text and events, in a thread of its own, while the engine computes the next step.
 
-The emitter is the only writer of the protocol stream and the only one that ends a request, which is what makes every
-request end exactly once.
+The emitter is the only writer of the protocol stream and alone ends requests. Therefore each request gets exactly one
+terminal event.
 """
 
 import threading
@@ -39,12 +39,12 @@ from exo.worker.runner_common.request_checks import Resumed
 HEARTBEAT_SECONDS = 1.0
 LEAST_LOGPROB = -9999.0
 PART_DELTAS = 256
-"""In one message; each may have log-probabilities."""
+"""The most deltas in one message; each may have log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request was found valid and, unless the tokens ``delivered`` before have ended it, is queued."""
+    """A request is valid. It is queued, unless the tokens delivered before have ended it."""
 
     id: str
     n_prompt: int
@@ -54,10 +54,17 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """How probable the model found one token: natural logarithms, before anything the request asks for changes them.
+class Refused:
+    """A request ends before it was accepted."""
 
-    ``top`` are the most probable tokens in its place, the most probable first, the lowest id first among equals.
+    failure: Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities (natural logarithms) of one place, before grammar, penalties, bias and temperature.
+
+    ``top`` are the most probable tokens there, in descending order, the lowest id first among equals.
     """
 
     chosen: float
@@ -66,7 +73,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request for a vector or a score was found valid and is queued."""
+    """A request for a vector or a score is valid and queued."""
 
     id: str
     n_prompt: int
@@ -74,7 +81,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One new token; ``reason`` if the engine ended the sequence with it, ``scores`` if the request asks for them."""
+    """One new token, with a ``reason`` if it ends the sequence, and ``scores`` if the request wants them."""
 
     id: str
     token: int
@@ -84,7 +91,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Tokens of a prompt from place ``start`` on, and the ``scores`` asked for; the prompt's first token has none."""
+    """Tokens of a prompt from index ``start`` on and their scores. The prompt's first token has none."""
 
     id: str
     start: int
@@ -93,7 +100,7 @@ class PromptScored:
 
     @classmethod
     def following(cls, request: str, tokens: list[int], told: int, found: list[Scores]) -> "PromptScored":
-        """The scores ``found`` of the next tokens after the first ``told``; the first of all is told without one."""
+        """Adds the tokens to the scores ``found``, which follow the first ``told`` tokens of the prompt."""
         scores: list[Scores | None] = [*found]
         if not told:
             scores.insert(0, None)
@@ -102,31 +109,31 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """What one step brought: cells reused by sequences that began, prompt tokens computed, and new tokens.
-
-    ``ended`` are sequences that ended in it without a new token, and why.
-    """
+    """The results of one step, by request id."""
 
     cached: list[tuple[str, int]]
+    """Sequences that entered a slot, and their tokens found in the KV cache."""
     processed: list[tuple[str, int]]
+    """Sequences in prefill, and their tokens computed so far."""
     sampled: list[Sampled] = field(default_factory=list[Sampled])
     prompts: list[PromptScored] = field(default_factory=list[PromptScored])
     ended: list[tuple[str, FinishReason]] = field(default_factory=list[tuple[str, FinishReason]])
+    """Sequences that ended without a new token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The engine has let go of a request that was cancelled."""
+    """The engine has dropped a request."""
 
     id: str
 
 
-Item = Accepted | Asked | StepDone | Cancelled | Message
+Item = Accepted | Asked | Refused | StepDone | Cancelled | Message
 
 
 @dataclass(slots=True)
-class Output:
-    """What one request has produced so far."""
+class RequestOutput:
+    """The output of one request so far."""
 
     text: TextStream
     n_prompt: int
@@ -134,49 +141,47 @@ class Output:
     n_delivered: int = 0
     n_cached: int = 0
     n_tokens: int = 0
-    """Generated, here or before."""
+    """Tokens generated, by this runner or before."""
 
     @property
     def n_prefill(self) -> int:
-        """Tokens that are known before the first one is generated here."""
+        """Tokens that are known before this runner generates the first one."""
         return self.n_prompt + self.n_delivered
 
     def usage(self) -> Usage:
-        """Token counts up to now."""
+        """Returns the token counts so far."""
         cached = min(self.n_cached, self.n_prompt)
         return Usage(prompt_tokens=self.n_prompt, completion_tokens=self.n_tokens, cached_tokens=cached)
 
 
 @dataclass(slots=True)
 class Emitter:
-    """``put`` takes items from any thread; ``close`` writes what is queued and ends the thread."""
+    """Writes events and heartbeats. The front end sets the attributes without an underscore when a model is loaded."""
 
     protocol: BinaryIO
     vocabulary: Vocabulary = field(init=False)
-    """Set before the first request is accepted, when the tokenizer exists."""
     stop_engine: Callable[[str], None] = field(init=False)
-    """Told the id of a request that a stop string ended while the engine went on."""
-    load: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
-    """Steps, active and waiting sequences, for the heartbeat."""
-    cpu: Callable[[], CpuUse | None] = lambda: None
-    """How the engine uses the CPU, for the heartbeat."""
+    """Makes the engine drop the request with this id, which has ended."""
+    counts: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+    """Returns the steps so far, the requests in work and those that wait."""
+    cpu_use: Callable[[], CpuUse | None] = lambda: None
     _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
-    _outputs: dict[str, Output] = field(default_factory=dict[str, Output])
+    _outputs: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
     _leaving: bool = False
     _ready: bool = False
     _thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
-        """Begins writing."""
+        """Starts the thread."""
         self._thread = threading.Thread(target=self._run, name="emitter", daemon=True)
         self._thread.start()
 
     def put(self, item: Item) -> None:
-        """Queues an item; never blocks."""
+        """Queues an item, from any thread; never blocks."""
         self._queue.put(item)
 
     def close(self) -> None:
-        """Writes everything queued, then ends the thread."""
+        """Writes all queued items, then ends the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -194,9 +199,9 @@ class Emitter:
             self._write(self._messages(item))
 
     def _heartbeat(self) -> Heartbeat:
-        steps, active, waiting = self.load()
+        steps, active, waiting = self.counts()
         if self._ready:
-            return Heartbeat(steps=steps, active=active, waiting=waiting, cpu=self.cpu())
+            return Heartbeat(steps=steps, active=active, waiting=waiting, cpu=self.cpu_use())
         cpu_seconds, bytes_read = effort()
         return Heartbeat(steps=steps, active=active, waiting=waiting, cpu_seconds=cpu_seconds, bytes_read=bytes_read)
 
@@ -205,7 +210,7 @@ class Emitter:
             self.protocol.write(b"".join(map(self._line, messages)))
 
     def _line(self, message: Message) -> bytes:
-        """The message. Ends the runner where it is too long, as ``Ready`` with a huge chat template may be."""
+        """Encodes a message. Ends the runner if it is too long, as ``Ready`` with a huge chat template may be."""
         line = encode(message)
         if len(line) > LINE_BYTES:
             said = f"the runner's message {type(message).__name__} takes {len(line)} bytes, of at most {LINE_BYTES}"
@@ -219,11 +224,13 @@ class Emitter:
             case Accepted():
                 return self._begin(item)
             case Asked():
-                return self._open(item.id, Output(TextStream(()), item.n_prompt))
+                return self._open(item.id, RequestOutput(TextStream(()), item.n_prompt))
             case StepDone():
                 return self._step(item)
             case Cancelled():
                 return self._finish(item.id, "cancelled")
+            case Refused():
+                return self._refuse(item.failure)
             case Failed(id=str(request)) | Embedded(id=request) | Ranked(id=request):
                 return self._end(request, item)
             case Status(state="ShuttingDown"):
@@ -232,17 +239,19 @@ class Emitter:
             case Status(state="Ready"):
                 self._ready = True
                 return [item]
+            case Status(state="Shutdown"):
+                return [*self._abandon(), item]
             case _:
                 return [item]
 
     def _begin(self, item: Accepted) -> list[Message]:
         text, n_delivered = item.resumed.text, item.n_delivered
-        output = Output(text, item.n_prompt, item.show_special, n_delivered, n_tokens=n_delivered)
+        output = RequestOutput(text, item.n_prompt, item.show_special, n_delivered, n_tokens=n_delivered)
         begins = self._open(item.id, output)
         return begins if item.resumed.ended is None else begins + self._finish(item.id, item.resumed.ended)
 
-    def _open(self, request: str, output: Output) -> list[Message]:
-        """The one place where a request begins."""
+    def _open(self, request: str, output: RequestOutput) -> list[Message]:
+        """Begins a request; nothing else does."""
         begins: list[Message] = [] if self._outputs else [Status(state="Running")]
         self._outputs[request] = output
         return [*begins, PrefillProgress(id=request, processed=0, total=output.n_prefill)]
@@ -278,7 +287,7 @@ class Emitter:
             ends += self._finish(request, reason)
         return messages + ends
 
-    def _delta(self, sampled: Sampled, output: Output) -> Delta:
+    def _delta(self, sampled: Sampled, output: RequestOutput) -> Delta:
         text = output.text.take(sampled.token, self.vocabulary, show_special=output.show_special)
         logprobs = () if sampled.scores is None else (self._logprobs(sampled.token, sampled.scores),)
         return Delta(id=sampled.id, tokens=(sampled.token,), text=text, logprobs=logprobs)
@@ -305,7 +314,7 @@ class Emitter:
 
     def _finish(self, request: str, reason: FinishReason) -> list[Message]:
         output = self._outputs.get(request)
-        if output is None:
+        if output is None:  # it has ended already
             return []
         text = output.text.finish()
         stop = output.text.stopped_by
@@ -314,9 +323,20 @@ class Emitter:
             request, Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop)
         )
 
+    def _refuse(self, failure: Failed) -> list[Message]:
+        """Ends a request that was not accepted. A faulty command may also name one that was, and ends that."""
+        if failure.id not in self._outputs:
+            return [failure]
+        self.stop_engine(failure.id)
+        return self._end(failure.id, failure)
+
+    def _abandon(self) -> list[Message]:
+        """Ends all requests that the engine has left unfinished."""
+        requests, self._outputs = self._outputs, {}
+        return [Failed(id=each, code="shutdown", message="the runner is shutting down") for each in requests]
+
     def _end(self, request: str, terminal: Finished | Embedded | Ranked | Failed) -> list[Message]:
-        """The one place where a request ends. A refusal ends one that was never accepted."""
-        accepted = self._outputs.pop(request, None) is not None
-        if not accepted or self._outputs or self._leaving:
-            return [terminal]
-        return [terminal, Status(state="Ready")]
+        """Ends an accepted request, unless it has ended: the engine may still fail after a stop string."""
+        if self._outputs.pop(request, None) is None:
+            return []
+        return [terminal] if self._outputs or self._leaving else [terminal, Status(state="Ready")]

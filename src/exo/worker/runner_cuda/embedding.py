@@ -7,13 +7,13 @@ tokens attend to the whole text, so a text is one batch.
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from exo.worker.protocol.messages import Embedded, Failed, Ranked, Usage
+from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import POOLING, Log, Model, PooledContext, Vector
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
@@ -31,20 +31,11 @@ RANKING_HEADS = ("cls.weight", "cls.output.weight")
 Integers = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The tokens of a text, or of a query and a document, and the kind of answer."""
-
-    id: str
-    tokens: list[int]
-    answer: Literal["vector", "score"]
-
-
 @dataclass(slots=True)
 class _Texts:
     """A group of texts that are computed together. In ``jobs``, None replaces a cancelled or answered one."""
 
-    jobs: list[Job | None]
+    jobs: list[TextJob | None]
     pooled: npt.NDArray[np.float64]
     """The pooled values so far, shape (texts, size)."""
     tokens: Integers
@@ -56,7 +47,7 @@ class _Texts:
     done: int = 0
 
     @classmethod
-    def of(cls, jobs: list[Job], size: int) -> "_Texts":
+    def of(cls, jobs: list[TextJob], size: int) -> "_Texts":
         lengths = [len(job.tokens) for job in jobs]
         return cls(
             jobs=[*jobs],
@@ -94,7 +85,7 @@ class Embedder:
     pooling: Pooling = field(init=False)
     longest: int = field(init=False)
     """The most tokens of a text."""
-    waiting: deque[Job] = field(default_factory=deque[Job])
+    waiting: deque[TextJob] = field(default_factory=deque[TextJob])
     n_threads: int = 1
     _n_rows: int = field(init=False)
     _n_texts: int = field(init=False)
@@ -119,11 +110,6 @@ class Embedder:
         """The number of unanswered texts in the current group."""
         texts = self._texts
         return 0 if texts is None else sum(job is not None for job in texts.jobs)
-
-    def jobs(self) -> list[Job]:
-        """All unanswered jobs."""
-        working = [] if self._texts is None else [job for job in self._texts.jobs if job is not None]
-        return [*working, *self.waiting]
 
     def remove(self, request: str) -> bool:
         """Drops a request. Returns false if it is unknown or answered."""
@@ -152,7 +138,7 @@ class Embedder:
         try:
             context = self.open()
         except LoadError as error:
-            jobs, self.waiting = self.waiting, deque[Job]()
+            jobs, self.waiting = self.waiting, deque[TextJob]()
             code = "out_of_memory" if error.code == "out_of_memory" else "engine_error"
             return [Failed(id=job.id, code=code, message=str(error)) for job in jobs]
         if self._texts is None:
@@ -163,7 +149,7 @@ class Embedder:
             self._texts = None
         return answers
 
-    def _next_jobs(self) -> list[Job]:
+    def _next_jobs(self) -> list[TextJob]:
         """Takes the next jobs in order, at least one. An encoder's batch exceeds a chunk only for a longer text."""
         room = self.longest if self.causal else min(self.longest, self.chunk)
         jobs = [self.waiting.popleft()]
@@ -206,7 +192,7 @@ def _stored_pooling(model: Model) -> Pooling:
     return names.get(stored or "", "mean")
 
 
-def _answer(job: Job, pooled: npt.NDArray[np.float64]) -> Embedded | Ranked | Failed:
+def _answer(job: TextJob, pooled: npt.NDArray[np.float64]) -> Embedded | Ranked | Failed:
     usage = Usage(prompt_tokens=len(job.tokens), completion_tokens=0)
     length = float(np.linalg.norm(pooled))
     if job.answer == "score" and np.isfinite(length):

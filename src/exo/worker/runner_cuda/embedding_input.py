@@ -7,15 +7,15 @@ import re
 
 import llama_cpp
 
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.messages import Embed, Prompt, Rank, Text
 from exo.worker.runner_cuda.bindings import Model
-from exo.worker.runner_cuda.tokenizer import Tokenizer
+from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
 
 class Framing:
     """Makes the token ids of whole texts. Safe to call from any thread."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Model, tokenizer: GgufTokenizer) -> None:
         vocab = model.vocab
         sep = int(llama_cpp.llama_vocab_sep(vocab))  # pyright: ignore[reportArgumentType]
         eos = tokenizer.eos if tokenizer.eos >= 0 else sep
@@ -29,7 +29,13 @@ class Framing:
         template = llama_cpp.llama_model_chat_template(model.handle, b"rerank")
         self._template = template.decode(errors="replace") if template else None
 
-    def text(self, prompt: tuple[Text, ...] | tuple[int, ...]) -> list[int]:
+    def tokens(self, request: Embed | Rank) -> list[int]:
+        """Returns the token ids of a text to embed, or of a query and its document."""
+        if isinstance(request, Embed):
+            return self._text(request.prompt)
+        return self._pair(request.query, request.document)
+
+    def _text(self, prompt: Prompt) -> list[int]:
         """Returns the tokens of a text to embed. Token ids stay as given; text gets the tokens around it if missing."""
         tokens = self._tokenizer.encode(prompt, add_bos=False)
         if not any(isinstance(part, Text) for part in prompt):
@@ -38,7 +44,7 @@ class Framing:
         after = [] if self.closing and tokens[-len(self.closing) :] == self.closing else self.closing
         return [*before, *tokens, *after]
 
-    def pair(self, query: str, document: str) -> list[int]:
+    def _pair(self, query: str, document: str) -> list[int]:
         """Returns the tokens of a query and a document, in the file's own template or joined by control tokens."""
         if self._template is not None:
             return self._tokenizer.encode(self._fill(self._template, query, document), add_bos=False)

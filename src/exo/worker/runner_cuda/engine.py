@@ -1,77 +1,59 @@
-"""The generate loop. One thread runs it, and no other touches the llama.cpp context."""
+"""The generate loop. One thread runs it; no other touches the llama.cpp context."""
 
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from exo.worker.protocol.messages import Cores, Failed, FinishReason
+from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.grammar.guided_decoding import Constraint, GrammarError, Mask, grammar_failure
-from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
-from exo.worker.runner_cuda.bindings import Context, Logits
-from exo.worker.runner_cuda.embedding import Embedder, Job
-from exo.worker.runner_cuda.loading.threads import Threads
+from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
+from exo.worker.runner_common.sequence import append, not_finite
+from exo.worker.runner_cuda.bindings import Logits
+from exo.worker.runner_cuda.loading.loader import Loaded
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
-from exo.worker.runner_cuda.sampling.device_sampling import BackendSampling, Best
+from exo.worker.runner_cuda.sampling.device_sampling import Best
 from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose, score
-from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
+from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence
-from exo.worker.runner_cuda.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """A request that is to end: cancelled, or ended by a stop string, which its client has been ``told`` already."""
-
-    id: str
-    told: bool
-
-
-class Stop:
-    """Ends the loop."""
-
 
 T = TypeVar("T")
 Reading = Generator[Turn | Candidates, int | None, T]
-"""Gives turns, is sent their tokens (None: the row's logits are not finite) and ends with a ``T``."""
+"""Yields turns, gets their tokens (None if the row's logits are not finite) and returns a ``T``."""
 
 
-class Engine:
+class CudaEngine:
     """Continuous batching over one context.
 
-    A step: take commands, plan, fill the batch, decode, sample every row that is due, hand the tokens to the emitter.
-    The emitter makes text of them while the next step is already computing.
+    A step handles commands, plans, fills the batch, decodes, samples every row that is due and hands the tokens to the
+    emitter. The emitter makes text of them while the next step computes.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        embedder: Embedder,
-        scheduler: Scheduler,
-        tokenizer: Tokenizer,
-        sampling: BackendSampling,
-        threads: Threads,
-        emitter: Emitter,
-    ) -> None:
-        self.commands: SimpleQueue[Sequence | Job | Leave | Cores | Stop] = SimpleQueue()
-        self.steps = 0
-        self._context = context
-        self._embedder = embedder
-        self._scheduler = scheduler
-        self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._threads = threads
+    def __init__(self, loaded: Loaded, emitter: Emitter) -> None:
+        self._context = loaded.context
+        self._embedder = loaded.embedder
+        self._scheduler = loaded.scheduler
+        self._tokenizer = loaded.tokenizer
+        self._sampling = loaded.sampling
+        self._threads = loaded.threads
         self._emitter = emitter
+        self._steps = 0
+        self.commands: Commands[Sequence] = Commands(
+            emitter,
+            add=self._scheduler.add,
+            add_text=self._embedder.waiting.append,
+            remove=self._remove,
+            use_cores=self._threads.restrict,
+        )
 
-    def load(self) -> tuple[int, int, int]:
-        """Steps so far, sequences or texts in work, those that wait. Safe to call from any thread."""
+    def counts(self) -> tuple[int, int, int]:
+        """Returns the steps so far, the sequences and texts in work, and those that wait. Safe in any thread."""
         scheduler, embedder = self._scheduler, self._embedder
-        return self.steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
+        return self._steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
 
     def run(self) -> None:
-        """Steps until told to stop; what is then in flight fails with code "shutdown". Raises EngineError."""
-        while self._take_commands():
+        """Computes steps until the commands say ``Shutdown``. Raises EngineError."""
+        while self.commands.handle(wait=not self._scheduler and not self._embedder):
             if self._embedder:
                 self._embed()
             step = self._scheduler.plan()
@@ -90,43 +72,21 @@ class Engine:
             done = StepDone(step.started, processed)
             if n_outputs:
                 self._read(step, self._context.logits(n_outputs), done)
-            self.steps += 1
+            self._steps += 1
             self._emitter.put(done)
-        for sequence in (*self._scheduler.sequences(), *self._embedder.jobs()):
-            self._emitter.put(Failed(id=sequence.id, code="shutdown", message="the runner is shutting down"))
 
     def _embed(self) -> None:
-        """One batch of texts, so that streams and texts take turns."""
+        """Computes one batch of texts; streams and texts take turns."""
         self._embedder.n_threads = self._threads.counts(exact=False)[1]
         for answer in self._embedder.step():
             self._emitter.put(answer)
-        self.steps += 1
+        self._steps += 1
 
-    def _take_commands(self) -> bool:
-        """Waits for a command if there is nothing to compute. False to stop."""
-        idle = not self._scheduler and not self._embedder
-        while True:
-            try:
-                command = self.commands.get(block=idle)
-            except Empty:
-                return True
-            idle = False
-            match command:
-                case Sequence():
-                    self._scheduler.add(command)
-                case Job():
-                    self._embedder.waiting.append(command)
-                case Leave():
-                    found = self._scheduler.remove(command.id) is not None or self._embedder.remove(command.id)
-                    if found and not command.told:
-                        self._emitter.put(Cancelled(command.id))
-                case Cores():
-                    self._threads.restrict(command.count)
-                case Stop():
-                    return False
+    def _remove(self, request: str) -> bool:
+        return self._scheduler.remove(request) is not None or self._embedder.remove(request)
 
     def _fill(self, step: Step) -> int:
-        """Writes the step into the batch; how many of its rows give logits."""
+        """Writes the step into the batch; returns the number of its rows that give logits."""
         batch = self._context.batch
         row = n_outputs = 0
         for chunk in step.chunks:
@@ -142,10 +102,10 @@ class Engine:
         return n_outputs
 
     def _read(self, step: Step, logits: Logits, done: StepDone) -> None:
-        """What the step's rows of logits, shape (rows, n_vocab), in batch order, say; into ``done``.
+        """Adds to ``done`` the results of a step's logits, shape (rows, n_vocab), in batch order.
 
-        One row of every sequence at a time, all of them chosen from together: whether a sequence's next row counts, and
-        how it is adjusted, the token before it decides.
+        Each pass chooses from one row of every sequence together. A sequence's next row depends on the token chosen
+        before: whether it counts, and how it is adjusted.
         """
         at = 0
         best = self._sampling.read(step)
@@ -180,17 +140,16 @@ class Engine:
     def _go_on(
         self, sequence: Sequence, reading: Reading[None], token: int | None, spoilt: list[Sequence]
     ) -> Turn | Candidates | None:
-        """The sequence's next turn, once it has the token of the last one; None: its rows are read.
+        """Gives a sequence the token of its last turn and returns its next turn; None after its last row.
 
-        ``spoilt`` gets it where there are cells of it that nothing may be computed with.
+        ``spoilt`` gets the sequence if some of its cells hold NaN or infinity.
         """
         try:
             return reading.send(token)
         except StopIteration:
             pass
         except NotFinite:
-            message = "the model computed a logit that is not a number for this request"
-            self._fail(Failed(id=sequence.id, code="engine_error", message=message))
+            self._fail(not_finite(sequence.id))
             spoilt.append(sequence)
         except GrammarError as error:
             self._fail(grammar_failure(sequence.id, error))
@@ -216,7 +175,7 @@ class Engine:
                 return
 
     def _read_best(self, chunk: Chunk, rows: list[Best], done: StepDone, again: list[Sequence]) -> Reading[None]:
-        """As ``_read_chunk``; into ``again`` a sequence whose row does not settle its token. Raises NotFinite."""
+        """Like ``_read_chunk``; ``again`` gets a sequence whose row does not decide its token. Raises NotFinite."""
         sequence = chunk.sequence
         for best, guessed in zip(rows, [*chunk.draft, None], strict=True):
             if len(sequence.tokens) >= sequence.n_limit:
@@ -233,7 +192,7 @@ class Engine:
                 return
 
     def _next(self, sequence: Sequence, row: Row, done: StepDone) -> Reading[Sampled | None]:
-        """The next token into ``done``; None if the sequence ends without one. Raises NotFinite and GrammarError."""
+        """Adds the next token to ``done``; None if the sequence ends without one. Raises NotFinite and GrammarError."""
         if len(sequence.tokens) >= sequence.n_limit:
             self._end(sequence, "length", done)
             return None
@@ -252,26 +211,18 @@ class Engine:
         done.ended.append((sequence.id, reason))
 
     def _accept(self, sequence: Sequence, token: int, scores: Scores | None) -> Sampled:
-        """Goes on past the token. Raises GrammarError."""
-        sequence.tokens.append(token)
-        is_eog = self._tokenizer.is_eog(token)
-        reason: FinishReason | None = None
+        """Appends a token. Raises GrammarError."""
         sequence.sampler.accept(token)
-        if is_eog or _completed(sequence, token):
-            reason = "stop"
-        elif len(sequence.tokens) >= sequence.n_limit:
-            reason = "length"
-        if reason is not None:
+        sampled = append(sequence, token, self._tokenizer, scores)
+        if sampled.reason is not None:
             self._scheduler.remove(sequence.id)
-        elif sequence.constraint is not None and not sequence.constraint.spared:
-            sequence.constraint.prepare()
-        return Sampled(sequence.id, token, reason, scores)
+        return sampled
 
 
 def _choose(sequence: Sequence, row: Row) -> Reading[int | None]:
-    """The next token from its logits, which are changed; None if only an end is left, which the request ignores.
+    """Chooses the next token and changes its logits; None if only an end is left, which the request ignores.
 
-    Where the grammar is asked about a chosen token, that is before any mask is computed. Raises NotFinite and
+    A greedy choice is made first and checked by the grammar, since that is cheaper than a mask. Raises NotFinite and
     GrammarError.
     """
     sampler, constraint = sequence.sampler, sequence.constraint
@@ -293,17 +244,9 @@ def _take(turn: Turn | Candidates) -> Reading[int]:
 
 
 def _allowed(constraint: Constraint, sampler: Sampler) -> Mask:
-    """What its grammar lets a sequence go on with. Raises GrammarError."""
+    """Returns the tokens that the grammar and the request allow. Raises GrammarError."""
     allowed = constraint.mask()
     if sampler.forbidden:
         allowed = allowed.copy()
         allowed[list(sampler.forbidden)] = False
     return allowed
-
-
-def _completed(sequence: Sequence, token: int) -> bool:
-    """Whether the output matches the grammar with this token and cannot go on. Raises GrammarError."""
-    if sequence.constraint is None:
-        return False
-    sequence.constraint.accept(token)
-    return sequence.constraint.finished

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
+from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import Found, PrefixCache
-from exo.worker.runner_cuda.sequence import Phase, Sequence
+from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
 from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step_time import Pace

@@ -1,40 +1,31 @@
-"""Text to token ids and token ids to bytes, through the vocabulary in the GGUF. Safe to call from any thread."""
+"""Text to token ids and token ids to bytes, by the vocabulary in the GGUF. Safe to call from any thread."""
 
 import ctypes
 from functools import cached_property
 
 import llama_cpp
 
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.messages import Prompt
+from exo.worker.runner_common.tokenizer import PromptEncoder
 from exo.worker.runner_cuda.bindings import Model
 
 
-class Tokenizer:
-    """Encodes prompts and looks up the bytes of tokens, each looked up once."""
+class GgufTokenizer:
+    """Encodes prompts and looks up the bytes of tokens. Each token is looked up once."""
 
     def __init__(self, model: Model) -> None:
         self._vocab = model.vocab
         self.n_vocab = model.n_vocab
-        self._latest: tuple[object, bool, list[int]] = (), False, []
-        """The last text that was encoded, and its tokens."""
         self._bytes: dict[int, bytes] = {}
         self._eog: dict[int, bool] = {}
         self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))  # pyright: ignore[reportArgumentType]
         self.eos = int(llama_cpp.llama_vocab_eos(self._vocab))  # pyright: ignore[reportArgumentType]
         self.adds_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self._prompts = PromptEncoder(self._encode, self.bos if self.adds_bos else None)
 
-    def encode(self, prompt: tuple[Text, ...] | tuple[int, ...], *, add_bos: bool = True) -> list[int]:
-        """Token ids of a prompt: as given, or of its text, with BOS in front if the model wants one and it lacks it."""
-        texts = [part for part in prompt if isinstance(part, Text)]
-        if not texts:
-            return [part for part in prompt if isinstance(part, int)]
-        if prompt is self._latest[0] and add_bos == self._latest[1]:  # as several sequences' is
-            return self._latest[2].copy()
-        tokens = [token for part in texts if part.text for token in self._encode(part.text, part.special)]
-        if add_bos and self.adds_bos and tokens[:1] != [self.bos]:
-            tokens.insert(0, self.bos)
-        self._latest = prompt, add_bos, tokens.copy()
-        return tokens
+    def encode(self, prompt: Prompt, *, add_bos: bool = True) -> list[int]:
+        """Returns the token ids of a prompt, with BOS in front if the model wants one and the text lacks it."""
+        return self._prompts.encode(prompt, add_bos=add_bos)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         data = text.encode()
@@ -47,14 +38,14 @@ class Tokenizer:
             size = -count
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to the text; nothing for control tokens."""
+        """Returns the bytes that a token adds to the text; none for control tokens."""
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._piece(token, special=False)
         return known
 
     def piece_of(self, token: int) -> bytes:
-        """What a token adds to the text, or the text of a control token."""
+        """Returns the bytes that a token adds to the text, or the text of a control token."""
         return self.bytes_of(token) or self._piece(token, special=True)
 
     def is_control(self, token: int) -> bool:
@@ -68,9 +59,13 @@ class Tokenizer:
             known = self._eog[token] = llama_cpp.llama_vocab_is_eog(self._vocab, token)
         return known
 
-    @cached_property
+    @property
     def eog_tokens(self) -> tuple[int, ...]:
-        """Every token that ends generation."""
+        """The ids of all tokens that end generation."""
+        return self._ends
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
         return tuple(token for token in range(self.n_vocab) if self.is_eog(token))
 
     @cached_property
@@ -79,7 +74,7 @@ class Tokenizer:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Token ids of the control tokens by their text, which only text marked special may contain.
+        """The ids of the control tokens by their text, which only text marked special may contain.
 
         User-defined tokens are not among them: llama.cpp finds those in any text.
         """
@@ -91,7 +86,7 @@ class Tokenizer:
         return special
 
     def text_of(self, token: int) -> str:
-        """A token's text, control tokens included; empty for a token that the model does not have."""
+        """Returns a token's text, control tokens included; empty for an id that the model does not have."""
         return "" if token < 0 else self._piece(token, special=True).decode(errors="replace")
 
     def _piece(self, token: int, special: bool) -> bytes:

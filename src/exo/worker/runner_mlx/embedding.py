@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from exo.worker.protocol.messages import Embedded, Failed
-from exo.worker.runner_common.hf_embedding import Job, Pooling, answer
+from exo.worker.runner_common.commands import TextJob
+from exo.worker.runner_common.hf_embedding import Pooling, answer
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.model import Model, wait_for
 
@@ -19,7 +20,7 @@ from exo.worker.runner_mlx.model import Model, wait_for
 class _Text:
     """The text in work, as far as it is ``done``."""
 
-    job: Job
+    job: TextJob
     cache: KVCache
     pooled: mx.array
     """What its tokens have pooled to so far, shape (hidden size,), float32."""
@@ -35,7 +36,7 @@ class Embedder:
     longest: int
     """Tokens that a text may have."""
     chunk: int
-    waiting: deque[Job] = field(default_factory=deque[Job])
+    waiting: deque[TextJob] = field(default_factory=deque[TextJob])
     _text: _Text | None = None
 
     def __bool__(self) -> bool:
@@ -45,10 +46,6 @@ class Embedder:
     def n_active(self) -> int:
         """Texts in work."""
         return int(self._text is not None)
-
-    def jobs(self) -> list[Job]:
-        """All that are not answered."""
-        return [*([] if self._text is None else [self._text.job]), *self.waiting]
 
     def remove(self, request: str) -> bool:
         """Drops a request; false if it is not here, or answered."""

@@ -1,80 +1,60 @@
-"""The generate loop. One thread runs it and loads the model; no other touches MLX."""
+"""The generate loop. One thread loads the model and runs it; no other touches MLX."""
 
-from dataclasses import dataclass
 from math import isnan
-from queue import Empty, SimpleQueue
 
 import mlx.core as mx
 import numpy as np
 
 from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
-from exo.worker.runner_common.hf_tokenizer import Tokenizer
-from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, Scores, StepDone
-from exo.worker.runner_mlx.embedding import Embedder, Job
+from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
+from exo.worker.runner_common.sequence import Phase, append, not_finite
 from exo.worker.runner_mlx.inflight_step import Queued, inputs
-from exo.worker.runner_mlx.kv_cache import KVCache
+from exo.worker.runner_mlx.loader import Loaded
 from exo.worker.runner_mlx.logprobs import ROWS_AT_ONCE, score
-from exo.worker.runner_mlx.model import Model, queue
+from exo.worker.runner_mlx.model import queue
 from exo.worker.runner_mlx.sampler import FAILED, Sampler
 from exo.worker.runner_mlx.scheduler import Chunk, Row, Scheduler, Step
-from exo.worker.runner_mlx.sequence import Phase, Sequence
+from exo.worker.runner_mlx.sequence import Sequence
 
 STEPS_PER_SWEEP = 256
-"""How often MLX gives back the buffers that it keeps for reuse, which shapes that grow leave behind."""
+"""MLX keeps buffers for reuse. Growing shapes leave unused ones behind, which a sweep frees."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """A request that is to end: cancelled, or (``told`` is true) already ended by a stop string."""
-
-    id: str
-    told: bool
-
-
-class Stop:
-    """Ends the loop."""
-
-
-class Engine:
+class MlxEngine:
     """Continuous batching over one model and one KV cache.
 
-    A step: take commands, plan, queue prompt chunks and one pass over all decoding rows with the sampling behind it;
-    then, while the device computes that, read the tokens of the step before and hand them to the emitter. A sequence
-    that ends with one of these has a row too many in the step that is queued; its token is not looked at.
+    A step handles commands, plans, and queues prompt chunks and one pass over all decoding rows, with the sampling
+    behind it. While the device computes, it reads the tokens of the step before and hands them to the emitter. A
+    sequence that ends with one of these has an extra row in the queued step; its token is ignored.
 
-    Where a row has a grammar, the pass is queued as ever, for its input is on the device, but the sampling only once
-    the tokens of the step before are read and the masks are there. The device is still computing the pass meanwhile.
+    If a row has a grammar, the pass is queued at once, since its input is on the device. The sampling is queued after
+    the tokens of the step before have been read and the masks are there. The device still computes the pass meanwhile.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        cache: KVCache,
-        embedder: Embedder,
-        scheduler: Scheduler,
-        tokenizer: Tokenizer,
-        emitter: Emitter,
-    ) -> None:
-        self.commands: SimpleQueue[Sequence | Job | Leave | Stop] = SimpleQueue()
-        self.steps = 0
-        self._model = model
-        self._cache = cache
-        self._embedder = embedder
-        self._scheduler = scheduler
-        self._tokenizer = tokenizer
+    def __init__(self, loaded: Loaded, emitter: Emitter) -> None:
+        self._model = loaded.model
+        self._cache = loaded.cache
+        self._embedder = loaded.embedder
+        self._scheduler = Scheduler(loaded.capabilities.slots, loaded.chunk)
+        self._tokenizer = loaded.tokenizer
         self._emitter = emitter
         self._sampler: Sampler
+        self._steps = 0
+        self.commands: Commands[Sequence] = Commands(
+            emitter, add=self._scheduler.add, add_text=self._embedder.waiting.append, remove=self._remove
+        )
 
-    def load(self) -> tuple[int, int, int]:
-        """Steps so far, sequences or texts in work, those that wait. Safe to call from any thread."""
+    def counts(self) -> tuple[int, int, int]:
+        """Returns the steps so far, the sequences and texts in work, and those that wait. Safe in any thread."""
         scheduler, embedder = self._scheduler, self._embedder
-        return self.steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
+        return self._steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
 
     def run(self) -> None:
-        """Steps until told to stop; what is then in flight fails with code "shutdown". Raises RuntimeError from MLX."""
+        """Computes steps until the commands say ``Shutdown``. Raises RuntimeError from MLX."""
         queued: Queued | None = None
-        while self._take_commands(wait=queued is None and not self._scheduler and not self._embedder):
+        while self.commands.handle(wait=queued is None and not self._scheduler and not self._embedder):
             step = self._scheduler.plan()
             following = self._queue(step, queued) if step else None
             if queued is not None:
@@ -84,39 +64,20 @@ class Engine:
             queued = following
             if self._embedder:
                 self._embed()
-        for sequence in (*self._scheduler.sequences(), *self._embedder.jobs()):
-            self._emitter.put(Failed(id=sequence.id, code="shutdown", message="the runner is shutting down"))
 
     def _embed(self) -> None:
-        """One chunk of a text, so that streams and texts take turns."""
+        """Computes one chunk of a text; streams and texts take turns."""
         for answer in self._embedder.step():
             self._emitter.put(answer)
         self._count_step()
 
     def _count_step(self) -> None:
-        self.steps += 1
-        if self.steps % STEPS_PER_SWEEP == 0:
+        self._steps += 1
+        if self._steps % STEPS_PER_SWEEP == 0:
             mx.clear_cache()
 
-    def _take_commands(self, *, wait: bool) -> bool:
-        """False to stop."""
-        while True:
-            try:
-                command = self.commands.get(block=wait)
-            except Empty:
-                return True
-            wait = False
-            match command:
-                case Sequence():
-                    self._scheduler.add(command)
-                case Job():
-                    self._embedder.waiting.append(command)
-                case Leave():
-                    found = self._scheduler.remove(command.id) is not None or self._embedder.remove(command.id)
-                    if found and not command.told:
-                        self._emitter.put(Cancelled(command.id))
-                case Stop():
-                    return False
+    def _remove(self, request: str) -> bool:
+        return self._scheduler.remove(request) is not None or self._embedder.remove(request)
 
     # --- queueing a step ---
 
@@ -139,7 +100,7 @@ class Engine:
         return queued
 
     def _prefill(self, chunk: Chunk, queued: Queued) -> None:
-        """Fills the cache. The logits are computed only where something asks for them."""
+        """Fills the cache. Logits are computed only if log-probabilities of the prompt are wanted."""
         sequence = chunk.sequence
         tokens = mx.array([sequence.tokens[chunk.start : chunk.stop]])
         whole = sequence.prompt_logprobs is not None
@@ -149,7 +110,7 @@ class Engine:
             self._score_prompt(chunk, logits[0], sequence.prompt_logprobs, queued)
 
     def _score_prompt(self, chunk: Chunk, logits: mx.array, k: int, queued: Queued) -> None:
-        """Queues how probable the prompt's tokens after those of the chunk are; logits of shape (width, vocabulary)."""
+        """Queues the log-probabilities of the tokens after the chunk's; logits have the shape (width, vocabulary)."""
         sequence = chunk.sequence
         stop = min(chunk.stop, sequence.n_prompt - 1)
         for start in range(chunk.start, stop, ROWS_AT_ONCE):
@@ -164,7 +125,7 @@ class Engine:
         return self._cache.marker(chunk.sequence.slot, chunk.stop - 1)
 
     def _decode(self, rows: list[Row], before: Queued | None) -> mx.array:
-        """The logits of each row, shape (rows, vocabulary)."""
+        """Returns the logits of each row, shape (rows, vocabulary)."""
         sequences = [row.sequence for row in rows]
         if before is not None and sequences == [row.sequence for row in before.step.rows]:
             tokens = before.done
@@ -176,7 +137,7 @@ class Engine:
         return self._model.forward(tokens[:, None], self._cache, slots, positions)[:, 0]
 
     def _choose(self, queued: Queued, logits: mx.array) -> None:
-        """Queues the sampling of a step's rows, and the log-probabilities that they ask for."""
+        """Queues the sampling of a step's rows, and the log-probabilities of those that want them."""
         rows = queued.step.rows
         allowed = self._allowed(queued) if queued.held is not None else None
         queued.done = self._sampler.choose(logits, [row.position + 1 for row in rows], allowed)
@@ -189,7 +150,7 @@ class Engine:
         queue(queued.done, *(queued.scores[1] if queued.scores else ()))
 
     def _allowed(self, queued: Queued) -> mx.array:
-        """What the rows' grammars allow, shape (rows, vocabulary)."""
+        """Returns the tokens that the rows' grammars allow, shape (rows, vocabulary)."""
         rows = queued.step.rows
         allowed = np.ones((len(rows), self._tokenizer.n_vocab), np.uint8)
         for mask, row in zip(allowed, rows, strict=True):
@@ -208,7 +169,7 @@ class Engine:
     # --- finishing a step ---
 
     def _finish(self, queued: Queued) -> None:
-        """Waits for a step and hands on what it brought."""
+        """Waits for a step and hands its results to the emitter."""
         step = queued.step
         queued.wait()
         prompts = self._take_prompts(queued)
@@ -228,7 +189,7 @@ class Engine:
         self._count_step()
 
     def _take_prompts(self, queued: Queued) -> list[PromptScored]:
-        """The scores that the step has computed. A prompt of one token has none, and is told with its row."""
+        """Returns the step's scores of prompts. A prompt of one token has none and is reported with its row."""
         found = [(sequence, arrays.read()) for sequence, arrays in queued.prompts]
         found += [
             (row.sequence, [])
@@ -247,47 +208,25 @@ class Engine:
         return told
 
     def _take(self, sequence: Sequence, token: int, scores: Scores | None) -> Sampled | None:
-        """Adds a token to its sequence; None where that now fails."""
+        """Appends a token to its sequence; None if the sequence fails."""
         if token == FAILED or (scores is not None and isnan(scores.chosen)):
             self._fail(sequence, not_finite(sequence.id))
             return None
-        sequence.tokens.append(token)
-        is_eog = self._tokenizer.is_eog(token)
         try:
-            matched = not is_eog and self._advance(sequence, token)
+            sampled = append(sequence, token, self._tokenizer, scores)
         except GrammarError as error:
             self._fail(sequence, grammar_failure(sequence.id, error))
             return None
-        reason: FinishReason | None = None
-        if is_eog or matched:
-            reason = "stop"
-        elif len(sequence.tokens) >= sequence.n_limit:
-            reason = "length"
-        if reason is not None:
+        if sampled.reason is not None:
             self._scheduler.remove(sequence.id)
-        elif sequence.constraint is not None:
-            sequence.constraint.prepare()
-        return Sampled(sequence.id, token, reason, scores)
-
-    def _advance(self, sequence: Sequence, token: int) -> bool:
-        """Tells the grammar of a token; whether the output is complete with it. Raises GrammarError."""
-        if sequence.constraint is None:
-            return False
-        sequence.constraint.accept(token)
-        return sequence.constraint.finished
+        return sampled
 
     def _end(self, sequence: Sequence, reason: FinishReason, done: StepDone) -> None:
-        """Without a new token."""
+        """Ends a sequence without a new token."""
         self._scheduler.remove(sequence.id)
         done.ended.append((sequence.id, reason))
 
     def _fail(self, sequence: Sequence, failed: Failed) -> None:
-        """Ends one request. What its slot holds is not to be trusted."""
+        """Ends one request, whose cells must not be reused."""
         self._scheduler.remove(sequence.id, reusable=False)
         self._emitter.put(failed)
-
-
-def not_finite(request: str) -> Failed:
-    """How a request fails whose computation went wrong."""
-    message = "the model computed a logit that is not a number for this request"
-    return Failed(id=request, code="engine_error", message=message)

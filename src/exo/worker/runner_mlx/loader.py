@@ -9,7 +9,7 @@ import mlx.core as mx
 from exo.worker.protocol.messages import Capabilities, Load, Status
 from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
-from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_folder import HfFolder, find_folder, read_folder, tell_ignored
 from exo.worker.runner_mlx.config_keys import check_keys
@@ -59,7 +59,7 @@ class Loaded:
     model: Model
     cache: KVCache
     embedder: Embedder
-    tokenizer: Tokenizer
+    tokenizer: FolderTokenizer
     capabilities: Capabilities
     chunk: int
     settings: dict[str, str]
@@ -121,7 +121,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     report(Status(state="WarmingUp"))
     n_vocab = _warm_up(model, cache, folder, options.slots, ranks)
     found = open_tokenizer(checked.folder, model.eos_token_ids)
-    tokenizer = Tokenizer(found, n_vocab, found.eos_token_ids, options.chat_template)
+    tokenizer = FolderTokenizer(found, n_vocab, found.eos_token_ids, options.chat_template)
     chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
     longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
     embedder = Embedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from exo.worker.runner_mlx.sequence import Phase, Sequence
+from exo.worker.runner_common.sequence import Phase
+from exo.worker.runner_mlx.sequence import Sequence
 from exo.worker.runner_mlx.slot import Slot
 
 WORTH_REUSING = 16

@@ -1,50 +1,46 @@
-"""The vLLM runner as a program: ``python -m exo.worker.runner_vllm`` (the contract), ``… --probe`` or ``… --score``.
+"""The vLLM runner as a program: ``python -m exo.worker.runner_vllm``, or with ``--probe`` or ``--score``.
 
-It runs in an environment of its own, where neither the server's packages nor the other engines are. vLLM is imported
-after the protocol's stream is safe from what libraries print, and by a probe only with ``--try``: it takes ten seconds.
+It runs in an environment of its own, which has neither the server's packages nor the other engines. ``--probe --try``
+also imports vLLM, which takes ten seconds, and exits with status 1 if that fails.
 """
 
 import sys
-import threading
-import traceback
-from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
 
-from exo.worker.protocol.messages import Status
-from exo.worker.protocol.wire import encode, exit_now, read_commands, take_protocol_stream
+from exo.worker.protocol.wire import encode, exit_now, take_protocol_stream
+from exo.worker.runner_common.main import run
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_vllm.probe import probe, try_engine
+from exo.worker.runner_vllm.switches import set_defaults
 
-
-def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-    """A thread that fails takes the process with it; the server then deals with what was in flight."""
-    traceback.print_exception(kind, error, trace)
-    exit_now(1)
+if TYPE_CHECKING:
+    from exo.worker.runner_common.front_end import FrontEnd
+    from exo.worker.runner_vllm.sequence import Sequence
 
 
 def main() -> None:
-    """Serves standard input until it closes: then nobody is left to serve, so the process ends at once."""
-    protocol = take_protocol_stream()
-    if sys.argv[1:2] == ["--probe"]:
-        found = try_engine(probe()) if "--try" in sys.argv else probe()
+    """Runs the program. It sets environment variables here, so importing the runner sets none."""
+    set_defaults()
+    if sys.argv[1:] == ["--probe", "--try"]:
+        protocol = take_protocol_stream()
+        found = try_engine(probe())
         protocol.write(encode(found))
         exit_now(0 if found.installed else 1)
-    if sys.argv[1:] == ["--score"]:
-        from exo.worker.runner_vllm import score
-
-        exit_now(score.main(protocol))
-    threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
-    sys.excepthook = _die
-    emitter = Emitter(protocol)
-    emitter.start()
-    emitter.put(Status(state="Idle"))
-    from exo.worker.runner_vllm.runner import Runner
-
-    runner = Runner(emitter)
-    for command in read_commands(sys.stdin.buffer):
-        runner.take(command)
-    exit_now(0)
+    run(probe, _front_end, _score)
 
 
-# vLLM starts further processes by importing this file again where a model is spread over several devices.
+def _front_end(emitter: Emitter) -> "FrontEnd[Sequence]":
+    from exo.worker.runner_vllm.runner import front_end
+
+    return front_end(emitter)
+
+
+def _score(protocol: BinaryIO) -> int:
+    from exo.worker.runner_vllm.score import score
+
+    return score(protocol)
+
+
+# vLLM starts further processes by importing this file again if a model is spread over several devices.
 if __name__ == "__main__":
     main()

@@ -1,78 +1,53 @@
-"""The generate loop. One thread runs it and loads the model; no other touches vLLM."""
+"""The generate loop. One thread loads the model and runs it; no other touches vLLM."""
 
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.runner_common.commands import Commands, TextJob
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
-from exo.worker.runner_common.hf_embedding import Job, answer
-from exo.worker.runner_common.hf_tokenizer import Tokenizer
-from exo.worker.runner_common.output_processor import Cancelled, Emitter, PromptScored, Sampled, StepDone
+from exo.worker.runner_common.hf_embedding import answer
+from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.output_processor import Emitter, PromptScored, StepDone
+from exo.worker.runner_common.sequence import append, not_finite
 from exo.worker.runner_vllm.sequence import Sequence
 
 if TYPE_CHECKING:
     from exo.worker.runner_vllm.vllm_edge import Core, Output
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """A request that is to end: cancelled, or (``told`` is true) already ended by a stop string."""
+class VllmEngine:
+    """Gives sequences and texts to vLLM, which batches them, and hands each step's results to the emitter."""
 
-    id: str
-    told: bool
-
-
-class Stop:
-    """Ends the loop."""
-
-
-class Engine:
-    """Hands sequences or texts to vLLM, which batches them, and hands on what each step brings."""
-
-    def __init__(self, core: "Core", tokenizer: Tokenizer, emitter: Emitter) -> None:
-        self.commands: SimpleQueue[Sequence | Job | Leave | Stop] = SimpleQueue()
+    def __init__(self, core: "Core", tokenizer: FolderTokenizer, emitter: Emitter) -> None:
         self._core = core
         self._tokenizer = tokenizer
         self._emitter = emitter
         self._sequences: dict[str, Sequence] = {}
-        self._texts: dict[str, Job] = {}
+        self._texts: dict[str, TextJob] = {}
+        self.commands: Commands[Sequence] = Commands(
+            emitter, add=self._add, add_text=self._add_text, remove=self._remove
+        )
 
-    def load(self) -> tuple[int, int, int]:
-        """Steps so far, sequences or texts in work, those that wait. Safe to call from any thread."""
+    def counts(self) -> tuple[int, int, int]:
+        """Returns the steps so far, the sequences and texts in work, and those that wait. Safe in any thread."""
         return self._core.steps, *self._core.counts
 
     def run(self) -> None:
-        """Steps until told to stop; what is then in flight fails with code "shutdown". Raises what vLLM raises."""
-        while self._take_commands(wait=not (self._sequences or self._texts)):
+        """Computes steps until the commands say ``Shutdown``. Raises what vLLM raises."""
+        while self.commands.handle(wait=not (self._sequences or self._texts)):
             if self._sequences or self._texts:
                 self._step()
-        for request in (*self._sequences, *self._texts):
-            self._emitter.put(Failed(id=request, code="shutdown", message="the runner is shutting down"))
 
-    def _take_commands(self, *, wait: bool) -> bool:
-        """False to stop."""
-        while True:
-            try:
-                command = self.commands.get(block=wait)
-            except Empty:
-                return True
-            wait = False
-            match command:
-                case Sequence():
-                    self._sequences[command.id] = command
-                    self._core.add(command)
-                case Job():
-                    self._texts[command.id] = command
-                    self._core.add_text(command)
-                case Leave():
-                    if self._remove(command.id) and not command.told:
-                        self._emitter.put(Cancelled(command.id))
-                case Stop():
-                    return False
+    def _add(self, sequence: Sequence) -> None:
+        self._sequences[sequence.id] = sequence
+        self._core.add(sequence)
+
+    def _add_text(self, job: TextJob) -> None:
+        self._texts[job.id] = job
+        self._core.add_text(job)
 
     def _step(self) -> None:
         done = StepDone(cached=[], processed=[])
@@ -87,7 +62,7 @@ class Engine:
         self._emitter.put(done)
 
     def _report_progress(self, done: StepDone) -> None:
-        """How far prompts have come."""
+        """Reports the progress of prompts."""
         for sequence in self._sequences.values():
             if sequence.n_processed == sequence.n_prefill:
                 continue
@@ -99,8 +74,8 @@ class Engine:
                 sequence.n_processed = processed
                 done.processed.append((sequence.id, processed))
 
-    def _answer(self, text: Job, pooled: npt.NDArray[np.float64] | None) -> None:
-        """None: vLLM gave it up."""
+    def _answer(self, text: TextJob, pooled: npt.NDArray[np.float64] | None) -> None:
+        """Answers a text; ``pooled`` is None if vLLM has given it up."""
         self._remove(text.id)
         answered = not_finite(text.id) if pooled is None else answer(text, pooled)
         self._emitter.put(answered)
@@ -108,7 +83,7 @@ class Engine:
             self._core.clear_unused()
 
     def _take(self, sequence: Sequence, output: "Output", done: StepDone) -> None:
-        """Adds what a step brought to its sequence, and ends it where that was the last."""
+        """Adds a step's results to their sequence, and ends the sequence after the last one."""
         choice = sequence.choice
         if output.broken:
             self._core.discard(sequence.id)
@@ -130,40 +105,23 @@ class Engine:
             self._append(sequence, output, output.token, done)
 
     def _append(self, sequence: Sequence, output: "Output", token: int, done: StepDone) -> None:
-        sequence.tokens.append(token)
-        is_eog = self._tokenizer.is_eog(token)
         try:
-            matched = not is_eog and self._advance(sequence, token)
+            sampled = append(sequence, token, self._tokenizer, output.scores)
         except GrammarError as error:
             self._fail(sequence, grammar_failure(sequence.id, error))
             return
-        reason: FinishReason | None = None
-        if is_eog or matched:
-            reason = "stop"
-        elif len(sequence.tokens) >= sequence.n_limit:
-            reason = "length"
-        if reason is not None:
+        if sampled.reason is not None:
             self._remove(sequence.id)
-        elif sequence.choice.constraint is not None:
-            sequence.choice.constraint.prepare()
-        done.sampled.append(Sampled(sequence.id, token, reason, output.scores))
-
-    def _advance(self, sequence: Sequence, token: int) -> bool:
-        """Tells the grammar of a token; whether the output is complete with it. Raises GrammarError."""
-        constraint = sequence.choice.constraint
-        if constraint is None:
-            return False
-        constraint.accept(token)
-        return constraint.finished
+        done.sampled.append(sampled)
 
     def _remove(self, request: str) -> bool:
-        """False if the request is not known, or has ended."""
+        """Drops a request; false if it is unknown or has ended."""
         self._core.remove(request)
         known = self._sequences.pop(request, None), self._texts.pop(request, None)
         return any(each is not None for each in known)
 
     def _end(self, sequence: Sequence, reason: FinishReason, done: StepDone) -> None:
-        """Without a new token."""
+        """Ends a sequence without a new token."""
         self._remove(sequence.id)
         done.ended.append((sequence.id, reason))
 
@@ -171,9 +129,3 @@ class Engine:
         """Ends one request."""
         self._remove(sequence.id)
         self._emitter.put(failed)
-
-
-def not_finite(request: str) -> Failed:
-    """How a request fails whose computation went wrong."""
-    message = "the model computed a logit that is not a number for this request"
-    return Failed(id=request, code="engine_error", message=message)

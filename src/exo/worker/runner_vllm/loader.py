@@ -9,9 +9,9 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.cores import physical_cores
 from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
+from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.folder_config import Json
-from exo.worker.runner_common.hf_embedding import Job
-from exo.worker.runner_common.hf_tokenizer import Tokenizer
+from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_folder import presented, read_optional, tell_ignored, tensors
 from exo.worker.runner_vllm.checked import Checked, check
@@ -21,7 +21,7 @@ from exo.worker.runner_vllm.probe import BACKEND, ENGINE, engine_version, nvidia
 from exo.worker.runner_vllm.purpose import Purpose
 from exo.worker.runner_vllm.sequence import Choice, Sequence
 from exo.worker.runner_vllm.sizes import cache_bytes, layer_count, trained_context
-from exo.worker.runner_vllm.switches import prepare
+from exo.worker.runner_vllm.switches import set_compute
 
 if TYPE_CHECKING:
     from exo.worker.runner_vllm.vllm_edge import Core
@@ -38,7 +38,7 @@ class Loaded:
     """A model ready for what it is for. ``settings`` are what rounding depends on."""
 
     core: "Core"
-    tokenizer: Tokenizer
+    tokenizer: FolderTokenizer
     capabilities: Capabilities
     settings: dict[str, str]
 
@@ -54,7 +54,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     report(Status(state="Loading", total_layers=layers))
     tell_ignored(checked.folder)
     eager = checked.processors if options.enforce_eager is None else options.enforce_eager
-    prepare(options.threads or physical_cores() if checked.processors else None, eager=eager)
+    set_compute(options.threads or physical_cores() if checked.processors else None, eager=eager)
     try:
         from exo.worker.runner_vllm.vllm_edge import Core, open_tokenizer
     except (ImportError, OSError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
         report(Status(state="WarmingUp"))
         found = open_tokenizer(view)
-    tokenizer = Tokenizer(found, core.n_vocab, _ends(checked.folder.path, config), options.chat_template)
+    tokenizer = FolderTokenizer(found, core.n_vocab, _ends(checked.folder.path, config), options.chat_template)
     _warm_up(core, checked.folder.path, purpose)
     generates = purpose.pooling is None
     capabilities = Capabilities(
@@ -166,7 +166,7 @@ def _warm_up(core: "Core", folder: Path, purpose: Purpose) -> None:
             choice = Choice(SamplingParams(seed=0, temperature=1.0), n_prompt=len(tokens))
             core.add(Sequence(name, tokens, 4, choice, logprobs=0))
         else:
-            core.add_text(Job(name, tokens))
+            core.add_text(TextJob(name, tokens))
         left = 2 if purpose.pooling is None else 1
         while left:
             left -= sum(output.scores is not None or output.vector is not None for output in core.step())

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from exo.worker.protocol.messages import Device, Probe
-from exo.worker.runner_vllm.switches import prepare
+from exo.worker.runner_vllm.switches import set_compute
 
 ENGINE = "vLLM"
 BACKEND = "Vllm"
@@ -66,7 +66,7 @@ def try_engine(found: Probe) -> Probe:
     if not found.installed:
         return found
     try:
-        prepare(None, eager=True)
+        set_compute(None, eager=True)
         import_module("exo.worker.runner_vllm.vllm_edge")
     except Exception as error:  # noqa: BLE001 -- whatever is wrong with a library is the answer
         return _unusable(f"{found.version} does not load: {type(error).__name__}: {error}")

@@ -1,49 +1,39 @@
 """``--score``: reads given texts through the same weights, cache and tokenizer as the generate loop."""
 
-import sys
-from pathlib import Path
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
-from exo.worker.protocol.messages import Failed, SamplingParams, Score, Scored
-from exo.worker.protocol.wire import encode
+from exo.worker.protocol.messages import Load, SamplingParams
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score
 from exo.worker.runner_vllm.loader import Loaded, load
 from exo.worker.runner_vllm.sequence import Choice, Sequence
 
 _BEHIND = 2
-"""Cells that reading a text takes behind it: a token whose own probability is told last, and one that is generated."""
+"""Cells that a text needs after its end: the last scored row is that of a token added to the text, and one token is
+generated."""
 
 
-def main(protocol: BinaryIO) -> int:
-    """Answers the ``Score`` on standard input; the exit code."""
-    request = Score.model_validate_json(sys.stdin.buffer.read())
-    try:
-        loaded = load(request.load, lambda _: None)
-    except LoadError as error:
-        protocol.write(encode(Failed(code=error.code, message=str(error))))
-        return 1
+def score(protocol: BinaryIO) -> int:
+    """Answers the ``Score`` on standard input; returns the exit status."""
+    return answer_score(protocol, _open)
+
+
+def _open(command: Load) -> TextReader:
+    """Raises LoadError."""
+    loaded = load(command, lambda _: None)
     if not loaded.capabilities.logprobs:
         message = "this model is loaded to make vectors of texts, and gives no next token a probability"
-        protocol.write(encode(Failed(code="model_load_failed", message=message)))
-        return 1
-    tokens = tuple(tuple(loaded.tokenizer.encode(prompt)) for prompt in request.prompts)
+        raise LoadError("model_load_failed", message)
     longest = loaded.capabilities.context_length - _BEHIND
-    for index, sequence in enumerate(tokens):
-        if not 0 < len(sequence) <= longest:
-            message = f"prompt {index} has {len(sequence)} tokens; 1 to {longest} can be read"
-            protocol.write(encode(Failed(code="context_length_exceeded", message=message)))
-            return 1
-    for index, sequence in enumerate(tokens):
-        np.save(Path(request.directory) / f"{index}.npy", log_probabilities(loaded, sequence))
-    protocol.write(encode(Scored(tokens=tokens, capabilities=loaded.capabilities, settings=loaded.settings)))
-    return 0
+    return TextReader(
+        loaded.tokenizer, loaded.capabilities, loaded.settings, longest, partial(_log_probabilities, loaded)
+    )
 
 
-def log_probabilities(loaded: Loaded, tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Of every possible next token after each token, shape (len(tokens), n_vocab)."""
+def _log_probabilities(loaded: Loaded, tokens: tuple[int, ...]) -> LogProbabilities:
     n_vocab = loaded.tokenizer.n_vocab
     choice = Choice(SamplingParams(seed=0, temperature=0), n_prompt=len(tokens))
     reading = Sequence("score", [*tokens, 0], len(tokens) + _BEHIND, choice, prompt_logprobs=n_vocab)

@@ -1,4 +1,4 @@
-"""One request's sequence, as the engine's loop and the sampler see it."""
+"""One request's sequence in the engine's loop and in the sampler."""
 
 from dataclasses import dataclass, field
 
@@ -8,43 +8,43 @@ from exo.worker.runner_common.grammar.guided_decoding import Constraint
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """What the sampler needs to choose a sequence's tokens. Travels to the process that has the last layers.
+    """The sampler's data for one sequence, which go to the process that has the last layers.
 
-    A ``constraint`` does not: a runner whose model is spread over several processes has no grammars.
+    A ``constraint`` cannot go there: a runner whose model is spread over several processes has no grammars.
     """
 
     sampling: SamplingParams
     n_prompt: int
-    """Tokens of the prompt; those that follow it count as output, whichever runner generated them."""
+    """Tokens of the prompt. The tokens after it are output, of this runner or another."""
     forbidden: tuple[int, ...] = ()
-    """Token ids that are never chosen (end-of-generation ids under ``ignore_eos``)."""
+    """Token ids that are never chosen: those that end generation, under ``ignore_eos``."""
     constraint: Constraint | None = None
-    """What the request's grammar allows next; has seen all of the output known."""
+    """The tokens that the request's grammar allows next; has seen the whole output."""
     matched: bool = False
-    """Set by the sampler where the grammar leaves nothing but an end, which is ignored: no token was chosen."""
+    """Set by the sampler if the grammar allows only an end, which the request ignores: no token was chosen."""
     wrong: str | None = None
-    """Set by the sampler where the grammar cannot be used any further."""
+    """Set by the sampler if the grammar cannot be continued: the reason."""
 
     @property
     def plain(self) -> bool:
-        """Whether the largest of the model's own logits is the choice."""
+        """Whether the token with the model's largest logit is chosen."""
         return self.sampling.temperature == 0 and not self.alters
 
     @property
     def penalised(self) -> bool:
-        """Whether tokens known change the logits."""
+        """Whether earlier tokens change the logits."""
         sampling = self.sampling
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
 
     @property
     def alters(self) -> bool:
-        """Whether logits are changed before one is chosen."""
+        """Whether logits are changed before a token is chosen."""
         return bool(self.penalised or self.sampling.logit_bias or self.forbidden or self.constraint is not None)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens known: prompt, then output. ``n_limit`` is the length at which it ends with reason "length"."""
+    """Prompt and output. The sequence ends with reason "length" when it has ``n_limit`` tokens."""
 
     id: str
     tokens: list[int]
@@ -53,9 +53,14 @@ class Sequence:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n_processed: int = 0
-    """Of the tokens known at the beginning, those that were reported as computed."""
+    """Tokens of the ``n_prefill`` that have been reported as computed."""
     n_prefill: int = field(init=False)
-    """Tokens known at the beginning: the prompt, and what another runner delivered."""
+    """Tokens known at the beginning: the prompt, and those that another runner delivered."""
 
     def __post_init__(self) -> None:
         self.n_prefill = len(self.tokens)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The tokens that the request's grammar allows next."""
+        return self.choice.constraint

@@ -1,13 +1,13 @@
-"""What only environment variables can tell vLLM. Imports nothing of it."""
+"""Settings that vLLM reads from environment variables only. They are set before vLLM is imported."""
 
 import os
 
 
-def prepare(threads: int | None, *, eager: bool) -> None:
-    """Sets what only the environment can tell vLLM, before it is imported.
+def set_defaults() -> None:
+    """Sets the variables that are the same for all models: no downloads, no reports, no listening beyond this host.
 
-    Nothing is fetched or reported, and nothing listens on the network. Threads of the CPU part sleep soon while they
-    wait for each other: spinning, they would take the core that the one they wait for needs.
+    Threads of the CPU build that wait for each other sleep soon. Spinning, they would take the core that the awaited
+    thread needs.
     """
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -23,6 +23,10 @@ def prepare(threads: int | None, *, eager: bool) -> None:
         GOMP_SPINCOUNT="1000",
         KMP_BLOCKTIME="0",
     )
+
+
+def set_compute(threads: int | None, *, eager: bool) -> None:
+    """Sets the variables that depend on the model card. ``threads`` is None for a build that computes on GPUs."""
     if eager:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else a log-probability would compile C++ for twenty seconds
     if threads is not None:

@@ -19,7 +19,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.runner_common.hf_embedding import Job, Pooling
+from exo.worker.runner_common.commands import TextJob
+from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_common.hf_tokenizer import HfTokenizer
 from exo.worker.runner_common.output_processor import Scores
 from exo.worker.runner_vllm.options import load_error
@@ -151,7 +152,7 @@ class Core:
         )
         self._add(sequence.id, sequence.tokens, "sampling_params", params)
 
-    def add_text(self, job: Job) -> None:
+    def add_text(self, job: TextJob) -> None:
         """Queues a text to be made a vector. Only of a core that was loaded with a pooling."""
         params = pooling_params.PoolingParams(task="embed")
         params.verify(self.core.vllm_config.model_config)

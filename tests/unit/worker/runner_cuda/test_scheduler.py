@@ -1,10 +1,11 @@
 import pytest
 
 from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import GROUP, LEAST, SCORED_ROWS, Scheduler, Step
-from exo.worker.runner_cuda.sequence import Phase, Sequence
+from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
 

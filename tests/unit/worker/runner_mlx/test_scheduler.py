@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exo.worker.protocol.messages import SamplingParams
+from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_mlx.scheduler import Scheduler, Step
-from exo.worker.runner_mlx.sequence import Phase, Sequence
+from exo.worker.runner_mlx.sequence import Sequence
 
 
 def sequence(name: str, prompt: Tokens[int], n_limit: int = 10_000, *, prompt_logprobs: int | None = None) -> Sequence:

@@ -27,7 +27,7 @@ from exo.worker.runner_cuda.speculation.model_drafter import LITTLE, DraftModel,
 from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
 from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step_time import Pace
-from exo.worker.runner_cuda.tokenizer import Tokenizer
+from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
 DEFAULT_CONTEXT = 4096
 CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
@@ -47,7 +47,7 @@ class Loaded:
     model: Model
     context: Context
     embedder: Embedder
-    tokenizer: Tokenizer
+    tokenizer: GgufTokenizer
     framing: Framing
     capabilities: Capabilities
     scheduler: Scheduler
@@ -109,7 +109,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
     threads = Threads(physical_cores(), len(usable_cpus()), _fixed_threads(command, options))
     draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log)
-    tokenizer = Tokenizer(model)
+    tokenizer = GgufTokenizer(model)
     names = tuple(device.name for device in devices) or (CPU,)
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
@@ -133,7 +133,7 @@ def _capabilities(
     model: Model,
     context: Context,
     embedder: Embedder,
-    tokenizer: Tokenizer,
+    tokenizer: GgufTokenizer,
 ) -> Capabilities:
     return Capabilities(
         engine=ENGINE,

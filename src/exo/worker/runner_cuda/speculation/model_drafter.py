@@ -13,7 +13,7 @@ from exo.worker.runner_cuda.sampling.candidates import NotFinite
 from exo.worker.runner_cuda.sampling.sampler import Turn, choose
 from exo.worker.runner_cuda.scheduler import LEAST
 from exo.worker.runner_cuda.sequence import Sequence as Stream
-from exo.worker.runner_cuda.tokenizer import Tokenizer
+from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
 LITTLE = 16
 """Missing tokens of a sequence that a draft computes along the way. More are computed in steps before it."""
@@ -133,5 +133,5 @@ def check_vocabulary(draft: Model, target: Model) -> None:
         raise LoadError("model_load_failed", "its vocabulary is of another kind than the model's")
     for token in range(target.n_vocab):
         if llama_cpp.llama_vocab_get_text(draft.vocab, token) != llama_cpp.llama_vocab_get_text(target.vocab, token):
-            mine, theirs = (Tokenizer(model).text_of(token) for model in (draft, target))
+            mine, theirs = (GgufTokenizer(model).text_of(token) for model in (draft, target))
             raise LoadError("model_load_failed", f"its token {token:,} is {mine!r}, the model's {theirs!r}")

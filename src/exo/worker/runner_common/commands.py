@@ -1,0 +1,72 @@
+"""The commands that an engine's thread gets from the front end, and the queue that carries them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, Literal, TypeVar
+
+from exo.worker.protocol.messages import Cancel, Cores, Shutdown
+from exo.worker.runner_common.output_processor import Cancelled, Emitter
+
+SequenceT = TypeVar("SequenceT")
+"""An engine's own type of sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextJob:
+    """A text that is to become a vector or, together with its query, a score."""
+
+    id: str
+    tokens: list[int]
+    answer: Literal["vector", "score"] = "vector"
+
+
+class Commands(Generic[SequenceT]):
+    """The commands of one engine: any thread puts them, the engine's thread handles them between two steps."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        *,
+        add: Callable[[SequenceT], None],
+        add_text: Callable[[TextJob], None],
+        remove: Callable[[str], bool],
+        use_cores: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """The arguments are the engine's operations, called in the engine's thread.
+
+        ``remove`` drops a request and frees its slot; false if the engine does not have it. ``use_cores`` limits the
+        CPU cores; an engine that cannot change their number needs none.
+        """
+        self._queue: SimpleQueue[SequenceT | TextJob | Cancel | Cores | Shutdown] = SimpleQueue()
+        self._emitter = emitter
+        self._add = add
+        self._add_text = add_text
+        self._remove = remove
+        self._use_cores = use_cores
+
+    def put(self, command: SequenceT | TextJob | Cancel | Cores | Shutdown) -> None:
+        """Queues a command; never blocks."""
+        self._queue.put(command)
+
+    def handle(self, *, wait: bool) -> bool:
+        """Handles all queued commands, and waits for the first one if ``wait``. False after ``Shutdown``."""
+        while True:
+            try:
+                command = self._queue.get(block=wait)
+            except Empty:
+                return True
+            wait = False
+            match command:
+                case TextJob():
+                    self._add_text(command)
+                case Cancel():
+                    # The emitter ignores the news if it has ended the request itself, at a stop string.
+                    if self._remove(command.id):
+                        self._emitter.put(Cancelled(command.id))
+                case Cores():
+                    self._use_cores(command.count)
+                case Shutdown():
+                    return False
+                case _:
+                    self._add(command)

@@ -1,0 +1,270 @@
+"""Turns the server's commands into an engine's work. The same for all runners, which pass it their engine's operations.
+
+One thread reads commands, a second tokenizes, a third compiles grammars and a fourth, the engine's, computes. They and
+the emitter's thread, which makes text and writes events, share queues only. A ``Cancel`` waits for none of them.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import Queue, SimpleQueue
+from typing import Generic
+
+from exo.worker.protocol.messages import (
+    Cancel,
+    Capabilities,
+    Command,
+    Cores,
+    CpuUse,
+    Embed,
+    Estimate,
+    Estimated,
+    Failed,
+    Generate,
+    Load,
+    Rank,
+    Shutdown,
+    Status,
+    Tokenize,
+)
+from exo.worker.protocol.wire import exit_now
+from exo.worker.runner_common.commands import Commands, SequenceT, TextJob
+from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter, Refused
+from exo.worker.runner_common.request_checks import (
+    input_refusal,
+    length_limit,
+    refusal,
+    refused,
+    resume,
+    tokenized,
+    within,
+)
+from exo.worker.runner_common.tokenizer import Tokenizer
+
+ARRIVED = 16
+"""Requests read ahead of the one that is tokenized. Further ones stay in the pipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine(Generic[SequenceT]):
+    """A loaded model, and the operations of its engine that the front end uses."""
+
+    tokenizer: Tokenizer
+    capabilities: Capabilities
+    generates: bool
+    """False if the model only makes vectors of texts, or ranks them."""
+    longest_text: int
+    """Tokens that a text to embed may have."""
+    closing: Sequence[int]
+    """Control tokens at the end of a text to embed, which truncation keeps."""
+    text_tokens: Callable[[Embed | Rank], list[int]]
+    """Returns the token ids of a text to embed, or of a query and its document, with the control tokens around them."""
+    new_sequence: Callable[[Generate, list[int], int, Constraint | None], SequenceT]
+    """Makes a sequence of a request, the token ids of its prompt, the length at which it ends, and its grammar."""
+    commands: Commands[SequenceT]
+    run: Callable[[], None]
+    """Computes until ``commands`` has a ``Shutdown``, then frees the model. Called in the thread that has loaded it."""
+    counts: Callable[[], tuple[int, int, int]]
+    """Returns the steps so far, the requests in work and those that wait. Called from any thread."""
+    cpu_use: Callable[[], CpuUse | None] = lambda: None
+    """Returns how the engine uses the CPU, if it measures that. Called from any thread."""
+
+
+class FrontEnd(Generic[SequenceT]):
+    """Serves one runner's commands, from the first to the last."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        load: Callable[[Load], LoadedEngine[SequenceT]],
+        estimate: Callable[[Estimate], Estimated],
+        explain: Callable[[Exception], Failed | None],
+    ) -> None:
+        """``load`` and ``estimate`` may raise LoadError. ``load`` is called in the engine's thread.
+
+        ``explain`` makes the runner's last event of an exception that the engine's library has raised; None for an
+        exception that the library does not raise.
+        """
+        self._emitter = emitter
+        self._load = load
+        self._estimate = estimate
+        self._explain = explain
+        self._engine: LoadedEngine[SequenceT] | None = None
+        self._constraints: Constraints | None = None
+        self._arrived: Queue[Generate | Embed | Rank | Tokenize | Cancel | Shutdown] = Queue(ARRIVED)
+        self._compiling: SimpleQueue[tuple[Generate, list[int]] | Cancel | Shutdown] = SimpleQueue()
+        self._tokenizer_thread = _started("tokenizer", self._tokenize_arrived)
+        self._grammar_thread = _started("grammar", self._begin_compiled)
+        self._engine_thread: threading.Thread | None = None
+
+    def serve(self, commands: Iterable[Command | Failed]) -> None:
+        """Handles commands up to a ``Shutdown`` or their end. A ``Failed`` stands for a line that was no command."""
+        for command in commands:
+            match command:
+                case Estimate():
+                    _started("estimate", partial(self._answer_estimate, command))
+                case Load() if self._engine_thread is None:
+                    self._engine_thread = _started("engine", partial(self._run_engine, command))
+                case Load():
+                    self._emitter.put(Failed(code="invalid_request", message="a model is loaded already"))
+                case Generate() | Embed() | Rank() | Tokenize():
+                    self._arrived.put(command)
+                case Cancel():
+                    self._tell_engine(command)
+                    self._arrived.put(command)  # the request may still be in that queue, or in the one for grammars
+                case Cores():
+                    self._tell_engine(command)
+                case Failed():
+                    self._emitter.put(Refused(command))
+                case Shutdown():
+                    self._shut_down(command)
+                    return
+
+    def _tell_engine(self, command: Cancel | Cores | Shutdown) -> None:
+        if self._engine is not None:
+            self._engine.commands.put(command)
+
+    def _answer_estimate(self, command: Estimate) -> None:
+        try:
+            self._emitter.put(self._estimate(command))
+        except LoadError as error:
+            self._fail(Failed(code=error.code, message=str(error)))
+
+    # --- the thread that tokenizes: a long text holds up no ``Cancel`` ---
+
+    def _tokenize_arrived(self) -> None:
+        while True:
+            command = self._arrived.get()
+            match command:
+                case Shutdown():
+                    return
+                case Cancel():
+                    self._tell_engine(command)
+                    self._compiling.put(command)
+                case _ if self._engine is None:
+                    message = "the model is not loaded yet"
+                    self._emitter.put(Refused(Failed(id=command.id, code="invalid_request", message=message)))
+                case _:
+                    self._take_in(self._engine, command)
+
+    def _take_in(self, engine: LoadedEngine[SequenceT], request: Generate | Embed | Rank | Tokenize) -> None:
+        match request:
+            case Generate():
+                self._generate(engine, request)
+            case Embed() | Rank():
+                self._read_text(engine, request)
+            case Tokenize():
+                tokens = engine.tokenizer.encode(request.prompt, add_bos=request.add_bos)
+                for part in tokenized(request, tokens, engine.tokenizer.n_vocab, engine.tokenizer):
+                    self._emitter.put(Refused(part) if isinstance(part, Failed) else part)
+
+    def _generate(self, engine: LoadedEngine[SequenceT], request: Generate) -> None:
+        if not engine.generates:
+            reason = "it is loaded to make vectors of texts or to rank them, and generates none"
+            self._emitter.put(Refused(refused(request.id, "model", reason)))
+            return
+        prompt = engine.tokenizer.encode(request.prompt)
+        if wrong := refusal(request, prompt, engine.tokenizer.n_vocab, engine.capabilities.context_length):
+            self._emitter.put(Refused(wrong))
+        elif request.grammar is None:
+            self._begin(engine, request, prompt)
+        elif not engine.capabilities.grammar:
+            reason = "this model generates without grammars here"
+            self._emitter.put(Refused(refused(request.id, "grammar", reason)))
+        else:
+            self._compiling.put((request, prompt))
+
+    def _read_text(self, engine: LoadedEngine[SequenceT], request: Embed | Rank) -> None:
+        tokens = engine.text_tokens(request)
+        if isinstance(request, Embed):
+            tokens = within(request, tokens, engine.longest_text, engine.closing)
+        if wrong := input_refusal(request, tokens, engine.capabilities, engine.longest_text):
+            self._emitter.put(Refused(wrong))
+            return
+        self._emitter.put(Asked(request.id, len(tokens)))
+        engine.commands.put(TextJob(request.id, tokens, "vector" if isinstance(request, Embed) else "score"))
+
+    # --- the thread that compiles grammars: a slow grammar holds up no other request ---
+
+    def _begin_compiled(self) -> None:
+        while True:
+            match self._compiling.get():
+                case (request, prompt):
+                    assert self._engine is not None
+                    self._begin(self._engine, request, prompt)
+                case Cancel() as command:
+                    self._tell_engine(command)
+                case Shutdown():
+                    return
+
+    def _begin(self, engine: LoadedEngine[SequenceT], request: Generate, prompt: list[int]) -> None:
+        """Accepts a request and hands it to the engine, unless its grammar is faulty or nothing is left to generate."""
+        n_limit = length_limit(request, len(prompt), engine.capabilities.context_length)
+        resumed = resume(request, len(prompt), n_limit, engine.tokenizer)
+        constraint: Constraint | None = None
+        if request.grammar is not None and resumed.ended is None:
+            try:
+                constraint = self._grammars(engine.tokenizer).compile(request.grammar, request.delivered)
+            except GrammarError as error:
+                self._emitter.put(Refused(grammar_failure(request.id, error)))
+                return
+            if constraint.finished:
+                resumed = replace(resumed, ended="stop")
+        self._emitter.put(Accepted(request.id, len(prompt), len(request.delivered), resumed, request.show_special))
+        if resumed.ended is None:
+            engine.commands.put(engine.new_sequence(request, prompt, n_limit, constraint))
+
+    def _grammars(self, tokenizer: Tokenizer) -> Constraints:
+        """Returns the compiler of grammars, made for the first one; only the grammar thread has a use for it."""
+        if self._constraints is None:
+            known = tokenizer.piece_of, tokenizer.is_control, tokenizer.eog_tokens, tokenizer.n_vocab
+            self._constraints = Constraints(*known)
+        return self._constraints
+
+    # --- the engine's thread ---
+
+    def _run_engine(self, command: Load) -> None:
+        """Loads the model and computes. An error of the engine ends the process: its results cannot be trusted."""
+        try:
+            engine = self._load(command)
+            self._emitter.vocabulary = engine.tokenizer
+            self._emitter.stop_engine = lambda request: engine.commands.put(Cancel(id=request))
+            self._emitter.counts = engine.counts
+            self._emitter.cpu_use = engine.cpu_use
+            self._engine = engine
+            self._emitter.put(Status(state="Ready", capabilities=engine.capabilities))
+            engine.run()
+        except LoadError as error:
+            self._fail(Failed(code=error.code, message=str(error)))
+        except Exception as error:
+            if (failed := self._explain(error)) is None:
+                raise
+            self._fail(failed)
+
+    # --- the end ---
+
+    def _fail(self, failure: Failed) -> None:
+        self._emitter.put(failure)
+        self._emitter.close()
+        exit_now(1)
+
+    def _shut_down(self, command: Shutdown) -> None:
+        self._emitter.put(Status(state="ShuttingDown"))
+        self._arrived.put(command)
+        self._tokenizer_thread.join()
+        self._compiling.put(command)
+        self._grammar_thread.join()
+        if self._engine is not None and self._engine_thread is not None:
+            self._tell_engine(command)
+            self._engine_thread.join()
+        self._emitter.put(Status(state="Shutdown"))
+        self._emitter.close()
+
+
+def _started(name: str, target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,45 @@
+"""A runner as a program: it serves commands from standard input, or answers ``--probe`` or ``--score`` and ends."""
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from exo.worker.protocol.messages import Probe, Status
+from exo.worker.protocol.wire import exit_now, read_commands, take_protocol_stream
+from exo.worker.runner_common.output_processor import Emitter
+
+if TYPE_CHECKING:  # it imports llguidance and NumPy, which would delay a probe and the first status
+    from exo.worker.runner_common.front_end import FrontEnd
+
+
+def run(
+    probe: Callable[[], Probe], front_end: "Callable[[Emitter], FrontEnd[Any]]", score: Callable[[BinaryIO], int]
+) -> None:
+    """Runs the program. Returns only after ``--probe``.
+
+    ``front_end`` and ``score`` import the engine's library. They are called when the library can no longer print into
+    the protocol stream, and ``front_end`` after the server has been told that the runner lives. The process ends at
+    once when standard input closes, since no server is left then.
+    """
+    if sys.argv[1:] == ["--probe"]:
+        print(probe().model_dump_json())
+        return
+    protocol = take_protocol_stream()
+    if sys.argv[1:] == ["--score"]:
+        exit_now(score(protocol))
+    threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.excepthook = _die
+    emitter = Emitter(protocol)
+    emitter.start()
+    emitter.put(Status(state="Idle"))
+    front_end(emitter).serve(read_commands(sys.stdin.buffer))
+    exit_now(0)
+
+
+def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Ends the process after an unexpected exception in any thread; the server handles the pending requests."""
+    traceback.print_exception(kind, error, trace)
+    exit_now(1)

@@ -1,0 +1,73 @@
+"""The part of a sequence's life that is the same in every engine: its phases, and the effect of a new token."""
+
+from enum import Enum
+from typing import Protocol
+
+from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.runner_common.detokenizer import Vocabulary
+from exo.worker.runner_common.grammar.guided_decoding import Constraint
+from exo.worker.runner_common.output_processor import Sampled, Scores
+
+
+class Phase(Enum):
+    """The phase of a sequence. Only its scheduler changes it."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+    def then(self, phase: "Phase") -> "Phase":
+        """Returns ``phase``. Raises ValueError if a sequence cannot enter it from this one."""
+        if phase not in _NEXT[self]:
+            raise ValueError(f"a sequence cannot go from {self.value} to {phase.value}")
+        return phase
+
+
+_NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.PREFILL, Phase.DONE}),
+    Phase.PREFILL: frozenset({Phase.DECODE, Phase.DONE}),
+    Phase.DECODE: frozenset({Phase.DONE}),
+    Phase.DONE: frozenset(),
+}
+
+
+class Generated(Protocol):
+    """The attributes of an engine's sequence that a new token affects."""
+
+    id: str
+    tokens: list[int]
+    """Prompt, then output."""
+    n_limit: int
+    """Length at which the sequence ends with finish reason "length"."""
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The tokens that the request's grammar allows next; has seen the whole output."""
+        ...
+
+
+def append(sequence: Generated, token: int, vocabulary: Vocabulary, scores: Scores | None = None) -> Sampled:
+    """Appends a token to a sequence and tells its grammar. Raises GrammarError.
+
+    The result has a finish reason if the sequence ends with the token. Otherwise the grammar's next mask is begun,
+    unless it may be unnecessary.
+    """
+    sequence.tokens.append(token)
+    is_eog, constraint = vocabulary.is_eog(token), sequence.constraint
+    if constraint is not None and not is_eog:
+        constraint.accept(token)
+    reason: FinishReason | None = None
+    if is_eog or (constraint is not None and constraint.finished):
+        reason = "stop"
+    elif len(sequence.tokens) >= sequence.n_limit:
+        reason = "length"
+    elif constraint is not None and not constraint.spared:
+        constraint.prepare()
+    return Sampled(sequence.id, token, reason, scores)
+
+
+def not_finite(request: str) -> Failed:
+    """Returns the terminal event of a request whose logits are not all finite."""
+    message = "the model computed a logit that is not a number for this request"
+    return Failed(id=request, code="engine_error", message=message)
