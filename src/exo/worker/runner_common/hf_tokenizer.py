@@ -55,11 +55,11 @@ class FolderTokenizer:
         """
         self._tokenizer = tokenizer
         self.n_vocab = n_vocab
-        bos = tokenizer.bos_token_id
+        self.bos = tokenizer.bos_token_id
         begins = tokenizer.encode("", add_special_tokens=True, split_special_tokens=False)
-        adds_bos = bos is not None and begins[:1] == [bos]
-        self._prompts = PromptEncoder(self._encode, bos if adds_bos else None)
-        self.closing = begins[1:] if adds_bos else begins
+        self.adds_bos = self.bos is not None and begins[:1] == [self.bos]
+        self.closing = begins[1:] if self.adds_bos else begins
+        self._prompts = PromptEncoder(self._encode, self.bos if self.adds_bos else None)
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eog_tokens = tuple(sorted(token for token in {*ends, *own} if token < n_vocab))
         self.bos_text = tokenizer.bos_token or ""
