@@ -233,7 +233,7 @@ def test_a_prompt_longer_than_the_context(http: httpx.Client, stream: bool) -> N
     refused = chat(http, model="fake/short", messages=long, stream=stream)
     assert error(refused) == (400, "context_length_exceeded", "messages")
     refused = complete(http, model="fake/short", prompt=["x", "y" * 20], stream=stream)
-    assert error(refused) == (400, "context_length_exceeded", "prompt")
+    assert error(refused) == (400, "context_length_exceeded", "prompt.1")
     refused = complete(http, model="fake/short", prompt=[1] * 20, stream=stream)
     assert error(refused) == (400, "context_length_exceeded", "prompt")
 

@@ -1,26 +1,26 @@
-"""Endpoints of llama-server that OpenAI does not have: tokens, chat templates and ranking."""
+"""Endpoints of llama-server that OpenAI does not have: tokens, chat templates, ranking and embeddings."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel, model_validator
 
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, honoured
+from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, honoured, invalid
 from exo.api.http.unary_response import UnaryResponse, in_pieces, route_headers
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.chunks import Reply
 from exo.api.openai.common_request import TokenId
-from exo.api.openai.embeddings import EmbeddingUsage
+from exo.api.openai.embeddings import EmbeddingUsage, Inputs, embed_commands
 from exo.api.openai.routes import conversation_of
 from exo.serving.app_state import Services
 from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
-from exo.worker.protocol.messages import MAX_TOKENIZED, Rank, Ranked, Text, Tokenize, Tokenized
+from exo.worker.protocol.messages import MAX_TOKENIZED, Embedded, Rank, Ranked, Text, Tokenize, Tokenized
 
 MAX_DOCUMENTS = 1024
 MAX_TEXT = 1 << 22
@@ -69,6 +69,33 @@ class TemplateApplied(Reply):
     """The reply of ``/apply-template``."""
 
     prompt: str
+
+
+class LlamaEmbeddingRequest(RequestBody):
+    """The body of ``POST /embedding``; exactly one of ``content`` and ``input``."""
+
+    unsupported: ClassVar[Unsupported] = {"embd_normalize": (2,)}
+
+    model: str = MODEL
+    content: Inputs | None = Field(
+        default=None, description="Each text becomes one vector.", json_schema_extra=honoured("embeddings")
+    )
+    input: Inputs | None = Field(
+        default=None, description="OpenAI's name of content.", json_schema_extra=honoured("embeddings")
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.content is None) == (self.input is None):
+            raise invalid("give one of content and input", "content")
+        return self
+
+
+class LlamaEmbedding(Reply):
+    """The vector, of length 1, of one text; a list of one, because llama-server can have one for each token."""
+
+    index: int
+    embedding: list[list[float]]
 
 
 class RerankRequest(RequestBody):
@@ -165,15 +192,38 @@ def llama_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             answered = await ask(
-                services, Question(model=services.routing.resolve(body.model), needs={}, commands=[], params={})
+                services, Question(model=services.routing.resolve(body.model), needs=None, commands=[], params={})
             )
             texts = await render(services, answered.runner, conversation_of(body), "messages")
             return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
 
         return UnaryResponse(work)
 
+    @routes.post("/embedding", response_model=list[LlamaEmbedding], openapi_extra=json_body(LlamaEmbeddingRequest))
+    @routes.post("/embeddings", include_in_schema=False)
+    async def embedding(request: Request) -> Response:
+        """Makes vectors of texts."""
+        body = await read_body(request, LlamaEmbeddingRequest)
+        field, inputs = ("input", body.input) if body.content is None else ("content", body.content)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            question = Question(
+                model=services.routing.resolve(body.model),
+                needs={"embeddings": "model"},
+                commands=embed_commands(inputs or []),
+                params={"prompt": field},
+            )
+            answered = await ask(services, question)
+            vectors = [list(answer.vector) for answer in answered.answers if isinstance(answer, Embedded)]
+            reply = [LlamaEmbedding(index=at, embedding=[vector]) for at, vector in enumerate(vectors)]
+            return RootModel(reply), route_headers(answered.runner.route)
+
+        return UnaryResponse(work)
+
     @routes.post("/v1/rerank", response_model=Reranked, openapi_extra=json_body(RerankRequest))
     @routes.post("/rerank", include_in_schema=False)
+    @routes.post("/reranking", include_in_schema=False)
+    @routes.post("/v1/reranking", include_in_schema=False)
     async def rerank(request: Request) -> Response:
         """Sorts documents by how well they answer a query."""
         body = await read_body(request, RerankRequest)

@@ -31,18 +31,27 @@ class RequestError(ServingError):
 _REQUEST_CODES: tuple[ErrorCode, ...] = ("invalid_request", "context_length_exceeded")
 _MODEL_CODES: tuple[ErrorCode, ...] = ("model_not_found", "model_misconfigured")
 """These last until the user changes the model card or its files."""
+_MEMBERS = ("prompt", "document")
+"""The protocol's fields of which one request may have several."""
 _TRANSIENT_CODES: tuple[ErrorCode, ...] = ("runner_died", "shutdown")
 
 
-def from_failed(failed: Failed, *, params: Mapping[str, str], retry_seconds: float | None = None) -> ServingError:
-    """A runner's failure. ``params`` maps the protocol's fields to the client's where their names differ."""
+def from_failed(
+    failed: Failed, *, params: Mapping[str, str], retry_seconds: float | None = None, member: int | None = None
+) -> ServingError:
+    """A runner's failure. ``params`` maps the protocol's fields to the client's where their names differ.
+
+    ``member`` is the index of the prompt or document that failed, if the request has several.
+    """
     param = failed.param.removeprefix("sampling.") if failed.param else None
     if failed.code == "context_length_exceeded":
-        param = "prompt"
+        param = param or "prompt"
     message = failed.message
     if param is not None:
-        param = params.get(param, param)
-        if message.startswith(own := f"{failed.param}: "):
+        indexed = member is not None and param in _MEMBERS
+        param = params.get(param, param) + (f".{member}" if indexed else "")
+        own = f"{failed.param}: "
+        if indexed or message.startswith(own):
             message = f"{param}: {message.removeprefix(own)}"
     if failed.code in _MODEL_CODES:
         return RequestError(message, code=failed.code, param=param or "model")

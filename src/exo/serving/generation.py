@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from exo.cards.card import ModelCard
@@ -115,7 +115,10 @@ class Generation:
                             continue
                         yield batch
                         batch = []
-                        failover.check_replay(choice.runner, failed, choice.replay.budget)
+                        try:
+                            failover.check_replay(choice.runner, failed, choice.replay.budget)
+                        except RunnerError as error:
+                            raise self._failed(error, choice.number // self.request.n) from None
                         # The other choices wait meanwhile. Most often the same death has ended them too.
                         async with aclosing(failover.connect(choice.replay.budget)) as steps:
                             async for step in steps:
@@ -125,12 +128,12 @@ class Generation:
                         batch.append(Completed(total_usage(usages, self.request.n)))
                     yield batch
         except RunnerError as error:
-            raise self._failed(error.failed, error.retry_seconds) from None
+            raise self._failed(error) from None
 
     async def _prepare(self, failover: Failover) -> tuple[Started, list[_Choice]]:
         """Makes the prompts and what each choice needs. Raises ``ServingError`` and ``RunnerError``."""
         request, runner = self.request, failover.runner
-        prepared = [await prepare(self._services, failover, request, each) for each in request.prompts]
+        prepared = [await self._prepare_prompt(failover, at) for at in range(len(request.prompts))]
         sequences = self._sequences(runner.card, runner.capabilities, prepared)
         self._services.queues.slots_changed(runner.card.model_id)
         echoes = tuple([each.echo for each in prepared]) if request.echo else ()
@@ -140,6 +143,15 @@ class Generation:
             _Choice(number, Replay(sequence), prepared[number // request.n].reader(number), arrival)
             for number, sequence in enumerate(sequences)
         ]
+
+    async def _prepare_prompt(self, failover: Failover, at: int) -> PreparedPrompt:
+        request = self.request
+        if len(request.prompts) > 1:
+            request = replace(request, prompt_field=f"{request.prompt_field}.{at}")
+        try:
+            return await prepare(self._services, failover, request, request.prompts[at])
+        except RunnerError as error:
+            raise self._failed(error, at) from None
 
     def _read(self, choice: _Choice, batch: list[GenerationEvent], usages: dict[int, Usage]) -> Failed | None:
         """Moves the events that have arrived for a choice to ``batch``. Returns the last one if it is a failure."""
@@ -167,10 +179,12 @@ class Generation:
             message = f"logprobs: the prompts of all choices have more than {MAX_PROMPT_LOGPROBS} log-probabilities"
             raise RequestError(message, code="invalid_value", param="logprobs")
 
-    def _failed(self, failed: Failed, retry_seconds: float | None) -> ServingError:
-        """A runner's failure with the client's names of the fields."""
-        names = {**self.request.needs, "prompt": self.request.prompt_field, "prompt_logprobs": "logprobs"}
-        return from_failed(naming_tools(failed, self.request), params=names, retry_seconds=retry_seconds)
+    def _failed(self, error: RunnerError, prompt: int | None = None) -> ServingError:
+        """A runner's failure with the client's names of the fields. ``prompt`` is the index of the one at fault."""
+        request = self.request
+        names = {**request.needs, "prompt": request.prompt_field, "prompt_logprobs": "logprobs"}
+        failed, member = naming_tools(error.failed, request), prompt if len(request.prompts) > 1 else None
+        return from_failed(failed, params=names, retry_seconds=error.retry_seconds, member=member)
 
     def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[PreparedPrompt]) -> list[Generate]:
         request = self.request

@@ -49,20 +49,28 @@ async def ask(services: Services, question: Question) -> Answered:
         try:
             await failover.acquire(ReplayBudget())
             services.queues.slots_changed(model_id)
-            answers = await _execute(failover, question.commands)
+            answers = await _execute(failover, question)
             return Answered(failover.runner, answers)
         except RunnerError as error:
-            raise from_failed(error.failed, params=question.params, retry_seconds=error.retry_seconds) from None
+            raise _failed(question, error, None) from None
 
 
-async def _execute(failover: Failover, commands: Sequence[Command]) -> list[Answer]:
+def _failed(question: Question, error: RunnerError, member: int | None) -> ServingError:
+    return from_failed(error.failed, params=question.params, retry_seconds=error.retry_seconds, member=member)
+
+
+async def _execute(failover: Failover, question: Question) -> list[Answer]:
     answers: dict[int, Answer] = {}
-    failures: list[RunnerError | ServingError] = []
+    failures: list[ServingError] = []
+    commands = question.commands
 
     async def execute(at: int, command: Command) -> None:
         try:
             answers[at] = await failover.ask(command)
-        except (RunnerError, ServingError) as error:
+        except RunnerError as error:
+            failures.append(_failed(question, error, at if len(commands) > 1 else None))
+            tasks.cancel_scope.cancel()
+        except ServingError as error:
             failures.append(error)
             tasks.cancel_scope.cancel()
 

@@ -28,10 +28,10 @@ _NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply togethe
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
     """Raises ``ServingError``."""
     model = services.routing.resolve(body.model)
-    loaded = await ask(services, Question(model=model, needs={}, commands=[], params=_PARAMS))
+    loaded = await ask(services, Question(model=model, needs=None, commands=[], params=_PARAMS))
     prompt = await render(services, loaded.runner, body.conversation(), "messages")
     command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
-    answered = await ask(services, Question(model=model, needs={}, commands=[command], params=_PARAMS))
+    answered = await ask(services, Question(model=model, needs=None, commands=[command], params=_PARAMS))
     (answer,) = answered.answers
     assert isinstance(answer, Tokenized)
     return TokenCount(input_tokens=len(answer.tokens)), route_headers(answered.runner.route)

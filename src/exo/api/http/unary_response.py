@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 from fastapi.responses import Response
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
@@ -58,15 +58,20 @@ class UnaryResponse(Response):
 
 async def _encoded(body: BaseModel) -> bytes:
     """The body as JSON. Long lists are encoded in pieces, so that a large reply does not delay other streams."""
+    if isinstance(body, RootModel):
+        return await _encoded_list(cast(RootModel[list[object]], body).root)
     values: dict[str, object] = dict(body)
     lists = {name: cast(list[object], value) for name, value in values.items() if isinstance(value, list)}
     lists = {name: value for name, value in lists.items() if len(value) > _PIECE}
     data = body.model_copy(update={name: list[object]() for name in lists}).model_dump_json().encode()
     for name, value in lists.items():
-        pieces = [to_json(piece)[1:-1] async for piece in in_pieces(value)]
-        empty, whole = f'"{name}":[]'.encode(), f'"{name}":['.encode() + b",".join(pieces) + b"]"
-        data = data.replace(empty, whole, 1)
+        field = f'"{name}":'.encode()
+        data = data.replace(field + b"[]", field + await _encoded_list(value), 1)
     return data
+
+
+async def _encoded_list(items: Sequence[object]) -> bytes:
+    return b"[" + b",".join([to_json(piece)[1:-1] async for piece in in_pieces(items)]) + b"]"
 
 
 async def in_pieces(items: Sequence[T], size: int = _PIECE) -> AsyncGenerator[Sequence[T]]:

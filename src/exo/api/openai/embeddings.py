@@ -25,16 +25,19 @@ from exo.worker.protocol.messages import Embed, Embedded, Text
 MAX_INPUTS = 2048
 
 
+Inputs = Annotated[
+    list[Prompt],
+    BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    Field(max_length=MAX_INPUTS),
+]
+
+
 class EmbeddingRequest(RequestBody):
     """The body of ``POST /v1/embeddings``."""
 
     model: str = MODEL
-    input: Annotated[
-        list[Prompt], BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
-    ] = Field(
-        max_length=MAX_INPUTS,
-        description="Each text, or list of token ids, becomes one vector.",
-        json_schema_extra=honoured("embeddings"),
+    input: Inputs = Field(
+        description="Each text, or list of token ids, becomes one vector.", json_schema_extra=honoured("embeddings")
     )
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="base64: of the vector as little-endian float32."
