@@ -210,11 +210,14 @@ def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     refuse(tmp_path / "model", tmp_path / "out.gguf", "config.json: is missing")
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_folder_with_a_file_missing(tmp_path: Path, file: str) -> None:
-    write_mlx(tmp_path / "model", Shape())
-    (tmp_path / "model" / file).unlink()
-    refuse(tmp_path / "model", tmp_path / "out.gguf", f"{tmp_path / 'model' / file}: no such file; a model folder has")
+def test_a_folder_with_a_file_missing(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_mlx(folder, Shape())
+    (folder / "tokenizer_config.json").unlink()
+    missing = f"{folder / 'tokenizer_config.json'}: no such file; a model folder has"
+    refuse(folder, tmp_path / "out.gguf", missing)
+    (folder / "tokenizer.json").unlink()
+    refuse(folder, tmp_path / "out.gguf", f"model: {folder} has no tokenizer: tokenizer.json is missing")
 
 
 def test_weights_in_a_format_that_can_run_code(tmp_path: Path) -> None:

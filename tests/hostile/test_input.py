@@ -55,7 +55,9 @@ def write_models(home: Path) -> None:
     (home / "cut.gguf").write_bytes(whole[:3000])
     at = whole.index(b"output_norm.weight") + len(b"output_norm.weight") + 16
     (home / "offset.gguf").write_bytes(whole[:at] + struct.pack("<Q", 1 << 40) + whole[at + 8 :])
-    for name in ("keys", "cut", "offset"):
+    (home / "pointer.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    rewrite(home / "good.gguf", home / "adapter.gguf", Edit(keys={"general.type": "adapter"}))
+    for name in ("keys", "cut", "offset", "pointer", "adapter"):
         write_card(home, name, {"cuda": {**TABLE, "path": str(home / f"{name}.gguf")}})
     write_gguf(home / "sound.gguf", Shape("qwen3"))
     rewrite(home / "sound.gguf", home / "assertion.gguf", Edit(keys={"qwen3.rope.dimension_count": 8}))
@@ -363,7 +365,9 @@ def test_row_28_another_host_or_origin(server: ServeProgram) -> None:
     [
         ("keys", "4294967295 keys"),
         ("cut", "it ends within its header, at byte 3000"),
-        ("offset", "output_norm.weight"),
+        ("offset", "is cut short"),
+        ("pointer", "a Git LFS pointer, which stands for the file: run git lfs pull"),
+        ("adapter", "an adapter (LoRA) of another model"),
         ("pickle", "is a pickle"),
         ("overlap", "are taken"),
         ("short-header", "not a safetensors file"),

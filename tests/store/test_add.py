@@ -191,7 +191,7 @@ def test_a_model_that_sees_keeps_its_sizes_one_level_down(hub: LocalHub, cards: 
     [
         (
             {"model-Q4_K_M.gguf": b"<html>" + bytes(2000)},
-            "model-Q4_K_M.gguf is not a GGUF file: it begins with b'<htm'",
+            "model-Q4_K_M.gguf is not a GGUF file: it is a web page",
         ),
         ({"model-Q4_K_M.gguf": header(*LLAMA, claimed=99)}, "ends within its header, at byte"),
         ({"model-Q4_K_M.gguf": header(LLAMA[0])}, "does not say llama.block_count"),

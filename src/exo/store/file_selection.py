@@ -224,6 +224,8 @@ def _wanted(source: Source) -> str:
 def _no_match(source: Source, repo: str, names: Collection[str]) -> str:
     if source.runner == "cuda":
         return f"{repo} has no {_wanted(source)}; it has {', '.join(quantisations(names)) or 'no GGUF file at all'}"
+    if "config.json" not in names and "adapter_config.json" in names:
+        return f"{repo} is an adapter (LoRA) of another model; {source.runner} needs one that it has been merged into"
     pickled = any(name.endswith(_PICKLES) for name in names)
     lacks = "no config.json" if "config.json" not in names else "no model*.safetensors"
     return f"{repo} has {lacks}, so {source.runner} cannot load it" + ("; pickles are never fetched" if pickled else "")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from exo.worker.runner_common.file_kind import incomplete, what_it_is
 from exo.worker.runner_common.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
 
 HEADER_LIMIT = 512 << 20
@@ -22,6 +23,9 @@ _LONGEST_KEY = (1 << 16) - 1
 _LONGEST_TENSOR_NAME = 63
 _LONGEST_TEXT = 1 << 20
 _MOST_ELEMENTS = 1 << 24
+
+_LARGEST_FILE = 1 << 46
+"""Bytes; a header that claims more is broken, and not that of a file of which something is missing."""
 
 _VERSIONS = (2, 3)
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
@@ -163,7 +167,8 @@ def read_gguf(source: HeaderSource, *, limit: int = HEADER_LIMIT, tensors: bool 
     cursor = _Cursor(source, limit)
     at = cursor.advance(4)
     if (magic := bytes(cursor.data[at : at + 4])) != b"GGUF":
-        raise HeaderError(f"is not a GGUF file: it begins with {magic!r}")
+        kind = what_it_is(source.upto(min(64, source.size)))
+        raise HeaderError(f"is not a GGUF file: it {f'is {kind}' if kind else f'begins with {magic!r}'}")
     if (version := cursor.number("I")) not in _VERSIONS:
         raise HeaderError(f"is GGUF version {version:#x}; accepted are 2 and 3, little-endian")
     n_tensors, n_keys = cursor.number("Q"), cursor.number("Q")
@@ -214,10 +219,14 @@ def _tensors(cursor: "_Cursor", count: int, alignment: int) -> tuple[GgufTensor,
         if tensor.start < taken:
             raise HeaderError(f"has {tensor.name!r} at offset {tensor.start}, within another tensor")
         taken = tensor.start + tensor.size
-        if data_start + taken > cursor.source.size:
-            end = data_start + taken
-            raise HeaderError(f"has {tensor.name!r} up to byte {end}, but the file has {cursor.source.size}")
+        if taken > _LARGEST_FILE:
+            raise HeaderError(
+                f"has {tensor.name!r} up to byte {data_start + taken}, but the file has {cursor.source.size}"
+            )
         tensors.append(GgufTensor(tensor.name, tensor.shape, tensor.kind, data_start + tensor.start, tensor.size))
+    if data_start + taken > cursor.source.size:
+        name = tensors[-1].name
+        raise HeaderError(f"{incomplete(cursor.source.size, data_start + taken)}: its last tensor is {name!r}")
     return tuple(tensors)
 
 

@@ -50,4 +50,4 @@ def first_bytes(source: HeaderSource, end: int, limit: int, what: str) -> bytes 
         if len(data) >= end:
             return data
         size = len(data)
-    raise HeaderError(f"ends within its header, at byte {size}, in {what}")
+    raise HeaderError(f"ends within its header, at byte {size}, in {what}; download it again")

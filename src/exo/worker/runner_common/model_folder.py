@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 
+from exo.worker.runner_common.file_kind import what_it_is
 from exo.worker.runner_common.folder_config import Json, normalised
 from exo.worker.runner_common.folder_weights import INDEX, SUFFIX, choose_weights, names_in_index
 from exo.worker.runner_common.header_source import HeaderError
@@ -23,6 +24,7 @@ from exo.worker.runner_common.model_name import stays_inside
 from exo.worker.runner_common.safetensors import SafetensorsTensor, open_safetensors
 
 _OBJECT: TypeAdapter[Json] = TypeAdapter(Json)
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -56,6 +58,9 @@ def find_folder(options: FolderOptions, model_id: str, directories: Sequence[str
     """
     places = list(_places(options, model_id, directories))
     found = next((path for path in places if path.is_dir()), None)
+    if found is None and (file := next((path for path in places if path.is_file()), None)) is not None:
+        remedy = "name it in the [cuda] table" if file.suffix == ".gguf" else "name the folder that holds it"
+        raise LoadError("model_load_failed", f"{file} is a file, and the path of this table is a folder: {remedy}")
     if found is None:
         looked = ", ".join(str(place) for place in places) or "nowhere, because there is no models directory"
         raise LoadError("model_not_found", f"no model folder for {model_id}: looked for {looked}")
@@ -79,6 +84,8 @@ def read_folder(path: Path) -> HfFolder:
 
     Raises LoadError for a folder that is no model, is incomplete, or names a program of its own as the model.
     """
+    if not (path / "config.json").exists() and (other := _other_folder(path)) is not None:
+        raise _broken(f"{path} has no config.json: it is {other}")
     written = _read_object(path / "config.json")
     if not isinstance(written.get("model_type"), str):
         raise _broken(f"{path / 'config.json'} does not say its model_type")
@@ -86,8 +93,10 @@ def read_folder(path: Path) -> HfFolder:
         reason = "which asks to run code from the folder; that is never done"
         raise _broken(f"{path / 'config.json'} has model_file, {reason}")
     names, ignored = _weights(path)
-    folder = HfFolder(path, written, normalised(written), tuple(path / name for name in names), ignored)
+    weights = tuple(path / name for name in names)
+    folder = HfFolder(path, written, normalised(written), weights, ignored)
     tensors(folder)
+    _require_tokenizer(path)
     return folder
 
 
@@ -166,13 +175,39 @@ def _places(options: FolderOptions, model_id: str, directories: Sequence[str]) -
 
 def _read_object(path: Path) -> Json:
     try:
-        return _OBJECT.validate_json(path.read_bytes())
+        content = path.read_bytes()
+        if (kind := what_it_is(content[:64])) is not None:
+            raise _broken(f"{path} is not a JSON object: it is {kind}")
+        return _OBJECT.validate_json(content)
     except FileNotFoundError:
         raise _broken(f"{path} is missing") from None
     except OSError as error:
         raise _broken(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise _broken(f"{path} is not a JSON object: {error.errors()[0]['msg']}") from error
+
+
+def _other_folder(path: Path) -> str | None:
+    """A folder without a configuration, with the remedy."""
+    if (path / "adapter_config.json").exists():
+        base = read_optional(path, "adapter_config.json").get("base_model_name_or_path")
+        return f"an adapter (LoRA) of {base or 'another model'}: merge it into that model, and serve the result"
+    if (path / "model_index.json").exists():
+        return "a model that makes pictures, which no engine here computes"
+    if ggufs := sorted(file.name for file in path.glob("*.gguf")):
+        return f"a folder of GGUF files, such as {ggufs[0]}: name one of them in the model card's [cuda] table"
+    return None
+
+
+def _require_tokenizer(path: Path) -> None:
+    """Raises LoadError for a folder without a tokenizer, and for one whose tokenizer is something else."""
+    found = next((file for name in _TOKENIZERS for file in path.glob(name)), None)
+    if found is None:
+        raise _broken(f"{path} has no tokenizer: tokenizer.json is missing; download it into the folder")
+    with found.open("rb") as file:
+        kind = what_it_is(file.read(64))
+    if kind is not None:
+        raise _broken(f"{found} is no tokenizer: it is {kind}")
 
 
 def _weights(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

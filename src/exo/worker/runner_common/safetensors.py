@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
 from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.file_kind import incomplete, what_it_is
 from exo.worker.runner_common.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
 
 _HEADER_LIMIT = 100_000_000
@@ -53,6 +54,9 @@ def read_safetensors(source: HeaderSource) -> Mapping[str, SafetensorsTensor]:
 
     Raises HeaderError for a file that is not what its header says, and what ``source`` raises.
     """
+    kind = what_it_is(source.upto(min(64, source.size)))
+    if kind is not None and "safetensors file" not in kind:
+        raise HeaderError(f"is not a safetensors file: it is {kind}")
     length = int.from_bytes(first_bytes(source, 8, 8, "its length")[:8], "little") if source.size >= 8 else 0
     if not 0 < length <= _HEADER_LIMIT or 8 + length > source.size:
         raise HeaderError(f"is not a safetensors file: it claims a header of {length:,} bytes and has {source.size:,}")
@@ -74,5 +78,5 @@ def read_safetensors(source: HeaderSource) -> Mapping[str, SafetensorsTensor]:
         found[name] = SafetensorsTensor(entry.dtype, entry.shape, 8 + length + begin, end - begin)
         taken = end
     if source.size < 8 + length + taken:
-        raise HeaderError(f"is cut short: it has {source.size:,} bytes of {8 + length + taken:,}")
+        raise HeaderError(incomplete(source.size, 8 + length + taken))
     return found

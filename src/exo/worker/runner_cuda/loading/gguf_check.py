@@ -23,6 +23,15 @@ _MOST = {"embedding_length": 1 << 20, "feed_forward_length": 1 << 24, "expert_co
 """The largest values with which llama.cpp does not abort its process, by key without the architecture's name."""
 _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.group_norm_epsilon")
 _ROPE_SCALINGS = ("", "none", "linear", "yarn", "longrope")
+_OTHER_TYPES = {
+    "adapter": "an adapter (LoRA) of another model: merge it into that model, and serve the result",
+    "controlvector": "a control vector of another model, which is not a model by itself",
+    "imatrix": "an importance matrix, with which models are quantised: get the model itself",
+    "mmproj": "a projector, the part of a model that sees pictures: get the model itself",
+    "clip": "a projector, the part of a model that sees pictures: get the model itself",
+}
+"""By general.type or general.architecture."""
+_NO_VOCABULARY = ("none", "no_vocab")
 _TOKENS = "tokenizer.ggml.tokens"
 _SHOWN = 80
 
@@ -49,7 +58,7 @@ def read_headers(path: Path) -> list[GgufHeader]:
 def check_file(path: Path) -> None:
     """Checks one file. Raises HeaderError, and OSError if the file cannot be read."""
     header = open_gguf(path)
-    header.text("general.architecture")  # the estimate relies on it
+    _check_kind(path, header)
     for key, field in header.fields.items():
         if field.kind == BOOL:
             values = header.data[field.at : field.at + (1 if field.count is None else field.count)]
@@ -63,6 +72,27 @@ def check_file(path: Path) -> None:
         _check_hyperparameters(header, header.architecture)
     if (tokens := header.fields.get(_TOKENS)) is not None and tokens.kind == STRING and tokens.count is not None:
         _check_tokens(header)
+
+
+def _check_kind(path: Path, header: GgufHeader) -> None:
+    """Names a file that is no language model, or not the whole of one."""
+    kind, architecture = header.text("general.type"), header.text("general.architecture")
+    if (other := _OTHER_TYPES.get(kind) or _OTHER_TYPES.get(architecture)) is not None:
+        raise HeaderError(f"is {other}")
+    parts = header.integer("split.count", 1)
+    if parts > 1 and split_parts(path) == [path]:
+        number = header.integer("split.no", 0) + 1
+        end = max((tensor.start + tensor.size for tensor in header.tensors), default=0)
+        if number == 1 and path.stat().st_size > end + (64 << 10):
+            raise HeaderError(f"is {parts} parts joined into one file, which only works with the parts as they were")
+        name = f"-{number:05}-of-{parts:05}.gguf"
+        raise HeaderError(
+            f"is part {number} of {parts} of a model, all of which must be there and end in {name} and so on"
+        )
+    if not header.tensors and parts < 2 and architecture:
+        raise HeaderError("is a vocabulary without weights, which generates nothing: get the model itself")
+    if header.text("tokenizer.ggml.model") in _NO_VOCABULARY:
+        raise HeaderError("has no vocabulary, and so no text can be made of its tokens")
 
 
 def _check_hyperparameters(header: GgufHeader, arch: str) -> None:

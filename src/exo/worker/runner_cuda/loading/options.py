@@ -164,6 +164,10 @@ def find_model(options: ModelFile, model_id: str, directories: Sequence[str]) ->
     found = next((path for path in places if path.is_file()), None)
     if found is None and options.file is not None:
         found = next(iter(sorted(p for place in places for p in place.parent.glob(place.name) if p.is_file())), None)
+    if found is None and (folder := next((path for path in places if path.is_dir()), None)) is not None:
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        remedy = f"name a file in it, such as {ggufs[0]}" if ggufs else "folders of safetensors are for [mlx] or [vllm]"
+        raise LoadError("model_load_failed", f"{folder} is a folder, and [cuda] loads a GGUF file: {remedy}")
     if found is None:
         looked = ", ".join(str(place) for place in places)
         raise LoadError("model_not_found", f"no model file for {model_id}: looked for {looked}")

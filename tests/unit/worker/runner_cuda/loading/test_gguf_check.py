@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exo.worker.runner_common.gguf import TENSOR_TYPES
+from exo.worker.runner_common.gguf import TENSOR_TYPES, open_gguf
 from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_cuda.loading.gguf_check import check_file
 from tests.support.edited_gguf import Edit, Value, rewrite
@@ -105,7 +105,7 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "dimension past the end": (after(NORM, "<Q", 4, 1 << 62), "but the file has"),
     "unknown tensor type": (after(NORM, "<I", 12, 4), "tensor type 4"),
     "rows that blocks cannot fill": (lambda data: after(NORM, "<I", 12, 12)(data), "blocks of 256"),
-    "offset past the end": (after(NORM, "<Q", 16, 1 << 40), "but the file has"),
+    "offset past the end": (after(NORM, "<Q", 16, 1 << 40), "is cut short: "),
     "negative offset": (after(NORM, "<q", 16, -32), "but the file has"),
     "crooked offset": (after(NORM, "<Q", 16, 33), "no multiple of 32"),
     "tensors on top of each other": (after(b"blk.1.attn_q.weight", "<Q", 24, 0), "within another tensor"),
@@ -185,6 +185,43 @@ def test_known_numbers_pass(sound: Path, tmp_path: Path, scaling: str) -> None:
     keys = {"llama.rope.scaling.type": scaling, "llama.expert_count": 8, "llama.expert_used_count": 2}
     rewrite(sound, tmp_path / "edited.gguf", Edit(keys={**keys, "llama.expert_group_count": 1}))
     check_file(tmp_path / "edited.gguf")
+
+
+KINDS: dict[str, tuple[Mapping[str, Value | None], str]] = {
+    "adapter": ({"general.type": "adapter"}, "is an adapter (LoRA) of another model"),
+    "importance matrix": ({"general.type": "imatrix"}, "is an importance matrix"),
+    "projector": ({"general.type": "mmproj"}, "is a projector"),
+    "no vocabulary": ({"tokenizer.ggml.model": "none"}, "has no vocabulary"),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_gguf_file_that_is_no_model_is_named(sound: Path, tmp_path: Path, case: str) -> None:
+    keys, words = KINDS[case]
+    rewrite(sound, tmp_path / "edited.gguf", Edit(keys=keys))
+    with pytest.raises(HeaderError, match=re.escape(words)):
+        check_file(tmp_path / "edited.gguf")
+
+
+def test_a_vocabulary_without_weights_is_named(sound: Path, tmp_path: Path) -> None:
+    tensors = dict.fromkeys((tensor.name for tensor in open_gguf(sound).tensors), None)
+    rewrite(sound, tmp_path / "vocabulary.gguf", Edit(tensors=tensors))
+    with pytest.raises(HeaderError, match="is a vocabulary without weights"):
+        check_file(tmp_path / "vocabulary.gguf")
+
+
+def test_parts_of_a_split_file_under_another_name_or_joined_into_one(sound: Path, tmp_path: Path) -> None:
+    rewrite(sound, tmp_path / "model.gguf", Edit(part_size=8))
+    parts = sorted(tmp_path.glob("model-*-of-*.gguf"))
+    assert len(parts) > 1
+    check_file(parts[0])
+    renamed = tmp_path / "renamed.gguf"
+    renamed.write_bytes(parts[0].read_bytes())
+    with pytest.raises(HeaderError, match=rf"is part 1 of {len(parts)} of a model, .*-00001-of-0000{len(parts)}\.gguf"):
+        check_file(renamed)
+    renamed.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(HeaderError, match=f"is {len(parts)} parts joined into one file"):
+        check_file(renamed)
 
 
 def test_a_token_that_is_there_twice_is_refused_before_llama_cpp_aborts(sound: Path, tmp_path: Path) -> None:
