@@ -91,7 +91,7 @@ def safetensors_to_gguf(
     architecture, sizes = read_config(config, has_output=OUTPUT.hugging_face in found)
     if sizes.layers > len(found):
         raise ConvertError("config.json: num_hidden_layers", f"is {sizes.layers}, but there are {len(found)} tensors")
-    tokenizer = tokenizer_of_folder(source, config)
+    tokenizer = tokenizer_of_folder(folder, config)
     pairs = tensor_pairs(architecture, sizes)
     repeated = _repeated(model, sizes)
     expected = {pair.hugging_face: pair.shape for pair in pairs}

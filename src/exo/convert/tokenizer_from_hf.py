@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
@@ -27,6 +26,7 @@ from exo.convert.tokenizer import (
     padding,
     scores_of,
 )
+from exo.worker.runner_common.model_folder import HfFolder
 
 _FILE = "tokenizer.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -76,11 +76,6 @@ class SpecialToken(StrictJson):
     content: str
 
 
-class Template(StrictJson):
-    name: str
-    template: str
-
-
 class TokenizerConfig(StrictJson):
     bos_token: str | SpecialToken | None = None
     eos_token: str | SpecialToken | None = None
@@ -88,7 +83,6 @@ class TokenizerConfig(StrictJson):
     unk_token: str | SpecialToken | None = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
-    chat_template: str | list[Template] | None = None
 
 
 class GenerationConfig(StrictJson):
@@ -108,11 +102,11 @@ class FolderTokenizer:
     left_out: tuple[str, ...]
 
 
-def read_tokenizer(folder: Path, config: Config) -> FolderTokenizer:
+def read_tokenizer(folder: HfFolder, config: Config) -> FolderTokenizer:
     """Raises ConvertError naming file and key for a tokenizer that llama.cpp lacks."""
-    written = read_json(folder / _FILE, TokenizerJson)
-    options = read_json(folder / "tokenizer_config.json", TokenizerConfig)
-    generation_file = folder / "generation_config.json"
+    written = read_json(folder.path / _FILE, TokenizerJson)
+    options = read_json(folder.path / "tokenizer_config.json", TokenizerConfig)
+    generation_file = folder.path / "generation_config.json"
     generation = read_json(generation_file, GenerationConfig) if generation_file.is_file() else GenerationConfig()
     is_sentencepiece = written.model.byte_fallback
     tokens, types, beyond = _tokens(written, config.vocab_size, is_sentencepiece)
@@ -132,7 +126,7 @@ def read_tokenizer(folder: Path, config: Config) -> FolderTokenizer:
         add_bos=_adds(options.add_bos_token, first, special.get("bos"), ids),
         add_eos=_adds(options.add_eos_token, last, special.get("eos"), ids),
         add_space_prefix=is_sentencepiece and _adds_space(written),
-        chat_templates=_chat_templates(folder, options),
+        chat_templates=folder.templates,
     )
     return FolderTokenizer(tokenizer, (*beyond, *generation.left_out()))
 
@@ -281,16 +275,3 @@ def _adds(stated: bool | None, in_template: str | None, number: int | None, ids:
     if stated is not None:
         return stated
     return in_template is not None and number is not None and ids.get(in_template) == number
-
-
-def _chat_templates(folder: Path, options: TokenizerConfig) -> dict[str, str]:
-    alone = folder / "chat_template.jinja"
-    if alone.is_file():
-        return {"default": alone.read_text(encoding="utf-8")}
-    match options.chat_template:
-        case None:
-            return {}
-        case str(template):
-            return {"default": template}
-        case templates:
-            return {template.name: template.template for template in templates}

@@ -80,7 +80,7 @@ async def _conversation(
     services: Services, runner: LoadedRunner, request: GenerationRequest, conversation: Conversation
 ) -> PreparedPrompt:
     model, card = runner.capabilities, runner.card
-    form = format_of(runner)
+    form = format_of(runner, conversation)
     texts = await render(services, runner, conversation, request.prompt_field)
     _check_length(sum(len(text.text) for text in texts), model)
     if conversation.tools and not form.known:
@@ -154,10 +154,10 @@ async def _text(failover: Failover, tokens: tuple[int, ...]) -> str:
     return b"".join(map(bytes, tokenized.bytes)).decode(errors="replace")
 
 
-def format_of(runner: LoadedRunner) -> OutputFormat:
+def format_of(runner: LoadedRunner, conversation: Conversation) -> OutputFormat:
     """The form in which the runner's model writes reasoning and calls."""
-    card = runner.card
-    return output_format(runner.capabilities.chat_template, card.tool_format, card.reasoning_dialect)
+    card, template = runner.card, runner.capabilities.template(tools=bool(conversation.tools))
+    return output_format(template, card.tool_format, card.reasoning_dialect)
 
 
 async def render(
@@ -196,8 +196,9 @@ async def _render(services: Services, runner: LoadedRunner, conversation: Conver
     Raises the exceptions of ``chat_prompt``.
     """
     model, variables = runner.capabilities, dict(conversation.variables)
-    assert model.chat_template is not None
-    ways = effort_variables(model.chat_template, conversation.effort)
+    template = model.template(tools=bool(conversation.tools))
+    assert template is not None
+    ways = effort_variables(template, conversation.effort)
     texts: tuple[Text, ...] | None = None
     way: dict[str, JsonValue] = {}
     while texts is None:
@@ -218,7 +219,7 @@ async def _render(services: Services, runner: LoadedRunner, conversation: Conver
                 del ways[0]
             elif variables.pop(error.name) is not False or error.name not in _SWITCHES:
                 warn(f"chat_template_kwargs.{error.name}", "this model's chat template does not read it")
-    form = format_of(runner)
+    form = format_of(runner, conversation)
     off = conversation.effort == "none" or any(conversation.variables.get(name) is False for name in _SWITCHES)
     if off and not conversation.continues:
         prompt = "".join(text.text for text in texts)

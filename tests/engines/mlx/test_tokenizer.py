@@ -72,7 +72,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<|im_end|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     found = open_tokenizer(read_folder(folder), [])
-    return FolderTokenizer(found, 400, found.eos_token_ids, None)
+    return FolderTokenizer(found, 400, found.eos_token_ids)
 
 
 def spelt(tokenizer: FolderTokenizer, tokens: list[int]) -> bytes:

@@ -147,7 +147,7 @@ async def chat_prompt(
     variables: Mapping[str, JsonValue] | None = None,
     continue_final_message: bool = False,
 ) -> tuple[Text, ...]:
-    """Returns the prompt that ``model.chat_template`` makes of ``messages``, each of which has at least a ``role``.
+    """Returns the prompt that the model's chat template makes of ``messages``, each of which has at least a ``role``.
 
     ``messages`` and ``tools`` are in OpenAI's form. ``variables`` are further variables of the template, such as
     ``enable_thinking``. With ``continue_final_message``, the prompt ends where the last message's content does.
@@ -158,7 +158,7 @@ async def chat_prompt(
     Raises ``TemplateError``, ``ToolsUnsupportedError``, ``ConversationRefusedError``, ``VariableRefusedError``,
     ``NoncharacterError`` and ``PromptTooLongError``.
     """
-    source = model.chat_template
+    source = model.template(tools=bool(tools))
     assert source is not None
     tokens = special_tokens(model.special_tokens)
     conversation = template_messages(source, messages)

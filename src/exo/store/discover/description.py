@@ -1,6 +1,7 @@
 """Describes a model from its own files: a GGUF file's metadata, or a folder's config.json."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from exo.cards.card import Count, Task
 from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.folder_templates import chat_templates, usual
 from exo.worker.runner_common.gguf import GgufHeader
 from exo.worker.runner_common.header_source import HeaderError
 
@@ -111,22 +113,21 @@ class _Config(_LenientJson):
     dtype: str | None = None
 
 
-class _TokenizerConfig(_LenientJson):
-    chat_template: JsonValue = None
-
-
 def from_folder(read: Callable[[str], bytes | None], *, embeds: bool = False) -> Description:
     """Describes a folder. ``read`` gives a file, or None if it is absent; ``embeds`` marks a text embedding model.
 
     Raises DescriptionError, and what ``read`` raises.
     """
-    config, template = read("config.json") or b"", read("chat_template.jinja")
+    templates: dict[str, str] = {}
+    config = read("config.json") or b""
     try:
         whole = _Config.model_validate_json(config)
         nested = isinstance(whole.text_config, dict)
         sizes = _Sizes.model_validate(whole.text_config) if nested else _Sizes.model_validate_json(config)
     except ValidationError as error:
         raise DescriptionError(describe(error)[1].removeprefix(": ")) from error
+    with suppress(ValueError):  # the runner that loads the folder reports it
+        templates = chat_templates(read)
     bits = whole.quantization.bits if whole.quantization is not None else None
     return Description(
         architecture=_printable(whole.model_type),
@@ -136,22 +137,10 @@ def from_folder(read: Callable[[str], bytes | None], *, embeds: bool = False) ->
         num_key_value_heads=sizes.num_key_value_heads,
         context_length=sizes.max_position_embeddings or 0,
         task="TextEmbedding" if embeds else "TextGeneration",
-        chat_template=template.decode(errors="replace") if template else _template(read("tokenizer_config.json")),
+        chat_template=usual(templates),
         quantization=f"{bits}bit" if bits is not None else _printable(whole.torch_dtype or whole.dtype or ""),
         for_transformers=bits is None and bool(whole.architectures),
     )
-
-
-def _template(tokenizer_config: bytes | None) -> str | None:
-    """The chat template in tokenizer_config.json. If there are several, it is the one named default."""
-    try:
-        found = _TokenizerConfig.model_validate_json(tokenizer_config or b"{}").chat_template
-    except ValidationError:
-        return None
-    several = found if isinstance(found, list) else []
-    named = {each.get("name"): each.get("template") for each in several if isinstance(each, dict)}
-    template = named.get("default") if several else found
-    return template if isinstance(template, str) else None
 
 
 def _printable(text: str) -> str:

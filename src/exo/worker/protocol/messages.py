@@ -230,12 +230,18 @@ class Capabilities(Message):
     model_bytes: int = 0
     chat_template: str | None = None
     """Jinja source, from the card or else from the model's file."""
+    tool_template: str | None = None
+    """The model's own template for requests with tools, if it has another one for them."""
     bos_token: str = ""
     eos_token: str = ""
     special_tokens: tuple[str, ...] = ()
     """Texts that tokenize to control tokens in ``special`` stretches."""
     special_ids: tuple[int, ...] = ()
     """Their token ids, in the same order."""
+
+    def template(self, *, tools: bool) -> str | None:
+        """The chat template of a request with or without tools."""
+        return self.tool_template or self.chat_template if tools else self.chat_template
 
 
 class LoadOption(Message):

@@ -27,7 +27,6 @@ class HfTokenizer(Protocol):
     bos_token_id: int | None
     eos_token: str | None
     eos_token_id: int | None
-    chat_template: str | Mapping[str, str] | None
     added_tokens_decoder: Mapping[int, AddedToken]
     backend_tokenizer: "_BackendTokenizer"
 
@@ -48,7 +47,7 @@ class _Decoder(Protocol):
 class FolderTokenizer:
     """Encodes prompts and knows the bytes of every token of a model folder."""
 
-    def __init__(self, tokenizer: HfTokenizer, n_vocab: int, ends: Collection[int], chat_template: str | None) -> None:
+    def __init__(self, tokenizer: HfTokenizer, n_vocab: int, ends: Collection[int]) -> None:
         """``n_vocab`` is the width of the logits, which may be more than the tokenizer has tokens.
 
         ``ends`` are the ids that the model's files say end generation, besides the tokenizer's own.
@@ -68,7 +67,6 @@ class FolderTokenizer:
             added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }
         """The ids of the control tokens by their text."""
-        self.chat_template = chat_template or _default_template(tokenizer.chat_template)
         self._control = frozenset(self.special.values())
         self._pieces = _pieces_of_all(tokenizer)
 
@@ -105,10 +103,6 @@ class FolderTokenizer:
     def is_eog(self, token: int) -> bool:
         """Whether a token ends generation."""
         return token in self.eog_tokens
-
-
-def _default_template(template: str | Mapping[str, str] | None) -> str | None:
-    return template if template is None or isinstance(template, str) else template.get("default")
 
 
 def _pieces_of_all(tokenizer: HfTokenizer) -> list[bytes]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_
 
 from exo.worker.runner_common.file_kind import what_it_is
 from exo.worker.runner_common.folder_config import Json, normalised
+from exo.worker.runner_common.folder_templates import chat_templates
 from exo.worker.runner_common.folder_weights import INDEX, SUFFIX, choose_weights, names_in_index
 from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
@@ -77,6 +78,8 @@ class HfFolder:
     weights: tuple[Path, ...]
     ignored: tuple[str, ...]
     """Names of safetensors files that are no part of the model."""
+    templates: Mapping[str, str]
+    """Chat templates; see ``folder_templates``."""
 
 
 def read_folder(path: Path) -> HfFolder:
@@ -94,7 +97,7 @@ def read_folder(path: Path) -> HfFolder:
         raise _broken(f"{path / 'config.json'} has model_file, {reason}")
     names, ignored = _weights(path)
     weights = tuple(path / name for name in names)
-    folder = HfFolder(path, written, normalised(written), weights, ignored)
+    folder = HfFolder(path, written, normalised(written), weights, ignored, _templates(path))
     tensors(folder)
     _require_tokenizer(path)
     return folder
@@ -185,6 +188,15 @@ def _read_object(path: Path) -> Json:
         raise _broken(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise _broken(f"{path} is not a JSON object: {error.errors()[0]['msg']}") from error
+
+
+def _templates(path: Path) -> dict[str, str]:
+    try:
+        return chat_templates(lambda name: (path / name).read_bytes() if (path / name).is_file() else None)
+    except OSError as error:
+        raise _broken(f"{error.filename} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _broken(f"{path} {error}") from error
 
 
 def _other_folder(path: Path) -> str | None:

@@ -109,9 +109,9 @@ class Model:
         self.keeps_window = not self.can_cut or llama_cpp.llama_model_n_swa(handle) > 0
         """Whether a saved state has, in some layers, only the cells that the next token sees."""
 
-    def chat_template(self) -> str | None:
-        """The chat template in the file, or None."""
-        source = llama_cpp.llama_model_chat_template(self.handle, None)
+    def chat_template(self, name: bytes | None = None) -> str | None:
+        """The chat template in the file, the usual one without a ``name``, or None."""
+        source = llama_cpp.llama_model_chat_template(self.handle, name)
         return source.decode(errors="replace") if source else None
 
     def metadata(self, key: str) -> str | None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from exo.worker.protocol.messages import Capabilities, Load, Status
 from exo.worker.runner_common.folder_config import Json
+from exo.worker.runner_common.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
 from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
 from exo.worker.runner_common.load_error import LoadError
@@ -121,7 +122,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     report(Status(state="WarmingUp"))
     n_vocab = _warm_up(model, cache, folder, options.slots, ranks)
     found = open_tokenizer(checked.folder, model.eos_token_ids)
-    tokenizer = FolderTokenizer(found, n_vocab, found.eos_token_ids, options.chat_template)
+    tokenizer = FolderTokenizer(found, n_vocab, found.eos_token_ids)
     chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
     longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
     embedder = Embedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)
@@ -137,7 +138,8 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         logprobs=True,
         embeddings=model.has_states() and not dense_layers(folder),
         model_bytes=model.size_bytes,
-        chat_template=tokenizer.chat_template,
+        chat_template=options.chat_template or usual(checked.folder.templates),
+        tool_template=None if options.chat_template else checked.folder.templates.get(TOOL_USE),
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,
         special_tokens=tuple(tokenizer.special),

@@ -11,6 +11,7 @@ from exo.worker.protocol.cores import physical_cores
 from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.folder_config import Json
+from exo.worker.runner_common.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_folder import presented, read_optional, tell_ignored, tensors
@@ -65,7 +66,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
         report(Status(state="WarmingUp"))
         found = open_tokenizer(view)
-    tokenizer = FolderTokenizer(found, core.n_vocab, _ends(checked.folder.path, config), options.chat_template)
+    tokenizer = FolderTokenizer(found, core.n_vocab, _ends(checked.folder.path, config))
     _warm_up(core, checked.folder.path, purpose)
     generates = purpose.pooling is None
     capabilities = Capabilities(
@@ -80,7 +81,8 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         logprobs=generates,
         embeddings=not generates,
         model_bytes=sum(tensor.size for tensor in tensors(checked.folder).values()),
-        chat_template=tokenizer.chat_template,
+        chat_template=options.chat_template or usual(checked.folder.templates),
+        tool_template=None if options.chat_template else checked.folder.templates.get(TOOL_USE),
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,
         special_tokens=tuple(tokenizer.special),

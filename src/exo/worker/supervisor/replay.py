@@ -84,6 +84,9 @@ class Replay:
         return self.request.model_copy(update=updates)
 
 
+_BOTH = (False, True)
+
+
 def other_model(first: Capabilities, now: Capabilities) -> str | None:
     """Why a request cannot continue on a runner with another model than its first runner's; None if it can.
 
@@ -91,7 +94,7 @@ def other_model(first: Capabilities, now: Capabilities) -> str | None:
     """
     if first.vocabulary != now.vocabulary:
         return f"its vocabulary has {now.vocabulary} tokens instead of {first.vocabulary}"
-    if (first.chat_template or "").strip() != (now.chat_template or "").strip():
+    if any((first.template(tools=tools) or "").strip() != (now.template(tools=tools) or "").strip() for tools in _BOTH):
         return "its chat template is another one"
     if first.engine == now.engine and _file(first) != _file(now):
         return "its file is another one"
