@@ -27,9 +27,9 @@ from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.shape import ARCHITECTURES, Architecture
 
-_CONTRACT_FILES = ("test_contract", "test_embed")
+_CONTRACT = ROOT / "tests" / "contract"
 _BACKEND_VARIABLE = "EXO_TEST_LLAMA_BACKEND"
-"""The back end that tests/contract/test_contract.py tests."""
+"""The back end that tests/contract tests."""
 _MAX_ABS = 0.05
 """Nats. A GPU multiplies float32 matrices of small batches with factors rounded to 10 bits (TF32). That changes a logit
 of these models, whose standard deviation is 4, by a few thousandths; an arithmetic error changes it by whole nats."""
@@ -43,18 +43,17 @@ _NO_LAYER_SHARE = 0.15
 
 
 def steps(options: Options) -> list[Step]:
-    """A step per contract test file and architecture, and one for the offload of layers."""
+    """A step for the contract tests, one per architecture, and one for the offload of layers."""
     return [
-        *(Step(name.replace("test_", ""), "contract", partial(_test, options, name), 30) for name in _CONTRACT_FILES),
+        Step("contract", "contract", partial(_test, options), 60),
         *(Step(f"parity {each}", "parity", partial(_compare, options, each), 20) for each in ARCHITECTURES),
         Step("offload", "offload", partial(_check_offload, options, models(options)[0]), 30),
     ]
 
 
-def _test(options: Options, name: str, deadline: float) -> Mapping[str, Any]:
+def _test(options: Options, deadline: float) -> Mapping[str, Any]:
     command = [options.python, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda", "--rootdir", ROOT]
-    file = ROOT / "tests" / "contract" / f"{name}.py"
-    said = run([*command, file], options.logs / f"{name}.log", deadline, {_BACKEND_VARIABLE: options.backend})
+    said = run([*command, _CONTRACT], options.logs / "contract.log", deadline, {_BACKEND_VARIABLE: options.backend})
     return {"backend": options.backend, "tests": counted(said)}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
 from exo.worker.runner_common.request_checks import within
-from tests.contract.test_contract import CASES, EVERY_RUNNER, Start, Table, long_prompt
+from tests.contract.cases import CASES, EVERY_RUNNER, Start, Table, long_prompt
 from tests.support.program import Program, Result, ask, names
 
 VLLM = CASES["vllm"]
@@ -60,9 +60,6 @@ def tokenize(text: str | list[int], *, special: bool = False) -> Tokenize:
 
 def one(program: Program, request: Embed | Rank | Tokenize) -> Result:
     return program.generate(request)[0]
-
-
-# --- vectors ---
 
 
 def test_a_text_becomes_a_vector_of_length_one(program: Program) -> None:
@@ -152,9 +149,6 @@ def test_streams_go_on_unchanged_while_texts_are_embedded(program: Program) -> N
     assert sum(len(result.embedded.vector) > 0 for result in results if not result.tokens) == 20
 
 
-# --- their end ---
-
-
 def test_a_cancelled_text_ends_once_and_the_others_go_on(start: Start) -> None:
     program = start.slow(n_ctx=4096, **start.case.small_chunks)
     working, waiting, after = embed(long_prompt(2000)), embed(long_prompt(1999)), embed("after")
@@ -188,9 +182,6 @@ def test_shutdown_fails_the_texts_that_wait(start: Start) -> None:
     assert None not in ends
 
 
-# --- scores ---
-
-
 def test_a_model_without_a_head_for_it_ranks_nothing_and_no_model_answers_nothing(start: Start) -> None:
     program = start.bare()
     for early in (embed("text"), tokenize("text"), Rank(id=next(name), query="what", document="that")):
@@ -199,9 +190,6 @@ def test_a_model_without_a_head_for_it_ranks_nothing_and_no_model_answers_nothin
     assert not capabilities.rerank
     refused = one(program, Rank(id=next(name), query="what", document="that")).failed
     assert (refused.code, refused.param) == ("invalid_request", "model")
-
-
-# --- tokens ---
 
 
 @pytest.mark.parametrize("text", ["once upon a time", " spaces  and\nlines", "é€😀 日本語", "<|im_end|><eos>"])

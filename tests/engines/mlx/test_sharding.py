@@ -22,7 +22,12 @@ from exo.worker.runner_mlx.kv_cache import LayerCache
 from exo.worker.runner_mlx.loader import check
 from exo.worker.runner_mlx.options import read_options
 from exo.worker.runner_mlx.ranks.pipeline import Layer, chained
-from tests.contract import test_contract as contract
+from tests.contract import test_commands as commands_contract
+from tests.contract import test_generation as generation_contract
+from tests.contract import test_grammar as grammar_contract
+from tests.contract import test_logprobs as logprobs_contract
+from tests.contract import test_sampling as sampling_contract
+from tests.contract.cases import long_prompt
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_mlx
@@ -72,17 +77,17 @@ def start(models: Models) -> Iterator[Start]:
 
 # --- the contract ---
 
-test_accepted_answered_and_ended_once = contract.test_a_request_is_accepted_answered_and_ended_once
-test_full_context = contract.test_a_full_context_ends_generation_by_length
-test_refusals = contract.test_refusals_name_the_field_and_disturb_nobody
-test_seeded_among_others = contract.test_a_seeded_request_gives_the_same_tokens_alone_and_among_fifteen_others
-test_every_slot = contract.test_greedy_is_the_same_in_every_slot
-test_penalties = contract.test_penalties_change_what_is_chosen
-test_grammars_and_delivered_tokens = contract.test_a_grammar_is_advanced_over_the_tokens_delivered
-test_cancelled_at_once = contract.test_a_constrained_request_can_be_cancelled_at_once
-test_logprobs = contract.test_logprobs_are_those_of_the_model_alone
-test_prompt_logprobs = contract.test_prompt_logprobs_are_what_generating_the_prompt_would_tell
-test_no_tokens = contract.test_a_request_for_no_tokens_has_its_prompt_computed
+test_accepted_answered_and_ended_once = generation_contract.test_a_request_is_accepted_answered_and_ended_once
+test_full_context = generation_contract.test_a_full_context_ends_generation_by_length
+test_refusals = commands_contract.test_refusals_name_the_field_and_disturb_nobody
+test_seeded_among_others = sampling_contract.test_a_seeded_request_gives_the_same_tokens_alone_and_among_fifteen_others
+test_every_slot = sampling_contract.test_greedy_is_the_same_in_every_slot
+test_penalties = sampling_contract.test_penalties_change_what_is_chosen
+test_grammars_and_delivered_tokens = grammar_contract.test_a_grammar_is_advanced_over_the_tokens_delivered
+test_cancelled_at_once = grammar_contract.test_a_constrained_request_can_be_cancelled_at_once
+test_logprobs = logprobs_contract.test_logprobs_are_those_of_the_model_alone
+test_prompt_logprobs = logprobs_contract.test_prompt_logprobs_are_what_generating_the_prompt_would_tell
+test_no_tokens = logprobs_contract.test_a_request_for_no_tokens_has_its_prompt_computed
 
 
 # --- the same as one process ---
@@ -90,7 +95,7 @@ test_no_tokens = contract.test_a_request_for_no_tokens_has_its_prompt_computed
 
 def crowd() -> list[Generate]:
     """More requests than a runner with four slots takes at once, some of which share a prefix."""
-    prompts = [contract.long_prompt(length) for length in (9, 14, 200, 150, 33, 200)]
+    prompts = [long_prompt(length) for length in (9, 14, 200, 150, 33, 200)]
     kinds = [
         SamplingParams(seed=0, temperature=0),
         SamplingParams(seed=1, temperature=0, frequency_penalty=0.7),
@@ -129,7 +134,7 @@ def test_texts_and_logprobs_are_those_of_one_process(alone: Program, program: Pr
 
 
 def test_vectors_are_those_of_one_process(alone: Program, program: Program) -> None:
-    texts = [tuple(contract.long_prompt(length)) for length in (300, 5, 90)]
+    texts = [tuple(long_prompt(length)) for length in (300, 5, 90)]
     for text in texts:
         (divided,) = program.generate(embed(text))
         (whole,) = alone.generate(embed(text))
@@ -151,8 +156,8 @@ def test_sliding_windows_and_a_layer_split_that_is_not_even(start: Start, tmp_pa
 
 
 def test_a_prefix_is_reused_on_all_ranks(program: Program) -> None:
-    first, again, branch = (ask(next(name), contract.long_prompt(300), max_tokens=20) for _ in range(3))
-    branch = branch.model_copy(update={"prompt": (*contract.long_prompt(170), *range(60, 90))})
+    first, again, branch = (ask(next(name), long_prompt(300), max_tokens=20) for _ in range(3))
+    branch = branch.model_copy(update={"prompt": (*long_prompt(170), *range(60, 90))})
     tokens = program.generate(first)[0].tokens
     results = [program.generate(request)[0] for request in (again, branch)]
     assert results[0].tokens == tokens

@@ -1,7 +1,7 @@
 """The contract: every message between the server and a runner.
 
 A runner is a program that reads one JSON object a line on standard input (``Command``) and writes one a line on
-standard output (``Event``). ``tests/contract/test_contract.py`` tests these invariants on every runner:
+standard output (``Event``). ``tests/contract`` tests these invariants on every runner:
 
 - ``Ready`` or ``Failed`` precedes every other event but ``Estimated``.
 - Each request ends with exactly one terminal event: ``Failed``, or else ``Finished``, ``Embedded``, ``Ranked`` or the

@@ -1,0 +1,168 @@
+"""Each runner as the contract starts it. A runner joins by one line in CASES."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from exo.worker.protocol.messages import (
+    Generate,
+    Grammar,
+    Load,
+)
+from exo.worker.protocol.runners import RUNNERS
+from tests.conftest import needs_vllm
+from tests.support import fake_runner
+from tests.support.program import Program, Result, ask, names, runner_command
+from tests.support.tiny import Shape, write_gguf, write_mlx
+
+Table = dict[str, JsonValue]
+
+
+LLAMA_BACKEND = os.environ.get("EXO_TEST_LLAMA_BACKEND", "LlamaCppCpu")
+"""Of the llama.cpp runner: LlamaCppCuda where there is a card, as ``scripts/gpu_check`` says."""
+
+
+TWIN = Shape(head_dim=64)
+"""Heads of the smallest size that vLLM has attention for."""
+
+
+def gguf_table(folder: Path) -> Table:
+    """A tiny float32 model, and a context that rounds as little as llama.cpp can."""
+    path = folder / "tiny.gguf"
+    if not path.exists():
+        write_gguf(path, TWIN)
+    return {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+
+
+def mlx_table(folder: Path) -> Table:
+    """The same weights."""
+    path = folder / "tiny"
+    if not path.exists():
+        write_mlx(path, TWIN)
+    return {"path": str(path), "dtype": "float32"}
+
+
+def vllm_table(folder: Path) -> Table:
+    """The same folder."""
+    return {**mlx_table(folder), "threads": 1}
+
+
+name = names()
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How to start a runner and what its card's table says. ``samples`` if it has a model to sample from."""
+
+    command: tuple[str, ...]
+    backend: str
+    table: Callable[[Path], Table]
+    samples: bool = True
+    slow: Table = field(default_factory=dict[str, JsonValue])
+    """What makes it slow enough for a test to step in between two tokens, where it is not slow by itself."""
+    small_chunks: Table = field(default_factory=lambda: {"n_batch": 32, "n_ubatch": 32})
+    """What makes it compute a prompt in many steps."""
+    free_threads: Table = field(default_factory=dict[str, JsonValue])
+    """What leaves the number of its threads open."""
+    cache_block: int = 1
+    """Tokens that its prefix cache reuses together or not at all."""
+    tasks: tuple[str, ...] = ()
+    """As the card has them, where the runner must know."""
+
+
+CASES = {
+    "fake": Case(
+        fake_runner.COMMAND,
+        "LlamaCppCpu",
+        lambda _: {},
+        samples=False,
+        slow={"step_seconds": 0.01},
+        small_chunks={"chunk": 32},
+    ),
+    "cuda": Case(
+        tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table, free_threads={"threads": None}
+    ),
+    "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
+    "vllm": Case(
+        RUNNERS["vllm"].command,
+        "Vllm",
+        vllm_table,
+        small_chunks={"max_num_batched_tokens": 32},
+        cache_block=32,
+    ),
+}
+
+
+EVERY_RUNNER = [pytest.param(name, marks=needs_vllm) if name == "vllm" else name for name in CASES]
+
+
+SAMPLING = [each for each, case in zip(EVERY_RUNNER, CASES.values(), strict=True) if case.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Starts runners of one kind and ends them with the test."""
+
+    case: Case
+    folder: Path
+    running: list[Program]
+
+    def load_command(self, **table: JsonValue) -> Load:
+        own = self.case.table(self.folder)
+        return Load(model_id="test/tiny", backend=self.case.backend, table={**own, **table}, tasks=self.case.tasks)
+
+    def bare(self) -> Program:
+        program = Program(self.case.command).__enter__()
+        self.running.append(program)
+        return program
+
+    def loaded(self, **table: JsonValue) -> Program:
+        program = self.bare()
+        program.load(self.load_command(**table))
+        return program
+
+    def slow(self, **table: JsonValue) -> Program:
+        return self.loaded(**{**self.case.slow, **table})
+
+
+def one(program: Program, request: Generate) -> Result:
+    return program.generate(request)[0]
+
+
+def long_prompt(tokens: int) -> list[int]:
+    return [97 + index * index % 23 for index in range(tokens)]
+
+
+def goes_on_from_everywhere(program: Program, request: Generate) -> Result:
+    """What a replay relies on: cut after any number of tokens, the rest follows as if nothing had happened."""
+    (whole,) = program.generate(request)
+    assert len(whole.pieces) == len(whole.tokens)
+    cuts = range(len(whole.tokens) + 1)
+    continued = [request.model_copy(update={"id": next(name), "delivered": tuple(whole.tokens[:cut])}) for cut in cuts]
+    for cut, rest in zip(cuts, program.generate(*continued), strict=True):
+        assert whole.tokens[:cut] + rest.tokens == whole.tokens, cut
+        assert "".join(whole.pieces[:cut]) + rest.text == whole.text, cut
+        assert (rest.finished.reason, rest.finished.stop) == (whole.finished.reason, whole.finished.stop), cut
+        usage, undisturbed = rest.finished.usage, whole.finished.usage
+        assert usage.prompt_tokens == undisturbed.prompt_tokens, cut
+        assert usage.completion_tokens == undisturbed.completion_tokens, cut
+        assert usage.cached_tokens <= usage.prompt_tokens, cut
+        assert rest.prefill[0].total == usage.prompt_tokens + cut
+        assert rest.after_end == []
+    return whole
+
+
+def constrained(grammar: Grammar, **others: object) -> Generate:
+    """A request that the grammar has finished before its 200 tokens are spent."""
+    request = ask(next(name), max_tokens=200)
+    sampling = request.sampling.model_copy(
+        update={key: others.pop(key) for key in ("temperature", "seed") & others.keys()}
+    )
+    return request.model_copy(update={"grammar": grammar, "sampling": sampling, **others})
+
+
+REGEX = Grammar(syntax="regex", source="(yes|no), [0-9]{3}[a-f]{2,6}")

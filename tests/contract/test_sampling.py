@@ -1,0 +1,93 @@
+"""How tokens are chosen: seeds, greedy decoding, bias, penalties, and ends of generation."""
+
+from itertools import islice
+
+from exo.worker.protocol.messages import (
+    Capabilities,
+)
+from tests.contract.cases import goes_on_from_everywhere, one
+from tests.support.program import Program, ask, names
+
+name = names()
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_among_fifteen_others(sampling_program: Program) -> None:
+    prompt = "the quick brown fox"
+    alone = one(sampling_program, ask(next(name), prompt, temperature=1.0, seed=42, max_tokens=48))
+    others = [
+        ask(each, f"{index} other words", temperature=1.3, seed=index, max_tokens=20 + 3 * index)
+        for index, each in zip(range(15), name, strict=False)
+    ]
+    crowd = sampling_program.generate(
+        *others[:7], ask(next(name), prompt, temperature=1.0, seed=42, max_tokens=48), *others[7:]
+    )
+    assert crowd[7].tokens == alone.tokens
+    different = one(sampling_program, ask(next(name), prompt, temperature=1.0, seed=43, max_tokens=48))
+    assert different.tokens != alone.tokens
+
+
+def test_greedy_is_the_same_in_every_slot(sampling_program: Program) -> None:
+    results = sampling_program.generate(*(ask(each, "same words", max_tokens=32) for each in islice(name, 16)))
+    assert len({tuple(result.tokens) for result in results}) == 1
+
+
+def test_logit_bias_forces_a_token(sampling_program: Program) -> None:
+    result = one(sampling_program, ask(next(name), temperature=1.0, logit_bias={120: 1000.0}, max_tokens=6))
+    assert result.tokens == [120] * 6
+
+
+def test_penalties_change_what_is_chosen(sampling_program: Program) -> None:
+    plain = one(sampling_program, ask(next(name), max_tokens=60))
+    varied = sampling_program.generate(
+        ask(next(name), max_tokens=60, frequency_penalty=2.0),
+        ask(next(name), max_tokens=60, presence_penalty=2.0),
+        ask(next(name), max_tokens=60, repetition_penalty=1.8),
+    )
+    assert all(len(set(result.tokens)) > len(set(plain.tokens)) for result in varied)
+
+
+def test_penalties_count_the_tokens_delivered(sampling_program: Program) -> None:
+    for temperature in (0.0, 1.0):
+        request = ask(
+            next(name),
+            seed=3,
+            temperature=temperature,
+            max_tokens=30,
+            repetition_penalty=1.3,
+            presence_penalty=0.7,
+            frequency_penalty=0.4,
+        )
+        goes_on_from_everywhere(sampling_program, request)
+
+
+def test_a_character_that_is_cut_in_two_is_whole_in_the_end(sampling_program: Program) -> None:
+    """Only x and bytes of é, € and 😀 may be drawn, so that characters are whole, broken and cut at random."""
+    bias = dict.fromkeys("é€😀x".encode(), 10_000.0)
+    whole = goes_on_from_everywhere(
+        sampling_program,
+        ask(next(name), max_tokens=60, temperature=50.0, seed=1, logit_bias=bias, stop=["x\ufffdxxx"]),
+    )
+    assert not whole.text.isascii()
+    assert whole.finished.usage.completion_tokens > 5
+
+
+def test_an_end_of_generation_token_delivered_ends_the_request(sampling_program: Program) -> None:
+    capabilities = sampling_program.capabilities
+    assert isinstance(capabilities, Capabilities)
+    ends = range(capabilities.vocabulary - 3, capabilities.vocabulary)
+    bias = dict.fromkeys((*range(97, 120), *ends), 10_000.0)
+    request = ask(next(name), temperature=50.0, seed=8, logit_bias=bias, ignore_eos=False, max_tokens=100)
+    assert goes_on_from_everywhere(sampling_program, request).finished.reason == "stop"
+
+
+def test_an_end_of_generation_token_ends_by_stop_and_can_be_ignored(sampling_program: Program) -> None:
+    capabilities = sampling_program.capabilities
+    assert isinstance(capabilities, Capabilities)
+    end = capabilities.vocabulary - 1
+    bias = {end - 2: 1000.0, end - 1: 1000.0, end: 1000.0}
+    ended = one(sampling_program, ask(next(name), logit_bias=bias, ignore_eos=False))
+    assert (ended.finished.reason, ended.text, len(ended.tokens)) == ("stop", "", 1)
+    assert ended.finished.usage.completion_tokens == 1
+    ignored = one(sampling_program, ask(next(name), logit_bias=bias, ignore_eos=True, max_tokens=5))
+    assert ignored.finished.reason == "length"
+    assert ended.tokens[0] not in ignored.tokens
