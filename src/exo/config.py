@@ -223,7 +223,6 @@ class Settings:
         An empty environment variable counts as unset.
         """
         data = _base_directory("XDG_DATA_HOME", ".local/share")
-        cache = _base_directory("XDG_CACHE_HOME", ".cache")
         state = _base_directory("XDG_STATE_HOME", ".local/state")
         models = _parse("--models-dir", models_directory, "EXO_DEFAULT_MODELS_DIR", _directory, data / "models")
         others = _directories("EXO_MODELS_DIRS")
@@ -234,7 +233,7 @@ class Settings:
             models_directory=models,
             models_directories=tuple(dict.fromkeys((*read_only, models, *others))),
             cards_directory=data / "custom_model_cards",
-            log_directory=cache / "exo_log" / "runner_log",
+            log_directory=cache_directory() / "exo_log" / "runner_log",
             access=access or Access.load(),
             limits=limits or Limits.load(),
             read_only_directories=read_only,
@@ -245,6 +244,11 @@ class Settings:
             speeds_file=state / "speeds.json",
             strict=strict or _flag("EXO_STRICT"),
         )
+
+
+def cache_directory() -> Path:
+    """The directory for what can be fetched or built again. Raises SettingsError."""
+    return _base_directory("XDG_CACHE_HOME", ".cache")
 
 
 def is_loopback(host: str) -> bool:

@@ -22,6 +22,7 @@ _COMMANDS = {
     "stop": ("exo.cli.stop:stop", "Unload a model from the running server."),
     "route": ("exo.cli.route:route", "Show which runner would serve a model here, and why."),
     "doctor": ("exo.cli.doctor:doctor", "Show which engines work on this machine, and how to repair the others."),
+    "setup": ("exo.cli.setup:setup", "Set up an engine on this machine."),
     "convert": ("exo.cli.convert:convert", "Convert a model between GGUF and safetensors."),
     "compare": ("exo.cli.compare:compare", "Measure how far two engines agree on one model."),
     "bench": ("exo.bench.command:bench", "Measure the latency and throughput of a server."),

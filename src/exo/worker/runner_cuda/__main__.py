@@ -1,4 +1,7 @@
-"""The llama.cpp runner as a program: ``python -m exo.worker.runner_cuda``, or with ``--probe`` or ``--score``."""
+"""The llama.cpp runner as a program: ``python -m exo.worker.runner_cuda``.
+
+``--probe``, ``--probe-plugin``, ``--self-test`` and ``--score`` make it answer once and end.
+"""
 
 import os
 import sys
@@ -6,8 +9,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from exo.worker.runner_common.main import run
 from exo.worker.runner_common.output_processor import Emitter
-from exo.worker.runner_cuda.loading.devices import probe
+from exo.worker.runner_cuda.loading.devices import probe, probe_plugin
 from exo.worker.runner_cuda.loading.huge_pages import restart_with_huge_pages
+from exo.worker.runner_cuda.plugin import PluginError
 
 if TYPE_CHECKING:
     from exo.worker.runner_common.front_end import FrontEnd
@@ -26,6 +30,17 @@ def main() -> None:
     """Runs the program. llama.cpp reads its environment variables when it is imported, which is later."""
     # A debugger that ggml starts at a failed assertion takes seconds and buries the assertion under its backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    if sys.argv[1:] == ["--probe-plugin"]:
+        try:
+            print(probe_plugin().model_dump_json())
+        except PluginError as error:
+            sys.exit(str(error))
+        return
+    if sys.argv[1:] == ["--self-test"]:
+        from exo.worker.runner_cuda import self_test
+
+        print(self_test.main())
+        return
     if sys.argv[1:] != ["--probe"]:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         restart_with_huge_pages()

@@ -1,47 +1,91 @@
 """The devices that this llama.cpp build can use on this host, and the answer to --probe."""
 
 import ctypes
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 from exo.worker.protocol.messages import Device, Probe
+from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda import plugin
+from exo.worker.runner_cuda.plugin import PluginError
 
 ENGINE = "llama.cpp"
+PLUGIN_SECONDS = 12
+"""For the plug-in and the driver; the server waits 15 s for the whole probe."""
 _GPU, _INTEGRATED_GPU = 1, 2
 """``enum ggml_backend_dev_type``."""
 
 
 def probe() -> Probe:
-    """Reports whether llama-cpp-python loads, and which card backends it serves on this host."""
+    """Whether llama-cpp-python is installed and loads, and which card backends it serves here.
+
+    The CUDA plug-in and the driver under it are tried in a process of their own: a crash or a hang in them costs the
+    GPUs and not this answer.
+    """
     try:
-        import llama_cpp
+        found = _found_here()
     except (ImportError, OSError, RuntimeError) as error:
-        return Probe(
-            installed=False,
-            engine=ENGINE,
-            notes=(f"llama-cpp-python does not load: {error}",),
-            remedy="make llama",
-        )
+        note = f"llama-cpp-python does not load: {error}"
+        return Probe(installed=False, engine=ENGINE, notes=(note,), remedy="make llama")
+    if "LlamaCppCuda" in found.backends:
+        return found
+    try:
+        present = driver()
+        if present is None or not present.capabilities:
+            what = "no NVIDIA driver" if present is None else "an NVIDIA driver and no GPU"
+            return found.model_copy(update={"notes": (f"there is {what}, so no CUDA device; models run on the CPU",)})
+        return _probed_with_plugin(present)
+    except (DriverError, PluginError) as error:
+        notes = (f"CUDA is not used, models run on the CPU: {error}",)
+        remedy = plugin.REMEDY if isinstance(error, PluginError) else ""
+        return found.model_copy(update={"notes": notes, "remedy": remedy})
+
+
+def probe_plugin() -> Probe:
+    """The answer with the plug-in's devices. Loads the plug-in into this process. Raises PluginError."""
+    plugin.load_plugin()
+    return _found_here()
+
+
+def _found_here() -> Probe:
+    import llama_cpp
+
     devices = ggml_devices()
-    cuda = any(device.backend == "LlamaCppCuda" for device in devices)
-    notes: tuple[str, ...] = ()
-    remedy = ""
-    if not cuda:
-        built = llama_cpp.llama_supports_gpu_offload()
-        notes = (
-            "this llama.cpp build has CUDA but sees no device; is the NVIDIA driver loaded?"
-            if built
-            else "this llama.cpp build has no CUDA; models run on the CPU",
-        )
-        remedy = "" if built else "make llama CUDA=1"
-    return Probe(
-        installed=True,
-        engine=ENGINE,
-        version=llama_cpp.__version__,
-        backends=("LlamaCppCuda", "LlamaCppCpu") if cuda else ("LlamaCppCpu",),
-        devices=devices,
-        notes=notes,
-        remedy=remedy,
-    )
+    backends = ("LlamaCppCuda", "LlamaCppCpu")
+    present = tuple(each for each in backends if any(device.backend == each for device in devices))
+    return Probe(installed=True, engine=ENGINE, version=llama_cpp.__version__, backends=present, devices=devices)
+
+
+def _probed_with_plugin(present: Driver) -> Probe:
+    """Raises PluginError if the plug-in is missing or does not work, DriverError if it works and has no device."""
+    known = plugin.read_plugin(plugin.plugin_folder())
+    if known is None:
+        raise PluginError("an NVIDIA GPU is here, and there is no CUDA plug-in for llama.cpp")
+    if why := known.why_not(present):
+        raise PluginError(f"the CUDA plug-in ({known.source}) does not fit: {why}")
+    command = (sys.executable, "-m", "exo.worker.runner_cuda", "--probe-plugin")
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PLUGIN_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise PluginError(f"the CUDA plug-in did not answer within {PLUGIN_SECONDS} s") from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise PluginError(f"trying the CUDA plug-in ended with {name}: {_last_line(done.stderr)}")
+    if done.returncode:
+        raise PluginError(f"the CUDA plug-in does not work: {_last_line(done.stderr)}")
+    found = Probe.model_validate_json(done.stdout)
+    if "LlamaCppCuda" not in found.backends:
+        said = [line for line in done.stderr.splitlines() if b"ggml_cuda_init" in line]
+        raise DriverError(f"the driver gives CUDA no device (CUDA_VISIBLE_DEVICES?): {_last_line(b''.join(said[-1:]))}")
+    return found
+
+
+def _last_line(output: bytes) -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1][:500] if lines else "nothing on standard error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +107,11 @@ class Gpu:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The CUDA devices, in CUDA's order."""
+    """Returns the CUDA devices in CUDA's order. Loads the plug-in; raises LoadError if that fails."""
+    try:
+        plugin.load_plugin()
+    except PluginError as error:
+        raise LoadError("model_load_failed", f"the CUDA plug-in cannot be used: {error}") from error
     lib = _library()
     found: list[Gpu] = []
     for handle in _handles(lib):

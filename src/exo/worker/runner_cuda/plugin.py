@@ -1,0 +1,151 @@
+"""ggml's CUDA back end as a plug-in: its description, which GPUs it has code for, and loading it.
+
+The llama-cpp-python wheel is a build for the CPU. ``exo setup cuda`` puts ``libggml-cuda.so`` and its description into
+a folder of the environment. Standard library only, since the setup uses it as well.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from exo.worker.protocol.nvidia_driver import Driver, Version
+
+BINDINGS = "0.3.36"
+"""The release of llama-cpp-python whose plug-ins are set up."""
+LIBRARY, DESCRIPTION, BASE = "libggml-cuda.so", "plugin.json", "libggml-base.so"
+OLDEST_DRIVERS = {12: "525", 13: "580"}
+"""The first driver that runs a major release of CUDA."""
+REMEDY = "exo setup cuda"
+
+
+class PluginError(Exception):
+    """The plug-in cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plug-in's description."""
+
+    source: str
+    """Where it is from, such as "package @owner/name 1.0"."""
+    bindings: str
+    """The release of llama-cpp-python whose ggml it is known to fit."""
+    cuda: Version
+    """The toolkit that compiled it."""
+    machine_code: tuple[str, ...]
+    """Architectures, such as "89"; "120a" is for that compute capability alone."""
+    ptx: tuple[str, ...]
+    """Architectures whose code the driver compiles when it is first used, also for later GPUs."""
+    libraries: tuple[str, ...]
+    """Folders of libcudart and libcublas; the system's are used where it is in none of them."""
+
+    def needs_ptx(self, driver: Driver) -> bool:
+        """Whether a GPU of the driver has no machine code in it."""
+        return not all(_has_machine_code(self, each) for each in driver.capabilities)
+
+    def why_not(self, driver: Driver) -> str:
+        """Why it cannot serve all GPUs of this driver; empty if it can."""
+        has = f"driver {driver.version} supports CUDA {_dotted(driver.cuda)}"
+        if driver.cuda[0] < self.cuda[0]:
+            oldest = OLDEST_DRIVERS.get(self.cuda[0], "a newer one")
+            return f"{has}, and CUDA {self.cuda[0]} needs driver {oldest} or newer"
+        for capability in driver.capabilities:
+            if _has_machine_code(self, capability):
+                continue
+            lacks = f"it has no machine code for compute capability {_dotted(capability)}"
+            if not any(_parsed(each) <= capability for each in self.ptx):
+                return lacks
+            if driver.cuda < self.cuda:
+                return f"{lacks}; {has}, which does not compile PTX of CUDA {_dotted(self.cuda)}"
+        return ""
+
+    def write(self, folder: Path) -> None:
+        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def _has_machine_code(plugin: Plugin, capability: Version) -> bool:
+    """Machine code runs on its own compute capability and on later ones of the same major number."""
+    return any(
+        _parsed(each) == capability
+        if each.endswith("a")
+        else _parsed(each)[0] == capability[0] and _parsed(each) <= capability
+        for each in plugin.machine_code
+    )
+
+
+def _parsed(architecture: str) -> Version:
+    number = architecture.rstrip("af")
+    return int(number[:-1]), int(number[-1])
+
+
+def _dotted(version: Iterable[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def plugin_folder() -> Path:
+    """The environment's own: EXO_CUDA_PLUGIN, or ``cuda-plugin`` beside the environment's ``bin``."""
+    return Path(os.environ.get("EXO_CUDA_PLUGIN") or Path(sys.prefix) / "cuda-plugin")
+
+
+def read_plugin(folder: Path) -> Plugin | None:
+    """The plug-in in a folder; None where there is none. Raises PluginError for a description that cannot be read."""
+    try:
+        text = (folder / DESCRIPTION).read_text()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PluginError(f"{folder / DESCRIPTION} cannot be read: {error.strerror}") from error
+    try:
+        value = json.loads(text)
+        lists = {key: tuple(value[key]) for key in ("cuda", "machine_code", "ptx", "libraries")}
+        plugin = Plugin(str(value["source"]), str(value["bindings"]), **lists)
+        [_parsed(each) for each in (*plugin.machine_code, *plugin.ptx)]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise PluginError(f"{folder / DESCRIPTION} is not a plug-in's description: {error!r}") from error
+    return plugin
+
+
+@cache
+def load_plugin() -> None:
+    """Adds CUDA's devices to those of the loaded ggml, which knows none so far. Raises PluginError.
+
+    What can be checked is checked before any code of the plug-in runs: the release of the bindings that it was proved
+    with, that it will share the loaded libggml-base, and that everything it links to is found. ``ggml_backend_load``
+    compares GGML_BACKEND_API_VERSION.
+    """
+    import llama_cpp
+    from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
+
+    ggml.ggml_backend_reg_by_name.argtypes, ggml.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    if ggml.ggml_backend_reg_by_name(b"CUDA"):  # a wheel that was built with it
+        return
+    folder = plugin_folder()
+    plugin = read_plugin(folder)
+    if plugin is None:
+        raise PluginError("there is no CUDA plug-in")
+    if plugin.bindings != llama_cpp.__version__:
+        raise PluginError(f"it is for llama-cpp-python {plugin.bindings}, and {llama_cpp.__version__} is installed")
+    own, loaded = folder / BASE, Path(llama_cpp.__file__).parent / "lib" / f"{BASE}.0"
+    if not (own.exists() and own.samefile(loaded)):
+        raise PluginError(f"{own} does not lead to {loaded}")
+    file = folder / LIBRARY
+    try:
+        for name in needed_libraries(plugin.cuda[0]):
+            found = (Path(each) / name for each in plugin.libraries)
+            ctypes.CDLL(str(next((each for each in found if each.exists()), name)), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(file), mode=os.RTLD_NOW)
+    except OSError as error:
+        raise PluginError(str(error)) from error
+    ggml.ggml_backend_load.argtypes, ggml.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
+    if not ggml.ggml_backend_load(os.fsencode(file)):
+        raise PluginError(f"ggml refuses {file}: it is made for another version of ggml's back end interface")
+
+
+def needed_libraries(major: int) -> tuple[str, ...]:
+    """What a plug-in of a major release of CUDA links to, in the order of loading."""
+    return ("libcuda.so.1", *(f"{name}.so.{major}" for name in ("libcudart", "libcublasLt", "libcublas")))
