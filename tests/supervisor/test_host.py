@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from exo.cli.doctor import as_text
-from exo.worker.host import Host, NvidiaDevice, with_engine_names
+from exo.worker.host import Host, NvidiaDevice, unused_gpus, with_engine_names
 from exo.worker.protocol.messages import Device, Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.host_probe import probe_commands, probe_host
@@ -136,3 +136,19 @@ def test_probing_imports_no_engine() -> None:
         "print({'llama_cpp', 'mlx', 'mlx_lm', 'vllm', 'torch', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.run(script(source), capture_output=True, check=True, text=True).stdout == "set()\n"
+
+
+# --- a GPU that is here and not used ---
+
+
+def with_probe(*devices: NvidiaDevice, backends: tuple[str, ...] = ("LlamaCppCpu",)) -> Host:
+    probe = Probe(installed=True, engine="llama.cpp", backends=backends, notes=("no plug-in",), remedy="exo setup cuda")
+    return Host("Linux", "x86_64", 8, 1, 1, devices, {"cuda": probe})
+
+
+def test_a_gpu_that_llama_cpp_does_not_use_is_named_with_reason_and_remedy() -> None:
+    gpu = NvidiaDevice("RTX 4090", "8.9", 24, 24)
+    expected = "llama.cpp does not use RTX 4090: no plug-in; to fix it: exo setup cuda"
+    assert unused_gpus(with_probe(gpu, gpu)) == expected
+    assert unused_gpus(with_probe()) == ""
+    assert unused_gpus(with_probe(gpu, backends=("LlamaCppCuda", "LlamaCppCpu"))) == ""

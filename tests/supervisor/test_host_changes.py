@@ -1,5 +1,6 @@
 """A host that changes while the server runs: runners that answer late or are installed, memory that others free."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -8,8 +9,11 @@ import anyio
 import httpx
 import pytest
 from pydantic import JsonValue
+from rich.console import Console
 
+from exo.api.admin.runners import InstanceList
 from exo.cards.card import ModelCard
+from exo.cli.ps import show
 from exo.worker.host import updated
 from exo.worker.protocol.messages import Probe
 from exo.worker.supervisor.host_memory import room
@@ -144,3 +148,19 @@ async def test_who_waits_for_a_device_gets_what_another_program_frees(
                 use_driver(monkeypatch, FakeDevice(0, used=30 * GIB, processes={first.pid or 0: 30 * GIB}))
                 await second.ready()
                 assert first.failure is None
+
+
+def test_a_server_keeps_saying_that_a_gpu_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_driver(monkeypatch, FakeDevice(0))
+    with serve(tmp_path, fake_card()) as url:
+        assert complete(url).status_code == 200
+        ready, instances = (httpx.get(f"{url}/{path}").json() for path in ("ready", "v1/instances"))
+    [notice] = ready["notices"]
+    assert notice.startswith("llama.cpp does not use Invented: ")
+    assert instances["notices"] == [notice]
+    shown = io.StringIO()
+    show(InstanceList.model_validate(instances), Console(file=shown, width=200))
+    assert shown.getvalue().startswith(notice)
+    assert [each.message for each in caplog.records if "Invented" in each.message] == [notice]

@@ -3,14 +3,17 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Annotated
 
 import anyio
 import typer
 
-from exo.cli.console import out, say
+from exo.cli.console import out, say, warn
 from exo.cli.options import AsJson
 from exo.exit_code import ExitCode
-from exo.worker.host import Host
+from exo.setup.cuda import Plugin, SelfTest, installed_plugin, self_test, set_up_cuda
+from exo.terminal import printable
+from exo.worker.host import Host, NvidiaDevice, unused_gpus
 from exo.worker.protocol.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
 from exo.worker.protocol.messages import Probe
 from exo.worker.supervisor.host_probe import TRY_SECONDS, probe_commands, probe_host
@@ -19,13 +22,22 @@ _CROWDED = 0.1
 """The CPU counts as shared if processes wait for it in this share of the time."""
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Set up the CUDA plug-in first if a GPU is not used.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what this machine has, which engines work on it, and the commands that repair the others."""
     host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
+    if fix and unused_gpus(host):
+        warn(set_up_cuda())
+        host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
+    plugin = installed_plugin()
+    tested = self_test() if "LlamaCppCuda" in host.probes["cuda"].backends else None
     if as_json:
-        out.print_json(json.dumps(_as_json(host)))
+        cuda = {"plugin": plugin and asdict(plugin), "self_test": tested and asdict(tested)}
+        out.print_json(json.dumps({**_as_json(host), "cuda": cuda}))
     else:
-        for line in as_text(host):
+        for line in (*as_text(host), *plugin_text(plugin, tested)):
             say(line)
     raise typer.Exit(ExitCode.OK if any(probe.backends for probe in host.probes.values()) else ExitCode.FAILED)
 
@@ -38,6 +50,7 @@ def _as_json(host: Host) -> dict[str, object]:
         "cpu_count": host.cpu_count,
         "memory_total": host.memory_total,
         "memory_available": host.memory_available,
+        "driver": host.driver,
         "nvidia_devices": [asdict(device) for device in host.nvidia_devices],
         "runners": {name: probe.model_dump() for name, probe in host.probes.items()},
     }
@@ -48,14 +61,51 @@ def as_text(host: Host) -> Iterator[str]:
     yield f"host      {host.system} {host.machine}, {host.cpu_count} logical CPUs"
     yield from _cpu()
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"
+    if host.driver:
+        yield f"driver    NVIDIA {host.driver}"
     for device in host.nvidia_devices:
         used = f"{_gib(device.memory_total - device.memory_free)} in use of {_gib(device.memory_total)}"
         name = f"{device.id or 'hidden from engines'}: {device.name}"
         yield f"NVIDIA    {name}, compute capability {device.compute_capability}, at {device.address}, {used}"
+        yield from _device(device)
     if not host.nvidia_devices:
         yield "NVIDIA    no device, or no driver that answers"
     for name, probe in host.probes.items():
         yield from _runner(name, probe)
+
+
+def _device(device: NvidiaDevice) -> Iterator[str]:
+    """The link to the device, and what else runs on it."""
+    link: list[str] = []
+    if device.pcie_lanes is not None:
+        used, most = device.pcie_lanes
+        link.append(f"{used} PCIe lanes" if used == most else f"{used} of {most} PCIe lanes, so it loads models slower")
+    if device.persistence is not None:
+        off = "off, so the first use takes seconds longer (nvidia-smi -pm 1)"
+        link.append(f"persistence mode {'on' if device.persistence else off}")
+    if link:
+        yield f"          {'; '.join(link)}"
+    for each in device.processes:
+        memory = "" if each.memory is None else f" has {_gib(each.memory)}"
+        yield f"          process {each.pid} ({printable(each.name)}){memory}"
+
+
+def plugin_text(plugin: Plugin | None, tested: SelfTest | None) -> Iterator[str]:
+    """llama.cpp's CUDA plug-in, and what it has shown on each GPU."""
+    if plugin is not None:
+        yield ""
+        has = f"machine code for {' '.join(plugin.machine_code) or 'no GPU'}"
+        ptx = f"; PTX, compiled by the driver at first use, from {' '.join(plugin.ptx)} on" if plugin.ptx else ""
+        yield "CUDA plug-in: {}, CUDA {}.{}".format(plugin.source, *plugin.cuda)
+        yield f"  code    {has}{ptx}"
+    if tested is None:
+        return
+    for each in tested.proofs:
+        if not each["failure"]:
+            least = f"log-probabilities within {each['difference']:.2g} nats of the CPU's (bound {each['bound']})"
+            yield f"  proved  {each['device']}: all layers of a tiny model on it, {least}, in {each['seconds']:.1f} s"
+    if tested.failure:
+        yield f"  failed  {tested.failure}"
 
 
 def _cpu() -> Iterator[str]:

@@ -34,7 +34,9 @@ def ps(*, server: ServerOptions, as_json: AsJson = False) -> None:
 
 
 def show(instances: InstanceList, console: Console) -> None:
-    """Prints a table, then each model's use of the CPU and each runner's last failure."""
+    """Prints a table, then each model's use of the CPU and each runner's last failure. Notices come first."""
+    for notice in instances.notices:
+        console.print(printable(notice), markup=False, highlight=False, soft_wrap=True)
     if not instances.data:
         console.print("no model is loaded; the first request for a model loads it")
         return

@@ -18,6 +18,7 @@ from exo.serving.host_prober import HostProber
 from exo.serving.loaded_models import LoadedModels
 from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
+from exo.worker.host import unused_gpus
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
@@ -63,6 +64,12 @@ class Services:
         self.models = LoadedModels(
             self.cards, self.routing, self.pool, self.pulls, self.templates, limits.drain_seconds
         )
+
+    @property
+    def notices(self) -> list[str]:
+        """What the operator should know of this host, such as a GPU that is not used."""
+        unused = unused_gpus(self._prober.host) if self._prober.host is not None else ""
+        return [unused] if unused else []
 
     @asynccontextmanager
     async def running(self, load: Iterable[str] = ()) -> AsyncGenerator[None]:

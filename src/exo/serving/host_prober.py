@@ -6,7 +6,7 @@ from typing import final
 
 import anyio
 
-from exo.worker.host import Host, updated
+from exo.worker.host import Host, unused_gpus, updated
 from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.host_probe import PROBE_SECONDS, TRY_SECONDS, probe_host
 from exo.worker.supervisor.pool import RunnerPool
@@ -78,9 +78,12 @@ class HostProber:
         finally:
             self._next = anyio.current_time() + _PROBE_AGAIN_SECONDS
         if self.host is None:
+            unused = unused_gpus(found)
             for name, probe in found.probes.items():
-                for note in probe.notes:
+                for note in () if unused and name == "cuda" else probe.notes:
                     log.info("runner %s: %s", name, note)
+            if unused:
+                log.warning("%s", unused)
         host = self.host = found if self.host is None else updated(self.host, found)
         self._probed.set()
         self._pool.set_capacity(capacity(host, self._memory_limit), [each.id for each in host.nvidia_devices])

@@ -88,6 +88,8 @@ class SelfTest:
     proofs: tuple[dict[str, Any], ...]
     failure: str
     """Why the GPUs cannot be relied on; empty if each has computed what the CPU has."""
+    broken: bool
+    """Whether the plug-in is at fault. It is not if CUDA has no device."""
 
 
 def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
@@ -288,7 +290,7 @@ def _install(folder: Path) -> str:
     if _has_gpu():
         with step("trying it on the GPU: a tiny model, compared with the CPU"):
             tested = self_test()
-        if tested.failure and tested.proofs:
+        if tested.broken:
             shutil.rmtree(target)
             raise SetupError(tested.failure)
         proved = ", ".join(f"{each['device']} in {each['seconds']:.1f} s" for each in tested.proofs)
@@ -302,13 +304,13 @@ def self_test() -> SelfTest:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SELF_TEST_SECONDS)
     except subprocess.TimeoutExpired:
-        return SelfTest((), f"the self-test did not end within {SELF_TEST_SECONDS} s")
+        return SelfTest((), f"the self-test did not end within {SELF_TEST_SECONDS} s", broken=True)
     if done.returncode:
         last = (done.stderr.strip() or "nothing on standard error").splitlines()[-1][:500]
-        return SelfTest(({"device": "GPU"},), f"the self-test ended with status {done.returncode}: {last}")
+        return SelfTest((), f"the self-test ended with status {done.returncode}: {last}", broken=True)
     proofs = tuple(json.loads(done.stdout))
     failures = [f"{each['device']}: {each['failure']}" for each in proofs if each["failure"]]
-    return SelfTest(proofs, "; ".join(failures) if proofs else "CUDA sees no device here")
+    return SelfTest(proofs, "; ".join(failures) if proofs else "CUDA sees no device here", bool(failures))
 
 
 def _has_gpu() -> bool:

@@ -10,6 +10,15 @@ from exo.worker.protocol.messages import Probe
 
 
 @dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process that has memory on a device; None if the driver does not tell how much."""
+
+    pid: int
+    name: str
+    memory: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class NvidiaDevice:
     """One device as the driver sees it, whether or not an engine can use it. Memory in bytes."""
 
@@ -20,6 +29,11 @@ class NvidiaDevice:
     address: str = ""  # on the PCI bus, such as "0000:c1:00.0"
     id: str = ""
     """The engines' name for it, such as "CUDA0"; empty if it is hidden from them, as by CUDA_VISIBLE_DEVICES."""
+    pcie_lanes: tuple[int, int] | None = None
+    """Lanes in use, and the most that device and slot have; None if the driver does not tell."""
+    persistence: bool | None = None
+    """Whether the driver stays loaded while no process uses the device."""
+    processes: tuple[GpuProcess, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,18 @@ class Host:
     """The processor's model name, where it has one."""
     unanswered: frozenset[str] = frozenset()
     """Runners whose probe timed out. They may work: nothing is known about them."""
+    driver: str = ""
+    """Version of the NVIDIA driver and the CUDA that it supports, such as "580.95.05, CUDA 13.0"."""
+
+
+def unused_gpus(host: Host) -> str:
+    """A sentence with reason and remedy if llama.cpp uses none of the NVIDIA GPUs that are here; empty otherwise."""
+    probe = host.probes.get("cuda")
+    if not host.nvidia_devices or probe is None or not probe.installed or "LlamaCppCuda" in probe.backends:
+        return ""
+    names = ", ".join(dict.fromkeys(each.name for each in host.nvidia_devices))
+    remedy = f"; to fix it: {probe.remedy}" if probe.remedy else ""
+    return f"llama.cpp does not use {names}: {'; '.join(probe.notes) or 'it gives no reason'}{remedy}"
 
 
 def updated(before: Host, now: Host) -> Host:

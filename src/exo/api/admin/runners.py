@@ -129,3 +129,5 @@ class InstanceList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Instance]
+    notices: list[str] = []
+    """What the operator should know of this host, such as a GPU that is not used."""

@@ -30,6 +30,8 @@ class Ready(BaseModel):
 
     status: Literal["ready"] = "ready"
     models: list[str]
+    notices: list[str]
+    """What the operator should know of this host, such as a GPU that is not used."""
 
 
 class RouteReport(BaseModel):
@@ -81,14 +83,16 @@ def server_routes(services: Services) -> APIRouter:
         live = services.pool.live()
         models = sorted({each.model_id for each in live if each.state in ("Ready", "Running")})
         if not models:
-            raise ApiError(503, _why_not_ready(live, services.models.start_failures), code="not_ready")
-        return Ready(models=models)
+            why = "; ".join([_why_not_ready(live, services.models.start_failures), *services.notices])
+            raise ApiError(503, why, code="not_ready")
+        return Ready(models=models, notices=services.notices)
 
     @routes.get("/v1/instances")
     async def instances() -> InstanceList:
         """What is loaded, how busy it is, how often it died and why."""
         reports = services.pool.reports()
-        return InstanceList(data=[Instance.of(each, outdated=services.models.is_outdated(each)) for each in reports])
+        data = [Instance.of(each, outdated=services.models.is_outdated(each)) for each in reports]
+        return InstanceList(data=data, notices=services.notices)
 
     @routes.post("/v1/models/unload", response_model=Unloaded, openapi_extra=json_body(UnloadRequest))
     async def unload(request: Request) -> Response:

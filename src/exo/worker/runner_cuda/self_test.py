@@ -44,6 +44,7 @@ class Proof:
     seconds: float
     failure: str
     """Why this is no proof; empty if it is one."""
+    bound: float = BOUND
 
 
 class _Placement(Log):

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import psutil
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
-from exo.worker.host import Host, NvidiaDevice, with_engine_names
+from exo.worker.host import GpuProcess, Host, NvidiaDevice, with_engine_names
 from exo.worker.protocol.messages import Probe
 from exo.worker.protocol.runners import RUNNERS
 
@@ -57,8 +57,9 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
         for name, command in commands.items():
             tasks.start_soon(probe_runner, name, command)
     devices: Sequence[NvidiaDevice] = ()
+    driver = ""
     with anyio.move_on_after(deadline):  # only now: the probes themselves take memory on the devices
-        devices = await run_sync(query_nvml, _nvidia_devices, (), abandon_on_cancel=True)
+        devices, driver = await run_sync(query_nvml, _nvidia_driver, (devices, driver), abandon_on_cancel=True)
     memory = psutil.virtual_memory()
     return Host(
         system=platform.system(),
@@ -70,6 +71,7 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
         probes={name: probes[name] for name in commands},
         processor=_processor(),
         unanswered=frozenset(unanswered),
+        driver=driver,
     )
 
 
@@ -116,8 +118,19 @@ def query_nvml(query: Callable[[ModuleType], _Answer], default: _Answer) -> _Ans
         return default
 
 
-def _nvidia_devices(nvml: ModuleType) -> Sequence[NvidiaDevice]:
-    return [_nvidia_device(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
+def _nvidia_driver(nvml: ModuleType) -> tuple[Sequence[NvidiaDevice], str]:
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    version, cuda = _told(nvml, "nvmlSystemGetDriverVersion"), _told(nvml, "nvmlSystemGetCudaDriverVersion_v2")
+    supports = f", CUDA {cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
+    return [_nvidia_device(nvml, each) for each in handles], f"{version or 'unknown version'}{supports}"
+
+
+def _told(nvml: ModuleType, name: str, *arguments: object) -> Any:  # noqa: ANN401 -- each function has its own type
+    """What an NVML function returns; None if this driver or this device does not have it."""
+    try:
+        return getattr(nvml, name)(*arguments)
+    except (nvml.NVMLError, AttributeError):
+        return None
 
 
 def _nvidia_device(nvml: ModuleType, handle: object) -> NvidiaDevice:
@@ -129,4 +142,23 @@ def _nvidia_device(nvml: ModuleType, handle: object) -> NvidiaDevice:
         total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
     pci = nvml.nvmlDeviceGetPciInfo(handle)
     address = f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
-    return NvidiaDevice(str(nvml.nvmlDeviceGetName(handle)), f"{major}.{minor}", total, free, address)
+    lanes = [_told(nvml, f"nvmlDeviceGet{each}PcieLinkWidth", handle) for each in ("Curr", "Max")]
+    persistence = _told(nvml, "nvmlDeviceGetPersistenceMode", handle)
+    running = _told(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or ()
+    return NvidiaDevice(
+        str(nvml.nvmlDeviceGetName(handle)),
+        f"{major}.{minor}",
+        total,
+        free,
+        address,
+        pcie_lanes=None if None in lanes else (int(lanes[0]), int(lanes[1])),
+        persistence=None if persistence is None else bool(persistence),
+        processes=tuple(GpuProcess(int(each.pid), _process_name(each.pid), each.usedGpuMemory) for each in running),
+    )
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:  # in another container, or gone
+        return "?"
