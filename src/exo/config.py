@@ -396,9 +396,13 @@ def _directories(variable: str) -> tuple[Path, ...]:
 
 def _directory(given: _Given, relative_to: Path | None = None) -> Path:
     try:
-        path = (relative_to or Path.cwd()) / Path(given.value).expanduser()
+        path = Path(given.value).expanduser()
+        if not path.is_absolute():
+            path = (relative_to or Path.cwd()) / path
     except RuntimeError as error:
         raise given.error("~ stands for an unknown home directory") from error
+    except FileNotFoundError as error:
+        raise given.error("expected an absolute path, because the current directory does not exist any more") from error
     if not given.value or os.path.isfile(path):
         raise given.error("expected a directory")
     try:

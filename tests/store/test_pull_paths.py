@@ -9,7 +9,7 @@ import pytest
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
-from tests.support.hub import LocalHub
+from tests.support.hub import Fault, LocalHub
 from tests.support.pulling import gguf_card, hub_at, pull_card
 
 WEIGHTS = os.urandom(2000)
@@ -63,7 +63,7 @@ async def test_an_odd_name_is_taken_literally(hub: LocalHub, tmp_path: Path, nam
     assert (tmp_path / "org--model" / name).read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize("link", ["org--model", "org--model/.exo", "org--model/sub", ".locks"])
+@pytest.mark.parametrize("link", ["org--model/.exo", "org--model/sub", ".locks"])
 async def test_a_link_is_not_written_through(hub: LocalHub, tmp_path: Path, link: str) -> None:
     hub.commit({"sub/x-Q4_K_M.gguf": WEIGHTS})
     models, outside = tmp_path / "models", tmp_path / "outside"
@@ -73,6 +73,49 @@ async def test_a_link_is_not_written_through(hub: LocalHub, tmp_path: Path, link
     with pytest.raises(PullError, match="is not written through"):
         await pull_card(CARD, Store([models]), hub_at(hub.url), quant="Q4_K_M")
     assert tree(outside) == []
+
+
+async def test_a_model_folder_may_be_a_link_for_every_command(hub: LocalHub, tmp_path: Path) -> None:
+    hub.commit({"x-Q4_K_M.gguf": WEIGHTS})
+    models, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    models.mkdir()
+    elsewhere.mkdir()
+    (models / "org--model").symlink_to(elsewhere)
+    store, source = Store([models]), Source.of(CARD, "cuda", "Q4_K_M")
+    await pull_card(CARD, store, hub_at(hub.url), quant="Q4_K_M")
+    assert (elsewhere / "x-Q4_K_M.gguf").read_bytes() == WEIGHTS
+    assert store.on_disk(source).state == "present"
+    store.remove(source)
+    assert tree(elsewhere) == []
+    assert store.on_disk(source).state == "absent"
+    elsewhere.rmdir()  # as when a disk is not mounted
+    with pytest.raises(PullError, match="org--model"):
+        await pull_card(CARD, store, hub_at(hub.url), quant="Q4_K_M")
+
+
+@pytest.mark.parametrize(("mode", "shared"), [(0o2775, True), (0o755, False), (0o2755, False)])
+async def test_the_group_may_write_what_is_pulled_into_its_directory(
+    hub: LocalHub, tmp_path: Path, mode: int, shared: bool
+) -> None:
+    hub.commit({"sub/x-Q4_K_M.gguf": WEIGHTS})
+    hub.state.faults = [Fault("close", at=1000), Fault("status", status=403)]
+    models = tmp_path / "models"
+    models.mkdir()
+    models.chmod(mode)
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(PullError):
+            await pull_card(CARD, Store([models]), hub_at(hub.url), quant="Q4_K_M")
+        begun = [path for path in models.rglob("*") if path.stat().st_size == 1000]
+        assert len(begun) == 1
+        assert [bool(path.stat().st_mode & 0o020) for path in begun] == [shared]
+        hub.state.faults = []
+        await pull_card(CARD, Store([models]), hub_at(hub.url), quant="Q4_K_M")
+    finally:
+        os.umask(before)
+    writable = {str(path.relative_to(models)): bool(path.stat().st_mode & 0o020) for path in models.rglob("*")}
+    assert writable == dict.fromkeys(writable, shared)
+    assert {"org--model/sub/x-Q4_K_M.gguf", "org--model/.exo/manifest.json", ".locks/org--model"} <= writable.keys()
 
 
 @pytest.mark.parametrize("file", ["part", "manifest.json.new"])

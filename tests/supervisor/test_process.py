@@ -211,11 +211,18 @@ async def test_a_program_that_does_not_exist_is_a_failure_with_its_name(log: Pat
             await process.ready()
 
 
-async def test_a_log_that_cannot_be_opened_is_a_failure_with_its_name(tmp_path: Path) -> None:
+async def test_a_log_that_cannot_be_written_goes_to_standard_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "logs").write_text("in the way")
-    async with started(tmp_path / "logs" / "runner.log") as process:
-        with pytest.raises(RunnerError, match=r"log cannot be opened: .*logs"):
-            await process.ready()
+    for name in ("one", "two"):
+        async with started(
+            tmp_path / "logs" / f"{name}.log", script(f"raise SystemExit('{name} was here')")
+        ) as process:
+            with pytest.raises(RunnerError, match=f"{name} was here"):
+                await process.ready()
+    assert capfd.readouterr().err == "one was here\ntwo was here\n"
+    assert caplog.text.count("go to standard error") == 1
 
 
 async def test_a_program_that_exits_at_once_is_diagnosed(log: Path) -> None:

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -102,6 +103,30 @@ def test_a_bad_variable_is_named_with_value_and_remedy(
     assert message.startswith(f"{variable}: ")
     assert expected in message
     assert value.split(":")[-1] in message
+
+
+def test_exo_home_is_enough_without_a_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_entry(_: int) -> NoReturn:  # as in many containers
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    with pytest.raises(SettingsError, match="HOME"):
+        Settings.load()
+    monkeypatch.setenv("EXO_HOME", str(tmp_path / "exo"))
+    assert Settings.load().models_directory == tmp_path / "exo/models"
+
+
+def test_the_current_directory_is_needed_for_relative_paths_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert Settings.load(models_directory="/models").models_directory == Path("/models")
+    with pytest.raises(SettingsError, match=r"^--models-dir: .*current directory"):
+        Settings.load(models_directory="models")
 
 
 def test_a_directory_that_json_cannot_carry_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

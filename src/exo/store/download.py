@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from exo.store.errors import PullError
-from exo.store.folder import ModelFolder, RemoteFile, store_error
+from exo.store.folder import ModelFolder, RemoteFile, share, store_error
 from exo.store.hub import Hub, Interrupted, Stopped, WrongRange
 from exo.store.progress import Meter
 
@@ -118,11 +118,12 @@ class Download:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             with (
-                open(os.open(self._path, flags, 0o644), "r+b", buffering=0) as part,
+                open(os.open(self._path, flags, 0o666), "r+b", buffering=0) as part,
                 ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher,
                 ThreadPoolExecutor(1, thread_name_prefix="sync") as self._syncer,
             ):
                 self._part = part.fileno()
+                share(self._part, self._path.parent)
                 self._digest = Digest(self._file, hasher)
                 return self._complete()
         except OSError as error:

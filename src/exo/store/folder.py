@@ -93,7 +93,8 @@ class ModelFolder:
         """Replaces the manifest atomically."""
         own = self.make(OWN)
         fresh = own / "manifest.json.new"
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb") as file:
+            share(file.fileno(), own)
             file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -114,7 +115,10 @@ class ModelFolder:
         return entry is not None and entry.etag == file.etag and size_of(self.path / file.name) == file.size
 
     def make(self, inside: str = ".") -> Path:
-        """Makes a directory inside the folder. Raises PullError if a link would lead out of the models directory."""
+        """Makes a directory inside the folder. Raises PullError if a link would lead out of the folder.
+
+        The folder itself may be a link: its owner has put the model elsewhere.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory
@@ -122,7 +126,9 @@ class ModelFolder:
                 path /= part
                 with suppress(FileExistsError):
                     path.mkdir()
-                if not stat.S_ISDIR(path.lstat().st_mode):
+                    share(path, path.parent)
+                found = path.stat() if path == self.path else path.lstat()
+                if not stat.S_ISDIR(found.st_mode):
                     raise PullError("store", f"{path} is not a directory, or a link to one, and is not written through")
         except OSError as error:
             raise store_error(self.path, error) from error
@@ -164,8 +170,10 @@ class ModelFolder:
             locks.mkdir(parents=True, exist_ok=True)
             if locks.is_symlink():
                 raise PullError("store", f"{locks} is a link, and is not written through")
+            share(locks, self.directory)
             lock = FileLock(locks / self.path.name, timeout=0)
             lock.acquire()  # the system releases it with the process, however that ends
+            share(locks / self.path.name, locks)
         except Timeout as error:
             raise PullError("busy", f"{self.repo} is being pulled by another process") from error
         except OSError as error:
@@ -174,6 +182,17 @@ class ModelFolder:
             yield
         finally:
             lock.release()
+
+
+def share(created: Path | int, directory: Path) -> None:
+    """Lets the group write what was created in a directory that a group shares, which its setgid bit shows.
+
+    The umask of most systems would deny that.
+    """
+    if directory.stat().st_mode & (stat.S_ISGID | stat.S_IWGRP) == stat.S_ISGID | stat.S_IWGRP:
+        mode = stat.S_IMODE(os.stat(created).st_mode)
+        with suppress(PermissionError):  # another user has created it
+            os.chmod(created, mode | stat.S_IWGRP)
 
 
 def folder_name(repo: str) -> str:

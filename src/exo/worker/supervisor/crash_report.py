@@ -1,10 +1,13 @@
 """Standard error of a runner: a log file, and the cause of death that its last lines give."""
 
+import errno
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,6 +16,9 @@ from typing import BinaryIO, final
 
 from exo.worker.protocol.messages import Failed
 
+log = logging.getLogger(__name__)
+
+_STDERR = 2
 _LOG_BYTES = 8 << 20
 _UNWRITTEN_BYTES = 8 << 20
 """Data that may wait for a slow disk. The file lacks the rest."""
@@ -55,12 +61,20 @@ class StderrLog:
     """Appends a child's standard error to a file, which is emptied at 8 MiB, and keeps the end in memory.
 
     A thread writes the file, so that a slow disk cannot block the event loop. If another process writes the same log,
-    this one goes to a file with a number in its name. Raises ``OSError`` if the file cannot be opened.
+    this one goes to a file with a number in its name. A log that cannot be written goes to the server's standard error.
+    Raises ``OSError`` if that is impossible, too.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _open_alone(path)
+        self._is_file = True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_alone(path)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._file, self._is_file = os.fdopen(os.dup(_STDERR), "wb", buffering=0), False
+            _warn_of_unwritable(path.parent, error.strerror)
         self._tail = b""
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._queued = 0  # bytes; the event loop's thread is the only writer
@@ -89,12 +103,17 @@ class StderrLog:
         size = os.fstat(self._file.fileno()).st_size
         while (data := self._queue.get()) is not None:
             with suppress(OSError):
-                if size > _LOG_BYTES:
+                if self._is_file and size > _LOG_BYTES:
                     self._file.truncate(0)
                     size = 0
                 size += self._file.write(data)
             self._done += len(data)
         self._file.close()
+
+
+@cache
+def _warn_of_unwritable(directory: Path, reason: str) -> None:
+    log.warning("%s cannot be written (%s); the logs of the runners go to standard error", directory, reason)
 
 
 def _open_alone(path: Path) -> BinaryIO:
