@@ -64,7 +64,7 @@ def write_models(home: Path) -> None:
     write_card(home, "assertion", {"cuda": {**TABLE, "path": str(home / "assertion.gguf")}})
     for name, source in CHATS.items():
         write_card(home, name, {"cuda": {**TABLE, "path": str(home / "good.gguf"), "chat_template": source}})
-    for name in ("auto-map", "pickle", "overlap", "short-header"):
+    for name in ("auto-map", "pickle", "overlap", "short-header", "tokenizer"):
         write_mlx(home / name, Shape())
         write_card(home, name, {"mlx": {"path": str(home / name)}}, backends=MLX)
     Encoder("rank").write(home / "ranks.gguf")
@@ -76,6 +76,8 @@ def write_models(home: Path) -> None:
         settings = json.loads((home / "auto-map" / name).read_text())
         code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.T", None]}
         (home / "auto-map" / name).write_text(json.dumps({**settings, "auto_map": code}))
+    tokenizer = (home / "tokenizer" / "tokenizer.json").read_text()
+    (home / "tokenizer" / "tokenizer.json").write_text(tokenizer.replace('"BPE"', '"Perceptron"'))
     (home / "pickle" / "model.safetensors").unlink()
     (home / "pickle" / "pytorch_model.bin").write_bytes(b"cbuiltins\nexec\n(S" + repr(canary).encode() + b"\ntR.")
     place: JsonValue = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -369,6 +371,7 @@ def test_row_28_another_host_or_origin(server: ServeProgram) -> None:
         ("pointer", "a Git LFS pointer, which stands for the file: run git lfs pull"),
         ("adapter", "an adapter (LoRA) of another model"),
         ("pickle", "is a pickle"),
+        ("tokenizer", "mlx-lm could not load the tokenizer"),
         ("overlap", "are taken"),
         ("short-header", "not a safetensors file"),
     ],

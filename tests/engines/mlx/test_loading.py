@@ -43,6 +43,12 @@ def header(text: str) -> bytes:
     return len(text).to_bytes(8, "little") + text.encode()
 
 
+def of_unknown_type(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["type"] = "Perceptron"
+    edit(folder / "tokenizer.json", model=tokenizer["model"])
+
+
 TENSOR = '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
 BROKEN: dict[str, tuple[Break, str]] = {
     "config missing": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
@@ -153,6 +159,20 @@ FAILING: dict[str, tuple[Break, str]] = {
     "numbers that do not fit": (lambda folder: edit(folder / "config.json", hidden_size=63), "shape"),
     "type that is not batched": (lambda folder: edit(folder / "config.json", model_type="gemma2"), "needs slots = 1"),
     "tokenizer missing": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "tokenizer of an unknown type": (of_unknown_type, "mlx-lm could not load the tokenizer"),
+    "tokenizer's length a text": (
+        lambda folder: edit(folder / "tokenizer_config.json", model_max_length="x"),
+        "the model cannot be loaded: TypeError",
+    ),
+    "end a text": (lambda folder: edit(folder / "generation_config.json", eos_token_id="<|im_end|>"), "eos_token_id"),
+    "beginning a list": (lambda folder: edit(folder / "config.json", bos_token_id=[1]), "config.json is refused by"),
+    "length a text": (
+        lambda folder: edit(folder / "config.json", max_position_embeddings="4096"),
+        "config.json is refused by transformers",
+    ),
+    "padding empty": (lambda folder: edit(folder / "config.json", pad_token_id=""), "'pad_token_id'"),
+    "quantisation without sizes": (lambda folder: edit(folder / "config.json", quantization={}), "'group_size'"),
+    "a package missing": (lambda folder: edit(folder / "config.json", model_type="olmo"), "SystemExit"),
 }
 
 

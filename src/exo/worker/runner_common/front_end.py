@@ -5,6 +5,7 @@ the emitter's thread, which makes text and writes events, share queues only. A `
 """
 
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +32,7 @@ from exo.worker.protocol.messages import (
 from exo.worker.protocol.wire import exit_now
 from exo.worker.runner_common.commands import Commands, SequenceT, TextJob
 from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
-from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.load_error import LoadError, from_library
 from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter, Refused
 from exo.worker.runner_common.request_checks import (
     input_refusal,
@@ -130,8 +131,8 @@ class FrontEnd(Generic[SequenceT]):
     def _answer_estimate(self, command: Estimate) -> None:
         try:
             self._emitter.put(self._estimate(command))
-        except LoadError as error:
-            self._fail(Failed(code=error.code, message=str(error)))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- a library may raise anything
+            self._fail(self._cannot_load(error))
 
     # --- the thread that tokenizes: a long text holds up no ``Cancel`` ---
 
@@ -230,6 +231,10 @@ class FrontEnd(Generic[SequenceT]):
         """Loads the model and computes. An error of the engine ends the process: its results cannot be trusted."""
         try:
             engine = self._load(command)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- a library may raise anything
+            self._fail(self._cannot_load(error))
+            return
+        try:
             self._emitter.vocabulary = engine.tokenizer
             self._emitter.stop_engine = lambda request: engine.commands.put(Cancel(id=request))
             self._emitter.counts = engine.counts
@@ -237,14 +242,21 @@ class FrontEnd(Generic[SequenceT]):
             self._engine = engine
             self._emitter.put(Status(state="Ready", capabilities=engine.capabilities))
             engine.run()
-        except LoadError as error:
-            self._fail(Failed(code=error.code, message=str(error)))
         except Exception as error:
             if (failed := self._explain(error)) is None:
                 raise
             self._fail(failed)
 
     # --- the end ---
+
+    def _cannot_load(self, error: BaseException) -> Failed:
+        """What a library raises while it builds or measures a model, it would raise in another process as well."""
+        if not isinstance(error, LoadError):
+            if isinstance(error, Exception) and (known := self._explain(error)) is not None:
+                return known
+            traceback.print_exception(error)
+            error = from_library("the model cannot be loaded", error, out_of_memory=False)
+        return Failed(code=error.code, message=str(error))
 
     def _fail(self, failure: Failed) -> None:
         self._emitter.put(failure)

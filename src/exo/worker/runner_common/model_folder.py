@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
 from exo.worker.runner_common.file_kind import what_it_is
 from exo.worker.runner_common.folder_config import Json, normalised
@@ -101,6 +101,15 @@ def read_folder(path: Path) -> HfFolder:
     tensors(folder)
     _require_tokenizer(path)
     return folder
+
+
+def end_tokens(folder: Path, value: JsonValue) -> list[int]:
+    """The ids that a configuration's eos_token_id names: one, several or none. Raises LoadError."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    found = [each for each in values if isinstance(each, int) and not isinstance(each, bool)]
+    if len(found) < len(values):
+        raise _broken(f"{folder} has eos_token_id = {value!r}, expected the number of a token or a list of numbers")
+    return found
 
 
 def tell_ignored(folder: HfFolder) -> None:

@@ -18,7 +18,7 @@ import mlx.core as mx
 from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.hf_tokenizer import HfTokenizer
 from exo.worker.runner_common.load_error import LoadError, from_library
-from exo.worker.runner_common.model_folder import HfFolder, presented
+from exo.worker.runner_common.model_folder import HfFolder, end_tokens, presented
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.pipeline import Body
@@ -116,7 +116,7 @@ class Model:
                 wait_for(self._network.parameters())
         except BROKEN_MODEL as error:
             raise load_error(f"mlx-lm could not load {folder.path}", error) from error
-        self.eos_token_ids = _as_list(config.get("eos_token_id"))
+        self.eos_token_ids = end_tokens(folder.path, config.get("eos_token_id"))
 
     def forward(
         self, tokens: mx.array, cache: KVCache, slots: list[int], starts: list[int], *, whole: bool = True
@@ -179,7 +179,9 @@ def open_tokenizer(folder: HfFolder, eos_token_ids: list[int]) -> MlxTokenizer:
         with presented(folder, folder.written) as view:
             return mlx_lm.load_tokenizer(view, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
     except BROKEN_MODEL as error:
-        raise load_error(f"mlx-lm could not load the tokenizer in {folder.path}", error) from error
+        strict = "Strict" in type(error).__name__  # of transformers' check of a configuration
+        what = f"{folder.path / 'config.json'} is refused by transformers" if strict else ""
+        raise load_error(what or f"mlx-lm could not load the tokenizer in {folder.path}", error) from error
 
 
 def keep_weights_in_memory() -> None:
@@ -205,10 +207,6 @@ def _shared(tokens: mx.array, part: Part) -> mx.array:
     shared = part.share(tokens)
     queue(shared)
     return shared
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [ids] if isinstance(ids, int) else ids or []
 
 
 def _body(network: object) -> Body | None:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import JsonValue
-
 from exo.worker.protocol.cores import physical_cores
 from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
 from exo.worker.runner_common.commands import TextJob
@@ -14,7 +12,7 @@ from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import presented, read_optional, tell_ignored, tensors
+from exo.worker.runner_common.model_folder import end_tokens, presented, read_optional, tell_ignored, tensors
 from exo.worker.runner_vllm.checked import Checked, check
 from exo.worker.runner_vllm.limits import quantisation
 from exo.worker.runner_vllm.options import load_error
@@ -145,14 +143,9 @@ def _cache(checked: Checked) -> dict[str, object]:
 
 
 def _ends(folder: Path, config: Json) -> Collection[int]:
-    """Ids that end generation, as the folder's files say."""
+    """Ids that end generation, as the folder's files say. Raises LoadError."""
     found = [config.get("eos_token_id"), read_optional(folder, "generation_config.json").get("eos_token_id")]
-    return {token for value in found for token in _as_list(value)}
-
-
-def _as_list(value: JsonValue) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [each for each in values if isinstance(each, int)]
+    return {token for value in found for token in end_tokens(folder, value)}
 
 
 def _warm_up(core: "Core", folder: Path, purpose: Purpose) -> None:
