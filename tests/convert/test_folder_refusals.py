@@ -142,7 +142,12 @@ def write(file: str, content: bytes) -> Change:
         ("llama", model(ignore_merges=True), "tokenizer.json: ignore_merges: expected false for gpt-2"),
         ("llama", model(byte_fallback=True), "tokenizer.json: merges: "),
         ("llama", model(merges=["ab"]), "tokenizer.json: merges: holds 'ab', expected two tokens"),
-        ("llama", model(merges=[["a b", "c"]]), "tokenizer.json: merges: ('a b', 'c') has a spac"),
+        ("llama", model(merges=[["a", "bc"]]), "tokenizer.json: merges: 'a' and 'bc' need 'bc', which is no token"),
+        (
+            "llama",
+            model(merges=[["a b", "c"]], vocab={"a b": 0, "c": 1, "a bc": 2}),
+            "tokenizer.json: merges: ('a b', 'c') has a spac",
+        ),
         (
             "llama",
             model(vocab={"a": 0, "b": 0}),

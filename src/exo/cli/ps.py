@@ -59,7 +59,7 @@ def show(instances: InstanceList, console: Console) -> None:
             str(each.deaths),
         )
     console.print(table, markup=False, highlight=False)
-    for line in (*_cpu_use(instances), *_failures(instances, now)):
+    for line in (*_notes(instances), *_cpu_use(instances), *_failures(instances, now)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -74,6 +74,13 @@ def _state(instance: Instance) -> str:
     loading = instance.state == "Loading" and instance.total_layers
     state = f"Loading {instance.layers_loaded}/{instance.total_layers}" if loading else instance.state
     return f"{state}, old settings" if instance.outdated else state
+
+
+def _notes(instances: InstanceList) -> Iterator[str]:
+    for each in instances.data:
+        for note in each.notes:
+            yield ""
+            yield f"{each.model}@{each.runner}: {printable(note)}"
 
 
 def _cpu_use(instances: InstanceList) -> Iterator[str]:

@@ -44,6 +44,8 @@ class MemoryPlan(BaseModel):
     """By place: "memory" is RAM, the others are devices."""
     problem: str | None = None
     """Why the model cannot be loaded."""
+    notes: tuple[str, ...] = ()
+    """What to know of the model's files, such as that they make the output worse."""
 
 
 class Engine(FileState):
@@ -142,7 +144,7 @@ async def _plan(engine: Engine, card: ModelCard, host: Host, settings: Settings)
     if (refusal := decided.refused.get(engine.runner)) is not None:
         return MemoryPlan(problem=refusal.message(card.model_id, engine.runner))
     option = decided.granted[engine.runner]
-    return MemoryPlan(settings=option.settings, memory=budget.need(option).by_account())
+    return MemoryPlan(settings=option.settings, memory=budget.need(option).by_account(), notes=answer.notes)
 
 
 async def _estimate(command: tuple[str, ...], load: Load) -> Estimated | Failed | None:
@@ -225,6 +227,8 @@ def _plan_rows(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
         yield "settings", ", ".join(f"{key} {value}" for key, value in chosen.items())
     places = ((name.replace("memory", "RAM"), _gb(size)) for name, size in plan.memory.items())
     yield "memory", ", ".join(f"{size} of {name}" for name, size in places)
+    for note in plan.notes:
+        yield "note", note
 
 
 def _on_disk(files: FileState) -> str:

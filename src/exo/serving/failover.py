@@ -15,6 +15,7 @@ from exo.serving.errors import model_changed, unknown_model
 from exo.serving.events import Loading, Routed
 from exo.serving.pull_jobs import pull_note
 from exo.serving.routing import RequestedModel
+from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Capabilities, Embed, Embedded, Failed, Rank, Ranked, Tokenize, Tokenized
 from exo.worker.protocol.runners import Need
 from exo.worker.router import Route
@@ -103,6 +104,7 @@ class Failover:
                         layers = f" {status.layers_loaded}/{status.total_layers}" if status.total_layers else ""
                         yield Loading(f"{status.state.lower()}{layers}")
                 self.runner = LoadedRunner(route, card, process, await process.ready())
+                self._tell_notes()
             except RunnerError as error:
                 if process is not None and process.displaced:
                     continue
@@ -140,6 +142,13 @@ class Failover:
             self._first = self.runner
         elif (why := other_model(self._first.capabilities, self.runner.capabilities)) is not None:
             raise model_changed(self.runner.card.model_id, why)
+
+    def _tell_notes(self) -> None:
+        """Warns of the model's faults in the first reply of each process."""
+        process = self.runner.process
+        for note in () if process.told_notes else self.runner.capabilities.notes:
+            warn("", note)
+        process.told_notes = True
 
     def check_replay(self, runner: LoadedRunner, failed: Failed, budget: ReplayBudget) -> None:
         """Raises ``RunnerError`` if the request itself caused this failure or runners have died under it too often."""

@@ -164,12 +164,13 @@ async def render(
     services: Services, runner: LoadedRunner, conversation: Conversation, prompt_field: str
 ) -> tuple[Text, ...]:
     """The conversation's prompt. Raises ``ServingError``."""
-    if runner.capabilities.chat_template is None:
-        raise RequestError(
-            "this model has no chat template; set chat_template in its model card, or use /v1/completions",
-            code="no_chat_template",
-            param="model",
-        )
+    model = runner.capabilities
+    if model.chat_template is None:
+        encodes = (model.embeddings or model.rerank) and not model.logprobs
+        reason = "is an encoder, which generates no text; it is for /v1/embeddings or /v1/rerank"
+        lacks = "has no chat template; set chat_template in its model card, or use /v1/completions"
+        message = f"this model {reason if encodes else lacks}"
+        raise RequestError(message, code="no_chat_template", param="model")
     try:
         return await _render(services, runner, conversation)
     except SandboxBusyError as error:

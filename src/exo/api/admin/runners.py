@@ -44,6 +44,8 @@ class Instance(BaseModel):
     slots: int
     context_length: int = 0
     """Tokens of one sequence, prompt and output together."""
+    notes: list[str] = []
+    """What to know of the model's files, such as that they make the output worse."""
     active: int
     """Sequences in a slot."""
     waiting: int
@@ -94,6 +96,7 @@ class Instance(BaseModel):
             total_layers=report.status.total_layers,
             slots=now.slots,
             context_length=model.context_length if model else 0,
+            notes=list(model.notes) if model else [],
             active=now.active,
             waiting=now.waiting,
             model_bytes=model.model_bytes if model else 0,

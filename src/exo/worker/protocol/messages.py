@@ -232,6 +232,8 @@ class Capabilities(Message):
     """Jinja source, from the card or else from the model's file."""
     tool_template: str | None = None
     """The model's own template for requests with tools, if it has another one for them."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the model's files, such as that they make the output worse."""
     bos_token: str = ""
     eos_token: str = ""
     special_tokens: tuple[str, ...] = ()
@@ -279,6 +281,8 @@ class Estimated(Message):
     """The index of the option that justifies unloading other models. Better ones are for free memory only."""
     remedies: tuple[LoadOption, ...] = ()
     """Other settings that take less memory. For each setting, the smallest change comes first."""
+    notes: tuple[str, ...] = ()
+    """See ``Capabilities.notes``."""
 
 
 RunnerState = Literal[

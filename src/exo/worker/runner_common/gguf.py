@@ -8,7 +8,7 @@ lengths only; a value is decoded when it is asked for, because most of a header 
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +144,16 @@ class GgufHeader:
     def array_length(self, key: str) -> int:
         """The number of an array's elements; 0 for an absent key and for a single value."""
         return (self.fields[key].count or 0) if key in self.fields else 0
+
+
+def quality_notes(text: Callable[[str], str | None]) -> tuple[str, ...]:
+    """Faults of a model's metadata with which it works, but worse than it could. ``text`` gives a key's value."""
+    if text("tokenizer.ggml.model") == "gpt2" and not text("tokenizer.ggml.pre"):
+        fault = (
+            "the GGUF file does not name its pre-tokenizer, so text is split by a default that may not be the model's"
+        )
+        return (f"{fault}, and the output is worse than it could be: get a newer conversion of the model",)
+    return ()
 
 
 def split_parts(path: Path) -> list[Path]:

@@ -80,6 +80,14 @@ class HfFolder:
     """Names of safetensors files that are no part of the model."""
     templates: Mapping[str, str]
     """Chat templates; see ``folder_templates``."""
+    names_code: bool
+    """Whether it asks to run code of its own."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the folder."""
+        reason = "the engine has the architecture itself"
+        return (f"the folder names code of its own (auto_map), which is not run: {reason}",) if self.names_code else ()
 
 
 def read_folder(path: Path) -> HfFolder:
@@ -97,7 +105,8 @@ def read_folder(path: Path) -> HfFolder:
         raise _broken(f"{path / 'config.json'} has model_file, {reason}")
     names, ignored = _weights(path)
     weights = tuple(path / name for name in names)
-    folder = HfFolder(path, written, normalised(written), weights, ignored, _templates(path))
+    names_code = "auto_map" in written or "auto_map" in read_optional(path, "tokenizer_config.json")
+    folder = HfFolder(path, written, normalised(written), weights, ignored, _templates(path), names_code)
     tensors(folder)
     _require_tokenizer(path)
     return folder

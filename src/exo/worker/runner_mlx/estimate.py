@@ -37,7 +37,8 @@ def estimate(command: Estimate) -> Estimated:
     checked = check(command.load)
     model = _Model.of(checked)
     left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=checked.trained)
-    return estimated(Plan(checked.n_ctx, checked.options.slots), left, model.size)
+    found = estimated(Plan(checked.n_ctx, checked.options.slots), left, model.size)
+    return found.model_copy(update={"notes": checked.folder.notes})
 
 
 @dataclass(frozen=True, slots=True)

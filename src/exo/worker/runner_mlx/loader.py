@@ -139,6 +139,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         embeddings=model.has_states() and not dense_layers(folder),
         model_bytes=model.size_bytes,
         chat_template=options.chat_template or usual(checked.folder.templates),
+        notes=checked.folder.notes,
         tool_template=None if options.chat_template else checked.folder.templates.get(TOOL_USE),
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,

@@ -39,6 +39,7 @@ def estimate(command: Estimate) -> Estimated:
     plan = Plan(model.checked.purpose.n_ctx, model.checked.options.slots)
     found = estimated(plan, left, model.size)
     return Estimated(
+        notes=model.checked.folder.notes,
         choices=tuple(_renamed(choice, key) for choice in found.choices),
         enough=found.enough,
         remedies=tuple(_renamed(choice, key) for choice in found.remedies),

@@ -80,6 +80,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         embeddings=not generates,
         model_bytes=sum(tensor.size for tensor in tensors(checked.folder).values()),
         chat_template=options.chat_template or usual(checked.folder.templates),
+        notes=checked.folder.notes,
         tool_template=None if options.chat_template else checked.folder.templates.get(TOOL_USE),
         bos_token=tokenizer.bos_text,
         eos_token=tokenizer.eos_text,

@@ -113,6 +113,7 @@ class RunnerProcess:
         self._culprit: str | None = None  # the request whose answer broke the protocol
         self._stalled = False
         self.failure: Failed | None = None  # None while the process exists
+        self.told_notes = False  # whether a reply has had the notes of its capabilities
         self.produced_output = self._machine.produced_output
         self.rate = TokenRate()
 

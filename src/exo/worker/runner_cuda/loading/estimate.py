@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Estimate, Estimated, Load
-from exo.worker.runner_common.gguf import TENSOR_TYPES, GgufHeader
+from exo.worker.runner_common.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST
@@ -89,7 +89,8 @@ def estimate(command: Estimate) -> Estimated:
     def size(plan: Plan) -> list[Part]:
         return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
 
-    return estimated(plan, left, size, _smaller_caches(options))
+    found = estimated(plan, left, size, _smaller_caches(options))
+    return found.model_copy(update={"notes": quality_notes(headers[0].text)})
 
 
 def _draft(load: Load, options: CudaOptions) -> "_GgufSizes | None":

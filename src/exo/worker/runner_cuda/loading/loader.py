@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from exo.worker.protocol.cores import physical_cores, usable_cpus
 from exo.worker.protocol.messages import Capabilities, Load, Status
 from exo.worker.protocol.wire import describe
+from exo.worker.runner_common.gguf import quality_notes
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
@@ -149,6 +150,7 @@ def _capabilities(
         rerank=embedder.pooling == "rank",
         model_bytes=model.size_bytes,
         chat_template=options.chat_template or model.chat_template() or model.chat_template(b"tool_use"),
+        notes=quality_notes(model.metadata),
         tool_template=None if options.chat_template else model.chat_template(b"tool_use"),
         bos_token=tokenizer.text_of(tokenizer.bos),
         eos_token=tokenizer.text_of(tokenizer.eos),
