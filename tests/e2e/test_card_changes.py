@@ -10,8 +10,6 @@ from pathlib import Path
 import httpx
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Capabilities
-from exo.worker.supervisor.replay import other_model
 from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
 
 LONG: dict[str, JsonValue] = {"step_seconds": 0.01, "n_ctx": 100_000}
@@ -156,20 +154,3 @@ def test_a_model_whose_card_is_gone_is_unloaded_by_its_id(tmp_path: Path) -> Non
 
 def unload(server: ServeProgram, model: str) -> httpx.Response:
     return server.client.post("/v1/models/unload", json={"model": model})
-
-
-def test_what_makes_another_model() -> None:
-    one = Capabilities(
-        engine="a", engine_version="1", backend="b", context_length=8, slots=1, vocabulary=9, chat_template="t\n"
-    )
-    assert other_model(one, one) is None
-    assert other_model(one, one.model_copy(update={"engine": "c", "model_bytes": 5, "chat_template": "t"})) is None
-    for change in (
-        {"vocabulary": 10},
-        {"chat_template": "u"},
-        {"chat_template": None},
-        {"model_bytes": 5},
-        {"special_ids": (1,)},
-        {"eos_token": "</s>"},
-    ):
-        assert other_model(one, one.model_copy(update=change)) is not None

@@ -14,3 +14,9 @@ def _refuse(event: str, _: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """The standard event loop: uvloop starts processes without an audit event."""
+    return "asyncio", {"use_uvloop": False}

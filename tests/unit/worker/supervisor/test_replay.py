@@ -1,5 +1,5 @@
-from exo.worker.protocol.messages import Delta, Logprob, PromptLogprobs, TokenLogprobs
-from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Replay, ReplayBudget
+from exo.worker.protocol.messages import Capabilities, Delta, Failed, Logprob, PromptLogprobs, TokenLogprobs
+from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Replay, ReplayBudget, other_model, spent
 from tests.support.program import ask
 
 
@@ -61,3 +61,27 @@ def test_the_prompt_s_logprobs_are_told_once_whichever_runner_tells_them() -> No
     assert told(8, 10) == (8, items[8:])
     replay.take(Delta(id="one", tokens=(1,), text="a"))
     assert replay.remainder() == request.model_copy(update={"prompt_logprobs": None, "delivered": (1,)})
+
+
+def test_what_makes_another_model() -> None:
+    one = Capabilities(
+        engine="a", engine_version="1", backend="b", context_length=8, slots=1, vocabulary=9, chat_template="t\n"
+    )
+    assert other_model(one, one) is None
+    assert other_model(one, one.model_copy(update={"engine": "c", "model_bytes": 5, "chat_template": "t"})) is None
+    for change in (
+        {"vocabulary": 10},
+        {"chat_template": "u"},
+        {"chat_template": None},
+        {"model_bytes": 5},
+        {"special_ids": (1,)},
+        {"eos_token": "</s>"},
+    ):
+        assert other_model(one, one.model_copy(update=change)) is not None
+
+
+def test_the_failure_of_a_request_whose_budget_is_spent_keeps_its_code_and_tells_the_last_cause() -> None:
+    failed = spent(Failed(id="one", code="out_of_memory", message="no room"))
+    assert (failed.id, failed.code) == ("one", "out_of_memory")
+    assert "again and again" in failed.message
+    assert "no room" in failed.message
