@@ -38,7 +38,7 @@ faults: setup-dev demo-model  ## kill, stop and flood under load and check every
 		$(if $(FAULTS),--kills $(FAULTS)) $(if $(JSON),--json $(JSON))
 
 bench: setup  ## measure an OpenAI-compatible server; URL=http://127.0.0.1:52415 MODEL=gemma-3-270m ARGS="--concurrency 1,4 --goodput ttft:1000"
-	$(BIN)/python -m exo.bench $(or $(URL),http://127.0.0.1:52415) --model $(or $(MODEL),gemma-3-270m) $(ARGS)
+	$(BIN)/exo bench $(or $(URL),http://127.0.0.1:52415) --model $(or $(MODEL),gemma-3-270m) $(ARGS)
 
 bench-peers: setup-peers demo-model  ## exo beside llama-server, llama-cpp-python and mlx_lm.server; writes docs/performance.md and docs/one_user.md; PAIRS=5 ARGS=--tiny
 	$(BIN)/python -m bench.peers --pairs $(or $(PAIRS),5) $(ARGS)
@@ -66,8 +66,8 @@ setup-dev:
 setup-clients:
 	@$(SETUP) --dev --clients
 
-setup-peers:
-	@$(SETUP) --dev --peers
+setup-peers: setup-dev
+	@$(PYTHON) scripts/setup_env.py --peers
 
 setup-vllm:  ## the vLLM runner's own environment, .venv-vllm: 3 GB on a CPU, more with CUDA
 	@$(SETUP) --vllm

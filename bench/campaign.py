@@ -60,8 +60,6 @@ class Fault:
 
 @dataclass(slots=True)
 class Outcome:
-    """The observations of a campaign."""
-
     undisturbed: list[WatchedStream] = field(default_factory=list[WatchedStream])
     streams: list[WatchedStream] = field(default_factory=list[WatchedStream])
     faults: list[Fault] = field(default_factory=list[Fault])
@@ -105,7 +103,6 @@ class Campaign:
             self._flood_request = replace(self._flood_request, text=text)
 
     async def run(self, limit: float) -> None:
-        """Causes all faults. Gives up after ``limit`` seconds."""
         began = time.perf_counter()
         with suppress(TimeoutError):
             async with asyncio.timeout(limit), asyncio.TaskGroup() as tasks:

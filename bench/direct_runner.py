@@ -35,12 +35,16 @@ class DirectRunner:
     """One runner process with a model, which gets one greedy request at a time."""
 
     def __init__(self, command: Sequence[str], load: Load) -> None:
-        """Loads the model."""
+        """Loads the model. ``began_to_load`` and ``ready`` are times in seconds."""
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._requests = 0
         self._send(load)
-        while not (isinstance(event := self._read(), Status) and event.state == "Ready"):
-            pass
+        self.began_to_load = self.ready = 0.0
+        while not self.ready:
+            event, now = self._read(), time.perf_counter()
+            if isinstance(event, Status) and event.state != "Idle":
+                self.began_to_load = self.began_to_load or now
+                self.ready = now if event.state == "Ready" else 0.0
 
     def __enter__(self) -> Self:
         return self

@@ -21,8 +21,6 @@ class _Figures(BaseModel):
 
 
 class Spread(_Figures):
-    """The count, median and percentiles of some values."""
-
     count: int
     median: float
     p95: float
@@ -30,7 +28,6 @@ class Spread(_Figures):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self | None:
-        """None without values."""
         if not values:
             return None
         ordered = sorted(values)
@@ -38,7 +35,6 @@ class Spread(_Figures):
         return cls(count=len(ordered), median=statistics.median(ordered), p95=p95, p99=p99)
 
     def milliseconds(self) -> str:
-        """The spread as text."""
         return f"median {self.median * 1e3:.0f} ms, p95 {self.p95 * 1e3:.0f} ms, p99 {self.p99 * 1e3:.0f} ms"
 
 
@@ -116,8 +112,6 @@ class Deaths(_Figures):
 
 
 class Floods(_Figures):
-    """The replies to floods of requests."""
-
     bursts: int
     statuses: Mapping[int, int]
     wrong: int
@@ -155,13 +149,6 @@ class Choices(_Figures):
     near_ties: tuple[NearTie, ...] = ()
 
 
-class Promise(_Figures):
-    """A promise, and whether it was kept."""
-
-    text: str
-    kept: bool
-
-
 class Report(_Figures):
     """One campaign. The times of a runner's start and load are those of the median start."""
 
@@ -185,8 +172,7 @@ class Report(_Figures):
         spread = self.deaths.first_token
         return None if spread is None else spread.median - self.load_seconds
 
-    def promises(self) -> list[Promise]:
-        """The promises that apply to this target."""
+    def promises(self) -> dict[str, bool]:
         streams, deaths, server = self.streams, self.deaths, self.server
         kept = {
             "every fault within the time limit": self.finished,
@@ -207,11 +193,10 @@ class Report(_Figures):
             )
         else:
             kept["every difference a near-tie"] = all(tie.within_noise for tie in self.choices.near_ties)
-        return [Promise(text=text, kept=value) for text, value in kept.items()]
+        return kept
 
     def kept(self) -> bool:
-        """Whether all promises were kept."""
-        return all(promise.kept for promise in self.promises())
+        return all(self.promises().values())
 
 
 def _alignment(expected: WatchedStream, got: WatchedStream, *, exact: bool) -> Alignment:
@@ -244,14 +229,16 @@ def differing_texts(target: Target, outcome: Outcome, asked: Sequence[Continuati
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The lines of the report: figures, then promises."""
     yield f"== {report.target} model on runner {report.runner}, seed {report.seed}: {report.seconds:.0f} s of faults"
     for name, value in (*_streams(report), *_deaths(report), *_server(report)):
         yield f"{name:<24}{value}"
     if not report.exact:
         yield from _choices(report)
-    for promise in report.promises():
-        yield f"{'kept' if promise.kept else 'BROKEN':<8}{promise.text}"
+    yield from promise_lines(report.promises())
+
+
+def promise_lines(promises: Mapping[str, bool]) -> list[str]:
+    return [f"{'kept' if kept else 'BROKEN':<8}{text}" for text, kept in promises.items()]
 
 
 def _streams(report: Report) -> Iterator[tuple[str, str]]:

@@ -38,8 +38,6 @@ _LAST_SECONDS = 900
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of one campaign."""
-
     model: str
     runner: str
     kills: int
@@ -58,7 +56,7 @@ def run(options: Options, home: Path) -> Report:
     """Runs one campaign on a server of its own with its files in ``home``."""
     _note(f"{options.model} model on runner {options.runner}")
     target = asyncio.run(tiny(home, options.runner) if options.model == "tiny" else demo())
-    load = asyncio.run(load_time(target.engine, home / "load.log"))
+    load = load_time(target.engine)
     dice = random.Random(options.seed)
     kinds = plan(options.kills, options.stops, options.floods, dice)
     with ServeProgram(home, *target.arguments, EXO_MAX_QUEUE=str(MAX_QUEUE)) as server:
@@ -104,7 +102,6 @@ def _report(
 
 
 def _note(doing: str) -> None:
-    """Prints progress on standard error."""
     print(f"{time.strftime('%H:%M:%S')} {doing}", file=sys.stderr, flush=True)
 
 
@@ -139,7 +136,6 @@ def _chosen(arguments: argparse.Namespace) -> list[Options]:
 
 
 def main() -> None:
-    """Runs the campaigns and prints their figures."""
     parser = argparse.ArgumentParser(prog="bench.faults", description=__doc__)
     parser.add_argument("--model", choices=["tiny", "demo"])
     parser.add_argument("--runner", choices=["cuda", "mlx"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.fault_report import Promise, Spread
+from bench.fault_report import Spread, promise_lines
 from bench.servers import end_within
 from bench.streams import Asked, Burst, WatchedStream, client_of, text_of
 from bench.target import tiny
@@ -51,8 +51,7 @@ class Found:
     before: int
     after: int
 
-    def promises(self) -> list[Promise]:
-        """The promises, and whether they were kept."""
+    def promises(self) -> dict[str, bool]:
         refused = Spread.of(self.burst.refused_seconds)
         unharmed = all(
             two.done and two.usage_exact and (one.ids, one.reply.text) == (two.ids, two.reply.text)
@@ -64,11 +63,10 @@ class Found:
             "every token of the streams equals that of the quiet ones": unharmed,
             "every other request is served correctly": self.burst.wrong == self.burst.unexpected == 0,
         }
-        return [Promise(text=text, kept=bool(value)) for text, value in kept.items()]
+        return {text: bool(value) for text, value in kept.items()}
 
 
 async def streams(client: Client, body: Body, tokens: int) -> list[WatchedStream]:
-    """Runs all streams at once."""
     found = [WatchedStream(number, tokens) for number in range(STREAMS)]
     await asyncio.gather(*(each.read(client, body(each.number)) for each in found))
     if errors := [each.error or f"refused with {each.refused}" for each in found if not each.done]:
@@ -77,7 +75,6 @@ async def streams(client: Client, body: Body, tokens: int) -> list[WatchedStream
 
 
 def gaps(found: list[WatchedStream]) -> list[float]:
-    """The seconds between tokens."""
     return [two - one for each in found for one, two in pairwise(each.reply.times)]
 
 
@@ -104,7 +101,6 @@ async def measure(client: Client, body: Body, seconds: float, server: psutil.Pro
 
 
 def show(found: Found) -> None:
-    """Prints the figures."""
     statuses = found.burst.statuses
     print(f"{sum(statuses.values())} requests in {found.seconds:g} s: {dict(statuses)}")
     refused = Spread.of(found.burst.refused_seconds)
@@ -114,12 +110,10 @@ def show(found: Found) -> None:
         spread = Spread.of(gaps(each))
         took = max((stream.reply.times[-1] - stream.reply.times[0] for stream in each if stream.reply.times), default=0)
         print(f"{STREAMS} streams {name} flood, {took:.0f} s: token gap {spread and spread.milliseconds()}")
-    for promise in found.promises():
-        print(f"{'kept' if promise.kept else 'BROKEN':<8}{promise.text}")
+    print(*promise_lines(found.promises()), sep="\n")
 
 
 def prepare(home: Path, runner: str) -> Body:
-    """Writes the model and its card."""
     if runner == "cuda":
         return asyncio.run(tiny(home, runner, N_CTX)).body
     table = {"slots": SLOTS, "n_ctx": 1_000_000, "step_seconds": 0.01}
@@ -128,7 +122,6 @@ def prepare(home: Path, runner: str) -> Body:
 
 
 def main() -> None:
-    """Runs the benchmark on a server of its own."""
     parser = argparse.ArgumentParser(prog="bench.flood", description=__doc__)
     parser.add_argument("--runner", choices=["fake", "cuda"], default="fake")
     parser.add_argument("--seconds", type=float, default=30.0)
@@ -141,7 +134,7 @@ def main() -> None:
             server = psutil.Process(program.process.pid)
             found = asyncio.run(measure(client_of(program.url), body, arguments.seconds, server))
     show(found)
-    sys.exit(0 if all(promise.kept for promise in found.promises()) else 1)
+    sys.exit(0 if all(found.promises().values()) else 1)
 
 
 if __name__ == "__main__":

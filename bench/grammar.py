@@ -110,13 +110,11 @@ def ask(client: httpx.Client, model: str, tokens: int, seed: int) -> Outcome:
 
 
 def ask_all(url: str, model: str, seeds: Sequence[int], tokens: int) -> list[Outcome]:
-    """The outcomes in the order of the seeds."""
     with httpx.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(STREAMS) as pool:
         return list(pool.map(partial(ask, client, model, tokens), seeds))
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """Prints the counts, the refusals and the invalid replies."""
     count = Counter(each.fate for each in outcomes)
     tokens = sum(each.tokens for each in outcomes)
     print(f"{len(outcomes)} schemas, {tokens} tokens: {count['valid']} finished and valid,", end=" ")
@@ -131,7 +129,6 @@ def report(outcomes: Sequence[Outcome]) -> None:
 
 
 def main() -> int:
-    """Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="bench.grammar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -256,7 +256,6 @@ def page(rows: Sequence[Row], idle: float, pairs: int, starts: int) -> Iterator[
 
 
 def main() -> None:
-    """Sets up, measures, and writes the page."""
     parser = argparse.ArgumentParser(prog="bench.one_user", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--starts", type=int, default=10)

@@ -91,7 +91,6 @@ class Ceiling(_Finding):
 
     @property
     def seconds(self) -> float:
-        """The time of the whole batch."""
         return self.prefill_seconds + self.decode_seconds
 
 
@@ -122,16 +121,12 @@ def ceiling(streams: Sequence[int], prompt_tokens: int, output_tokens: int) -> l
 
 
 class Contender(_Finding):
-    """A measured server."""
-
     name: str
     version: str
     flags: str
 
 
 class Turn(_Finding):
-    """One server's turn in one scenario."""
-
     pair: int
     scenario: str
     server: str
@@ -146,8 +141,6 @@ class CeilingTurn(_Finding):
 
 
 class PeerFindings(_Finding):
-    """The whole run."""
-
     schema_version: int = 1
     date: str
     commit: str
@@ -159,7 +152,6 @@ class PeerFindings(_Finding):
     ceilings: tuple[CeilingTurn, ...]
 
     def stages(self, scenario: str, server: str) -> list[Stage]:
-        """One stage per pair."""
         return [turn.stage for turn in self.turns if turn.scenario == scenario and turn.server == server]
 
 
@@ -173,7 +165,6 @@ class Comparison(_Finding):
     better: tuple[float, ...]
 
     def words(self) -> tuple[str, str, str]:
-        """The medians of both, and the median ratio with its range."""
         ratio = f"{median(self.better):.2f} ({min(self.better):.2f} to {max(self.better):.2f})"
         return f"{median(self.ours):.1f} {self.unit}", f"{median(self.theirs):.1f} {self.unit}", ratio
 
@@ -229,7 +220,6 @@ def _long_ttft(stage: Stage) -> float:
 
 
 def write(findings: PeerFindings, folder: Path) -> None:
-    """Writes the page, its plot and its data."""
     (folder / DATA).write_text(findings.model_dump_json(indent=1) + "\n")
     draw({name: _sweep(findings, name) for name in ("exo", "llama-server")}, folder / PLOT)
     (folder / PAGE).write_text("\n".join(_lines(findings)) + "\n")

@@ -120,7 +120,6 @@ def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[str, Se
 
 
 def main() -> None:
-    """Sets up, measures, and writes the page."""
     parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help=f"a trial with {TINY}")

@@ -6,6 +6,7 @@ one pull is killed at random moments and resumed until the file is complete, and
 sent. Each kill loses the content of the sockets' buffers, up to a few MiB for any size of the file.
 """
 
+import argparse
 import hashlib
 import os
 import random
@@ -48,7 +49,6 @@ def write_content(path: Path, size: int) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -98,14 +98,16 @@ def kill_often(url: str, directory: Path, size: int, expected: str, kills: int) 
 
 
 def received(directory: Path) -> int:
-    """The bytes of the partial file."""
     parts = [path for path in (directory / "org--model/.exo").glob("*") if "manifest" not in path.name]
     return max((path.stat().st_size for path in parts), default=0)
 
 
 def main() -> None:
-    """Prints each pair, the medians, and the cost of the kills."""
-    mib, pairs, kills = (int(text) for text in [*sys.argv[1:], *("16", "3", "20")[len(sys.argv) - 1 :]])
+    parser = argparse.ArgumentParser(prog="bench.pull", description=__doc__)
+    for name, number in (("mib", 16), ("pairs", 3), ("kills", 20)):
+        parser.add_argument(name, type=int, nargs="?", default=number)
+    arguments = parser.parse_args()
+    mib, pairs, kills = arguments.mib, arguments.pairs, arguments.kills
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
         directory = Path(scratch)
         content = directory / "content"

@@ -26,8 +26,6 @@ PROMISED = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to sample."""
-
     name: str
     params: SamplingParams
 
@@ -56,7 +54,6 @@ class Chain:
             llama_cpp.llama_sampler_chain_add(self._chain, stage)
 
     def choose(self, row: int) -> int:
-        """The token for one row."""
         return llama_cpp.llama_sampler_sample(self._chain, self._context.handle, row)
 
 
@@ -75,7 +72,6 @@ def rows() -> tuple[Context, Logits]:
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """The time of one step in seconds."""
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
@@ -101,7 +97,6 @@ def measure(case: Case, context: Context, logits: Logits, pairs: int) -> float:
 
 
 def main() -> None:
-    """Measures every case."""
     parser = argparse.ArgumentParser(prog="bench.sampling", description=__doc__)
     parser.add_argument("--pairs", type=int, default=51)
     pairs = parser.parse_args().pairs

@@ -80,7 +80,6 @@ def serve_bare(port: int) -> None:
 def options(
     url: str, *, connections: int, requests: int, tokens: int, seed: int, model: str = "test/fake", warmup: int = 1
 ) -> Options:
-    """Options of short, distinct prompts."""
     return Options(
         url=url,
         model=model,
@@ -134,7 +133,6 @@ def cpu_us(server: psutil.Process, url: str, streams: int, seed: int) -> float:
 
 
 def spread(name: str, values: Sequence[float], unit: str) -> None:
-    """Prints a median and its range."""
     print(f"{name:<48}{median(values):9.2f} {unit}, {min(values):.2f} to {max(values):.2f}", flush=True)
 
 
@@ -179,7 +177,6 @@ def measure(pairs: int) -> dict[str, list[float]]:
 
 
 def show(found: dict[str, list[float]]) -> None:
-    """Prints the figures, and the promises beside them."""
     cores = len(os.sched_getaffinity(0))
     print(f"{CONNECTIONS} connections, {TOKENS} tokens each, {cores} cores, {len(found['rate'])} pairs")
     spread("start to the first answer of /health", found["start_s"], "s")
@@ -199,7 +196,6 @@ def show(found: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    """Measures on two cores, or on one if there is only one."""
     parser = argparse.ArgumentParser(prog="bench.server_path", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures of every pair to this file")

@@ -114,7 +114,6 @@ def demo_server(home: Path, lines: Sequence[str] = (), name: str = "exo") -> Ser
 
 
 def exo_server(home: Path, model: str, *arguments: str, name: str = "exo", ready: str = "/ready") -> Server:
-    """``exo serve`` with its data in ``home``."""
     url, port = free_address()
     command = [sys.executable, "-m", "exo", "serve", "--port", port, *arguments]
     return Server(name, exo.__version__, command, url, model, ready, environment={"EXO_HOME": str(home)})
@@ -160,8 +159,7 @@ def mlx_servers(home: Path, folder: Path) -> tuple[Server, Server]:
 
 
 def set_up_peers() -> None:
-    """Makes .venv-peers unless it is there."""
-    command = [sys.executable, str(ROOT / "scripts" / "setup_env.py"), "--dev", "--peers"]
+    command = [sys.executable, str(ROOT / "scripts" / "setup_env.py"), "--peers"]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
 

@@ -75,7 +75,6 @@ def measure(runners: dict[str, DirectRunner], pairs: int, tokens: int) -> dict[s
 
 
 def main() -> None:
-    """Prints a line for each text and runner."""
     parser = argparse.ArgumentParser(prog="bench.speculation", description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--pairs", type=int, default=7)

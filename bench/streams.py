@@ -35,11 +35,9 @@ class WatchedStream:
     cuts: list[Cut] = field(default_factory=list[Cut])
     reply: Reply = field(default_factory=Reply)
     seconds: float = 0.0
-    """From the connection to the end."""
 
     @property
     def ids(self) -> list[int]:
-        """The token ids so far."""
         return self.reply.ids or []
 
     @property

@@ -1,6 +1,5 @@
 """The models under faults, and the requests of their streams."""
 
-import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -8,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import anyio
 from pydantic import JsonValue
 
+from bench.direct_runner import DirectRunner
 from exo.cards.catalogue import Catalogue
 from exo.compare.engine import Engine, choose_engine
 from exo.compare.scoring import score
 from exo.config import Settings
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.pool import runner_commands
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.support.server import write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
@@ -110,26 +108,11 @@ async def _engine(catalogue: Catalogue, model_id: str, runner: str, *directories
     return choose_engine(runner, card, await probe_host(), runner_commands(), directories)
 
 
-async def load_time(engine: Engine, log: Path) -> LoadTime:
+def load_time(engine: Engine) -> LoadTime:
     """The median of a few starts with nothing else running."""
-    times = [await _load_time(engine, log) for _ in range(_LOADS)]
+    times: list[LoadTime] = []
+    for _ in range(_LOADS):
+        began = time.perf_counter()
+        with DirectRunner(engine.command, engine.load) as runner:
+            times.append(LoadTime(runner.began_to_load - began, runner.ready - runner.began_to_load))
     return sorted(times, key=lambda each: each.start + each.load)[_LOADS // 2]
-
-
-async def _load_time(engine: Engine, log: Path) -> LoadTime:
-    process = RunnerProcess(engine.command, engine.load, log)
-    began = time.perf_counter()
-    loading = ready = math.inf
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(process.run)
-        async for status in process.loading():
-            if status.state != "Idle":
-                loading = min(loading, time.perf_counter())
-        try:
-            await process.ready()
-            ready = time.perf_counter()
-        except RunnerError as error:
-            raise SystemExit(f"the model does not load: {error}") from None
-        finally:
-            await process.close()
-    return LoadTime(loading - began, ready - loading)

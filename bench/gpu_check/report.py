@@ -112,7 +112,6 @@ def _ratio(ours: Stage | None, *theirs: Stage | None) -> str:
 
 
 def _found(record: Record) -> str:
-    """The main facts on a line."""
     facts = record.facts
     match record.stage:
         case "contract":

@@ -58,7 +58,6 @@ def steps(options: Options) -> list[Step]:
 
 
 def name_of(model: Model, server: str) -> str:
-    """The name of the step."""
     return f"sweep {model.name} {server}"
 
 
@@ -109,7 +108,6 @@ def _load(server: Server, deadline: float) -> None:
 
 
 def _exo(options: Options, model: Model, sampling: str) -> Server:
-    """``exo serve`` with a model card for this model."""
     home = options.work / "exo" / model.name
     slots = max(concurrency(options))
     table: dict[str, JsonValue] = {"path": str(file_of(options, model)), "slots": slots, "n_ctx": model.context}

@@ -20,8 +20,6 @@ DRIVER_FOLDERS = ("/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The first GPU that the driver lists."""
-
     name: str
     capability: str
     """Such as "9.0"."""

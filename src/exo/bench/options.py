@@ -1,11 +1,10 @@
 """The options of a benchmark: the server, the requests and the load."""
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -13,6 +12,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import from_json
 
 from exo.exit_code import CommandError, ExitCode
 
@@ -62,14 +62,22 @@ class Objective(_Frozen):
         return ",".join(f"{name}:{limit:g}" for name, limit in self.model_dump(exclude_none=True).items())
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
+def _split(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
 
 
-Rate = Annotated[float, Field(gt=0, le=100_000), AfterValidator(_finite)]
+def _from_json(value: object) -> object:
+    return from_json(value) if isinstance(value, str) else value
+
+
+def _objective(value: object) -> object:
+    return Objective.parse(value) if isinstance(value, str) else value
+
+
+Rate = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 Streams = Annotated[int, Field(ge=1, le=4096)]
+Listed = BeforeValidator(_split)
+"""Also accepts text with commas between the values."""
 
 
 class Options(_Frozen):
@@ -93,9 +101,8 @@ class Options(_Frozen):
     """``max_tokens``. With "long-prompt" it applies to the long prompt only."""
     stream_tokens: int = Field(default=2048, ge=64, le=1_000_000)
     """``max_tokens`` of the streams that "long-prompt" interrupts. A stream that ends too soon is replaced."""
-    concurrency: tuple[Streams, ...] = Field(default=(1, 4, 16), min_length=1)
-    """Requests in flight, one stage after another."""
-    rates: tuple[Rate, ...] = ()
+    concurrency: Annotated[tuple[Streams, ...], Listed] = Field(default=(1, 4, 16), min_length=1)
+    rates: Annotated[tuple[Rate, ...], Listed] = ()
     """Requests per second, which arrive as a Poisson process regardless of the number in flight."""
     requests: int | None = Field(default=None, ge=1, le=1_000_000)
     """Requests of each stage. Default: twice the concurrency or ten seconds' arrivals, and at least eight."""
@@ -105,14 +112,12 @@ class Options(_Frozen):
     top_k: int | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=1 << 31)
-    """The seed of prompts, arrivals and sampling."""
     ignore_eos: bool = True
     """Requests exactly ``max_tokens`` tokens, which OpenAI's own servers refuse."""
     token_ids: bool = False
     """Requests token ids (``return_token_ids``), so that each token is counted in the stream."""
-    extra: dict[str, JsonValue] = {}
-    """Further fields of each request."""
-    objective: Objective | None = None
+    extra: Annotated[dict[str, JsonValue], BeforeValidator(_from_json)] = {}
+    objective: Annotated[Objective | None, BeforeValidator(_objective)] = None
     time_limit: float = Field(default=300.0, gt=0, le=86_400)
     """Seconds per stage. Requests in flight at its end are cut and not counted."""
     api_key: SecretStr | None = Field(default=None, exclude=True)
@@ -120,7 +125,7 @@ class Options(_Frozen):
     @model_validator(mode="after")
     def _one_loop(self) -> "Options":
         if self.rates and self.workload == "long-prompt":
-            raise ValueError("rates do not go with the workload long-prompt, whose streams are always running")
+            raise ValueError("rate: not accepted with --workload long-prompt, whose streams run all the time")
         return self
 
     @classmethod
@@ -132,14 +137,16 @@ class Options(_Frozen):
             raise CommandError(f"--{_first(error)}", ExitCode.USAGE) from error
 
     def count(self, concurrency: int | None, rate: float | None) -> int:
-        """The number of requests of a stage."""
         if self.requests is not None:
             return self.requests
         return max(_FEWEST_REQUESTS, 2 * concurrency if concurrency is not None else round(10 * (rate or 0)))
 
 
 def _first(error: ValidationError) -> str:
+    """The first problem, with the option's name."""
     problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"])).replace("_", "-")
-    got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-    return f"{where}: {problem['msg']}{got}" if where else problem["msg"]
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0]).replace("_", "-")
+    return f"{'rate' if name == 'rates' else name}: {message} (got {problem['input']!r})"

@@ -190,7 +190,6 @@ class Reply:
     plain: bytes = b""
     """The body of a reply that is an error."""
     text: str = ""
-    """The text of a completion."""
     ids: list[int] | None = None
     """The token ids; None if the server sends none."""
     usage: Usage | None = None
@@ -204,15 +203,12 @@ class Reply:
         self._parser = HttpResponseParser(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called by the parser."""
         self.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        """Called by the parser."""
         self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        """Called by the parser."""
         self._bodies.append(body)
 
     def feed(self, moment: float, data: bytes) -> None:

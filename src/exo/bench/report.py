@@ -101,13 +101,10 @@ class Stage(_Finding):
 
 
 class Report(_Finding):
-    """The results of one benchmark."""
-
     schema_version: Literal[1] = SCHEMA_VERSION
     date: str
     """ISO 8601, UTC."""
     exo_version: str
     client: str
-    """The client's machine."""
     options: Options
     stages: tuple[Stage, ...]

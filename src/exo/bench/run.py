@@ -30,7 +30,6 @@ def run_bench(options: Options, note: Note = lambda _: None) -> Report:
 
 
 async def measure(options: Options, note: Note) -> Report:
-    """Measures on a running event loop."""
     client = Client(options)
     loads = [Load(concurrency=None, rate=rate) for rate in options.rates]
     loads = loads or [Load(concurrency=each, rate=None) for each in options.concurrency]

@@ -50,7 +50,6 @@ def is_good(outcome: Outcome, objective: Objective) -> bool:
 def summarize(
     load: Load, outcomes: Sequence[Outcome], objective: Objective | None, long: LongPrompt | None = None
 ) -> Stage:
-    """The figures of a stage."""
     whole = [outcome for outcome in outcomes if outcome.whole]
     ended = [outcome for outcome in outcomes if not outcome.cut]
     seconds = max(each.ended for each in ended) - min(each.began for each in ended) if ended else 0.0

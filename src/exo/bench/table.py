@@ -10,7 +10,6 @@ from exo.bench.report import Distribution, Report, Stage
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the options and the results."""
     options = report.options
     sampling = "greedy" if options.temperature == 0 else f"temperature {options.temperature:g}"
     for name, value in (("top_k", options.top_k), ("top_p", options.top_p)):

@@ -25,7 +25,7 @@ _COMMANDS = {
     "setup": ("exo.cli.setup:setup", "Set up an engine on this machine."),
     "convert": ("exo.cli.convert:convert", "Convert a model between GGUF and safetensors."),
     "compare": ("exo.cli.compare:compare", "Measure how far two engines agree on one model."),
-    "bench": ("exo.bench.command:bench", "Measure the latency and throughput of a server."),
+    "bench": ("exo.cli.bench:bench", "Measure the latency and throughput of a server."),
 }
 """The module and function of each command, and its line in ``exo --help``."""
 

@@ -57,7 +57,6 @@ def _as_json(host: Host) -> dict[str, object]:
 
 
 def as_text(host: Host) -> Iterator[str]:
-    """The findings line by line."""
     yield f"host      {host.system} {host.machine}, {host.cpu_count} logical CPUs"
     yield from _cpu()
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"

@@ -22,7 +22,6 @@ class ListRow(BaseModel):
     family: str
     quantization: str
     size_bytes: int
-    """The size that the card states."""
     runner: str
     backends: list[str]
     on_disk: dict[str, FileState]

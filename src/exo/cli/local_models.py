@@ -73,7 +73,6 @@ def card_of(catalogue: Catalogue, name: str) -> ModelCard:
 
 
 def store_of(settings: Settings) -> Store:
-    """The models directories."""
     return Store(settings.models_directories, settings.read_only_directories)
 
 

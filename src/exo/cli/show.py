@@ -69,9 +69,7 @@ class ShownModel(BaseModel):
 
     card: ModelCard
     file: str | None
-    """The card's file."""
     problems: tuple[str, ...]
-    """The errors in that file."""
     engines: tuple[Engine, ...]
     route: str | None
     """The runner that would be chosen without a wish; None if there is none."""
@@ -168,7 +166,6 @@ async def _estimate(command: tuple[str, ...], load: Load) -> Estimated | Failed 
 
 
 def render(shown: ShownModel, console: Console) -> None:
-    """Prints for people."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -33,7 +33,6 @@ class HostFacts(_Finding):
 
     @classmethod
     def of(cls, host: Host) -> Self:
-        """The facts of a probed machine."""
         return cls(
             system=f"{host.system} {host.machine}",
             processor=host.processor or platform.machine(),
@@ -57,12 +56,10 @@ class Speed(_Finding):
 
     @property
     def prefill_rate(self) -> float | None:
-        """Tokens a second."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else None
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens a second."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
 
 
@@ -80,7 +77,6 @@ class EngineReport(_Finding):
     """One engine: its version, settings, speed and memory."""
 
     name: str
-    """The name of the runner."""
     engine: str
     version: str
     backend: str
@@ -168,8 +164,6 @@ class TokenisationDifference(_Finding):
 
 
 class Pair(_Finding):
-    """A comparison of one engine with the reference."""
-
     reference: str
     other: str
     tokenisation: tuple[TokenisationDifference, ...]

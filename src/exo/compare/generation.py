@@ -59,8 +59,6 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """An engine's continuations, speed and memory."""
-
     texts: Texts
     """The tokens that follow the engine's own choices."""
     choices: Texts
@@ -157,7 +155,6 @@ class _MemoryWatch:
         self._on_devices = [_on_devices()]
 
     async def watch(self) -> None:
-        """Samples until cancelled."""
         while True:
             await anyio.sleep(_SAMPLE_SECONDS)
             self._peak = max(self._peak, _resident())

@@ -49,8 +49,6 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The compared model, and the machine."""
-
     card: ModelCard
     host: Host
 
@@ -131,7 +129,6 @@ async def examine(
 
 
 def _engine_report(engine: Engine, scoring: Scoring, likelihood: float | None, generated: Generated) -> EngineReport:
-    """One engine's report, from its capabilities and measurements."""
     can = scoring.capabilities
     return EngineReport(
         name=engine.name,

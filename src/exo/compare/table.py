@@ -11,7 +11,6 @@ from exo.compare.comparison import Comparison, EngineReport, Pair, TokenAgreemen
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Prints the machine, the engines, and the agreement of each pair."""
     for part in _parts(comparison):
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
 

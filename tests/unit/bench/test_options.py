@@ -27,14 +27,14 @@ def test_an_objective_that_is_none_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"concurrency": (0,)}, "--concurrency.0"),
-        ({"concurrency": (1.5,)}, "--concurrency.0"),
-        ({"rates": (float("inf"),)}, "--rates.0"),
+        ({"concurrency": (0,)}, "--concurrency: "),
+        ({"concurrency": (1.5,)}, "--concurrency: "),
+        ({"rates": (float("inf"),)}, "--rate: "),
         ({"workload": "mixed"}, "--workload"),
         ({"endpoint": "embeddings"}, "--endpoint"),
         ({"temperature": 3}, "--temperature"),
         ({"output_tokens": 0}, "--output-tokens"),
-        ({"workload": "long-prompt", "rates": (1.0,)}, "rates do not go with the workload"),
+        ({"workload": "long-prompt", "rates": (1.0,)}, "--rate: not accepted with --workload long-prompt"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_by_its_name(fields: dict[str, object], named: str) -> None:

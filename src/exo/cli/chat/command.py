@@ -168,15 +168,12 @@ class _Call:
 
 @final
 class _Said:
-    """The received part of an answer."""
-
     def __init__(self) -> None:
         self.content = ""
         self.reasoning = ""
         self.calls: dict[int, _Call] = {}
 
     def take(self, event: Part | CallId) -> None:
-        """Adds a part."""
         match event:
             case Content(text):
                 self.content += text

@@ -58,11 +58,9 @@ class AnswerScreen:
             self._console.print()
 
     def note(self, text: str) -> None:
-        """Shows the server's progress before the answer begins."""
         self._waiting.update(text=Text(printable(text), style="dim"))
 
     def part(self, part: Part) -> None:
-        """Shows another part of the answer."""
         match part:
             case Content(text):
                 self._add("content", text)

@@ -1,20 +1,18 @@
-"""The commands ``exo bench`` and ``python -m exo.bench``."""
+"""``exo bench``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from exo.exit_code import CommandError, ExitCode
-
-if TYPE_CHECKING:
-    from pydantic import JsonValue
-
-    from exo.bench.options import Options
-
-_NOT_PASSED_ON = {"concurrency", "rate", "goodput", "extra", "api_key", "plot", "as_json"}
-"""Options of the command that ``Options`` has in another form or not at all."""
+from exo.bench.options import Options
+from exo.bench.plot import draw
+from exo.bench.run import run_bench
+from exo.bench.table import show
+from exo.cli.console import err, out
+from exo.config import Access
+from exo.exit_code import CommandError
+from exo.plot import check_plot
 
 
 def bench(
@@ -62,36 +60,14 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure an OpenAI-compatible server: latency, throughput, goodput, errors."""
-    given = {name: value for name, value in locals().items() if name not in _NOT_PASSED_ON}
-    from exo.bench.options import Objective, Options
-
-    err = Console(stderr=True)
-    try:
-        options = Options.check(
-            **given,
-            concurrency=_numbers("--concurrency", concurrency),
-            rates=_numbers("--rate", rate),
-            objective=Objective.parse(goodput) if goodput is not None else None,
-            extra=_object("--extra", extra),
-            api_key=api_key if api_key is not None else _servers_key(),
-        )
-        _run(options, plot, as_json, err)
-    except CommandError as error:
-        err.print(f"exo: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(error.code) from None
-
-
-def _run(options: "Options", plot: Path | None, as_json: bool, err: Console) -> None:
-    from exo.bench.plot import draw
-    from exo.bench.run import run_bench
-    from exo.bench.table import show
-    from exo.plot import check_plot
-
+    given = {name: value for name, value in locals().items() if name not in ("rate", "goodput", "plot", "as_json")}
+    keys = Access.load().keys if api_key is None else ()
+    given["api_key"] = keys[0].key if keys else api_key
+    options = Options.check(**given, rates=rate, objective=goodput)
     if plot is not None:
         check_plot(plot)
     with err.status("connecting") as status:
         report = run_bench(options, status.update)
-    out = Console()
     if as_json:
         out.print_json(report.model_dump_json())
     else:
@@ -100,34 +76,3 @@ def _run(options: "Options", plot: Path | None, as_json: bool, err: Console) -> 
         draw({"": report}, plot)
     if not all(stage.requests.whole for stage in report.stages):
         raise CommandError("a stage has no complete reply")
-
-
-def _servers_key() -> str | None:
-    """The first key of a server with this environment. Raises CommandError."""
-    from exo.config import Access
-
-    keys = Access.load().keys
-    return keys[0].key if keys else None
-
-
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    """Parses a list such as ``1,4,16``. Raises CommandError."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        message = f"{option}: must be numbers separated by commas (got {text!r})"
-        raise CommandError(message, ExitCode.USAGE) from None
-
-
-def _object(option: str, text: str | None) -> "dict[str, JsonValue] | None":
-    """Parses a JSON object. Raises CommandError."""
-    from pydantic import JsonValue, TypeAdapter, ValidationError
-
-    if text is None:
-        return None
-    try:
-        return TypeAdapter(dict[str, JsonValue]).validate_json(text)
-    except ValidationError:
-        raise CommandError(f"{option}: must be a JSON object (got {text!r})", ExitCode.USAGE) from None
