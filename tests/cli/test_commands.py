@@ -199,6 +199,18 @@ def test_list_names_every_model(home: Path) -> None:
     assert "test/tiny" in exo(home, "list").stdout
 
 
+def test_show_tells_the_context_and_memory_that_a_model_would_use(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_card(home, "auto", {"cuda": {"path": str(home / "tiny.gguf"), "n_ctx": "auto"}})
+    (engine,) = json.loads(exo(home, "show", "auto", "--json").stdout)["engines"]
+    assert engine["plan"]["settings"]["n_ctx"] == Shape().context_length
+    assert engine["plan"]["memory"]["memory"] > (home / "tiny.gguf").stat().st_size
+    assert f"{Shape().context_length:,} tokens per slot" in exo(home, "show", "auto").stdout
+    monkeypatch.setenv("EXO_MEMORY_LIMIT", "100KB")
+    (refused,) = json.loads(exo(home, "show", "auto", "--json").stdout)["engines"]
+    assert "memory" in refused["plan"]["problem"]
+    assert json.loads(exo(home, "show", "absent", "--json").stdout)["engines"][0]["plan"] is None
+
+
 def test_route_explains_and_refuses(home: Path) -> None:
     done = exo(home, "route", "tiny")
     assert done.returncode == 0

@@ -106,6 +106,8 @@ def test_a_killed_runner_is_shown_with_its_signal_until_another_works_and_counte
             ["CPU"],
         )
         assert (row["state"], row["slots"], row["pid"], row["deaths"]) == ("Ready", 3, runner.pid, 0)
+        assert row["context_length"] == 512
+        assert " 512 " in ps(server).stdout
         assert abs(row["started"] - runner.create_time()) < 60
         assert row["model_bytes"] > 100_000
         assert row["last_failure"] is None
