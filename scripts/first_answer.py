@@ -9,6 +9,7 @@ import sys
 import time
 
 import httpx
+import psutil
 
 from exo.chat.output.events import Content
 from exo.cli.answer_stream import answer
@@ -46,7 +47,9 @@ def main() -> None:
 
 
 def leave(number: int, _: object) -> None:
-    """Handles a signal: exits, and so ends the server."""
+    """Handles a signal that may come before ``server`` is assigned: ends the server and exits."""
+    for child in psutil.Process().children():
+        child.terminate()
     sys.exit(128 + number)
 
 
