@@ -22,6 +22,7 @@ _UNITS = {"": 1} | {
     letter + i: base**power for power, letter in enumerate("KMGT", 1) for i, base in (("", 1000), ("I", 1024))
 }
 _HOST_PATTERN = re.compile(r"\*|[A-Za-z0-9_.-]{1,253}|[0-9a-fA-F:.]{2,45}")
+_ADDRESS = re.compile(r"(?:\[([^\]]+)\]|([^\s/:@\[\]?#]*))(?::([0-9]{1,5}))?")
 _ORIGIN_PATTERN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]{1,255}")
 _T = TypeVar("_T")
 
@@ -227,9 +228,11 @@ class Settings:
         models = _parse("--models-dir", models_directory, "EXO_DEFAULT_MODELS_DIR", _directory, data / "models")
         others = _directories("EXO_MODELS_DIRS")
         read_only = _directories("EXO_MODELS_READ_ONLY_DIRS")
+        unset: tuple[str, int | None] = DEFAULT_HOST, None
+        name, own_port = _parse("--host", host, "EXO_HOST", _address, unset)
         return cls(
-            host=_parse("--host", host, "EXO_HOST", _host, DEFAULT_HOST),
-            port=_parse("--port", port, "EXO_PORT", _port, DEFAULT_PORT),
+            host=name,
+            port=_parse("--port", port, "EXO_PORT", _port, DEFAULT_PORT if own_port is None else own_port),
             models_directory=models,
             models_directories=tuple(dict.fromkeys((*read_only, models, *others))),
             cards_directory=data / "custom_model_cards",
@@ -282,10 +285,28 @@ def _parse(
     return default if given is None else parse(given)
 
 
-def _host(given: _Given) -> str:
-    if not given.value or any(character.isspace() or character == "/" for character in given.value):
-        raise given.error("expected a host name or address, such as 127.0.0.1")
-    return given.value
+def _address(given: _Given) -> tuple[str, int | None]:
+    """Host and, if it has one, port: 127.0.0.1, [::1], ::1, localhost:8401, :8401, http://127.0.0.1:8401."""
+    value = given.value.removeprefix("http://").removesuffix("/")
+    if _is_address(value):
+        return value, None
+    match = _ADDRESS.fullmatch(value)
+    try:
+        if not value or match is None or (match[1] and not _is_address(match[1])):
+            raise ValueError
+        host = match[1] or match[2] or DEFAULT_HOST
+        host.encode("idna")  # as the system's resolver does; it refuses a..b
+    except ValueError:
+        raise given.error("expected a host name or address, such as 127.0.0.1 or [::1]:8401") from None
+    return host, _port(_Given(given.source, match[3])) if match[3] else None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _port(given: _Given) -> int:

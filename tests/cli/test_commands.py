@@ -248,3 +248,11 @@ def test_a_bad_setting_is_named(home: Path) -> None:
     assert done.returncode == 2
     assert "--port" in done.stderr
     assert "'http'" in done.stderr
+
+
+def test_localhost_is_both_loopback_addresses(tmp_path: Path) -> None:
+    with ServeProgram(tmp_path, "--host", "localhost") as server:
+        port = httpx.URL(server.url).port
+        for address in ("127.0.0.1", "[::1]"):
+            assert httpx.get(f"http://{address}:{port}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}

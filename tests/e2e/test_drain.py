@@ -51,7 +51,7 @@ def ends_with_0(server: ServeProgram, children: list[psutil.Process], seconds: f
     assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_what_runs_and_what_waits_is_finished_and_what_comes_is_refused(tmp_path: Path, number: int) -> None:
     with serving(tmp_path, 60, step_seconds=0.01) as server, httpx.Client(base_url=server.url, timeout=60) as kept:
         assert kept.get("/health").status_code == 200

@@ -86,7 +86,7 @@ def test_relative_directories_hold_wherever_a_runner_is_started(monkeypatch: pyt
         ("EXO_PORT", "65536", "0 to 65535"),
         ("EXO_PORT", "-1", "0 to 65535"),
         ("EXO_PORT", "9" * 5000, "0 to 65535"),
-        ("EXO_HOST", "http://localhost", "host name or address"),
+        ("EXO_HOST", "https://localhost", "host name or address"),
         ("XDG_DATA_HOME", "data", "absolute"),
         ("EXO_MODELS_DIRS", "~nobody-of-this-name/models", "home directory"),
         ("EXO_HOME", __file__, "directory"),

@@ -6,7 +6,7 @@ import math
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import anyio
 import uvicorn
@@ -42,6 +42,25 @@ def listen(host: str, port: int) -> socket.socket:
         raise ListenError(reason) from error
 
 
+def listen_all(host: str, port: int) -> Generator[socket.socket]:
+    """The sockets of a host: localhost means the loopback addresses of IPv4 and, if this machine has it, IPv6."""
+    if host.lower() != "localhost":
+        yield listen(host, port)
+        return
+    first = listen("127.0.0.1", port)
+    yield first
+    if _has_ipv6_loopback():
+        yield listen("::1", first.getsockname()[1])
+
+
+def _has_ipv6_loopback() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def serve_forever(
     settings: Settings,
     catalogue: Catalogue,
@@ -49,7 +68,7 @@ def serve_forever(
     on_listening: Callable[[str], None],
     commands: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; every runner has then ended. ``on_listening`` gets the URL.
+    """Serves until SIGINT, SIGTERM or SIGHUP; every runner has then ended. ``on_listening`` gets the URL.
 
     The first signal lets the requests that are here end, within ``settings.limits.drain_seconds``, while others are
     refused; the second ends everything at once. ``commands`` is as for ``Services``. Raises ListenError.
@@ -64,7 +83,8 @@ def serve_forever(
             " EXO_API_KEY, or --insecure to let anyone in"
         )
     raise_file_limit()
-    with listen(settings.host, settings.port) as listening:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(each) for each in listen_all(settings.host, settings.port)]
         services = Services(settings, catalogue, commands)
         app = create_app(settings, services, load=load)
         tls = settings.access.tls
@@ -82,16 +102,16 @@ def serve_forever(
             ssl_keyfile=tls.key if tls else None,
         )
         _load_tls(config)
-        url = settings.url(listening.getsockname()[1])
+        url = settings.url(sockets[0].getsockname()[1])
         server = _Server(config)
 
         async def serve() -> None:
             # Outermost, so that no signal finds its default action while anything here is still to be ended.
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            with anyio.open_signal_receiver(*_stop_signals()) as signals:
                 on_listening(url)
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(_stop_on_signal, signals, server, services, settings.limits.drain_seconds)
-                    await server.serve(sockets=[listening])
+                    await server.serve(sockets=sockets)
                     if server.force_exit:
                         await server.lifespan.shutdown()
                     tasks.cancel_scope.cancel()
@@ -99,6 +119,12 @@ def serve_forever(
         anyio.run(serve, backend_options={"use_uvloop": True})
         if server.failed:
             raise SystemExit(1)
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """A closed terminal stops the server as well, unless ``nohup`` started it."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 class _Server(uvicorn.Server):

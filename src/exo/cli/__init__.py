@@ -1,5 +1,9 @@
 """The command line. A command's module is imported when the command runs, so that ``exo --help`` is instant."""
 
+import errno
+import io
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -7,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from exo.exit_code import EXIT_CODES
+from exo.exit_code import EXIT_CODES, ExitCode
 
 _COMMANDS = {
     "serve": ("exo.cli.serve:serve", "Serve models on one OpenAI-compatible endpoint."),
@@ -28,6 +32,10 @@ _COMMANDS = {
     "bench": ("exo.cli.bench:bench", "Measure the latency and throughput of a server."),
 }
 """The module and function of each command, and its line in ``exo --help``."""
+
+
+_STDOUT = 1
+_UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
 
 
 class _Commands(Mapping[str, Any]):
@@ -81,4 +89,33 @@ def _exo() -> None:
 
 def main() -> None:
     """Entry point of the ``exo`` command."""
-    app()
+    _repair_streams()
+    try:
+        sys.argv = [os.fsencode(argument).decode() for argument in sys.argv]  # whatever the locale is
+    except UnicodeDecodeError:
+        print(f"exo: the arguments must be UTF-8: {sys.argv[1:]!a}", file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still buffered
+        sys.exit(f"exo: standard output cannot be written: {error.strerror}")
+
+
+def _repair_streams() -> None:
+    """Opens the standard streams that are closed, and has a question mark written for what the locale cannot."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # the next file to be opened would take its place
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

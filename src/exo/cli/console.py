@@ -1,8 +1,20 @@
 """The terminal: standard output and standard error."""
 
+import os
+import sys
+
 from rich.console import Console
 
-out = Console()
+_PIPE_WIDTH = 10_000
+"""Columns where no terminal limits them, so that a table in a pipe has one line for each row."""
+
+
+def _width() -> int | None:
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return None if is_terminal or "COLUMNS" in os.environ else _PIPE_WIDTH
+
+
+out = Console(width=_width())
 err = Console(stderr=True)
 
 

@@ -1,0 +1,94 @@
+"""Commands whose streams, locale or arguments are not as usual."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from tests import ROOT
+from tests.support.server import environment, write_card
+from tests.support.tiny import write_scripted
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_card(tmp_path, "long", {"cuda": {}}, model_id=f"test/{'long-' * 30}", aliases=["long", "x" * 100])
+    return tmp_path
+
+
+def exo(home: Path, *arguments: str | bytes, shell: str = "", **variables: str) -> tuple[int, bytes, bytes]:
+    """Exit status, output and standard error. ``shell`` is what follows the command."""
+    command: Sequence[str | bytes] = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "exo", *arguments]
+    env = {**environment(home), "EXO_OFFLINE": "1", **variables}
+    del env["COLUMNS"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    assert b"Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"], ["show", "long"]])
+def test_a_full_disk_behind_standard_output_is_told_in_one_line(home: Path, arguments: list[str]) -> None:
+    status, _, error = exo(home, *arguments, shell="> /dev/full")
+    assert (status, error) == (1, b"exo: standard output cannot be written: No space left on device\n")
+    assert exo(home, *arguments, shell="> /dev/full 2> /dev/full")[0] == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_harm_no_command_and_no_probe(home: Path, closed: str) -> None:
+    status, output, _ = exo(home, "doctor", shell=closed)
+    assert status == 0
+    assert b"LlamaCppCpu" in output or ">&-" in closed.replace("2>&-", "")
+
+
+@pytest.mark.parametrize(
+    "command", [["show"], ["run"], ["pull"], ["stop"], ["route"], ["serve", "--port", "0", "--load"]]
+)
+def test_an_argument_that_is_not_utf_8_is_refused_in_one_line(home: Path, command: list[str]) -> None:
+    status, _, error = exo(home, *command, b"caf\xe9")
+    assert status == 2
+    assert error.startswith(b"exo: the arguments must be UTF-8: [")
+    assert error.count(b"\n") == 1
+
+
+def test_a_locale_without_a_character_gets_a_question_mark(home: Path) -> None:
+    write_scripted(home / "scripted.gguf", ["\u00e9", "\u20ac", " xyz"])
+    table: dict[str, JsonValue] = {"path": str(home / "scripted.gguf"), "n_ctx": 512, "threads": 1}
+    write_card(home, "scripted", {"cuda": table}, backends=["LlamaCppCpu"])
+    status, output, _ = exo(home, "run", "scripted", "hi", PYTHONIOENCODING="latin-1")
+    assert (status, output) == (0, b"\xe9? xyz\n")
+
+
+def test_a_table_in_a_pipe_has_one_whole_line_for_each_row(home: Path) -> None:
+    _, output, _ = exo(home, "list")
+    (row,) = [line for line in output.decode().splitlines() if "long-" in line]
+    assert f"test/{'long-' * 30}" in row
+    assert f"long, {'x' * 100}" in row
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("[::1]", "http://[::1]:9"),
+        ("::1", "http://[::1]:9"),
+        ("127.0.0.1:1", "http://127.0.0.1:9"),
+        ("http://127.0.0.1:1/", "http://127.0.0.1:9"),
+        (":1", "http://127.0.0.1:9"),
+        ("localhost", "http://localhost:9"),
+    ],
+)
+def test_a_host_may_be_written_as_for_ollama(home: Path, host: str, url: str) -> None:
+    status, _, error = exo(home, "ps", "--port", "9", EXO_HOST=host)
+    assert status == 4
+    assert f"no server answers at {url} ".encode() in error
+    if host.endswith((":1", ":1/")) and host != "::1":
+        assert b":1 " in exo(home, "ps", EXO_HOST=host)[2]
+
+
+@pytest.mark.parametrize("host", ["a..b", "1:2:3", "[::1", "[localhost]", "https://x", "a b", "x:99999", "x" * 70])
+def test_a_host_that_cannot_be_is_refused_in_one_line(home: Path, host: str) -> None:
+    status, _, error = exo(home, "ps", EXO_HOST=host)
+    assert (status, error.count(b"\n")) == (2, 1)
+    assert error.startswith(b"exo: EXO_HOST: expected ")
