@@ -41,6 +41,20 @@ def test_a_driver_that_does_not_answer_is_named_with_the_remedy(tmp_path: Path) 
     assert "reboot after an update of the driver" in refused(host(tmp_path, broken))
 
 
+def test_the_doctor_names_a_driver_that_does_not_answer(tmp_path: Path) -> None:
+    broken = StandIn(status=18, error="Driver/library version mismatch")
+    shown = exo("doctor", env=host(tmp_path, broken)).stdout
+    assert "NVIDIA    the NVIDIA driver does not answer: Driver/library version mismatch" in shown
+
+
+def test_the_doctor_shows_what_the_driver_tells_of_a_gpu(tmp_path: Path) -> None:
+    shown = exo("doctor", env=host(tmp_path, StandIn())).stdout
+    assert "driver    NVIDIA 580.95.05, CUDA 13.0" in shown
+    assert "Stand-in, compute capability 8.9, at 0000:41:00.0, 1.0 GiB in use of 8.0 GiB" in shown
+    assert "4 of 16 PCIe lanes" in shown
+    assert "repair  exo setup cuda" in shown
+
+
 def test_a_driver_too_old_for_everything_has_two_ways_out(tmp_path: Path) -> None:
     told = refused(host(tmp_path, StandIn("470.256.02", 11040, (8, 6))))
     assert "The driver 470.256.02 supports CUDA up to 11.4" in told

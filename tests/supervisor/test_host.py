@@ -2,6 +2,7 @@ import ctypes.util
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -152,3 +153,9 @@ def test_a_gpu_that_llama_cpp_does_not_use_is_named_with_reason_and_remedy() -> 
     assert unused_gpus(with_probe(gpu, gpu)) == expected
     assert unused_gpus(with_probe()) == ""
     assert unused_gpus(with_probe(gpu, backends=("LlamaCppCuda", "LlamaCppCpu"))) == ""
+
+
+def test_a_driver_that_does_not_answer_is_a_gpu_that_is_not_used() -> None:
+    broken = replace(with_probe(), driver_problem="the NVIDIA driver does not answer: version mismatch")
+    assert unused_gpus(broken) == "the NVIDIA driver does not answer: version mismatch; models run on the CPU"
+    assert "NVIDIA    the NVIDIA driver does not answer: version mismatch" in list(as_text(broken))

@@ -17,6 +17,7 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc compiles
 _NVML = """
 #include <string.h>
 int nvmlInit_v2(void) {{ return {status}; }}
+int nvmlInitWithFlags(unsigned flags) {{ return {status}; }}
 int nvmlShutdown(void) {{ return 0; }}
 const char *nvmlErrorString(int status) {{ return "{error}"; }}
 int nvmlSystemGetDriverVersion(char *text, unsigned size) {{ strncpy(text, "{version}", size); return 0; }}
@@ -25,6 +26,12 @@ int nvmlDeviceGetCount_v2(unsigned *count) {{ *count = 1; return 0; }}
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {{ *handle = (void *)1; return 0; }}
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor)
 {{ *major = {capability[0]}; *minor = {capability[1]}; return 0; }}
+int nvmlDeviceGetName(void *handle, char *text, unsigned size) {{ strncpy(text, "Stand-in", size); return 0; }}
+int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory)
+{{ memory[0] = 8ull << 30; memory[1] = 7ull << 30; memory[2] = 1ull << 30; return 0; }}
+int nvmlDeviceGetPciInfo_v3(void *handle, char *info) {{ memset(info, 0, 68); info[20] = 0x41; return 0; }}
+int nvmlDeviceGetCurrPcieLinkWidth(void *handle, unsigned *lanes) {{ *lanes = 4; return 0; }}
+int nvmlDeviceGetMaxPcieLinkWidth(void *handle, unsigned *lanes) {{ *lanes = 16; return 0; }}
 """
 _CUDA_FUNCTIONS = (
     "cuDeviceGet", "cuDeviceGetAttribute", "cuGetErrorString", "cuMemAddressFree", "cuMemAddressReserve", "cuMemCreate",

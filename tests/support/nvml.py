@@ -22,6 +22,7 @@ def fake_nvml(*devices: FakeDevice) -> ModuleType:
     module.__dict__.update(
         NVMLError=OSError,
         NVMLError_NotSupported=PermissionError,
+        NVMLLibraryMismatchError=RuntimeError,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: len(devices),

@@ -68,7 +68,7 @@ def as_text(host: Host) -> Iterator[str]:
         yield f"NVIDIA    {name}, compute capability {device.compute_capability}, at {device.address}, {used}"
         yield from _device(device)
     if not host.nvidia_devices:
-        yield "NVIDIA    no device, or no driver that answers"
+        yield f"NVIDIA    {host.driver_problem or 'no device, or no driver'}"
     for name, probe in host.probes.items():
         yield from _runner(name, probe)
 

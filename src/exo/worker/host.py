@@ -55,10 +55,14 @@ class Host:
     """Runners whose probe timed out. They may work: nothing is known about them."""
     driver: str = ""
     """Version of the NVIDIA driver and the CUDA that it supports, such as "580.95.05, CUDA 13.0"."""
+    driver_problem: str = ""
+    """Why an installed driver does not answer."""
 
 
 def unused_gpus(host: Host) -> str:
     """A sentence with reason and remedy if llama.cpp uses none of the NVIDIA GPUs that are here; empty otherwise."""
+    if host.driver_problem:
+        return f"{host.driver_problem}; models run on the CPU"
     probe = host.probes.get("cuda")
     if not host.nvidia_devices or probe is None or not probe.installed or "LlamaCppCuda" in probe.backends:
         return ""

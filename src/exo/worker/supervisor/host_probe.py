@@ -15,6 +15,7 @@ from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
 from exo.worker.host import GpuProcess, Host, NvidiaDevice, with_engine_names
+from exo.worker.protocol import nvidia_driver
 from exo.worker.protocol.messages import Probe
 from exo.worker.protocol.runners import RUNNERS
 
@@ -57,9 +58,11 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
         for name, command in commands.items():
             tasks.start_soon(probe_runner, name, command)
     devices: Sequence[NvidiaDevice] = ()
-    driver = ""
+    driver = problem = ""
     with anyio.move_on_after(deadline):  # only now: the probes themselves take memory on the devices
         devices, driver = await run_sync(query_nvml, _nvidia_driver, (devices, driver), abandon_on_cancel=True)
+        if not devices:
+            problem = await run_sync(_driver_problem, abandon_on_cancel=True)
     memory = psutil.virtual_memory()
     return Host(
         system=platform.system(),
@@ -72,6 +75,7 @@ async def probe_host(commands: Mapping[str, Sequence[str]] | None = None, deadli
         processor=_processor(),
         unanswered=frozenset(unanswered),
         driver=driver,
+        driver_problem=problem,
     )
 
 
@@ -114,8 +118,13 @@ def query_nvml(query: Callable[[ModuleType], _Answer], default: _Answer) -> _Ans
             return query(nvml)
         finally:
             nvml.nvmlShutdown()
-    except nvml.NVMLError:
+    except _nvml_errors(nvml):
         return default
+
+
+def _nvml_errors(nvml: ModuleType) -> tuple[type[Exception], ...]:
+    """A driver that lacks a function is an error of another class if NVML's own headers have a newer version of it."""
+    return nvml.NVMLError, nvml.NVMLLibraryMismatchError
 
 
 def _nvidia_driver(nvml: ModuleType) -> tuple[Sequence[NvidiaDevice], str]:
@@ -125,11 +134,19 @@ def _nvidia_driver(nvml: ModuleType) -> tuple[Sequence[NvidiaDevice], str]:
     return [_nvidia_device(nvml, each) for each in handles], f"{version or 'unknown version'}{supports}"
 
 
+def _driver_problem() -> str:
+    try:
+        nvidia_driver.driver()
+    except nvidia_driver.DriverError as error:
+        return str(error)
+    return ""
+
+
 def _told(nvml: ModuleType, name: str, *arguments: object) -> Any:  # noqa: ANN401 -- each function has its own type
     """What an NVML function returns; None if this driver or this device does not have it."""
     try:
         return getattr(nvml, name)(*arguments)
-    except (nvml.NVMLError, AttributeError):
+    except (*_nvml_errors(nvml), AttributeError):
         return None
 
 
