@@ -18,7 +18,7 @@ def logits(size: int, seed: int, spread: float = 3.0) -> Row:
     return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     SIZES,
     st.integers(0, 10**6),
@@ -64,7 +64,7 @@ def rows_of_a_step(draw: st.DrawFn) -> list[tuple[SamplingParams, Row, int, Mask
     return step
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows_of_a_step())
 def test_a_row_gets_the_same_token_in_any_company(step: list[tuple[SamplingParams, Row, int, Mask | None]]) -> None:
     turns: list[Turn] = []
@@ -120,8 +120,8 @@ def test_frequencies_follow_the_probabilities(top_k: int) -> None:
     row = np.full(4 * BLOCK, -np.inf, np.float32)
     row[list(shares)] = np.log(list(shares.values()))
     sampler = Sampler(SamplingParams(seed=3, top_k=top_k))
-    counts = np.bincount([sampler.choose(row.copy(), position) for position in range(10_000)], minlength=702)
-    assert all(abs(counts[token] / 10_000 - share) < 0.01 for token, share in shares.items())
+    counts = np.bincount([sampler.choose(row.copy(), position) for position in range(5000)], minlength=702)
+    assert all(abs(counts[token] / 5000 - share) < 0.015 for token, share in shares.items())
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
