@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from exo.worker.protocol.messages import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK
-from exo.worker.runner_mlx.sampler import FAILED, Sampler
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.sampler import FAILED, MlxSampler
+from exo.worker.runner_mlx.sequence import MlxSequence
 from tests.support.definition import by_definition
 
 Row = NDArray[np.float32]
@@ -39,14 +39,16 @@ def logits(size: int, seed: int, spread: float = 3.0) -> Row:
 
 def sequence(
     params: SamplingParams, *, prompt: Rows[int] = (0,), output: Rows[int] = (), forbidden: tuple[int, ...] = ()
-) -> Sequence:
-    return Sequence("any", [*prompt, *output], len(prompt), 10**6, params, forbidden)
+) -> MlxSequence:
+    return MlxSequence("any", [*prompt, *output], len(prompt), 10**6, params, forbidden)
 
 
-def choose(sequences: Rows[Sequence], rows: Rows[Row], position: int = 0, unread: Rows[int] | None = None) -> list[int]:
+def choose(
+    sequences: Rows[MlxSequence], rows: Rows[Row], position: int = 0, unread: Rows[int] | None = None
+) -> list[int]:
     """One token for each sequence."""
     known = None if unread is None else mx.array(list(unread))
-    sampler = Sampler(sequences, rows[0].size, known)
+    sampler = MlxSampler(sequences, rows[0].size, known)
     return cast(list[int], sampler.choose(mx.array(np.stack(rows)), [position] * len(rows)).tolist())
 
 
@@ -68,7 +70,7 @@ def test_every_choice_is_the_defined_one_whatever_else_is_in_the_batch(
     size: int, seed: int, params: list[SamplingParams]
 ) -> None:
     rows = [logits(size, seed + index) for index in range(len(params))]
-    sampler = Sampler([sequence(each) for each in params], size)
+    sampler = MlxSampler([sequence(each) for each in params], size)
     for position in range(4):
         chosen = cast(list[int], sampler.choose(mx.array(np.stack(rows)), [position] * len(rows)).tolist())
         for token, row, each in zip(chosen, rows, params, strict=True):
@@ -105,7 +107,7 @@ def test_what_a_grammar_leaves_out_is_as_if_it_had_no_probability(
         if n_allowed is not None:
             row[random.permutation(size)[n_allowed:]] = 0
     masked = [np.where(mask, row, -np.inf).astype(np.float32) for mask, row in zip(allowed, rows, strict=True)]
-    sampler = Sampler([sequence(params) for params, _ in asked], size)
+    sampler = MlxSampler([sequence(params) for params, _ in asked], size)
     chosen = sampler.choose(mx.array(np.stack(rows)), [3] * len(rows), mx.array(allowed).astype(mx.bool_))
     for token, row, (params, _) in zip(cast(list[int], chosen.tolist()), masked, asked, strict=True):
         assert {token} == by_definition(row, params, 3) or token in nearly_by_definition(row, params, 3)
@@ -117,7 +119,7 @@ def test_neither_bias_nor_penalties_bring_back_what_a_grammar_leaves_out() -> No
         SamplingParams(seed=0, temperature=0, presence_penalty=-50, repetition_penalty=0.01), output=[2]
     )
     allowed = mx.array([[True, True, False, False], [False, True, False, True]])
-    sampler = Sampler([biased, rewarded], 4)
+    sampler = MlxSampler([biased, rewarded], 4)
     row = mx.array([[0.0, 0.0, 5.0, 0.0], [0.0, 0.0, 5.0, 1.0]])
     chosen = [cast(list[int], sampler.choose(row, [at, at], allowed).tolist()) for at in range(30)]
     assert {first for first, _ in chosen} == {0, 1}
@@ -128,7 +130,7 @@ def test_frequencies_follow_the_probabilities() -> None:
     shares = {3: 0.5, 40: 0.3, 700: 0.15, 701: 0.05}
     row = np.full(3 * BLOCK, -np.inf, np.float32)
     row[list(shares)] = np.log(list(shares.values()))
-    sampler = Sampler([sequence(SamplingParams(seed=seed)) for seed in range(200)], row.size)
+    sampler = MlxSampler([sequence(SamplingParams(seed=seed)) for seed in range(200)], row.size)
     logits = mx.array(np.stack([row] * 200))
     drawn = [cast(list[int], sampler.choose(logits, [position] * 200).tolist()) for position in range(100)]
     counts = np.bincount(np.array(drawn).ravel(), minlength=702)
@@ -141,7 +143,7 @@ def test_a_large_vocabulary_s_faint_tokens_are_not_lost_in_rounding() -> None:
     row = np.full(size, np.log(0.5 / (size - 1)), np.float32)
     row[0] = np.log(0.5)
     params = SamplingParams(seed=1)
-    sampler = Sampler([sequence(params)], size)
+    sampler = MlxSampler([sequence(params)], size)
     for position in range(100):
         [token] = cast(list[int], sampler.choose(mx.array(row[None]), [position]).tolist())
         assert token in by_definition(row, params, position, slack=5 * SLACK)
@@ -176,7 +178,7 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
 def test_penalties_count_tokens_that_only_the_device_knows_and_those_just_chosen() -> None:
     params = SamplingParams(seed=0, temperature=0, presence_penalty=1.0)
     row = np.array([3.0, 2.9, 2.8, 2.7], np.float32)
-    sampler = Sampler([sequence(params), sequence(params, output=[0])], 4, mx.array([0, FAILED]))
+    sampler = MlxSampler([sequence(params), sequence(params, output=[0])], 4, mx.array([0, FAILED]))
     chosen = [cast(list[int], sampler.choose(mx.array(np.stack([row, row])), [9, 9]).tolist()) for _ in range(3)]
     assert chosen == [[1, 1], [2, 2], [3, 3]]
 

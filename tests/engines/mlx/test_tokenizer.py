@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Text
-from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.model_folder import read_folder
 from exo.worker.runner_mlx.model import open_tokenizer
 from tests.support.tiny import Shape, write_mlx
@@ -64,7 +64,7 @@ def sentencepiece() -> Json:
 
 
 @pytest.fixture(scope="module", params=["byte level", "sentencepiece"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FolderTokenizer:
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TransformersTokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_mlx(folder, Shape())
     if request.param == "sentencepiece":
@@ -72,21 +72,21 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<|im_end|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     found = open_tokenizer(read_folder(folder), [])
-    return FolderTokenizer(found, 400, found.eos_token_ids)
+    return TransformersTokenizer(found, 400, found.eos_token_ids)
 
 
-def spelt(tokenizer: FolderTokenizer, tokens: list[int]) -> bytes:
+def spelt(tokenizer: TransformersTokenizer, tokens: list[int]) -> bytes:
     return b"".join(tokenizer.bytes_of(token) for token in tokens)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.just(TEXT), st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=40)))
-def test_the_bytes_of_a_text_s_tokens_are_the_text_s(tokenizer: FolderTokenizer, text: str) -> None:
+def test_the_bytes_of_a_text_s_tokens_are_the_text_s(tokenizer: TransformersTokenizer, text: str) -> None:
     expected = text.replace("▁", " ") if tokenizer.adds_bos else text
     assert spelt(tokenizer, tokenizer.encode((Text(text=text),))) == expected.encode()
 
 
-def test_control_tokens_come_from_special_text_only_and_spell_nothing(tokenizer: FolderTokenizer) -> None:
+def test_control_tokens_come_from_special_text_only_and_spell_nothing(tokenizer: TransformersTokenizer) -> None:
     [plain, special] = (tokenizer.encode((Text(text="<|im_end|>", special=flag),)) for flag in (False, True))
     assert special[-1] not in plain
     assert spelt(tokenizer, special) == b""
@@ -97,12 +97,12 @@ def test_control_tokens_come_from_special_text_only_and_spell_nothing(tokenizer:
     assert not any(tokenizer.is_control(token) for token in plain if token != tokenizer.bos)
 
 
-def test_a_token_id_that_only_pads_the_vocabulary_spells_nothing(tokenizer: FolderTokenizer) -> None:
+def test_a_token_id_that_only_pads_the_vocabulary_spells_nothing(tokenizer: TransformersTokenizer) -> None:
     assert tokenizer.bytes_of(399) == tokenizer.piece_of(399) == b""
     assert not tokenizer.is_control(399)
 
 
-def test_bos_is_put_in_front_where_the_tokenizer_s_own_template_does(tokenizer: FolderTokenizer) -> None:
+def test_bos_is_put_in_front_where_the_tokenizer_s_own_template_does(tokenizer: TransformersTokenizer) -> None:
     if not tokenizer.adds_bos:
         assert tokenizer.encode((Text(text="a"),)) == [97]
         return
@@ -113,6 +113,6 @@ def test_bos_is_put_in_front_where_the_tokenizer_s_own_template_does(tokenizer: 
     assert tokenizer.encode((Text(text=""), Text(text=""))) == [tokenizer.bos]
 
 
-def test_a_token_that_was_added_and_is_no_control_token_spells_itself(tokenizer: FolderTokenizer) -> None:
+def test_a_token_that_was_added_and_is_no_control_token_spells_itself(tokenizer: TransformersTokenizer) -> None:
     if tokenizer.adds_bos:
         assert spelt(tokenizer, tokenizer.encode((Text(text="a added ▁ a"),))) == "a added ▁ a".encode()

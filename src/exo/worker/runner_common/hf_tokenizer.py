@@ -44,7 +44,7 @@ class _Decoder(Protocol):
     def __getstate__(self) -> bytes: ...
 
 
-class FolderTokenizer:
+class TransformersTokenizer:
     """Encodes prompts and knows the bytes of every token of a model folder."""
 
     def __init__(self, tokenizer: HfTokenizer, n_vocab: int, ends: Collection[int]) -> None:

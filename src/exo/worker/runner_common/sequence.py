@@ -32,7 +32,7 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
 }
 
 
-class Generated(Protocol):
+class GeneratingSequence(Protocol):
     """The attributes of an engine's sequence that a new token affects."""
 
     id: str
@@ -47,7 +47,7 @@ class Generated(Protocol):
         ...
 
 
-def append(sequence: Generated, token: int, vocabulary: Vocabulary, scores: Scores | None = None) -> Sampled:
+def append(sequence: GeneratingSequence, token: int, vocabulary: Vocabulary, scores: Scores | None = None) -> Sampled:
     """Appends a token to a sequence and tells its grammar. Raises GrammarError.
 
     The result has a finish reason if the sequence ends with the token. Otherwise the grammar's next mask is begun,

@@ -8,7 +8,7 @@ from exo.worker.runner_mlx.probe import probe
 
 if TYPE_CHECKING:
     from exo.worker.runner_common.front_end import FrontEnd
-    from exo.worker.runner_mlx.sequence import Sequence
+    from exo.worker.runner_mlx.sequence import MlxSequence
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     run(probe, _front_end, _score)
 
 
-def _front_end(emitter: Emitter) -> "FrontEnd[Sequence]":
+def _front_end(emitter: Emitter) -> "FrontEnd[MlxSequence]":
     from exo.worker.runner_mlx.runner import front_end
 
     return front_end(emitter)

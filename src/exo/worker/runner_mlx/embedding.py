@@ -13,7 +13,7 @@ from exo.worker.protocol.messages import Embedded, Failed
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.hf_embedding import Pooling, answer
 from exo.worker.runner_mlx.kv_cache import KVCache
-from exo.worker.runner_mlx.model import Model, wait_for
+from exo.worker.runner_mlx.model import MlxModel, wait_for
 
 
 @dataclass(slots=True)
@@ -28,10 +28,10 @@ class _Text:
 
 
 @dataclass(slots=True)
-class Embedder:
+class MlxEmbedder:
     """The texts that wait and the one in work. Belongs to the engine's thread, but for reading the counts."""
 
-    model: Model
+    model: MlxModel
     pooling: Pooling
     longest: int
     """Tokens that a text may have."""

@@ -11,12 +11,12 @@ from exo.worker.runner_common.grammar.guided_decoding import GrammarError, gramm
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_common.sequence import Phase, append, not_finite
 from exo.worker.runner_mlx.inflight_step import Queued, inputs
-from exo.worker.runner_mlx.loader import Loaded
+from exo.worker.runner_mlx.loader import MlxLoaded
 from exo.worker.runner_mlx.logprobs import ROWS_AT_ONCE, score
 from exo.worker.runner_mlx.model import queue
-from exo.worker.runner_mlx.sampler import FAILED, Sampler
-from exo.worker.runner_mlx.scheduler import Chunk, Row, Scheduler, Step
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.sampler import FAILED, MlxSampler
+from exo.worker.runner_mlx.scheduler import DecodeRow, MlxScheduler, MlxStep, PromptChunk
+from exo.worker.runner_mlx.sequence import MlxSequence
 
 STEPS_PER_SWEEP = 256
 """MLX keeps buffers for reuse. Growing shapes leave unused ones behind, which a sweep frees."""
@@ -33,16 +33,16 @@ class MlxEngine:
     the tokens of the step before have been read and the masks are there. The device still computes the pass meanwhile.
     """
 
-    def __init__(self, loaded: Loaded, emitter: Emitter) -> None:
+    def __init__(self, loaded: MlxLoaded, emitter: Emitter) -> None:
         self._model = loaded.model
         self._cache = loaded.cache
         self._embedder = loaded.embedder
-        self._scheduler = Scheduler(loaded.capabilities.slots, loaded.chunk)
+        self._scheduler = MlxScheduler(loaded.capabilities.slots, loaded.chunk)
         self._tokenizer = loaded.tokenizer
         self._emitter = emitter
-        self._sampler: Sampler
+        self._sampler: MlxSampler
         self._steps = 0
-        self.commands: Commands[Sequence] = Commands(
+        self.commands: Commands[MlxSequence] = Commands(
             emitter, add=self._scheduler.add, add_text=self._embedder.waiting.append, remove=self._remove
         )
 
@@ -81,7 +81,7 @@ class MlxEngine:
 
     # --- queueing a step ---
 
-    def _queue(self, step: Step, before: Queued | None) -> Queued:
+    def _queue(self, step: MlxStep, before: Queued | None) -> Queued:
         queued = Queued(step)
         for stale in step.stale:
             self._model.clear(self._cache, stale.slot, stale.start, stale.stop)
@@ -99,7 +99,7 @@ class MlxEngine:
             self._choose(queued, logits)
         return queued
 
-    def _prefill(self, chunk: Chunk, queued: Queued) -> None:
+    def _prefill(self, chunk: PromptChunk, queued: Queued) -> None:
         """Fills the cache. Logits are computed only if log-probabilities of the prompt are wanted."""
         sequence = chunk.sequence
         tokens = mx.array([sequence.tokens[chunk.start : chunk.stop]])
@@ -109,7 +109,7 @@ class MlxEngine:
         if sequence.prompt_logprobs is not None:
             self._score_prompt(chunk, logits[0], sequence.prompt_logprobs, queued)
 
-    def _score_prompt(self, chunk: Chunk, logits: mx.array, k: int, queued: Queued) -> None:
+    def _score_prompt(self, chunk: PromptChunk, logits: mx.array, k: int, queued: Queued) -> None:
         """Queues the log-probabilities of the tokens after the chunk's; logits have the shape (width, vocabulary)."""
         sequence = chunk.sequence
         stop = min(chunk.stop, sequence.n_prompt - 1)
@@ -121,17 +121,17 @@ class MlxEngine:
             queue(scores)
             queued.prompts.append((sequence, scores))
 
-    def _marker(self, chunk: Chunk) -> mx.array:
+    def _marker(self, chunk: PromptChunk) -> mx.array:
         return self._cache.marker(chunk.sequence.slot, chunk.stop - 1)
 
-    def _decode(self, rows: list[Row], before: Queued | None) -> mx.array:
+    def _decode(self, rows: list[DecodeRow], before: Queued | None) -> mx.array:
         """Returns the logits of each row, shape (rows, vocabulary)."""
         sequences = [row.sequence for row in rows]
         if before is not None and sequences == [row.sequence for row in before.step.rows]:
             tokens = before.done
         else:
             tokens, unread = inputs(rows, before)
-            self._sampler = Sampler(sequences, self._tokenizer.n_vocab, unread)
+            self._sampler = MlxSampler(sequences, self._tokenizer.n_vocab, unread)
         positions = [row.position for row in rows]
         slots = [sequence.slot for sequence in sequences]
         return self._model.forward(tokens[:, None], self._cache, slots, positions)[:, 0]
@@ -207,7 +207,7 @@ class MlxEngine:
             sequence.n_told += len(told[-1].tokens)
         return told
 
-    def _take(self, sequence: Sequence, token: int, scores: Scores | None) -> Sampled | None:
+    def _take(self, sequence: MlxSequence, token: int, scores: Scores | None) -> Sampled | None:
         """Appends a token to its sequence; None if the sequence fails."""
         if token == FAILED or (scores is not None and isnan(scores.chosen)):
             self._fail(sequence, not_finite(sequence.id))
@@ -221,12 +221,12 @@ class MlxEngine:
             self._scheduler.remove(sequence.id)
         return sampled
 
-    def _end(self, sequence: Sequence, reason: FinishReason, done: StepDone) -> None:
+    def _end(self, sequence: MlxSequence, reason: FinishReason, done: StepDone) -> None:
         """Ends a sequence without a new token."""
         self._scheduler.remove(sequence.id)
         done.ended.append((sequence.id, reason))
 
-    def _fail(self, sequence: Sequence, failed: Failed) -> None:
+    def _fail(self, sequence: MlxSequence, failed: Failed) -> None:
         """Ends one request, whose cells must not be reused."""
         self._scheduler.remove(sequence.id, reusable=False)
         self._emitter.put(failed)

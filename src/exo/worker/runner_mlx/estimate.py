@@ -16,7 +16,7 @@ from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_common.model_folder import tensors
 from exo.worker.runner_common.safetensors import SafetensorsTensor
-from exo.worker.runner_mlx.loader import Checked, check, computed_in
+from exo.worker.runner_mlx.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding
 
@@ -35,15 +35,15 @@ _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "float16": 2, "bfloat16": 2, "float32"
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
     checked = check(command.load)
-    model = _Model.of(checked)
+    model = _MlxSizes.of(checked)
     left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=checked.trained)
     found = estimated(Plan(checked.n_ctx, checked.options.slots), left, model.size)
     return found.model_copy(update={"notes": checked.folder.notes})
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    checked: Checked
+class _MlxSizes:
+    checked: MlxChecked
     weights: tuple[int, ...]
     """Bytes of each rank, as they are computed with."""
     tokenizer: int
@@ -55,7 +55,7 @@ class _Model:
     vocabulary: int
 
     @classmethod
-    def of(cls, checked: Checked) -> "_Model":
+    def of(cls, checked: MlxChecked) -> "_MlxSizes":
         """From what the folder's files say of themselves."""
         sizes = language_config(checked.folder.config)
         stored = tensors(checked.folder)

@@ -9,24 +9,24 @@ from exo.worker.runner_common.output_processor import Scores
 from exo.worker.runner_mlx.logprobs import ScoreArrays
 from exo.worker.runner_mlx.model import wait_for
 from exo.worker.runner_mlx.sampler import FAILED
-from exo.worker.runner_mlx.scheduler import Row, Step
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.scheduler import DecodeRow, MlxStep
+from exo.worker.runner_mlx.sequence import MlxSequence
 
 
 @dataclass(slots=True)
 class Queued:
     """``held`` until a grammar has seen the tokens of the step before; then the rest of it is queued too."""
 
-    step: Step
+    step: MlxStep
     held: mx.array | None = None
     """Logits that nothing is chosen from yet, shape (rows, vocabulary)."""
     done: mx.array = field(init=False)
     """The rows' tokens, shape (rows,), or any number if the step has none. Missing while the logits are held."""
     matched: set[str] = field(default_factory=set[str])
     """Requests whose grammar leaves nothing but an end, which they ignore: they end without a token."""
-    scores: tuple[list[Sequence], ScoreArrays] | None = None
+    scores: tuple[list[MlxSequence], ScoreArrays] | None = None
     """How probable these tokens were, of the sequences that ask for it."""
-    prompts: list[tuple[Sequence, ScoreArrays]] = field(default_factory=list[tuple[Sequence, ScoreArrays]])
+    prompts: list[tuple[MlxSequence, ScoreArrays]] = field(default_factory=list[tuple[MlxSequence, ScoreArrays]])
     """The same of the tokens that follow those of prompt chunks."""
 
     def wait(self) -> None:
@@ -48,7 +48,7 @@ class Queued:
         }
 
 
-def inputs(rows: list[Row], before: Queued | None) -> tuple[mx.array, mx.array | None]:
+def inputs(rows: list[DecodeRow], before: Queued | None) -> tuple[mx.array, mx.array | None]:
     """Each row's input token, and those of them that only the device knows yet (elsewhere ``FAILED``).
 
     A decoding sequence has a row in every step, so a token that is not known yet is one of the step before.

@@ -15,7 +15,7 @@ BLOCK = 256
 
 
 @dataclass(slots=True)
-class Pass:
+class CachePass:
     """One forward pass: ``width`` tokens for each of ``slots``, the first of them at ``starts``.
 
     Either of the two, slots and width, is 1: rows of a decoding step, or one chunk of a prompt.
@@ -116,14 +116,14 @@ class KVCache:
     def __init__(self, windows: list[int | None], n_slots: int, n_ctx: int) -> None:
         """``windows`` has for each layer how many tokens it sees, the current one included; None is all of them."""
         self.layers = [LayerCache(self, window) for window in windows]
-        self.at: Pass
+        self.at: CachePass
         self.n_ctx = n_ctx
         self._n_slots = n_slots
         self._n_cells = -(-n_ctx // BLOCK) * BLOCK
 
     def enter(self, slots: list[int], starts: list[int], width: int) -> list[LayerCache]:
         """The layers, ready for one forward pass; slots in ascending order."""
-        self.at = Pass(slots, starts, width)
+        self.at = CachePass(slots, starts, width)
         return self.layers
 
     def allocate(self, like: mx.array) -> mx.array:

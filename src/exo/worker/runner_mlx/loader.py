@@ -10,17 +10,17 @@ from exo.worker.protocol.messages import Capabilities, Load, Status
 from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
-from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_folder import HfFolder, find_folder, read_folder, tell_ignored
 from exo.worker.runner_mlx.config_keys import check_keys
 from exo.worker.runner_mlx.devices import Backend, device, use_backend
-from exo.worker.runner_mlx.embedding import Embedder
+from exo.worker.runner_mlx.embedding import MlxEmbedder
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.model import (
     BROKEN_MODEL,
     ONE_SEQUENCE,
-    Model,
+    MlxModel,
     keep_weights_in_memory,
     load_error,
     network_class,
@@ -30,7 +30,7 @@ from exo.worker.runner_mlx.model import (
 from exo.worker.runner_mlx.options import MlxOptions, read_options
 from exo.worker.runner_mlx.probe import ENGINE, engine_version
 from exo.worker.runner_mlx.ranks.ranks import Ranks
-from exo.worker.runner_mlx.ranks.sharding import Part, Sharding, asked_for, refusal
+from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, asked_for, refusal
 
 DEFAULT_CONTEXT = 4096
 CPU_CHUNK, GPU_CHUNK = 32, 512
@@ -38,7 +38,7 @@ CPU_CHUNK, GPU_CHUNK = 32, 512
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class MlxChecked:
     """A ``Load`` that may succeed."""
 
     options: MlxOptions
@@ -51,23 +51,23 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class MlxLoaded:
     """A model ready to generate. ``chunk`` is prompt tokens per step; ``settings`` are what rounding depends on.
 
     ``ranks`` are the other processes that compute it, if there are any.
     """
 
-    model: Model
+    model: MlxModel
     cache: KVCache
-    embedder: Embedder
-    tokenizer: FolderTokenizer
+    embedder: MlxEmbedder
+    tokenizer: TransformersTokenizer
     capabilities: Capabilities
     chunk: int
     settings: dict[str, str]
     ranks: Ranks | None
 
 
-def check(command: Load) -> Checked:
+def check(command: Load) -> MlxChecked:
     """All that can be known before weights are read, and the backend in use from here on. Raises LoadError."""
     options = read_options(command.table)
     backend = use_backend(command.backend)
@@ -93,18 +93,20 @@ def check(command: Load) -> Checked:
             f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size needs no such thing"
         )
         raise refusal(sharding.kind, sharding.size, reason)
-    return Checked(options, backend, folder, trained, n_ctx, sharding)
+    return MlxChecked(options, backend, folder, trained, n_ctx, sharding)
 
 
-def open_model(checked: Checked, on_layer: Callable[[int, int], None], part: Part | None) -> tuple[Model, KVCache]:
+def open_model(
+    checked: MlxChecked, on_layer: Callable[[int, int], None], part: RankPart | None
+) -> tuple[MlxModel, KVCache]:
     """The network, or this rank's part of it, and the slots' cache. Raises LoadError."""
     keep_weights_in_memory()
     dtype = computed_in(checked.options, checked.folder.config, checked.backend)
-    model = Model(checked.folder, dtype, on_layer, part)
+    model = MlxModel(checked.folder, dtype, on_layer, part)
     return model, KVCache(model.windows, checked.options.slots, checked.n_ctx)
 
 
-def load(command: Load, report: Callable[[Status], None]) -> Loaded:
+def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
     """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
     checked = check(command)
     options, backend, folder = checked.options, checked.backend, checked.folder.path
@@ -122,10 +124,10 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     report(Status(state="WarmingUp"))
     n_vocab = _warm_up(model, cache, folder, options.slots, ranks)
     found = open_tokenizer(checked.folder, model.eos_token_ids)
-    tokenizer = FolderTokenizer(found, n_vocab, found.eos_token_ids)
+    tokenizer = TransformersTokenizer(found, n_vocab, found.eos_token_ids)
     chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
     longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
-    embedder = Embedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)
+    embedder = MlxEmbedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)
     capabilities = Capabilities(
         engine=ENGINE,
         engine_version=engine_version(),
@@ -152,7 +154,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         "prompt chunk": str(chunk),
         "processes": "1" if checked.sharding is None else checked.sharding.describe(),
     }
-    return Loaded(model, cache, embedder, tokenizer, capabilities, chunk, settings, ranks)
+    return MlxLoaded(model, cache, embedder, tokenizer, capabilities, chunk, settings, ranks)
 
 
 def _devices(backend: Backend, sharding: Sharding | None) -> tuple[str, ...]:
@@ -190,7 +192,7 @@ def trained_context(config: Json) -> int:
     return DEFAULT_CONTEXT
 
 
-def _warm_up(model: Model, cache: KVCache, folder: Path, n_slots: int, ranks: Ranks | None) -> int:
+def _warm_up(model: MlxModel, cache: KVCache, folder: Path, n_slots: int, ranks: Ranks | None) -> int:
     """A prompt's chunk, then steps of one and of two rows, so that kernels are built before the first request.
 
     The width of the logits.

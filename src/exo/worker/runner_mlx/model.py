@@ -22,7 +22,7 @@ from exo.worker.runner_common.model_folder import HfFolder, end_tokens, presente
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.pipeline import Body
-from exo.worker.runner_mlx.ranks.sharding import Part
+from exo.worker.runner_mlx.ranks.sharding import RankPart
 
 
 @contextmanager
@@ -86,14 +86,14 @@ class MlxTokenizer(HfTokenizer, Protocol):
     eos_token_ids: set[int]
 
 
-class Model:
+class MlxModel:
     """A loaded network. ``windows`` are its layers' sliding windows in tokens, None where a layer sees everything.
 
     Of one that is divided between ranks this is a ``part``; what rank 0 computes here, the others compute with it.
     """
 
     def __init__(
-        self, folder: HfFolder, dtype: str | None, on_layer: Callable[[int, int], None], part: Part | None = None
+        self, folder: HfFolder, dtype: str | None, on_layer: Callable[[int, int], None], part: RankPart | None = None
     ) -> None:
         """Raises LoadError. ``on_layer`` gets layers loaded and layers in all."""
         self._part = part
@@ -202,7 +202,7 @@ def load_error(what: str, error: BaseException) -> LoadError:
     return from_library(what, error, out_of_memory=ran_out_of_memory(error))
 
 
-def _shared(tokens: mx.array, part: Part) -> mx.array:
+def _shared(tokens: mx.array, part: RankPart) -> mx.array:
     """Queued by itself, and so on all ranks before all else of a pass: what a rank receives does not depend on it."""
     shared = part.share(tokens)
     queue(shared)

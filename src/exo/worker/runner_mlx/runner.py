@@ -5,21 +5,21 @@ from functools import partial
 from exo.worker.protocol.messages import Failed, Generate, Load
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
 from exo.worker.runner_common.grammar.guided_decoding import Constraint
-from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_mlx.engine import MlxEngine
 from exo.worker.runner_mlx.estimate import estimate
 from exo.worker.runner_mlx.loader import load
 from exo.worker.runner_mlx.model import ran_out_of_memory
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.sequence import MlxSequence
 
 
-def front_end(emitter: Emitter) -> FrontEnd[Sequence]:
+def front_end(emitter: Emitter) -> FrontEnd[MlxSequence]:
     """Returns the front end of a runner that has no model yet."""
     return FrontEnd(emitter, lambda command: _load(command, emitter), estimate, _explain)
 
 
-def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
+def _load(command: Load, emitter: Emitter) -> LoadedEngine[MlxSequence]:
     """Loads in the thread that will compute, since MLX's streams belong to the thread that made them.
 
     Raises LoadError.
@@ -52,9 +52,9 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
 
 
 def _new_sequence(
-    tokenizer: FolderTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
-) -> Sequence:
-    return Sequence(
+    tokenizer: TransformersTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
+) -> MlxSequence:
+    return MlxSequence(
         id=request.id,
         tokens=[*prompt, *request.delivered],
         n_prompt=len(prompt),

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.sequence import MlxSequence
 
 FAILED = -1
 """In place of a token, where the row's largest logit is NaN or infinite: the computation went wrong there."""
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     top_p: bool
 
 
-def kind_of(sequence: Sequence, n_vocab: int) -> Kind:
+def kind_of(sequence: MlxSequence, n_vocab: int) -> Kind:
     """The kind of a sequence; of a greedy one the rest does not matter."""
     params = sequence.sampling
     greedy = params.temperature == 0
@@ -51,11 +51,11 @@ def kind_of(sequence: Sequence, n_vocab: int) -> Kind:
     )
 
 
-class Sampler:
+class MlxSampler:
     """The choices of given sequences, row by row; made anew whenever other sequences take part in a step."""
 
-    def __init__(self, sequences: Rows[Sequence], n_vocab: int, unread: mx.array | None = None) -> None:
-        """``unread``, shape (rows,), are tokens queued but not yet in ``Sequence.tokens``; ``FAILED`` where none is."""
+    def __init__(self, sequences: Rows[MlxSequence], n_vocab: int, unread: mx.array | None = None) -> None:
+        """``unread``, shape (rows,), are tokens queued but not yet in ``MlxSequence.tokens``; ``FAILED`` for none."""
         kinds = [kind_of(sequence, n_vocab) for sequence in sequences]
         rows_of = {kind: [row for row, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
         self._groups: list[tuple[list[int], Group]] = []
@@ -83,7 +83,7 @@ class Sampler:
 class Group:
     """Rows of one kind."""
 
-    def __init__(self, kind: Kind, sequences: Rows[Sequence], n_vocab: int, unread: mx.array | None) -> None:
+    def __init__(self, kind: Kind, sequences: Rows[MlxSequence], n_vocab: int, unread: mx.array | None) -> None:
         self._kind = kind
         self._params = [sequence.sampling for sequence in sequences]
         self._seeds = [params.seed for params in self._params]
@@ -97,7 +97,7 @@ class Group:
             self._top_p = _column(params.top_p for params in self._params)
 
     def choose(self, logits: mx.array, positions: Rows[int]) -> mx.array:
-        """As ``Sampler.choose``, for these rows."""
+        """As ``MlxSampler.choose``, for these rows."""
         logits = logits.astype(mx.float32)
         if self._kind.penalised:
             logits = self._penalise(logits)
@@ -116,7 +116,7 @@ class Group:
 
     # --- penalties ---
 
-    def _start_history(self, sequences: Rows[Sequence], n_vocab: int, unread: mx.array | None) -> None:
+    def _start_history(self, sequences: Rows[MlxSequence], n_vocab: int, unread: mx.array | None) -> None:
         """Tokens so far, shape (rows, vocabulary): how often in the output, and whether in prompt or output."""
         self._counts = _count([sequence.tokens[sequence.n_prompt :] for sequence in sequences], n_vocab)
         self._seen = _count([sequence.tokens for sequence in sequences], n_vocab) > 0
@@ -225,7 +225,7 @@ def _count(lists: Rows[Rows[int]], n_vocab: int) -> mx.array:
     return counts.at[mx.array(rows), mx.array(ids)].add(1.0)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _bias(sequences: Rows[Sequence], n_vocab: int) -> mx.array:
+def _bias(sequences: Rows[MlxSequence], n_vocab: int) -> mx.array:
     """What is added to the logits, shape (rows, n_vocab)."""
     bias = mx.zeros((len(sequences), n_vocab))
     for row, sequence in enumerate(sequences):

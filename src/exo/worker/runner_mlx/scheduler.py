@@ -5,27 +5,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from exo.worker.runner_common.sequence import Phase
-from exo.worker.runner_mlx.sequence import Sequence
-from exo.worker.runner_mlx.slot import Slot
+from exo.worker.runner_mlx.sequence import MlxSequence
+from exo.worker.runner_mlx.slot import MlxSlot
 
 WORTH_REUSING = 16
 """Tokens in a slot's cache that make up for leaving the lowest slot free: every prompt shares BOS and some words."""
 
 
 @dataclass(slots=True)
-class Chunk:
+class PromptChunk:
     """``sequence.tokens[start:stop]`` of a prompt, to be written into the cache."""
 
-    sequence: Sequence
+    sequence: MlxSequence
     start: int
     stop: int
 
 
 @dataclass(slots=True)
-class Row:
+class DecodeRow:
     """The token at ``position`` of a sequence, to be written into the cache and followed by a new one."""
 
-    sequence: Sequence
+    sequence: MlxSequence
     position: int
 
 
@@ -39,11 +39,11 @@ class Stale:
 
 
 @dataclass(slots=True)
-class Step:
+class MlxStep:
     """Prompt chunks, then at most one row of each decoding sequence in ascending order of slot."""
 
-    chunks: list[Chunk] = field(default_factory=list[Chunk])
-    rows: list[Row] = field(default_factory=list[Row])
+    chunks: list[PromptChunk] = field(default_factory=list[PromptChunk])
+    rows: list[DecodeRow] = field(default_factory=list[DecodeRow])
     stale: list[Stale] = field(default_factory=list[Stale])
     started: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     """Who entered a slot, with the tokens found cached there."""
@@ -58,7 +58,7 @@ class Step:
         return list(done.items())
 
 
-class Scheduler:
+class MlxScheduler:
     """Waiting requests, slots and the order in which prompts get their turn.
 
     Every decoding sequence has a row in every step, and a prompt's last token is its first row, even where nothing is
@@ -70,10 +70,10 @@ class Scheduler:
     """
 
     def __init__(self, n_slots: int, chunk: int) -> None:
-        self.slots = [Slot(index) for index in range(n_slots)]
-        self.waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()
-        self._by_id: dict[str, Sequence] = {}
+        self.slots = [MlxSlot(index) for index in range(n_slots)]
+        self.waiting: deque[MlxSequence] = deque()
+        self._prefilling: deque[MlxSequence] = deque()
+        self._by_id: dict[str, MlxSequence] = {}
         self._chunk = chunk
 
     @property
@@ -84,16 +84,16 @@ class Scheduler:
     def __bool__(self) -> bool:
         return bool(self._by_id)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: MlxSequence) -> None:
         """Queues a sequence, first in, first out."""
         self._by_id[sequence.id] = sequence
         self.waiting.append(sequence)
 
-    def sequences(self) -> Iterable[Sequence]:
+    def sequences(self) -> Iterable[MlxSequence]:
         """All that are not done."""
         return tuple(self._by_id.values())
 
-    def remove(self, sequence_id: str, *, reusable: bool = True) -> Sequence | None:
+    def remove(self, sequence_id: str, *, reusable: bool = True) -> MlxSequence | None:
         """Ends a sequence wherever it stands and frees its slot; None if it is not known.
 
         The slot's cells stay for the next sequence to reuse, unless they are not to be trusted (``reusable``).
@@ -113,9 +113,9 @@ class Scheduler:
         sequence.move(Phase.DONE)
         return sequence
 
-    def plan(self) -> Step:
+    def plan(self) -> MlxStep:
         """The next step, which the caller queues; empty when there is nothing to compute."""
-        step = Step()
+        step = MlxStep()
         self._admit(step)
         self._prefill(step)
         for slot in self.slots:
@@ -124,11 +124,11 @@ class Scheduler:
                 continue
             # With this row the sequence would have n_queued + 2 tokens: its input, and the one that follows.
             if sequence.n_queued + 2 <= max(sequence.n_limit, sequence.n_prefill + 1):
-                step.rows.append(Row(sequence, sequence.n_queued))
+                step.rows.append(DecodeRow(sequence, sequence.n_queued))
                 sequence.n_queued += 1
         return step
 
-    def _admit(self, step: Step) -> None:
+    def _admit(self, step: MlxStep) -> None:
         while self.waiting and (slot := self._choose_slot(self.waiting[0])) is not None:
             sequence = self.waiting.popleft()
             reusable = _reusable(slot, sequence)
@@ -142,17 +142,17 @@ class Scheduler:
             self._decode_if_prefilled(sequence)
             step.started.append((sequence.id, reusable))
 
-    def _choose_slot(self, sequence: Sequence) -> Slot | None:
+    def _choose_slot(self, sequence: MlxSequence) -> MlxSlot | None:
         """The free slot that holds most of the prompt, if it holds much; else the lowest, so that slots stay dense."""
         free = [slot for slot in self.slots if slot.sequence is None]
 
-        def worth(slot: Slot) -> tuple[int, int]:
+        def worth(slot: MlxSlot) -> tuple[int, int]:
             shared = _reusable(slot, sequence)
             return (shared if shared >= WORTH_REUSING else 0, -slot.id)
 
         return max(free, key=worth, default=None)
 
-    def _prefill(self, step: Step) -> None:
+    def _prefill(self, step: MlxStep) -> None:
         budget = self._chunk
         for _ in range(len(self._prefilling)):
             sequence = self._prefilling[0]
@@ -163,16 +163,16 @@ class Scheduler:
             self._prefilling.rotate(-1)
             budget -= stop - start
             sequence.n_queued = stop
-            step.chunks.append(Chunk(sequence, start, stop))
+            step.chunks.append(PromptChunk(sequence, start, stop))
             self._decode_if_prefilled(sequence)
 
-    def _decode_if_prefilled(self, sequence: Sequence) -> None:
+    def _decode_if_prefilled(self, sequence: MlxSequence) -> None:
         if sequence.n_queued == len(sequence.tokens) - 1:
             self._prefilling.remove(sequence)
             sequence.move(Phase.DECODE)
 
 
-def _reusable(slot: Slot, sequence: Sequence) -> int:
+def _reusable(slot: MlxSlot, sequence: MlxSequence) -> int:
     """Leading tokens that need not be computed again.
 
     The last one always is, since its logits are what the first choice is made from; and where the prompt's

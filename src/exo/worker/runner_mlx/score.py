@@ -8,7 +8,7 @@ import numpy as np
 
 from exo.worker.protocol.messages import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score, log_softmax
-from exo.worker.runner_mlx.loader import Loaded, load
+from exo.worker.runner_mlx.loader import MlxLoaded, load
 
 
 def score(protocol: BinaryIO) -> int:
@@ -24,7 +24,7 @@ def _open(command: Load) -> TextReader:
     )
 
 
-def _log_probabilities(loaded: Loaded, tokens: tuple[int, ...]) -> LogProbabilities:
+def _log_probabilities(loaded: MlxLoaded, tokens: tuple[int, ...]) -> LogProbabilities:
     """Computes the text in chunks, as prompts are."""
     rows: list[LogProbabilities] = []
     for start in range(0, len(tokens), loaded.chunk):

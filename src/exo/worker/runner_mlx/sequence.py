@@ -8,7 +8,7 @@ from exo.worker.runner_common.sequence import Phase
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class MlxSequence:
     """The tokens known and the cells queued.
 
     Invariant: ``n_queued`` cells of ``slot`` hold the sequence's first tokens, or will after the queued steps. While

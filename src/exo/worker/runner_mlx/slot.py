@@ -3,11 +3,11 @@
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.sequence import MlxSequence
 
 
 @dataclass(slots=True)
-class Slot:
+class MlxSlot:
     """``cached`` are the tokens whose cells are in the cache; they stay after a sequence leaves, for the next one.
 
     Both it and ``n_written``, the cells that were ever written since they were last cleared, are up to date only while
@@ -17,7 +17,7 @@ class Slot:
     id: int
     cached: list[int] = field(default_factory=list[int])
     n_written: int = 0
-    sequence: Sequence | None = None
+    sequence: MlxSequence | None = None
 
     def common_prefix(self, tokens: Tokens[int]) -> int:
         """How many leading tokens this slot already holds."""

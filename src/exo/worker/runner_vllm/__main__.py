@@ -15,7 +15,7 @@ from exo.worker.runner_vllm.switches import set_defaults
 
 if TYPE_CHECKING:
     from exo.worker.runner_common.front_end import FrontEnd
-    from exo.worker.runner_vllm.sequence import Sequence
+    from exo.worker.runner_vllm.sequence import VllmSequence
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     run(probe, _front_end, _score)
 
 
-def _front_end(emitter: Emitter) -> "FrontEnd[Sequence]":
+def _front_end(emitter: Emitter) -> "FrontEnd[VllmSequence]":
     from exo.worker.runner_vllm.runner import front_end
 
     return front_end(emitter)

@@ -11,7 +11,7 @@ from exo.worker.runner_vllm.purpose import Purpose, find_purpose
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class VllmChecked:
     options: VllmOptions
     folder: HfFolder
     purpose: Purpose
@@ -19,10 +19,10 @@ class Checked:
     """Whether this build computes on them."""
 
 
-def check(command: Load) -> Checked:
+def check(command: Load) -> VllmChecked:
     """Raises LoadError: without a folder, with a broken one, with wrong settings, or those that cannot be done here."""
     options = read_options(command.table)
     folder, processors = read_folder(find_folder(options, command.model_id, command.directories)), on_cpu()
     check_limits(options, folder.config, processors=processors, devices=len(nvidia_devices()))
     purpose = find_purpose(command, options, folder.path, folder.config, processors=processors)
-    return Checked(options, folder, purpose, processors)
+    return VllmChecked(options, folder, purpose, processors)

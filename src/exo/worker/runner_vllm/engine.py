@@ -9,10 +9,10 @@ from exo.worker.protocol.messages import Failed, FinishReason
 from exo.worker.runner_common.commands import Commands, TextJob
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
 from exo.worker.runner_common.hf_embedding import answer
-from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, StepDone
 from exo.worker.runner_common.sequence import append, not_finite
-from exo.worker.runner_vllm.sequence import Sequence
+from exo.worker.runner_vllm.sequence import VllmSequence
 
 if TYPE_CHECKING:
     from exo.worker.runner_vllm.vllm_edge import Core, Output
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class VllmEngine:
     """Gives sequences and texts to vLLM, which batches them, and hands each step's results to the emitter."""
 
-    def __init__(self, core: "Core", tokenizer: FolderTokenizer, emitter: Emitter) -> None:
+    def __init__(self, core: "Core", tokenizer: TransformersTokenizer, emitter: Emitter) -> None:
         self._core = core
         self._tokenizer = tokenizer
         self._emitter = emitter
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, VllmSequence] = {}
         self._texts: dict[str, TextJob] = {}
-        self.commands: Commands[Sequence] = Commands(
+        self.commands: Commands[VllmSequence] = Commands(
             emitter, add=self._add, add_text=self._add_text, remove=self._remove
         )
 
@@ -41,7 +41,7 @@ class VllmEngine:
             if self._sequences or self._texts:
                 self._step()
 
-    def _add(self, sequence: Sequence) -> None:
+    def _add(self, sequence: VllmSequence) -> None:
         self._sequences[sequence.id] = sequence
         self._core.add(sequence)
 
@@ -82,7 +82,7 @@ class VllmEngine:
         if isinstance(answered, Failed):
             self._core.clear_unused()
 
-    def _take(self, sequence: Sequence, output: "Output", done: StepDone) -> None:
+    def _take(self, sequence: VllmSequence, output: "Output", done: StepDone) -> None:
         """Adds a step's results to their sequence, and ends the sequence after the last one."""
         choice = sequence.choice
         if output.broken:
@@ -104,7 +104,7 @@ class VllmEngine:
         else:
             self._append(sequence, output, output.token, done)
 
-    def _append(self, sequence: Sequence, output: "Output", token: int, done: StepDone) -> None:
+    def _append(self, sequence: VllmSequence, output: "Output", token: int, done: StepDone) -> None:
         try:
             sampled = append(sequence, token, self._tokenizer, output.scores)
         except GrammarError as error:
@@ -120,12 +120,12 @@ class VllmEngine:
         known = self._sequences.pop(request, None), self._texts.pop(request, None)
         return any(each is not None for each in known)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, done: StepDone) -> None:
+    def _end(self, sequence: VllmSequence, reason: FinishReason, done: StepDone) -> None:
         """Ends a sequence without a new token."""
         self._remove(sequence.id)
         done.ended.append((sequence.id, reason))
 
-    def _fail(self, sequence: Sequence, failed: Failed) -> None:
+    def _fail(self, sequence: VllmSequence, failed: Failed) -> None:
         """Ends one request."""
         self._remove(sequence.id)
         self._emitter.put(failed)

@@ -11,7 +11,7 @@ from exo.worker.protocol.messages import Estimate, Estimated, LoadOption
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
 from exo.worker.runner_common.model_folder import tensors
 from exo.worker.runner_common.safetensors import SafetensorsTensor
-from exo.worker.runner_vllm.checked import Checked, check
+from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.sizes import (
     cache_bytes,
     computed_in,
@@ -33,7 +33,7 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
-    load, model = command.load, _Model.of(check(command.load))
+    load, model = command.load, _VllmSizes.of(check(command.load))
     key = "n_ctx" if "n_ctx" in load.table else "max_model_len"
     left = Open(n_ctx=load.table.get(key) == "auto", trained=model.trained)
     plan = Plan(model.checked.purpose.n_ctx, model.checked.options.slots)
@@ -53,8 +53,8 @@ def _renamed(choice: LoadOption, n_ctx: str) -> LoadOption:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    checked: Checked
+class _VllmSizes:
+    checked: VllmChecked
     weights: int
     """Bytes, as they are computed with."""
     tokenizer: int
@@ -62,7 +62,7 @@ class _Model:
     trained: int
 
     @classmethod
-    def of(cls, checked: Checked) -> "_Model":
+    def of(cls, checked: VllmChecked) -> "_VllmSizes":
         """From what the folder's files say of themselves."""
         width = _WIDTHS[computed_in(checked.folder.config, checked.options)]
         file = checked.folder.path / "tokenizer.json"

@@ -10,15 +10,15 @@ from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Sta
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.folder_templates import TOOL_USE, usual
-from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_folder import end_tokens, presented, read_optional, tell_ignored, tensors
-from exo.worker.runner_vllm.checked import Checked, check
+from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.limits import quantisation
 from exo.worker.runner_vllm.options import load_error
 from exo.worker.runner_vllm.probe import BACKEND, ENGINE, engine_version, nvidia_devices
 from exo.worker.runner_vllm.purpose import Purpose
-from exo.worker.runner_vllm.sequence import Choice, Sequence
+from exo.worker.runner_vllm.sequence import Choice, VllmSequence
 from exo.worker.runner_vllm.sizes import cache_bytes, layer_count, trained_context
 from exo.worker.runner_vllm.switches import set_compute
 
@@ -33,16 +33,16 @@ _MOST_LOGPROBS = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class VllmLoaded:
     """A model ready for what it is for. ``settings`` are what rounding depends on."""
 
     core: "Core"
-    tokenizer: FolderTokenizer
+    tokenizer: TransformersTokenizer
     capabilities: Capabilities
     settings: dict[str, str]
 
 
-def load(command: Load, report: Callable[[Status], None]) -> Loaded:
+def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
     """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
     if command.backend != BACKEND:
         message = f"the backend {command.backend!r} was asked for; this runner computes with {BACKEND}"
@@ -64,7 +64,7 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
         report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
         report(Status(state="WarmingUp"))
         found = open_tokenizer(view)
-    tokenizer = FolderTokenizer(found, core.n_vocab, _ends(checked.folder.path, config))
+    tokenizer = TransformersTokenizer(found, core.n_vocab, _ends(checked.folder.path, config))
     _warm_up(core, checked.folder.path, purpose)
     generates = purpose.pooling is None
     capabilities = Capabilities(
@@ -89,10 +89,10 @@ def load(command: Load, report: Callable[[Status], None]) -> Loaded:
     )
     used = quantisation(options, config) or "none"
     computed = {"computed in": core.dtype, "prompt chunk": str(purpose.chunk), "quantisation": used}
-    return Loaded(core, tokenizer, capabilities, computed)
+    return VllmLoaded(core, tokenizer, capabilities, computed)
 
 
-def _arguments(checked: Checked, *, eager: bool) -> dict[str, object]:
+def _arguments(checked: VllmChecked, *, eager: bool) -> dict[str, object]:
     """The engine's arguments, as vLLM names them, without those of the KV cache and of pooling.
 
     Every prompt is cut into chunks of the same size however many rows are being decoded, so that who else is there
@@ -134,7 +134,7 @@ def _longer(config: Json, n_ctx: int) -> dict[str, object]:
     return {"text_config": longer} if isinstance(config.get("text_config"), dict) else longer
 
 
-def _cache(checked: Checked) -> dict[str, object]:
+def _cache(checked: VllmChecked) -> dict[str, object]:
     """Room for every slot's whole context, unless the card says how much of a GPU to take."""
     options = checked.options
     block: dict[str, object] = {"block_size": CPU_BLOCK} if checked.processors else {}
@@ -160,7 +160,7 @@ def _warm_up(core: "Core", folder: Path, purpose: Purpose) -> None:
     try:
         if purpose.pooling is None:
             choice = Choice(SamplingParams(seed=0, temperature=1.0), n_prompt=len(tokens))
-            core.add(Sequence(name, tokens, 4, choice, logprobs=0))
+            core.add(VllmSequence(name, tokens, 4, choice, logprobs=0))
         else:
             core.add_text(TextJob(name, tokens))
         left = 2 if purpose.pooling is None else 1

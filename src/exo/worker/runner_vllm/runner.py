@@ -5,21 +5,21 @@ from functools import partial
 from exo.worker.protocol.messages import Failed, Generate, Load
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
 from exo.worker.runner_common.grammar.guided_decoding import Constraint
-from exo.worker.runner_common.hf_tokenizer import FolderTokenizer
+from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_vllm.engine import VllmEngine
 from exo.worker.runner_vllm.estimate import estimate
 from exo.worker.runner_vllm.loader import load
 from exo.worker.runner_vllm.options import ran_out_of_memory
-from exo.worker.runner_vllm.sequence import Choice, Sequence
+from exo.worker.runner_vllm.sequence import Choice, VllmSequence
 
 
-def front_end(emitter: Emitter) -> FrontEnd[Sequence]:
+def front_end(emitter: Emitter) -> FrontEnd[VllmSequence]:
     """Returns the front end of a runner that has no model yet."""
     return FrontEnd(emitter, lambda command: _load(command, emitter), estimate, _explain)
 
 
-def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
+def _load(command: Load, emitter: Emitter) -> LoadedEngine[VllmSequence]:
     """Raises LoadError."""
     loaded = load(command, emitter.put)
     engine = VllmEngine(loaded.core, loaded.tokenizer, emitter)
@@ -38,9 +38,9 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
 
 
 def _new_sequence(
-    tokenizer: FolderTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
-) -> Sequence:
-    return Sequence(
+    tokenizer: TransformersTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
+) -> VllmSequence:
+    return VllmSequence(
         id=request.id,
         tokens=[*prompt, *request.delivered],
         n_limit=n_limit,

@@ -34,7 +34,7 @@ SMALLEST = 1e-30
 
 
 @dataclass(slots=True)
-class Row:
+class BatchRow:
     """One row of vLLM's batch. ``prompt`` and ``output`` are its lists, which it keeps up to date."""
 
     choice: Choice
@@ -76,7 +76,7 @@ class Chooser(interface.LogitsProcessor):
     def __init__(self, vllm_config: object, device: object, is_pin_memory: bool) -> None:
         """As vLLM calls it."""
         self._device = device
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, BatchRow] = {}
 
     def is_argmax_invariant(self) -> bool:
         """No: this is where the choice is made."""
@@ -91,7 +91,7 @@ class Chooser(interface.LogitsProcessor):
         for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
             if params.extra_args is not None:
-                self._rows[index] = Row(params.extra_args[CHOICE], prompt or [], output)
+                self._rows[index] = BatchRow(params.extra_args[CHOICE], prompt or [], output)
         for source, target, direction in batch_update.moved:
             row, other = self._rows.pop(source, None), self._rows.pop(target, None)
             if row is not None:
@@ -120,7 +120,7 @@ class Chooser(interface.LogitsProcessor):
         logits.masked_fill_(broken[:, None], torch.nan)
         return logits
 
-    def _alter(self, logits: Tensor, row: Row) -> None:
+    def _alter(self, logits: Tensor, row: BatchRow) -> None:
         """Steps 0 to 2 of one row, shape (vocabulary,), in place."""
         choice = row.choice
         if choice.constraint is not None and not self._leave_out(logits, choice):
@@ -146,7 +146,7 @@ class Chooser(interface.LogitsProcessor):
             logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
         return not choice.matched
 
-    def _penalise(self, logits: Tensor, row: Row) -> None:
+    def _penalise(self, logits: Tensor, row: BatchRow) -> None:
         sampling = row.choice.sampling
         _count(row, logits)
         harder = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
@@ -155,7 +155,7 @@ class Chooser(interface.LogitsProcessor):
         logits -= torch.where(row.counts > 0, penalty, 0.0)
 
 
-def _count(row: Row, logits: Tensor) -> None:
+def _count(row: BatchRow, logits: Tensor) -> None:
     """Takes the tokens that came since into account."""
     if row.counts is None:
         row.counts = torch.zeros_like(logits)
@@ -180,7 +180,7 @@ def _bias(choice: Choice, logits: Tensor) -> Tensor:
     return torch.from_numpy(bias).to(logits.device)
 
 
-def draw(logits: Tensor, rows: list[Row]) -> Tensor:
+def draw(logits: Tensor, rows: list[BatchRow]) -> Tensor:
     """Steps 3 to 5: a token for each row of logits of shape (rows, vocabulary); shape (rows,)."""
     weights = _keep(logits, rows)
     n_vocab = int(logits.shape[1])
@@ -194,7 +194,7 @@ def draw(logits: Tensor, rows: list[Row]) -> Tensor:
     return block * BLOCK + (torch.log(inside) + found[:, :BLOCK]).argmax(dim=-1)
 
 
-def _keep(logits: Tensor, rows: list[Row]) -> Tensor:
+def _keep(logits: Tensor, rows: list[BatchRow]) -> Tensor:
     """Unnormalised probabilities, shape (rows, vocabulary), zero for what top-k, min-p or top-p leave out."""
     sampling = [row.choice.sampling for row in rows]
     temperature = _column([max(params.temperature, SMALLEST) for params in sampling], logits)

@@ -8,8 +8,8 @@ import numpy as np
 from exo.worker.protocol.messages import Load, SamplingParams
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score
-from exo.worker.runner_vllm.loader import Loaded, load
-from exo.worker.runner_vllm.sequence import Choice, Sequence
+from exo.worker.runner_vllm.loader import VllmLoaded, load
+from exo.worker.runner_vllm.sequence import Choice, VllmSequence
 
 _BEHIND = 2
 """Cells that a text needs after its end: the last scored row is that of a token added to the text, and one token is
@@ -33,10 +33,10 @@ def _open(command: Load) -> TextReader:
     )
 
 
-def _log_probabilities(loaded: Loaded, tokens: tuple[int, ...]) -> LogProbabilities:
+def _log_probabilities(loaded: VllmLoaded, tokens: tuple[int, ...]) -> LogProbabilities:
     n_vocab = loaded.tokenizer.n_vocab
     choice = Choice(SamplingParams(seed=0, temperature=0), n_prompt=len(tokens))
-    reading = Sequence("score", [*tokens, 0], len(tokens) + _BEHIND, choice, prompt_logprobs=n_vocab)
+    reading = VllmSequence("score", [*tokens, 0], len(tokens) + _BEHIND, choice, prompt_logprobs=n_vocab)
     loaded.core.add(reading)
     found = None
     while found is None:

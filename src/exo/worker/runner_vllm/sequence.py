@@ -43,7 +43,7 @@ class Choice:
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class VllmSequence:
     """Prompt and output. The sequence ends with reason "length" when it has ``n_limit`` tokens."""
 
     id: str

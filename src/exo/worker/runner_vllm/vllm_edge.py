@@ -25,7 +25,7 @@ from exo.worker.runner_common.hf_tokenizer import HfTokenizer
 from exo.worker.runner_common.output_processor import Scores
 from exo.worker.runner_vllm.options import load_error
 from exo.worker.runner_vllm.sampler import CHOICE
-from exo.worker.runner_vllm.sequence import Sequence
+from exo.worker.runner_vllm.sequence import VllmSequence
 
 # None of these packages is in the environment that checks types, so a plain import would not check.
 arguments = import_module("vllm.engine.arg_utils")
@@ -140,7 +140,7 @@ class Core:
         running, waiting = self.core.scheduler.get_request_counts()
         return int(running), int(waiting)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: VllmSequence) -> None:
         """Queues a sequence. Where it ends is for the caller to see; vLLM ends it only when its context is full."""
         params = sampling_params.SamplingParams(
             temperature=0.0,

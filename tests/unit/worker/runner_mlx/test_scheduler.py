@@ -8,16 +8,18 @@ from hypothesis import strategies as st
 
 from exo.worker.protocol.messages import SamplingParams
 from exo.worker.runner_common.sequence import Phase
-from exo.worker.runner_mlx.scheduler import Scheduler, Step
-from exo.worker.runner_mlx.sequence import Sequence
+from exo.worker.runner_mlx.scheduler import MlxScheduler, MlxStep
+from exo.worker.runner_mlx.sequence import MlxSequence
 
 
-def sequence(name: str, prompt: Tokens[int], n_limit: int = 10_000, *, prompt_logprobs: int | None = None) -> Sequence:
+def sequence(
+    name: str, prompt: Tokens[int], n_limit: int = 10_000, *, prompt_logprobs: int | None = None
+) -> MlxSequence:
     params = SamplingParams(seed=0)
-    return Sequence(name, list(prompt), len(prompt), n_limit, params, prompt_logprobs=prompt_logprobs)
+    return MlxSequence(name, list(prompt), len(prompt), n_limit, params, prompt_logprobs=prompt_logprobs)
 
 
-def finish(target: Scheduler, step: Step, token: int = 1) -> None:
+def finish(target: MlxScheduler, step: MlxStep, token: int = 1) -> None:
     """What the engine does with a step's tokens, once it has them."""
     for row in step.rows:
         if row.sequence.phase is not Phase.DONE:
@@ -26,22 +28,22 @@ def finish(target: Scheduler, step: Step, token: int = 1) -> None:
                 target.remove(row.sequence.id)
 
 
-def advance(target: Scheduler) -> Step:
+def advance(target: MlxScheduler) -> MlxStep:
     step = target.plan()
     finish(target, step)
     return step
 
 
-def chunks(step: Step) -> dict[str, tuple[int, int]]:
+def chunks(step: MlxStep) -> dict[str, tuple[int, int]]:
     return {chunk.sequence.id: (chunk.start, chunk.stop) for chunk in step.chunks}
 
 
-def rows(step: Step) -> dict[str, int]:
+def rows(step: MlxStep) -> dict[str, int]:
     return {row.sequence.id: row.position for row in step.rows}
 
 
 def test_a_prompt_s_last_token_is_its_first_row_in_the_step_of_its_last_chunk() -> None:
-    target = Scheduler(1, 4)
+    target = MlxScheduler(1, 4)
     target.add(sequence("x", range(7)))
     first, second, third = advance(target), advance(target), advance(target)
     assert (chunks(first), rows(first)) == ({"x": (0, 4)}, {})
@@ -51,7 +53,7 @@ def test_a_prompt_s_last_token_is_its_first_row_in_the_step_of_its_last_chunk() 
 
 
 def test_decoding_sequences_are_in_every_step_while_a_long_prompt_is_prefilled() -> None:
-    target = Scheduler(2, 4)
+    target = MlxScheduler(2, 4)
     target.add(sequence("short", [1, 2]))
     advance(target)
     target.add(sequence("long", range(21)))
@@ -63,27 +65,27 @@ def test_decoding_sequences_are_in_every_step_while_a_long_prompt_is_prefilled()
 
 
 def test_waiting_prompts_take_turns() -> None:
-    target = Scheduler(3, 4)
+    target = MlxScheduler(3, 4)
     for name in "abc":
         target.add(sequence(name, [ord(name), *range(11)]))
     assert [next(iter(chunks(advance(target)))) for _ in range(6)] == ["a", "b", "c", "a", "b", "c"]
 
 
 def test_how_a_prompt_is_cut_does_not_depend_on_the_others() -> None:
-    alone, crowded = Scheduler(4, 8), Scheduler(4, 8)
+    alone, crowded = MlxScheduler(4, 8), MlxScheduler(4, 8)
     for target in (alone, crowded):
         target.add(sequence("x", range(19)))
     for name in "pqr":
         crowded.add(sequence(name, [ord(name), *range(6)]))
 
-    def cuts(target: Scheduler) -> list[tuple[int, int]]:
+    def cuts(target: MlxScheduler) -> list[tuple[int, int]]:
         return [step["x"] for step in (chunks(advance(target)) for _ in range(12)) if "x" in step]
 
     assert cuts(alone) == cuts(crowded) == [(0, 8), (8, 16), (16, 18)]
 
 
 def test_short_prompts_share_a_step() -> None:
-    target = Scheduler(3, 8)
+    target = MlxScheduler(3, 8)
     for name in "abc":
         target.add(sequence(name, [ord(name), 1, 2]))
     step = advance(target)
@@ -92,14 +94,14 @@ def test_short_prompts_share_a_step() -> None:
 
 
 def test_no_row_is_planned_for_a_token_beyond_the_limit() -> None:
-    target = Scheduler(1, 8)
+    target = MlxScheduler(1, 8)
     target.add(sequence("x", [1, 2], n_limit=4))
     first, second, third = target.plan(), target.plan(), target.plan()
     assert (rows(first), rows(second), rows(third)) == ({"x": 1}, {"x": 2}, {})
 
 
 def test_a_sequence_that_is_to_generate_nothing_has_one_row() -> None:
-    target = Scheduler(1, 4)
+    target = MlxScheduler(1, 4)
     target.add(sequence("x", range(6), n_limit=6))
     first, second, third = target.plan(), target.plan(), target.plan()
     assert (chunks(first), chunks(second)) == ({"x": (0, 4)}, {"x": (4, 5)})
@@ -109,7 +111,7 @@ def test_a_sequence_that_is_to_generate_nothing_has_one_row() -> None:
 
 def test_a_prompt_whose_log_probabilities_are_asked_for_reuses_nothing_and_spares_the_slots_that_could() -> None:
     prompt = range(100, 140)
-    target = Scheduler(2, 64)
+    target = MlxScheduler(2, 64)
     for name in ("other", "one"):
         target.add(sequence(name, prompt if name == "one" else [1]))
     advance(target)
@@ -124,7 +126,7 @@ def test_a_prompt_whose_log_probabilities_are_asked_for_reuses_nothing_and_spare
 
 def test_an_exact_prefix_hit_goes_straight_to_decoding() -> None:
     prompt = range(100, 120)
-    target = Scheduler(2, 32)
+    target = MlxScheduler(2, 32)
     target.add(sequence("blocker", [1]))
     target.add(sequence("one", prompt))
     advance(target)
@@ -137,7 +139,7 @@ def test_an_exact_prefix_hit_goes_straight_to_decoding() -> None:
 
 
 def test_a_prefix_too_short_to_matter_does_not_draw_a_request_from_the_lowest_slot() -> None:
-    target = Scheduler(2, 32)
+    target = MlxScheduler(2, 32)
     target.add(sequence("blocker", [1]))
     target.add(sequence("one", [2, 3, 4]))
     advance(target)
@@ -148,7 +150,7 @@ def test_a_prefix_too_short_to_matter_does_not_draw_a_request_from_the_lowest_sl
 
 
 def test_cells_that_are_not_to_be_trusted_are_not_reused() -> None:
-    target = Scheduler(1, 32)
+    target = MlxScheduler(1, 32)
     target.add(sequence("failing", range(30)))
     target.plan()
     target.remove("failing", reusable=False)
@@ -159,7 +161,7 @@ def test_cells_that_are_not_to_be_trusted_are_not_reused() -> None:
 
 
 def test_removing_frees_the_slot_at_every_phase_and_only_once() -> None:
-    target = Scheduler(1, 4)
+    target = MlxScheduler(1, 4)
     waiting, running = sequence("waiting", [1]), sequence("running", range(20))
     target.add(running)
     advance(target)
@@ -194,9 +196,9 @@ def test_cells_always_match_tokens(n_slots: int, chunk: int, arrivals: list[tupl
     stale lies beyond it, and the device, which runs one step behind the plan, never lacks a token.
     """
     cells: list[list[int]] = [[] for _ in range(n_slots)]
-    target = Scheduler(n_slots, chunk)
+    target = MlxScheduler(n_slots, chunk)
 
-    def run(step: Step) -> None:
+    def run(step: MlxStep) -> None:
         for stale in step.stale:
             assert len(cells[stale.slot]) == stale.stop
             del cells[stale.slot][stale.start :]
@@ -217,7 +219,7 @@ def test_cells_always_match_tokens(n_slots: int, chunk: int, arrivals: list[tupl
     def follower(held: list[int]) -> int:
         return (len(held) + sum(held)) % 3
 
-    def tokens_of(step: Step) -> None:
+    def tokens_of(step: MlxStep) -> None:
         for row in step.rows:
             if row.sequence.phase is not Phase.DONE:
                 known = cells[row.sequence.slot][: row.position + 1]
@@ -225,7 +227,7 @@ def test_cells_always_match_tokens(n_slots: int, chunk: int, arrivals: list[tupl
                 if len(row.sequence.tokens) >= row.sequence.n_limit or row.sequence.tokens[-3:] == [2, 2, 2]:
                     target.remove(row.sequence.id)
 
-    before: Step | None = None
+    before: MlxStep | None = None
     for index, (prompt, wanted, pause, cancelled) in enumerate([*arrivals, ([0], 1, 60, False)]):
         target.add(sequence(str(index), prompt, len(prompt) + wanted))
         for _ in range(pause):

@@ -9,9 +9,9 @@ from exo.worker.protocol.messages import Load
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.loader import check, open_model
-from exo.worker.runner_mlx.model import Model
+from exo.worker.runner_mlx.model import MlxModel
 from exo.worker.runner_mlx.ranks.messages import PLANS, Clear, Pass, TextPass
-from exo.worker.runner_mlx.ranks.sharding import Part, Transport, join
+from exo.worker.runner_mlx.ranks.sharding import RankPart, Transport, join
 
 PASSES_PER_SWEEP = 256
 """How often MLX gives back the buffers that it keeps for reuse."""
@@ -47,10 +47,10 @@ def follow(lines: SimpleQueue[bytes], said: BinaryIO, by: str) -> None:
             mx.clear_cache()
 
 
-def _load(load: Load, group: mx.distributed.Group) -> tuple[Model, KVCache]:
+def _load(load: Load, group: mx.distributed.Group) -> tuple[MlxModel, KVCache]:
     checked = check(load)
     assert checked.sharding is not None
-    part = Part(checked.sharding, group, lambda _: None)
+    part = RankPart(checked.sharding, group, lambda _: None)
     return open_model(checked, lambda _done, _total: None, part)
 
 

@@ -8,7 +8,7 @@ from exo.worker.protocol.messages import Load, Message
 
 
 class Pass(Message):
-    """One forward pass over the slots' cache: the arguments of ``Model.forward`` but for the tokens."""
+    """One forward pass over the slots' cache: the arguments of ``MlxModel.forward`` but for the tokens."""
 
     type: Literal["pass"] = "pass"
     slots: list[int]

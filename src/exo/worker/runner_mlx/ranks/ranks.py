@@ -23,7 +23,7 @@ from exo.worker.protocol.wire import encode, exit_now
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.devices import Backend
 from exo.worker.runner_mlx.ranks.messages import Plan
-from exo.worker.runner_mlx.ranks.sharding import Part, Sharding, join, transport
+from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, join, transport
 
 END_SECONDS = 5.0
 """How long a rank may take to exit once nobody needs it."""
@@ -52,7 +52,7 @@ class Ranks:
                     raise self._could_not(rank, process, "start", said)
             self.tell(load)  # with which they join
             with _environment({**place, "MLX_RANK": "0"}):
-                self.part = Part(sharding, join(by), self.tell)
+                self.part = RankPart(sharding, join(by), self.tell)
 
     def wait_until_loaded(self) -> None:
         """From here on a rank's death ends this process. Raises LoadError."""

@@ -91,7 +91,7 @@ def refusal(kind: Kind, size: int, reason: str) -> LoadError:
 
 
 @dataclass(slots=True)
-class Part:
+class RankPart:
     """The share of a network that a process has.
 
     ``tell`` passes a plan on to the other ranks, before rank 0 does what it says; on others it does nothing.
