@@ -55,8 +55,6 @@ class LoadedEngine(Generic[SequenceT]):
 
     tokenizer: Tokenizer
     capabilities: Capabilities
-    generates: bool
-    """False if the model only makes vectors of texts, or ranks them."""
     longest_text: int
     """Tokens that a text to embed may have."""
     closing: Sequence[int]
@@ -70,6 +68,8 @@ class LoadedEngine(Generic[SequenceT]):
     """Computes until ``commands`` has a ``Shutdown``, then frees the model. Called in the thread that has loaded it."""
     counts: Callable[[], tuple[int, int, int]]
     """Returns the steps so far, the requests in work and those that wait. Called from any thread."""
+    no_generation: str = ""
+    """The reason why the model generates no text, after "model: "; empty if it does."""
     cpu_use: Callable[[], CpuUse | None] = lambda: None
     """Returns how the engine uses the CPU, if it measures that. Called from any thread."""
 
@@ -163,9 +163,8 @@ class FrontEnd(Generic[SequenceT]):
                     self._emitter.put(Refused(part) if isinstance(part, Failed) else part)
 
     def _generate(self, engine: LoadedEngine[SequenceT], request: Generate) -> None:
-        if not engine.generates:
-            reason = "it is loaded to make vectors of texts or to rank them, and generates none"
-            self._emitter.put(Refused(refused(request.id, "model", reason)))
+        if engine.no_generation:
+            self._emitter.put(Refused(refused(request.id, "model", engine.no_generation)))
             return
         prompt = engine.tokenizer.encode(request.prompt)
         if wrong := refusal(request, prompt, engine.tokenizer.n_vocab, engine.capabilities.context_length):

@@ -32,7 +32,6 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
     return LoadedEngine(
         tokenizer=loaded.tokenizer,
         capabilities=loaded.capabilities,
-        generates=loaded.context.generates,
         longest_text=loaded.embedder.longest,
         closing=loaded.framing.closing,
         text_tokens=loaded.framing.tokens,
@@ -40,6 +39,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
         commands=engine.commands,
         run=run,
         counts=engine.counts,
+        no_generation="" if loaded.context.generates else "it is an encoder, which makes vectors of texts only",
         cpu_use=loaded.threads.use,
     )
 

@@ -40,7 +40,6 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[MlxSequence]:
     return LoadedEngine(
         tokenizer=loaded.tokenizer,
         capabilities=loaded.capabilities,
-        generates=True,
         longest_text=loaded.embedder.longest,
         closing=loaded.tokenizer.closing,
         text_tokens=loaded.tokenizer.text_tokens,

@@ -26,7 +26,6 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[VllmSequence]:
     return LoadedEngine(
         tokenizer=loaded.tokenizer,
         capabilities=loaded.capabilities,
-        generates=not loaded.capabilities.embeddings,
         longest_text=loaded.capabilities.context_length,
         closing=loaded.tokenizer.closing,
         text_tokens=loaded.tokenizer.text_tokens,
@@ -34,6 +33,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[VllmSequence]:
         commands=engine.commands,
         run=engine.run,
         counts=engine.counts,
+        no_generation="it is loaded to make vectors of texts only" if loaded.capabilities.embeddings else "",
     )
 
 

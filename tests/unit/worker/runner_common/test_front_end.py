@@ -145,7 +145,7 @@ class Driven:
         self,
         on_add: Callable[[str], list[Item]] = lambda _: [],
         *,
-        generates: bool = True,
+        no_generation: str = "",
         grammar: bool = True,
         embeddings: bool = True,
     ) -> None:
@@ -156,7 +156,7 @@ class Driven:
             engine="none", engine_version="0", backend="None", context_length=N_CTX, slots=1, vocabulary=257,
             grammar=grammar, embeddings=embeddings,
         )  # fmt: skip
-        self._generates = generates
+        self._no_generation = no_generation
 
     def serve(self, commands: Callable[[], Iterator[Command | Failed]]) -> None:
         self._emitter.start()
@@ -179,7 +179,7 @@ class Driven:
         return LoadedEngine(
             tokenizer=ByteTokenizer(),
             capabilities=self._capabilities,
-            generates=self._generates,
+            no_generation=self._no_generation,
             longest_text=N_CTX,
             closing=(),
             text_tokens=lambda request: [] if isinstance(request, Rank) else ByteTokenizer().encode(request.prompt),
@@ -310,7 +310,7 @@ def test_a_request_that_comes_before_the_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("request_made", "driven", "param"),
     [
-        (generate("a"), Driven(generates=False), "model"),
+        (generate("a"), Driven(no_generation="it only ranks"), "model"),
         (generate("a", grammar=Grammar(syntax="regex", source="x")), Driven(grammar=False), "grammar"),
         (generate("a", stop=("",)), Driven(), "stop"),
         (Embed(id="a", prompt=PROMPT), Driven(embeddings=False), "model"),
