@@ -32,7 +32,7 @@ def test_health_is_the_process_and_ready_a_model(http: httpx.Client) -> None:
     assert before.json()["error"]["message"] == "no model can answer yet; none is being loaded"
     assert http.post("/v1/chat/completions", json=ASK).status_code == 200
     after = http.get("/ready")
-    assert (after.status_code, after.json()) == (200, {"status": "ready", "models": [MODEL]})
+    assert (after.status_code, after.json()) == (200, {"status": "ready", "models": [MODEL], "notices": []})
 
 
 def test_ready_tells_what_is_loading_and_what_could_not(tmp_path: Path) -> None:
