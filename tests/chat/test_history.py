@@ -20,12 +20,11 @@ from exo.api.http.response import Call, Dialect, ReplyChoice
 from exo.api.ollama.request import OllamaChatRequest
 from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.chat_request import ChatCompletionRequest
-from exo.api.openai.chat_response import ChatDialect
+from exo.api.openai.response import ChatDialect
 from exo.api.openai.responses.input import InputReference, told
 from exo.api.openai.responses.request import ResponsesRequest
 from exo.api.openai.responses.routes import ResponsesDialect
 from exo.api.openai.responses.store import ResponseStore
-from exo.api.openai.routes import conversation_of
 from exo.chat.template.fitting import outline
 from exo.chat.template.messages import template_messages
 from exo.chat.template.renderer import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
@@ -101,7 +100,7 @@ def openai_chat(choice: ReplyChoice) -> Sequence[Message]:
         for call, result in zip(reply.get("tool_calls", ()), RESULTS, strict=False)
     ]
     body = {"model": "m", "messages": [*START, reply, *results, *END]}
-    return conversation_of(ChatCompletionRequest.model_validate_json(json.dumps(body))).messages
+    return ChatCompletionRequest.model_validate_json(json.dumps(body)).conversation().messages
 
 
 def responses(choice: ReplyChoice) -> Sequence[Message]:

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from exo.api.anthropic.history import readable
 from exo.api.anthropic.request import MessagesRequest
-from exo.api.http.warnings import HEADER
+from exo.api.http.middleware import WARNING_HEADER
 from exo.api.openai.messages import UNSEEN
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
@@ -80,20 +80,20 @@ def test_what_claude_code_sends_is_served_with_a_warning(url: str, name: str) ->
         fields = {**fields, "tool_choice": {"type": "none"}}
     reply = messages(url, **fields)
     assert reply.status_code == 200, reply.text
-    assert param in reply.headers[HEADER]
+    assert param in reply.headers[WARNING_HEADER]
     assert reply.json()["usage"]["cache_creation_input_tokens"] == 0
 
 
 @pytest.mark.parametrize("name", SILENT)
 def test_what_asks_for_nothing_is_served_in_silence(url: str, name: str) -> None:
     reply = messages(url, **SILENT[name])
-    assert (reply.status_code, reply.headers.get(HEADER)) == (200, None), reply.text
+    assert (reply.status_code, reply.headers.get(WARNING_HEADER)) == (200, None), reply.text
 
 
 def test_tokens_are_counted_for_the_body_of_a_message(url: str) -> None:
     reply = ask(url, "/v1/messages/count_tokens", max_tokens=5, stream=True, metadata={}, temperature=1)
     assert reply.status_code == 200
-    assert "max_tokens: has no effect here" in reply.headers[HEADER]
+    assert "max_tokens: has no effect here" in reply.headers[WARNING_HEADER]
 
 
 def test_a_tool_that_is_left_out_cannot_be_chosen(url: str) -> None:
@@ -115,7 +115,7 @@ HISTORY: list[dict[str, Any]] = [
 def test_a_picture_in_an_earlier_result_does_not_end_the_session(url: str) -> None:
     reply = messages(url, messages=HISTORY, tools=[TOOL], tool_choice={"type": "none"})
     assert reply.status_code == 200, reply.text
-    assert "messages.content.image: the model reads" in reply.headers[HEADER]
+    assert "messages.content.image: the model reads" in reply.headers[WARNING_HEADER]
     followed: list[dict[str, Any]] = [
         USER,
         CALL,
@@ -183,7 +183,7 @@ def test_options_and_fields_that_ollama_knows_or_ignores(url: str, name: str) ->
     for path in ("/api/chat", "/api/generate"):
         reply = ask(url, path, **{"prompt": "x", **fields, "options": options})
         assert reply.status_code == 200, (path, reply.text)
-        assert f"{param}: " in reply.headers[HEADER]
+        assert f"{param}: " in reply.headers[WARNING_HEADER]
 
 
 @pytest.mark.parametrize("form", ["5m", "-1", "300", -1, 0.5, "1h30m", 10**12, "-5m", "0"])
@@ -198,7 +198,7 @@ def test_pictures_in_ollamas_messages(url: str) -> None:
         url, "/api/chat", messages=[picture, {"role": "assistant", "content": "x"}, USER], options={"num_predict": 1}
     )
     assert reply.status_code == 200, reply.text
-    assert UNSEEN in reply.headers[HEADER]
+    assert UNSEEN in reply.headers[WARNING_HEADER]
     refused = ask(url, "/api/chat", messages=[USER, picture])
     assert (refused.status_code, "messages.1.images: " in refused.text) == (400, True)
 
@@ -207,7 +207,7 @@ def test_a_result_may_name_its_tool_by_the_older_field(url: str) -> None:
     call: dict[str, Any] = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
     told: list[dict[str, Any]] = [USER, call, {"role": "tool", "name": "look", "content": "seen"}]
     reply = ask(url, "/api/chat", messages=told, options={"num_predict": 1})
-    assert (reply.status_code, reply.headers.get(HEADER)) == (200, None), reply.text
+    assert (reply.status_code, reply.headers.get(WARNING_HEADER)) == (200, None), reply.text
 
 
 def test_an_embedding_of_nothing_is_nothing(url: str) -> None:

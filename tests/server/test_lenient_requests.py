@@ -8,11 +8,10 @@ import pytest
 from pydantic import JsonValue, ValidationError
 
 from exo.api.http.errors import from_validation
-from exo.api.http.warnings import HEADER
+from exo.api.http.middleware import WARNING_HEADER
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.common_request import IGNORED, UNSUPPORTED
 from exo.api.openai.messages import UNSEEN
-from exo.api.openai.routes import chat_request
 from exo.serving.request import Conversation
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
@@ -66,7 +65,7 @@ NEUTRAL: dict[str, object] = {
 def test_what_asks_for_nothing_is_accepted_without_a_warning(name: str) -> None:
     body = chat(**{name: NEUTRAL[name]})
     assert warned(body) == []
-    request = chat_request(body)
+    request = body.request()
     assert (request.stop, request.max_tokens, request.sampling.get("top_k", 0)) == ((), None, 0)
 
 
@@ -89,20 +88,20 @@ def test_fields_that_do_not_exist_are_told(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("stop", ["", [], None, [""]])
 def test_no_stop_string_in_every_form(stop: object) -> None:
-    assert chat_request(chat(stop=stop)).stop == ()
+    assert chat(stop=stop).request().stop == ()
 
 
 def test_of_stop_strings_the_empty_ones_are_left_out() -> None:
-    assert chat_request(chat(stop=["a", ""])).stop == ("a",)
+    assert chat(stop=["a", ""]).request().stop == ("a",)
 
 
 def test_a_top_p_of_nothing_keeps_the_most_probable_token() -> None:
-    assert 0 < chat_request(chat(top_p=0)).sampling["top_p"] < 1 / 300_000
+    assert 0 < chat(top_p=0).request().sampling["top_p"] < 1 / 300_000
 
 
 def test_llama_servers_name_of_the_repetition_penalty_counts() -> None:
-    assert chat_request(chat(repeat_penalty=1.1)).sampling == {"repetition_penalty": 1.1}
-    assert chat_request(chat(repeat_penalty=1.1, repetition_penalty=1.2)).sampling == {"repetition_penalty": 1.2}
+    assert chat(repeat_penalty=1.1).request().sampling == {"repetition_penalty": 1.1}
+    assert chat(repeat_penalty=1.1, repetition_penalty=1.2).request().sampling == {"repetition_penalty": 1.2}
 
 
 SCHEMA: dict[str, JsonValue] = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -119,7 +118,7 @@ SCHEMA: dict[str, JsonValue] = {"type": "object", "properties": {"a": {"type": "
     ],
 )
 def test_other_servers_names_of_a_schema_bind_the_reply(fields: dict[str, object], param: str) -> None:
-    constraint = chat_request(chat(**fields)).constraint
+    constraint = chat(**fields).request().constraint
     assert constraint is not None
     assert (constraint.syntax, json.loads(constraint.source), constraint.param) == ("json_schema", SCHEMA, param)
 
@@ -133,7 +132,7 @@ def test_other_servers_names_of_a_schema_bind_the_reply(fields: dict[str, object
     ],
 )
 def test_vllms_older_names_of_grammars_bind_the_reply(fields: dict[str, object], syntax: str) -> None:
-    constraint = chat_request(chat(**fields)).constraint
+    constraint = chat(**fields).request().constraint
     assert constraint is not None
     assert (constraint.syntax, constraint.param) == (syntax, next(iter(fields)))
 
@@ -157,7 +156,7 @@ def test_promises_about_the_answer_are_refused_by_name(fields: dict[str, object]
 
 
 def told(*messages: JsonValue) -> list[Mapping[str, JsonValue]]:
-    (conversation,) = chat_request(chat(*messages)).prompts
+    (conversation,) = chat(*messages).request().prompts
     assert isinstance(conversation, Conversation)
     return list(conversation.messages)
 
@@ -276,7 +275,7 @@ def test_other_words_for_a_demand(choice: object) -> None:
 )
 def test_other_servers_switches_of_reasoning(fields: dict[str, object], effort: tuple[str | None, str]) -> None:
     body = chat(**fields)
-    (conversation,) = chat_request(body).prompts
+    (conversation,) = body.request().prompts
     assert isinstance(conversation, Conversation)
     assert (conversation.effort, conversation.effort_param) == effort
     assert warned(body) == []
@@ -334,5 +333,5 @@ def test_a_history_of_other_servers_is_served_with_a_warning(client: httpx.Clien
         "/v1/chat/completions", json={"model": "fake/one", "messages": [USER, said, USER], "max_tokens": -1, "top_p": 0}
     )
     assert reply.status_code == 200, reply.text
-    assert "messages.reasoning_details: has no effect here" in reply.headers[HEADER]
-    assert "messages.cache_control: has no effect here" in reply.headers[HEADER]
+    assert "messages.reasoning_details: has no effect here" in reply.headers[WARNING_HEADER]
+    assert "messages.cache_control: has no effect here" in reply.headers[WARNING_HEADER]

@@ -8,8 +8,8 @@ import pytest
 from pydantic import JsonValue, ValidationError
 
 from exo.api.http.errors import from_validation
+from exo.api.http.middleware import WARNING_HEADER
 from exo.api.http.response import Call, ReplyChoice
-from exo.api.http.warnings import HEADER
 from exo.api.openai.messages import UNSEEN
 from exo.api.openai.responses.input import InputItem, InputReference, told
 from exo.api.openai.responses.request import ResponsesRequest
@@ -278,8 +278,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
 def test_codex_gets_its_stream(client: httpx.Client) -> None:
     reply = client.post("/v1/responses", json={"model": MODEL, **CODEX, "reasoning": {"summary": "auto"}})
     assert reply.status_code == 200, reply.text
-    assert "client_metadata: has no effect here" in reply.headers[HEADER]
-    assert "tools.web_search: no tool of this type" in reply.headers[HEADER]
+    assert "client_metadata: has no effect here" in reply.headers[WARNING_HEADER]
+    assert "tools.web_search: no tool of this type" in reply.headers[WARNING_HEADER]
     events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
     assert events[-1]["type"] == "response.completed"
     required = {

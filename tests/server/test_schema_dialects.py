@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from exo.api.http.warnings import HEADER
+from exo.api.http.middleware import WARNING_HEADER
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 
@@ -74,11 +74,11 @@ def test_an_annotation_is_told_and_does_no_harm(url: str) -> None:
     for path, (body, field) in formats(schema).items():
         reply = ask(url, path, body)
         assert reply.status_code == 200, (path, reply.text)
-        assert f"{field}.properties.p.format: 'path' is not enforced" in reply.headers[HEADER]
+        assert f"{field}.properties.p.format: 'path' is not enforced" in reply.headers[WARNING_HEADER]
     for path, body in calls(schema).items():
         reply = ask(url, path, body)
         assert reply.status_code == 200, (path, reply.text)
-        assert "tool 'look': properties.p.format: 'path' is not enforced" in reply.headers[HEADER]
+        assert "tool 'look': properties.p.format: 'path' is not enforced" in reply.headers[WARNING_HEADER]
 
 
 def test_what_cannot_be_enforced_names_the_field_or_the_tool(url: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import httpx
 import pytest
 
-from exo.api.http.warnings import HEADER
+from exo.api.http.middleware import WARNING_HEADER
 from exo.config import Settings, SettingsError
 from exo.serving.warnings import MAX_WARNINGS
 from tests.conftest import fake_card
@@ -51,7 +51,7 @@ def ask(url: str, path: str, **fields: object) -> httpx.Response:
 def test_a_typo_is_told_in_every_dialect(url: str, path: str) -> None:
     reply = ask(url, path, modle="x")
     assert reply.status_code == 200, reply.text
-    assert reply.headers[HEADER] == "modle: there is no such field, so it has no effect (did you mean model?)"
+    assert reply.headers[WARNING_HEADER] == "modle: there is no such field, so it has no effect (did you mean model?)"
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -70,31 +70,31 @@ def test_a_strict_server_names_the_place(strict_url: str) -> None:
 def test_a_stream_tells_it_too(url: str, path: str) -> None:
     reply = ask(url, path, stream=True, modle="x")
     assert reply.status_code == 200
-    assert reply.headers[HEADER].startswith("modle: there is no such field")
+    assert reply.headers[WARNING_HEADER].startswith("modle: there is no such field")
 
 
 def test_an_error_tells_it_too(url: str) -> None:
     reply = ask(url, "/v1/completions", temperatur=1, top_p=7)
     assert reply.json()["error"]["param"] == "top_p"
     late = ask(url, "/v1/completions", model="nobody/nothing", temperatur=1)
-    assert (late.status_code, late.headers[HEADER][:11]) == (404, "temperatur:")
+    assert (late.status_code, late.headers[WARNING_HEADER][:11]) == (404, "temperatur:")
 
 
 def test_what_asks_for_nothing_unknown_gets_no_warning(url: str) -> None:
     for path in BODIES:
-        assert HEADER not in ask(url, path).headers
+        assert WARNING_HEADER not in ask(url, path).headers
 
 
 def test_the_place_is_named_once_without_indices(url: str) -> None:
     odd = [{**MESSAGES[0], "mood": "fine", "weather": "rain"}] * 3
     reply = ask(url, "/v1/chat/completions", messages=odd, stream_options={"includ_usage": True}, stream=True)
-    texts = reply.headers[HEADER].split("; ")
+    texts = reply.headers[WARNING_HEADER].split("; ")
     assert sorted(text.partition(": ")[0] for text in texts) == [
         "messages.mood",
         "messages.weather",
         "stream_options.includ_usage",
     ]
-    assert "(did you mean include_usage?)" in reply.headers[HEADER]
+    assert "(did you mean include_usage?)" in reply.headers[WARNING_HEADER]
 
 
 def test_the_header_is_bounded_and_printable(url: str) -> None:
@@ -102,9 +102,9 @@ def test_the_header_is_bounded_and_printable(url: str) -> None:
     reply = ask(url, "/v1/completions", **many)
     assert reply.status_code == 200
     assert "x-evil" not in reply.headers
-    assert len(reply.headers[HEADER]) < 2100
-    assert "and " in reply.headers[HEADER].rpartition("; ")[2]
-    assert reply.headers[HEADER].count("no such field") <= MAX_WARNINGS
+    assert len(reply.headers[WARNING_HEADER]) < 2100
+    assert "and " in reply.headers[WARNING_HEADER].rpartition("; ")[2]
+    assert reply.headers[WARNING_HEADER].count("no such field") <= MAX_WARNINGS
 
 
 def test_a_field_is_logged_once(url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +120,7 @@ def test_requests_beside_each_other_keep_their_warnings_apart(url: str) -> None:
     with httpx.Client(base_url=url) as client:
         first = client.post("/v1/completions", json={"model": MODEL, **BODIES["/v1/completions"], "one": 1})
         second = client.post("/v1/completions", json={"model": MODEL, **BODIES["/v1/completions"], "two": 1})
-    assert (first.headers[HEADER][:4], second.headers[HEADER][:4]) == ("one:", "two:")
+    assert (first.headers[WARNING_HEADER][:4], second.headers[WARNING_HEADER][:4]) == ("one:", "two:")
 
 
 def test_strict_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,4 +141,4 @@ def test_a_pull_is_not_made_on_a_guess(url: str) -> None:
 def test_a_body_that_is_read_beside_the_event_loop_tells_it_too(url: str) -> None:
     long = [{"role": "user", "content": "x" * (200 << 10)}]
     reply = ask(url, "/v1/chat/completions", messages=long, modle="x")
-    assert (reply.status_code, reply.headers[HEADER][:6]) == (400, "modle:")
+    assert (reply.status_code, reply.headers[WARNING_HEADER][:6]) == (400, "modle:")

@@ -29,8 +29,8 @@ from exo.worker.protocol.messages import (
     Usage,
 )
 from exo.worker.protocol.wire import encode
-from exo.worker.supervisor.pending import RequestEvent, RequestEvents
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.state_machine import RequestEvent, RequestEvents
 from exo.worker.supervisor.watchdog import Deadlines
 from tests.support.fake_runner import COMMAND, expected_text
 from tests.support.program import DEADLINE_SECONDS, ask

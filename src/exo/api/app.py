@@ -9,11 +9,9 @@ from exo import __version__
 from exo.api.admin.pulls import pull_routes
 from exo.api.admin.status import server_routes
 from exo.api.anthropic.routes import anthropic_routes
-from exo.api.http.access import AccessControl
 from exo.api.http.errors import install
+from exo.api.http.middleware import AccessControl, ForgivingPaths, WarningHeader
 from exo.api.http.openapi_schema import describe
-from exo.api.http.path_check import ForgivingPaths
-from exo.api.http.warnings import WarningHeader
 from exo.api.llama_server import llama_routes
 from exo.api.ollama.embed import embed_routes
 from exo.api.ollama.models import model_routes

@@ -8,15 +8,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, RootModel, model_validator
 
-from exo.api.http.body import read_body
+from exo.api.http.body import MODEL, RequestBody, Unsupported, honoured, invalid, read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, honoured, invalid
-from exo.api.http.unary_response import UnaryResponse, in_pieces, route_headers
+from exo.api.http.response import route_headers
+from exo.api.http.unary_response import UnaryResponse, in_pieces
 from exo.api.openai.chat_request import ChatCompletionRequest
-from exo.api.openai.chunks import Reply
 from exo.api.openai.common_request import TokenId
 from exo.api.openai.embeddings import EmbeddingUsage, Inputs, embed_commands
-from exo.api.openai.routes import conversation_of
+from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
@@ -194,7 +193,7 @@ def llama_routes(services: Services) -> APIRouter:
             answered = await ask(
                 services, Question(model=services.routing.resolve(body.model), needs=None, commands=[], params={})
             )
-            texts = await render(services, answered.runner, conversation_of(body), "messages")
+            texts = await render(services, answered.runner, body.conversation(), "messages")
             return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
 
         return UnaryResponse(work)

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 
 from exo.api.app import create_app
-from exo.api.http.connection_limits import connection_limit, limited_connection, raise_file_limit
+from exo.api.http.connection import connection_limit, limited_connection, raise_file_limit
 from exo.api.http.log import OneLineFormatter
 from exo.cards.catalogue import Catalogue
 from exo.config import Settings

@@ -5,7 +5,6 @@ A stream has these in order: ``Routed`` and ``Loading`` until the model is loade
 ``Routed`` and ``Loading`` may also come later, when a runner has died. A request that fails raises ``ServingError``.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -40,11 +39,6 @@ class Started:
     prompts: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=partial(SamplingParams, seed=0))
     """After the defaults of the model card."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the engine and its version, on which a seed's result depends."""
-        return f"{self.capabilities.engine}-{self.capabilities.engine_version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +99,3 @@ class Completed:
 GenerationEvent = (
     Routed | Loading | Started | ChoiceStarted | Prefill | ChoicePrompt | ChoiceDelta | ChoiceFinished | Completed
 )
-
-
-def total_usage(usages: Mapping[int, Usage], n: int) -> Usage:
-    """The usage of a request from that of its choices. Each prompt counts once, however many choices it has."""
-    prompts = [usage for choice, usage in usages.items() if choice % n == 0]
-    return Usage(
-        prompt_tokens=sum([usage.prompt_tokens for usage in prompts]),
-        completion_tokens=sum([usage.completion_tokens for usage in usages.values()]),
-        cached_tokens=sum([usage.cached_tokens for usage in prompts]),
-    )

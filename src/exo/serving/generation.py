@@ -2,18 +2,28 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import final
 
 from exo.cards.card import ModelCard
+from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
+from exo.chat.output.registry import OutputParser
 from exo.serving.admission import Place
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError, from_failed
-from exo.serving.events import ChoiceStarted, Completed, GenerationEvent, Started, total_usage
+from exo.serving.events import (
+    ChoiceDelta,
+    ChoiceFinished,
+    ChoicePrompt,
+    ChoiceStarted,
+    Completed,
+    GenerationEvent,
+    Prefill,
+    Started,
+)
 from exo.serving.failover import Failover, LoadedRunner
-from exo.serving.output_reader import ChoiceReader
 from exo.serving.prompt_builder import PreparedPrompt, prepare
 from exo.serving.request import GenerationRequest, naming_tools, with_enforced_schemas
 from exo.serving.routing import RequestedModel
@@ -30,11 +40,80 @@ from exo.worker.protocol.messages import (
     SamplingParams,
     Usage,
 )
-from exo.worker.supervisor.pending import RequestEvents
 from exo.worker.supervisor.replay import Replay, ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.state_machine import RequestEvents
 
 _SEEDS = 1 << 64
+
+
+@final
+class ChoiceReader:
+    """Reads the events of one choice. Without a parser all text is content.
+
+    If ``parallel`` is false, calls after the first are dropped. A stream cannot take a broken call back, and clients
+    run the calls of a reply that finishes for them, so a choice with a broken call never has that finish reason.
+    """
+
+    def __init__(self, choice: int, parser: OutputParser | None, *, parallel: bool = True) -> None:
+        self._choice = choice
+        self._parser = parser
+        self._parallel = parallel
+        self._calls = 0
+        self._broken = False
+        self._unread = 0  # tokens whose text the parser holds back
+        self._reasoning_tokens = 0
+
+    def read(
+        self, event: PrefillProgress | PromptLogprobs | Delta | Finished
+    ) -> Prefill | ChoicePrompt | ChoiceDelta | ChoiceFinished:
+        """The next event of the choice."""
+        match event:
+            case Delta():
+                self._unread += len(event.tokens)
+                parts = self._parts(event.text)
+                self._count(parts)
+                return ChoiceDelta(self._choice, parts, event.tokens, event.logprobs)
+            case Finished():
+                return self._finish(event)
+            case PrefillProgress():
+                return Prefill(self._choice, event.processed, event.total)
+            case PromptLogprobs():
+                return ChoicePrompt(self._choice, event.start, event.items)
+
+    def _finish(self, event: Finished) -> ChoiceFinished:
+        assert event.reason != "cancelled"
+        parts = self._parts(event.text)
+        if self._parser is not None:
+            cut_off = event.reason == "length" or event.stop is not None
+            parts += self._kept(self._parser.finish(cut_off=cut_off))
+        called = self._calls and not self._broken and event.reason == "stop"
+        self._count(parts)
+        reason = "tool_calls" if called else event.reason
+        return ChoiceFinished(self._choice, parts, reason, event.stop, event.usage, self._reasoning_tokens)
+
+    def _count(self, parts: tuple[Part, ...]) -> None:
+        """Counts reasoning tokens. Tokens whose text was held back belong to the first part that comes of it."""
+        if parts:
+            self._reasoning_tokens += self._unread if isinstance(parts[0], Reasoning) else 0
+            self._unread = 0
+
+    def _parts(self, text: str) -> tuple[Part, ...]:
+        if not text:
+            return ()
+        return (Content(text),) if self._parser is None else self._kept(self._parser.push(text))
+
+    def _kept(self, parts: list[Part]) -> tuple[Part, ...]:
+        for part in parts:
+            if isinstance(part, ToolCall):
+                self._calls += 1
+            elif isinstance(part, BrokenCall) and (self._parallel or part.index == 0):
+                self._broken = True
+        if not self._parallel and self._calls > 1:
+            parts = [
+                part for part in parts if not isinstance(part, ToolCall | Arguments | BrokenCall) or part.index == 0
+            ]
+        return tuple(parts)
 
 
 @dataclass(slots=True)
@@ -74,6 +153,7 @@ class Generation:
         """Raises ``ServingError``."""
         self.request = with_enforced_schemas(request)
         self.id = request_id
+        self.n_choices = self.request.choices
         self.place: Place  # in the queue of the model; it exists once ``running`` is entered
         self._services = services
         self._model = model
@@ -89,7 +169,7 @@ class Generation:
         # A stop of the server cancels the scope of the place. It is open here, around the reader of the stream, because
         # a scope that is open while a generator yields would cancel its reader at the wrong place.
         with (
-            self._services.queues.place(model_id, request.choices) as self.place,
+            self._services.queues.place(model_id, self.n_choices) as self.place,
             Failover(self._services, self._model, request.needs, request.keep_seconds) as failover,
         ):
             async with aclosing(self._events(failover)) as batches:
@@ -125,7 +205,7 @@ class Generation:
                                 yield [step]
                         await choice.run(failover.runner, in_flight)
                     if len(usages) == len(choices):
-                        batch.append(Completed(total_usage(usages, self.request.n)))
+                        batch.append(Completed(_total_usage(usages, self.request.n)))
                     yield batch
         except RunnerError as error:
             raise self._failed(error) from None
@@ -140,7 +220,7 @@ class Generation:
         started = Started(runner.card.model_id, runner.capabilities, echoes, sequences[0].sampling)
         arrival = asyncio.Event()
         return started, [
-            _Choice(number, Replay(sequence), prepared[number // request.n].reader(number), arrival)
+            _Choice(number, Replay(sequence), self._reader(number, prepared[number // request.n]), arrival)
             for number, sequence in enumerate(sequences)
         ]
 
@@ -152,6 +232,10 @@ class Generation:
             return await prepare(self._services, failover, request, request.prompts[at])
         except RunnerError as error:
             raise self._failed(error, at) from None
+
+    def _reader(self, number: int, prompt: PreparedPrompt) -> ChoiceReader:
+        conversation = prompt.conversation
+        return ChoiceReader(number, prompt.parser(), parallel=conversation is None or conversation.parallel)
 
     def _read(self, choice: _Choice, batch: list[GenerationEvent], usages: dict[int, Usage]) -> Failed | None:
         """Moves the events that have arrived for a choice to ``batch``. Returns the last one if it is a failure."""
@@ -188,7 +272,8 @@ class Generation:
 
     def _sequences(self, card: ModelCard, model: Capabilities, prepared: list[PreparedPrompt]) -> list[Generate]:
         request = self.request
-        warn_of_context(request.context_param, request.context, model.context_length)
+        if request.context:
+            warn_of_context(request.context_param, request.context, model.context_length)
         for token in request.logit_bias:
             if token >= model.vocabulary:
                 accepted = f"token ids of this model are 0 to {model.vocabulary - 1}"
@@ -218,3 +303,13 @@ class Generation:
                 name = f"{self.id}-{at * request.n + choice}"
                 sequences.append(first.model_copy(update={"id": name, "sampling": sampling}))
         return sequences
+
+
+def _total_usage(usages: Mapping[int, Usage], n: int) -> Usage:
+    """The usage of a request from that of its choices. Each prompt counts once, however many choices it has."""
+    prompts = [usage for choice, usage in usages.items() if choice % n == 0]
+    return Usage(
+        prompt_tokens=sum([usage.prompt_tokens for usage in prompts]),
+        completion_tokens=sum([usage.completion_tokens for usage in usages.values()]),
+        cached_tokens=sum([usage.cached_tokens for usage in prompts]),
+    )

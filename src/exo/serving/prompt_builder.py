@@ -7,7 +7,7 @@ from uuid import uuid4
 from pydantic import JsonValue
 
 from exo.chat.grammar.gbnf import GbnfError
-from exo.chat.output.registry import OutputFormat, output_format
+from exo.chat.output.registry import OutputFormat, OutputParser, output_format
 from exo.chat.sandbox_pool import SandboxBusyError
 from exo.chat.template.reasoning import effort_variables, empty_reasoning
 from exo.chat.template.renderer import (
@@ -23,7 +23,6 @@ from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
-from exo.serving.output_reader import ChoiceReader
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
 from exo.serving.warnings import warn
 from exo.worker.protocol.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
@@ -50,13 +49,12 @@ class PreparedPrompt:
         """Whether the output must contain control tokens as text, because they mark calls or reasoning."""
         return self.form is not None and self.form.special
 
-    def reader(self, choice: int) -> ChoiceReader:
-        """A reader for one choice."""
+    def parser(self) -> OutputParser | None:
+        """A parser for the output of one choice; None if all text is content."""
         if self.form is None or self.conversation is None:
-            return ChoiceReader(choice, None)
+            return None
         tools = self.conversation.tools if self.form.known or self.conversation.must_call else ()
-        parser = self.form.parser(tools=tools, in_reasoning=self.in_reasoning)
-        return ChoiceReader(choice, parser, parallel=self.conversation.parallel)
+        return self.form.parser(tools=tools, in_reasoning=self.in_reasoning)
 
 
 async def prepare(services: Services, failover: Failover, request: GenerationRequest, prompt: Prompt) -> PreparedPrompt:
@@ -199,7 +197,9 @@ async def _render(services: Services, runner: LoadedRunner, conversation: Conver
     model, variables = runner.capabilities, dict(conversation.variables)
     template = model.template(tools=bool(conversation.tools))
     assert template is not None
-    ways = effort_variables(template, conversation.effort)
+    ways: list[dict[str, JsonValue]] = [{}]
+    if conversation.effort is not None:
+        ways = effort_variables(template, conversation.effort)
     texts: tuple[Text, ...] | None = None
     way: dict[str, JsonValue] = {}
     while texts is None:

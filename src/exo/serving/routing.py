@@ -13,6 +13,7 @@ from exo.serving.host_prober import HostProber
 from exo.worker.host import Host
 from exo.worker.protocol.runners import Need, Prefer
 from exo.worker.router import Refusal, Route, Wish, parse_model, route
+from exo.worker.speed import Preference
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
 
@@ -93,14 +94,17 @@ class Routing:
         self, model: RequestedModel, host: Host, needs: Mapping[Need, str] | None, arriving: int
     ) -> Route | Refusal:
         card = model.card
-        load = self._load(card, arriving)
-        preference = self._speeds.preference(card, card.prefer or self._prefer, load, time.time())
+        prefer = card.prefer or self._prefer
+        preference: Preference | None = None
+        if prefer is not None:
+            preference = self._speeds.preference(card, prefer, self._load(card, arriving), time.time())
         live, failing = self._pool.live_for(card), self._pool.avoided(card)
         return route(model.runner, card, host, live, card.needs if needs is None else needs, failing, preference)
 
     def sent(self, card: ModelCard, route: Route) -> None:
         """Notes that a request has taken this route; later decisions depend on it."""
-        self._speeds.sent(card.model_id, route.runner, self._load(card), route.basis)
+        if route.basis != "order":
+            self._speeds.sent(card.model_id, route.runner, self._load(card), route.basis)
 
     def _load(self, card: ModelCard, arriving: int = 0) -> int:
         """The sequences of a model that are running, waiting or arriving."""

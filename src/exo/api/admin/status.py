@@ -9,10 +9,9 @@ from pydantic import BaseModel, Field
 
 from exo.api.admin.runners import Instance, InstanceList
 from exo.api.admin.speeds import SpeedAtLoad, known_speeds
-from exo.api.http.body import read_body
+from exo.api.http.body import RequestBody, read_body
 from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.strict_model import RequestBody
 from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.errors import shutting_down

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import RequestBody, Unsupported, invalid, missing, unsupported
+from exo.api.http.body import RequestBody, Unsupported, invalid, missing, unsupported
 from exo.chat.template.reshaping import short_id
 
 MAX_BLOCKS = 10_000

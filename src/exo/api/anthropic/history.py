@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pydantic import JsonValue
 
-from exo.api.http.strict_model import note
+from exo.api.http.body import note
 from exo.api.openai.messages import UNSEEN
 
 _PICTURES = ("image", "document")

@@ -16,7 +16,7 @@ from exo.api.anthropic.blocks import (
     told,
 )
 from exo.api.anthropic.history import readable
-from exo.api.http.strict_model import RequestBody, Unsupported, honoured, invalid, missing, note
+from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.openai.chat_request import MAX_TOOLS, Parameters, ToolName
 from exo.api.openai.common_request import NoLimit, Stops, TopK, TopP
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice

@@ -9,8 +9,7 @@ from pydantic_core import from_json, to_json
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
 from exo.api.http.response import ReplyChoice
-from exo.api.openai.chat_response import call_id
-from exo.api.openai.chunks import absent
+from exo.api.openai.response import absent, call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import (
     ChoiceDelta,

@@ -1,15 +1,204 @@
-"""Request bodies: bounded while they are read, then unpacked and validated."""
+"""Request bodies: reading, unpacking and validating them, and what the models of all APIs have in common.
 
+Values are not converted: a number in a string is not a number, and 1.0 is not an integer. An explicit null means the
+default.
+"""
+
+import difflib
 import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import TypeVar
+from contextvars import ContextVar
+from functools import cache, lru_cache
+from typing import ClassVar, Self, TypeVar, cast
 
 from anyio.to_thread import run_sync
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from exo.api.http.errors import ApiError, from_validation
-from exo.api.http.strict_model import RequestBody, warn_of_notes
+from exo.serving.warnings import MAX_WARNINGS, refuses_unknown_fields, warn
+from exo.worker.protocol.runners import RUNNERS, Need
+
+Unsupported = Mapping[str, tuple[JsonValue, ...]]
+"""Fields that nothing here can honour, with the values that ask for nothing, besides null."""
+Note = tuple[str, str | None]
+"""A field of a body that has no effect, and why; None where there is no such field."""
+MODEL = Field(
+    default="",
+    max_length=300,
+    description="A model id or alias, optionally with @runner. May be left out where one model is loaded or known.",
+)
+MAX_ENTRIES = 1024
+"""Of a table, such as ``logit_bias``."""
+
+
+def invalid(reason: str, param: str = "") -> PydanticCustomError:
+    """``param`` is relative to the field at which the error is raised."""
+    return PydanticCustomError("invalid_value", "{reason}", {"reason": reason, "param": param})
+
+
+def missing(param: str) -> PydanticCustomError:
+    """For a field that only some bodies need."""
+    return PydanticCustomError("missing_parameter", "{reason}", {"reason": "this field is required", "param": param})
+
+
+def unsupported(reason: str, param: str) -> PydanticCustomError:
+    """For what is known elsewhere and cannot be honoured here."""
+    return PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason, "param": param})
+
+
+@lru_cache(maxsize=1024)
+def _suggestion(name: str, body: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(name, _names(body))
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def _unknown(name: str, body: type[BaseModel]) -> PydanticCustomError:
+    reason = "; ".join(filter(None, ("there is no such field", _suggestion(name, body))))
+    return PydanticCustomError("unknown_parameter", "{reason}", {"reason": reason, "param": name})
+
+
+def _no_effect(name: str, body: type[BaseModel]) -> str:
+    suggestion = _suggestion(name, body)
+    return f"there is no such field, so it has no effect{f' ({suggestion})' if suggestion else ''}"
+
+
+def _same(left: JsonValue, right: JsonValue) -> bool:
+    """Equality that keeps 0 from False and 1 from True, but not 1 from 1.0."""
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+def honoured(need: Need) -> Callable[[dict[str, JsonValue]], None]:
+    """For a field's ``json_schema_extra``: its description also says which runners can do what it needs."""
+    names = ", ".join(name for name, spec in RUNNERS.items() if need in spec.features)
+
+    def tell(schema: dict[str, JsonValue]) -> None:
+        schema["description"] = f"{schema['description']} Runners: {names}."
+
+    return tell
+
+
+def _tell_special_fields(schema: dict[str, JsonValue], body: type["RequestBody"]) -> None:
+    for what, fields in (
+        ("Accepted without effect", body.ignored),
+        ("Refused unless they ask for nothing", body.unsupported),
+    ):
+        if fields:
+            schema["description"] = f"{schema['description']} {what}: {', '.join(sorted(fields))}."
+
+
+@cache
+def _names(body: type[BaseModel]) -> frozenset[str]:
+    """What clients call its fields."""
+    return frozenset(field.alias or name for name, field in body.model_fields.items())
+
+
+_notes: ContextVar[list[Note]] = ContextVar("notes")
+"""Notes about the body whose fields are being validated."""
+
+
+class RequestBody(BaseModel):
+    """What all request bodies have in common.
+
+    Unknown fields are left out with a warning, or refused where the server is strict.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", strict=True, allow_inf_nan=False, json_schema_extra=_tell_special_fields
+    )
+    unsupported: ClassVar[Unsupported] = {}
+    ignored: ClassVar[Unsupported] = {}
+    """Fields that are accepted with a warning, since no answer depends on them, and values that need no warning."""
+    refuses_unknown: ClassVar[bool] = False
+    """Whether unknown fields are always refused, where acting on half a request does harm."""
+    _own_notes: list[Note] = PrivateAttr(default_factory=list[Note])
+
+    @classmethod
+    def why_unsupported(cls, name: str) -> str:
+        """Why the field ``name`` of ``unsupported`` is refused."""
+        return "not supported by any runner of this server"
+
+    def note(self, param: str, text: str) -> None:
+        """For a validator of the whole body: adds a warning about its field ``param``."""
+        self._own_notes.append((param, text))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(data, dict):
+            return handler(data)
+        known = _names(cls)
+        kept: dict[str, JsonValue] = {}
+        notes: list[Note] = []
+        for name, value in cast(dict[str, JsonValue], data).items():
+            if name in known:
+                if value is not None:
+                    kept[name] = value
+            elif (neutral := cls.unsupported.get(name)) is not None:
+                if value is not None and not any(_same(value, each) for each in neutral):
+                    raise unsupported(cls.why_unsupported(name), name)
+            elif (neutral := cls.ignored.get(name)) is not None:
+                if value is not None and not any(_same(value, each) for each in neutral):
+                    notes.append((name, "has no effect here"))
+            elif cls.refuses_unknown or refuses_unknown_fields():
+                raise _unknown(name[:64], cls)
+            else:
+                notes.append((name[:64], None))
+        token = _notes.set(notes)
+        try:
+            body = handler(kept)
+        finally:
+            _notes.reset(token)
+        body._own_notes.extend(notes)
+        return body
+
+    def notes(self, path: str = "") -> Iterator[tuple[str, str]]:
+        """The fields of this body and those in it that have no effect, each with why. ``path`` is the body's own."""
+        for param, text in self._own_notes:
+            yield ".".join(filter(None, (path, param))), _no_effect(param, type(self)) if text is None else text
+        for name, value in self.__dict__.items():
+            bodies = cast(list[object], value) if isinstance(value, list) else [value]
+            if bodies and isinstance(bodies[0], RequestBody):
+                field = type(self).model_fields[name]
+                inside = ".".join(filter(None, (path, field.alias or name)))
+                for body in bodies:
+                    if isinstance(body, RequestBody):
+                        yield from body.notes(inside)
+
+
+def note(param: str, text: str) -> None:
+    """For a validator of one field: adds a warning about ``param``, as the enclosing body has it."""
+    _notes.get().append((param, text))
+
+
+def warn_of_notes(body: RequestBody) -> None:
+    """Warns of every field in ``body`` that has no effect, up to a bound."""
+    told: dict[str, str] = {}
+    for param, text in body.notes():
+        told.setdefault(param, text)
+        if len(told) > MAX_WARNINGS:
+            break
+    for param, text in told.items():
+        warn(param, text)
+
+
+def few(value: JsonValue) -> JsonValue:
+    """Bounds a table before its entries are looked at, each of which may be a fault of its own."""
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise invalid(f"at most {MAX_ENTRIES} entries are accepted (got {len(value)})")
+    return value
+
 
 BODY_LIMIT = 16 << 20
 """Bytes, as sent and unpacked."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import anyio
+from anyio.abc import TaskGroup
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
-from exo.api.http.unary_response import cancel_when_client_leaves, route_headers
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.serving.errors import ServingError
 from exo.serving.events import (
@@ -32,6 +32,7 @@ from exo.serving.events import (
 )
 from exo.serving.generation import Generation
 from exo.worker.protocol.messages import TokenLogprobs, Usage
+from exo.worker.router import Route
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class GenerationResponse(Response):
         error = await self._run(whole)
         if error is not None:
             return error.response(path, self._headers)
-        choices = [whole.choices[number] for number in range(self._generation.request.choices)]
+        choices = [whole.choices[number] for number in range(self._generation.n_choices)]
         body = self._dialect.whole(choices, whole.usage)
         return Response(body, headers=self._headers, media_type="application/json")
 
@@ -260,7 +261,7 @@ class _Stream:
                 return
             case ChoiceStarted():
                 self._n_accepted += 1
-                if self._n_accepted == self._generation.request.choices:
+                if self._n_accepted == self._generation.n_choices:
                     self._all_accepted.set()
             case Loading():
                 if (comment := self._dialect.note(event.note)) != self._note:
@@ -350,3 +351,15 @@ class _Stream:
             while any(self._held):
                 await self._send_held()
             self._open = True
+
+
+def route_headers(route: Route | Routed) -> dict[str, str]:
+    """The headers with the runner that serves the request, and the reason."""
+    return {"x-exo-runner": route.runner, "x-exo-route": route.reason}
+
+
+async def cancel_when_client_leaves(receive: Receive, tasks: TaskGroup) -> None:
+    """Cancels ``tasks`` when the client closes its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    tasks.cancel_scope.cancel()

@@ -7,16 +7,14 @@ from typing import TypeVar, cast
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import TaskGroup
 from fastapi.responses import Response
 from pydantic import BaseModel, RootModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
+from exo.api.http.response import cancel_when_client_leaves
 from exo.serving.errors import ServingError
-from exo.serving.events import Routed
-from exo.worker.router import Route
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +80,3 @@ async def in_pieces(items: Sequence[T], size: int = _PIECE) -> AsyncGenerator[Se
         if time.monotonic() - began > _TURN_SECONDS:
             await anyio.lowlevel.checkpoint()
             began = time.monotonic()
-
-
-def route_headers(route: Route | Routed) -> dict[str, str]:
-    """The headers with the runner that serves the request, and the reason."""
-    return {"x-exo-runner": route.runner, "x-exo-route": route.reason}
-
-
-async def cancel_when_client_leaves(receive: Receive, tasks: TaskGroup) -> None:
-    """Cancels ``tasks`` when the client closes its connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    tasks.cancel_scope.cancel()

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, JsonValue
 
-from exo.api.http.strict_model import RequestBody, Unsupported
+from exo.api.http.body import RequestBody, Unsupported
 from exo.api.openai.common_request import Stops, TopK, TopP
 
 _NEUTRAL: Unsupported = {

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import RequestBody, Unsupported, honoured, invalid, missing, note
+from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.ollama.options import EmbedOptions, OllamaOptions
 from exo.api.openai.chat_request import MAX_TOOLS, ToolDefinition, ToolName
 from exo.api.openai.embeddings import MAX_INPUTS

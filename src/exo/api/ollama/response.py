@@ -10,8 +10,7 @@ from pydantic_core import from_json
 
 from exo.api.http.errors import ErrorBody
 from exo.api.http.response import Call, ReplyChoice
-from exo.api.openai.chat_response import call_id
-from exo.api.openai.chunks import absent, token_text
+from exo.api.openai.response import absent, call_id, token_text
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, Completed, GenerationEvent, Reason, Started
 from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage

@@ -5,11 +5,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import RequestBody, Unsupported, few, honoured, invalid, missing, note, unsupported
+from exo.api.http.body import RequestBody, Unsupported, few, honoured, invalid, missing, note, unsupported
 from exo.api.openai.common_request import UNSUPPORTED, GenerationFields, NoLimit
 from exo.api.openai.messages import MAX_TOOLS, ChatMessages
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
-from exo.serving.request import OutputConstraint
+from exo.serving.request import Conversation, GenerationRequest, OutputConstraint
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
 _CHOICES = ("none", "auto", "required")
@@ -271,3 +271,23 @@ class ChatCompletionRequest(GenerationFields):
         if isinstance(self.tool_choice, NamedTool):
             return NamedChoice(self.tool_choice.function.name)
         return self.tool_choice
+
+    def conversation(self) -> Conversation:
+        """The prompt in no API's form."""
+        effort, effort_param = self.effort
+        return Conversation(
+            messages=tuple(message.told() for message in self.messages),
+            tools=tuple(tool.function.tool() for tool in self.functions) if self.tool_choice != "none" else (),
+            choice=self.choice,
+            parallel=self.parallel_tool_calls,
+            variables=self.chat_template_kwargs,
+            effort=effort,
+            effort_param=effort_param,
+            continues=self.continue_final_message,
+        )
+
+    def request(self) -> GenerationRequest:
+        """The request in no API's form."""
+        limit = self.max_completion_tokens or self.max_tokens
+        logprobs = self.top_logprobs if self.logprobs else None
+        return self.generation_request((self.conversation(),), "messages", limit, logprobs)

@@ -9,8 +9,9 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, few, honoured, invalid
-from exo.serving.request import OutputConstraint
+from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
+from exo.serving.request import GenerationRequest, OutputConstraint
+from exo.serving.request import Prompt as AnyPrompt
 from exo.worker.protocol.messages import MAX_LOGPROBS, SamplingParams
 
 _SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
@@ -238,6 +239,31 @@ class GenerationFields(RequestBody):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def generation_request(
+        self,
+        prompts: tuple[AnyPrompt, ...],
+        prompt_field: str,
+        max_tokens: int | None,
+        logprobs: int | None,
+        *,
+        echo: bool = False,
+    ) -> GenerationRequest:
+        """The request in no API's form, from the common fields and these."""
+        return GenerationRequest(
+            prompts=prompts,
+            prompt_field=prompt_field,
+            n=self.n,
+            sampling=self.sampling,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+            seed=self.seed,
+            stop=tuple(self.stop),
+            max_tokens=max_tokens,
+            ignore_eos=self.ignore_eos,
+            constraint=next(iter(self.constraints), None),
+            logprobs=logprobs,
+            echo=echo,
+        )
+
 
 def prompts(value: JsonValue) -> JsonValue:
     """Every accepted form as a list of prompts."""
@@ -298,3 +324,8 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise invalid("0 is only accepted together with echo", "max_tokens")
         return self
+
+    def request(self) -> GenerationRequest:
+        """The request in no API's form."""
+        prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt)
+        return self.generation_request(prompts, "prompt", self.max_tokens, self.logprobs, echo=self.echo)

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_core import to_json
 
 from exo.api.http.response import ReplyChoice
-from exo.api.openai.chunks import ChunkWriter, CompletionUsage, Reply, absent, token_text
+from exo.api.openai.response import ChunkWriter, CompletionUsage, Reply, absent, token_text
 from exo.chat.output.events import Content, Part
 from exo.serving.events import (
     ChoiceDelta,

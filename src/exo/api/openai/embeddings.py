@@ -11,12 +11,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from exo.api.http.body import read_body
+from exo.api.http.body import MODEL, RequestBody, honoured, read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.strict_model import MODEL, RequestBody, honoured
-from exo.api.http.unary_response import UnaryResponse, route_headers
-from exo.api.openai.chunks import Reply
+from exo.api.http.response import route_headers
+from exo.api.http.unary_response import UnaryResponse
 from exo.api.openai.common_request import Prompt, prompts
+from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError
 from exo.serving.unary import Question, ask

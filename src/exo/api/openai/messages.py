@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import RequestBody, Unsupported, invalid, missing, note, unsupported
+from exo.api.http.body import RequestBody, Unsupported, invalid, missing, note, unsupported
 
 MAX_TOOLS = 4096
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")

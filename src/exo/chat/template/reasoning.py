@@ -12,13 +12,11 @@ _NEXT_MESSAGE = "<|start|>assistant"
 _ANSWER_BEGUN = "<|channel|>final<|message|>"
 
 
-def effort_variables(source: str, effort: str | None) -> list[dict[str, JsonValue]]:
+def effort_variables(source: str, effort: str) -> list[dict[str, JsonValue]]:
     """Returns sets of template variables for an effort, the most specific first. The last one is empty.
 
-    ``effort`` is "none", "minimal", "low", "medium", "high", "xhigh", or None if the request has none.
+    ``effort`` is "none", "minimal", "low", "medium", "high" or "xhigh".
     """
-    if effort is None:
-        return [{}]
     named = _names(source, effort)
     switches = _switches(source, on=effort != "none")
     if effort == "none":

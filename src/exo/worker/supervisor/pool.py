@@ -177,7 +177,11 @@ class RunnerPool:
     def avoided(self, card: ModelCard) -> frozenset[str]:
         """The names of the runners that keep failing with this version of the card."""
         now = anyio.current_time()
-        failing = [kind for kind, each in self._breakers.items() if kind[0] == card.model_id and each.avoided(now)]
+        failing = [
+            kind
+            for kind, each in self._breakers.items()
+            if kind[0] == card.model_id and each.failures and each.avoided(now)
+        ]
         return frozenset(runner for _, runner, settings in failing if settings == settings_digest(card, runner))
 
     def live(self) -> tuple[LiveRunner, ...]:

@@ -35,12 +35,22 @@ from exo.worker.protocol.messages import (
     Tokenize,
     Tokenized,
 )
-from exo.worker.supervisor.child_process import ChildProcess, ProtocolError, spawn
+from exo.worker.supervisor.child_process import ChildProcess, Outbox, ProtocolError, spawn
 from exo.worker.supervisor.crash_report import StderrLog, diagnose
-from exo.worker.supervisor.outbox import Outbox
-from exo.worker.supervisor.pending import REPLY_TYPES, PendingReply, RequestEvents, UnaryReply, UnaryRequest
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer, TokenRate
-from exo.worker.supervisor.state_machine import FINAL, LOADING, SERVING, Recipient, RunnerStateMachine, for_request
+from exo.worker.supervisor.state_machine import (
+    FINAL,
+    LOADING,
+    REPLY_TYPES,
+    SERVING,
+    PendingReply,
+    Recipient,
+    RequestEvents,
+    RunnerStateMachine,
+    UnaryReply,
+    UnaryRequest,
+    for_request,
+)
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, HeartbeatWatchdog, LoadProgress
 
 log = logging.getLogger(__name__)

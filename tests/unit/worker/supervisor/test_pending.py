@@ -11,7 +11,7 @@ from exo.worker.protocol.messages import (
     TokenLogprobs,
     Usage,
 )
-from exo.worker.supervisor.pending import RequestEvent, RequestEvents
+from exo.worker.supervisor.state_machine import RequestEvent, RequestEvents
 
 END = Finished(id="r", reason="stop", usage=Usage(prompt_tokens=9, completion_tokens=5000), text="!")
 

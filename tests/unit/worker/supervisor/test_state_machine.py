@@ -18,8 +18,7 @@ from exo.worker.protocol.messages import (
     Usage,
 )
 from exo.worker.supervisor.child_process import ProtocolError
-from exo.worker.supervisor.pending import PendingReply, RequestEvents
-from exo.worker.supervisor.state_machine import RunnerStateMachine
+from exo.worker.supervisor.state_machine import PendingReply, RequestEvents, RunnerStateMachine
 
 CAPABILITIES = Capabilities(engine="x", engine_version="1", backend="x", context_length=9, slots=1, vocabulary=9)
 USAGE = Usage(prompt_tokens=1, completion_tokens=1)

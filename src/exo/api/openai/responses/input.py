@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, JsonValue
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import RequestBody, Unsupported, invalid, note, unsupported
+from exo.api.http.body import RequestBody, Unsupported, invalid, note, unsupported
 from exo.api.openai.messages import Arguments, CalledName, with_unseen_pictures
 from exo.api.openai.responses.tools import custom_arguments, told_name
 

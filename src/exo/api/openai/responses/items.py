@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from exo.api.openai.chat_response import call_id, choice_logprobs
+from exo.api.openai.response import call_id, choice_logprobs
 from exo.api.openai.responses.tools import OfferedTool, custom_input
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.worker.protocol.messages import TokenLogprobs

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.strict_model import MODEL, RequestBody, Unsupported, few, honoured, invalid
+from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
 from exo.api.openai.chat_request import MAX_TOOLS, Effort
 from exo.api.openai.common_request import NoLimit, TopP
 from exo.api.openai.responses.input import Input

@@ -6,8 +6,8 @@ import pytest
 
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
-from exo.api.openai.chat_response import ChatDialect, call_id
 from exo.api.openai.completions import CompletionDialect
+from exo.api.openai.response import ChatDialect, call_id
 from exo.chat.output.events import Arguments, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoicePrompt, ChoiceStarted, Completed, Reason, Started
 from exo.worker.protocol.messages import Capabilities, Logprob, TokenLogprobs, Usage

@@ -1,8 +1,7 @@
-"""Who gets past the door: host name, web origin and API key of every request, before any route sees it.
+"""ASGI applications that every request passes: access control, forgiving paths, the header with warnings.
 
-A page that a browser shows can send requests to a server on the same machine. Two things keep it out: its own origin,
-which the browser names, and the host name that it used, since one that was made to resolve to this machine (DNS
-rebinding) is not one of ours.
+A web page can send requests to a server on the same machine. Two checks keep it out: its origin, which the browser
+states, and the host name that it used, because a name that resolves to this machine by DNS rebinding is unknown here.
 """
 
 import hmac
@@ -18,15 +17,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exo.api.http.errors import ErrorBody
-from exo.api.http.path_check import route_path
 from exo.config import Access, Settings, is_loopback
+from exo.serving.warnings import RequestWarnings, collecting
 
 OPEN_PATHS = ("/health",)
-"""Answered without a key, so that whatever watches over the process needs none."""
+"""These need no key, so that a process monitor needs none."""
 EXPOSED_HEADERS = "retry-after, request-id, x-exo-runner, x-exo-route, x-exo-warning"
-"""What a page of another origin may read of a reply."""
+"""The headers of a reply that a page of another origin may read."""
+WARNING_HEADER = "x-exo-warning"
 _PREFLIGHT_SECONDS = "600"
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{0,2000}")
+_SLASHES = re.compile(r"//+")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?")
 
 
@@ -165,3 +166,52 @@ def _given_keys(headers: Headers) -> list[str]:
 
 def _denied(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> DeniedError:
     return DeniedError(ErrorBody(status=status, message=message, code=code, headers=headers or {}))
+
+
+@final
+class ForgivingPaths:
+    """An ASGI application that hands requests to ``app`` as its routes are written.
+
+    Slashes that are doubled or at the end of a path mean nothing. ``HEAD`` is answered as ``GET`` is; the server leaves
+    the reply's body out.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] == "http":
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "method": method, "path": route_path(scope["path"])}
+        await self._app(scope, receive, send)
+
+
+def route_path(path: str) -> str:
+    """A request's path as routes are written."""
+    return _SLASHES.sub("/", path).rstrip("/") or "/"
+
+
+@final
+class WarningHeader:
+    """An ASGI application that collects the warnings of each request to ``app`` and adds the header to its reply."""
+
+    def __init__(self, app: ASGIApp, *, strict: bool) -> None:
+        self._app = app
+        self._strict = strict
+        self._logged: set[str] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        warnings = RequestWarnings(scope["path"], self._logged, strict=self._strict)
+
+        async def send_with_header(message: Message) -> None:
+            if message["type"] == "http.response.start" and (text := warnings.in_one_line()):
+                MutableHeaders(scope=message)[WARNING_HEADER] = text
+            await send(message)
+
+        with collecting(warnings):
+            await self._app(scope, receive, send_with_header)

@@ -8,7 +8,7 @@ import pytest
 from exo.api.http.response import ReplyChoice
 from exo.chat.output.registry import FORMATS
 from exo.serving.events import ChoiceDelta, ChoiceFinished
-from exo.serving.output_reader import ChoiceReader
+from exo.serving.generation import ChoiceReader
 from exo.worker.protocol.messages import Delta, Finished, Usage
 from tests.support.replies import ONE_CALL, TOOLS
 
