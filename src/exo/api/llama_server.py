@@ -23,7 +23,7 @@ from exo.worker.protocol.messages import MAX_TOKENIZED, Embedded, Rank, Ranked, 
 
 MAX_DOCUMENTS = 1024
 MAX_TEXT = 1 << 22
-"""Characters of a text to be tokenized, which as English is about ``MAX_TOKENIZED`` tokens."""
+"""Characters of a text to tokenize. English text of this length has about ``MAX_TOKENIZED`` tokens."""
 _PART = 1024
 """Tokens that are decoded at once."""
 
@@ -32,14 +32,16 @@ class TokenizeRequest(RequestBody):
     """The body of ``POST /tokenize``."""
 
     model: str = MODEL
-    content: str = Field(max_length=MAX_TEXT, description="The text to be cut into tokens, of which it may have 2^20.")
-    add_special: bool = Field(default=False, description="Begin with a BOS token where the model wants one.")
-    parse_special: bool = Field(default=True, description="Whether special tokens in the text are special.")
-    with_pieces: bool = Field(default=False, description="Tell each token's text too.")
+    content: str = Field(max_length=MAX_TEXT, description="The text to tokenize, up to 2^20 tokens.")
+    add_special: bool = Field(default=False, description="Begin with a BOS token if the model uses one.")
+    parse_special: bool = Field(
+        default=True, description="Whether special tokens in the text have their special meaning."
+    )
+    with_pieces: bool = Field(default=False, description="Also return each token's text.")
 
 
 class TokenPiece(Reply):
-    """One token; ``piece`` is its text, or its bytes where they are no whole text."""
+    """One token. ``piece`` is its text, or its bytes if they are not valid UTF-8."""
 
     id: int
     piece: str | list[int]
@@ -55,11 +57,11 @@ class DetokenizeRequest(RequestBody):
     """The body of ``POST /detokenize``."""
 
     model: str = MODEL
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENIZED, description="Ids, of which text is made.")
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENIZED, description="Token ids.")
 
 
 class Detokenized(Reply):
-    """The reply of ``/detokenize``; bytes that are no text become U+FFFD."""
+    """The reply of ``/detokenize``. Invalid UTF-8 becomes U+FFFD."""
 
     content: str
 
@@ -103,15 +105,15 @@ class RerankRequest(RequestBody):
     unsupported: ClassVar[Unsupported] = {"return_documents": (False,), "return_text": (False,)}
 
     model: str = MODEL
-    query: str = Field(min_length=1, description="What the documents are to answer.")
+    query: str = Field(min_length=1, description="The query to which documents are compared.")
     documents: list[str] = Field(
         min_length=1, max_length=MAX_DOCUMENTS, description="The texts.", json_schema_extra=honoured("rerank")
     )
-    top_n: int | None = Field(default=None, ge=1, description="Tell only of this many; null: of all.")
+    top_n: int | None = Field(default=None, ge=1, description="Return only this many results; null returns all.")
 
 
 class RerankResult(Reply):
-    """How well one document answers the query; only the order of scores means something."""
+    """The score of one document. Only the order of scores is meaningful."""
 
     index: int
     relevance_score: float
@@ -149,7 +151,7 @@ def llama_routes(services: Services) -> APIRouter:
 
     @routes.post("/tokenize", response_model=TokenList, openapi_extra=json_body(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        """Cuts text into tokens."""
+        """Splits text into tokens."""
         body = await read_body(request, TokenizeRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
@@ -170,7 +172,7 @@ def llama_routes(services: Services) -> APIRouter:
 
     @routes.post("/detokenize", response_model=Detokenized, openapi_extra=json_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        """Makes text of tokens."""
+        """Joins tokens to text."""
         body = await read_body(request, DetokenizeRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
@@ -186,7 +188,7 @@ def llama_routes(services: Services) -> APIRouter:
 
     @routes.post("/apply-template", response_model=TemplateApplied, openapi_extra=json_body(ChatCompletionRequest))
     async def apply_template(request: Request) -> Response:
-        """Shows the prompt that a chat completion would be generated from."""
+        """Returns the prompt of a chat completion."""
         body = await read_body(request, ChatCompletionRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
@@ -224,7 +226,7 @@ def llama_routes(services: Services) -> APIRouter:
     @routes.post("/reranking", include_in_schema=False)
     @routes.post("/v1/reranking", include_in_schema=False)
     async def rerank(request: Request) -> Response:
-        """Sorts documents by how well they answer a query."""
+        """Sorts documents by their relevance to a query."""
         body = await read_body(request, RerankRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:

@@ -1,4 +1,4 @@
-"""Who waits for a model: one bounded queue for each, and how all of them end when the server stops."""
+"""Admission control: a bounded queue for each model, and the end of all requests when the server stops."""
 
 import asyncio
 from collections import defaultdict
@@ -14,11 +14,10 @@ from exo.serving.errors import queue_full, shutting_down
 
 @final
 class Queues:
-    """The requests of every model, from their arrival to their end, in order of arrival.
+    """Counts the requests of every model from their arrival to their end, in order of arrival.
 
-    They are counted in sequences. A model holds as many as its runners have slots, and ``max_queue`` more; ``slots``
-    tells the former by model id, and 0 while it is not known. This is an account and no scheduler: the order in which
-    sequences are served is the runner's, first in, first out.
+    A model accepts as many sequences as its runners have slots, and ``max_queue`` more. ``slots`` returns the number of
+    slots of a model id, 0 if it is unknown. This is no scheduler: the runners serve sequences first in, first out.
     """
 
     def __init__(self, max_queue: int, slots: Callable[[str], int]) -> None:
@@ -29,20 +28,20 @@ class Queues:
 
     @property
     def closed(self) -> bool:
-        """Whether the server is stopping and takes no more requests."""
+        """Whether the server is stopping and refuses requests."""
         return self._closed
 
     def held(self, model_id: str) -> int:
-        """Sequences of the requests that have not ended."""
+        """The number of sequences of requests that have not ended."""
         return self._queues[model_id].held
 
     @contextmanager
     def place(self, model_id: str, sequences: int) -> Generator["Place"]:
-        """Holds places for ``sequences`` while the context lasts; the only way to take any or to give them back.
+        """Holds places for ``sequences`` in the queue of a model while the context lasts.
 
-        Raises ``ServingError`` 429 where there are too few, and 503 when the server is stopping, on entry or, where
-        ``drain`` cuts the request off, on exit. A request that is larger than the whole queue is let in alone, for
-        it would never be otherwise.
+        Raises ``ServingError``: ``queue_full`` if there are too few places, and ``shutdown`` if the server is stopping,
+        either on entry or on exit of a request that ``drain`` has cut off. A request that is larger than the whole
+        queue is admitted only when the queue is empty; otherwise it could never run.
         """
         if self._closed:
             raise shutting_down()
@@ -61,11 +60,11 @@ class Queues:
             raise shutting_down()
 
     def slots_changed(self, model_id: str) -> None:
-        """Has the places of a model told anew."""
+        """Wakes the requests that watch their place in the queue of a model."""
         self._queues[model_id].change()
 
     async def drain(self, seconds: float) -> None:
-        """Takes no more requests, waits until those that are here have ended, and after ``seconds`` cuts them off."""
+        """Refuses new requests, waits until the others have ended, and cuts them off after ``seconds``."""
         self._closed = True
         with anyio.move_on_after(seconds):
             await self._empty()
@@ -96,16 +95,16 @@ class Place:
 
     @property
     def slots(self) -> int:
-        """Sequences that the model's runners can serve at once."""
+        """The number of sequences that the model's runners can serve at once."""
         return self._slots()
 
     @property
     def number(self) -> int:
-        """1 for the request that is served next, counted in sequences; 0 once a slot is free for it."""
+        """The place in the queue, counted in sequences: 1 for the next one, 0 once a slot is free."""
         return max(0, self._queue.ahead_of(self) - self.slots + 1)
 
     async def number_after(self, seen: int) -> int:
-        """Waits until the number is another one than ``seen``."""
+        """Waits until the number differs from ``seen``."""
         while (number := self.number) == seen:
             await self._queue.changed.wait()
         return number
@@ -131,10 +130,10 @@ class _Queue:
         self.change()
 
     def change(self) -> None:
-        """Wakes those who watch their number. An arrival changes nobody else's."""
+        """Wakes the requests that watch their number. An arrival does not change the number of any other request."""
         self.changed.set()
         self.changed = asyncio.Event()
 
     def ahead_of(self, place: Place) -> int:
-        """Sequences that came before those of ``place``."""
+        """The number of sequences before those of ``place``."""
         return sum(each.sequences for each in takewhile(lambda each: each is not place, self.places))

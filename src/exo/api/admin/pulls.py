@@ -40,12 +40,12 @@ class PullRequest(RequestBody):
         default=None,
         min_length=1,
         max_length=40,
-        description="Whose files; by default those of the one that would serve it.",
+        description="The runner whose files are wanted; by default the one that would serve the model.",
     )
     quant: str | None = Field(
         default=None, min_length=1, max_length=40, description="A quantisation other than the card's, such as Q4_K_M."
     )
-    stream: bool = Field(default=True, description="Tell how far it is; else the reply comes when all is there.")
+    stream: bool = Field(default=True, description="Send the progress; otherwise the reply comes at the end.")
 
 
 class PullProgress(BaseModel):
@@ -69,18 +69,17 @@ class PullProgress(BaseModel):
 
 
 class PullDone(BaseModel):
-    """The reply, and a stream's last event: the model is there."""
+    """The reply, and the last event of a stream: the model is on disk."""
 
     step: Literal["done"] = "done"
     model: str
     runner: str
     quant: str
-    """Of a GGUF file; of a folder, empty."""
+    """The quantisation of a GGUF file; empty for a folder."""
     revision: str
-    """The commit."""
     bytes: int
     path: str | None
-    """What the runner loads."""
+    """The file or folder that the runner loads."""
 
     @classmethod
     def of(cls, pulled: Pulled) -> Self:
@@ -117,7 +116,7 @@ def pull_routes(services: Services) -> APIRouter:
 
     @routes.post(_PATH, response_model=PullDone, openapi_extra=json_body(PullRequest))
     async def pull_model(request: Request) -> Response:
-        """Fetches the files that a runner needs for a model. It stops when the last client that waits for it leaves."""
+        """Downloads a runner's files for a model. The download stops when the last client that waits for it leaves."""
         body = await read_body(request, PullRequest)
 
         async def whole() -> tuple[PullDone, Mapping[str, str]]:

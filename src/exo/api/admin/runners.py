@@ -1,4 +1,4 @@
-"""What a server says about its runners: what each is, how busy it is, how often it died and why."""
+"""The state of runners in the form of the API: identity, load, memory and failures."""
 
 from collections.abc import Iterator
 from typing import Literal, Self
@@ -10,7 +10,7 @@ from exo.worker.supervisor.instance import InstanceReport
 
 
 class LastFailure(BaseModel):
-    """Why a runner failed. ``message`` has its exit code or signal, what that means, and its last words."""
+    """A runner's failure. ``message`` contains the exit code or signal, an explanation, and the end of its log."""
 
     code: ErrorCode
     message: str
@@ -22,22 +22,21 @@ class DeviceMemory(BaseModel):
     """Bytes of one device's memory."""
 
     device: str
-    """Its name, such as CUDA0."""
     reserved: int
-    """What is kept for it on the device."""
+    """The reservation on the device."""
     measured: int | None
-    """What it has there; null until that is known."""
+    """The memory that it uses there; null until it is measured."""
 
 
 class Instance(BaseModel):
-    """One runner process, or the last one of a runner that has failed with its model and not worked since."""
+    """One runner process, or the last failed one of a runner that has not worked with its model since."""
 
     model: str
     runner: str
     instance: str
     backend: str
     devices: list[str]
-    """Empty until the model is loaded, as are the sizes."""
+    """Empty until the model is loaded; sizes are 0 until then."""
     state: RunnerState
     layers_loaded: int
     total_layers: int
@@ -47,42 +46,42 @@ class Instance(BaseModel):
     notes: list[str] = []
     """What to know of the model's files, such as that they make the output worse."""
     active: int
-    """Sequences in a slot."""
+    """The number of sequences in a slot."""
     waiting: int
-    """Sequences that wait for one."""
+    """The number of sequences that wait for a slot."""
     model_bytes: int
     pid: int | None
     started: int
     """Seconds since 1970."""
     deaths: int
-    """How often this runner has failed with this model and these settings since the server started."""
+    """The number of failures of this runner with this model and these settings since the server started."""
     last_failure: LastFailure | None
-    """The last time; it stays here when the runner works again."""
+    """It stays after the runner works again."""
     tokens_per_second: float
-    """Generated over the last seconds, of all sequences together."""
+    """The recent rate of generation of all sequences together."""
     cpu: CpuUse | None = None
-    """How it computes on the CPU; null for a runner that does not, or does not tell."""
+    """Its use of the CPU; null if it does not compute there or does not report it."""
     memory_reserved: int
-    """Bytes of the processors' memory that are kept for it, and below of all devices together."""
+    """The reservation of RAM, in bytes. The next field is that of all devices together."""
     device_memory_reserved: int
     memory_measured: int | None
-    """Bytes that it has; null until the model is loaded."""
+    """The RAM that it uses, in bytes; null until the model is loaded."""
     device_memory_measured: int | None
     device_memory: list[DeviceMemory]
-    """The same for each device that it uses."""
+    """Reservation and use of each device."""
     pinned: bool
-    """Whether it stays loaded until it is told to end."""
+    """Whether it stays loaded until it is unloaded by hand."""
     expires_seconds: float | None
-    """After which it is unloaded if nobody uses it from now on; null if it is not."""
+    """The time until it is unloaded if it stays unused; null if it never is."""
     outdated: bool = False
     """Whether its model card has changed or gone since it was started. It keeps its settings until it ends; the next
     request for the model starts another by the card as it is then."""
     retry_seconds: float
-    """How long this runner is not started again with this model; 0 if it runs or may be started."""
+    """The time until this runner may be started with this model again; 0 if it runs or may be started now."""
 
     @classmethod
     def of(cls, report: InstanceReport, *, outdated: bool = False) -> Self:
-        """The wire's form of a report."""
+        """The form of the API."""
         now, failed = report.now, report.last_failure
         model = now.capabilities
         return cls(
@@ -128,7 +127,7 @@ def _device_memory(report: InstanceReport) -> Iterator[DeviceMemory]:
 
 
 class InstanceList(BaseModel):
-    """What the server has running, and what failed."""
+    """The runners, and those that failed."""
 
     object: Literal["list"] = "list"
     data: list[Instance]

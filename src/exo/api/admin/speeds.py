@@ -1,4 +1,4 @@
-"""What was measured of the runners' speed, in the form in which it is told."""
+"""The measured speeds of runners in the form of the API."""
 
 import time
 from typing import Self
@@ -11,22 +11,22 @@ from exo.worker.supervisor.speed_store import SpeedStore
 
 
 class SpeedAtLoad(BaseModel):
-    """How fast a runner lately was with a model. Rates are in output tokens a second."""
+    """The recent speed of a runner with a model. Rates are in output tokens per second."""
 
     runner: str
     load: int
-    """Sequences at once, about."""
+    """The approximate number of simultaneous sequences."""
     count: float
-    """How often it was measured, where the sequences of one load count for one."""
+    """The number of measurements. Simultaneous sequences count as one."""
     first_token_seconds: float
     tokens_per_second: float
-    """Of each sequence, after its first token."""
+    """The rate of each sequence after its first token."""
     total_tokens_per_second: float
-    """Of all sequences together."""
+    """The rate of all sequences together."""
 
     @classmethod
     def of(cls, runner: str, load: int, point: Point) -> Self:
-        """The wire's form of a point."""
+        """The form of the API."""
         return cls(
             runner=runner,
             load=load,
@@ -45,6 +45,6 @@ class SpeedAtLoad(BaseModel):
 
 
 def known_speeds(speeds: SpeedStore, card: ModelCard) -> list[SpeedAtLoad]:
-    """What is known now of a model, by runner and load."""
+    """The known speeds of a model, by runner and load."""
     known = speeds.known(card, time.time())
     return [SpeedAtLoad.of(runner, load, point) for runner, speed in known.items() for load, point in speed.items()]

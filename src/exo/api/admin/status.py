@@ -1,4 +1,4 @@
-"""What a server says about itself: whether it runs, whether it can answer, and where it would send a request."""
+"""Health, readiness, runners, unloading, and the route that a request would take."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -34,7 +34,7 @@ class Ready(BaseModel):
 
 
 class RouteReport(BaseModel):
-    """Where a request for ``model`` would go now. ``instance`` is null where a runner would be started."""
+    """The route of a request for ``model``. ``instance`` is null if a runner would be started."""
 
     model: str
     runner: str
@@ -53,7 +53,7 @@ class UnloadRequest(RequestBody):
 
 
 class Unloaded(BaseModel):
-    """Whether the model was loaded, or about to be; it is not any more."""
+    """``unloaded`` is whether the model was loaded or loading."""
 
     model: str
     unloaded: bool
@@ -76,7 +76,7 @@ def server_routes(services: Services) -> APIRouter:
 
     @routes.get("/ready")
     async def ready() -> Ready:
-        """Whether a model can answer; 503 with the reason where none can."""
+        """Whether a model can answer; otherwise 503 with the reason."""
         if services.queues.closed:
             raise shutting_down()
         live = services.pool.live()
@@ -88,14 +88,14 @@ def server_routes(services: Services) -> APIRouter:
 
     @routes.get("/v1/instances")
     async def instances() -> InstanceList:
-        """What is loaded, how busy it is, how often it died and why."""
+        """The runners with their load, memory and failures."""
         reports = services.pool.reports()
         data = [Instance.of(each, outdated=services.models.is_outdated(each)) for each in reports]
         return InstanceList(data=data, notices=services.notices)
 
     @routes.post("/v1/models/unload", response_model=Unloaded, openapi_extra=json_body(UnloadRequest))
     async def unload(request: Request) -> Response:
-        """Unloads a model when its requests have ended; the next one that needs it loads it again."""
+        """Unloads a model when its requests have ended. The next request for it loads it again."""
         body = await read_body(request, UnloadRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
@@ -108,7 +108,7 @@ def server_routes(services: Services) -> APIRouter:
     async def route(
         model: str = Query(min_length=1, max_length=300, description="A model id or alias, optionally with @runner."),
     ) -> RouteReport:
-        """Which runner would serve the model, and why; a refusal is the error that a request would get."""
+        """The runner that would serve the model, and the reason. A refusal is the error that a request would get."""
         requested = services.routing.resolve(model)
         chosen = await services.routing.choose(requested, arriving=1)
         return RouteReport(

@@ -1,4 +1,4 @@
-"""Anthropic's messages: content blocks, and the same conversation in the form that chat templates read."""
+"""Anthropic's messages: content blocks, and the conversation in the form of chat templates."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -15,7 +15,7 @@ _TEXT_ONLY = ("text",)
 
 
 class CacheControl(RequestBody):
-    """Where a prompt is to be cached. Every prompt is, up to wherever it differs from the next one."""
+    """Marks a prompt for caching. It has no effect: every prompt is cached up to its first difference from the next."""
 
     ignored: ClassVar[Unsupported] = {"scope": ("global", "organization")}
 
@@ -24,7 +24,7 @@ class CacheControl(RequestBody):
 
 
 class Block(RequestBody):
-    """What all content blocks have in common."""
+    """Common fields of all content blocks."""
 
     cache_control: CacheControl | None = Field(default=None, description="Has no effect: all prompts are cached.")
 
@@ -35,14 +35,14 @@ class TextBlock(Block):
     ignored: ClassVar[Unsupported] = {"citations": ([],)}
 
     type: Literal["text"] = Field(description="Text.")
-    text: str = Field(description="What is said; special tokens in it are ordinary text.")
+    text: str = Field(description="The text; special tokens in it are ordinary text.")
 
 
 class ThinkingBlock(Block):
     """Reasoning of an earlier reply."""
 
     type: Literal["thinking"] = Field(description="Reasoning.")
-    thinking: str = Field(description="Its text, for chat templates that take it back.")
+    thinking: str = Field(description="Its text, for chat templates that read it.")
     signature: str = Field(default="", description="Has no effect.")
 
 
@@ -52,8 +52,8 @@ class ToolUseBlock(Block):
     ignored: ClassVar[Unsupported] = {"caller": ({"type": "direct"},), "toolset_name": ()}
 
     type: Literal["tool_use"] = Field(description="A call.")
-    id: str = Field(min_length=1, max_length=256, description="What its result refers to.")
-    name: str = Field(min_length=1, max_length=128, description="Of the tool.")
+    id: str = Field(min_length=1, max_length=256, description="The id that its result refers to.")
+    name: str = Field(min_length=1, max_length=128, description="The name of the tool.")
     input: dict[str, JsonValue] = Field(description="The arguments.")
 
 
@@ -62,7 +62,7 @@ def _kind(value: JsonValue) -> JsonValue:
 
 
 def _known(value: JsonValue, kinds: Sequence[str]) -> JsonValue:
-    """Refused here, since a union would explain what is wrong with each of its types."""
+    """Refuses wrong types here, because a union would report one error for each of its types."""
     if not isinstance(value, Mapping):
         raise invalid('must be an object such as {"type": "text", "text": "…"}')
     kind = _kind(value)
@@ -88,18 +88,20 @@ PlainContent = Annotated[
 
 
 class ToolResultBlock(Block):
-    """What a call came to."""
+    """The result of a call."""
 
     ignored: ClassVar[Unsupported] = {"toolset_name": ()}
 
     type: Literal["tool_result"] = Field(description="A result.")
-    tool_use_id: str = Field(min_length=1, max_length=256, description="Of the call that this answers.")
+    tool_use_id: str = Field(min_length=1, max_length=256, description="The id of the call that this answers.")
     content: PlainContent = Field(default=[], description="Text, as a string or in blocks.")
-    is_error: bool = Field(default=False, description="Puts 'Error: ' before the text; chat templates know no flag.")
+    is_error: bool = Field(
+        default=False, description="Puts 'Error: ' before the text, because chat templates have no flag."
+    )
 
 
 _BLOCKS = ("text", "thinking", "tool_use", "tool_result")
-# In brackets, so that an error's path can leave out what is no field of the request.
+# The tags are in brackets so that an error's path can omit them: they are no fields of the request.
 AnyBlock = Annotated[
     Annotated[TextBlock, Tag("[text]")]
     | Annotated[ThinkingBlock, Tag("[thinking]")]
@@ -122,15 +124,15 @@ _WHOSE: Mapping[str, tuple[str, ...]] = {
     "assistant": ("text", "thinking", "tool_use"),
     "system": _TEXT_ONLY,
 }
-"""The blocks that each role's messages may have."""
+"""The allowed blocks of each role."""
 
 
 class AnthropicMessage(RequestBody):
-    """One message. Neighbours of one role count as one message."""
+    """One message. Adjacent messages of one role count as one."""
 
-    role: Literal["user", "assistant", "system"] = Field(description="Who speaks.")
+    role: Literal["user", "assistant", "system"] = Field(description="The role of the speaker.")
     content: AnyContent = Field(
-        description="Text, or blocks: text; of the user also tool_result; of the assistant thinking and tool_use."
+        description="Text, or blocks: text; for the user also tool_result, for the assistant thinking and tool_use."
     )
 
     @model_validator(mode="after")
@@ -142,7 +144,7 @@ class AnthropicMessage(RequestBody):
 
 
 def plain_text(blocks: Iterable[TextBlock]) -> str:
-    """Blocks of text as one, a line each."""
+    """Joins blocks of text with line breaks."""
     return "\n".join(block.text for block in blocks)
 
 
@@ -171,7 +173,7 @@ def told(system: str, messages: Sequence[AnthropicMessage]) -> tuple[dict[str, J
 
 
 def _others(role: str, blocks: Iterable[AnyBlock]) -> Iterable[dict[str, JsonValue]]:
-    """Results of tools are messages of their own, between which text is, too."""
+    """Tool results become messages of their own, with the text in between."""
     for is_result, run in groupby(blocks, key=lambda block: isinstance(block, ToolResultBlock)):
         if is_result:
             yield from (_result(block) for block in run if isinstance(block, ToolResultBlock))
@@ -185,7 +187,7 @@ def _result(block: ToolResultBlock) -> dict[str, JsonValue]:
 
 
 def _assistants(blocks: Sequence[AnyBlock]) -> dict[str, JsonValue]:
-    """An earlier reply; its blocks of text are stretches of one text, and so put together as they are."""
+    """An earlier reply. Its blocks of text are parts of one text, so they are joined without line breaks."""
     message: dict[str, JsonValue] = {"role": "assistant"}
     message["content"] = "".join(block.text for block in blocks if isinstance(block, TextBlock))
     if reasoning := "".join(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):

@@ -1,4 +1,4 @@
-"""Blocks of Anthropic's conversations that no local model takes, as text that it does, so that a session can go on.
+"""Makes text of the blocks in Anthropic's conversations that no local model can read, so that a session can continue.
 
 An agent cannot take a block out of its history again. Only what the reply is to answer stays as it is, and is refused
 where it cannot be read.
@@ -13,12 +13,12 @@ from exo.api.openai.messages import UNSEEN
 
 _PICTURES = ("image", "document")
 _NOTHING: JsonValue = {"type": "thinking", "thinking": ""}
-"""Takes the place of a block that is left out, so that the others keep their numbers."""
+"""Replaces a dropped block, so that the others keep their numbers."""
 _LEFT_OUT = ("redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "compaction")
 
 
 def readable(messages: JsonValue) -> JsonValue:
-    """The messages of a request with other blocks in the place of those that only Anthropic's models take."""
+    """Replaces the blocks that only Anthropic's models can read."""
     if not isinstance(messages, list):
         return messages
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
@@ -36,7 +36,7 @@ def _message(message: JsonValue, *, newest: bool) -> JsonValue:
 
 
 def _is_answered(content: Sequence[JsonValue], at: int) -> bool:
-    """Whether the reply is to a block of the newest message: not to results of tools that something follows."""
+    """Whether the reply answers this block of the newest message: all but tool results that are followed by others."""
     return _kind(content[at]) != "tool_result" or all(_kind(each) == "tool_result" for each in content[at:])
 
 
@@ -72,7 +72,7 @@ def _part(part: JsonValue, answered: bool) -> JsonValue:
 
 
 def _document(part: dict[str, JsonValue]) -> list[str] | None:
-    """The texts of a document that has nothing else."""
+    """The texts of a document that only has text."""
     source = part.get("source")
     if not isinstance(source, dict):
         return None

@@ -1,4 +1,4 @@
-"""Anthropic's requests: the fields that are honoured, and those that have no effect."""
+"""Anthropic's requests: supported fields, and fields without effect."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,7 +26,7 @@ _SAMPLING = {"temperature", "top_k", "top_p"}
 
 
 def _only_custom(value: JsonValue) -> JsonValue:
-    """Leaves out tools that Anthropic runs or defines itself, which are known by their type."""
+    """Drops tools that Anthropic runs or defines, which are recognised by their type."""
     if value is None:
         raise invalid("must be a tool, an object with a name and an input_schema")
     kind = value.get("type") if isinstance(value, Mapping) else None
@@ -45,25 +45,27 @@ class AnthropicTool(RequestBody):
         "input_examples": ([],),
     }
 
-    type: Literal["custom"] = Field(default="custom", description="Tools of Anthropic's own are left out.")
-    name: ToolName = Field(description="What the model calls it by.")
-    description: str = Field(default="", description="What it does, for the model.")
+    type: Literal["custom"] = Field(default="custom", description="Anthropic's own tools are dropped.")
+    name: ToolName = Field(description="The name by which the model calls it.")
+    description: str = Field(default="", description="A description for the model.")
     input_schema: Parameters = Field(description="JSON Schema of the input, an object.")
-    strict: bool = Field(default=False, description="Inputs that a call is forced into always follow the schema.")
+    strict: bool = Field(default=False, description="Has no effect: a required call always follows the schema.")
     cache_control: CacheControl | None = Field(default=None, description="Has no effect: all prompts are cached.")
-    eager_input_streaming: bool | None = Field(default=None, description="Has no effect: inputs come as they are made.")
+    eager_input_streaming: bool | None = Field(default=None, description="Has no effect: inputs are always streamed.")
 
     def tool(self) -> Tool:
-        """The same in no dialect."""
+        """The tool in no API's form."""
         return Tool(self.name, self.description, self.input_schema)
 
 
 class AnthropicToolChoice(RequestBody):
-    """Whether the reply may, must not or must call a tool."""
+    """Whether the reply may, must or must not call a tool."""
 
-    type: Literal["auto", "any", "tool", "none"] = Field(description="any: some tool; tool: the one that is named.")
-    name: str | None = Field(default=None, description="Of the tool to call; with type 'tool' only.")
-    disable_parallel_tool_use: bool = Field(default=False, description="At most one call in the reply.")
+    type: Literal["auto", "any", "tool", "none"] = Field(
+        description="any requires a call of some tool, tool one of the named tool."
+    )
+    name: str | None = Field(default=None, description="The tool to call; only with type 'tool'.")
+    disable_parallel_tool_use: bool = Field(default=False, description="Allow at most one call in the reply.")
 
     @model_validator(mode="after")
     def _name_where_due(self) -> "AnthropicToolChoice":
@@ -75,10 +77,10 @@ class AnthropicToolChoice(RequestBody):
 
 
 class AnthropicThinkingConfig(RequestBody):
-    """Whether the model is to reason first."""
+    """Whether the model should reason first."""
 
     type: Literal["enabled", "disabled", "adaptive"] = Field(
-        description="adaptive, or no thinking field at all, leaves it to the model."
+        description="With adaptive, or without a thinking field, the model decides."
     )
     budget_tokens: int | None = Field(
         default=None,
@@ -87,7 +89,7 @@ class AnthropicThinkingConfig(RequestBody):
         "of tokens, so this is not a limit, as the reply's header x-exo-warning says; max_tokens is, for all of it.",
     )
     display: Literal["summarized", "omitted"] = Field(
-        default="summarized", description="Reasoning is told in full, or with 'omitted' not at all."
+        default="summarized", description="Whether the reply contains the reasoning: all of it, or with 'omitted' none."
     )
 
     @model_validator(mode="after")
@@ -100,20 +102,20 @@ class AnthropicThinkingConfig(RequestBody):
 
 
 class AnthropicOutputFormat(RequestBody):
-    """What the reply must follow."""
+    """The format of the reply."""
 
-    type: Literal["json_schema"] = Field(description="The only one there is.")
+    type: Literal["json_schema"] = Field(description="The only supported type.")
     schema_: dict[str, JsonValue] = Field(alias="schema", description="A JSON Schema.")
 
 
 class AnthropicOutputConfig(RequestBody):
-    """How the reply is to be made."""
+    """Settings of the reply."""
 
     ignored: ClassVar[Unsupported] = {"task_budget": ()}
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None,
-        description="How much to reason, where the chat template knows levels; max is xhigh.",
+        description="The reasoning effort, if the chat template has levels; max means xhigh.",
     )
     format: AnthropicOutputFormat | None = Field(
         default=None, description="A JSON Schema that the reply follows.", json_schema_extra=honoured("grammar")
@@ -121,7 +123,7 @@ class AnthropicOutputConfig(RequestBody):
 
 
 class AnthropicMetadata(RequestBody):
-    """About the request."""
+    """Metadata of the request."""
 
     user_id: str | None = Field(default=None, description="Has no effect.")
 
@@ -141,11 +143,11 @@ _IGNORED: Unsupported = {
 _OF_GENERATION: Unsupported = dict.fromkeys(
     ("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata", "service_tier"), ()
 )
-"""What has no effect on how many tokens a prompt has."""
+"""Fields that do not change the number of prompt tokens."""
 
 
 class CountTokensRequest(RequestBody):
-    """The body of ``POST /v1/messages/count_tokens``: what a prompt is made of."""
+    """The body of ``POST /v1/messages/count_tokens``: the fields that make a prompt."""
 
     ignored: ClassVar[Unsupported] = {**_IGNORED, **_OF_GENERATION}
 
@@ -155,21 +157,19 @@ class CountTokensRequest(RequestBody):
     ] = Field(
         min_length=1,
         max_length=10_000,
-        description="The conversation. Where the last message is the assistant's, the reply goes on with it.",
+        description="The conversation. If the last message is the assistant's, the reply continues it.",
     )
-    system: PlainContent = Field(default=[], description="Text, as a string or in blocks; the first message of all.")
+    system: PlainContent = Field(default=[], description="The first message: text, as a string or in blocks.")
     tools: list[
         Annotated[AnthropicTool | None, BeforeValidator(_only_custom, json_schema_input_type=AnthropicTool)]
-    ] = Field(default=[], max_length=MAX_TOOLS, description="What the model may call.")
+    ] = Field(default=[], max_length=MAX_TOOLS, description="The tools that the model may call.")
     tool_choice: AnthropicToolChoice | None = Field(
         default=None,
         description="With type 'any' or 'tool', the reply is a call that follows its input_schema.",
         json_schema_extra=honoured("grammar"),
     )
-    thinking: AnthropicThinkingConfig | None = Field(default=None, description="Whether to reason first.")
-    output_config: AnthropicOutputConfig = Field(
-        default=AnthropicOutputConfig(), description="How the reply is to be made."
-    )
+    thinking: AnthropicThinkingConfig | None = Field(default=None, description="Whether the model should reason first.")
+    output_config: AnthropicOutputConfig = Field(default=AnthropicOutputConfig(), description="Settings of the reply.")
     cache_control: CacheControl | None = Field(default=None, description="Has no effect: all prompts are cached.")
 
     @model_validator(mode="after")
@@ -194,7 +194,7 @@ class CountTokensRequest(RequestBody):
         return self
 
     def conversation(self) -> Conversation:
-        """The prompt, in no dialect."""
+        """The prompt in no API's form."""
         effort, param = self._effort
         choice = self.tool_choice
         return Conversation(
@@ -223,7 +223,7 @@ class CountTokensRequest(RequestBody):
 
     @property
     def _effort(self) -> tuple[str | None, str]:
-        """How much to reason, and the field that says so."""
+        """The reasoning effort, and the field that sets it."""
         kind = self.thinking.type if self.thinking is not None else "adaptive"
         effort = self.output_config.effort
         if kind == "disabled":
@@ -234,20 +234,20 @@ class CountTokensRequest(RequestBody):
 
 
 class MessagesRequest(CountTokensRequest):
-    """The body of ``POST /v1/messages``. Where it says nothing, the model card decides, then the default."""
+    """The body of ``POST /v1/messages``. If it does not set a field, the model card decides, then the default."""
 
     ignored: ClassVar[Unsupported] = _IGNORED
 
     max_tokens: Annotated[int | None, NoLimit] = Field(
         ge=0,
         le=1 << 31,
-        description="-1: until the context is full. 0 only computes the prompt, which is cached then.",
+        description="-1: until the context is full. 0 only computes and caches the prompt.",
     )
     temperature: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most probable token.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
     top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
     stop_sequences: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
-    stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
+    stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
     metadata: AnthropicMetadata | None = Field(default=None, description="Has no effect.")
     service_tier: str = Field(default="auto", description="Has no effect.")
 
@@ -266,11 +266,11 @@ class MessagesRequest(CountTokensRequest):
 
     @property
     def shows_thinking(self) -> bool:
-        """Whether the reply tells the model's reasoning."""
+        """Whether the reply contains the model's reasoning."""
         return self.thinking is None or self.thinking.display != "omitted"
 
     def request(self) -> GenerationRequest:
-        """What is asked for, in no dialect."""
+        """The request in no API's form."""
         format_ = self.output_config.format
         constraint = None
         if format_ is not None:

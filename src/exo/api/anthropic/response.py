@@ -1,4 +1,4 @@
-"""Anthropic's messages: the reply, whole and in events, which are put together as bytes since there may be many."""
+"""Anthropic's messages: the reply, in one piece and in events, which are joined from bytes for speed."""
 
 from collections.abc import Sequence
 from typing import Literal, final
@@ -32,13 +32,13 @@ class AnthropicReply(BaseModel):
 
 
 class ThinkingTokens(AnthropicReply):
-    """How many of the output tokens were reasoning."""
+    """The number of output tokens that were reasoning."""
 
     thinking_tokens: int
 
 
 class AnthropicUsage(AnthropicReply):
-    """Tokens. ``input_tokens`` are those of the prompt that had to be computed; the others were cached.
+    """Tokens. ``input_tokens`` are the prompt tokens that were computed; the others were in the cache.
 
     Computed tokens are cached, too, but ``cache_creation_input_tokens`` does not count them again.
     """
@@ -58,7 +58,7 @@ class AnthropicText(AnthropicReply):
 
 
 class AnthropicThinking(AnthropicReply):
-    """Reasoning. It is not signed: whatever comes back in a later request is believed."""
+    """Reasoning. It has no signature, because later requests need not prove theirs."""
 
     type: Literal["thinking"] = "thinking"
     thinking: str
@@ -103,7 +103,7 @@ def _usage(usage: Usage, reasoning_tokens: int) -> AnthropicUsage:
 
 
 def _event(kind: bytes, fields: bytes) -> bytes:
-    """An event whose data says its name again. ``fields`` are a JSON object's, each after a comma."""
+    """An event whose data repeats its name. ``fields`` are those of a JSON object, each after a comma."""
     return b"event: %b\n" % kind + sse.event(b'{"type":"%b"%b}' % (kind, fields))
 
 
@@ -129,9 +129,9 @@ class MessagesDialect:
         self._thinking = thinking
         self._model = ""
         self._block: type[Content] | type[Reasoning] | int | None = None
-        """The content block that is open: of text, of reasoning, or of the call with this index."""
+        """The open content block: text, reasoning, or the call with this index."""
         self._blocks = 0
-        """How many there have been before it."""
+        """The number of blocks before it."""
         self._broken = False
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
@@ -196,7 +196,7 @@ class MessagesDialect:
         return b"event: error\n" + sse.event(body.anthropic())
 
     def note(self, text: str) -> bytes:
-        """A ping, which programs skip, with a comment for people."""
+        """A ping, which programs skip, and a comment for people."""
         return sse.comment(text)[:-1] + _event(b"ping", b"")
 
     def _part(self, part: Part) -> bytes:
@@ -220,7 +220,7 @@ class MessagesDialect:
                 return b""
 
     def _open(self, block: type[Content] | type[Reasoning] | int, begun: bytes) -> bytes:
-        """The block that what follows belongs to."""
+        """Opens a block, unless it is the one that is open."""
         if block == self._block:
             return b""
         data = self._close()

@@ -55,7 +55,7 @@ def anthropic_routes(services: Services) -> APIRouter:
 
     @routes.post("/messages/count_tokens", response_model=TokenCount, openapi_extra=json_body(CountTokensRequest))
     async def count_tokens(request: Request) -> Response:
-        """Counts the tokens of the prompt that a message would be generated from."""
+        """Counts the tokens of a message's prompt."""
         body = await read_body(request, CountTokensRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:

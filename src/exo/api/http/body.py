@@ -31,16 +31,16 @@ from exo.serving.warnings import MAX_WARNINGS, refuses_unknown_fields, warn
 from exo.worker.protocol.runners import RUNNERS, Need
 
 Unsupported = Mapping[str, tuple[JsonValue, ...]]
-"""Fields that nothing here can honour, with the values that ask for nothing, besides null."""
+"""Unsupported fields, and the values that request nothing, besides null."""
 Note = tuple[str, str | None]
-"""A field of a body that has no effect, and why; None where there is no such field."""
+"""A field of a body without effect, and the reason; None if the field does not exist."""
 MODEL = Field(
     default="",
     max_length=300,
-    description="A model id or alias, optionally with @runner. May be left out where one model is loaded or known.",
+    description="A model id or alias, optionally with @runner. Optional if only one model is loaded or known.",
 )
 MAX_ENTRIES = 1024
-"""Of a table, such as ``logit_bias``."""
+"""The maximum size of a table such as ``logit_bias``."""
 
 
 def invalid(reason: str, param: str = "") -> PydanticCustomError:
@@ -49,12 +49,12 @@ def invalid(reason: str, param: str = "") -> PydanticCustomError:
 
 
 def missing(param: str) -> PydanticCustomError:
-    """For a field that only some bodies need."""
+    """The error for a field that only some bodies need."""
     return PydanticCustomError("missing_parameter", "{reason}", {"reason": "this field is required", "param": param})
 
 
 def unsupported(reason: str, param: str) -> PydanticCustomError:
-    """For what is known elsewhere and cannot be honoured here."""
+    """The error for a field or value of other servers that is not supported here."""
     return PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason, "param": param})
 
 
@@ -75,12 +75,12 @@ def _no_effect(name: str, body: type[BaseModel]) -> str:
 
 
 def _same(left: JsonValue, right: JsonValue) -> bool:
-    """Equality that keeps 0 from False and 1 from True, but not 1 from 1.0."""
+    """Equality by which 0 differs from False and 1 from True, but 1 equals 1.0."""
     return isinstance(left, bool) == isinstance(right, bool) and left == right
 
 
 def honoured(need: Need) -> Callable[[dict[str, JsonValue]], None]:
-    """For a field's ``json_schema_extra``: its description also says which runners can do what it needs."""
+    """A field's ``json_schema_extra``, which adds the runners with this feature to the description."""
     names = ", ".join(name for name, spec in RUNNERS.items() if need in spec.features)
 
     def tell(schema: dict[str, JsonValue]) -> None:
@@ -100,7 +100,7 @@ def _tell_special_fields(schema: dict[str, JsonValue], body: type["RequestBody"]
 
 @cache
 def _names(body: type[BaseModel]) -> frozenset[str]:
-    """What clients call its fields."""
+    """The clients' names of its fields."""
     return frozenset(field.alias or name for name, field in body.model_fields.items())
 
 
@@ -109,7 +109,7 @@ _notes: ContextVar[list[Note]] = ContextVar("notes")
 
 
 class RequestBody(BaseModel):
-    """What all request bodies have in common.
+    """The base of all request bodies.
 
     Unknown fields are left out with a warning, or refused where the server is strict.
     """
@@ -119,18 +119,18 @@ class RequestBody(BaseModel):
     )
     unsupported: ClassVar[Unsupported] = {}
     ignored: ClassVar[Unsupported] = {}
-    """Fields that are accepted with a warning, since no answer depends on them, and values that need no warning."""
+    """Fields that no answer depends on. They cause a warning, except with these values."""
     refuses_unknown: ClassVar[bool] = False
-    """Whether unknown fields are always refused, where acting on half a request does harm."""
+    """Whether unknown fields are always refused, because a partial request would do harm."""
     _own_notes: list[Note] = PrivateAttr(default_factory=list[Note])
 
     @classmethod
     def why_unsupported(cls, name: str) -> str:
-        """Why the field ``name`` of ``unsupported`` is refused."""
+        """The reason for refusing the field ``name`` of ``unsupported``."""
         return "not supported by any runner of this server"
 
     def note(self, param: str, text: str) -> None:
-        """For a validator of the whole body: adds a warning about its field ``param``."""
+        """Adds a warning about the field ``param``. Validators of the whole body call this."""
         self._own_notes.append((param, text))
 
     @model_validator(mode="wrap")
@@ -164,7 +164,7 @@ class RequestBody(BaseModel):
         return body
 
     def notes(self, path: str = "") -> Iterator[tuple[str, str]]:
-        """The fields of this body and those in it that have no effect, each with why. ``path`` is the body's own."""
+        """The fields without effect in this body and its parts, each with the reason. ``path`` is the body's own."""
         for param, text in self._own_notes:
             yield ".".join(filter(None, (path, param))), _no_effect(param, type(self)) if text is None else text
         for name, value in self.__dict__.items():
@@ -178,12 +178,12 @@ class RequestBody(BaseModel):
 
 
 def note(param: str, text: str) -> None:
-    """For a validator of one field: adds a warning about ``param``, as the enclosing body has it."""
+    """Adds a warning about ``param`` of the enclosing body. Validators of one field call this."""
     _notes.get().append((param, text))
 
 
 def warn_of_notes(body: RequestBody) -> None:
-    """Warns of every field in ``body`` that has no effect, up to a bound."""
+    """Warns of the fields in ``body`` without effect, up to a bound."""
     told: dict[str, str] = {}
     for param, text in body.notes():
         told.setdefault(param, text)
@@ -194,21 +194,21 @@ def warn_of_notes(body: RequestBody) -> None:
 
 
 def few(value: JsonValue) -> JsonValue:
-    """Bounds a table before its entries are looked at, each of which may be a fault of its own."""
+    """Bounds a table before its entries are validated, because each entry may cause an error."""
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
         raise invalid(f"at most {MAX_ENTRIES} entries are accepted (got {len(value)})")
     return value
 
 
 BODY_LIMIT = 16 << 20
-"""Bytes, as sent and unpacked."""
+"""Bytes, both as sent and unpacked."""
 WEIGHT_LIMIT = 2 << 20
-"""The most that a body may weigh, see ``_weight``. Validation blocks the event loop for less than a second then."""
+"""The maximum of ``_weight``. Validation then blocks the event loop for less than a second."""
 _LARGE = 128 << 10
-"""Bytes of a body that is not validated on the event loop."""
+"""A larger body is validated in a thread."""
 _SLICE = 64 << 10
 _UNPACKED = 256 << 10
-"""Bytes that are unpacked at once."""
+"""Bytes to unpack at once."""
 _IRRELEVANT = bytes(set(range(256)) - set(b'",:[{'))
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
@@ -233,7 +233,7 @@ async def read_body(request: Request, model: type[Body]) -> Body:
 
 
 def _check_type(request: Request) -> None:
-    """JSON, or from a client that is no browser also a body of unstated type.
+    """Accepts JSON, and from clients other than browsers also a body without a stated type.
 
     A web page may send some other types across origins without asking first, and then a form of no browser's has to be
     refused as well, since old browsers do not say who they are.
@@ -250,7 +250,7 @@ def _check_type(request: Request) -> None:
 
 
 def _encoding(request: Request) -> str | None:
-    """``gzip`` or ``deflate``; None for a body that is sent as it is."""
+    """``gzip`` or ``deflate``; None for a plain body."""
     given = ",".join(request.headers.getlist("content-encoding")).lower().split(",")
     match [name for each in given if (name := each.strip().removeprefix("x-")) not in ("", "identity")]:
         case []:
@@ -292,7 +292,7 @@ def _unpack(body: bytearray, encoding: str) -> bytearray:
 
 
 def _weight(body: bytearray) -> int:
-    """About what it costs to validate a JSON document: 1 for each element of an array, 8 more for a key or a container.
+    """Estimates the cost of validating a JSON document: 1 for each array element, 8 more for each key and container.
 
     Counts what is outside of strings, slice by slice, so that the event loop can run in between. Ends at the limit.
     """

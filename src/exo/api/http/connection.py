@@ -28,11 +28,11 @@ HEAD_LIMIT = 64 << 10
 """Bytes of a request's line and headers."""
 HEADER_LIMIT = 128
 HEAD_SECONDS = 20.0
-"""Until a request's head is there, from the connection or, on one that is kept, from the head's first byte."""
+"""The time for a request's head, from the connection or, on a kept one, from the head's first byte."""
 BODY_SECONDS = 120.0
-"""Until a request's body is there, from the end of its head."""
+"""The time for a request's body, from the end of its head."""
 LINGER_SECONDS = 1.0
-"""How long what a refused client still sends is thrown away: closed at once, it might not get to read the reply."""
+"""How long a refused client's data is discarded. After an immediate close it might not get the reply."""
 
 _RESERVED = 256
 """File descriptors that connections leave to runners, model files and logs; half of them where there are fewer than
@@ -83,15 +83,15 @@ class BoundedConnection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._deadline: asyncio.TimerHandle | None = None
         self._reading: Literal["nothing", "head", "body"] = "head"
-        """The part of a request that the next byte belongs to; ``nothing`` between two requests."""
+        """The part of a request that comes next; ``nothing`` between two requests."""
         self._received = 0
-        """Bytes read since the last request was complete, or the read after that where the two share one."""
+        """Bytes read since the last request was complete."""
         self._head = 0
-        """Bytes of the current head, and of the trailers behind its body, that the parser has passed on."""
+        """Parsed bytes of the current head and of the trailers after its body."""
         self._answering: RequestResponseCycle | None = None
-        """The last request that the application was given; later ones are in uvicorn's pipeline."""
+        """The last request that the application got. Later ones are in uvicorn's pipeline."""
         self._refusal: ErrorBody | None = None
-        """The last reply on this connection. Once it is set, what the client sends is thrown away."""
+        """The last reply on this connection. Once it is set, the client's data is discarded."""
         self._waits_since = self.loop.time()
         """When the connection was made or, later, when the last reply ended."""
 
@@ -112,7 +112,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         super().connection_lost(exc)
-        # uvicorn tells only the last request of a pipeline, which is not the one that a runner is working on.
+        # uvicorn only notifies the last request of a pipeline, which is not the one that a runner is working on.
         if self._answering is not None and not self._answering.response_complete:
             _abandon(self._answering)
 
@@ -144,7 +144,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Trailers count towards the limits, but are not merged into the headers, which have been checked by then."""
+        """Trailers count towards the limits, but are not added to the headers, which have been checked already."""
         self._count(len(name) + len(value) + len(b": \r\n"))
         if self._reading == "head":
             super().on_header(name, value)
@@ -201,7 +201,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.parser.feed_data(head)
 
     def _head_without_upgrade(self) -> Iterator[bytes]:
-        """What the parser has read, again. Without an ``Upgrade`` header, ``Connection: upgrade`` means nothing."""
+        """Rebuilds the head. Without an ``Upgrade`` header, ``Connection: upgrade`` means nothing."""
         yield b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         yield from (b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade")
         yield b"\r\n"
@@ -221,7 +221,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._deadline = None
 
     def _out_of_time(self) -> None:
-        """A request behind one that is being answered is not late: the server may not even be reading it."""
+        """A request behind one that is being answered is not late, because the server may not be reading it."""
         if self._is_behind_another():
             self._give_time(HEAD_SECONDS if self._reading == "head" else BODY_SECONDS)
         else:
@@ -231,11 +231,11 @@ class BoundedConnection(HttpToolsProtocol):
         return self._answering is not None and not self._answering.response_complete
 
     def _is_behind_another(self) -> bool:
-        """Whether the client may be sent nothing about the request that it sends now: an earlier one has no reply."""
+        """Whether an earlier request has no reply yet, so that the present one must not get one."""
         return self._replying() and not (self._reading == "body" and self.cycle is self._answering)
 
     def refuse(self, error: ErrorBody) -> None:
-        """Replies, once the requests before this one have their replies, and closes."""
+        """Sends the error after the replies to earlier requests, and closes the connection."""
         self._refusal = error
         self._stop_clock()
         if self._is_behind_another():
@@ -286,7 +286,7 @@ def _without_chunks(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3
 
 
 def _abandon(cycle: RequestResponseCycle) -> None:
-    """Has the application find that its client has left."""
+    """Notifies the application that its client has left."""
     cycle.disconnected = True
     cycle.message_event.set()
 

@@ -32,7 +32,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?")
 
 
 class DeniedError(Exception):
-    """The request goes no further; ``body`` is its reply."""
+    """The request is denied with the reply ``body``."""
 
     def __init__(self, body: ErrorBody) -> None:
         super().__init__(body.message)
@@ -41,7 +41,7 @@ class DeniedError(Exception):
 
 @final
 class AccessControl:
-    """An ASGI application that answers some requests itself and hands the others to ``app``."""
+    """An ASGI application that answers forbidden requests and passes the others to ``app``."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
         self._app = app
@@ -70,7 +70,7 @@ class AccessControl:
         await self._app(scope, receive, send if origin is None else self._sharing(send, origin))
 
     def _foreign_origin(self, headers: Headers) -> str | None:
-        """The origin of a page that is not this server's and may use it; None for any other client."""
+        """The origin of an allowed page from elsewhere; None for any other client."""
         origins = headers.getlist("origin")
         if not origins or origins == [_same_origin(headers, origins[0])]:
             return None
@@ -80,7 +80,7 @@ class AccessControl:
         raise _denied(403, message, "origin_not_allowed")
 
     def _check_key(self, headers: Headers) -> None:
-        """Every key is compared, and in full, so that the time taken tells nothing."""
+        """Compares all keys in full, so that the time reveals nothing."""
         if not self._digests:
             return
         digests = [sha256(given.encode()).digest() for given in _given_keys(headers)]
@@ -91,7 +91,7 @@ class AccessControl:
             raise _denied(401, f"{reason}; {how}", "invalid_api_key", {"www-authenticate": 'Bearer realm="exo"'})
 
     def _cors(self, origin: str | None) -> dict[str, str]:
-        """Never with credentials: there are no cookies here, and a key is a header that a page sets itself."""
+        """Never allows credentials: the server has no cookies, and a page sets the key's header itself."""
         if origin is None:
             return {}
         allowed = "*" if "*" in self._access.cors_origins else origin
@@ -134,7 +134,7 @@ class _AllowedHosts:
         self._allows = lru_cache(maxsize=16)(self._judge)
 
     def check(self, hosts: Iterable[str]) -> None:
-        """Raises DeniedError. No browser leaves the header out, so a request without one passes."""
+        """Raises DeniedError. Every browser sends the header, so a request without one passes."""
         for host in hosts:
             match = _HOST.fullmatch(host)
             if match is None or not self._allows(match[1].strip("[]").lower().removesuffix(".")):
@@ -154,7 +154,7 @@ def _is_address(name: str) -> bool:
 
 
 def _same_origin(headers: Headers, origin: str) -> str | None:
-    """``origin`` where it is this server's by the name that the request used, whatever proxy is in between."""
+    """``origin`` if it is this server under the host name of the request, possibly behind a proxy."""
     return origin if origin.partition("://")[2] == headers.get("host") else None
 
 
@@ -170,7 +170,7 @@ def _denied(status: int, message: str, code: str, headers: dict[str, str] | None
 
 @final
 class ForgivingPaths:
-    """An ASGI application that hands requests to ``app`` as its routes are written.
+    """An ASGI application that normalises paths and methods before it passes requests to ``app``.
 
     Slashes that are doubled or at the end of a path mean nothing. ``HEAD`` is answered as ``GET`` is; the server leaves
     the reply's body out.
@@ -188,7 +188,7 @@ class ForgivingPaths:
 
 
 def route_path(path: str) -> str:
-    """A request's path as routes are written."""
+    """The normalised path of a request."""
     return _SLASHES.sub("/", path).rstrip("/") or "/"
 
 

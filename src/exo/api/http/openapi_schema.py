@@ -1,4 +1,4 @@
-"""The OpenAPI document: request bodies, which FastAPI cannot see because ``read_body`` validates them, and errors."""
+"""Completes the OpenAPI document: request bodies, which FastAPI does not see behind ``read_body``, and errors."""
 
 import json
 from collections.abc import Container, Mapping
@@ -13,18 +13,18 @@ from exo.api.http.errors import ErrorBody
 
 _REF = "#/components/schemas/{model}"
 _DESCRIPTION = """
-One server, several inference engines; a router picks the engine, which is called a runner here, for every request.
+One server with several inference engines, called runners. A router chooses the runner of each request.
 
-* `model` is a model id or an alias. `name@runner` insists on a runner.
-* A field does the same on every runner, unless its description names runners.
-* A field that is not in these tables has no effect, and the header `x-exo-warning` names it; with `exo serve --strict`
-  it is a 400. A field that no runner can honour for this model is a 400 that names it. An explicit null means the
-  default. Where a request says nothing of sampling, the model card decides, then the default told here.
-* Replies of a runner have the headers `x-exo-runner`, which one it is, and `x-exo-route`, why.
+* `model` is a model id or an alias. `name@runner` requires a runner.
+* A field has the same effect on every runner, unless its description names runners.
+* An unknown field has no effect, and the header `x-exo-warning` names it; with `exo serve --strict` it is a 400. A
+  field that no runner supports for this model is a 400 that names it. An explicit null means the default. If a request
+  does not set a sampling parameter, the model card decides, then the default below.
+* Replies of a runner have the header `x-exo-runner` with its name and `x-exo-route` with the reason for its choice.
 """
 
 _bodies: dict[str, type[BaseModel]] = {}
-"""Those that routes take, by the name that the document has for them."""
+"""The bodies of routes, by their names in the document."""
 
 _EVERYWHERE = {401: "There is no API key, or a wrong one.", 403: "This host name or web origin is not allowed."}
 _OF_BODIES = {
@@ -43,14 +43,14 @@ _OF_PATHS: Mapping[str, Mapping[int, str]] = {
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """What a route adds to its description to say that it takes ``model``."""
+    """The description of a route whose body is ``model``."""
     _bodies[model.__name__] = model
     schema = {"$ref": _REF.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def describe(app: FastAPI) -> None:
-    """Adds to the document of ``app`` what is not to be seen from its routes."""
+    """Completes the document of ``app``."""
     app.description = _DESCRIPTION
     generate = app.openapi
 
@@ -87,7 +87,7 @@ def _fields(operation: Mapping[str, Any]) -> Container[str]:
 
 
 def _errors(path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
-    """What may go wrong, each with an example in the envelope of the path's dialect."""
+    """The possible errors, each with an example in the envelope of the path's API."""
     if path == "/health":
         return {}
     found = dict(_EVERYWHERE)

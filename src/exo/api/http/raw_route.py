@@ -1,4 +1,4 @@
-"""Endpoints that read the request themselves and make the response themselves."""
+"""Endpoints that read the request and make the response themselves."""
 
 import inspect
 from collections.abc import Callable, Coroutine
@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 
 
 class DirectRoute(APIRoute):
-    """Calls an endpoint that takes only the request, and returns a response, without anything in between.
+    """Calls an endpoint that takes only the request and returns a response directly.
 
     FastAPI's own handler would look for parameters to find and for a reply to encode. It serves all other endpoints.
     """

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _QUICK_SECONDS = 0.05
 """A faster reply needs no task that watches the client or the time."""
 GRACE_SECONDS = 1.0
-"""How long a stream waits for its first event, so that an early failure still gets an HTTP status."""
+"""The time that a stream waits for its first event, so that an early error still gets an HTTP status."""
 KEEP_ALIVE_SECONDS = 10.0
 PLACE_SECONDS = 0.5
 """The minimum time between two notes of the place in the queue."""
@@ -109,7 +109,6 @@ class Dialect(Protocol):
     """One API's form of a reply. The bytes are whole JSON documents, or whole events of a stream."""
 
     media_type: str
-    """Of a stream."""
 
     def write(self, event: GenerationEvent) -> bytes:
         """The bytes of the next event in a stream. ``Started`` has none, but is passed for a whole reply, too."""

@@ -2,13 +2,13 @@
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-"""No proxy may hold a stream back."""
+"""Proxies must not buffer a stream."""
 
 DONE = b"data: [DONE]\n\n"
 
 
 def event(data: bytes) -> bytes:
-    """One event. ``data`` is a JSON document and so holds no line break."""
+    """One event. ``data`` is a JSON document and contains no line break."""
     return b"data: " + data + b"\n\n"
 
 

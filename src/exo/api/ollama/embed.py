@@ -37,7 +37,7 @@ class OllamaEmbeddingsResponse(OllamaReply):
 
 
 def embed_routes(services: Services) -> APIRouter:
-    """Embeddings, in the newer and in the older form."""
+    """The newer and the older endpoint."""
     routes = APIRouter(prefix="/api", tags=["Ollama"])
 
     async def vectors(

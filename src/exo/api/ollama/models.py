@@ -1,4 +1,4 @@
-"""What Ollama's API tells of models: which there are, what each is, and which are loaded. Replies and routes."""
+"""Ollama's information about models: the list, the details, and those that are loaded. Replies and routes."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -23,17 +23,17 @@ from exo.worker.protocol.messages import Capabilities
 from exo.worker.supervisor.instance import InstanceReport
 
 OLLAMA_VERSION = "0.13.5"
-"""The version of Ollama whose API this is. Clients refuse a server whose version is older than they need."""
+"""This version of Ollama's API. Clients refuse a server that is older than they need."""
 CONTEXT_LENGTH = 4096
-"""The context length that is reported where neither the model card nor a file states one."""
+"""The reported context length if neither the model card nor a file states one."""
 _MISSING = ("/pull", "/push", "/create", "/copy", "/delete", "/blobs/{digest}")
-"""Not here, by path."""
+"""Paths of Ollama that are not offered."""
 NEVER = "9999-12-31T23:59:59Z"
-"""When a model expires that is not unloaded of itself."""
+"""The expiry of a model that is not unloaded automatically."""
 
 
 class OllamaDetails(OllamaReply):
-    """What a model card says; what it does not is empty."""
+    """Fields that the model card does not state are empty."""
 
     parent_model: str
     format: str
@@ -44,7 +44,7 @@ class OllamaDetails(OllamaReply):
 
     @classmethod
     def of(cls, card: ModelCard) -> "OllamaDetails":
-        """A card's."""
+        """The details of a model card."""
         return cls(
             parent_model=card.base_model,
             format="gguf" if card.backends[0].startswith("LlamaCpp") else "safetensors",
@@ -55,7 +55,7 @@ class OllamaDetails(OllamaReply):
 
 
 class OllamaModel(OllamaReply):
-    """One model card. ``size`` is in bytes, ``digest`` that of the card, ``modified_at`` when the server started."""
+    """One model card. ``size`` is in bytes, ``digest`` the card's, ``modified_at`` the start of the server."""
 
     name: str
     model: str
@@ -72,7 +72,7 @@ class OllamaModels(OllamaReply):
 
 
 class OllamaShown(OllamaReply):
-    """The reply of ``/api/show``. ``template`` is Jinja, and empty for a model that is neither loaded nor on disk."""
+    """The reply of ``/api/show``. ``template`` is Jinja; empty if the model is neither loaded nor on disk."""
 
     details: OllamaDetails
     model_info: dict[str, JsonValue]
@@ -82,7 +82,7 @@ class OllamaShown(OllamaReply):
 
 
 class OllamaLoaded(OllamaReply):
-    """A model that is loaded. ``size_vram`` are the bytes of its weights, where its backend is not the CPU's."""
+    """A loaded model. ``size_vram`` is the size of its weights in bytes if its backend is not the CPU's."""
 
     name: str
     model: str
@@ -103,17 +103,17 @@ class OllamaLoadedModels(OllamaReply):
 class OllamaVersion(OllamaReply):
     """The reply of ``/api/version``."""
 
-    version: str = Field(default=OLLAMA_VERSION, description="The version of Ollama whose API is spoken.")
+    version: str = Field(default=OLLAMA_VERSION, description="The version of Ollama's API.")
     exo: str = Field(default=__version__, description="This server's own version.")
 
 
 def digest(card: ModelCard) -> str:
-    """Names what the card says."""
+    """Identifies the content of the card."""
     return sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def listed(name: str, card: ModelCard, started: str) -> OllamaModel:
-    """A card in the list, by its model id or an alias."""
+    """A card in the list, under its model id or an alias."""
     return OllamaModel(
         name=name,
         model=name,
@@ -125,7 +125,7 @@ def listed(name: str, card: ModelCard, started: str) -> OllamaModel:
 
 
 def shown(card: ModelCard, loaded: Capabilities | None, files: Description | None, started: str) -> OllamaShown:
-    """A card in full; ``loaded`` is what a runner that has loaded the model says, ``files`` what its files do."""
+    """The details of a card. ``loaded`` comes from a runner with the model, ``files`` from the model's files."""
     template = loaded.chat_template if loaded is not None else files.chat_template if files is not None else None
     known = [card.context_length, files.context_length if files else 0, loaded.context_length if loaded else 0]
     context_length = next(filter(None, known), CONTEXT_LENGTH)
@@ -140,7 +140,7 @@ def shown(card: ModelCard, loaded: Capabilities | None, files: Description | Non
 
 
 def running(card: ModelCard, report: InstanceReport) -> OllamaLoaded | None:
-    """A model of which an instance is loaded; None if it is not yet."""
+    """A model in memory; None if it is still loading."""
     model = report.now.capabilities
     if model is None or report.pid is None:
         return None
@@ -161,7 +161,7 @@ def _in_future(seconds: float) -> str:
 
 
 def _info(card: ModelCard, architecture: str, context_length: int) -> dict[str, JsonValue]:
-    """Ollama's names for what the card says. Sizes are named after the architecture."""
+    """The card under Ollama's names. Sizes have the architecture as a prefix."""
     sizes: dict[str, JsonValue] = {
         "block_count": card.n_layers,
         "embedding_length": card.hidden_size,
@@ -173,7 +173,7 @@ def _info(card: ModelCard, architecture: str, context_length: int) -> dict[str, 
 
 
 def _capabilities(card: ModelCard, template: str | None, *, thinks: bool, sees: bool) -> list[str]:
-    """Ollama's words."""
+    """Ollama's names of the capabilities."""
     form = output_format(template, card.tool_format, card.reasoning_dialect)
     has = {
         "completion": "TextGeneration" in card.tasks,
@@ -186,20 +186,20 @@ def _capabilities(card: ModelCard, template: str | None, *, thinks: bool, sees: 
 
 
 def model_routes(services: Services) -> APIRouter:
-    """Models, and what Ollama does with them that is not done here."""
+    """Models, and errors for the operations of Ollama that are not offered."""
     routes = APIRouter(prefix="/api", tags=["Ollama"])
     started = now()
 
     @routes.get("/tags")
     async def tags() -> OllamaModels:
-        """Every model that has a card, and again for each of its aliases."""
+        """Every model card, once under its id and once under each alias."""
         catalogue = services.cards.known
         named = {name: card for name in (*catalogue.cards, *catalogue.aliases) if (card := catalogue.get(name))}
         return OllamaModels(models=[listed(name, card, started) for name, card in named.items()])
 
     @routes.post("/show", response_model=OllamaShown, openapi_extra=json_body(OllamaShowRequest))
     async def show(request: Request) -> OllamaShown:
-        """What is known of a model."""
+        """The details of a model."""
         body = await read_body(request, OllamaShowRequest)
         card = services.routing.resolve(body.model or body.name, LATEST).card
         live = [each.capabilities for each in services.pool.live() if each.model_id == card.model_id]
@@ -215,7 +215,7 @@ def model_routes(services: Services) -> APIRouter:
 
     @routes.get("/version")
     async def version() -> OllamaVersion:
-        """Which version of Ollama's API this is, and which of exo."""
+        """The version of Ollama's API and that of exo."""
         return OllamaVersion()
 
     async def missing(request: Request) -> Response:

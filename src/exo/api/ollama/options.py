@@ -1,4 +1,4 @@
-"""Ollama's model options: those that are honoured, and those that have no effect."""
+"""Ollama's model options: those that are supported, and those that have no effect."""
 
 from typing import Annotated, ClassVar
 
@@ -29,7 +29,7 @@ _NEUTRAL: Unsupported = {
     "use_mmap": (True,),
     "vocab_only": (False,),
 }
-"""Options that have no effect, with the values that ask for nothing. Some are decided when a model is loaded."""
+"""Options without effect, and the values that need no warning. Some are fixed when a model is loaded."""
 
 
 class LoadOptions(RequestBody):
@@ -47,12 +47,12 @@ class LoadOptions(RequestBody):
 
 
 def _length(value: JsonValue) -> JsonValue:
-    """Ollama's ways to say "no limit" as none; there is no context shift that would tell them apart."""
+    """Makes None of Ollama's values for "no limit". They only differ where a context shift exists."""
     return None if type(value) is int and value in (0, -1, -2) else value
 
 
 class OllamaOptions(LoadOptions):
-    """How to generate. Where a request says nothing, the model card decides, then the default."""
+    """Options of generation. If a request does not set one, the model card decides, then the default."""
 
     num_predict: Annotated[int | None, BeforeValidator(_length)] = Field(
         default=None, ge=1, le=1 << 31, description="Tokens at most; 0, -1 and -2: until the context is full."
@@ -60,17 +60,21 @@ class OllamaOptions(LoadOptions):
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 always takes the most probable token.")
     top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
-    min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Drop tokens below this fraction of the largest probability."
+    )
     repeat_penalty: float = Field(
         default=1.0, ge=0.01, le=100, description="1 is none. Over all tokens so far: repeat_last_n is -1."
     )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
+    )
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
     stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
 
     def sampling(self) -> dict[str, float]:
-        """What is set of ``SamplingParams``, by its names."""
+        """The options that are set, under the names of ``SamplingParams``."""
         given: dict[str, float] = self.model_dump(
             include={"temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"},
             exclude_unset=True,
@@ -81,7 +85,7 @@ class OllamaOptions(LoadOptions):
 
 
 class EmbedOptions(LoadOptions):
-    """Options where nothing is generated."""
+    """Options of requests that generate nothing."""
 
     ignored: ClassVar[Unsupported] = {
         **_NEUTRAL,

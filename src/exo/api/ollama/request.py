@@ -1,4 +1,4 @@
-"""Ollama's requests: the fields that are honoured, those that have no effect, and those that are refused by name."""
+"""Ollama's requests: supported fields, fields without effect, and fields that are refused."""
 
 import math
 import re
@@ -25,7 +25,7 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 
 
 def _seconds(value: JsonValue) -> JsonValue:
-    """Go's notation of a duration, such as "1h30m", in seconds; -1 for all that is less than nothing."""
+    """Go's notation of a duration, such as "1h30m", in seconds; -1 for every negative duration."""
     if isinstance(value, str) and _SECONDS_ALONE.fullmatch(value):
         value = float(value)
     elif isinstance(value, str):
@@ -50,9 +50,7 @@ _MODEL = Field(
     min_length=1, max_length=300, description='A model id or alias, optionally with @runner; ":latest" may follow it.'
 )
 
-_TRUNCATE: bool = Field(
-    default=True, description="Cut a text at its end that is longer than the model can read; false: refuse it."
-)
+_TRUNCATE: bool = Field(default=True, description="Truncate a text that is too long for the model; false refuses it.")
 _LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -73,27 +71,27 @@ def _as_list(value: JsonValue) -> JsonValue:
 
 
 class OllamaBody(RequestBody):
-    """What all bodies name."""
+    """Common fields of all bodies."""
 
     model: str = _MODEL
     keep_alive: KeepAlive = _KEEP_ALIVE
 
     @property
     def keep_seconds(self) -> float | None:
-        """How long the model then stays loaded without being used; None changes nothing."""
+        """How long the model stays loaded afterwards without being used; None changes nothing."""
         return math.inf if self.keep_alive is not None and self.keep_alive < 0 else self.keep_alive
 
 
 class OllamaGeneration(OllamaBody):
-    """What chats and completions both accept."""
+    """Common fields of chats and completions."""
 
-    stream: bool = Field(default=True, description="Tell the reply as it is made, in lines of JSON.")
+    stream: bool = Field(default=True, description="Send the reply while it is generated, as lines of JSON.")
     format: Annotated[dict[str, JsonValue] | Literal["", "json"], BeforeValidator(_formats)] = Field(
         default="",
         description="'json' or a JSON Schema that the reply then follows.",
         json_schema_extra=honoured("grammar"),
     )
-    options: OllamaOptions = Field(default=OllamaOptions(), description="How to generate.")
+    options: OllamaOptions = Field(default=OllamaOptions(), description="Options of generation.")
     think: Annotated[
         bool | Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None,
         BeforeValidator(
@@ -102,12 +100,14 @@ class OllamaGeneration(OllamaBody):
         ),
     ] = Field(
         default=None,
-        description="Whether or how much to reason, where the model does; true is 'medium'.",
+        description="Whether or how much the model should reason, if it can; true is 'medium'.",
     )
     logprobs: bool = Field(
-        default=False, description="Tell each token's log-probability.", json_schema_extra=honoured("logprobs")
+        default=False, description="Return the log-probability of each token.", json_schema_extra=honoured("logprobs")
     )
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, description="And of this many others; needs logprobs.")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=MAX_LOGPROBS, description="Also return this many alternatives; needs logprobs."
+    )
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "OllamaGeneration":
@@ -116,7 +116,7 @@ class OllamaGeneration(OllamaBody):
         return self
 
     def generation(self, prompt: Prompt, prompt_field: str) -> GenerationRequest:
-        """What is asked for, in no dialect."""
+        """The request in no API's form."""
         schema = '{"type":"object"}' if self.format == "json" else to_json(self.format).decode()
         return GenerationRequest(
             prompts=(prompt,),
@@ -134,26 +134,26 @@ class OllamaGeneration(OllamaBody):
 
     @property
     def effort(self) -> str | None:
-        """How much to reason, in no dialect."""
+        """The reasoning effort in no API's form."""
         if isinstance(self.think, bool):
             return "medium" if self.think else "none"
         return self.think
 
 
 class OllamaFunction(RequestBody):
-    """What an earlier reply called."""
+    """A function that an earlier reply called."""
 
     index: int | None = Field(default=None, ge=0, description="Has no effect.")
-    name: ToolName = Field(description="Of the tool.")
+    name: ToolName = Field(description="The name of the tool.")
     arguments: dict[str, JsonValue] = Field(description="An object.")
 
 
 class OllamaCall(RequestBody):
     """A call in an earlier reply."""
 
-    id: str | None = Field(default=None, max_length=256, description="What a result may refer to.")
-    type: Literal["function"] = Field(default="function", description="The only one there is.")
-    function: OllamaFunction = Field(description="What is called.")
+    id: str | None = Field(default=None, max_length=256, description="The id that a result may refer to.")
+    type: Literal["function"] = Field(default="function", description="The only supported type.")
+    function: OllamaFunction = Field(description="The called function.")
 
 
 class OllamaMessage(RequestBody):
@@ -165,13 +165,13 @@ class OllamaMessage(RequestBody):
     def why_unsupported(cls, name: str) -> str:
         return "not supported: no model here can see pictures"
 
-    role: Literal["system", "user", "assistant", "tool"] = Field(description="Who speaks.")
-    content: str = Field(default="", description="What is said; special tokens in it are ordinary text.")
-    thinking: str | None = Field(default=None, description="Of an earlier reply.")
-    tool_calls: list[OllamaCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
-    tool_name: str | None = Field(default=None, max_length=256, description="Of the tool whose result this is.")
+    role: Literal["system", "user", "assistant", "tool"] = Field(description="The role of the speaker.")
+    content: str = Field(default="", description="The text; special tokens in it are ordinary text.")
+    thinking: str | None = Field(default=None, description="From an earlier reply.")
+    tool_calls: list[OllamaCall] = Field(default=[], max_length=MAX_TOOLS, description="From an earlier reply.")
+    tool_name: str | None = Field(default=None, max_length=256, description="The tool whose result this is.")
     name: str | None = Field(default=None, max_length=256, description="Older name of tool_name.")
-    tool_call_id: str | None = Field(default=None, max_length=256, description="Of the call that this answers.")
+    tool_call_id: str | None = Field(default=None, max_length=256, description="The id of the call that this answers.")
 
     @model_validator(mode="after")
     def _calls_are_the_assistants(self) -> "OllamaMessage":
@@ -181,7 +181,7 @@ class OllamaMessage(RequestBody):
 
 
 def _without_earlier_pictures(messages: JsonValue) -> JsonValue:
-    """Puts words in the place of pictures, but for those that the reply is to answer."""
+    """Replaces pictures by text, except those in the messages that the reply answers."""
     if not isinstance(messages, list):
         return messages
     last = len(messages) - 1
@@ -203,7 +203,7 @@ def _without_pictures(message: JsonValue) -> JsonValue:
 
 
 _OF_CONTEXT: Unsupported = {"truncate": (False,), "shift": (False,)}
-"""What Ollama does with a conversation that is too long; here it is an error."""
+"""Ollama's treatment of conversations that are too long. Here they are an error."""
 
 
 class OllamaChatRequest(OllamaGeneration):
@@ -216,9 +216,11 @@ class OllamaChatRequest(OllamaGeneration):
     ] = Field(
         default=[],
         max_length=10_000,
-        description="The conversation. Where the last message is the assistant's, the reply goes on with it.",
+        description="The conversation. If the last message is the assistant's, the reply continues it.",
     )
-    tools: list[ToolDefinition] = Field(default=[], max_length=MAX_TOOLS, description="What the model may call.")
+    tools: list[ToolDefinition] = Field(
+        default=[], max_length=MAX_TOOLS, description="The tools that the model may call."
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> "OllamaChatRequest":
@@ -228,7 +230,7 @@ class OllamaChatRequest(OllamaGeneration):
         return self
 
     def conversation(self) -> Conversation:
-        """The prompt, in no dialect."""
+        """The prompt in no API's form."""
         last = self.messages[-1]
         return Conversation(
             messages=_told(self.messages),
@@ -254,9 +256,9 @@ class OllamaGenerateRequest(OllamaGeneration):
         "width": (),
     }
 
-    prompt: str = Field(default="", description="What the user says; with raw, the prompt as the model reads it.")
-    system: str = Field(default="", description="Comes before the prompt, as the system's message.")
-    raw: bool = Field(default=False, description="Whether the prompt does without the model's chat template.")
+    prompt: str = Field(default="", description="The user's message; with raw, the complete prompt.")
+    system: str = Field(default="", description="A system message before the prompt.")
+    raw: bool = Field(default=False, description="Use the prompt without the model's chat template.")
 
     @model_validator(mode="after")
     def _raw_is_raw(self) -> "OllamaGenerateRequest":
@@ -267,7 +269,7 @@ class OllamaGenerateRequest(OllamaGeneration):
         return self
 
     def content(self) -> Prompt:
-        """The prompt, in no dialect."""
+        """The prompt in no API's form."""
         if self.raw:
             return self.prompt
         system: list[dict[str, JsonValue]] = [{"role": "system", "content": self.system}] if self.system else []
@@ -281,14 +283,14 @@ class OllamaEmbedRequest(OllamaBody):
     input: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
         default=[],
         max_length=MAX_INPUTS,
-        description="A text or several; each becomes one vector. Nothing only loads the model.",
+        description="One or several texts; each becomes one vector. Without any, the model is only loaded.",
         json_schema_extra=honoured("embeddings"),
     )
     dimensions: int | None = Field(
-        default=None, ge=1, description="Keep this many of a vector's first components, made length 1 again."
+        default=None, ge=1, description="Keep this many of a vector's first components, normalised to length 1."
     )
     truncate: bool = _TRUNCATE
-    options: EmbedOptions = Field(default=EmbedOptions(), description="num_ctx is the only one.")
+    options: EmbedOptions = Field(default=EmbedOptions(), description="Only num_ctx has an effect.")
 
 
 class OllamaEmbeddingsRequest(OllamaBody):
@@ -296,7 +298,7 @@ class OllamaEmbeddingsRequest(OllamaBody):
 
     prompt: str = Field(description="The text.", json_schema_extra=honoured("embeddings"))
     truncate: bool = _TRUNCATE
-    options: EmbedOptions = Field(default=EmbedOptions(), description="num_ctx is the only one.")
+    options: EmbedOptions = Field(default=EmbedOptions(), description="Only num_ctx has an effect.")
 
 
 class OllamaShowRequest(RequestBody):
@@ -306,7 +308,7 @@ class OllamaShowRequest(RequestBody):
 
     model: str = Field(default="", max_length=300, description="A model id or alias.")
     name: str = Field(default="", max_length=300, description="Older name of model.")
-    verbose: bool = Field(default=False, description="Has no effect: all that is known is told.")
+    verbose: bool = Field(default=False, description="Has no effect: all information is always returned.")
 
     @model_validator(mode="after")
     def _names_a_model(self) -> "OllamaShowRequest":
@@ -316,7 +318,7 @@ class OllamaShowRequest(RequestBody):
 
 
 def _told(messages: Sequence[OllamaMessage]) -> tuple[dict[str, JsonValue], ...]:
-    """The conversation in OpenAI's form, in which calls and their results are tied by ids."""
+    """The conversation in OpenAI's form, in which ids connect calls and results."""
     conversation: list[dict[str, JsonValue]] = []
     waiting: list[tuple[OllamaCall, str]] = []
     for at, message in enumerate(messages):
@@ -337,7 +339,7 @@ def _told(messages: Sequence[OllamaMessage]) -> tuple[dict[str, JsonValue], ...]
 
 
 def _answered(result: OllamaMessage, waiting: Sequence[tuple[OllamaCall, str]]) -> tuple[OllamaCall, str] | None:
-    """The call that a tool's result belongs to: by its id, else the first of the tool's name, else the first."""
+    """The call of a result: the one with its id, or the first of the tool's name, or the first of all."""
     by_id = [each for each in waiting if each[0].id is not None and each[0].id == result.tool_call_id]
     by_name = [each for each in waiting if each[0].function.name == (result.tool_name or result.name)]
     return next(iter(by_id or by_name or waiting), None)

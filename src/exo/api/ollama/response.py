@@ -1,4 +1,4 @@
-"""Ollama's chats and completions: the reply, whole and in lines of JSON."""
+"""Ollama's chats and completions: the reply, in one piece and in lines of JSON."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ DoneReason = Literal["stop", "length", "load", "unload"]
 
 
 def now() -> str:
-    """The time, as Ollama writes it."""
+    """The time in Ollama's format."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
@@ -38,13 +38,13 @@ class OllamaTokenLogprob(OllamaReply):
 
 
 class OllamaLogprob(OllamaTokenLogprob):
-    """A token that was generated, and the most probable ones in its place."""
+    """A generated token and the most probable alternatives."""
 
     top_logprobs: list[OllamaTokenLogprob] | None = Field(default=None, exclude_if=absent)
 
 
 class OllamaReplyMessage(OllamaReply):
-    """What the model said."""
+    """The model's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -67,7 +67,7 @@ class _GenerateHead(_Head):
 
 
 class _Outcome(OllamaReply):
-    """What tells how it went is in a stream's last line only."""
+    """In a stream, only the last line has values."""
 
     done: bool = False
     done_reason: DoneReason | None = Field(default=None, exclude_if=absent)
@@ -111,7 +111,7 @@ def _logprobs(items: Sequence[TokenLogprobs]) -> list[OllamaLogprob]:
 
 
 def _line(document: bytes) -> bytes:
-    """A JSON document as one line, by whatever rule a client's lines end: U+2028 and the like are spelt out."""
+    """A JSON document as one line. Characters such as U+2028, which end a line for some clients, are escaped."""
     for character in "\u0085\u2028\u2029":
         document = document.replace(character.encode(), f"\\u{ord(character):04x}".encode())
     return document + b"\n"
@@ -119,7 +119,7 @@ def _line(document: bytes) -> bytes:
 
 @final
 class OllamaDialect:
-    """``/api/chat``, or else ``/api/generate``.
+    """``/api/chat`` or ``/api/generate``.
 
     A call is told when it is whole, for its arguments are an object here. One that is not whole is not told at all:
     clients run what they are told to call, whatever the reason for the end.
@@ -136,7 +136,7 @@ class OllamaDialect:
         self._began = 0
         self._calls = 0
         self._call: Call | None = None
-        """The call whose arguments are still coming."""
+        """The call whose arguments are incomplete."""
         self._reason: DoneReason = "stop"
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
@@ -192,7 +192,7 @@ class OllamaDialect:
         return _line(body.ollama())
 
     def note(self, text: str) -> bytes:
-        """Lines of JSON have no place for one."""
+        """Empty: lines of JSON have no comments."""
         return b""
 
     def _finished_call(self) -> list[bytes]:

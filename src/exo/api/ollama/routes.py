@@ -58,7 +58,7 @@ def ollama_routes(services: Services) -> APIRouter:
 
     @routes.post("/generate", response_model=OllamaGenerateResponse, openapi_extra=json_body(OllamaGenerateRequest))
     async def generate(request: Request) -> Response:
-        """Replies to a prompt, or with raw continues it."""
+        """Replies to a prompt. With raw, continues it."""
         body = await read_body(request, OllamaGenerateRequest)
         if not body.prompt:
             return load(body, chat=False)

@@ -1,4 +1,4 @@
-"""OpenAI's chat requests: messages, tools and what a reply is to look like."""
+"""OpenAI's chat requests: messages, tools and the format of the reply."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -39,36 +39,36 @@ Parameters = Annotated[dict[str, JsonValue], AfterValidator(_of_an_object)]
 class FunctionDefinition(RequestBody):
     """A function that the model may call."""
 
-    name: ToolName = Field(description="What the model calls it by.")
-    description: str = Field(default="", description="What it does, for the model.")
+    name: ToolName = Field(description="The name by which the model calls it.")
+    description: str = Field(default="", description="A description for the model.")
     parameters: Parameters = Field(
         default={"type": "object", "properties": {}}, description="JSON Schema of the arguments, an object."
     )
-    strict: bool = Field(default=False, description="Arguments that a call is forced into always follow the schema.")
+    strict: bool = Field(default=False, description="Has no effect: a required call always follows the schema.")
 
     def tool(self) -> Tool:
-        """The same in no dialect."""
+        """The tool in no API's form."""
         return Tool(self.name, self.description, self.parameters)
 
 
 class ToolDefinition(RequestBody):
     """One tool."""
 
-    type: Literal["function"] = Field(default="function", description="The only one there is.")
-    function: FunctionDefinition = Field(description="What may be called.")
+    type: Literal["function"] = Field(default="function", description="The only supported type.")
+    function: FunctionDefinition = Field(description="The function.")
 
 
 class NamedFunction(RequestBody):
     """The name of one of the tools."""
 
-    name: str = Field(description="Of a function among the tools.")
+    name: str = Field(description="The name of one of the functions.")
 
 
 class NamedTool(RequestBody):
-    """Demands a call of this tool."""
+    """Requires a call of this tool."""
 
-    type: Literal["function"] = Field(description="The only one there is.")
-    function: NamedFunction = Field(description="Which one.")
+    type: Literal["function"] = Field(description="The only supported type.")
+    function: NamedFunction = Field(description="The function.")
 
 
 class JsonSchema(RequestBody):
@@ -81,16 +81,18 @@ class JsonSchema(RequestBody):
 
 
 class ResponseFormat(RequestBody):
-    """What the reply is to look like."""
+    """The format of the reply."""
 
     unsupported: ClassVar[Unsupported] = {"grammar": ("",)}
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="Anything, any JSON object, or JSON that follows json_schema."
     )
-    json_schema: JsonSchema | None = Field(default=None, description="Needed by the type of its name, and only there.")
+    json_schema: JsonSchema | None = Field(
+        default=None, description="Required with the type of its name, and not allowed with others."
+    )
     schema_: dict[str, JsonValue] | bool | None = Field(
-        default=None, alias="schema", description="A JSON Schema, as llama-server has it; not where type is text."
+        default=None, alias="schema", description="A JSON Schema, as in llama-server; not allowed with the type text."
     )
 
     @model_validator(mode="after")
@@ -106,7 +108,7 @@ class ResponseFormat(RequestBody):
 
     @property
     def constraint(self) -> OutputConstraint | None:
-        """What the output must match."""
+        """The constraint on the output."""
         if self.type == "text":
             return None
         if self.schema_ is not None:
@@ -118,19 +120,19 @@ class ResponseFormat(RequestBody):
 
 
 class VendorTool(RequestBody):
-    """A tool that only its vendor can run: the model is not told of it."""
+    """A tool that only its vendor can run. The model does not see it."""
 
     type: str = Field(description="Any other type.")
 
 
 def vendor_tool(kind: str, field: str) -> VendorTool:
-    """Makes one, with a warning."""
+    """Makes one and adds a warning."""
     note(f"{field}.{kind[:64]}", "no tool of this type can be run here, and the model is not told of it")
     return VendorTool(type=kind)
 
 
 def _tool(value: JsonValue) -> ToolDefinition | VendorTool:
-    """By its type, since a union would explain what is wrong with each of its members."""
+    """Validates by type, because a union would report one error for each of its members."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in ("function", "custom"):
         return vendor_tool(kind, "tools")
@@ -138,7 +140,7 @@ def _tool(value: JsonValue) -> ToolDefinition | VendorTool:
 
 
 def _by_type(value: JsonValue) -> JsonValue:
-    """Refused here, since a union would explain what is wrong with each of its types."""
+    """Refuses wrong types here, because a union would report one error for each of its types."""
     if isinstance(value, dict) and value.get("type") in (*_CHOICES, "any"):
         value = value["type"]
     if value == "any":
@@ -153,20 +155,20 @@ def _by_type(value: JsonValue) -> JsonValue:
 
 
 class ThinkingSwitch(RequestBody):
-    """DeepSeek's and others' way of switching reasoning."""
+    """The reasoning switch of DeepSeek and others."""
 
     ignored: ClassVar[Unsupported] = {"budget_tokens": (), "clear_thinking": (True,), "keep": ()}
 
-    type: Literal["enabled", "disabled", "adaptive", "auto"] = Field(description="Whether to reason.")
+    type: Literal["enabled", "disabled", "adaptive", "auto"] = Field(description="Whether the model should reason.")
 
 
 class ReasoningSwitch(RequestBody):
-    """OpenRouter's way of asking for reasoning."""
+    """OpenRouter's reasoning settings."""
 
     ignored: ClassVar[Unsupported] = {"exclude": (False,), "max_tokens": (), "summary": ("auto",)}
 
-    effort: Effort | None = Field(default=None, description="How much to reason.")
-    enabled: bool | None = Field(default=None, description="Whether to reason.")
+    effort: Effort | None = Field(default=None, description="The reasoning effort.")
+    enabled: bool | None = Field(default=None, description="Whether the model should reason.")
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -179,33 +181,37 @@ class ChatCompletionRequest(GenerationFields):
         default=None, ge=1, le=1 << 31, description="Newer name of max_tokens."
     )
     logprobs: bool = Field(
-        default=False, description="Tell each token's log-probability.", json_schema_extra=honoured("logprobs")
+        default=False, description="Return the log-probability of each token.", json_schema_extra=honoured("logprobs")
     )
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, description="And of this many others; needs logprobs.")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=MAX_LOGPROBS, description="Also return this many alternatives; needs logprobs."
+    )
     response_format: ResponseFormat | None = Field(
-        default=None, description="What the reply is to look like.", json_schema_extra=honoured("grammar")
+        default=None, description="The format of the reply.", json_schema_extra=honoured("grammar")
     )
     tools: list[Annotated[ToolDefinition | VendorTool, BeforeValidator(_tool)]] = Field(
-        default=[], max_length=MAX_TOOLS, description="What the model may call; other types are left out."
+        default=[], max_length=MAX_TOOLS, description="The tools that the model may call; other types are dropped."
     )
     tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_by_type)] = Field(
         default="auto",
         description="With 'required' or a name, the reply is a call that follows its schema.",
         json_schema_extra=honoured("grammar"),
     )
-    parallel_tool_calls: bool = Field(default=True, description="Whether one reply may call several times.")
+    parallel_tool_calls: bool = Field(default=True, description="Whether one reply may have several calls.")
     reasoning_effort: Effort | None = Field(
-        default=None, description="How much to reason, where the model does; max is xhigh."
+        default=None, description="The reasoning effort, if the model reasons; max means xhigh."
     )
     reasoning: ReasoningSwitch | None = Field(default=None, description="OpenRouter's name of reasoning_effort.")
-    thinking: ThinkingSwitch | None = Field(default=None, description="DeepSeek's way of switching reasoning.")
-    enable_thinking: bool | None = Field(default=None, description="Qwen's way of switching reasoning.")
+    thinking: ThinkingSwitch | None = Field(default=None, description="DeepSeek's switch of reasoning.")
+    enable_thinking: bool | None = Field(default=None, description="Qwen's switch of reasoning.")
     chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(few)] = Field(
         default={}, description="Variables for the chat template, such as enable_thinking."
     )
-    continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
+    continue_final_message: bool = Field(
+        default=False, description="Continue the last message, which must be the assistant's."
+    )
     add_generation_prompt: bool | None = Field(
-        default=None, description="Has no effect but what continue_final_message says: true without it, false with it."
+        default=None, description="Must be true without continue_final_message and false with it."
     )
 
     @property
@@ -247,7 +253,7 @@ class ChatCompletionRequest(GenerationFields):
 
     @property
     def effort(self) -> tuple[str | None, str]:
-        """How much to reason, and the field that says so."""
+        """The reasoning effort, and the field that sets it."""
         if self.reasoning_effort is not None:
             return self.reasoning_effort, "reasoning_effort"
         if self.reasoning is not None and self.reasoning.effort is not None:
@@ -262,12 +268,12 @@ class ChatCompletionRequest(GenerationFields):
 
     @property
     def functions(self) -> list[ToolDefinition]:
-        """The tools that the model is told of."""
+        """The tools that the model sees."""
         return [tool for tool in self.tools if isinstance(tool, ToolDefinition)]
 
     @property
     def choice(self) -> ToolChoice:
-        """What is to be called, in no dialect."""
+        """The choice of tools in no API's form."""
         if isinstance(self.tool_choice, NamedTool):
             return NamedChoice(self.tool_choice.function.name)
         return self.tool_choice

@@ -1,7 +1,7 @@
-"""OpenAI's requests: the fields that are honoured, ignored with a warning, and refused by name.
+"""OpenAI's requests: fields that are supported, ignored with a warning, or refused.
 
-Numbers are numbers and flags are flags: nothing is read out of strings, and 1.0 is no integer. An explicit null means
-the default.
+Values are not converted: a number in a string is not a number, and 1.0 is not an integer. An explicit null means the
+default.
 """
 
 from typing import Annotated, ClassVar
@@ -16,7 +16,7 @@ from exo.worker.protocol.messages import MAX_LOGPROBS, SamplingParams
 
 _SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
 MAX_CHOICES = 1024
-"""Sequences that one request may ask for: prompts times ``n``."""
+"""The maximum of prompts times ``n``."""
 UNSUPPORTED: Unsupported = {
     "add_special_tokens": (False,),
     "audio": (),
@@ -36,9 +36,9 @@ UNSUPPORTED: Unsupported = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-"""Fields known elsewhere that nothing here can honour yet, with the values that ask for nothing, besides null."""
+"""Fields of other servers that are not supported, and the values that request nothing, besides null."""
 OF_CHAT: Unsupported = {"response_format": ({"type": "text"},), "tools": ([],)}
-"""Fields of chat completions that decide what the answer must be, which completions do not have."""
+"""Fields of chat completions that change the answer. Completions do not have them."""
 IGNORED: Unsupported = {
     "allowed_token_ids": ([],),
     "cache_prompt": (True,),
@@ -66,17 +66,17 @@ IGNORED: Unsupported = {
     "xtc_probability": (0,),
     "xtc_threshold": (0.1,),
 }
-"""Fields known elsewhere that do not decide what an answer must be, with the values that need no warning."""
+"""Fields of other servers that do not change the answer, and the values that need no warning."""
 _LEAST_TOP_P = 1e-6
-"""Less than the share of the most probable token of any vocabulary; a sum of 0 would keep no token at all."""
+"""Less than the probability of the most probable token of any vocabulary. A sum of 0 would keep no token."""
 
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, _LEAST_TOP_P))]
-"""0, like every other share below the most probable token's, keeps that token alone."""
+"""0, like every value below the probability of the most probable token, keeps that token alone."""
 TopK = Annotated[int, Field(ge=-1, le=1 << 31), AfterValidator(lambda count: max(count, 0))]
-"""-1 is what vLLM and others call all tokens."""
+"""-1 means all tokens, as in vLLM and others."""
 
 
 def _stops(value: JsonValue) -> JsonValue:
@@ -86,7 +86,7 @@ def _stops(value: JsonValue) -> JsonValue:
 
 
 def _no_limit(value: JsonValue) -> JsonValue:
-    """-1 is what llama-server and others call no limit."""
+    """-1 means no limit, as in llama-server and others."""
     return None if value == -1 and isinstance(value, int) else value
 
 
@@ -95,20 +95,20 @@ Stops = Annotated[list[StopText], BeforeValidator(_stops, json_schema_input_type
 
 
 class StreamOptions(RequestBody):
-    """What a stream holds besides its text."""
+    """The contents of a stream besides its text."""
 
     ignored: ClassVar[Unsupported] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
-    include_usage: bool = Field(default=False, description="End the stream with a chunk that holds the usage.")
+    include_usage: bool = Field(default=False, description="End the stream with a chunk that contains the usage.")
 
 
 def grammar_constraint(source: str, param: str) -> OutputConstraint:
-    """A grammar in either of the two notations, which only GBNF's sign for "is" tells apart."""
+    """A grammar in GBNF or Lark. Only GBNF has the sign "::="."""
     return OutputConstraint("gbnf" if "::=" in source else "lark", source, param)
 
 
 def _literal(text: str) -> str:
-    """As a string of llguidance's Lark, whose strings are JSON's."""
+    """A string in llguidance's Lark, which is written as in JSON."""
     return to_json(text).decode()
 
 
@@ -121,7 +121,7 @@ def _schema_text(schema: JsonValue) -> str:
 
 
 class StructuredOutputs(RequestBody):
-    """What the output must match; exactly one of these."""
+    """The constraint on the output: exactly one of these fields."""
 
     json_: JsonValue = Field(default=None, alias="json", description="A JSON Schema, as an object or as its text.")
     regex: str | None = Field(default=None, min_length=1, description="In Rust's notation, without look-around.")
@@ -136,7 +136,7 @@ class StructuredOutputs(RequestBody):
 
     @property
     def constraint(self) -> OutputConstraint:
-        """What is given."""
+        """The field that is set."""
         where = "structured_outputs"
         if self.regex is not None:
             return OutputConstraint("regex", self.regex, f"{where}.regex")
@@ -148,7 +148,7 @@ class StructuredOutputs(RequestBody):
 
 
 class GenerationFields(RequestBody):
-    """What both endpoints accept. Where a request says nothing, the model card decides, then the default."""
+    """Common fields of both endpoints. If a request does not set one, the model card decides, then the default."""
 
     unsupported: ClassVar[Unsupported] = UNSUPPORTED
     ignored: ClassVar[Unsupported] = IGNORED
@@ -157,13 +157,17 @@ class GenerationFields(RequestBody):
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most probable token.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
     top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
-    min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the largest.")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Drop tokens below this fraction of the largest probability."
+    )
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="1 is none.")
     repeat_penalty: float | None = Field(
         default=None, ge=0.01, le=100, description="llama-server's name of repetition_penalty."
     )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
+    )
     logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few)] = Field(
         default={}, description="Added to the logits of these token ids."
     )
@@ -172,18 +176,18 @@ class GenerationFields(RequestBody):
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )
-    ignore_eos: bool = Field(default=False, description="Go on after an end-of-generation token.")
+    ignore_eos: bool = Field(default=False, description="Continue after an end-of-generation token.")
     grammar: str | None = Field(
         default=None,
         min_length=1,
-        description="What the output must match, in GBNF or in llguidance's Lark.",
+        description="The output must match this grammar, in GBNF or in llguidance's Lark.",
         json_schema_extra=honoured("grammar"),
     )
     structured_outputs: StructuredOutputs | None = Field(
-        default=None, description="The same, as vLLM has it.", json_schema_extra=honoured("grammar")
+        default=None, description="The same in vLLM's form.", json_schema_extra=honoured("grammar")
     )
     json_schema: dict[str, JsonValue] | None = Field(
-        default=None, description="The same, as llama-server has it.", json_schema_extra=honoured("grammar")
+        default=None, description="The same in llama-server's form.", json_schema_extra=honoured("grammar")
     )
     guided_json: JsonValue = Field(default=None, description="Older name of structured_outputs.json.")
     guided_regex: str | None = Field(default=None, min_length=1, description="Older name of structured_outputs.regex.")
@@ -193,10 +197,10 @@ class GenerationFields(RequestBody):
     guided_grammar: str | None = Field(
         default=None, min_length=1, description="Older name of structured_outputs.grammar."
     )
-    return_token_ids: bool = Field(default=False, description="Tell the ids of the generated tokens.")
+    return_token_ids: bool = Field(default=False, description="Return the ids of the generated tokens.")
     n: int = Field(default=1, ge=1, le=16, description="Choices for each prompt.")
-    stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
-    stream_options: StreamOptions | None = Field(default=None, description="What a stream holds besides its text.")
+    stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
+    stream_options: StreamOptions | None = Field(default=None, description="The contents of a stream besides its text.")
     user: JsonValue = Field(default=None, description="Has no effect.")
     metadata: JsonValue = Field(default=None, description="Has no effect.")
     prompt_cache_key: JsonValue = Field(default=None, description="Has no effect: all prompts are cached.")
@@ -204,7 +208,7 @@ class GenerationFields(RequestBody):
 
     @property
     def constraints(self) -> list[OutputConstraint]:
-        """Everything that the output is to match, of which there may be one."""
+        """All constraints on the output. At most one is allowed."""
         found = [self.structured_outputs.constraint] if self.structured_outputs is not None else []
         if self.grammar is not None:
             found.append(grammar_constraint(self.grammar, "grammar"))
@@ -221,7 +225,7 @@ class GenerationFields(RequestBody):
 
     @property
     def sampling(self) -> dict[str, float]:
-        """The sampling parameters that the request sets, by their names in ``SamplingParams``."""
+        """The sampling parameters of the request, under their names in ``SamplingParams``."""
         chosen: dict[str, float] = self.model_dump(include=_SAMPLING, exclude_unset=True)
         if self.repeat_penalty is not None:
             chosen.setdefault("repetition_penalty", self.repeat_penalty)
@@ -266,7 +270,7 @@ class GenerationFields(RequestBody):
 
 
 def prompts(value: JsonValue) -> JsonValue:
-    """Every accepted form as a list of prompts."""
+    """Makes a list of prompts of every accepted form."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -275,7 +279,7 @@ def prompts(value: JsonValue) -> JsonValue:
 
 
 def _prompt(value: JsonValue) -> JsonValue:
-    """Refused here, since a union would explain what is wrong with each of its types."""
+    """Refuses wrong types here, because a union would report one error for each of its types."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_token_id, value))):
         return value
     raise invalid("each prompt must be a string or a list of token ids, not empty")
@@ -292,26 +296,26 @@ Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
 
 
 class CompletionRequest(GenerationFields):
-    """The body of ``POST /v1/completions``. A prompt is tokenized as it is: special tokens in its text are special."""
+    """The body of ``POST /v1/completions``. Special tokens in the text of a prompt are special."""
 
     unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, **OF_CHAT}
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None,
         ge=0,
         le=1 << 31,
-        description="Null or -1: until the context is full. 0, with echo: the prompt alone.",
+        description="Null or -1: until the context is full. 0, with echo: only the prompt.",
     )
     echo: bool = Field(default=False, description="Begin the text with the prompt.")
     logprobs: int | None = Field(
         default=None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="Tell each token's log-probability, and of this many others.",
+        description="Return the log-probabilities of each token and of this many alternatives.",
         json_schema_extra=honoured("logprobs"),
     )
     prompt: Annotated[
         list[Prompt], BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
-    ] = Field(max_length=MAX_CHOICES, description="Each text, or list of token ids, is continued by itself, n times.")
+    ] = Field(max_length=MAX_CHOICES, description="Each text or list of token ids is continued n times.")
 
     @model_validator(mode="after")
     def _not_too_many(self) -> "CompletionRequest":

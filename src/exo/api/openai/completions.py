@@ -58,7 +58,7 @@ class Completion(Reply):
 
 @final
 class _Offsets:
-    """Where the tokens of one choice begin in its text, as they are passed to it in order."""
+    """Finds where the tokens of one choice begin in its text. They must be passed in order."""
 
     def __init__(self, echo: str, control: Collection[int]) -> None:
         self._echo = echo

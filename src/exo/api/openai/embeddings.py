@@ -43,7 +43,7 @@ class EmbeddingRequest(RequestBody):
         default="float", description="base64: of the vector as little-endian float32."
     )
     dimensions: int | None = Field(
-        default=None, ge=1, description="Keep this many of a vector's first components, made length 1 again."
+        default=None, ge=1, description="Keep this many of a vector's first components, normalised to length 1."
     )
     user: JsonValue = Field(default=None, description="Has no effect.")
 
@@ -73,7 +73,7 @@ class EmbeddingList(Reply):
 
 
 def embed_commands(inputs: list[str | list[int]], *, truncate: bool = False) -> list[Embed]:
-    """One for each input; special tokens in a text are ordinary characters."""
+    """One command for each input. Special tokens in a text are ordinary text."""
     request = uuid4().hex
     return [
         Embed(

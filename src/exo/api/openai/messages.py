@@ -1,4 +1,4 @@
-"""The messages of OpenAI's chat requests, as clients and other servers write them."""
+"""The messages of OpenAI's chat requests in the forms of many clients and servers."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -15,7 +15,7 @@ UNSEEN = "[a picture that this model cannot see]"
 
 
 def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
-    """Content given in parts as one string, a line each."""
+    """Joins content in parts with line breaks."""
     if not isinstance(content, list):
         return content
     where = info.field_name or ""
@@ -40,7 +40,7 @@ def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
 
 
 def with_unseen_pictures(entries: JsonValue, where: str, results: tuple[str, ...], content: str) -> JsonValue:
-    """Puts words in the place of pictures in the results of calls, but for those that the reply is to answer.
+    """Replaces pictures in the results of calls by text, except in the results that the reply answers.
 
     An agent cannot take a picture out of its history again, so an error would end its session. ``where`` is the field
     of ``entries``, ``results`` the roles or types of a result, and ``content`` its field that may hold parts.
@@ -83,23 +83,23 @@ def _as_json_text(arguments: JsonValue) -> JsonValue:
 
 
 CalledName = Annotated[str, Field(min_length=1, max_length=256)]
-"""The name of a tool that was called earlier. Another server's rules may have allowed it."""
+"""The name of a tool that was called earlier, perhaps on a server with other rules."""
 Arguments = Annotated[str, BeforeValidator(_as_json_text, json_schema_input_type=str | dict[str, JsonValue])]
 
 
 class CalledFunction(RequestBody):
-    """What an earlier reply called."""
+    """A function that an earlier reply called."""
 
-    name: CalledName = Field(description="Of the tool.")
-    arguments: Arguments = Field(default="", description="JSON text as the reply had it, or the object itself.")
+    name: CalledName = Field(description="The name of the tool.")
+    arguments: Arguments = Field(default="", description="JSON text as in the reply, or the object itself.")
 
 
 class PastToolCall(RequestBody):
     """A call in an earlier reply."""
 
-    id: str = Field(default="", max_length=256, description="What its result refers to.")
-    type: Literal["function"] = Field(default="function", description="The only one there is.")
-    function: CalledFunction = Field(description="What is called.")
+    id: str = Field(default="", max_length=256, description="The id that its result refers to.")
+    type: Literal["function"] = Field(default="function", description="The only supported type.")
+    function: CalledFunction = Field(description="The called function.")
     index: JsonValue = Field(default=None, description="Has no effect.")
 
 
@@ -115,20 +115,22 @@ class ChatMessage(RequestBody):
         "thinking_blocks": ([],),
     }
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="The role of the speaker.")
     content: Content = Field(
         default="",
         description="Text, or parts of type text; special tokens in it are ordinary text. May be left out by the "
         "assistant and by tools.",
     )
-    reasoning_content: str | None = Field(default=None, description="Of an earlier reply.")
+    reasoning_content: str | None = Field(default=None, description="From an earlier reply.")
     reasoning: str | None = Field(default=None, description="Other servers' name of reasoning_content.")
-    refusal: str | None = Field(default=None, description="Of an earlier reply; stands for content that is left out.")
-    tool_calls: list[PastToolCall] = Field(default=[], max_length=MAX_TOOLS, description="Of an earlier reply.")
+    refusal: str | None = Field(default=None, description="From an earlier reply; replaces missing content.")
+    tool_calls: list[PastToolCall] = Field(default=[], max_length=MAX_TOOLS, description="From an earlier reply.")
     name: str | None = Field(
-        default=None, max_length=256, description="Of the speaker or the tool, for chat templates that read it."
+        default=None,
+        max_length=256,
+        description="The name of the speaker or the tool, for chat templates that read it.",
     )
-    tool_call_id: str | None = Field(default=None, max_length=256, description="Of the call that this answers.")
+    tool_call_id: str | None = Field(default=None, max_length=256, description="The id of the call that this answers.")
 
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
@@ -139,7 +141,7 @@ class ChatMessage(RequestBody):
         return self
 
     def told(self) -> dict[str, JsonValue]:
-        """The message as a chat template reads it."""
+        """The message in the form of chat templates."""
         message = self.model_dump(exclude_unset=True, exclude_none=True, exclude={"reasoning", "refusal"})
         message["content"] = self.content or self.refusal or ""
         if self.reasoning and not self.reasoning_content:

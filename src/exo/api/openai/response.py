@@ -89,7 +89,7 @@ def token_text(logprob: Logprob) -> str:
 
 
 class ChunkWriter:
-    """The parts of a chunk that stay the same through a stream."""
+    """Writes chunks, which have the same beginning and end throughout a stream."""
 
     media_type = sse.MEDIA_TYPE
 
@@ -119,7 +119,7 @@ class ChunkWriter:
         self._head = b"data: " + to_json(common)[:-1] + b',"choices":['
 
     def chunk(self, choice: bytes) -> bytes:
-        """A chunk with one choice, given as a JSON object without its closing brace."""
+        """A chunk with one choice, which is a JSON object without its closing brace."""
         return self._head + choice + self._tail
 
     def end(self, usage: Usage) -> bytes:
@@ -146,7 +146,7 @@ class TopLogprob(Reply):
 
 
 class ContentLogprob(TopLogprob):
-    """A token that was generated."""
+    """A generated token."""
 
     top_logprobs: list[TopLogprob]
 
@@ -206,7 +206,7 @@ class ChatCompletion(Reply):
 
 
 def call_id(reply_id: str, choice: int, index: int) -> str:
-    """Nine letters and digits, since Mistral's templates refuse any other length."""
+    """Nine letters and digits, because Mistral's templates refuse any other length."""
     return hashlib.sha256(f"{reply_id}/{choice}/{index}".encode()).hexdigest()[:9]
 
 

@@ -31,11 +31,11 @@ _VENDOR_ITEMS = (
     "tool_search_output",
     "web_search_call",
 )
-"""What the vendor's own tools leave in a history; a model without these tools can do nothing with it."""
+"""Items of the vendor's own tools in a history. A model without these tools cannot use them."""
 
 
 def _text_of(content: JsonValue) -> JsonValue:
-    """Content given in parts as one string, a line each; what else an earlier reply's parts hold is left out."""
+    """Joins content in parts with line breaks. Other fields of an earlier reply's parts are dropped."""
     if not isinstance(content, list):
         return content
     texts: list[str] = []
@@ -54,21 +54,21 @@ PartsOrText = Annotated[str, BeforeValidator(_text_of, json_schema_input_type=st
 
 
 class InputMessage(RequestBody):
-    """A message, of the client's or of an earlier reply."""
+    """A message of the client or of an earlier reply."""
 
     ignored: ClassVar[Unsupported] = {"phase": ("commentary", "final_answer")}
 
     type: Literal["message"] = Field(default="message", description="A message.")
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="The role of the speaker.")
     content: PartsOrText = Field(default="", description="Text, or parts of type input_text and output_text.")
     id: str | None = Field(default=None, max_length=256, description="Has no effect.")
     status: str | None = Field(default=None, max_length=32, description="Has no effect.")
 
 
 class _InputCallBase(RequestBody):
-    """What all calls have in common."""
+    """Common fields of all calls."""
 
-    call_id: str = Field(min_length=1, max_length=256, description="What its output refers to.")
+    call_id: str = Field(min_length=1, max_length=256, description="The id that its output refers to.")
     id: str | None = Field(default=None, max_length=256, description="Has no effect.")
     status: str | None = Field(default=None, max_length=32, description="Has no effect.")
 
@@ -77,34 +77,38 @@ class InputCall(_InputCallBase):
     """A call of an earlier reply."""
 
     type: Literal["function_call"] = Field(description="A call.")
-    name: CalledName = Field(description="Of the tool.")
-    namespace: str | None = Field(default=None, max_length=256, description="Of the tool, where it has one.")
-    arguments: Arguments = Field(default="", description="JSON text, as the reply had it.")
+    name: CalledName = Field(description="The name of the tool.")
+    namespace: str | None = Field(default=None, max_length=256, description="The namespace of the tool, if it has one.")
+    arguments: Arguments = Field(default="", description="JSON text as in the reply.")
 
 
 class InputCustomCall(_InputCallBase):
     """A call of a custom tool in an earlier reply."""
 
     type: Literal["custom_tool_call"] = Field(description="A call.")
-    name: CalledName = Field(description="Of the tool.")
-    namespace: str | None = Field(default=None, max_length=256, description="Of the tool, where it has one.")
+    name: CalledName = Field(description="The name of the tool.")
+    namespace: str | None = Field(default=None, max_length=256, description="The namespace of the tool, if it has one.")
     input: str = Field(default="", description="The text that the tool was called with.")
 
 
 class InputShellCall(_InputCallBase):
-    """A call of OpenAI's local shell in an earlier reply, of which the model is told as of a function's."""
+    """A call of OpenAI's local shell in an earlier reply. The model sees a function call."""
 
     type: Literal["local_shell_call"] = Field(description="A call.")
-    action: dict[str, JsonValue] = Field(description="What was run.")
+    action: dict[str, JsonValue] = Field(description="The command that was run.")
 
 
 class InputCallOutput(_InputCallBase):
-    """What a call gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output", "custom_tool_call_output", "local_shell_call_output"] = Field(
-        description="What a call gave."
+        description="The result of a call."
     )
-    call_id: str = Field(default="", max_length=256, description="Of the call that this answers; local_shell: or id.")
+    call_id: str = Field(
+        default="",
+        max_length=256,
+        description="The id of the call that this answers; for local_shell, id is accepted, too.",
+    )
     name: JsonValue = Field(default=None, description="Has no effect.")
     output: PartsOrText = Field(default="", description="Text, or parts of it.")
 
@@ -116,22 +120,22 @@ class InputReasoning(RequestBody):
 
     type: Literal["reasoning"] = Field(description="Reasoning.")
     summary: PartsOrText = Field(default="", description="Has no effect.")
-    content: PartsOrText = Field(default="", description="Its text, for chat templates that take it back.")
+    content: PartsOrText = Field(default="", description="Its text, for chat templates that read it.")
     id: str | None = Field(default=None, max_length=256, description="Has no effect.")
     status: str | None = Field(default=None, max_length=32, description="Has no effect.")
 
 
 class InputReference(RequestBody):
-    """An item of a response that is in memory."""
+    """A reference to an item of a stored response."""
 
     type: Literal["item_reference"] = Field(description="A reference.")
-    id: str = Field(min_length=1, max_length=256, description="The item's.")
+    id: str = Field(min_length=1, max_length=256, description="The id of the item.")
 
 
 class VendorItem(RequestBody):
-    """What the vendor's own tools left in a history: the model is not told of it."""
+    """An item of one of the vendor's own tools. The model does not see it."""
 
-    type: str = Field(description="Any type of a tool that is not here.")
+    type: str = Field(description="The type of one of the vendor's own tools.")
 
 
 InputItem = VendorItem | InputMessage | InputCall | InputCustomCall | InputShellCall | InputCallOutput | InputReasoning
@@ -149,7 +153,7 @@ _ITEMS: dict[str, type[InputItem | InputReference]] = {
 
 
 def _item(value: JsonValue) -> InputItem | InputReference:
-    """By its type, since a union would explain what is wrong with each of its members."""
+    """Validates by type, because a union would report one error for each of its members."""
     kind = value.get("type") or "message" if isinstance(value, dict) else None
     if isinstance(kind, str) and kind in _VENDOR_ITEMS:
         note(f"input.{kind}", "items of this type are left out, because no model here has the tool")
@@ -174,14 +178,14 @@ Input = Annotated[
 
 
 def stored_item(stored: JsonValue) -> InputItem:
-    """An item of a response that is in memory, as input."""
+    """An item of a stored response as input."""
     item = _item(stored)
     assert not isinstance(item, InputReference)
     return item
 
 
 def told(items: list[InputItem]) -> list[dict[str, JsonValue]]:
-    """The items as messages for a chat template: calls and reasoning belong to the assistant's message beside them."""
+    """The items as messages for a chat template. Calls and reasoning join the assistant's message next to them."""
     messages: list[dict[str, JsonValue]] = []
 
     def assistant() -> dict[str, JsonValue]:

@@ -1,4 +1,4 @@
-"""The output items of a response, as they grow: reasoning, messages and calls, each with the events that tell of it."""
+"""The growing output items of a response: reasoning, messages and calls, and the events about them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,15 +19,15 @@ _Kind = Literal["reasoning", "message", "function_call", "custom_tool_call"]
 
 @dataclass(slots=True)
 class Item:
-    """One output item. ``text`` is what grows: reasoning, content or arguments."""
+    """One output item. ``text`` grows: it is the reasoning, the content or the arguments."""
 
     id: str
     type: _Kind
     call_id: str = ""
     name: str = ""
-    """By which the model called the tool."""
+    """The name by which the model called the tool."""
     tool: OfferedTool | None = None
-    """The tool that is called, where it is among those of the request."""
+    """The called tool, if it is one of the request's."""
     text: str = ""
     status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
@@ -40,7 +40,7 @@ class Item:
         return {**part, "logprobs": _logprobs(self.logprobs)} if self.logprobs else part
 
     def wire(self, *, empty: bool = False) -> dict[str, JsonValue]:
-        """The item as it is now; ``empty`` as it was when it began."""
+        """The item in its present state, or with ``empty`` in its first."""
         common: dict[str, JsonValue] = {"id": self.id, "type": self.type, "status": self.status}
         match self.type:
             case "function_call" | "custom_tool_call":
@@ -66,7 +66,7 @@ def _logprobs(items: list[TokenLogprobs]) -> JsonValue:
 
 
 class OutputItems:
-    """The items of one response in their order. ``tell`` makes the events; whoever does not stream drops them."""
+    """The items of one response in order. ``tell`` makes the events, which only a stream uses."""
 
     def __init__(self, response_id: str, tell: Tell, tools: Iterable[OfferedTool] = ()) -> None:
         self.items: list[Item] = []
@@ -99,7 +99,7 @@ class OutputItems:
                 return self.close(complete=False)
 
     def close(self, *, complete: bool = True) -> bytes:
-        """Ends the last item; ``complete`` unless the output was cut off or is a call that is none."""
+        """Ends the last item. ``complete`` is false if the output was cut off or is a broken call."""
         if not self.items or self.items[-1].status != "in_progress":
             return b""
         item = self.items[-1]

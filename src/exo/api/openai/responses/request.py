@@ -1,4 +1,4 @@
-"""OpenAI's responses: the request, and the conversation that it adds to."""
+"""OpenAI's responses: the request."""
 
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
@@ -27,7 +27,7 @@ LOGPROBS = "message.output_text.logprobs"
 
 
 class TextFormat(RequestBody):
-    """What the text is to look like."""
+    """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         default="text", description="Anything, any JSON object, or JSON that follows schema."
@@ -35,7 +35,9 @@ class TextFormat(RequestBody):
     name: str = Field(default="", description="Has no effect.")
     description: JsonValue = Field(default=None, description="Has no effect.")
     schema_: dict[str, JsonValue] | bool | None = Field(
-        default=None, alias="schema", description="A JSON Schema; needed by the type json_schema, and only there."
+        default=None,
+        alias="schema",
+        description="A JSON Schema; required with the type json_schema, and not allowed with others.",
     )
     strict: bool | None = Field(default=None, description="Has no effect: the schema is always followed.")
 
@@ -47,7 +49,7 @@ class TextFormat(RequestBody):
 
     @property
     def constraint(self) -> OutputConstraint | None:
-        """What the output must match."""
+        """The constraint on the output."""
         if self.type == "text":
             return None
         schema = {"type": "object"} if self.schema_ is None else self.schema_
@@ -56,22 +58,22 @@ class TextFormat(RequestBody):
 
 
 class TextConfig(RequestBody):
-    """How the text is to be."""
+    """Settings of the text."""
 
     ignored: ClassVar[Unsupported] = {"verbosity": ("medium",)}
 
     format: TextFormat = Field(
-        default=TextFormat(), description="What the text is to look like.", json_schema_extra=honoured("grammar")
+        default=TextFormat(), description="The format of the text.", json_schema_extra=honoured("grammar")
     )
 
 
 class ReasoningConfig(RequestBody):
-    """How much the model is to reason."""
+    """Settings of the reasoning."""
 
     ignored: ClassVar[Unsupported] = {"generate_summary": ("auto",), "summary": ("auto", "none")}
 
     effort: Effort | None = Field(
-        default=None, description="For models whose chat template knows it, or can switch reasoning off; max is xhigh."
+        default=None, description="For models whose chat template has levels or a switch; max means xhigh."
     )
 
 
@@ -95,35 +97,40 @@ class ResponsesRequest(RequestBody):
 
     model: str = MODEL
     input: Input = Field(
-        min_length=1, max_length=10_000, description="What the user says, or items: messages, calls and their outputs."
+        min_length=1, max_length=10_000, description="The user's message, or items: messages, calls and their outputs."
     )
     instructions: str | None = Field(default=None, description="A system message that is not stored.")
     previous_response_id: str | None = Field(
-        default=None, max_length=256, description="Go on after this response, if it is still in this server's memory."
+        default=None, max_length=256, description="Continue after this response, if it is still in the server's memory."
     )
-    store: bool = Field(default=True, description="Keep input and output in memory, until newer ones need the room.")
-    stream: bool = Field(default=False, description="Tell the reply as it is made, in server-sent events.")
+    store: bool = Field(
+        default=True, description="Keep input and output in memory until newer responses need the space."
+    )
+    stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most probable token.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same for each time they are there.")
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
+    )
     max_output_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )
     truncation: Literal["disabled", "auto"] = Field(
-        default="disabled", description="auto has no effect: a conversation that is too long is refused, and never cut."
+        default="disabled",
+        description="auto has no effect: a conversation that is too long is refused and never truncated.",
     )
     tools: ResponsesTools = Field(
-        default=[], max_length=MAX_TOOLS, description="What the model may call; other types are left out."
+        default=[], max_length=MAX_TOOLS, description="The tools that the model may call; other types are dropped."
     )
     tool_choice: Annotated[ResponsesChoice, BeforeValidator(by_type)] = Field(
         default="auto",
         description="With 'required' or a name, the reply is a call that follows its schema.",
         json_schema_extra=honoured("grammar"),
     )
-    parallel_tool_calls: bool = Field(default=True, description="Whether one reply may call several times.")
-    text: TextConfig = Field(default=TextConfig(), description="How the text is to be.")
-    reasoning: ReasoningConfig = Field(default=ReasoningConfig(), description="How much the model is to reason.")
+    parallel_tool_calls: bool = Field(default=True, description="Whether one reply may have several calls.")
+    text: TextConfig = Field(default=TextConfig(), description="Settings of the text.")
+    reasoning: ReasoningConfig = Field(default=ReasoningConfig(), description="Settings of the reasoning.")
     include: list[str] = Field(
         default=[],
         max_length=64,
@@ -132,10 +139,12 @@ class ResponsesRequest(RequestBody):
         json_schema_extra=honoured("logprobs"),
     )
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, description=f"Needs {LOGPROBS} in include.")
-    metadata: Annotated[dict[str, JsonValue], BeforeValidator(few)] = Field(default={}, description="Is returned.")
+    metadata: Annotated[dict[str, JsonValue], BeforeValidator(few)] = Field(
+        default={}, description="Returned unchanged."
+    )
     user: JsonValue = Field(default=None, description="Has no effect.")
-    prompt_cache_key: str | None = Field(default=None, description="Is returned: all prompts are cached.")
-    safety_identifier: str | None = Field(default=None, description="Is returned.")
+    prompt_cache_key: str | None = Field(default=None, description="Returned unchanged: all prompts are cached.")
+    safety_identifier: str | None = Field(default=None, description="Returned unchanged.")
 
     @model_validator(mode="after")
     def _a_choice_of_tools(self) -> "ResponsesRequest":
@@ -174,12 +183,12 @@ class ResponsesRequest(RequestBody):
 
     @property
     def logprobs(self) -> bool:
-        """Whether tokens' log-probabilities are to be told."""
+        """Whether the reply contains log-probabilities."""
         return LOGPROBS in self.include
 
     @property
     def choice(self) -> ToolChoice:
-        """What is to be called, in no dialect."""
+        """The choice of tools in no API's form."""
         match self.tool_choice:
             case NamedResponsesTool():
                 return NamedChoice(self.tool_choice.told_name)
@@ -190,12 +199,12 @@ class ResponsesRequest(RequestBody):
 
     @cached_property
     def offered(self) -> tuple[OfferedTool, ...]:
-        """All tools, by the names that the model is told."""
+        """All tools, under the names that the model sees."""
         return tuple(offered(self.tools))
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
-        """What may be called, in no dialect."""
+        """The tools that may be called, in no API's form."""
         if self.tool_choice == "none":
             return ()
         tools = tuple(each.tool for each in self.offered)

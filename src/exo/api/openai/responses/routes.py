@@ -209,7 +209,7 @@ def _usage(usage: Usage, reasoning_tokens: int) -> dict[str, JsonValue]:
 
 
 def _said(items: Sequence[Item]) -> list[dict[str, JsonValue]]:
-    """The output as one message for a chat template. Earlier reasoning is left out, as templates leave it out."""
+    """The output as one message for a chat template, without reasoning, which templates drop as well."""
     content = "".join(item.text for item in items if item.type == "message")
     calls: list[JsonValue] = [
         {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.text}}
@@ -245,13 +245,13 @@ def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonV
 
 
 def responses_routes(services: Services) -> APIRouter:
-    """Responses, and those in memory."""
+    """Responses, new and stored."""
     routes = APIRouter(prefix="/v1/responses", tags=["OpenAI"], route_class=DirectRoute)
     store = ResponseStore()
 
     @routes.post("", response_model=ResponseBody, openapi_extra=json_body(ResponsesRequest))
     async def create_response(request: Request) -> GenerationResponse:
-        """Replies to a conversation, which the server may keep for the next request."""
+        """Replies to a conversation, which the server may store for the next request."""
         body = await read_body(request, ResponsesRequest)
         earlier = body.previous_response_id
         before = store.get(earlier, "previous_response_id").messages if earlier else ()
@@ -268,17 +268,17 @@ def responses_routes(services: Services) -> APIRouter:
 
     @routes.get("/{response_id}", response_model=ResponseBody)
     async def get_response(response_id: ResponseId) -> Response:
-        """A response that is in memory."""
+        """A stored response."""
         return Response(to_json(store.get(response_id).body), media_type="application/json")
 
     @routes.get("/{response_id}/input_items")
     async def input_items(response_id: ResponseId) -> InputItems:
-        """What a response in memory was asked."""
+        """The input of a stored response."""
         return InputItems(data=store.get(response_id).input)
 
     @routes.delete("/{response_id}")
     async def delete_response(response_id: ResponseId) -> Deleted:
-        """Forgets a response."""
+        """Deletes a stored response."""
         store.delete(response_id)
         return Deleted(id=response_id)
 

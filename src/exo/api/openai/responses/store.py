@@ -1,4 +1,4 @@
-"""Responses that later requests may go on from, in memory and bounded."""
+"""A bounded store, in memory, of responses that later requests may continue."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from exo.api.http.errors import ApiError
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 64 << 20
-"""Of all that is stored, as JSON."""
+"""The maximum size of all responses as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """``body`` is the response as it was sent; ``input`` the items of its request; ``messages`` all up to its end."""
+    """``body`` is the response as sent, ``input`` the items of its request, ``messages`` the whole conversation."""
 
     body: dict[str, JsonValue]
     input: list[JsonValue]
@@ -29,16 +29,16 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The newest responses, and those last asked for. What is not here any more was never promised."""
+    """Keeps the responses that were made or read last."""
 
     def __init__(self) -> None:
         self._responses: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
         self._items: dict[str, tuple[str, JsonValue]] = {}
-        """Input and output items by their ids, each with its response's."""
+        """Input and output items by their ids, each with the id of its response."""
         self._bytes = 0
 
     def put(self, response_id: str, response: StoredResponse) -> None:
-        """Keeps a response and forgets the oldest ones where there is no room for all."""
+        """Stores a response. Deletes the oldest ones if there is no room for all."""
         size = len(to_json(response))
         self._responses[response_id] = (response, size)
         self._bytes += size
@@ -47,7 +47,7 @@ class ResponseStore:
             self._forget(next(iter(self._responses)))
 
     def get(self, response_id: str, param: str | None = None) -> StoredResponse:
-        """Raises ``ApiError``: 404, or 400 where a request's ``param`` names the response."""
+        """Raises ``ApiError``: 404, or 400 if a request's ``param`` names the response."""
         if response_id not in self._responses:
             message = f"no response {response_id[:80]!r} is in memory; old ones make room for new ones"
             if param is None:
@@ -62,7 +62,7 @@ class ResponseStore:
         self._forget(response_id)
 
     def item(self, item_id: str, param: str) -> JsonValue:
-        """An input or output item of a response that is here. Raises ``ApiError`` 400."""
+        """An input or output item of a stored response. Raises ``ApiError`` 400."""
         if item_id not in self._items:
             message = f"{param}: no item {item_id[:80]!r} is in memory; old ones make room for new ones"
             raise ApiError(400, message, code="item_not_found", param=param)

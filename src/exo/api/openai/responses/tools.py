@@ -1,4 +1,4 @@
-"""Tools of a responses request: functions, functions in namespaces, and custom tools, all told as functions.
+"""Tools of a responses request: functions, functions in namespaces, and custom tools. The model sees functions.
 
 A model knows functions with JSON arguments only. A function of a namespace is told under a name that joins both, a
 custom tool as a function with one text argument; calls are given back under the client's own names and types.
@@ -25,29 +25,29 @@ class FunctionTool(FunctionDefinition):
     ignored: ClassVar[Unsupported] = {"defer_loading": (False,)}
 
     type: Literal["function"] = Field(description="A function.")
-    strict: bool = Field(default=True, description="Arguments that a call is forced into always follow the schema.")
+    strict: bool = Field(default=True, description="Has no effect: a required call always follows the schema.")
 
 
 class CustomFormat(RequestBody):
-    """What the input of a custom tool looks like."""
+    """The format of a custom tool's input."""
 
     type: Literal["text", "grammar"] = Field(default="text", description="Any text, or text that follows a grammar.")
-    syntax: str = Field(default="", max_length=32, description="Of the grammar; the model is told it.")
+    syntax: str = Field(default="", max_length=32, description="The notation of the grammar. The model sees it.")
     definition: str = Field(
-        default="", description="The grammar; the model is told it, and not held to it, as x-exo-warning says."
+        default="", description="The grammar. The model sees it, but it is not enforced; x-exo-warning says so."
     )
 
 
 class CustomTool(RequestBody):
-    """A tool whose input is text. The model is told of a function with one argument, ``input``."""
+    """A tool whose input is text. The model sees a function with one argument, ``input``."""
 
     type: Literal["custom"] = Field(description="A custom tool.")
-    name: ToolName = Field(description="What the model calls it by.")
-    description: str = Field(default="", description="What it does, for the model.")
-    format: CustomFormat = Field(default=CustomFormat(), description="What its input looks like.")
+    name: ToolName = Field(description="The name by which the model calls it.")
+    description: str = Field(default="", description="A description for the model.")
+    format: CustomFormat = Field(default=CustomFormat(), description="The format of its input.")
 
     def tool(self) -> Tool:
-        """The same in no dialect."""
+        """The tool in no API's form."""
         rules = f"The input follows this {self.format.syntax} grammar:\n{self.format.definition}"
         texts = [self.description, rules if self.format.definition else ""]
         text: dict[str, JsonValue] = {"type": "string", "description": "The whole input of the tool, as plain text."}
@@ -61,7 +61,7 @@ class CustomTool(RequestBody):
 
 
 def _callable(value: JsonValue) -> FunctionTool | CustomTool | VendorTool:
-    """By its type, since a union would explain what is wrong with each of its members."""
+    """Validates by type, because a union would report one error for each of its members."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "custom":
         return CustomTool.model_validate(value)
@@ -74,10 +74,10 @@ class NamespaceTool(RequestBody):
     """Functions that belong together, such as those of an MCP server."""
 
     type: Literal["namespace"] = Field(description="A namespace.")
-    name: ToolName = Field(description="Stands before the names of the tools that the model is told.")
+    name: ToolName = Field(description="A prefix of the tools' names that the model sees.")
     description: JsonValue = Field(default=None, description="Has no effect.")
     tools: list[Annotated[FunctionTool | CustomTool | VendorTool, BeforeValidator(_callable)]] = Field(
-        default=[], max_length=4096, description="What the model may call."
+        default=[], max_length=4096, description="The tools that the model may call."
     )
 
 
@@ -93,41 +93,41 @@ ResponsesTools = list[Annotated[ResponsesTool, BeforeValidator(_tool)]]
 
 
 class NamedResponsesTool(RequestBody):
-    """Demands a call of this tool."""
+    """Requires a call of this tool."""
 
-    type: Literal["function", "custom"] = Field(description="Of the tool.")
-    name: str = Field(description="Of a tool among the tools.")
-    namespace: str | None = Field(default=None, description="Of the tool, where it has one.")
+    type: Literal["function", "custom"] = Field(description="The name of the tool.")
+    name: str = Field(description="The name of one of the tools.")
+    namespace: str | None = Field(default=None, description="The namespace of the tool, if it has one.")
 
     @property
     def told_name(self) -> str:
-        """What the model calls the tool by."""
+        """The name of the tool that the model sees."""
         return told_name(self.namespace, self.name)
 
     @property
     def told_names(self) -> list[str]:
-        """The same, as ``AllowedTools`` has it."""
+        """The name in a list, as in ``AllowedTools``."""
         return [self.told_name]
 
 
 class AllowedTool(RequestBody):
     """One of the tools."""
 
-    type: Literal["function", "custom"] = Field(default="function", description="Of the tool.")
-    name: str = Field(description="Of a tool among the tools.")
-    namespace: str | None = Field(default=None, description="Of the tool, where it has one.")
+    type: Literal["function", "custom"] = Field(default="function", description="The name of the tool.")
+    name: str = Field(description="The name of one of the tools.")
+    namespace: str | None = Field(default=None, description="The namespace of the tool, if it has one.")
 
 
 class AllowedTools(RequestBody):
-    """The tools that this reply may call, of all that are given."""
+    """The subset of the tools that this reply may call."""
 
-    type: Literal["allowed_tools"] = Field(description="Some of the tools.")
-    mode: Literal["auto", "required"] = Field(default="auto", description="Whether one of them has to be called.")
-    tools: list[AllowedTool] = Field(min_length=1, max_length=4096, description="Which ones.")
+    type: Literal["allowed_tools"] = Field(description="A subset of the tools.")
+    mode: Literal["auto", "required"] = Field(default="auto", description="Whether a call is required.")
+    tools: list[AllowedTool] = Field(min_length=1, max_length=4096, description="The tools.")
 
     @property
     def told_names(self) -> list[str]:
-        """What the model calls them by."""
+        """The names of the tools that the model sees."""
         return [told_name(tool.namespace, tool.name) for tool in self.tools]
 
 
@@ -135,7 +135,7 @@ ResponsesChoice = Literal["none", "auto", "required"] | NamedResponsesTool | All
 
 
 def by_type(value: JsonValue) -> JsonValue | NamedResponsesTool | AllowedTools:
-    """A choice of tools, refused here, since a union would explain what is wrong with each of its types."""
+    """Refuses wrong types of a choice here, because a union would report one error for each of its types."""
     kind = value.get("type") if isinstance(value, dict) else value
     if kind in ("none", "auto", "required"):
         return kind
@@ -149,7 +149,7 @@ def by_type(value: JsonValue) -> JsonValue | NamedResponsesTool | AllowedTools:
 
 
 def told_name(namespace: str | None, name: str) -> str:
-    """What the model calls a tool by."""
+    """The name of a tool that the model sees."""
     if not namespace:
         return name
     return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
@@ -157,18 +157,18 @@ def told_name(namespace: str | None, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OfferedTool:
-    """A tool as the model is told of it, and as its client knows it."""
+    """A tool as the model sees it and as the client knows it."""
 
     tool: Tool
     name: str
     namespace: str | None = None
     custom: bool = False
     has_grammar: bool = False
-    """Whether a custom tool's input has to follow a grammar, of which the model is only told."""
+    """Whether a custom tool has a grammar for its input. The model sees it, but it is not enforced."""
 
 
 def offered(tools: Sequence[ResponsesTool]) -> Iterator[OfferedTool]:
-    """Every tool, those of namespaces among them."""
+    """All tools, including those in namespaces."""
     for each in tools:
         inside = each.tools if isinstance(each, NamespaceTool) else [each]
         namespace = each.name if isinstance(each, NamespaceTool) else None
@@ -183,12 +183,12 @@ def offered(tools: Sequence[ResponsesTool]) -> Iterator[OfferedTool]:
 
 
 def custom_arguments(text: str) -> str:
-    """The arguments by which the model is told that a custom tool was called with ``text``."""
+    """The arguments that show the model a call of a custom tool with ``text``."""
     return to_json({_INPUT: text}).decode()
 
 
 def custom_input(arguments: str) -> str:
-    """The text that a custom tool is called with; of arguments that were cut off, what there is of it."""
+    """The text in the arguments of a custom tool, or its beginning if the arguments were cut off."""
     try:
         found: JsonValue = from_json(arguments, allow_partial="trailing-strings")
     except ValueError:
