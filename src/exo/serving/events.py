@@ -67,7 +67,7 @@ class ChoicePrompt:
     logprobs: tuple[TokenLogprobs, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a server makes thousands per second
 class ChoiceDelta:
     """More of a choice. ``tokens`` and their ``logprobs``, if requested, may be ahead of the parts."""
 

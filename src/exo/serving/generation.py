@@ -140,8 +140,6 @@ class _Choice:
             self.started = True
             prompt_tokens = event.total if isinstance(event, PrefillProgress) else 0
             batch.append(ChoiceStarted(self.number, prompt_tokens))
-        if isinstance(event, Delta):
-            self.replay.take(event)
         batch.append(self.reader.read(event))
 
 
@@ -186,11 +184,12 @@ class Generation:
             async with AsyncExitStack() as in_flight:
                 for choice in choices:
                     await choice.run(failover.runner, in_flight)
-                while len(usages) < len(choices):
-                    await choices[0].arrival.wait()
-                    choices[0].arrival.clear()
+                active = choices
+                while active:
+                    await active[0].arrival.wait()
+                    active[0].arrival.clear()
                     batch: list[GenerationEvent] = []
-                    for choice in choices:
+                    for choice in active:
                         if (failed := self._read(choice, batch, usages)) is None:
                             continue
                         yield batch
@@ -204,7 +203,9 @@ class Generation:
                             async for step in steps:
                                 yield [step]
                         await choice.run(failover.runner, in_flight)
-                    if len(usages) == len(choices):
+                    if len(active) + len(usages) > len(choices):
+                        active = [choice for choice in active if choice.number not in usages]
+                    if not active:
                         batch.append(Completed(_total_usage(usages, self.request.n)))
                     yield batch
         except RunnerError as error:
@@ -240,7 +241,10 @@ class Generation:
     def _read(self, choice: _Choice, batch: list[GenerationEvent], usages: dict[int, Usage]) -> Failed | None:
         """Moves the events that have arrived for a choice to ``batch``. Returns the last one if it is a failure."""
         for event in choice.events.take():
-            match event:
+            match event:  # the most frequent case comes first
+                case Delta():
+                    choice.replay.take(event)
+                    choice.take(event, batch)
                 case Failed():
                     return event
                 case Finished(reason="cancelled"):
@@ -252,7 +256,7 @@ class Generation:
                     if (new := choice.replay.untold(event)).items:
                         self._count(new)
                         choice.take(new, batch)
-                case _:
+                case PrefillProgress():
                     choice.take(event, batch)
         return None
 

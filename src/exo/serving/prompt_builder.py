@@ -53,7 +53,7 @@ class PreparedPrompt:
         """A parser for the output of one choice; None if all text is content."""
         if self.form is None or self.conversation is None:
             return None
-        tools = self.conversation.tools if self.form.known or self.conversation.must_call else ()
+        tools = self.conversation.tools if self.form.known or self.conversation.forced else ()
         return self.form.parser(tools=tools, in_reasoning=self.in_reasoning)
 
 
@@ -82,11 +82,11 @@ async def _conversation(
     texts = await render(services, runner, conversation, request.prompt_field)
     _check_length(sum(len(text.text) for text in texts), model)
     if conversation.tools and not form.known:
-        effect = "the call is forced as plain JSON" if conversation.must_call else "calls remain part of the text"
+        effect = "the call is forced as plain JSON" if conversation.forced else "calls remain part of the text"
         reason = f"the chat template of {card.model_id} shows no call format that exo knows"
         warn("", f"tools: {reason}; {effect}, unless tool_format in the model card names one")
     inside = form.starts_in_reasoning("".join(text.text for text in texts))
-    if conversation.must_call:
+    if conversation.forced:
         grammar = _call_grammar(model, conversation, form, in_reasoning=inside)
     else:
         grammar = await _grammar(services, request.constraint)

@@ -152,7 +152,7 @@ def from_validation(error: ValidationError) -> ApiError:
         return ApiError(400, f"the body is not a JSON document: {reason}", code="invalid_json")
     param, message = describe(error)
     param, message = _NO_FIELD.sub("", param)[:200], _NO_FIELD.sub("", message)
-    if "ctx" in first and "param" in first["ctx"]:  # an error of ``strict_model``
+    if "ctx" in first and "param" in first["ctx"]:  # an error of ``api.http.body``
         param = ".".join(filter(None, (param, str(first["ctx"]["param"]))))
         return ApiError(400, f"{param}: {reason}", code=kind, param=param)
     if kind == "missing":

@@ -174,7 +174,7 @@ class GenerationResponse(Response):
         return None
 
     async def _whole(self, path: str) -> Response:
-        whole = _Whole(self._dialect)
+        whole = _Whole(self._dialect, self._headers)
         error = await self._run(whole)
         if error is not None:
             return error.response(path, self._headers)
@@ -187,8 +187,6 @@ class GenerationResponse(Response):
             async with self._generation.running() as batches:
                 async for batch in batches:
                     for event in batch:
-                        if isinstance(event, Routed):
-                            self._headers.update(route_headers(event))
                         output.take(event)
                     await output.flush()
         except ServingError as error:
@@ -202,15 +200,18 @@ class GenerationResponse(Response):
 class _Whole:
     """Collects a reply that is sent in one piece."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, headers: dict[str, str]) -> None:
         self.choices: defaultdict[int, ReplyChoice] = defaultdict(ReplyChoice)
         self.usage = Usage(prompt_tokens=0, completion_tokens=0)
         self._dialect = dialect
+        self._headers = headers
 
     def take(self, event: GenerationEvent) -> None:
         match event:
             case ChoicePrompt() | ChoiceDelta() | ChoiceFinished():
                 self.choices[event.choice].add(event)
+            case Routed():
+                self._headers.update(route_headers(event))
             case Started():
                 self._dialect.write(event)
             case Completed():
@@ -229,7 +230,7 @@ class _Stream:
     or when the grace period is over.
     """
 
-    def __init__(self, generation: Generation, dialect: Dialect, headers: Mapping[str, str], send: Send) -> None:
+    def __init__(self, generation: Generation, dialect: Dialect, headers: dict[str, str], send: Send) -> None:
         self._generation = generation
         self._dialect = dialect
         self._headers = headers
@@ -252,8 +253,9 @@ class _Stream:
         """Holds the bytes of an event for ``flush``."""
         match event:
             case ChoiceDelta() | ChoicePrompt() | ChoiceFinished():
-                self._has_output = True
-                self._leave_queue()
+                if not self._has_output:
+                    self._has_output = True
+                    self._leave_queue()
             case Prefill():
                 if event.processed:
                     self._leave_queue()
@@ -269,6 +271,7 @@ class _Stream:
                         self._held.append(comment)
                 return
             case Routed():
+                self._headers.update(route_headers(event))
                 self._routed.set()
                 return
             case Started():

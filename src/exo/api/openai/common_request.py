@@ -200,7 +200,9 @@ class GenerationFields(RequestBody):
     return_token_ids: bool = Field(default=False, description="Return the ids of the generated tokens.")
     n: int = Field(default=1, ge=1, le=16, description="Choices for each prompt.")
     stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
-    stream_options: StreamOptions | None = Field(default=None, description="The contents of a stream besides its text.")
+    stream_options: StreamOptions = Field(
+        default=StreamOptions(), description="The contents of a stream besides its text."
+    )
     user: JsonValue = Field(default=None, description="Has no effect.")
     metadata: JsonValue = Field(default=None, description="Has no effect.")
     prompt_cache_key: JsonValue = Field(default=None, description="Has no effect: all prompts are cached.")
@@ -237,11 +239,6 @@ class GenerationFields(RequestBody):
             both = " and ".join(each.param for each in found)
             raise invalid(f"give only one of {both}", found[1].param)
         return self
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def generation_request(
         self,

@@ -33,7 +33,10 @@ def openai_routes(services: Services) -> APIRouter:
         reply_id = f"chatcmpl-{uuid4().hex}"
         generation = Generation(services, services.routing.resolve(body.model), body.request(), reply_id)
         dialect = ChatDialect(
-            reply_id, include_usage=body.include_usage, logprobs=body.logprobs, token_ids=body.return_token_ids
+            reply_id,
+            include_usage=body.stream_options.include_usage,
+            logprobs=body.logprobs,
+            token_ids=body.return_token_ids,
         )
         return GenerationResponse(generation, dialect, stream=body.stream)
 
@@ -46,7 +49,7 @@ def openai_routes(services: Services) -> APIRouter:
         dialect = CompletionDialect(
             reply_id,
             n=body.n,
-            include_usage=body.include_usage,
+            include_usage=body.stream_options.include_usage,
             logprobs=body.logprobs is not None,
             token_ids=body.return_token_ids,
         )
