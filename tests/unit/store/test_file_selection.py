@@ -4,6 +4,7 @@ import pytest
 
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, select
+from exo.worker.runner_common.folder_weights import INDEX
 from tests.support.pulling import gguf_card, mlx_card
 
 GGUFS = [
@@ -109,6 +110,19 @@ def test_a_folder_is_weights_configuration_and_tokenizer_and_no_code(runner: str
     chosen = select(Source.of(mlx_card(), runner), [*NOT_MLX, *MLX])
     assert sorted(chosen.names) == sorted(MLX)
     assert chosen.names[0] == "config.json"
+
+
+def test_the_index_says_which_weights_are_pulled() -> None:
+    names = ["config.json", "tokenizer.json", "a.safetensors", "b.safetensors", "model.safetensors", INDEX]
+    chosen = select(Source.of(mlx_card(), "mlx"), names, ["a.safetensors", "b.safetensors"])
+    assert set(chosen.names) == {*names} - {"model.safetensors"}
+    with pytest.raises(PullError, match=r"c\.safetensors is not there"):
+        select(Source.of(mlx_card(), "mlx"), names, ["a.safetensors", "c.safetensors"])
+
+
+def test_an_adapter_is_told_from_a_model() -> None:
+    with pytest.raises(PullError, match=r"is an adapter \(LoRA\) of another model"):
+        select(Source.of(mlx_card(), "mlx"), ["adapter_config.json", "adapter_model.safetensors"])
 
 
 def test_a_repository_that_is_no_folder_is_refused() -> None:
