@@ -121,7 +121,7 @@ def test_a_setting_that_mlx_would_ignore_is_named(tmp_path: Path, key: str) -> N
         {"attention_dropout": 0.1, "initializer_range": 0.02, "pretraining_tp": 2, "unsloth_fixed": True},
         {"mlp_bias": False, "hidden_act": None, "rope_scaling": None, "id2label": {"0": "a"}},
         {"vision_config": {"a": 1}, "auto_map": {"AutoModel": "a.B"}, "dtype": "bfloat16", "_attn": "sdpa"},
-        {"layer_types": [FULL, FULL], "cache_implementation": None, "rope_parameters": {"rope_theta": 1e4}},
+        {"layer_types": [FULL, FULL], "cache_implementation": "hybrid", "rope_parameters": {"rope_theta": 1e4}},
     ],
 )
 def test_settings_that_change_nothing_are_no_reason_to_refuse(tmp_path: Path, settings: Json) -> None:

@@ -34,7 +34,7 @@ _HARMLESS = re.compile(
     | (vision|image|audio|video|mm|projector|projection|speech|vit)_.* | multimodal_.* | .*_per_image | use_.*_kernels?
     | pretraining_tp | num_nextn_predict_layers | (num_)?mtp_.* | ep_size | moe_capacity.* | quanti[sz].* | .*_config
     | merged_.* | spatial_.* | out_hidden_size | time_step_(min|max|floor) | .*_in_fp32 | use_flash_attn
-    | attn_implementation | summary_.* | router_jitter_noise
+    | cache_implementation | attn_implementation | summary_.* | router_jitter_noise
     """,
     re.X,
 )
@@ -43,7 +43,11 @@ that do not fit the class are an error. They do not change the next token."""
 _ACTIVATION = re.compile(r"(mlp_)?hidden_act(ivation)?|activation_function|act_fn")
 _OFF: tuple[JsonValue, ...] = (False, 0, "", [], {})
 _WINDOW = ("sliding_window", "sliding_window_size", "use_sliding_window", "sliding_window_pattern", "layer_types")
-_ALSO = {"experts_per_token": "num_experts_per_tok", "initial_context_length": "max_position_embeddings"}
+_ALSO = {
+    "experts_per_token": "num_experts_per_tok",
+    "initial_context_length": "max_position_embeddings",
+    "linear_head_dim": "head_dim",
+}
 """Second names of settings."""
 _NEWER = frozenset({"rope_parameters", "layer_types"})
 """Keys of transformers 5. A class that reads one of them needs no older form."""
