@@ -84,7 +84,7 @@ async def test_what_is_wrong_is_named(source: str, says: str) -> None:
     async with worker() as gbnf:
         with pytest.raises(GbnfError, match=says) as refused:
             await gbnf.lark(source)
-    assert str(refused.value).startswith("it is no GBNF: ")
+    assert str(refused.value).startswith("it is not GBNF: ")
     assert len(str(refused.value)) <= 300
 
 

@@ -189,7 +189,7 @@ async def test_work_goes_on_beside_slow_work_and_waits_for_a_bounded_time(
             answers = [await processes.ask({"do": "nothing"}) for _ in range(2)]
             assert answers[0]["pid"] == answers[1]["pid"]
         await start_slow_work(tasks, PROCESSES)
-        with pytest.raises(SandboxBusyError, match="nothing was free within"):
+        with pytest.raises(SandboxBusyError, match="no process was free to work on it within"):
             await processes.ask({"do": "nothing"})
         tasks.cancel_scope.cancel()
     assert (await processes.ask({"do": "nothing", "text": "own"}))["text"] == "own"

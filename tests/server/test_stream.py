@@ -134,7 +134,7 @@ def test_a_runner_that_dies_ends_its_stream_with_an_error_and_no_done(tmp_path: 
         assert len(text_of(chunk for chunk in chunks if chunk.startswith("data: "))) == 3
         error = json.loads(last.removeprefix("data: "))["error"]
         assert error["code"] == "runner_died"
-        assert "started again and again without progress" in error["message"]
+        assert "restarted repeatedly without progress" in error["message"]
         assert "SIGKILL" in error["message"]
         assert "the fake runner dies as ordered" in error["message"]
         reply = http.post("/v1/completions", json={**ENDLESS, "n": 2})

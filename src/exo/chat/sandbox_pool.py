@@ -18,9 +18,9 @@ from exo.worker.runner_common.sandbox import (
 )
 
 PROCESSES = 4
-"""The slow requests that a pool works on without delaying other requests."""
+"""The number of slow requests that do not delay other requests."""
 TURN_SECONDS = 10.0
-"""How long a request waits for a free process."""
+"""The longest wait for a free process."""
 
 
 class SandboxBusyError(Exception):
@@ -107,7 +107,7 @@ class SandboxPool:
             with anyio.fail_after(TURN_SECONDS):
                 await self._turns.acquire()
         except TimeoutError:
-            raise SandboxBusyError(f"nothing was free within {TURN_SECONDS:g} s to work on it") from None
+            raise SandboxBusyError(f"no process was free to work on it within {TURN_SECONDS:g} s") from None
         process = self._idle.pop()
         try:
             return await process.ask(request)

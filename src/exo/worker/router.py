@@ -102,7 +102,9 @@ def route(
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
     tasks = next((_TASKS[need] for need in NEEDS if need in needs and need in _TASKS), _GENERATION)
     if not set(tasks) & set(card.tasks):
-        message = f"{card.model_id} is for {', '.join(card.tasks) or 'nothing'}, and this takes {' or '.join(tasks)}"
+        message = (
+            f"{card.model_id} is for {', '.join(card.tasks) or 'nothing'}; this request needs {' or '.join(tasks)}"
+        )
         return Refusal("unsupported_task", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
     candidates = [_examine(backend, wish, card, host, mine, needs) for backend in card.backends]

@@ -50,7 +50,7 @@ def converted(line: bytes) -> dict[str, str]:
     try:
         return {"lark": gbnf_to_lark(_QUOTED.sub(_readable, json.loads(line)["source"]))}
     except Exception as error:  # noqa: BLE001, the translator raises it, and its own mistakes raise others
-        return {"error": f"it is no GBNF: {error}"[:300]}
+        return {"error": f"it is not GBNF: {error}"[:300]}
 
 
 def _readable(quoted: re.Match[str]) -> str:

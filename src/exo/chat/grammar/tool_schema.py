@@ -17,7 +17,7 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, JsonValue]:
-        """The JSON Schema of the arguments, with type "object" whatever ``parameters`` has."""
+        """The JSON Schema of the arguments. Its type is always "object"."""
         return {**self.parameters, "type": "object"}
 
     def definition(self) -> dict[str, JsonValue]:

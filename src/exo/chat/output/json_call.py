@@ -25,7 +25,7 @@ class _JsonCall:
     """Arguments that precede the name, or that are held."""
     begun: bool = False
     whole: bool = False
-    """Whether the call has its name and arguments, whatever follows in the object."""
+    """Whether the call has its name and arguments, even if the object is not complete."""
     held: bool = False
     """Report the call only after the whole object, and only if the request has a tool of its name."""
 
@@ -49,8 +49,8 @@ def json_call(reply: ReplyState, marked: bool) -> Steps[bool]:
 def closing_json_calls(reply: ReplyState) -> Steps[bool]:
     """Reads objects that follow text. They are calls only if they end the reply.
 
-    A model also writes such an object to explain a call. So each object must name a tool of the request and have
-    arguments that suit it, no text may follow, and no call is reported before.
+    A model also writes such an object to explain a call. Therefore each object must name a tool of the request and have
+    arguments that suit it, and no text may follow. No call is reported before that is certain.
     """
     scanner = reply.scanner
     calls: list[tuple[str, str]] = []

@@ -78,7 +78,7 @@ async def fitting(plan: Outline, render: Render) -> Names:
             break
     if best is None:
         return ()
-    # Then those that were only on the way are removed one by one, the most invasive first.
+    # Then reshapings that turn out unnecessary are removed one by one, the most invasive first.
     least, chosen = best
     for name in (*reversed(chosen[:-1]), *chosen[-1:]):
         fewer = tuple(each for each in chosen if each != name)

@@ -118,7 +118,7 @@ def _results_after_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def arguments_object(arguments: JsonValue) -> dict[str, JsonValue]:
-    """Returns the arguments of an earlier call as an object, whatever the client sends.
+    """Returns the arguments of an earlier call as an object, for any value that the client sends.
 
     A truncated object is closed where it ends. Any other value becomes the only argument.
     """

@@ -88,7 +88,7 @@ def _listed(value: object) -> list[object]:
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
-class _Arguments(dict[str, object]):
+class _CallArguments(dict[str, object]):
     """A call's arguments: an object for templates that look inside or use ``tojson``, its JSON for the others."""
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class _Arguments(dict[str, object]):
 def _with_arguments(value: dict[str, object]) -> dict[str, object]:
     """For ``json.loads``, which calls this for every object, innermost first."""
     if isinstance(arguments := value.get("arguments"), dict) and isinstance(value.get("name"), str):
-        value["arguments"] = _Arguments(cast("dict[str, object]", arguments))
+        value["arguments"] = _CallArguments(cast("dict[str, object]", arguments))
     return value
 
 

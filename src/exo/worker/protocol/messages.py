@@ -5,7 +5,7 @@ standard output (``Event``). ``tests/contract`` tests these invariants on every 
 
 - ``Ready`` or ``Failed`` precedes every other event but ``Estimated``.
 - Each request ends with exactly one terminal event: ``Failed``, or else ``Finished``, ``Embedded``, ``Ranked`` or the
-  last ``Tokenized``, according to its command. A cancelled request ends with ``Finished``, whatever its command.
+  last ``Tokenized``, according to its command. A cancelled request of any kind ends with ``Finished``.
 - No line is longer than ``LINE_BYTES``. A large reply is sent in parts; a request for a larger one still is refused.
 """
 

@@ -1,4 +1,4 @@
-"""How often a runner has failed with a model: when it may start again, and when another runner is preferred."""
+"""Counts a runner's failures with a model, and derives when it may start again and when another is preferred."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
 FAILURES_TO_AVOID = 3
 AVOIDED_SECONDS = 60.0
-"""How long another runner is preferred before this one is tried again."""
+"""The time for which another runner is preferred before this one is tried again."""
 
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Counts failures in a row, without a token in between. Times are on the caller's clock, in seconds.
+    """Counts consecutive failures without a token in between. Times are on the caller's clock, in seconds.
 
     A first failure may be an accident, so the next process starts at once. After the second there is a pause, which
-    doubles with each further failure. A computed token resets it.
+    doubles with each further failure. A computed token resets the count.
     """
 
     failures: int = 0
@@ -29,7 +29,7 @@ class CircuitBreaker:
     def failed(self, failed: Failed, now: float, jitter: float, *, lasting: bool = False) -> None:
         """Counts a failed process. ``jitter``, 0 to 1, shortens the pause by up to a half, so that models spread out.
 
-        ``lasting``: the next process would most likely fail alike, as with a damaged file or too little memory.
+        ``lasting``: the next process would most likely fail in the same way, as with a damaged file.
         """
         self.failures += 1
         self.deaths += 1

@@ -1,4 +1,4 @@
-"""Standard error of a runner: a log file, and the cause of death that its last lines give."""
+"""A runner's standard error: its log file, and the diagnosis of a crash from its last lines."""
 
 import errno
 import fcntl
@@ -46,14 +46,14 @@ _NO_DRIVER = ("cuda driver version is insufficient", "no cuda-capable device", "
 _DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access was encountered")
 
 _ASSERTION = re.compile(r"^(?:\S*/)?([^/\s]+:\d+): (.*(?:GGML_ASSERT|Assertion|GGML_ABORT).*)$", re.MULTILINE)
-"""A failed assertion of ggml's or llama.cpp's, after its place in the source."""
+"""A failed assertion in ggml or llama.cpp, after its place in the source."""
 _CRASHES = tuple(f"was killed by {signal}" for signal in ("SIGABRT", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGILL"))
 _BACKTRACE = re.compile(
     r"#\d+ |\[New LWP|\[Thread debugging|Using host libthread_db|\[Inferior |This GDB |Enable debuginfod|"
     r"Debuginfod has been|To make this setting|warning: \d+\t|\d+\tin |WARNING: Using native backtrace|"
     r"\S+\(\S*\+0x[0-9a-f]+\) ?\[0x|0x[0-9a-f]+ in |Function\(s\) matching|\d+\t\S+: No such file"
 )
-"""How the lines of debuggers begin, and those of ggml's own backtrace."""
+"""The beginnings of lines from debuggers and from ggml's own backtrace."""
 
 
 @final

@@ -42,14 +42,14 @@ def _container_limit() -> int | None:
 
 
 class Taken(NamedTuple):
-    """Bytes that a process and its children have. ``devices`` is None if the driver does not tell."""
+    """Bytes that a process and its children use. ``devices`` is None if the driver does not report it."""
 
     host: int
     devices: Mapping[str, int] | None
 
 
 def taken(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, Taken]:
-    """The memory of each of these processes now, without those that are gone. Asks the driver, so it may block.
+    """Returns the memory that each running process uses now. Asks the driver, so it may block.
 
     ``device_names`` are in the driver's order; a device with an empty name is left out.
     """
@@ -64,10 +64,10 @@ def taken(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, 
 
 
 def room(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) -> dict[str, int]:
-    """Bytes of each device that our processes have or could take now: the free memory and their own.
+    """Returns the bytes of each device that our processes use or could still take.
 
     ``holders`` are our processes, with the devices on which each has a reservation. A device is left out if the driver
-    does not show the memory of one of them there, as in a container. Asks the driver, so it may block.
+    does not report the memory of one of them there, as in a container. Asks the driver, so it may block.
     """
 
     def query(nvml: ModuleType) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
@@ -87,7 +87,7 @@ def room(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) ->
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """A process and its children; empty if it is gone."""
+    """Returns a process and its children; nothing if it is gone."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -103,7 +103,7 @@ def _resident(process: psutil.Process) -> int:
 
 
 def _by_process(nvml: ModuleType, names: Sequence[str]) -> dict[int, dict[str, int]]:
-    """Bytes by process and device. Empty in a container, where the driver does not know our process ids."""
+    """Returns bytes by process and device; nothing in a container, where the driver does not know our process ids."""
     sizes: dict[int, dict[str, int]] = {}
     for index, name in enumerate(names):
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index)) if name else ()

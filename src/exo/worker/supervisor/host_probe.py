@@ -1,4 +1,4 @@
-"""Finds out what this machine has: asks the system, the NVIDIA driver, and each runner's ``--probe``."""
+"""Probes this machine: asks the system, the NVIDIA driver, and each runner's ``--probe``."""
 
 import os
 import platform

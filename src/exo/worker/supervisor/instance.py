@@ -39,7 +39,7 @@ class InstanceReport:
     deaths: int
     """Failed processes of this runner, with this model and these settings, since the server started."""
     last_failure: Failed | None
-    """The last of their failures. It stays after another process has worked."""
+    """The last failure. It stays after another process has worked."""
     failed: float
     """The time of ``last_failure``."""
     pause: float

@@ -50,7 +50,7 @@ class DoesNotFit:
 
 @dataclass(frozen=True, slots=True)
 class MemoryActions:
-    """What to do now, by reservation name."""
+    """The actions that are due now, by reservation name."""
 
     granted: dict[str, LoadOption]
     refused: dict[str, DoesNotFit]
@@ -84,7 +84,7 @@ class Reservation:
     """The same for all runners of one model."""
     users: int = 0
     dismissed: bool = False
-    """It ends when it is idle, whatever others need."""
+    """It ends when it is idle, even if no other needs its memory."""
     evicting: float | None = None
     """Since when others have waited for its memory. ``settle`` decides anew each time whether they still do."""
     stays_until: float = -math.inf
@@ -119,7 +119,7 @@ class Reservation:
 
     @property
     def expires(self) -> float:
-        """When it is unloaded for lack of use; infinity if it is not."""
+        """The time at which it is unloaded because it is unused; infinity if it stays."""
         return self.last_used + self.keep if self.idle and not self.leaving else math.inf
 
     def time_left(self, now: float) -> float | None:
@@ -144,7 +144,7 @@ class MemoryBudget:
         self._settled = -math.inf
         self._evicted: dict[str, float] = {}  # the time of the last eviction, by kind
         self._reservations: dict[str, Reservation] = {}
-        self._queue: list[Reservation] = []  # those that wait for memory, in order of arrival
+        self._queue: list[Reservation] = []  # reservations that wait for memory, in order of arrival
 
     def need(self, option: LoadOption) -> Memory:
         """The memory that a load option takes."""
@@ -251,7 +251,7 @@ class MemoryBudget:
         self._reservations[name].dismissed = True
 
     def release(self, name: str) -> None:
-        """A runner is gone, for whatever reason."""
+        """A runner has ended."""
         reservation = self._reservations.pop(name)
         if reservation in self._queue:
             self._queue.remove(reservation)
@@ -259,7 +259,7 @@ class MemoryBudget:
     # --- decisions ---
 
     def next_expiry(self) -> float:
-        """When time alone makes ``settle`` decide otherwise; infinity for never."""
+        """The time at which ``settle`` may decide differently without any event; infinity for never."""
         times = [each.expires for each in self]
         times += [each.evicting + self._drain for each in self if each.drains and each.evicting is not None]
         if self._queue:
@@ -287,9 +287,8 @@ class MemoryBudget:
             assert waiter.estimated is not None
             option, wanted = self._fitting(waiter.estimated, ahead), self._attainable(waiter.estimated)
             if option is None and waiter.abandoned:
-                waiter.dismissed = (
-                    True  # it takes free memory, since the model may be wanted again, but evicts no other
-                )
+                # The model may be wanted again, so it would take free memory, but it evicts no other.
+                waiter.dismissed = True
                 self._queue.remove(waiter)
                 continue
             if option is None and wanted is None:
@@ -350,7 +349,7 @@ class MemoryBudget:
         return DoesNotFit(self.need(estimated.choices[-1]), most, tuple(changes.values()))
 
     def _make_room(self, estimated: Estimated, now: float, before: Mapping[str, float]) -> LoadOption | None:
-        """Marks victims for the first waiter. Returns an option that fits already after all, if there is one.
+        """Marks victims for the first waiter. If an acceptable option fits without any, marks none and returns it.
 
         Order of preference: a set of idle runners for any acceptable option comes before a set with busy ones, because
         idle ones end at once and lose nothing. Among equals the least recently used goes first. But earlier victims
@@ -385,9 +384,9 @@ class MemoryBudget:
 
 
 def _fewest(needed: Memory, room: Memory, candidates: Sequence[Reservation]) -> list[Reservation] | None:
-    """The first candidates that together make room, without those that turn out unnecessary; None if all are too few.
+    """Returns the first candidates that together free enough memory; None if even all of them do not.
 
-    The second pass is for several accounts: a candidate that freed the wrong device is spared.
+    The second pass spares candidates that turn out unnecessary, such as one that freed the wrong device.
     """
     chosen: list[Reservation] = []
     for each in candidates:

@@ -90,7 +90,7 @@ class RunnerPool:
     async def __aenter__(self) -> Self:
         self._background = anyio.CancelScope()
         self._tasks = await anyio.create_task_group().__aenter__()
-        self._tasks.start_soon(self._look_after)
+        self._tasks.start_soon(self._maintain)
         return self
 
     async def __aexit__(
@@ -193,7 +193,7 @@ class RunnerPool:
         return sum(each.slots for each in self.live() if each.model_id == model_id)
 
     def live_for(self, card: ModelCard) -> tuple[LiveRunner, ...]:
-        """Those that this version of the card started: the router's choice."""
+        """The live runners that this version of the card started, for the router."""
         return tuple(
             each.describe()
             for each in self._instances.values()
@@ -314,7 +314,7 @@ class RunnerPool:
         for name, share in shares(self._n_cores, busy).items():
             busy[name].share_cores(share)
 
-    async def _look_after(self) -> None:
+    async def _maintain(self) -> None:
         """Settles the budget when time alone changes it, and measures the runners."""
         with self._background:
             async with anyio.create_task_group() as tasks:

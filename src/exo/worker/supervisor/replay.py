@@ -12,8 +12,8 @@ FRUITLESS_REPLAYS = 3
 """Replays in a row, on one kind of runner, of a request under which processes die before they compute any token."""
 
 UNLUCKY_REPLAYS = 16
-"""Replays of a request under which processes die that had computed tokens. Perhaps it is not to blame; but each death
-costs all other requests of the process a replay as well."""
+"""Replays of a request under which processes die that had computed tokens. The request may not be the cause, but each
+death costs all other requests of the process a replay as well."""
 
 LONGEST_WAIT_SECONDS = 10.0
 """How long a request in flight waits for a runner that may not be started yet."""
@@ -95,18 +95,18 @@ def other_model(first: Capabilities, now: Capabilities) -> str | None:
     if first.vocabulary != now.vocabulary:
         return f"its vocabulary has {now.vocabulary} tokens instead of {first.vocabulary}"
     if any((first.template(tools=tools) or "").strip() != (now.template(tools=tools) or "").strip() for tools in _BOTH):
-        return "its chat template is another one"
+        return "its chat template differs"
     if first.engine == now.engine and _file(first) != _file(now):
-        return "its file is another one"
+        return "its model file differs"
     return None
 
 
 def _file(model: Capabilities) -> tuple[object, ...]:
-    """What one engine reports of a model file, which is the same every time."""
+    """Returns the properties that identify a model file within one engine."""
     return model.model_bytes, model.special_tokens, model.special_ids, model.bos_token, model.eos_token
 
 
 def spent(failed: Failed) -> Failed:
     """The failure of a request whose budget is spent."""
-    message = f"the request was started again and again without progress; the last failure: {failed.message}"
+    message = f"the request was restarted repeatedly without progress; the last failure: {failed.message}"
     return failed.model_copy(update={"message": message})

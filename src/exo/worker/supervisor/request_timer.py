@@ -12,7 +12,7 @@ WINDOW_SECONDS = 5.0
 _LEAST_TOKENS = 8
 """Tokens after the first that a request needs to count as a measurement."""
 _DISTURBING = 0.25
-"""Requests of other runners, for each of this one's, that spoil a measurement: they share the hardware."""
+"""A measurement is dropped if other runners, which share the hardware, had more requests than this share of its own."""
 
 
 @final
@@ -80,8 +80,8 @@ class _Start:
 class RequestTimer:
     """Times the requests of one runner process. ``everyones`` counts the requests of all runners on the host.
 
-    ``on_measured`` gets a measurement from each finished request, except a process's first one, which finds things
-    cold, requests of a few tokens, those that another runner began, and those during which other runners were busy.
+    ``on_measured`` gets a measurement of each finished request, with four exceptions: a process's first request, which
+    finds caches cold, short requests, requests that another runner began, and those beside busy other runners.
     """
 
     def __init__(self, everyones: RequestCount, on_measured: Callable[[Measurement], None]) -> None:

@@ -229,8 +229,8 @@ class RunnerProcess:
     async def ask(self, command: UnaryRequest) -> UnaryReply:
         """Sends a command and waits for its reply. Cancelling the wait cancels the command.
 
-        Raises ``RunnerError`` for a refusal and for a runner that dies or is gone. After a death, which ``died_of``
-        tells from a refusal, another runner may be asked. Raises ``ValueError`` and ``RuntimeError`` as ``generate``.
+        Raises ``RunnerError`` for a refusal and for a runner that dies or is gone. ``died_of`` distinguishes the two:
+        after a death, another runner may be asked. Raises ``ValueError`` and ``RuntimeError`` as ``generate``.
         """
         reply = PendingReply(REPLY_TYPES[type(command)])
         with self._in_flight(command, reply):
@@ -303,7 +303,7 @@ class RunnerProcess:
     async def run(
         self, after: Sequence["RunnerProcess"] = (), on_end: Callable[[Failed], None] = lambda _: None
     ) -> None:
-        """The process's life. Returns when it is over, whatever ended it; cancelling it kills the process.
+        """Runs the process from start to end. Returns when it has ended; cancelling this kills the process.
 
         It begins when the processes ``after`` have ended and their memory is free. ``on_end`` gets the reason for the
         end before any request does.
@@ -399,11 +399,8 @@ class RunnerProcess:
 
     def _start(self, command: Estimate | Load) -> None:
         assert self._child is not None
-        phase = (
-            "while it estimated the memory that loading takes"
-            if command.type == "estimate"
-            else "after the load command"
-        )
+        estimates = command.type == "estimate"
+        phase = "while it estimated the memory that loading takes" if estimates else "after the load command"
         self._progress = LoadProgress(self._deadlines, asyncio.get_running_loop().time(), phase)
         self._child.send(command)
 

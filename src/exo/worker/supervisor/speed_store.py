@@ -1,4 +1,4 @@
-"""What was measured of every runner's speed, by model and host, and the file in which it outlives the server."""
+"""Stores the measured speed of every runner, by model and host, also in a file that outlives the server."""
 
 import fcntl
 import hashlib
@@ -24,29 +24,29 @@ from exo.worker.speed import NEEDED, Basis, Measurement, Point, Preference, Spee
 log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 86400.0
-"""After which a point counts for nothing: a runner that lost once gets another chance."""
+"""Older points are ignored, so that a runner that lost once gets another chance."""
 _LOCK_SECONDS = 5.0
-"""How long another server may take to write its measurements."""
+"""The longest wait for another server that is writing its measurements."""
 _LARGEST = 16 << 20
-"""Bytes of a file that is read at all."""
+"""A file with more bytes is ignored."""
 
 
 class StoredSpeed(BaseModel):
-    """One model on one runner on one host."""
+    """The points of one model on one runner on one host."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     runner: str
     host: str
-    """What the host is, as a digest: processors, devices, and the runner's engine with its version."""
+    """A digest of the processors, the devices, and the runner's engine with its version."""
     table: str
-    """The digest of the runner's table in the card; with another table, nothing of this holds."""
+    """A digest of the runner's table in the card. The points are void for another table."""
     points: dict[Annotated[int, Field(ge=1)], Point]
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Of which there is one."""
+        """The key in the store."""
         return self.model, self.runner, self.host
 
 
@@ -59,22 +59,19 @@ class _File(BaseModel):
 
 @final
 class SpeedStore:
-    """The account of one server. ``file`` is read now; None keeps nothing. Times are in seconds since 1970."""
+    """One server's measurements. ``file`` is read now; None stores nothing. Times are in seconds since 1970."""
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._entries = {} if file is None else _read(file)
-        self._measured: set[tuple[str, str, str]] = set()
-        """The keys of what is to be written."""
-        self._hosts: dict[str, str] = {}
-        self._sent: Counter[tuple[str, str, int]] = Counter()
-        """Requests that were sent to a runner by preference, by model id, runner and load."""
-        self._incumbents: dict[str, str] = {}
-        """By model id: the runner that was taken the last time that figures decided."""
+        self._measured: set[tuple[str, str, str]] = set()  # the keys of entries to be written
+        self._hosts: dict[str, str] = {}  # digests of this host, by runner
+        self._sent: Counter[tuple[str, str, int]] = Counter()  # requests by model id, runner and level of load
+        self._incumbents: dict[str, str] = {}  # by model id: the runner chosen when measurements decided last
         self._saving = Lock()
 
     def know(self, host: Host) -> None:
-        """What the host is; before that nothing is known, nor may anything be measured."""
+        """Sets the host. Nothing is known, and nothing may be measured, before this call."""
         self._hosts = {runner: _host_digest(host, runner) for runner in host.probes}
 
     def measured(self, card: ModelCard, runner: str, measured: Measurement, now: float) -> None:
@@ -92,11 +89,14 @@ class SpeedStore:
         self._measured.add(key)
 
     def known(self, card: ModelCard, now: float) -> dict[str, Speed]:
-        """All that was measured lately with a model, by runner, however little that is."""
+        """Returns all fresh points of a model, by runner."""
         return {runner: self._speed(card, runner, now) for runner in self._hosts}
 
     def preference(self, card: ModelCard, prefer: Prefer | None, load: int, now: float) -> Preference | None:
-        """For the next request for a model, with which there are ``load`` sequences of it at once."""
+        """Returns the basis for choosing a runner for a model's next request; None if speed does not count.
+
+        ``load`` is the number of the model's sequences at once, including that request.
+        """
         if prefer is None:
             return None
         return Preference(
@@ -118,13 +118,13 @@ class SpeedStore:
             self._sent[model_id, runner, level(load)] += 1
 
     def unsaved(self) -> tuple[StoredSpeed, ...]:
-        """What was measured since this was last called, to be given to ``save``."""
+        """Returns the entries that have changed since the last call, for ``save``."""
         entries = tuple(self._entries[key] for key in self._measured)
         self._measured.clear()
         return entries
 
     def save(self, entries: Sequence[StoredSpeed]) -> None:
-        """Writes entries beside what others have written meanwhile. May be called from any thread.
+        """Merges entries into the file, which other servers may have changed. May be called from any thread.
 
         A file that cannot be written is not tried again.
         """
@@ -151,7 +151,7 @@ class SpeedStore:
 
 
 def _merged(written: StoredSpeed | None, measured: StoredSpeed) -> StoredSpeed:
-    """Of each load the later point, whichever server has measured it."""
+    """Returns an entry with the later point of each load, whichever server has measured it."""
     if written is None or written.table != measured.table:
         return measured
     points = dict(written.points)
@@ -162,7 +162,7 @@ def _merged(written: StoredSpeed | None, measured: StoredSpeed) -> StoredSpeed:
 
 
 def _read(file: Path) -> dict[tuple[str, str, str], StoredSpeed]:
-    """The entries of a file, by key. One that cannot be used counts as empty, and is replaced in time."""
+    """Returns the entries of a file, by key. An unusable file counts as empty and is overwritten later."""
     try:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST + 1)
@@ -182,7 +182,7 @@ def _read(file: Path) -> dict[tuple[str, str, str], StoredSpeed]:
 
 @contextmanager
 def _alone_in(directory: Path) -> Generator[None]:
-    """Waits until no other server is in this context, some seconds at most. Raises OSError."""
+    """Locks a directory against other servers, or continues without the lock after a few seconds. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         deadline = time.monotonic() + _LOCK_SECONDS
@@ -204,7 +204,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Raises OSError, with the file as it was."""
+    """Replaces a file's content at once. Raises OSError and leaves the file unchanged then."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -215,7 +215,7 @@ def _replace(file: Path, text: str) -> None:
 
 
 def _fresh(point: Point, now: float) -> bool:
-    """Nor may it come from the future, where it would never grow old."""
+    """Whether a point is recent. A point from the future is not: it would never grow old."""
     return abs(now - point.at) <= FRESH_SECONDS
 
 

@@ -178,7 +178,7 @@ class RunnerStateMachine:
         self.failure: Failed | None = None  # the runner's own report of why it failed
         self.requests: dict[str, Recipient] = {}  # those without a terminal event, by id
         self.cpu: CpuUse | None = None  # from the last heartbeat
-        self.produced_output = asyncio.Event()  # the first token, vector or score: it loads, and it works
+        self.produced_output = asyncio.Event()  # set by the first token, vector or score, which proves that it works
         self._step_seconds = step_seconds
         self._steps = (-1, 0.0)  # the last count of steps, and when it last changed
         self._changed = asyncio.Event()
@@ -286,7 +286,7 @@ def for_request(failure: Failed, request: str | None) -> Failed:
 
 @final
 class _Loading(AsyncIterator[Status]):
-    """Not an asynchronous generator: cancelling a wait would end that."""
+    """An iterator and not an asynchronous generator, because cancelling a wait would end a generator."""
 
     def __init__(self, machine: RunnerStateMachine) -> None:
         self._machine = machine

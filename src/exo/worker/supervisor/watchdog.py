@@ -1,4 +1,4 @@
-"""When a runner counts as dead: after a silence, or after a load without progress."""
+"""Decides when a runner counts as hung: after a time without messages, or during a load without progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import anyio
 from exo.worker.protocol.messages import Capabilities, Estimated, Event, Heartbeat, Status
 
 _CHECKS = 5
-"""Checks per deadline. A server that was itself stopped for a while, as by Ctrl-Z, misses one of them and does not
-mistake its own absence for the runner's."""
+"""Checks per deadline. A server that was itself stopped for a while, as by Ctrl-Z, misses only one of them, so it does
+not take its own pause for the runner's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class LoadProgress:
     """Watches one estimate or load. Times are the caller's, in seconds.
 
     A heartbeat alone proves nothing here: another thread sends it while the load hangs. Progress is a new status, bytes
-    read, or CPU time. CPU time alone is accepted for much less than forever, because a busy-wait consumes it too.
+    read, or CPU time. CPU time alone counts only for a limited time, because a busy-wait consumes it too.
     """
 
     def __init__(self, deadlines: Deadlines, now: float, phase: str = "") -> None:
