@@ -95,7 +95,7 @@ async def test_an_absent_or_broken_environment_is_told_with_the_command_that_mak
     absent = await probed(tmp_path / "nothing" / "python", *VLLM.command[1:], "--probe")
     broken = await probed(script(tmp_path / "broken", "echo no such library >&2", "exit 3"), "--probe")
     empty = await probed(sys.executable, *VLLM.command[1:], "--probe")
-    for probe, why in ((absent, "did not start"), (broken, "no such library"), (empty, "there is no vLLM")):
+    for probe, why in ((absent, "did not start"), (broken, "no such library"), (empty, "vLLM is not installed")):
         assert not probe.installed
         assert why in probe.notes[0]
         assert probe.remedy == "make setup-vllm"
@@ -258,12 +258,12 @@ def test_what_a_build_cannot_do_is_refused_with_the_reason(twin: Path) -> None:
         assert refused.value.code == "model_misconfigured"
         return str(refused.value).removeprefix("model card, [vllm] ")
 
-    pipelines = "vLLM's build for CPUs computes no pipelines; tensor_parallel_size divides a model there"
+    pipelines = "vLLM's CPU build cannot compute pipelines; use tensor_parallel_size to divide a model there"
     assert refusal(True, pipeline_parallel_size=2) == f"pipeline_parallel_size = 2: {pipelines}"
     assert refusal(False, tensor_parallel_size=2, pipeline_parallel_size=3) == (
-        "tensor_parallel_size 2 times pipeline_parallel_size 3 takes 6 GPUs, and there are 1 here"
+        "tensor_parallel_size 2 times pipeline_parallel_size 3 takes 6 GPUs, but there are 1 here"
     )
-    methods = "vLLM's build for CPUs computes awq, auto_awq, gptq, auto_gptq, compressed-tensors"
+    methods = "vLLM's CPU build supports only awq, auto_awq, gptq, auto_gptq, compressed-tensors"
     assert refusal(True, quantization="fp8") == f"quantization = 'fp8': {methods}"
     folders: dict[str, JsonValue] = {"quantization_config": {"quant_method": "mxfp4"}}
     assert refusal(True, folders) == f"the folder's quantisation = 'mxfp4': {methods}"
@@ -273,14 +273,14 @@ def test_what_a_build_cannot_do_is_refused_with_the_reason(twin: Path) -> None:
         program.send(Estimate(load=load_command(twin, pipeline_parallel_size=2)))
         assert program.drain() != 0
         assert program.failure is not None
-        assert "computes no pipelines" in program.failure.message
+        assert "cannot compute pipelines" in program.failure.message
 
 
 @pytest.mark.parametrize(
     ("table", "named"),
     [
         ({"max_model_len": 10}, "max_model_len"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: vLLM's build for CPUs computes no pipelines"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: vLLM's CPU build cannot compute pipelines"),
         ({"quantization": "fp8"}, "quantization = 'fp8'"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"dtype": "float8"}, "dtype"),

@@ -73,7 +73,7 @@ async def test_a_request_that_is_given_up_is_told_why_and_when_to_try_again(aske
     budget = ReplayBudget()
     for _ in range(FRUITLESS_REPLAYS):
         asked.failover.check_replay(asked.runner, MINE, budget)
-    with pytest.raises(RunnerError, match=r"again and again .* it was killed") as caught:
+    with pytest.raises(RunnerError, match=r"restarted repeatedly .* it was killed") as caught:
         asked.failover.check_replay(asked.runner, MINE, budget)
     assert (caught.value.failed.id, caught.value.failed.code) == ("mine", "runner_died")
     assert caught.value.retry_seconds is not None

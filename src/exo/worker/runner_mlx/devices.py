@@ -1,4 +1,4 @@
-"""What this MLX build can use on this host, found out by computing something there."""
+"""Finds the devices that this MLX build can use on this host, by computing something on each."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ Backend = Literal["MlxMetal", "MlxCuda", "MlxCpu"]
 
 
 def backends() -> tuple[Backend, ...]:
-    """Those that can compute here, GPU first."""
+    """Returns the backends that can compute here, GPU first."""
     found: list[Backend] = []
     if mx.metal.is_available() and _computes(mx.gpu):
         found.append("MlxMetal")
@@ -23,18 +23,18 @@ def backends() -> tuple[Backend, ...]:
 
 
 def use_backend(name: str) -> Backend:
-    """Makes a card's backend the one that this thread computes with. Raises LoadError where it cannot."""
+    """Makes a backend the one that this thread computes with. Raises LoadError if it cannot compute here."""
     found = backends()
     if name not in found:
         usable = ", ".join(found) or "none"
-        raise LoadError("model_load_failed", f"the backend {name!r} was asked for; MLX can compute here with: {usable}")
+        raise LoadError("model_load_failed", f"the backend {name!r} was requested, but MLX can use only: {usable}")
     backend = found[found.index(name)]
     mx.set_default_device(_kind(backend))
     return backend
 
 
 def device(backend: Backend, index: int = 0) -> Device:
-    """Memory is what MLX tells: nothing on a CPU."""
+    """Describes a device. MLX reports no memory for a CPU."""
     info = mx.device_info(mx.Device(_kind(backend), index))
     total = next((info[key] for key in ("memory_size", "total_memory") if key in info), 0)
     return Device(name=str(info.get("device_name", backend)), backend=backend, memory_total=int(total))

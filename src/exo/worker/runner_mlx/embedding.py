@@ -1,6 +1,6 @@
-"""Texts to vectors: the network without its head, one text after another, in a KV cache that goes with the text.
+"""Computes vectors of texts with the network without its head, one text at a time, each in a KV cache of its own.
 
-A text is computed in chunks, as prompts are, so that streams go on in between; what the chunks pool to is added up.
+A text is computed in chunks like a prompt, so that streams continue in between. The chunks' pooled values are added up.
 """
 
 from collections import deque
@@ -17,38 +17,38 @@ from exo.worker.runner_mlx.model import MlxModel, wait_for
 
 
 @dataclass(slots=True)
-class _Text:
-    """The text in work, as far as it is ``done``."""
+class _CurrentText:
+    """The text being computed, of which ``done`` tokens are computed."""
 
     job: TextJob
     cache: KVCache
     pooled: mx.array
-    """What its tokens have pooled to so far, shape (hidden size,), float32."""
+    """The pooled value so far, shape (hidden size,), float32."""
     done: int = 0
 
 
 @dataclass(slots=True)
 class MlxEmbedder:
-    """The texts that wait and the one in work. Belongs to the engine's thread, but for reading the counts."""
+    """The waiting texts and the current one. Other threads than the engine's may read the counts."""
 
     model: MlxModel
     pooling: Pooling
     longest: int
-    """Tokens that a text may have."""
+    """The most tokens of a text."""
     chunk: int
     waiting: deque[TextJob] = field(default_factory=deque[TextJob])
-    _text: _Text | None = None
+    _text: _CurrentText | None = None
 
     def __bool__(self) -> bool:
         return bool(self.waiting) or self._text is not None
 
     @property
     def n_active(self) -> int:
-        """Texts in work."""
+        """The number of texts being computed."""
         return int(self._text is not None)
 
     def remove(self, request: str) -> bool:
-        """Drops a request; false if it is not here, or answered."""
+        """Drops a request. Returns false if it is unknown or answered."""
         if self._text is not None and self._text.job.id == request:
             self._text = None
             return True
@@ -58,16 +58,16 @@ class MlxEmbedder:
         return job is not None
 
     def step(self) -> list[Embedded | Failed]:
-        """Computes one chunk of a text; its answer if it ends with it. Waits for the device."""
+        """Computes one chunk of a text, and returns its answer with the last chunk. Waits for the device."""
         text = self._text
         if text is None:
             job = self.waiting.popleft()
             cache = KVCache(self.model.windows, 1, len(job.tokens))
-            self._text = text = _Text(job, cache, mx.zeros(1))
+            self._text = text = _CurrentText(job, cache, mx.zeros(1))
         start, stop = text.done, min(text.done + self.chunk, len(text.job.tokens))
         states = self.model.states(mx.array([text.job.tokens[start:stop]]), text.cache, start)[0].astype(mx.float32)
         match self.pooling:
-            case "mean":  # the sum will do, as the vector's length is made 1 anyway
+            case "mean":  # the sum suffices, because the vector is normalised
                 text.pooled = text.pooled + states.sum(axis=0)
             case "cls":
                 text.pooled = states[0] if start == 0 else text.pooled

@@ -10,7 +10,7 @@ from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_common.sequence import Phase, append, not_finite
-from exo.worker.runner_mlx.inflight_step import Queued, inputs
+from exo.worker.runner_mlx.inflight_step import InflightStep, inputs
 from exo.worker.runner_mlx.loader import MlxLoaded
 from exo.worker.runner_mlx.logprobs import ROWS_AT_ONCE, score
 from exo.worker.runner_mlx.model import queue
@@ -53,7 +53,7 @@ class MlxEngine:
 
     def run(self) -> None:
         """Computes steps until the commands say ``Shutdown``. Raises RuntimeError from MLX."""
-        queued: Queued | None = None
+        queued: InflightStep | None = None
         while self.commands.handle(wait=queued is None and not self._scheduler and not self._embedder):
             step = self._scheduler.plan()
             following = self._queue(step, queued) if step else None
@@ -81,8 +81,8 @@ class MlxEngine:
 
     # --- queueing a step ---
 
-    def _queue(self, step: MlxStep, before: Queued | None) -> Queued:
-        queued = Queued(step)
+    def _queue(self, step: MlxStep, before: InflightStep | None) -> InflightStep:
+        queued = InflightStep(step)
         for stale in step.stale:
             self._model.clear(self._cache, stale.slot, stale.start, stale.stop)
         for chunk in step.chunks:
@@ -99,7 +99,7 @@ class MlxEngine:
             self._choose(queued, logits)
         return queued
 
-    def _prefill(self, chunk: PromptChunk, queued: Queued) -> None:
+    def _prefill(self, chunk: PromptChunk, queued: InflightStep) -> None:
         """Fills the cache. Logits are computed only if log-probabilities of the prompt are wanted."""
         sequence = chunk.sequence
         tokens = mx.array([sequence.tokens[chunk.start : chunk.stop]])
@@ -109,7 +109,7 @@ class MlxEngine:
         if sequence.prompt_logprobs is not None:
             self._score_prompt(chunk, logits[0], sequence.prompt_logprobs, queued)
 
-    def _score_prompt(self, chunk: PromptChunk, logits: mx.array, k: int, queued: Queued) -> None:
+    def _score_prompt(self, chunk: PromptChunk, logits: mx.array, k: int, queued: InflightStep) -> None:
         """Queues the log-probabilities of the tokens after the chunk's; logits have the shape (width, vocabulary)."""
         sequence = chunk.sequence
         stop = min(chunk.stop, sequence.n_prompt - 1)
@@ -124,7 +124,7 @@ class MlxEngine:
     def _marker(self, chunk: PromptChunk) -> mx.array:
         return self._cache.marker(chunk.sequence.slot, chunk.stop - 1)
 
-    def _decode(self, rows: list[DecodeRow], before: Queued | None) -> mx.array:
+    def _decode(self, rows: list[DecodeRow], before: InflightStep | None) -> mx.array:
         """Returns the logits of each row, shape (rows, vocabulary)."""
         sequences = [row.sequence for row in rows]
         if before is not None and sequences == [row.sequence for row in before.step.rows]:
@@ -136,7 +136,7 @@ class MlxEngine:
         slots = [sequence.slot for sequence in sequences]
         return self._model.forward(tokens[:, None], self._cache, slots, positions)[:, 0]
 
-    def _choose(self, queued: Queued, logits: mx.array) -> None:
+    def _choose(self, queued: InflightStep, logits: mx.array) -> None:
         """Queues the sampling of a step's rows, and the log-probabilities of those that want them."""
         rows = queued.step.rows
         allowed = self._allowed(queued) if queued.held is not None else None
@@ -149,7 +149,7 @@ class MlxEngine:
             queued.scores = sequences, score(logits[mx.array(asked)], queued.done[mx.array(asked)], k)
         queue(queued.done, *(queued.scores[1] if queued.scores else ()))
 
-    def _allowed(self, queued: Queued) -> mx.array:
+    def _allowed(self, queued: InflightStep) -> mx.array:
         """Returns the tokens that the rows' grammars allow, shape (rows, vocabulary)."""
         rows = queued.step.rows
         allowed = np.ones((len(rows), self._tokenizer.n_vocab), np.uint8)
@@ -168,7 +168,7 @@ class MlxEngine:
 
     # --- finishing a step ---
 
-    def _finish(self, queued: Queued) -> None:
+    def _finish(self, queued: InflightStep) -> None:
         """Waits for a step and hands its results to the emitter."""
         step = queued.step
         queued.wait()
@@ -188,7 +188,7 @@ class MlxEngine:
         self._emitter.put(done)
         self._count_step()
 
-    def _take_prompts(self, queued: Queued) -> list[PromptScored]:
+    def _take_prompts(self, queued: InflightStep) -> list[PromptScored]:
         """Returns the step's scores of prompts. A prompt of one token has none and is reported with its row."""
         found = [(sequence, arrays.read()) for sequence, arrays in queued.prompts]
         found += [

@@ -1,7 +1,7 @@
-"""How much memory a model takes in this runner, from its folder's headers and the card's settings. Loads nothing.
+"""Estimates the memory of a model in this runner from its folder's headers and the model card. Loads no weights.
 
-Weights and KV cache are counted exactly; the cache is whole from the first pass on. The rest is fitted to what runner
-processes were measured to have (x86-64, mlx 0.32.4, Python 3.11; ``tests/engines/test_estimate.py`` measures again).
+Weights and KV cache are counted exactly. The first pass allocates the whole cache. The rest is fitted to measurements
+of runner processes (x86-64, mlx 0.32.4, Python 3.11), which ``tests/engines/test_estimate.py`` repeats.
 """
 
 import math
@@ -21,19 +21,19 @@ from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding
 
 _PROCESS = 102_000_000
-"""Interpreter and libraries."""
+"""Bytes of RAM for the interpreter and libraries."""
 _WORKSPACE = 36_000_000
-"""What MLX keeps of its largest pass over a prompt, once there has been one."""
+"""Bytes that MLX keeps after its largest pass over a prompt."""
 _TOKENIZER = 17.5
-"""Bytes in memory for each of the tokenizer's file."""
+"""Bytes of RAM for each byte of the tokenizer's file."""
 _DEVICE_CONTEXT = 512 << 20
-"""What CUDA takes for itself on a device."""
+"""Bytes that CUDA takes for itself on a device."""
 _OF_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def estimate(command: Estimate) -> Estimated:
-    """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
+    """Raises LoadError as loading would, for a missing or broken folder or wrong settings."""
     checked = check(command.load)
     model = _MlxSizes.of(checked)
     left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=checked.trained)
@@ -77,7 +77,7 @@ class _MlxSizes:
         )
 
     def size(self, plan: Plan) -> list[Part]:
-        """What everything takes, in all processes."""
+        """Returns the memory of each part for a plan, in all processes together."""
         longest = self.checked.options.embedding_ctx or min(plan.n_ctx, LONGEST)
         tokens = [self.width * each for each in self.cached]
         ranks = len(tokens)
@@ -94,7 +94,7 @@ class _MlxSizes:
         ]
 
     def _part(self, name: str, by_rank: Sequence[int], *, later: bool = False) -> Part:
-        """Each CUDA device has a rank. Metal's memory is the processors' as well."""
+        """Returns a part's memory. Each CUDA device has one rank; Metal's memory is RAM as well."""
         if self.checked.backend == "MlxCuda":
             others = {f"CUDA{rank}": size for rank, size in enumerate(by_rank) if rank > 0}
             return Part(name, 0, by_rank[0], later, others)
@@ -110,9 +110,11 @@ def _number(sizes: Json, key: str, default: int) -> int:
 def _weights(
     stored: Mapping[str, SafetensorsTensor], dtype: str | None, layers: int, sharding: Sharding | None
 ) -> tuple[int, ...]:
-    """Bytes by rank. What is in no layer is on every rank, and so are a layer's vectors where its matrices are shared.
+    """Returns bytes of weights by rank.
 
-    In the middle of a pipeline no rank needs more than its layers, and the first stage only the embedding.
+    In a tensor-parallel model, every rank has the weights outside the layers and the layers' vectors; matrices of
+    layers are divided. In a pipeline, the first stage, which is the last rank, also has the embedding, and rank 0 has
+    all weights outside the layers.
     """
     if sharding is None:
         return (sum(_bytes(tensor, dtype) for tensor in stored.values()),)
@@ -140,7 +142,7 @@ def _cached(layer: int, layers: int, sharding: Sharding | None) -> tuple[int, ..
 
 
 def _bytes(tensor: SafetensorsTensor, dtype: str | None) -> int:
-    """Numbers with a fraction are converted to what is computed in; the others are quantised weights."""
+    """Returns a tensor's bytes in memory. Floating-point weights are converted to ``dtype``; quantised ones are not."""
     if dtype is None or tensor.dtype not in _FLOATS:
         return tensor.size
     return math.prod(tensor.shape) * _FLOATS[dtype]

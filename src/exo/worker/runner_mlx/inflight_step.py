@@ -1,4 +1,4 @@
-"""A step that the device computes, and what it brings."""
+"""A step that the device is computing, and its results."""
 
 from dataclasses import dataclass, field
 from typing import cast
@@ -14,31 +14,31 @@ from exo.worker.runner_mlx.sequence import MlxSequence
 
 
 @dataclass(slots=True)
-class Queued:
-    """``held`` until a grammar has seen the tokens of the step before; then the rest of it is queued too."""
+class InflightStep:
+    """A queued step. With a grammar, sampling is queued only when the tokens of the step before are known."""
 
     step: MlxStep
     held: mx.array | None = None
-    """Logits that nothing is chosen from yet, shape (rows, vocabulary)."""
+    """Logits whose sampling is not queued yet, shape (rows, vocabulary)."""
     done: mx.array = field(init=False)
-    """The rows' tokens, shape (rows,), or any number if the step has none. Missing while the logits are held."""
+    """The rows' tokens, shape (rows,), or a scalar if the step has no rows. Missing while the logits are held."""
     matched: set[str] = field(default_factory=set[str])
-    """Requests whose grammar leaves nothing but an end, which they ignore: they end without a token."""
+    """Requests whose grammar allows only an end, which they ignore: they end without a token."""
     scores: tuple[list[MlxSequence], ScoreArrays] | None = None
-    """How probable these tokens were, of the sequences that ask for it."""
+    """Scores of the rows' tokens, for the sequences that want them."""
     prompts: list[tuple[MlxSequence, ScoreArrays]] = field(default_factory=list[tuple[MlxSequence, ScoreArrays]])
-    """The same of the tokens that follow those of prompt chunks."""
+    """Scores of the tokens that follow those of prompt chunks."""
 
     def wait(self) -> None:
-        """Until all of it is computed."""
+        """Waits until everything is computed."""
         wait_for(self.done, self.scores and self.scores[1], [arrays for _, arrays in self.prompts])
 
     def tokens(self) -> list[int]:
-        """One for each row."""
+        """Returns one token for each row."""
         return cast(list[int], self.done.tolist()) if self.step.rows else []
 
     def token_scores(self) -> dict[str, Scores]:
-        """Of the rows' tokens, by request."""
+        """Returns the scores of the rows' tokens, by request."""
         if self.scores is None:
             return {}
         sequences, arrays = self.scores
@@ -48,10 +48,10 @@ class Queued:
         }
 
 
-def inputs(rows: list[DecodeRow], before: Queued | None) -> tuple[mx.array, mx.array | None]:
-    """Each row's input token, and those of them that only the device knows yet (elsewhere ``FAILED``).
+def inputs(rows: list[DecodeRow], before: InflightStep | None) -> tuple[mx.array, mx.array | None]:
+    """Returns each row's input token, and the tokens that only the device knows yet (``FAILED`` in other rows).
 
-    A decoding sequence has a row in every step, so a token that is not known yet is one of the step before.
+    A decoding sequence has a row in every step, so an unknown token is a result of the step before.
     """
     known = [row.sequence.tokens[row.position] if row.position < len(row.sequence.tokens) else FAILED for row in rows]
     tokens = mx.array(known)

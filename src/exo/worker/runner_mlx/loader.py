@@ -1,4 +1,4 @@
-"""From a ``Load`` command to a warm model: options, folder, weights, cache, tokenizer and what they can do."""
+"""Loads a model: from a ``Load`` command to warm weights, KV cache and tokenizer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, asked_for, 
 
 DEFAULT_CONTEXT = 4096
 CPU_CHUNK, GPU_CHUNK = 32, 512
-"""Prompt tokens per step. MLX on a CPU gains nothing from larger chunks, and a cancelled one has to end soon."""
+"""Prompt tokens per step. Larger chunks are no faster on a CPU, and a cancelled one must end soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,17 @@ class MlxChecked:
     backend: Backend
     folder: HfFolder
     trained: int
-    """Tokens of context for which the model was trained, as far as mlx-lm computes it."""
+    """The trained context length in tokens, or less if mlx-lm computes only a shorter context correctly."""
     n_ctx: int
     sharding: Sharding | None
 
 
 @dataclass(frozen=True, slots=True)
 class MlxLoaded:
-    """A model ready to generate. ``chunk`` is prompt tokens per step; ``settings`` are what rounding depends on.
+    """A model ready to generate.
 
-    ``ranks`` are the other processes that compute it, if there are any.
+    ``chunk`` is the prompt tokens per step. ``settings`` are those that rounding depends on. ``ranks`` are the other
+    processes of a divided model.
     """
 
     model: MlxModel
@@ -68,18 +69,18 @@ class MlxLoaded:
 
 
 def check(command: Load) -> MlxChecked:
-    """All that can be known before weights are read, and the backend in use from here on. Raises LoadError."""
+    """Checks everything that can be checked before reading weights, and selects the backend. Raises LoadError."""
     options = read_options(command.table)
     backend = use_backend(command.backend)
     folder = read_folder(find_folder(options, command.model_id, command.directories))
     config = folder.config
     if config["model_type"] in ONE_SEQUENCE and options.slots > 1:
-        message = f"mlx-lm computes {config['model_type']} for one sequence at a time only: [mlx] needs slots = 1"
+        message = f"mlx-lm computes {config['model_type']} only for one sequence at a time: [mlx] needs slots = 1"
         raise LoadError("model_load_failed", message)
     network = network_class(config)
     window = check_keys(folder, network, options.ignored_settings)
     if window is not None and (options.n_ctx or 0) > window:
-        reason = "shows every layer all of the context, and so would compute another model"
+        reason = "lets every layer attend to the whole context, which would be another model"
         raise LoadError(
             "model_load_failed",
             f"{folder.path / 'config.json'} has sliding_window = {window}, and mlx-lm {reason}: "
@@ -89,9 +90,7 @@ def check(command: Load) -> MlxChecked:
     n_ctx = options.n_ctx or min(trained, DEFAULT_CONTEXT)
     sharding = asked_for(options, config, backend)
     if sharding is not None and sharding.kind == "tensor" and not hasattr(network, "shard"):
-        reason = (
-            f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size needs no such thing"
-        )
+        reason = f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size keeps layers whole"
         raise refusal(sharding.kind, sharding.size, reason)
     return MlxChecked(options, backend, folder, trained, n_ctx, sharding)
 
@@ -99,7 +98,7 @@ def check(command: Load) -> MlxChecked:
 def open_model(
     checked: MlxChecked, on_layer: Callable[[int, int], None], part: RankPart | None
 ) -> tuple[MlxModel, KVCache]:
-    """The network, or this rank's part of it, and the slots' cache. Raises LoadError."""
+    """Loads the network, or this rank's part of it, and creates the slots' KV cache. Raises LoadError."""
     keep_weights_in_memory()
     dtype = computed_in(checked.options, checked.folder.config, checked.backend)
     model = MlxModel(checked.folder, dtype, on_layer, part)
@@ -107,7 +106,7 @@ def open_model(
 
 
 def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
-    """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
+    """Loads and warms up a model, and reports progress. Call it in the thread that computes. Raises LoadError."""
     checked = check(command)
     options, backend, folder = checked.options, checked.backend, checked.folder.path
     report(Status(state="Loading"))
@@ -158,7 +157,7 @@ def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
 
 
 def _devices(backend: Backend, sharding: Sharding | None) -> tuple[str, ...]:
-    """One for each rank."""
+    """Returns a device's description for each rank."""
 
     def name(index: int) -> str:
         return "CPU" if backend == "MlxCpu" else device(backend, index).name
@@ -170,7 +169,11 @@ def _devices(backend: Backend, sharding: Sharding | None) -> tuple[str, ...]:
 
 
 def computed_in(options: MlxOptions, config: Json, backend: Backend) -> str | None:
-    """MLX's x86 ``quantized_matmul`` sums in the activations' type: in bfloat16 it is 4.6 % off on average."""
+    """Returns the type that the model is converted to; None keeps the stored one.
+
+    Quantised weights on a CPU need float32: MLX's x86 ``quantized_matmul`` sums in the type of the activations, and in
+    bfloat16 it is 4.6 % off on average.
+    """
     quantised = "quantization" in config or "quantization_config" in config
     return options.dtype or ("float32" if quantised and backend == "MlxCpu" else None)
 
@@ -183,7 +186,7 @@ def _quantisation(config: Json) -> str:
 
 
 def trained_context(config: Json) -> int:
-    """Models with a vision part nest the language model's numbers."""
+    """Returns the trained context length in tokens. Models with a vision part nest the language model's settings."""
     inner = config.get("text_config")
     for place in (config, inner if isinstance(inner, dict) else {}):
         length = place.get("max_position_embeddings")
@@ -193,9 +196,9 @@ def trained_context(config: Json) -> int:
 
 
 def _warm_up(model: MlxModel, cache: KVCache, folder: Path, n_slots: int, ranks: Ranks | None) -> int:
-    """A prompt's chunk, then steps of one and of two rows, so that kernels are built before the first request.
+    """Computes a prompt chunk and steps of one and of two rows, so that kernels are built before the first request.
 
-    The width of the logits.
+    Returns the size of the vocabulary, which is the width of the logits.
     """
     rows = min(2, n_slots)
     try:

@@ -1,4 +1,4 @@
-"""How probable tokens were by the model alone: computed on the device, for the rows that ask, from the raw logits."""
+"""Computes log-probabilities from the unadjusted logits, on the device, for the rows whose requests want them."""
 
 from typing import NamedTuple, cast
 
@@ -7,24 +7,24 @@ import mlx.core as mx
 from exo.worker.runner_common.output_processor import Scores
 
 SUM_BLOCK = 512
-"""Probabilities are summed in blocks, then these sums: what float32 rounds off grows with the terms of one sum."""
+"""Probabilities are summed in blocks, then the sums, because float32's rounding error grows with the terms of a sum."""
 
 ROWS_AT_ONCE = 32
-"""Rows of a prompt that are looked at together: each takes some 16 bytes for each token of the vocabulary."""
+"""Prompt rows that are scored together. Each takes about 16 bytes for each token of the vocabulary."""
 
 
 class ScoreArrays(NamedTuple):
-    """``Scores`` on the device, of one place a row."""
+    """``Scores`` of several rows, on the device."""
 
     chosen: mx.array
-    """Of the tokens given, shape (rows,), float32."""
+    """Log-probabilities of the given tokens, shape (rows,), float32."""
     ids: mx.array
-    """The k most probable tokens, shape (rows, k), the most probable first, the lowest id first among equals."""
+    """The k most probable tokens, shape (rows, k), in descending order; of equals, the lowest id first."""
     top: mx.array
-    """Their log-probabilities, shape (rows, k), float32."""
+    """Log-probabilities of ``ids``, shape (rows, k), float32."""
 
     def read(self) -> list[Scores]:
-        """The same on the host. Waits."""
+        """Copies the scores to the host. Waits for the device."""
         chosen = cast(list[float], self.chosen.tolist())
         ids = cast(list[list[int]], self.ids.tolist())
         top = cast(list[list[float]], self.top.tolist())
@@ -35,9 +35,9 @@ class ScoreArrays(NamedTuple):
 
 
 def score(logits: mx.array, tokens: mx.array, k: int) -> ScoreArrays:
-    """Of ``tokens``, shape (rows,), and of the ``k`` most probable, by logits of shape (rows, vocabulary).
+    """Scores ``tokens``, shape (rows,), and the ``k`` most probable ones by logits of shape (rows, vocabulary).
 
-    All of a row are NaN where its largest logit is NaN or infinite.
+    A row whose largest logit is NaN or infinite gets NaN scores.
     """
     logits = logits.astype(mx.float32)
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -48,16 +48,17 @@ def score(logits: mx.array, tokens: mx.array, k: int) -> ScoreArrays:
 
 
 def _sum(weights: mx.array) -> mx.array:
-    """Along each row; shape (rows, 1)."""
+    """Sums along each row. Returns shape (rows, 1)."""
     blocks = mx.unflatten(mx.pad(weights, [(0, 0), (0, -weights.shape[1] % SUM_BLOCK)]), -1, (-1, SUM_BLOCK))
     return blocks.sum(axis=-1).sum(axis=-1, keepdims=True)
 
 
 def _largest(logits: mx.array, k: int) -> mx.array:
-    """Ids of the ``k`` largest of each row, in descending order, the lowest id first among equals; shape (rows, k).
+    """Returns the ids of each row's ``k`` largest logits, shape (rows, k), in descending order.
 
-    Of 64-bit keys, as no two are equal: the bits of a float32, turned around where it is negative, are ordered as the
-    numbers are; below them comes the id, turned around. 0 is added since -0 has other bits than 0.
+    Of equals, the lowest id comes first. The order is that of unique 64-bit keys. Their upper half are the bits of the
+    float32, inverted if it is negative, which sort like the numbers. Their lower half is the inverted id. Adding 0
+    turns -0 into 0, whose bits differ.
     """
     n_vocab = logits.shape[1]
     if k == 0:

@@ -1,9 +1,9 @@
-"""mlx-lm's edge: the only file that touches its models, their caches and its tokenizers. Written for mlx-lm 0.32.2.
+"""The edge to mlx-lm: only this file uses its models, their caches and its tokenizers. Written for mlx-lm 0.32.2.
 
-Batching is our own. mlx-lm's ``BatchGenerator`` computes a chunk of every prompt in prefill per step, so that long
-prompts stall decoding; draws from one global random state, so that a seed means nothing in a batch; and cannot trim the
-caches of sliding-window models, so that these lose their prefixes. What remains of mlx-lm here are models, called with
-caches of our own (``kv_cache``), and tokenizers.
+mlx-lm's ``BatchGenerator`` is not used, for three reasons. It computes a chunk of every prompt per step, so that long
+prompts stall decoding. It draws from one global random state, so that a seed has no meaning in a batch. It cannot trim
+the caches of sliding-window models, so that these cannot reuse prefixes. Its models are called with the caches of
+``kv_cache``.
 """
 
 import os
@@ -27,7 +27,7 @@ from exo.worker.runner_mlx.ranks.sharding import RankPart
 
 @contextmanager
 def _limits_kept() -> Generator[None]:
-    """Importing mlx_lm.utils lowers RLIMIT_NOFILE, the hard limit too, which only root could raise again."""
+    """Keeps RLIMIT_NOFILE. Importing mlx_lm.utils lowers it, with the hard limit, which only root could raise again."""
     set_limit = resource.setrlimit
 
     def ignore(resource: int, limits: tuple[int, int], /) -> None: ...
@@ -39,41 +39,41 @@ def _limits_kept() -> Generator[None]:
         resource.setrlimit = set_limit
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # what is not in the folder is missing, and not to be fetched from anywhere
+os.environ["HF_HUB_OFFLINE"] = "1"  # a file that is not in the folder is an error and must not be downloaded
 with _limits_kept():
     mlx_lm = import_module("mlx_lm.utils")
 
-# Both packages are typed in parts only, so a plain import would not check. What is used gets its type here.
+# Both packages are only partly typed, so plain imports would not type-check.
 caches = import_module("mlx_lm.models.cache")
 _flatten: Callable[[object], list[tuple[str, mx.array]]] = import_module("mlx.utils").tree_flatten
 wait_for: Callable[..., None] = import_module("mlx.core").eval
-"""Computes arrays, given singly or in lists."""
+"""Computes arrays, given singly or in lists, and waits."""
 queue: Callable[..., None] = import_module("mlx.core").async_eval
-"""The same without waiting."""
+"""Starts to compute arrays, without waiting."""
 
 BROKEN_MODEL = (Exception, SystemExit)
-"""What mlx-lm, transformers and tokenizers raise for a folder that does not fit together: anything. They have no error
-of their own, and one of mlx-lm's modules ends the process where a package is missing."""
+"""The errors that a broken folder may cause. mlx-lm, transformers and tokenizers have no class for them, and one of
+mlx-lm's modules ends the process if a package is missing."""
 
 ONE_SEQUENCE = frozenset({"gemma2"})
-"""Model types whose attention, mlx-lm's own for them, misreads the mask of several sequences."""
+"""Model types for which mlx-lm's attention misreads the mask of several sequences."""
 
 
-class _LayerKind(Protocol):
-    """One of mlx-lm's own caches, which tells what its layer looks at. Both only of a ``RotatingKVCache``."""
+class _CacheKind(Protocol):
+    """One of mlx-lm's own caches, by which a layer shows its window. Both are attributes of a ``RotatingKVCache``."""
 
     keep: int
     max_size: int
 
 
-class _Layer(Protocol):
+class _NetworkLayer(Protocol):
     def parameters(self) -> Mapping[str, object]: ...
 
 
 class _Network(Protocol):
-    """What this file relies on of mlx-lm's models."""
+    """The part of mlx-lm's models that this file uses."""
 
-    layers: Sequence[_Layer]
+    layers: Sequence[_NetworkLayer]
 
     def __call__(self, inputs: mx.array, cache: Sequence[LayerCache]) -> mx.array: ...
     def parameters(self) -> Mapping[str, object]: ...
@@ -81,21 +81,22 @@ class _Network(Protocol):
 
 
 class MlxTokenizer(HfTokenizer, Protocol):
-    """mlx-lm's wrapper, which knows what else ends generation."""
+    """mlx-lm's wrapper, which has all ids that end generation."""
 
     eos_token_ids: set[int]
 
 
 class MlxModel:
-    """A loaded network. ``windows`` are its layers' sliding windows in tokens, None where a layer sees everything.
+    """A loaded network, or this rank's ``part`` of one that is divided between processes.
 
-    Of one that is divided between ranks this is a ``part``; what rank 0 computes here, the others compute with it.
+    Invariant: every call on rank 0 is first sent to the other ranks, which make the same call on their parts.
+    ``windows`` are the layers' sliding windows in tokens, None for full attention.
     """
 
     def __init__(
         self, folder: HfFolder, dtype: str | None, on_layer: Callable[[int, int], None], part: RankPart | None = None
     ) -> None:
-        """Raises LoadError. ``on_layer`` gets layers loaded and layers in all."""
+        """Loads the weights. ``on_layer`` gets the layers loaded and the layers in all. Raises LoadError."""
         self._part = part
         try:
             with presented(folder, folder.config) as view:
@@ -121,10 +122,10 @@ class MlxModel:
     def forward(
         self, tokens: mx.array, cache: KVCache, slots: list[int], starts: list[int], *, whole: bool = True
     ) -> mx.array:
-        """Queues one pass over tokens of shape (rows, width); logits, shape (rows, width, vocabulary).
+        """Queues one pass over tokens, shape (rows, width). Returns the logits, shape (rows, width, vocabulary).
 
-        The tokens are the next ones of ``slots``, in ascending order, from ``starts`` on. Without ``whole`` the pass
-        is for the cache's sake, and the logits are not to be looked at.
+        The tokens are the next ones of ``slots``, in ascending order, from positions ``starts`` on. Without ``whole``,
+        the pass only fills the cache, and the logits must not be used.
         """
         width = tokens.shape[1]
         layers = cache.enter(slots, starts, width)
@@ -136,9 +137,9 @@ class MlxModel:
         return logits
 
     def states(self, tokens: mx.array, cache: KVCache, start: int) -> mx.array:
-        """Queues one pass without the head over the next tokens, shape (1, width), of a text that has ``cache``.
+        """Queues one pass without the head over the next tokens, shape (1, width), of a text with its own ``cache``.
 
-        Normed states, shape (1, width, hidden size).
+        Returns the normalised hidden states, shape (1, width, hidden size).
         """
         assert self._body is not None
         width = tokens.shape[1]
@@ -159,14 +160,14 @@ class MlxModel:
             return False
 
     def clear(self, cache: KVCache, slot: int, start: int, stop: int) -> None:
-        """``cache.clear``, on all ranks."""
+        """Calls ``cache.clear`` on all ranks."""
         if self._part is not None:
             self._part.tell(Clear(slot=slot, start=start, stop=stop))
         cache.clear(slot, start, stop)
 
 
 def network_class(config: Json) -> type:
-    """The class that mlx-lm has for a kind of model. Raises LoadError for a kind that it does not have."""
+    """Returns mlx-lm's class for a model type. Raises LoadError if it has none."""
     try:
         return mlx_lm._get_classes(config)[0]
     except BROKEN_MODEL as error:
@@ -174,7 +175,7 @@ def network_class(config: Json) -> type:
 
 
 def open_tokenizer(folder: HfFolder, eos_token_ids: list[int]) -> MlxTokenizer:
-    """Raises LoadError. ``eos_token_ids`` are added to those that the tokenizer's own files name."""
+    """Opens the tokenizer. ``eos_token_ids`` are added to the ids in its own files. Raises LoadError."""
     try:
         with presented(folder, folder.written) as view:
             return mlx_lm.load_tokenizer(view, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
@@ -185,12 +186,12 @@ def open_tokenizer(folder: HfFolder, eos_token_ids: list[int]) -> MlxTokenizer:
 
 
 def keep_weights_in_memory() -> None:
-    """On Metal: asks the system not to page out what a model of the recommended size needs. Elsewhere: nothing."""
+    """Asks the system not to page out a model of the recommended size on Metal. Does nothing elsewhere."""
     mlx_lm.maybe_set_recommended_wired_limit()
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """MLX has no error of its own for it."""
+    """Whether the error means a lack of memory, for which MLX has no class."""
     low = str(error).lower()
     return isinstance(error, MemoryError) or any(
         sign in low for sign in ("unable to allocate", "out of memory", "insufficient memory", "maximum allowed buffer")
@@ -198,25 +199,28 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def load_error(what: str, error: BaseException) -> LoadError:
-    """With the library's own words."""
+    """Makes a LoadError that quotes the library's error."""
     return from_library(what, error, out_of_memory=ran_out_of_memory(error))
 
 
 def _shared(tokens: mx.array, part: RankPart) -> mx.array:
-    """Queued by itself, and so on all ranks before all else of a pass: what a rank receives does not depend on it."""
+    """Returns rank 0's tokens on every rank, queued before the rest of the pass.
+
+    It must be queued by itself, because the values that a rank receives from another do not depend on it.
+    """
     shared = part.share(tokens)
     queue(shared)
     return shared
 
 
 def _body(network: object) -> Body | None:
-    """The network without its head, where it has the name that nearly all of mlx-lm's models give it."""
+    """Returns the network without its head, if it has the name that nearly all of mlx-lm's models use."""
     body = getattr(getattr(network, "language_model", network), "model", None)
     return cast(Body, body) if callable(body) else None
 
 
-def _window(kind: _LayerKind) -> int | None:
-    """Raises ValueError for a layer that keeps something other than the keys and values of past tokens."""
+def _window(kind: _CacheKind) -> int | None:
+    """Returns a layer's window in tokens. Raises ValueError for a layer whose cache is not keys and values."""
     if type(kind) is caches.KVCache:
         return None
     if type(kind) is caches.RotatingKVCache and kind.keep == 0:

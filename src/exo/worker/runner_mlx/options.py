@@ -1,4 +1,4 @@
-"""The card's ``[mlx]`` table, validated by the runner that it is for."""
+"""Validates the model card's ``[mlx]`` table."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -15,30 +15,31 @@ class MlxOptions(FolderOptions):
     """Keys of ``[mlx]``, besides those of ``FolderOptions``. Counts are tokens unless said otherwise."""
 
     n_ctx: int | None = Field(default=None, ge=256, le=1 << 24)
-    """Context of each slot; by default what the model was trained with, at most 4,096. "auto": as much of what it was
-    trained with as there is memory for."""
+    """The context length of each slot. The default is the trained length, at most 4,096; "auto" is as much of the
+    trained length as fits the memory."""
     slots: int = Field(default=4, ge=1, le=256)
     """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``."""
     prefill_chunk: int | None = Field(default=None, ge=32, le=1 << 16)
-    """Prompt tokens per step, over all prompts; by default 512 on a GPU and 32 on a CPU."""
+    """The most prompt tokens per step, of all prompts together. The default is 512 on a GPU and 32 on a CPU."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What the model computes in; by default what its file holds, except for quantised weights on a CPU: float32."""
+    """The type of computed elements. The default is the stored type, or float32 for quantised weights on a CPU."""
     pooling: Pooling | None = None
-    """How tokens' vectors become one of the text; by default as the folder's 1_Pooling/config.json says, else mean."""
+    """How the vectors of tokens become one vector of the text. The default is the setting in the folder's
+    1_Pooling/config.json, or else "mean"."""
     embedding_ctx: int | None = Field(default=None, ge=32, le=1 << 20)
-    """The longest text to embed; by default what a slot holds, at most 2,048."""
+    """The longest text to embed. The default is the context of a slot, at most 2,048."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=16)
-    """Processes that divide every layer between them, by its heads; on CUDA, each on a GPU of its own."""
+    """The number of processes that divide every layer by its heads. On CUDA, each has a GPU of its own."""
     pipeline_parallel_size: int = Field(default=1, ge=1, le=16)
-    """Processes that each have some of the layers; on CUDA, each on a GPU of its own. One of the two sizes is 1."""
-
+    """The number of processes that have some of the layers each. On CUDA, each has a GPU of its own. One of the two
+    sizes must be 1."""
     ignored_settings: tuple[str, ...] = Field(default=(), strict=False)
-    """Keys of the folder's config.json that mlx-lm does not read, and that do not matter for this model."""
+    """Keys of the folder's config.json that mlx-lm does not read and that do not matter for this model."""
 
     @field_validator("n_ctx", mode="before")
     @classmethod
     def _auto_is_usual(cls, value: JsonValue) -> JsonValue:
-        """Whoever has an account of memory puts a number there; for others the default will do."""
+        """Replaces "auto" by the default. A server that counts memory has put a number there."""
         return None if value == "auto" else value
 
     @model_validator(mode="after")
@@ -49,7 +50,7 @@ class MlxOptions(FolderOptions):
 
 
 def read_options(table: Mapping[str, JsonValue]) -> MlxOptions:
-    """The card's table, validated. Raises LoadError naming the key."""
+    """Validates the card's table. Raises LoadError with the key at fault."""
     try:
         return MlxOptions.model_validate(table)
     except ValidationError as error:

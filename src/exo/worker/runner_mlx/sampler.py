@@ -1,7 +1,7 @@
-"""Chooses the tokens of a step on the device, by the semantics of ``messages.SamplingParams``.
+"""Chooses the tokens of a step on the device, with the semantics of ``messages.SamplingParams``.
 
-Rows that need the same kinds of computation share one, whatever their parameters: these are columns of arrays. All of
-it is queued behind the forward pass, so nothing waits for the host.
+Rows that need the same kind of computation are computed together, with their parameters as columns of arrays. All of it
+is queued behind the forward pass, so the device does not wait for the host.
 """
 
 from collections.abc import Iterable
@@ -15,29 +15,29 @@ from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from exo.worker.runner_mlx.sequence import MlxSequence
 
 FAILED = -1
-"""In place of a token, where the row's largest logit is NaN or infinite: the computation went wrong there."""
+"""Replaces the token of a row whose largest logit is NaN or infinite: the computation went wrong there."""
 
 SUM_BLOCK = 64
-"""Probabilities are summed in blocks, and blocks of these: what float32 rounds off grows with the terms of one sum."""
+"""Probabilities are summed in blocks of blocks, because float32's rounding error grows with the terms of one sum."""
 
 SMALLEST = 1e-30
-"""A temperature or a weight that is not 0 in float32."""
+"""A lower bound of temperatures and weights that is not 0 in float32."""
 
 
 class Kind(NamedTuple):
-    """What a row's choice takes. Rows of one kind are computed together."""
+    """The computations that a row needs. Rows of one kind are computed together."""
 
     penalised: bool
     biased: bool
     greedy: bool
     top_k: int
-    """0 for all tokens. Part of the kind, since it is the width of an array."""
+    """0 for all tokens. It is part of the kind because it is the width of an array."""
     min_p: bool
     top_p: bool
 
 
 def kind_of(sequence: MlxSequence, n_vocab: int) -> Kind:
-    """The kind of a sequence; of a greedy one the rest does not matter."""
+    """Returns the kind of a sequence. For a greedy one, the parameters of drawing do not count."""
     params = sequence.sampling
     greedy = params.temperature == 0
     penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -52,7 +52,7 @@ def kind_of(sequence: MlxSequence, n_vocab: int) -> Kind:
 
 
 class MlxSampler:
-    """The choices of given sequences, row by row; made anew whenever other sequences take part in a step."""
+    """Samples for a fixed list of sequences, one per row. A step with other sequences needs a new sampler."""
 
     def __init__(self, sequences: Rows[MlxSequence], n_vocab: int, unread: mx.array | None = None) -> None:
         """``unread``, shape (rows,), are tokens queued but not yet in ``MlxSequence.tokens``; ``FAILED`` for none."""
@@ -66,9 +66,9 @@ class MlxSampler:
         self._places = mx.array(sorted(range(len(order)), key=order.__getitem__))
 
     def choose(self, logits: mx.array, positions: Rows[int], allowed: mx.array | None = None) -> mx.array:
-        """The tokens at ``positions`` from logits of shape (rows, vocabulary); shape (rows,), int32.
+        """Returns the tokens at ``positions``, shape (rows,), int32, from logits of shape (rows, vocabulary).
 
-        ``allowed``, of the logits' shape, is false for the tokens that a grammar leaves out.
+        ``allowed``, of the logits' shape, is false for tokens that a grammar excludes.
         """
         if allowed is not None:
             logits = mx.where(allowed, logits, -mx.inf)
@@ -97,7 +97,7 @@ class Group:
             self._top_p = _column(params.top_p for params in self._params)
 
     def choose(self, logits: mx.array, positions: Rows[int]) -> mx.array:
-        """As ``MlxSampler.choose``, for these rows."""
+        """Does the same as ``MlxSampler.choose`` for these rows."""
         logits = logits.astype(mx.float32)
         if self._kind.penalised:
             logits = self._penalise(logits)
@@ -117,7 +117,7 @@ class Group:
     # --- penalties ---
 
     def _start_history(self, sequences: Rows[MlxSequence], n_vocab: int, unread: mx.array | None) -> None:
-        """Tokens so far, shape (rows, vocabulary): how often in the output, and whether in prompt or output."""
+        """Counts each token in the output, and notes the tokens of prompt and output, shape (rows, vocabulary)."""
         self._counts = _count([sequence.tokens[sequence.n_prompt :] for sequence in sequences], n_vocab)
         self._seen = _count([sequence.tokens for sequence in sequences], n_vocab) > 0
         self._ids = mx.arange(n_vocab)
@@ -137,10 +137,13 @@ class Group:
         self._counts = self._counts + new
         self._seen = self._seen | new
 
-    # --- what may be drawn ---
+    # --- candidates ---
 
     def _keep(self, logits: mx.array, top: mx.array) -> mx.array:
-        """Unnormalised probabilities, shape (rows, vocabulary), zero for what top-k, min-p or top-p leave out."""
+        """Returns weights, shape (rows, vocabulary): probabilities divided by the row's largest one.
+
+        They are zero for tokens that top-k, min-p or top-p exclude.
+        """
         kind = self._kind
 
         def weigh(part: mx.array) -> mx.array:
@@ -179,9 +182,9 @@ def _top_p(logits: mx.array, weights: mx.array, largest: mx.array, heaviest: mx.
 
 
 def _draw(weights: mx.array, noise: mx.array) -> mx.array:
-    """A token for each row: the block of ids first, then the token in it.
+    """Draws a token for each row: first a block of ids, then a token in it. See ``SamplingParams``.
 
-    ``weights`` have the shape (rows, vocabulary), ``noise`` (rows, BLOCK + blocks), in order of stream.
+    ``weights`` have the shape (rows, vocabulary), ``noise`` the shape (rows, BLOCK + number of blocks).
     """
     blocks = mx.unflatten(mx.pad(weights, [(0, 0), (0, -weights.shape[1] % BLOCK)]), -1, (-1, BLOCK))
     block = (mx.log(blocks.sum(axis=-1)) + noise[:, BLOCK:]).argmax(axis=-1)
@@ -190,7 +193,7 @@ def _draw(weights: mx.array, noise: mx.array) -> mx.array:
 
 
 def _running_sums(weights: mx.array) -> mx.array:
-    """Along each row."""
+    """Returns the running sums along each row."""
     width = weights.shape[1]
     if width <= 8 * SUM_BLOCK:
         return mx.cumsum(weights, axis=-1)
@@ -205,18 +208,18 @@ def _descending(values: mx.array) -> mx.array:
 
 
 def _noise(seeds: Rows[int], positions: Rows[int], n_vocab: int) -> mx.array:
-    """Shape (rows, BLOCK + blocks of the vocabulary), float32."""
+    """Returns noise of shape (rows, BLOCK + blocks of the vocabulary), float32."""
     streams = np.arange(BLOCK + -(-n_vocab // BLOCK))
     return mx.array(np.stack([gumbels(*key, streams) for key in zip(seeds, positions, strict=True)]).astype(np.float32))
 
 
 def _column(numbers: Iterable[float]) -> mx.array:
-    """Shape (rows, 1), float32."""
+    """Returns an array of shape (rows, 1), float32."""
     return mx.array(list(numbers), mx.float32)[:, None]
 
 
 def _count(lists: Rows[Rows[int]], n_vocab: int) -> mx.array:
-    """How often each token is in each list, shape (lists, n_vocab)."""
+    """Returns the count of each token in each list, shape (lists, n_vocab)."""
     counts = mx.zeros((len(lists), n_vocab))
     rows = [row for row, tokens in enumerate(lists) for _ in tokens]
     ids = [token for tokens in lists for token in tokens]
@@ -226,7 +229,7 @@ def _count(lists: Rows[Rows[int]], n_vocab: int) -> mx.array:
 
 
 def _bias(sequences: Rows[MlxSequence], n_vocab: int) -> mx.array:
-    """What is added to the logits, shape (rows, n_vocab)."""
+    """Returns the bias of the logits, shape (rows, n_vocab)."""
     bias = mx.zeros((len(sequences), n_vocab))
     for row, sequence in enumerate(sequences):
         if sequence.sampling.logit_bias:

@@ -1,4 +1,4 @@
-"""Decides what the next step computes. Knows slots, sequences and budgets; touches no library."""
+"""Plans the next step from slots, sequences and token budgets. Pure: it does not call MLX."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from exo.worker.runner_mlx.sequence import MlxSequence
 from exo.worker.runner_mlx.slot import MlxSlot
 
 WORTH_REUSING = 16
-"""Tokens in a slot's cache that make up for leaving the lowest slot free: every prompt shares BOS and some words."""
+"""A cached prefix of this many tokens is preferred to the lowest free slot. Nearly all prompts share a few tokens."""
 
 
 @dataclass(slots=True)
 class PromptChunk:
-    """``sequence.tokens[start:stop]`` of a prompt, to be written into the cache."""
+    """``sequence.tokens[start:stop]`` of a prompt, to be prefilled."""
 
     sequence: MlxSequence
     start: int
@@ -23,7 +23,7 @@ class PromptChunk:
 
 @dataclass(slots=True)
 class DecodeRow:
-    """The token at ``position`` of a sequence, to be written into the cache and followed by a new one."""
+    """The token at ``position`` of a sequence, to be computed and followed by a new token."""
 
     sequence: MlxSequence
     position: int
@@ -31,7 +31,7 @@ class DecodeRow:
 
 @dataclass(slots=True)
 class Stale:
-    """Cells of a slot that was given away, left there by the sequence before."""
+    """Cells that the previous sequence left in a slot. They must be cleared."""
 
     slot: int
     start: int
@@ -40,33 +40,34 @@ class Stale:
 
 @dataclass(slots=True)
 class MlxStep:
-    """Prompt chunks, then at most one row of each decoding sequence in ascending order of slot."""
+    """Prompt chunks, then at most one row of each decoding sequence, in ascending order of slot."""
 
     chunks: list[PromptChunk] = field(default_factory=list[PromptChunk])
     rows: list[DecodeRow] = field(default_factory=list[DecodeRow])
     stale: list[Stale] = field(default_factory=list[Stale])
     started: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
-    """Who entered a slot, with the tokens found cached there."""
+    """The sequences that have entered a slot, by id, each with the number of its tokens found in the cache."""
 
     def __bool__(self) -> bool:
         return bool(self.chunks or self.rows)
 
     def processed(self) -> list[tuple[str, int]]:
-        """Tokens in the cache after this step, of every sequence that is still in prefill or leaves it."""
+        """Returns the tokens computed after this step, for each sequence in prefill or at its end."""
         done = {chunk.sequence.id: chunk.stop for chunk in self.chunks}
         done |= {row.sequence.id: row.position + 1 for row in self.rows if row.position + 1 == row.sequence.n_prefill}
         return list(done.items())
 
 
 class MlxScheduler:
-    """Waiting requests, slots and the order in which prompts get their turn.
+    """Owns the queue, the slots and the order in which prompts are prefilled.
 
-    Every decoding sequence has a row in every step, and a prompt's last token is its first row, even where nothing is
-    to be generated, so that all sampling happens there. What comes before it is prefilled: prompts share ``chunk``
-    tokens a step and are cut at multiples of ``chunk``, so that how a prompt is cut does not depend on who else is
-    there; the prompt that got a chunk goes to the back of the line.
+    Invariants:
 
-    A step that is planned counts as queued; the next may be planned before its tokens are known.
+    - Every decoding sequence has a row in every step. A prompt's last token is its first row, even if nothing is to be
+      generated, so all sampling happens in rows. The tokens before it are prefilled.
+    - Prompts share ``chunk`` tokens a step and are cut at multiples of ``chunk``, so the cuts of a prompt do not depend
+      on other sequences. A prompt that got a chunk moves to the end of the line.
+    - A planned step counts as queued. The next one may be planned before its tokens are known.
     """
 
     def __init__(self, n_slots: int, chunk: int) -> None:
@@ -78,25 +79,25 @@ class MlxScheduler:
 
     @property
     def n_active(self) -> int:
-        """Sequences in a slot."""
+        """The number of sequences in slots."""
         return len(self._by_id) - len(self.waiting)
 
     def __bool__(self) -> bool:
         return bool(self._by_id)
 
     def add(self, sequence: MlxSequence) -> None:
-        """Queues a sequence, first in, first out."""
+        """Appends a sequence to the queue."""
         self._by_id[sequence.id] = sequence
         self.waiting.append(sequence)
 
     def sequences(self) -> Iterable[MlxSequence]:
-        """All that are not done."""
+        """All sequences that are not done."""
         return tuple(self._by_id.values())
 
     def remove(self, sequence_id: str, *, reusable: bool = True) -> MlxSequence | None:
-        """Ends a sequence wherever it stands and frees its slot; None if it is not known.
+        """Ends a sequence in any phase, frees its slot, and returns it; None if it is unknown.
 
-        The slot's cells stay for the next sequence to reuse, unless they are not to be trusted (``reusable``).
+        Later sequences may use the slot's cells unless ``reusable`` is false, as after a failure.
         """
         sequence = self._by_id.pop(sequence_id, None)
         if sequence is None:
@@ -114,7 +115,7 @@ class MlxScheduler:
         return sequence
 
     def plan(self) -> MlxStep:
-        """The next step, which the caller queues; empty when there is nothing to compute."""
+        """Returns the next step, which the caller must queue; an empty one if there is nothing to compute."""
         step = MlxStep()
         self._admit(step)
         self._prefill(step)
@@ -143,7 +144,7 @@ class MlxScheduler:
             step.started.append((sequence.id, reusable))
 
     def _choose_slot(self, sequence: MlxSequence) -> MlxSlot | None:
-        """The free slot that holds most of the prompt, if it holds much; else the lowest, so that slots stay dense."""
+        """Returns the free slot with the longest worthwhile prefix, or else the lowest, to keep busy slots together."""
         free = [slot for slot in self.slots if slot.sequence is None]
 
         def worth(slot: MlxSlot) -> tuple[int, int]:
@@ -173,10 +174,10 @@ class MlxScheduler:
 
 
 def _reusable(slot: MlxSlot, sequence: MlxSequence) -> int:
-    """Leading tokens that need not be computed again.
+    """Returns how many leading tokens need not be computed again.
 
-    The last one always is, since its logits are what the first choice is made from; and where the prompt's
-    log-probabilities are asked for, so are all.
+    The last token is always computed, because the first new token is sampled from its logits. With prompt
+    log-probabilities, every token is computed.
     """
     if sequence.prompt_logprobs is not None:
         return 0

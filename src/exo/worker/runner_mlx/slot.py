@@ -1,4 +1,4 @@
-"""A place for one sequence: one row of the KV cache."""
+"""A slot for one sequence: one row of the KV cache."""
 
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from exo.worker.runner_mlx.sequence import MlxSequence
 
 @dataclass(slots=True)
 class MlxSlot:
-    """``cached`` are the tokens whose cells are in the cache; they stay after a sequence leaves, for the next one.
+    """``cached`` are the tokens with usable cells, which stay after a sequence leaves, for later prompts.
 
-    Both it and ``n_written``, the cells that were ever written since they were last cleared, are up to date only while
-    the slot is free.
+    ``n_written`` is the number of cells written since they were last cleared. Both are valid only while the slot is
+    free.
     """
 
     id: int
@@ -20,7 +20,7 @@ class MlxSlot:
     sequence: MlxSequence | None = None
 
     def common_prefix(self, tokens: Tokens[int]) -> int:
-        """How many leading tokens this slot already holds."""
+        """Returns how many leading ``tokens`` are cached here."""
         length = 0
         for mine, theirs in zip(self.cached, tokens, strict=False):
             if mine != theirs:

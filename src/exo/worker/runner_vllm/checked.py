@@ -1,4 +1,4 @@
-"""A ``Load`` that may succeed: all that can be known before vLLM is imported."""
+"""Checks everything about a ``Load`` that can be checked before vLLM is imported."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,17 @@ from exo.worker.runner_vllm.purpose import Purpose, find_purpose
 
 @dataclass(frozen=True, slots=True)
 class VllmChecked:
+    """A ``Load`` that may succeed."""
+
     options: VllmOptions
     folder: HfFolder
     purpose: Purpose
     processors: bool
-    """Whether this build computes on them."""
+    """Whether this build of vLLM computes on the CPU."""
 
 
 def check(command: Load) -> VllmChecked:
-    """Raises LoadError: without a folder, with a broken one, with wrong settings, or those that cannot be done here."""
+    """Raises LoadError for a missing or broken folder, and for settings that are wrong or impossible here."""
     options = read_options(command.table)
     folder, processors = read_folder(find_folder(options, command.model_id, command.directories)), on_cpu()
     check_limits(options, folder.config, processors=processors, devices=len(nvidia_devices()))

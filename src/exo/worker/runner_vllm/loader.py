@@ -1,4 +1,4 @@
-"""From a ``Load`` command to a warm model: options, folder, vLLM, tokenizer and what they can do."""
+"""Loads a model: from a ``Load`` command to a warm vLLM engine core and tokenizer."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from exo.worker.runner_vllm.vllm_edge import Core
 
 CPU_BLOCK = 32
-"""Tokens of a block of the KV cache, which is what the prefix cache reuses: the smallest that vLLM has for a CPU. On
-a GPU it chooses by itself."""
+"""Tokens of a block of the KV cache on a CPU: the smallest size that vLLM has, because the prefix cache reuses whole
+blocks. On a GPU, vLLM chooses the size."""
 _MOST_LOGPROBS = -1
-"""As many as are asked for."""
+"""No limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmLoaded:
-    """A model ready for what it is for. ``settings`` are what rounding depends on."""
+    """A loaded model. ``settings`` are those that rounding depends on."""
 
     core: "Core"
     tokenizer: TransformersTokenizer
@@ -43,9 +43,9 @@ class VllmLoaded:
 
 
 def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
-    """Loads and warms up in the thread that is to compute, reporting the way there. Raises LoadError."""
+    """Loads and warms up a model, and reports progress. Call it in the thread that computes. Raises LoadError."""
     if command.backend != BACKEND:
-        message = f"the backend {command.backend!r} was asked for; this runner computes with {BACKEND}"
+        message = f"the backend {command.backend!r} was requested, but this runner serves only {BACKEND}"
         raise LoadError("model_load_failed", message)
     checked = check(command)
     options, config, purpose = checked.options, checked.folder.config, checked.purpose
@@ -93,10 +93,10 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
 
 
 def _arguments(checked: VllmChecked, *, eager: bool) -> dict[str, object]:
-    """The engine's arguments, as vLLM names them, without those of the KV cache and of pooling.
+    """Returns the engine's arguments, by vLLM's names, without those of the KV cache and of pooling.
 
-    Every prompt is cut into chunks of the same size however many rows are being decoded, so that who else is there
-    changes as little as possible in how it is computed.
+    Prompts are cut into chunks of a fixed size, no matter how many rows are being decoded, so that other requests
+    change the computation as little as possible.
     """
     options, config, purpose = checked.options, checked.folder.config, checked.purpose
     n_ctx, chunk, generates = purpose.n_ctx, purpose.chunk, purpose.pooling is None
@@ -127,7 +127,7 @@ def _arguments(checked: VllmChecked, *, eager: bool) -> dict[str, object]:
 
 
 def _longer(config: Json, n_ctx: int) -> dict[str, object]:
-    """What makes vLLM's tables of rotations long enough for a context that the model was not trained for."""
+    """Returns settings that make vLLM's rotary tables long enough for a context beyond the trained one."""
     if n_ctx <= trained_context(config):
         return {}
     longer: dict[str, object] = {"max_position_embeddings": n_ctx}
@@ -135,7 +135,7 @@ def _longer(config: Json, n_ctx: int) -> dict[str, object]:
 
 
 def _cache(checked: VllmChecked) -> dict[str, object]:
-    """Room for every slot's whole context, unless the card says how much of a GPU to take."""
+    """Returns arguments for a KV cache with every slot's whole context, unless the card sets a share of each GPU."""
     options = checked.options
     block: dict[str, object] = {"block_size": CPU_BLOCK} if checked.processors else {}
     if options.gpu_memory_utilization is not None and not checked.processors:
@@ -144,16 +144,13 @@ def _cache(checked: VllmChecked) -> dict[str, object]:
 
 
 def _ends(folder: Path, config: Json) -> Collection[int]:
-    """Ids that end generation, as the folder's files say. Raises LoadError."""
+    """Returns the ids that end generation, from the folder's files. Raises LoadError."""
     found = [config.get("eos_token_id"), read_optional(folder, "generation_config.json").get("eos_token_id")]
     return {token for value in found for token in end_tokens(folder, value)}
 
 
 def _warm_up(core: "Core", folder: Path, purpose: Purpose) -> None:
-    """A prompt and two tokens, one of them drawn, or a text, so that what is made on first use is there.
-
-    Raises LoadError.
-    """
+    """Computes a prompt and two tokens, or a text, so that lazy initialisation is done. Raises LoadError."""
     from exo.worker.runner_vllm.vllm_edge import BROKEN_MODEL
 
     name, tokens = "warm-up", [0, 0]

@@ -1,4 +1,4 @@
-"""The card's ``[vllm]`` table, validated by the runner that it is for."""
+"""Validates the model card's ``[vllm]`` table."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -18,49 +18,51 @@ class VllmOptions(FolderOptions):
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What the model computes in; by default what its file holds, which vLLM turns from float32 into bfloat16."""
+    """The type of computed elements. The default is the stored type, but bfloat16 for float32."""
     quantization: str | None = None
-    """vLLM's name of a method, such as "fp8"; by default as the folder's config.json says."""
+    """vLLM's name of a method, such as "fp8". The default is the setting in the folder's config.json."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
-    """Devices that share each layer."""
+    """The number of devices that share each layer."""
     pipeline_parallel_size: int = Field(default=1, ge=1, le=64)
-    """Groups of devices that have the layers one after another."""
+    """The number of groups of devices that have some of the layers each."""
     max_model_len: int | None = Field(
         default=None, ge=256, le=1 << 24, validation_alias=AliasChoices("max_model_len", "n_ctx")
     )
-    """Context of each sequence, also as ``n_ctx``, its name in the other tables; by default what the model was trained
-    with, at most 4,096, or 2,048 of a text to embed. "auto": as much of what it was trained with as there is memory
-    for."""
+    """The context length of each sequence, also accepted as ``n_ctx``, its name in other tables. The default is the
+    trained length, at most 4,096, or 2,048 for embeddings; "auto" is as much of the trained length as fits the
+    memory."""
     slots: int = Field(default=4, ge=1, le=1024)
     """Sequences generated at the same time. Without gpu_memory_utilization the KV cache holds ``slots`` times
     ``max_model_len``."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, strict=False)
-    """Share of each GPU's memory that vLLM takes, the KV cache being whatever is left of it."""
+    """The share of each GPU's memory that vLLM takes. The KV cache gets the rest of it."""
     max_num_batched_tokens: int | None = Field(default=None, ge=32, le=1 << 20)
-    """Prompt tokens per step, over all prompts; by default 2,048 on a GPU and 128 on a CPU. A text to embed is computed
-    in one step, however long, unless its last token stands for it."""
+    """The most prompt tokens per step, of all prompts together. The default is 2,048 on a GPU and 128 on a CPU. A text
+    to embed is computed in one step, unless the vector of its last token stands for it."""
     enforce_eager: bool | None = None
-    """No compilation and no CUDA graphs, which starts sooner and generates more slowly; by default on a CPU only."""
+    """Whether to use neither compilation nor CUDA graphs, which starts sooner and generates more slowly. The default is
+    true on a CPU only."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """On a CPU; by default as many as there are processors."""
+    """CPU threads of a CPU build. The default is one for each core."""
     pooling: Pooling | None = None
-    """How tokens' vectors become one of the text; by default as the folder's 1_Pooling/config.json says, else mean.
-    Only for a card whose tasks have TextEmbedding and not TextGeneration: vLLM loads a model for one of them."""
+    """How the vectors of tokens become one vector of the text. The default is the setting in the folder's
+    1_Pooling/config.json, or else "mean". Only for a card with the task TextEmbedding and without TextGeneration: vLLM
+    loads a model for one of them."""
 
     @field_validator("max_model_len", mode="before")
     @classmethod
     def _auto_is_usual(cls, value: JsonValue) -> JsonValue:
-        """Whoever has an account of memory puts a number there; for others the default will do."""
+        """Replaces "auto" by the default. A server that counts memory has put a number there."""
         return None if value == "auto" else value
 
     @property
     def processes(self) -> int:
-        """Over how many the model is spread."""
+        """The number of processes that share the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 def read_options(table: Mapping[str, JsonValue]) -> VllmOptions:
-    """The card's table, validated. Raises LoadError naming the key."""
+    """Validates the card's table. Raises LoadError with the key at fault."""
     try:
         return VllmOptions.model_validate(table)
     except ValidationError as error:
@@ -68,12 +70,12 @@ def read_options(table: Mapping[str, JsonValue]) -> VllmOptions:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was missing."""
+    """Whether the error means a lack of memory, for which vLLM has no class."""
     low = str(error).lower()
     signs = ("out of memory", "can't allocate", "no available memory for the cache", "free memory on device")
     return isinstance(error, MemoryError) or any(sign in low for sign in signs)
 
 
 def load_error(what: str, error: BaseException) -> LoadError:
-    """With the library's own words."""
+    """Makes a LoadError that quotes the library's error."""
     return from_library(what, error, out_of_memory=ran_out_of_memory(error))

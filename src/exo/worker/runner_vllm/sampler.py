@@ -1,10 +1,9 @@
-"""Chooses the tokens of a step by the semantics of ``messages.SamplingParams``, as one of vLLM's logits processors.
+"""Chooses the tokens of a step with the semantics of ``messages.SamplingParams``, as one of vLLM's logits processors.
 
-vLLM is told to be greedy. This processor, which it calls with the logits of all rows before it chooses, leaves of a
-row that is not greedy only the token drawn. So a seed, a penalty or a grammar means here what it means in every runner.
+vLLM samples greedily. It first calls this processor with the logits of all rows, which draws the token of each row that
+is not greedy and excludes all others. A seed, a penalty and a grammar thus mean the same as in every runner.
 
-Where a model is spread over several processes, this runs in the one that has the last layers; ``Choice`` comes with
-the request.
+If several processes share a model, this runs in the one with the last layers. ``Choice`` comes with the request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from exo.worker.runner_common.grammar.guided_decoding import GrammarError
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from exo.worker.runner_vllm.sequence import Choice
 
-# Neither package is in the environment that checks types, so a plain import would not check.
+# Neither package is in the environment that checks types, so plain imports would not type-check.
 torch = import_module("torch")
 interface = import_module("vllm.v1.sample.logits_processor.interface")
 
@@ -27,42 +26,45 @@ Tensor = Any
 """A torch.Tensor."""
 
 CHOICE = "exo_choice"
-"""Where in vLLM's extra arguments of a request its ``Choice`` is."""
+"""The key of a request's ``Choice`` in vLLM's extra arguments."""
 
 SMALLEST = 1e-30
-"""A temperature that is not 0 in float32."""
+"""A lower bound of temperatures that is not 0 in float32."""
 
 
 @dataclass(slots=True)
 class BatchRow:
-    """One row of vLLM's batch. ``prompt`` and ``output`` are its lists, which it keeps up to date."""
+    """One row of vLLM's batch. ``prompt`` and ``output`` are vLLM's own lists, which it keeps up to date.
+
+    The tensors are created when first needed.
+    """
 
     choice: Choice
     prompt: list[int]
     output: list[int]
     counts: Tensor = None
-    """How often each token is in the output, shape (vocabulary,), float32; made when first needed."""
+    """The count of each token in the output, shape (vocabulary,), float32."""
     seen: Tensor = None
     """Whether each token is in prompt or output, shape (vocabulary,), bool."""
     n_seen: int = 0
-    """Tokens that ``counts`` and ``seen`` know of."""
+    """The number of tokens included in ``counts`` and ``seen``."""
     bias: Tensor = None
-    """What is added to the logits, shape (vocabulary,), float32."""
+    """The bias of the logits, shape (vocabulary,), float32."""
 
     @property
     def position(self) -> int:
-        """Of the token to be chosen."""
+        """The position of the token to be chosen."""
         return len(self.prompt) + len(self.output)
 
 
 class _Params(Protocol):
-    """Of vLLM's sampling parameters, what the request brought along."""
+    """vLLM's sampling parameters, which carry the request's ``Choice``."""
 
     extra_args: Mapping[str, Choice] | None
 
 
 class _Changes(Protocol):
-    """What vLLM did to the rows of its batch, by their place in it."""
+    """vLLM's changes to the rows of its batch, by index."""
 
     removed: Sequence[int]
     added: Sequence[tuple[int, _Params, list[int] | None, list[int]]]
@@ -71,19 +73,19 @@ class _Changes(Protocol):
 
 @final
 class Chooser(interface.LogitsProcessor):
-    """What vLLM makes one of, by this name, in each process that samples."""
+    """The logits processor. vLLM creates one, by this name, in each process that samples."""
 
     def __init__(self, vllm_config: object, device: object, is_pin_memory: bool) -> None:
-        """As vLLM calls it."""
+        """Takes the arguments that vLLM passes."""
         self._device = device
         self._rows: dict[int, BatchRow] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """No: this is where the choice is made."""
+        """False, because this processor chooses the tokens."""
         return False
 
     def update_state(self, batch_update: _Changes | None) -> None:
-        """Follows what vLLM does to its rows, in the order that it prescribes: removed, added, moved."""
+        """Applies vLLM's changes of rows, in the prescribed order: removed, added, moved."""
         if batch_update is None:
             return
         for index in batch_update.removed:
@@ -102,7 +104,7 @@ class Chooser(interface.LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         """Changes logits of shape (rows, vocabulary), float32, in place.
 
-        A row whose largest logit is NaN or infinite becomes NaN, which vLLM counts and tells.
+        A row whose largest logit is NaN or infinite becomes NaN, which vLLM counts and reports.
         """
         rows = {index: row for index, row in self._rows.items() if index < logits.shape[0]}
         broken = ~torch.isfinite(logits.amax(dim=-1))
@@ -121,9 +123,9 @@ class Chooser(interface.LogitsProcessor):
         return logits
 
     def _alter(self, logits: Tensor, row: BatchRow) -> None:
-        """Steps 0 to 2 of one row, shape (vocabulary,), in place."""
+        """Applies steps 0 to 2 of ``SamplingParams`` to one row, shape (vocabulary,), in place."""
         choice = row.choice
-        if choice.constraint is not None and not self._leave_out(logits, choice):
+        if choice.constraint is not None and not self._mask(logits, choice):
             return
         if choice.penalised:
             self._penalise(logits, row)
@@ -132,8 +134,8 @@ class Chooser(interface.LogitsProcessor):
                 row.bias = _bias(choice, logits)
             logits += row.bias
 
-    def _leave_out(self, logits: Tensor, choice: Choice) -> bool:
-        """What the grammar does not allow; false where nothing is left, and the logits stay as they are."""
+    def _mask(self, logits: Tensor, choice: Choice) -> bool:
+        """Excludes the tokens that the grammar forbids. If it allows none, returns false and changes nothing."""
         assert choice.constraint is not None
         try:
             allowed = choice.constraint.mask().copy()
@@ -156,7 +158,7 @@ class Chooser(interface.LogitsProcessor):
 
 
 def _count(row: BatchRow, logits: Tensor) -> None:
-    """Takes the tokens that came since into account."""
+    """Adds the tokens that are new since the last call to ``counts`` and ``seen``."""
     if row.counts is None:
         row.counts = torch.zeros_like(logits)
         row.seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -181,7 +183,7 @@ def _bias(choice: Choice, logits: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, rows: list[BatchRow]) -> Tensor:
-    """Steps 3 to 5: a token for each row of logits of shape (rows, vocabulary); shape (rows,)."""
+    """Applies steps 3 to 5 to logits of shape (rows, vocabulary). Returns the tokens, shape (rows,)."""
     weights = _keep(logits, rows)
     n_vocab = int(logits.shape[1])
     streams: npt.NDArray[np.int64] = np.arange(BLOCK + -(-n_vocab // BLOCK))
@@ -195,7 +197,10 @@ def draw(logits: Tensor, rows: list[BatchRow]) -> Tensor:
 
 
 def _keep(logits: Tensor, rows: list[BatchRow]) -> Tensor:
-    """Unnormalised probabilities, shape (rows, vocabulary), zero for what top-k, min-p or top-p leave out."""
+    """Returns weights, shape (rows, vocabulary): probabilities divided by the row's largest one.
+
+    They are zero for tokens that top-k, min-p or top-p exclude.
+    """
     sampling = [row.choice.sampling for row in rows]
     temperature = _column([max(params.temperature, SMALLEST) for params in sampling], logits)
     min_p = _column([params.min_p for params in sampling], logits)
@@ -212,10 +217,10 @@ def _keep(logits: Tensor, rows: list[BatchRow]) -> Tensor:
 
 
 def _cut(logits: Tensor, weights: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
-    """Weights of the ``top_k`` largest, equals of the last included, and of these those within ``top_p``.
+    """Applies top-k, which keeps equals of the last token, and then top-p.
 
-    The latter is the smallest set of the heaviest whose sum reaches that share of all; of equals at the border it has
-    the lowest ids, as the order is stable.
+    Top-p keeps the smallest set of heaviest tokens whose sum reaches that share. Of equals at the border, the lowest
+    ids are kept, because the sort is stable.
     """
     n_vocab = logits.shape[1]
     largest, order = torch.sort(logits, dim=-1, descending=True, stable=True)
@@ -229,5 +234,5 @@ def _cut(logits: Tensor, weights: Tensor, top_k: list[int], top_p: list[float]) 
 
 
 def _column(numbers: list[float], logits: Tensor) -> Tensor:
-    """Shape (rows, 1), float32."""
+    """Returns a tensor of shape (rows, 1), float32."""
     return torch.tensor(numbers, device=logits.device, dtype=torch.float32)[:, None]

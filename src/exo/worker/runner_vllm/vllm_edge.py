@@ -1,8 +1,7 @@
-"""vLLM's edge: the only file besides ``sampler`` that touches it. Written for vLLM 0.32.
+"""The edge to vLLM: only this file and ``sampler`` use it. Written for vLLM 0.32.
 
-Its engine core batches requests of token ids by itself, in this process and this thread: a step of it is one call, and
-no process of its own is left over when this one is killed. What is spread over several devices has a process each,
-which vLLM ends with this one.
+vLLM's engine core batches requests of token ids, in this process and this thread. A step is one call, and no process is
+left over if this one is killed. A model on several devices has one process for each, which vLLM ends with this one.
 """
 
 import tempfile
@@ -27,7 +26,7 @@ from exo.worker.runner_vllm.options import load_error
 from exo.worker.runner_vllm.sampler import CHOICE
 from exo.worker.runner_vllm.sequence import VllmSequence
 
-# None of these packages is in the environment that checks types, so a plain import would not check.
+# None of these packages is in the environment that checks types, so plain imports would not type-check.
 arguments = import_module("vllm.engine.arg_utils")
 engine = import_module("vllm.v1.engine")
 engine_core = import_module("vllm.v1.engine.core")
@@ -38,20 +37,21 @@ sampling_params = import_module("vllm.sampling_params")
 transformers = import_module("transformers")
 
 BROKEN_MODEL = (Exception, SystemExit)
-"""What vLLM, transformers and tokenizers raise for a folder that does not fit together, or settings that do not."""
+"""The errors that a broken folder or wrong settings may cause. vLLM, transformers and tokenizers have no class for
+them."""
 
 
 class _Logprobs(Protocol):
-    """Of some rows; arrays or tensors."""
+    """vLLM's log-probabilities of some rows, as arrays or tensors."""
 
     logprob_token_ids: npt.NDArray[np.int32]
-    """Shape (rows, 1 + the most probable ones), the token itself first."""
+    """Shape (rows, 1 + number of the most probable tokens). The row's token comes first."""
     logprobs: npt.NDArray[np.float32]
-    """Of these."""
+    """The log-probabilities of these tokens, in the same shape."""
 
 
 class _EngineOutput(Protocol):
-    """What is relied on of the core's own answer."""
+    """The part of the engine core's output that this file uses."""
 
     request_id: str
     new_token_ids: list[int]
@@ -68,54 +68,54 @@ class _Tensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a step brought to one request."""
+    """The results of a step for one request."""
 
     id: str
     token: int | None
     scores: Scores | None = None
     prompt_scores: list[Scores] | None = None
-    """Of the prompt's tokens from the second on, once all are computed."""
+    """Scores of the prompt's tokens from the second on, once all are computed."""
     vector: npt.NDArray[np.float64] | None = None
-    """What a text's tokens have pooled to, shape (size,)."""
+    """A text's pooled vector, shape (size,)."""
     broken: bool = False
-    """The model computed something that is not a number, or vLLM gave the request up."""
+    """The model computed NaN, or vLLM aborted the request."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """vLLM's own account of a request."""
+    """The progress of one request, from vLLM's own record of it."""
 
     request: Any
     stats: Any = field(init=False)
-    """vLLM drops its own reference once it has told them."""
+    """Kept here because vLLM drops its own reference after reporting them."""
 
     def __post_init__(self) -> None:
         self.stats = self.request.prefill_stats
 
     @property
     def computed(self) -> int:
-        """Tokens in the KV cache, found there or computed."""
+        """The number of tokens in the KV cache."""
         return int(self.request.num_computed_tokens)
 
     @property
     def cached(self) -> int:
-        """Tokens that were found there."""
+        """The number of tokens that the prefix cache had."""
         stats = self.stats
         return 0 if stats is None else int(stats.num_cached_tokens)
 
 
 @dataclass(slots=True)
 class Core:
-    """A loaded model, and the requests that it works on."""
+    """A loaded model with its requests: a wrapper around vLLM's engine core."""
 
     core: Any
     steps: int = 0
-    """In which something was computed."""
+    """The number of steps that computed something."""
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
 
     @classmethod
     def load(cls, settings: Mapping[str, object], pooling: Pooling | None) -> "Core":
-        """Loads by vLLM's engine arguments; with ``pooling`` to make vectors of texts. Raises LoadError."""
+        """Loads with vLLM's engine arguments; with ``pooling``, for embeddings. Raises LoadError."""
         try:
             purpose = {"runner": "generate"} if pooling is None else _pooled(pooling)
             config = arguments.EngineArgs(**settings, **purpose).create_engine_config()
@@ -131,17 +131,17 @@ class Core:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """The type of computed elements."""
         return str(self.core.vllm_config.model_config.dtype).removeprefix("torch.")
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Sequences in work, and those that wait."""
+        """The numbers of running and of waiting requests."""
         running, waiting = self.core.scheduler.get_request_counts()
         return int(running), int(waiting)
 
     def add(self, sequence: VllmSequence) -> None:
-        """Queues a sequence. Where it ends is for the caller to see; vLLM ends it only when its context is full."""
+        """Queues a sequence. The caller must end it; vLLM does so only when its context is full."""
         params = sampling_params.SamplingParams(
             temperature=0.0,
             max_tokens=max(1, sequence.n_limit - sequence.n_prefill) + 1,
@@ -153,7 +153,7 @@ class Core:
         self._add(sequence.id, sequence.tokens, "sampling_params", params)
 
     def add_text(self, job: TextJob) -> None:
-        """Queues a text to be made a vector. Only of a core that was loaded with a pooling."""
+        """Queues a text to embed. The core must have been loaded with a pooling."""
         params = pooling_params.PoolingParams(task="embed")
         params.verify(self.core.vllm_config.model_config)
         self._add(job.id, job.tokens, "pooling_params", params)
@@ -176,15 +176,15 @@ class Core:
         self.core.add_request(request, wave)
 
     def remove(self, request: str) -> None:
-        """Forgets a request, in work or not."""
+        """Ends a request, running or waiting."""
         if self.progress.pop(request, None) is not None:
             self.core.abort_requests([request])
 
     def discard(self, request: str) -> None:
-        """Forgets a request for which the model has computed what is no number, and clears its part of the KV cache.
+        """Ends a request for which the model has computed NaN, and clears its blocks of the KV cache.
 
-        Whoever gets the blocks next would be spoiled by them otherwise: what is masked counts as 0 times what is there.
-        Raises RuntimeError where other processes hold the cache, which this one cannot clear.
+        The blocks would spoil their next user, because a masked cell still counts as 0 times its value. Raises
+        RuntimeError if other processes hold the cache, which this one cannot clear.
         """
         manager = self.core.scheduler.kv_cache_manager
         blocks = {block for group in manager.get_block_ids(request) for block in group}
@@ -194,10 +194,7 @@ class Core:
         self._clear(alone)
 
     def clear_unused(self) -> None:
-        """Clears what no request holds of the KV cache, where a text has left what is no number.
-
-        Raises RuntimeError as ``discard`` does.
-        """
+        """Clears the unused blocks of the KV cache, in which a text has left NaN. Raises as ``discard``."""
         self._clear(
             [block.block_id for block in self.core.scheduler.kv_cache_manager.block_pool.blocks if not block.ref_cnt]
         )
@@ -205,11 +202,13 @@ class Core:
     def _clear(self, blocks: list[int]) -> None:
         driver = getattr(self.core.model_executor, "driver_worker", None)
         if driver is None:
-            raise RuntimeError("the model computed what is not a number, and its KV cache cannot be cleared")
-        driver.worker.model_runner._zero_block_ids(blocks)  # it has no public name
+            raise RuntimeError(
+                "the model computed NaN, and its KV cache, which other processes hold, cannot be cleared"
+            )
+        driver.worker.model_runner._zero_block_ids(blocks)  # there is no public method
 
     def step(self) -> list[Output]:
-        """Computes one step."""
+        """Computes one step, and returns its results."""
         found, model_executed = self.core.step_fn()
         self.core.post_step(model_executed=model_executed)
         self.steps += bool(model_executed)
@@ -218,13 +217,13 @@ class Core:
 
 
 def _pooled(pooling: Pooling) -> dict[str, object]:
-    """The engine's arguments for vectors."""
+    """Returns the engine's arguments for embeddings."""
     return {"runner": "pooling", "pooler_config": pooler.PoolerConfig(seq_pooling_type=pooling.upper())}
 
 
 @contextmanager
 def _temporary_files() -> Generator[None]:
-    """A place for the file by which a process finds the others that share a model, which vLLM would leave behind."""
+    """Provides a temporary folder for the file by which processes find each other, which vLLM would not delete."""
     with TemporaryDirectory(prefix="exo-vllm-") as folder:
         usual, tempfile.tempdir = tempfile.tempdir, folder
         try:
@@ -234,7 +233,7 @@ def _temporary_files() -> Generator[None]:
 
 
 def open_tokenizer(folder: Path) -> HfTokenizer:
-    """A Hugging Face tokenizer. Raises LoadError."""
+    """Opens a Hugging Face tokenizer. Raises LoadError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except BROKEN_MODEL as error:

@@ -83,5 +83,5 @@ def test_what_makes_another_model() -> None:
 def test_the_failure_of_a_request_whose_budget_is_spent_keeps_its_code_and_tells_the_last_cause() -> None:
     failed = spent(Failed(id="one", code="out_of_memory", message="no room"))
     assert (failed.id, failed.code) == ("one", "out_of_memory")
-    assert "again and again" in failed.message
+    assert "restarted repeatedly" in failed.message
     assert "no room" in failed.message

@@ -1,4 +1,4 @@
-"""What a rank but the first does: loads its share, then computes what rank 0 computes, in the same order."""
+"""The work of every rank but rank 0: it loads its share, then repeats rank 0's calls in the same order."""
 
 from queue import SimpleQueue
 from typing import BinaryIO, cast
@@ -14,11 +14,11 @@ from exo.worker.runner_mlx.ranks.messages import PLANS, Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Transport, join
 
 PASSES_PER_SWEEP = 256
-"""How often MLX gives back the buffers that it keeps for reuse."""
+"""The number of passes after which MLX frees the buffers that it keeps for reuse."""
 
 
 def follow(lines: SimpleQueue[bytes], said: BinaryIO, by: str) -> None:
-    """Follows the plans in ``lines`` for ever; returns if the model cannot be loaded. Raises what MLX does."""
+    """Executes the plans in ``lines`` for ever. Returns only if the model cannot be loaded. Raises MLX's errors."""
     said.write(b"up\n")
     load = PLANS.validate_json(lines.get())
     assert isinstance(load, Load)
@@ -55,5 +55,5 @@ def _load(load: Load, group: mx.distributed.Group) -> tuple[MlxModel, KVCache]:
 
 
 def _no_tokens(rows: int, width: int) -> mx.array:
-    """What rank 0's tokens are added to."""
+    """Returns zeros, to which rank 0's tokens are added."""
     return mx.zeros((rows, width), mx.int32)

@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks to compute, one JSON object a line; the first line is the contract's ``Load``."""
+"""The messages from rank 0 to the other ranks, one JSON object a line. The first one is the protocol's ``Load``."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from exo.worker.protocol.messages import Load, Message
 
 
 class Pass(Message):
-    """One forward pass over the slots' cache: the arguments of ``MlxModel.forward`` but for the tokens."""
+    """One forward pass over the slots' cache: the arguments of ``MlxModel.forward``, except the tokens."""
 
     type: Literal["pass"] = "pass"
     slots: list[int]
@@ -18,13 +18,13 @@ class Pass(Message):
 
 
 class TextPass(Message):
-    """One forward pass without the head, over the cache of one text to embed; a new text if it starts at 0."""
+    """One forward pass without the head, over the cache of one text to embed. A pass from 0 begins a new text."""
 
     type: Literal["text_pass"] = "text_pass"
     start: int
     width: int
     cells: int
-    """How many tokens the text has."""
+    """The number of tokens of the text."""
 
 
 class Clear(Message):

@@ -1,7 +1,7 @@
-"""A network's layers divided between ranks: rank 0 has the last ones, so the results are where tokens are chosen.
+"""Divides a network's layers between ranks. Rank 0 has the last ones, because it chooses the tokens.
 
-Works for every network whose layers are a plain chain, whatever else it does: layers that are elsewhere are replaced by
-what hands their input on, and by what receives or sends it at the two ends of this rank's own.
+This works for every network whose layers form a plain chain. Layers of other ranks are replaced by layers that return
+their input; those next to this rank's own layers receive it from, or send it to, another rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 
 
 class Layer(Protocol):
-    """One of a network's layers: hidden states, shape (rows, width, hidden size), to hidden states."""
+    """One of a network's layers. It maps hidden states, shape (rows, width, hidden size), to hidden states."""
 
     def __call__(self, states: mx.array, /, *rest: object, **others: object) -> mx.array: ...
 
@@ -28,9 +28,9 @@ class Body(Protocol):
 
 
 def chained(body: Body, windows: list[int | None]) -> list[mx.Dtype] | None:
-    """The type of number that each layer gives; None unless each takes just what the one before gives.
+    """Returns the element type of each layer's output; None unless the layers form a plain chain.
 
-    Found out from one pass of which nothing is computed.
+    They do if each layer gets exactly the output of the one before. A pass that is not evaluated shows it.
     """
     layers = list(body.layers)
     watched = [_Watched(layer) for layer in layers]
@@ -45,9 +45,9 @@ def chained(body: Body, windows: list[int | None]) -> list[mx.Dtype] | None:
 
 
 def take_layers(body: Body, given: list[mx.Dtype], group: mx.distributed.Group) -> "Sending | None":
-    """Leaves this rank's own layers in place; what sends their result to the rank before, if there is one.
+    """Replaces the layers of other ranks. Returns the layer that sends this rank's result; None on rank 0.
 
-    ``given`` is the type of number that each layer gives.
+    ``given`` is the element type of each layer's output.
     """
     layers, rank = body.layers, group.rank()
     own = own_layers(len(layers), rank, group.size())
@@ -62,12 +62,12 @@ def take_layers(body: Body, given: list[mx.Dtype], group: mx.distributed.Group) 
 
 
 def own_layers(n_layers: int, rank: int, ranks: int) -> range:
-    """Those of one rank, one at least where there are as many layers as ranks."""
+    """Returns the layers of one rank: at least one if there are as many layers as ranks."""
     return range(n_layers * (ranks - 1 - rank) // ranks, n_layers * (ranks - rank) // ranks)
 
 
 class Elsewhere:
-    """In place of a layer that another rank has. Its weights are never read."""
+    """Replaces a layer that another rank has. Its weights are never read."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
@@ -76,16 +76,16 @@ class Elsewhere:
         return states
 
     def __getattr__(self, name: str) -> object:
-        """Networks ask their layers of what kind they are."""
+        """Returns an attribute of the replaced layer: networks look at attributes of their layers."""
         return getattr(self._layer, name)
 
     def parameters(self) -> Mapping[str, object]:
-        """None that this rank has."""
+        """Returns no weights: another rank has them."""
         return {}
 
 
 class Receiving(Elsewhere):
-    """The last layer before this rank's own: gives what rank ``source`` sends."""
+    """Replaces the layer before this rank's own. It returns the states that rank ``source`` sends."""
 
     def __init__(self, layer: Layer, source: int, dtype: mx.Dtype, group: mx.distributed.Group) -> None:
         super().__init__(layer)
@@ -98,14 +98,14 @@ class Receiving(Elsewhere):
 
 
 class Sending(Elsewhere):
-    """The first layer after this rank's own: sends what they gave to rank ``target``."""
+    """Replaces the layer after this rank's own. It sends their result to rank ``target``."""
 
     def __init__(self, layer: Layer, target: int, group: mx.distributed.Group) -> None:
         super().__init__(layer)
         self._target = target
         self._group = group
         self.sent: mx.array | None = None
-        """To be computed with each pass; nothing else here depends on it."""
+        """It must be evaluated with each pass, because nothing else on this rank depends on it."""
 
     def __call__(self, states: mx.array, /, *_: object, **__: object) -> mx.array:
         self.sent = mx.distributed.send(states, self._target, group=self._group)
@@ -113,7 +113,7 @@ class Sending(Elsewhere):
 
 
 class _Watched(Elsewhere):
-    """A layer that keeps what it took and gave."""
+    """A layer that records its input and its output."""
 
     taken: object = None
     given: object = None

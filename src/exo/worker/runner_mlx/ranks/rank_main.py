@@ -1,7 +1,7 @@
-"""A rank but the first as a program, which ``ranks`` starts: ``python -m exo.worker.runner_mlx.ranks.rank_main ring``.
+"""The program of every rank but rank 0: ``python -m exo.worker.runner_mlx.ranks.rank_main ring``. ``ranks`` starts it.
 
-It does what rank 0 writes on its standard input, and says on its standard output that it is "up" and, after joining and
-loading, "loaded", or why it is not. It ends when its input closes, whatever it is doing.
+It executes the messages on its standard input. On standard output it writes "up", and "loaded" after joining and
+loading, or the reason of a failure. It ends at once when its input closes.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Does not return."""
+    """Runs the program. Does not return."""
     said = take_protocol_stream()
     sys.excepthook = _die
     _end_with_parent()
@@ -43,7 +43,7 @@ def _read(lines: SimpleQueue[bytes]) -> None:
 
 
 def _end_with_parent() -> None:
-    """On Linux the kernel sees to it, even if this process is stopped or its interpreter is locked."""
+    """Has Linux kill this process when its parent ends, even if it is stopped or holds the interpreter lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

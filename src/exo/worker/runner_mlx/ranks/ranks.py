@@ -1,7 +1,7 @@
 """The other ranks of a model that is divided between processes. Rank 0, the runner, starts them as its children.
 
-Rank 0 writes what to compute on their standard input. They end when that closes. When one of them ends, so does rank 0:
-it cannot compute without it, and the server knows what to do about a runner that dies.
+Rank 0 writes its plans to their standard input, and they end when that closes. If one of them ends, rank 0 ends too: it
+cannot compute without it, and the server handles the death of a runner.
 """
 
 import json
@@ -26,9 +26,9 @@ from exo.worker.runner_mlx.ranks.messages import Plan
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, join, transport
 
 END_SECONDS = 5.0
-"""How long a rank may take to exit once nobody needs it."""
+"""Time for a rank to exit at the end."""
 BLAME_SECONDS = 1.0
-"""How long the news of a rank's death may take after the connection to it is gone."""
+"""Time for a rank's death to be noticed after the connection to it has broken."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -36,10 +36,10 @@ Process = subprocess.Popen[bytes]
 
 
 class Ranks:
-    """Ranks 1 and up, from their start to their end. Belongs to the engine's thread."""
+    """Ranks 1 and up, from their start to their end. Used by the engine's thread."""
 
     def __init__(self, load: Load, sharding: Sharding, backend: Backend) -> None:
-        """Starts them and joins them to this process. They then load their share by ``load``. Raises LoadError."""
+        """Starts the ranks and joins them to this process. They then execute ``load``. Raises LoadError."""
         self._size = sharding.size
         self._ending = False
         self._watching: list[threading.Thread] = []
@@ -50,12 +50,12 @@ class Ranks:
             for rank, process in enumerate(self._processes, 1):
                 if (said := _line(process)) != "up":
                     raise self._could_not(rank, process, "start", said)
-            self.tell(load)  # with which they join
+            self.tell(load)  # on which they join
             with _environment({**place, "MLX_RANK": "0"}):
                 self.part = RankPart(sharding, join(by), self.tell)
 
     def wait_until_loaded(self) -> None:
-        """From here on a rank's death ends this process. Raises LoadError."""
+        """Waits until all ranks have loaded. From then on, a rank's death ends this process. Raises LoadError."""
         for rank, process in enumerate(self._processes, 1):
             if (said := _line(process)) != "loaded":
                 raise self._could_not(rank, process, "load its share", said)
@@ -65,7 +65,7 @@ class Ranks:
             self._watching.append(thread)
 
     def tell(self, plan: Plan) -> None:
-        """Has the other ranks do their share of it. To one that is dead, nothing: its watcher ends this process."""
+        """Sends a plan to the other ranks. A dead rank is skipped: its watcher ends this process."""
         line = encode(plan)
         for process in self._processes:
             assert process.stdin is not None
@@ -74,12 +74,12 @@ class Ranks:
                 process.stdin.flush()
 
     def blame(self) -> None:
-        """After an error of MLX's: if it is because a rank has died, this does not return."""
+        """Call it after an error in MLX: it does not return if a rank's death is the cause."""
         for thread in self._watching:
             thread.join(BLAME_SECONDS / len(self._watching))
 
     def end(self) -> None:
-        """Ends them, once all that is queued is computed, and waits until they have."""
+        """Ends the ranks once everything queued is computed, and waits for them."""
         mx.synchronize()
         self._ending = True
         for process in self._processes:
@@ -94,7 +94,7 @@ class Ranks:
     def _watch(self, rank: int, process: Process) -> None:
         how = _ended(process)
         if not self._ending:
-            print(f"rank {rank} of {self._size} {how}, and nothing can be computed without it", file=sys.stderr)
+            print(f"rank {rank} of {self._size} {how}; the runner cannot compute without it", file=sys.stderr)
             exit_now(1)
 
     def _could_not(self, rank: int, process: Process, what: str, said: str) -> LoadError:
@@ -104,9 +104,10 @@ class Ranks:
 
 @contextmanager
 def _meeting_place(ranks: int) -> Generator[dict[str, str]]:
-    """What the environment tells MLX about where the ranks find each other. The ports are taken until they have.
+    """Yields the environment variables by which MLX's ranks find each other, with ports that are reserved meanwhile.
 
-    Bound, but not listened on: then Linux gives them to nobody else, and to MLX, which asks for them by number.
+    The ports are bound but not listened on. Linux then gives them to no other program, except to MLX, which asks for
+    them by number.
     """
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(ranks)]
@@ -122,21 +123,21 @@ def _meeting_place(ranks: int) -> Generator[dict[str, str]]:
 
 
 def _of_rank(rank: int, backend: Backend) -> dict[str, str]:
-    """What only this rank's environment says."""
+    """Returns the environment variables of one rank only."""
     own = {"MLX_RANK": str(rank)}
     if backend == "MlxCuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         own["CUDA_VISIBLE_DEVICES"] = visible[rank] if len(visible) > rank else str(rank)
     if backend == "MlxCpu":
-        # MLX compiles for a CPU into files that all processes share and no lock protects. Ranks, which go in step,
-        # would write and open the same file at the same time.
+        # On a CPU, MLX compiles into files that all processes share without a lock. Ranks work in step, so they would
+        # write and open the same file at the same time.
         own["MLX_DISABLE_COMPILE"] = "1"
     return own
 
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Generator[None]:
-    """Sets variables of this process, and takes them back."""
+    """Sets environment variables of this process, and restores them."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -156,12 +157,12 @@ def _start(by: str, environment: Mapping[str, str]) -> Process:
 
 
 def _line(process: Process) -> str:
-    """The next line that a rank says, or nothing where it has ended."""
+    """Returns the next line that a rank writes; empty if it has ended."""
     assert process.stdout is not None
     return process.stdout.readline().decode(errors="replace").strip()
 
 
 def _ended(process: Process) -> str:
-    """How a process has ended, once it has."""
+    """Waits for a process to end, and returns how it did."""
     code = process.wait()
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
