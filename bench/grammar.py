@@ -26,7 +26,7 @@ from pydantic import JsonValue
 from bench.servers import demo_server
 from exo.bench.client import Client
 from exo.bench.load import closed_loop
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.prompts import body
 from exo.bench.reading import read
 from tests.support.random_schemas import Fate, Schema, fate, follows_formats, random_schema
@@ -54,7 +54,7 @@ def rate(url: str, model: str, schema: JsonValue) -> float:
     """
     fields: dict[str, JsonValue] = {"json_schema": {"name": "people", "schema": schema}, "type": "json_schema"}
     extra: dict[str, JsonValue] = {} if schema is None else {"response_format": fields}
-    options = Options(url=url, model=model, endpoint="chat", temperature=1, extra=extra)
+    options = BenchOptions(url=url, model=model, endpoint="chat", temperature=1, extra=extra)
     bodies = [body(options, f"List {number + 100} people as JSON.", number, TOKENS) for number in range(STREAMS)]
     exchanges = anyio.run(closed_loop, Client(options), bodies, STREAMS, options.time_limit)
     streams = [read(exchange) for exchange in exchanges]

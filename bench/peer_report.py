@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from bench.servers import demo_model, llama_binary, llama_flags
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.plot import draw
 from exo.bench.report import Report, Stage
 from exo.compare.comparison import HostFacts
@@ -287,7 +287,7 @@ def _sweep(findings: PeerFindings, server: str) -> Report:
         date=findings.date,
         exo_version=next(each.version for each in findings.contenders if each.name == "exo"),
         client=findings.host.system,
-        options=Options(url=server, model="gemma-3-270m"),
+        options=BenchOptions(url=server, model="gemma-3-270m"),
         stages=stages,
     )
 

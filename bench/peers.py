@@ -29,7 +29,7 @@ from bench.servers import (
     mlx_servers,
     set_up_peers,
 )
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
 from exo.compare.comparison import HostFacts
@@ -43,7 +43,7 @@ _LIMIT_SECONDS = 3 * 3600.0
 
 def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
     """One turn. Each pair has its own prompts, so that none is in a cache. Exits unless every reply is complete."""
-    options = Options(
+    options = BenchOptions(
         url=server.url,
         model=server.model,
         seed=crc32(f"{pair} {scenario.name}".encode()) >> 1,

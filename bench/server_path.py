@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from bench.direct_runner import DirectRunner
 from bench.servers import Server, free_address
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.prompts import Prompts
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
@@ -79,8 +79,8 @@ def serve_bare(port: int) -> None:
 
 def options(
     url: str, *, connections: int, requests: int, tokens: int, seed: int, model: str = "test/fake", warmup: int = 1
-) -> Options:
-    return Options(
+) -> BenchOptions:
+    return BenchOptions(
         url=url,
         model=model,
         concurrency=(connections,),
@@ -92,7 +92,7 @@ def options(
     )
 
 
-def measured(asked: Options) -> Stage:
+def measured(asked: BenchOptions) -> Stage:
     """The only stage. Every request must have all its tokens."""
     (stage,) = run_bench(asked).stages
     expected = (asked.requests or 0) * asked.output_tokens

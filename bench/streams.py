@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from exo.bench.client import Client, Exchange
-from exo.bench.options import Options
-from exo.bench.reading import Reply
+from exo.bench.options import BenchOptions
+from exo.bench.reading import StreamedReply
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class WatchedStream:
     """The status with which the server refused to begin, along with a Retry-After header, or 0."""
     error: str = ""
     cuts: list[Cut] = field(default_factory=list[Cut])
-    reply: Reply = field(default_factory=Reply)
+    reply: StreamedReply = field(default_factory=StreamedReply)
     seconds: float = 0.0
 
     @property
@@ -138,7 +138,7 @@ class Burst:
 
 def client_of(url: str) -> Client:
     """A client for completions."""
-    return Client(Options(url=url, model="any"))
+    return Client(BenchOptions(url=url, model="any"))
 
 
 async def text_of(client: Client, asked: Asked) -> str:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from bench.direct_runner import DirectRunner
 from exo.cards.catalogue import Catalogue
-from exo.compare.engine import Engine, choose_engine
+from exo.compare.engine import ComparedEngine, choose_engine
 from exo.compare.scoring import score
 from exo.config import Settings
 from exo.worker.supervisor.host_probe import probe_host
@@ -47,7 +47,7 @@ class Target:
     """A model that ``exo serve`` with ``arguments`` can serve, and the ``STREAMS`` streams that run on it."""
 
     name: Literal["tiny", "demo"]
-    engine: Engine
+    engine: ComparedEngine
     prompts: tuple[str | tuple[int, ...], ...]
     tokens: int
     sampling: Mapping[str, object]
@@ -103,12 +103,12 @@ async def demo(tokens: int = 96) -> Target:
     return Target("demo", engine, prompts, tokens, sampling, longest_pause=4.0, exact=False, arguments=arguments)
 
 
-async def _engine(catalogue: Catalogue, model_id: str, runner: str, *directories: str) -> Engine:
+async def _engine(catalogue: Catalogue, model_id: str, runner: str, *directories: str) -> ComparedEngine:
     card = catalogue.cards[model_id]
     return choose_engine(runner, card, await probe_host(), runner_commands(), directories)
 
 
-def load_time(engine: Engine) -> LoadTime:
+def load_time(engine: ComparedEngine) -> LoadTime:
     """The median of a few starts with nothing else running."""
     times: list[LoadTime] = []
     for _ in range(_LOADS):

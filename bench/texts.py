@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from bench.streams import WatchedStream
 from bench.target import STREAMS, Target
 from exo.bench.client import Client
-from exo.compare.engine import Engine
+from exo.compare.engine import ComparedEngine
 from exo.worker.runner_cuda.loading.loader import Loaded, load
 from exo.worker.runner_cuda.score import log_probabilities
 
@@ -160,7 +160,7 @@ class Text:
     others: Mapping[int, tuple[int, Judge]]
 
 
-def judge_all(engine: Engine, texts: Sequence[Text]) -> list[NearTie]:
+def judge_all(engine: ComparedEngine, texts: Sequence[Text]) -> list[NearTie]:
     """Every choice in these texts for which another token was expected. Loads the model in this process.
 
     Raises the runner's LoadError and EngineError.

@@ -15,9 +15,8 @@ from bench.gpu_check.models import Model, file_of, models
 from bench.gpu_check.options import ROOT, Options
 from bench.gpu_check.record import CheckError, Step, run
 from exo.compare.comparison import Comparison
-from exo.compare.engine import Engine
-from exo.compare.run import Options as ComparisonOptions
-from exo.compare.run import Subject, examine
+from exo.compare.engine import ComparedEngine
+from exo.compare.run import CompareOptions, Subject, examine
 from exo.worker.protocol.messages import Load, Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.host_probe import probe_host
@@ -75,12 +74,12 @@ def _compare(options: Options, architecture: Architecture, deadline: float) -> M
     command = runner_commands()["cuda"]
     on_cpu = Load(model_id="test/twin", backend="LlamaCppCpu", table={**table, "threads": 1})
     checked = Load(model_id="test/twin", backend=options.backend, table={**table, "threads": 2})
-    engines = Engine("CPU", tuple(command), on_cpu), Engine("checked", tuple(command), checked)
+    engines = ComparedEngine("CPU", tuple(command), on_cpu), ComparedEngine("checked", tuple(command), checked)
 
     async def compare() -> Comparison:
         with anyio.fail_after(deadline - time.monotonic()):
             host = await probe_host({})
-            return await examine(Subject(fake_card(), host), engines, ComparisonOptions(), options.logs, lambda _: None)
+            return await examine(Subject(fake_card(), host), engines, CompareOptions(), options.logs, lambda _: None)
 
     return _judged(anyio.run(compare))
 

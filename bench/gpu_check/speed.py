@@ -13,7 +13,7 @@ from bench.gpu_check.options import Options
 from bench.gpu_check.record import CheckError, Step, run
 from bench.peer_report import SAMPLED, read_line
 from bench.servers import Server, exo_server, free_address
-from exo.bench.options import Options as Asked
+from exo.bench.options import BenchOptions
 from exo.bench.run import run_bench
 from exo.exit_code import CommandError
 from tests.support.server import write_card
@@ -76,7 +76,7 @@ def _sweep(options: Options, model: Model, name: str, deadline: float) -> Mappin
         with server.running(options.logs / f"{name_of(model, name)}.log"):
             _load(server, deadline)
             left = min(_STEP_SECONDS, deadline - time.monotonic())
-            asked = Asked(
+            asked = BenchOptions(
                 url=server.url,
                 model=server.model,
                 concurrency=loads,

@@ -18,9 +18,9 @@ from bench.gpu_check.models import SMALL_MODELS, Model, write_random
 from bench.gpu_check.options import ROOT, Options, parse
 from bench.gpu_check.record import CheckError, Record, Step, find, perform
 from bench.gpu_check.speed import SERVERS, name_of
-from exo.bench.options import Options as Asked
-from exo.bench.report import Distribution, Load, Report, Requests, Stage, Tokens
-from exo.worker.protocol.messages import Load as LoadModel
+from exo.bench.options import BenchOptions
+from exo.bench.report import Distribution, LoadResult, Report, Requests, Stage, Tokens
+from exo.worker.protocol.messages import Load
 from tests.support.program import Program, ask, runner_command
 
 # --- calls ---
@@ -140,7 +140,7 @@ def test_a_model_of_random_blocks_loads_and_its_logits_are_finite_and_unlike(mod
     write_random(path, model.shape)
     table = {"path": str(path), "threads": 1, "n_ctx": 256, "slots": 1}
     with Program(runner_command("exo.worker.runner_cuda")) as runner:
-        capabilities = runner.load(LoadModel(model_id="test/random", backend="LlamaCppCpu", table=table))
+        capabilities = runner.load(Load(model_id="test/random", backend="LlamaCppCpu", table=table))
         request = ask("a", temperature=1.0, max_tokens=12).model_copy(update={"logprobs": 8})
         (result,) = runner.generate(request)
     assert capabilities.vocabulary == model.shape.vocabulary
@@ -157,7 +157,7 @@ def test_a_model_of_random_blocks_loads_and_its_logits_are_finite_and_unlike(mod
 def stage(streams: int, rate: float) -> Stage:
     times = Distribution(count=8, mean=12, min=12, p50=12, p90=12, p95=12, p99=12, max=12)
     return Stage(
-        load=Load(concurrency=streams, rate=None),
+        load=LoadResult(concurrency=streams, rate=None),
         requests=Requests(sent=8, whole=8, cut=0, errors={}, messages={}),
         tokens=Tokens(prompt=8, cached=0, output=8, counted_by_usage=8, checked_by_ids=0),
         seconds=1,
@@ -174,7 +174,7 @@ def stage(streams: int, rate: float) -> Stage:
 
 
 def sweep_record(server: str, *rates: float) -> Record:
-    asked = Asked(url="http://127.0.0.1:1", model="m", concurrency=(1, 2))
+    asked = BenchOptions(url="http://127.0.0.1:1", model="m", concurrency=(1, 2))
     stages = tuple(stage(streams, rate) for streams, rate in zip((1, 2), rates, strict=True))
     found = Report(date="2026", exo_version="0", client="c", options=asked, stages=stages)
     name = name_of(SMALL_MODELS[0], server)

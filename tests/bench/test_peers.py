@@ -20,9 +20,9 @@ from bench.peer_report import (
     read_line,
     write,
 )
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.reading import Outcome
-from exo.bench.report import Load, Stage
+from exo.bench.report import LoadResult, Stage
 from exo.bench.statistics import long_prompt, summarize
 from exo.compare.comparison import HostFacts
 
@@ -33,12 +33,12 @@ def outcome(first: float, gap: float, tokens: int = 4) -> Outcome:
 
 
 def stage(first: float, gap: float, streams: int = 1) -> Stage:
-    return summarize(Load(concurrency=streams, rate=None), [outcome(first, gap) for _ in range(streams)], None)
+    return summarize(LoadResult(concurrency=streams, rate=None), [outcome(first, gap) for _ in range(streams)], None)
 
 
 def interrupted(gap: float) -> Stage:
     streams, long = [outcome(0.1, gap, 100)], Outcome(2.0, 5.0, (4.0, 5.0), prompt_tokens=50)
-    return summarize(Load(concurrency=1, rate=None), [long], None, long_prompt(streams, long))
+    return summarize(LoadResult(concurrency=1, rate=None), [long], None, long_prompt(streams, long))
 
 
 def test_what_is_faster_or_sooner_is_better_by_its_ratio() -> None:
@@ -57,7 +57,7 @@ def test_of_a_long_prompt_the_others_latency_and_its_own_count() -> None:
 
 def test_the_ceiling_predicts_as_many_batches_as_there_were() -> None:
     batch = Ceiling(streams=2, prompt_tokens=5, output_tokens=4, prefill_seconds=0.5, decode_seconds=1.5)
-    four = summarize(Load(concurrency=2, rate=None), [outcome(2, 1) for _ in range(4)], None)
+    four = summarize(LoadResult(concurrency=2, rate=None), [outcome(2, 1) for _ in range(4)], None)
     assert against_ceiling([four], [batch]).better == pytest.approx((4 / 5,))
 
 
@@ -69,7 +69,7 @@ def test_a_line_of_llama_batched_bench_is_read() -> None:
 def test_every_scenario_is_a_load_that_can_be_asked_for() -> None:
     for scenario in (*DEMO, *TWIN):
         for tiny in (True, False):
-            Options.check(url="http://127.0.0.1:1", model="m", **scenario.sized(tiny=tiny))
+            BenchOptions.check(url="http://127.0.0.1:1", model="m", **scenario.sized(tiny=tiny))
 
 
 def test_the_page_tells_every_scenario_and_its_data_gives_it_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from exo.bench.options import Objective, Options
+from exo.bench.options import BenchOptions, Objective
 from exo.bench.report import Report, Stage
 from exo.bench.run import run_bench
 from exo.cli import app
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
 
 def measured(server: ServeProgram, **fields: object) -> Report:
     asked: dict[str, object] = {"model": "fake", "prompt_words": 5, "output_tokens": 12, "time_limit": DEADLINE_SECONDS}
-    return run_bench(Options.check(url=server.url, **{**asked, **fields}))
+    return run_bench(BenchOptions.check(url=server.url, **{**asked, **fields}))
 
 
 def only(report: Report) -> Stage:
@@ -96,7 +96,7 @@ def test_no_server_ends_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(CommandError, match="cannot connect") as refused:
-        run_bench(Options(url=f"127.0.0.1:{port}", model="fake"))
+        run_bench(BenchOptions(url=f"127.0.0.1:{port}", model="fake"))
     assert refused.value.code == ExitCode.UNREACHABLE
 
 
@@ -112,7 +112,7 @@ def test_a_server_that_hangs_up_is_counted() -> None:
         thread = threading.Thread(target=hang_up)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        stage = only(run_bench(Options(url=url, model="m", warmup=0, requests=3, concurrency=(3,))))
+        stage = only(run_bench(BenchOptions(url=url, model="m", warmup=0, requests=3, concurrency=(3,))))
         thread.join()
     assert stage.requests.errors == {"connection": 3}
 

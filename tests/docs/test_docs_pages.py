@@ -107,3 +107,11 @@ def test_a_unit_test_has_the_place_and_name_of_its_module() -> None:
         modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
         subject = file.stem.removeprefix("test_")
         assert any(subject == module or subject.startswith(f"{module}_") for module in modules), file.relative_to(ROOT)
+
+
+def test_a_class_name_stands_for_one_class() -> None:
+    names: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for name in re.findall(r"^ *class _?(\w+)", path.read_text(), re.MULTILINE):
+            names.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}

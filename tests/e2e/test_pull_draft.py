@@ -6,7 +6,7 @@ import pytest
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
-from exo.cli.show import Engine, show_model
+from exo.cli.show import EngineRow, show_model
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
@@ -31,7 +31,7 @@ def commit_pair(hub: LocalHub, folder: Path) -> None:
     hub.commit({"small-Q4_K_M.gguf": folder / "draft.gguf"}, DRAFT_REPO)
 
 
-def shown(home: Path) -> Engine:
+def shown(home: Path) -> EngineRow:
     catalogue = Catalogue.load(home / "custom_model_cards")
     card = catalogue.get("pair")
     assert card is not None

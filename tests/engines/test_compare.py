@@ -11,10 +11,10 @@ from rich.console import Console
 
 from exo.cards.catalogue import Catalogue
 from exo.compare.comparison import CompareError, Comparison
-from exo.compare.engine import Engine
+from exo.compare.engine import ComparedEngine
 from exo.compare.plot import draw
 from exo.compare.prompts import PROMPTS, read_prompts
-from exo.compare.run import Options, Subject, compare, examine
+from exo.compare.run import CompareOptions, Subject, compare, examine
 from exo.compare.table import show
 from exo.config import Settings
 from exo.exit_code import CommandError
@@ -34,14 +34,14 @@ TEXTS = (" the stopper and a hello world", "Once upon a time", "hello assistant,
 NOWHERE = Host(system="", machine="", cpu_count=1, memory_total=1, memory_available=1, nvidia_devices=(), probes={})
 
 
-def llama_cpp(name: str, file: Path, table: Table) -> Engine:
+def llama_cpp(name: str, file: Path, table: Table) -> ComparedEngine:
     load = Load(model_id="test/tiny", backend="LlamaCppCpu", table={"path": str(file), **table})
-    return Engine(name, runner_commands()["cuda"], load)
+    return ComparedEngine(name, runner_commands()["cuda"], load)
 
 
-async def comparison_of(folder: Path, *engines: Engine, options: Options | None = None) -> Comparison:
+async def comparison_of(folder: Path, *engines: ComparedEngine, options: CompareOptions | None = None) -> Comparison:
     subject = Subject(fake_card("test/tiny"), NOWHERE)
-    return await examine(subject, engines, options or Options(TEXTS, tokens=24), folder / "log", lambda _: None)
+    return await examine(subject, engines, options or CompareOptions(TEXTS, tokens=24), folder / "log", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings.load()
 
 
-def ask(settings: Settings, model: str, *engines: str, options: Options | None = None) -> Comparison:
+def ask(settings: Settings, model: str, *engines: str, options: CompareOptions | None = None) -> Comparison:
     catalogue = Catalogue.load(settings.cards_directory)
-    return compare(settings, catalogue, model, engines or None, options or Options(TEXTS[:1], tokens=4))
+    return compare(settings, catalogue, model, engines or None, options or CompareOptions(TEXTS[:1], tokens=4))
 
 
 async def test_a_difference_between_two_settings_is_found_measured_and_shown(gguf: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ async def test_another_tokenizer_is_told_and_given_the_reference_s_tokens(gguf: 
     smaller = tmp_path / "smaller.gguf"
     write_gguf(smaller, Shape(vocabulary=264))
     engines = llama_cpp("smaller", smaller, EXACT), llama_cpp("larger", gguf, EXACT)
-    found = await comparison_of(tmp_path, *engines, options=Options((" the world", "1234"), tokens=4))
+    found = await comparison_of(tmp_path, *engines, options=CompareOptions((" the world", "1234"), tokens=4))
     (pair,) = found.pairs
     assert [each.prompt for each in pair.tokenisation] == [0]
     (difference,) = pair.tokenisation
@@ -174,16 +174,18 @@ def test_an_engine_that_is_not_installed_is_named(settings: Settings) -> None:
     commands = {**runner_commands(), "mlx": (sys.executable, "-c", "raise SystemExit('no mlx')")}
     catalogue = Catalogue.load(settings.cards_directory)
     with pytest.raises(CompareError, match=r"engine mlx: .*not installed here.*no mlx"):
-        compare(settings, catalogue, "tiny", None, Options(), commands=commands)
+        compare(settings, catalogue, "tiny", None, CompareOptions(), commands=commands)
 
 
 def test_texts_that_leave_no_room_are_refused_with_the_numbers(settings: Settings) -> None:
     with pytest.raises(CompareError, match=r"engine cuda: prompt 1 has .* 300 more do not fit into its context of 256"):
-        ask(settings, "tiny", options=Options(TEXTS[:1], tokens=300))
+        ask(settings, "tiny", options=CompareOptions(TEXTS[:1], tokens=300))
 
 
 async def test_a_program_that_dies_is_told_with_its_last_words(gguf: Path, tmp_path: Path) -> None:
-    dying = Engine("dying", (sys.executable, "-c", "raise SystemExit('no disk')"), llama_cpp("", gguf, EXACT).load)
+    dying = ComparedEngine(
+        "dying", (sys.executable, "-c", "raise SystemExit('no disk')"), llama_cpp("", gguf, EXACT).load
+    )
     with pytest.raises(CompareError, match=r"engine dying: .*status 1.*no disk"):
         await comparison_of(tmp_path, llama_cpp("exact", gguf, EXACT), dying)
 
@@ -200,7 +202,7 @@ def test_prompts_come_one_a_line(tmp_path: Path) -> None:
 
 
 async def test_divergence_is_drawn_over_position(gguf: Path, tmp_path: Path) -> None:
-    options = Options(TEXTS[:1], tokens=1)
+    options = CompareOptions(TEXTS[:1], tokens=1)
     engines = llama_cpp("exact", gguf, EXACT), llama_cpp("rough", gguf, ROUGH)
     found = await comparison_of(tmp_path, *engines, options=options)
     draw(found, tmp_path / "plot.svg")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from exo.compare.comparison import Comparison
-from exo.compare.engine import Engine
-from exo.compare.run import Options, Subject, examine
+from exo.compare.engine import ComparedEngine
+from exo.compare.run import CompareOptions, Subject, examine
 from exo.worker.host import Host
 from exo.worker.protocol.messages import Load
 from exo.worker.supervisor.pool import runner_commands
@@ -52,8 +52,8 @@ async def compared(shape: Shape, names: Sequence[str], folder: Path, prompts: Se
         "vllm": Load(model_id="t", backend="Vllm", table={"path": twin, "dtype": "float32", "threads": 1}),
     }
     commands = runner_commands()
-    engines = [Engine(name, commands[name], loads[name]) for name in names]
-    options = Options(tuple(prompts), TOKENS)
+    engines = [ComparedEngine(name, commands[name], loads[name]) for name in names]
+    options = CompareOptions(tuple(prompts), TOKENS)
     return await examine(Subject(fake_card(), HOST), engines, options, folder / "log", lambda _: None)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import cast, final
 from urllib.parse import urlsplit
 
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.exit_code import CommandError, ExitCode
 
 _PATHS = {"completions": "/completions", "chat": "/chat/completions"}
@@ -39,7 +39,7 @@ class Exchange:
 class Client:
     """Sends requests to one endpoint of one server."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: BenchOptions) -> None:
         """Raises CommandError if the URL is invalid."""
         url = urlsplit(options.url if "://" in options.url else f"http://{options.url}")
         try:

@@ -80,7 +80,7 @@ Listed = BeforeValidator(_split)
 """Also accepts text with commas between the values."""
 
 
-class Options(_Frozen):
+class BenchOptions(_Frozen):
     """One benchmark: a sweep over ``rates`` (open loop) or, if there are none, over ``concurrency`` (closed loop).
 
     Lengths are in words, because only the server has the tokenizer. Most tokenizers make one token of each word.
@@ -123,13 +123,13 @@ class Options(_Frozen):
     api_key: SecretStr | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
-    def _one_loop(self) -> "Options":
+    def _one_loop(self) -> "BenchOptions":
         if self.rates and self.workload == "long-prompt":
             raise ValueError("rate: not accepted with --workload long-prompt, whose streams run all the time")
         return self
 
     @classmethod
-    def check(cls, **values: object) -> "Options":
+    def check(cls, **values: object) -> "BenchOptions":
         """The options; None stands for a default. Raises CommandError, which names the invalid option."""
         try:
             return cls.model_validate({name: value for name, value in values.items() if value is not None})

@@ -6,7 +6,7 @@ from random import Random
 from pydantic import JsonValue
 from pydantic_core import to_json
 
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 
 _REPEATS = 4
 _TEXT = """
@@ -37,7 +37,7 @@ _WORDS = _TEXT.split()
 class Prompts:
     """Iterates over prompts without end. No two stages have the same prompts."""
 
-    def __init__(self, options: Options, stage: str) -> None:
+    def __init__(self, options: BenchOptions, stage: str) -> None:
         self._options = options
         self._random = Random(f"{options.seed} {stage}")
         self._prefix = self._words(options.shared_words) if options.workload == "shared-prefix" else []
@@ -63,7 +63,7 @@ class Prompts:
         return self._random.choices(_WORDS, k=count)
 
 
-def body(options: Options, prompt: str, number: int, max_tokens: int) -> bytes:
+def body(options: BenchOptions, prompt: str, number: int, max_tokens: int) -> bytes:
     """The body of a streamed request, with the chosen fields only, because not every server accepts all of them.
 
     Each ``number`` has its own seed, so that no two texts are the same.

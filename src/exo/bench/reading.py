@@ -18,7 +18,7 @@ class _Details(BaseModel):
     cached_tokens: int | None = None
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """The token counts that the server states."""
 
     prompt_tokens: int
@@ -27,16 +27,16 @@ class Usage(BaseModel):
     prompt_tokens_details: _Details | None = None
 
 
-class _Delta(BaseModel):
+class _ChunkDelta(BaseModel):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: JsonValue = None
 
 
-class _Choice(BaseModel):
+class _ChunkChoice(BaseModel):
     text: str | None = None
-    delta: _Delta | None = None
+    delta: _ChunkDelta | None = None
     token_ids: list[int] | None = None
 
     @property
@@ -48,11 +48,11 @@ class _Choice(BaseModel):
         return of is not None and bool(of.content or of.reasoning_content or of.reasoning or of.tool_calls)
 
 
-class _Chunk(BaseModel):
+class _StreamChunk(BaseModel):
     """The fields of an event that are read. Servers add others."""
 
-    choices: list[_Choice] = []
-    usage: Usage | None = None
+    choices: list[_ChunkChoice] = []
+    usage: TokenUsage | None = None
     error: JsonValue = None
 
 
@@ -111,7 +111,7 @@ class Outcome:
 
 def read(exchange: Exchange) -> Outcome:
     """The outcome of an exchange that has ended."""
-    reply = Reply()
+    reply = StreamedReply()
     try:
         for moment, data in exchange.pieces:
             reply.feed(moment, data)
@@ -132,7 +132,7 @@ def read(exchange: Exchange) -> Outcome:
     )
 
 
-def _fault(exchange: Exchange, reply: "Reply") -> Fault | None:
+def _fault(exchange: Exchange, reply: "StreamedReply") -> Fault | None:
     """The first error, from the connection up to the number of tokens."""
     if exchange.cut:
         return None
@@ -154,7 +154,7 @@ def _fault(exchange: Exchange, reply: "Reply") -> Fault | None:
 def _refusal(body: bytes) -> str:
     """The error message of a reply that is no stream, in OpenAI's form or any other."""
     try:
-        error = _Chunk.model_validate_json(body).error
+        error = _StreamChunk.model_validate_json(body).error
     except ValidationError:
         error = None
     return _message(error) if error is not None else body.decode(errors="replace")[:_EXAMPLE]
@@ -165,7 +165,7 @@ def _message(error: JsonValue) -> str:
     return (said if isinstance(said, str) else to_json(error).decode())[:_EXAMPLE]
 
 
-def _miscount(reply: "Reply") -> Fault | None:
+def _miscount(reply: "StreamedReply") -> Fault | None:
     """Compares the usage with the stream. A chunk has at least one token."""
     if reply.usage is None:
         return None
@@ -179,7 +179,7 @@ def _miscount(reply: "Reply") -> Fault | None:
 
 @final
 @dataclass(slots=True)
-class Reply:
+class StreamedReply:
     """A reply as far as it has been read. ``feed`` raises HttpParserError and ValidationError."""
 
     times: list[float] = field(default_factory=list[float])
@@ -192,7 +192,7 @@ class Reply:
     text: str = ""
     ids: list[int] | None = None
     """The token ids; None if the server sends none."""
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
     done: bool = False
     fault: Fault | None = None
     _parser: HttpResponseParser = field(init=False)
@@ -227,7 +227,7 @@ class Reply:
         if event == b"[DONE]":
             self.done = True
             return
-        chunk = _Chunk.model_validate_json(event)
+        chunk = _StreamChunk.model_validate_json(event)
         if chunk.error is not None:
             self.fault = self.fault or Fault("stream_error", _message(chunk.error))
         if any(choice.says for choice in chunk.choices):

@@ -4,16 +4,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 
 SCHEMA_VERSION: Literal[1] = 1
 
 
-class _Finding(BaseModel):
+class _BenchFinding(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Distribution(_Finding):
+class Distribution(_BenchFinding):
     """Milliseconds. Percentiles are interpolated between the two nearest ranks."""
 
     count: int
@@ -26,14 +26,14 @@ class Distribution(_Finding):
     max: float
 
 
-class Load(_Finding):
+class LoadResult(_BenchFinding):
     """Requests in flight, or requests per second. The other is None."""
 
     concurrency: int | None
     rate: float | None
 
 
-class Requests(_Finding):
+class Requests(_BenchFinding):
     """Requests by result. The client hung up on ``cut`` ones: at the time limit, and at the end of a long prompt."""
 
     sent: int
@@ -45,7 +45,7 @@ class Requests(_Finding):
     """The first message of each kind."""
 
 
-class Tokens(_Finding):
+class Tokens(_BenchFinding):
     """Tokens of complete requests, from the server's usage."""
 
     prompt: int
@@ -58,7 +58,7 @@ class Tokens(_Finding):
     """Requests with as many token ids in the stream as the usage states. All others had at most one chunk per token."""
 
 
-class Goodput(_Finding):
+class Goodput(_BenchFinding):
     """Requests that met the objective: per second, and as a share of the requests that were not cut."""
 
     objective: str
@@ -67,7 +67,7 @@ class Goodput(_Finding):
     share: float
 
 
-class LongPrompt(_Finding):
+class LongPrompt(_BenchFinding):
     """A long prompt among running streams. Gaps are between chunks of a stream."""
 
     prompt_tokens: int
@@ -79,10 +79,10 @@ class LongPrompt(_Finding):
     stream_chunks_per_second_during: float
 
 
-class Stage(_Finding):
+class Stage(_BenchFinding):
     """The figures of one load. Rates are over ``seconds``, from the first request's start to the last one's end."""
 
-    load: Load
+    load: LoadResult
     requests: Requests
     tokens: Tokens
     seconds: float
@@ -100,11 +100,11 @@ class Stage(_Finding):
     long_prompt: LongPrompt | None
 
 
-class Report(_Finding):
+class Report(_BenchFinding):
     schema_version: Literal[1] = SCHEMA_VERSION
     date: str
     """ISO 8601, UTC."""
     exo_version: str
     client: str
-    options: Options
+    options: BenchOptions
     stages: tuple[Stage, ...]

@@ -11,17 +11,17 @@ import anyio
 import exo
 from exo.bench.client import Client, Exchange
 from exo.bench.load import Interruption, arrivals, closed_loop, open_loop
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.prompts import Prompts, body
 from exo.bench.reading import read
-from exo.bench.report import Load, Report, Stage
+from exo.bench.report import LoadResult, Report, Stage
 from exo.bench.statistics import long_prompt, summarize
 from exo.exit_code import CommandError, ExitCode
 
 Note = Callable[[str], None]
 
 
-def run_bench(options: Options, note: Note = lambda _: None) -> Report:
+def run_bench(options: BenchOptions, note: Note = lambda _: None) -> Report:
     """Measures stage by stage, and passes each stage's name to ``note``.
 
     Raises CommandError if the URL is invalid or a warm-up request fails. Later failures are counted in the report.
@@ -29,10 +29,10 @@ def run_bench(options: Options, note: Note = lambda _: None) -> Report:
     return anyio.run(measure, options, note, backend_options={"use_uvloop": True})
 
 
-async def measure(options: Options, note: Note) -> Report:
+async def measure(options: BenchOptions, note: Note) -> Report:
     client = Client(options)
-    loads = [Load(concurrency=None, rate=rate) for rate in options.rates]
-    loads = loads or [Load(concurrency=each, rate=None) for each in options.concurrency]
+    loads = [LoadResult(concurrency=None, rate=rate) for rate in options.rates]
+    loads = loads or [LoadResult(concurrency=each, rate=None) for each in options.concurrency]
     return Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         exo_version=exo.__version__,
@@ -42,7 +42,7 @@ async def measure(options: Options, note: Note) -> Report:
     )
 
 
-async def _stage(client: Client, options: Options, load: Load, note: Note) -> Stage:
+async def _stage(client: Client, options: BenchOptions, load: LoadResult, note: Note) -> Stage:
     name = f"rate {load.rate:g}" if load.rate is not None else f"concurrency {load.concurrency}"
     prompts = Prompts(options, name)
     if options.warmup:
@@ -61,7 +61,7 @@ async def _stage(client: Client, options: Options, load: Load, note: Note) -> St
     return summarize(load, [read(exchange) for exchange in exchanges], options.objective)
 
 
-async def _warm_up(client: Client, options: Options, prompts: Prompts) -> None:
+async def _warm_up(client: Client, options: BenchOptions, prompts: Prompts) -> None:
     for number in range(options.warmup):
         exchange = Exchange(body(options, next(prompts), number, options.output_tokens))
         with anyio.move_on_after(options.time_limit):
@@ -74,7 +74,7 @@ async def _warm_up(client: Client, options: Options, prompts: Prompts) -> None:
             raise CommandError(f"{options.url}: {outcome.fault.kind}: {outcome.fault.message}", code)
 
 
-async def _interrupted(client: Client, options: Options, load: Load, prompts: Prompts) -> Stage:
+async def _interrupted(client: Client, options: BenchOptions, load: LoadResult, prompts: Prompts) -> Stage:
     def bodies() -> Iterator[bytes]:
         for number in count(1):
             yield body(options, next(prompts), number, options.stream_tokens)

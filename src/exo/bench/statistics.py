@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from exo.bench.options import Objective
 from exo.bench.reading import Outcome
-from exo.bench.report import Distribution, Goodput, Load, LongPrompt, Requests, Stage, Tokens
+from exo.bench.report import Distribution, Goodput, LoadResult, LongPrompt, Requests, Stage, Tokens
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -48,7 +48,7 @@ def is_good(outcome: Outcome, objective: Objective) -> bool:
 
 
 def summarize(
-    load: Load, outcomes: Sequence[Outcome], objective: Objective | None, long: LongPrompt | None = None
+    load: LoadResult, outcomes: Sequence[Outcome], objective: Objective | None, long: LongPrompt | None = None
 ) -> Stage:
     whole = [outcome for outcome in outcomes if outcome.whole]
     ended = [outcome for outcome in outcomes if not outcome.cut]

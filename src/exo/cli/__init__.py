@@ -38,7 +38,7 @@ _STDOUT = 1
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
 
 
-class _Commands(Mapping[str, Any]):
+class _CommandTable(Mapping[str, Any]):
     """Makes a command of its function when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 -- typer does not export the type
@@ -56,10 +56,10 @@ class _Commands(Mapping[str, Any]):
         return len(_COMMANDS)
 
 
-class _Group(TyperGroup):
+class _CommandGroup(TyperGroup):
     def __init__(self, **attributes: Any) -> None:  # noqa: ANN401 -- passed on unread
         super().__init__(**attributes)
-        self.commands: Any = _Commands()
+        self.commands: Any = _CommandTable()
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401
         return list(_COMMANDS)
@@ -71,7 +71,7 @@ class _Group(TyperGroup):
 
 app = typer.Typer(
     name="exo",
-    cls=_Group,
+    cls=_CommandGroup,
     help="One OpenAI-compatible endpoint over several local inference engines.",
     epilog=f"\b\nExit status of every command:\n{EXIT_CODES}\n\n"
     "exo --install-completion teaches your shell (bash, zsh, fish, PowerShell) the commands, options and model names.",

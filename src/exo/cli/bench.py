@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from exo.bench.options import Options
+from exo.bench.options import BenchOptions
 from exo.bench.plot import draw
 from exo.bench.run import run_bench
 from exo.bench.table import show
@@ -63,7 +63,7 @@ def bench(
     given = {name: value for name, value in locals().items() if name not in ("rate", "goodput", "plot", "as_json")}
     keys = Access.load().keys if api_key is None else ()
     given["api_key"] = keys[0].key if keys else api_key
-    options = Options.check(**given, rates=rate, objective=goodput)
+    options = BenchOptions.check(**given, rates=rate, objective=goodput)
     if plot is not None:
         check_plot(plot)
     with err.status("connecting") as status:

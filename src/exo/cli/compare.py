@@ -10,7 +10,7 @@ from exo.cli.local_models import card_of, catalogue_of
 from exo.cli.options import AsJson, Card, ModelsDir
 from exo.compare.plot import draw
 from exo.compare.prompts import PROMPTS, read_prompts
-from exo.compare.run import Options
+from exo.compare.run import CompareOptions
 from exo.compare.run import compare as compare_engines
 from exo.compare.table import show
 from exo.config import Settings
@@ -33,7 +33,7 @@ def compare(
     card = card_of(catalogue, model)
     if plot is not None:
         check_plot(plot)
-    options = Options(read_prompts(prompts) if prompts else PROMPTS, tokens, seed)
+    options = CompareOptions(read_prompts(prompts) if prompts else PROMPTS, tokens, seed)
     with err.status("comparing") as status:
         names = engines.split(",") if engines else None
         comparison = compare_engines(settings, catalogue, card.model_id, names, options, status.update)

@@ -48,7 +48,7 @@ class MemoryPlan(BaseModel):
     """What to know of the model's files, such as that they make the output worse."""
 
 
-class Engine(FileState):
+class EngineRow(FileState):
     """One runner of the model card, and the model's files for it."""
 
     runner: str
@@ -70,7 +70,7 @@ class ShownModel(BaseModel):
     card: ModelCard
     file: str | None
     problems: tuple[str, ...]
-    engines: tuple[Engine, ...]
+    engines: tuple[EngineRow, ...]
     route: str | None
     """The runner that would be chosen without a wish; None if there is none."""
     reason: str
@@ -107,19 +107,19 @@ def show_model(card: ModelCard, catalogue: Catalogue, store: Store, host: Host) 
     )
 
 
-def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> Engine:
+def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> EngineRow:
     decision = route(runner, card, host, (), card.needs)
     backend, reason = (decision.backend, decision.reason) if isinstance(decision, Route) else (None, decision.message)
     try:
         source, draft = Source.of(card, runner), Source.of_draft(card, runner)
     except PullError as error:
-        return Engine(runner=runner, backend=None, reason=str(error))
+        return EngineRow(runner=runner, backend=None, reason=str(error))
     of_draft = FileState.of(draft, store.on_disk(draft)) if draft is not None else None
     files = FileState.of(source, store.on_disk(source))
-    return Engine(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(files))
+    return EngineRow(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(files))
 
 
-async def _plan(engine: Engine, card: ModelCard, host: Host, settings: Settings) -> MemoryPlan | None:
+async def _plan(engine: EngineRow, card: ModelCard, host: Host, settings: Settings) -> MemoryPlan | None:
     """The decision of the server's memory budget with no other model loaded."""
     if engine.backend is None or engine.state != "present":
         return None
@@ -200,7 +200,7 @@ def _rows(shown: ShownModel) -> Iterator[tuple[str, str]]:
         yield from _engine_rows(engine)
 
 
-def _engine_rows(engine: Engine) -> Iterator[tuple[str, str]]:
+def _engine_rows(engine: EngineRow) -> Iterator[tuple[str, str]]:
     yield engine.runner, f"{engine.backend or 'cannot serve it here'}: {engine.reason}"
     if engine.source is not None:
         yield "source", engine.source

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exo.compare.comparison import MODES, Difference, Mode, TokenAgreement
-from exo.compare.engine import Engine
+from exo.compare.engine import ComparedEngine
 from exo.compare.generation import Generated, Wanted
 from exo.compare.scoring import Scoring, Tokens, score
 
@@ -52,7 +52,7 @@ def agreement(mode: Mode, reference: Generated, other: Generated, differences: S
 
 
 async def judge(
-    engine: Engine, wanted: Wanted, reference: Generated, found: Sequence[Parting]
+    engine: ComparedEngine, wanted: Wanted, reference: Generated, found: Sequence[Parting]
 ) -> dict[Parting, Difference]:
     """How far the reference ``engine`` was from choosing each other token. Raises CompareError."""
     ends: dict[tuple[Mode, int], int] = {}

@@ -16,13 +16,13 @@ class CompareError(CommandError):
     """Two engines cannot be compared; the message names the engine and the cause."""
 
 
-class _Finding(BaseModel):
+class _CompareFinding(BaseModel):
     """Infinite numbers, for tokens that only one engine rules out, are null in JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class HostFacts(_Finding):
+class HostFacts(_CompareFinding):
     """The machine. Memory is in bytes."""
 
     system: str
@@ -42,7 +42,7 @@ class HostFacts(_Finding):
         )
 
 
-class Speed(_Finding):
+class Speed(_CompareFinding):
     """Tokens and times of the runs that generated text, one stream at a time.
 
     Prefill lasts from sending a request to its first token and counts prompt tokens that no cache held; decode lasts
@@ -63,7 +63,7 @@ class Speed(_Finding):
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
 
 
-class MemoryUse(_Finding):
+class MemoryUse(_CompareFinding):
     """Bytes of the runner's process and its children. ``resident`` includes mapped files in memory."""
 
     resident_ready: int
@@ -73,7 +73,7 @@ class MemoryUse(_Finding):
     """On NVIDIA devices; None if the driver does not state it per process."""
 
 
-class EngineReport(_Finding):
+class EngineReport(_CompareFinding):
     """One engine: its version, settings, speed and memory."""
 
     name: str
@@ -94,7 +94,7 @@ class EngineReport(_Finding):
     memory: MemoryUse
 
 
-class PositionDivergence(_Finding):
+class PositionDivergence(_CompareFinding):
     """Divergence after the token at one position, over the ``sequences`` with that length."""
 
     position: int
@@ -104,7 +104,7 @@ class PositionDivergence(_Finding):
     kl: float
 
 
-class Divergence(_Finding):
+class Divergence(_CompareFinding):
     """The differences of two engines' log-probabilities in nats, given the same tokens (teacher forcing).
 
     Differences are over every position and the whole vocabulary. KL is D(reference || other), in nats per position.
@@ -122,7 +122,7 @@ class Divergence(_Finding):
     by_position: tuple[PositionDivergence, ...]
 
 
-class Difference(_Finding):
+class Difference(_CompareFinding):
     """A different choice of the other engine after the same text."""
 
     prompt: int
@@ -138,7 +138,7 @@ class Difference(_Finding):
     """Whether the rounding of a quantised model explains the difference; see ``NEAR_TIE``."""
 
 
-class TokenAgreement(_Finding):
+class TokenAgreement(_CompareFinding):
     """A token-by-token comparison of generated sequences, which all have the same length."""
 
     sequences: int
@@ -153,7 +153,7 @@ class TokenAgreement(_Finding):
     """In the order of prompts and positions."""
 
 
-class TokenisationDifference(_Finding):
+class TokenisationDifference(_CompareFinding):
     """A prompt that the two tokenizers split differently. It is scored with the reference's tokens."""
 
     prompt: int
@@ -163,7 +163,7 @@ class TokenisationDifference(_Finding):
     other_tokens: tuple[int, ...]
 
 
-class Pair(_Finding):
+class Pair(_CompareFinding):
     reference: str
     other: str
     tokenisation: tuple[TokenisationDifference, ...]
@@ -172,7 +172,7 @@ class Pair(_Finding):
     seeded: TokenAgreement
 
 
-class Comparison(_Finding):
+class Comparison(_CompareFinding):
     """One model on several engines. The first is the reference."""
 
     model_id: str

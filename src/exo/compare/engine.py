@@ -12,7 +12,7 @@ from exo.worker.router import Refusal, route
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class ComparedEngine:
     """A runner: its name, its command, and the model to load."""
 
     name: str
@@ -38,7 +38,7 @@ def engine_names(card: ModelCard, wished: Sequence[str] | None) -> tuple[str, ..
 
 def choose_engine(
     name: str, card: ModelCard, host: Host, commands: Mapping[str, Sequence[str]], directories: Sequence[str]
-) -> Engine:
+) -> ComparedEngine:
     """The engine for ``card`` on this runner. Raises CompareError with the router's refusal."""
     decision = route(name, card, host, (), {})
     if isinstance(decision, Refusal):
@@ -49,4 +49,4 @@ def choose_engine(
         table=card.engines.get(name, {}),
         directories=tuple(directories),
     )
-    return Engine(name, tuple(commands[name]), load)
+    return ComparedEngine(name, tuple(commands[name]), load)

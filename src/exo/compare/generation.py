@@ -12,7 +12,7 @@ import psutil
 from anyio.abc import TaskGroup
 
 from exo.compare.comparison import MODES, CompareError, MemoryUse, Mode, Speed
-from exo.compare.engine import Engine
+from exo.compare.engine import ComparedEngine
 from exo.compare.scoring import Tokens
 from exo.worker.protocol.messages import (
     Delta,
@@ -79,7 +79,7 @@ class _Run:
 
 
 async def generate(
-    engine: Engine, wanted: Wanted, reference: Generated | None, log: Path, note: Callable[[str], None]
+    engine: ComparedEngine, wanted: Wanted, reference: Generated | None, log: Path, note: Callable[[str], None]
 ) -> Generated:
     """Loads the model and continues every prompt, first greedily, then with a seed, one at a time.
 

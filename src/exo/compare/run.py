@@ -25,7 +25,7 @@ from exo.compare.comparison import (
     TokenAgreement,
     TokenisationDifference,
 )
-from exo.compare.engine import Engine, choose_engine, engine_names
+from exo.compare.engine import ComparedEngine, choose_engine, engine_names
 from exo.compare.generation import Generated, Wanted, generate
 from exo.compare.prompts import PROMPTS
 from exo.compare.scoring import Scoring, score, score_same
@@ -39,7 +39,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class CompareOptions:
     """The texts of a comparison. ``tokens`` are generated twice for each prompt."""
 
     prompts: tuple[str, ...] = PROMPTS
@@ -58,7 +58,7 @@ def compare(
     catalogue: Catalogue,
     model: str,
     engines: Sequence[str] | None,
-    options: Options,
+    options: CompareOptions,
     note: Note = lambda _: None,
     commands: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
@@ -79,7 +79,7 @@ async def _start(
     settings: Settings,
     card: ModelCard,
     names: Sequence[str],
-    options: Options,
+    options: CompareOptions,
     note: Note,
     commands: Mapping[str, Sequence[str]],
 ) -> Comparison:
@@ -91,7 +91,7 @@ async def _start(
 
 
 async def examine(
-    subject: Subject, engines: Sequence[Engine], options: Options, log_directory: Path, note: Note
+    subject: Subject, engines: Sequence[ComparedEngine], options: CompareOptions, log_directory: Path, note: Note
 ) -> Comparison:
     """Compares ``engines``, of which the first is the reference. Each writes a log. Raises CompareError."""
     reading = await _read(engines, options.prompts, note)
@@ -128,7 +128,9 @@ async def examine(
     )
 
 
-def _engine_report(engine: Engine, scoring: Scoring, likelihood: float | None, generated: Generated) -> EngineReport:
+def _engine_report(
+    engine: ComparedEngine, scoring: Scoring, likelihood: float | None, generated: Generated
+) -> EngineReport:
     can = scoring.capabilities
     return EngineReport(
         name=engine.name,
@@ -157,7 +159,7 @@ class _Reading:
     divergences: list[Divergence]
 
 
-async def _read(engines: Sequence[Engine], prompts: Sequence[str], note: Note) -> _Reading:
+async def _read(engines: Sequence[ComparedEngine], prompts: Sequence[str], note: Note) -> _Reading:
     first, *others = engines
     note(f"engine {first.name}: scoring {len(prompts)} texts")
     with TemporaryDirectory(prefix="exo-compare-") as folder:
@@ -187,7 +189,9 @@ def _check_room(scoring: Scoring, tokens: int) -> None:
             )
 
 
-async def _generate(engines: Sequence[Engine], wanted: Wanted, logs: Sequence[Path], note: Note) -> list[Generated]:
+async def _generate(
+    engines: Sequence[ComparedEngine], wanted: Wanted, logs: Sequence[Path], note: Note
+) -> list[Generated]:
     reference: Generated | None = None
     found: list[Generated] = []
     for engine, log in zip(engines, logs, strict=True):
@@ -197,7 +201,7 @@ async def _generate(engines: Sequence[Engine], wanted: Wanted, logs: Sequence[Pa
 
 
 async def _agreements(
-    engine: Engine, wanted: Wanted, generated: Sequence[Generated], note: Note
+    engine: ComparedEngine, wanted: Wanted, generated: Sequence[Generated], note: Note
 ) -> list[dict[Mode, TokenAgreement]]:
     """The agreement of each other engine with the first one, ``engine``, which judges the differences."""
     reference, *others = generated

@@ -9,7 +9,7 @@ import anyio
 from pydantic import TypeAdapter, ValidationError
 
 from exo.compare.comparison import CompareError, TokenisationDifference
-from exo.compare.engine import Engine
+from exo.compare.engine import ComparedEngine
 from exo.worker.protocol.messages import Capabilities, Failed, Score, Scored, Text
 from exo.worker.protocol.wire import encode
 
@@ -28,7 +28,7 @@ class Scoring:
     settings: Mapping[str, str]
 
 
-async def score(engine: Engine, prompts: Sequence[str | Tokens], directory: Path) -> Scoring:
+async def score(engine: ComparedEngine, prompts: Sequence[str | Tokens], directory: Path) -> Scoring:
     """Scores ``prompts``, which are texts or token ids. Raises CompareError.
 
     The files in ``directory``, which must exist, take 4 bytes per token and vocabulary entry.
@@ -53,7 +53,7 @@ async def score(engine: Engine, prompts: Sequence[str | Tokens], directory: Path
 
 
 async def score_same(
-    engine: Engine, texts: Sequence[str], reference: Scoring, directory: Path
+    engine: ComparedEngine, texts: Sequence[str], reference: Scoring, directory: Path
 ) -> tuple[Scoring, tuple[TokenisationDifference, ...]]:
     """Scores the tokens of ``reference``, and finds where ``engine`` would split ``texts`` into other tokens.
 

@@ -66,7 +66,7 @@ def gguf_to_mlx(
     model.check_types()
     shards = list(_shards([(pair, encoding.stored(pair)) for pair in pairs], shard_bytes))
     total = sum(stored.byte_count for shard in shards for stored in shard.stored)
-    weights = _Weights(model, lambda pair: pair.gguf, to_hugging_face, encoding, sizes.head_dim, total, on_progress)
+    weights = _WeightFiles(model, lambda pair: pair.gguf, to_hugging_face, encoding, sizes.head_dim, total, on_progress)
     with staged(source, target, "mlx", overwrite=overwrite) as folder:
         require_space(target, total)
         folder.mkdir()
@@ -108,7 +108,7 @@ def safetensors_to_gguf(
     extra = _rope_tensors(sizes)
     stored += [Stored(name, "F32", data.shape[1:], data.nbytes) for name, data in extra]
     total = sum(each.byte_count for each in stored)
-    weights = _Weights(model, lambda pair: pair.hugging_face, to_gguf, encoding, sizes.head_dim, total, on_progress)
+    weights = _WeightFiles(model, lambda pair: pair.hugging_face, to_gguf, encoding, sizes.head_dim, total, on_progress)
     with staged(source, target, "gguf", overwrite=overwrite) as path:
         require_space(target, total)
         with create_gguf(path, architecture.name, metadata, stored) as file:
@@ -120,7 +120,7 @@ def safetensors_to_gguf(
 
 
 @dataclass(slots=True)
-class _Weights:
+class _WeightFiles:
     """Converts the weights a span of rows at a time, and counts the target's bytes."""
 
     source: GgufModel | SafetensorsModel

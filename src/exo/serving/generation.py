@@ -117,7 +117,7 @@ class ChoiceReader:
 
 
 @dataclass(slots=True)
-class _Choice:
+class _RunningChoice:
     """One choice. ``arrival`` is set when a runner has sent an event of it, or of another choice of the request."""
 
     number: int
@@ -211,7 +211,7 @@ class Generation:
         except RunnerError as error:
             raise self._failed(error) from None
 
-    async def _prepare(self, failover: Failover) -> tuple[Started, list[_Choice]]:
+    async def _prepare(self, failover: Failover) -> tuple[Started, list[_RunningChoice]]:
         """Makes the prompts and what each choice needs. Raises ``ServingError`` and ``RunnerError``."""
         request, runner = self.request, failover.runner
         prepared = [await self._prepare_prompt(failover, at) for at in range(len(request.prompts))]
@@ -221,7 +221,7 @@ class Generation:
         started = Started(runner.card.model_id, runner.capabilities, echoes, sequences[0].sampling)
         arrival = asyncio.Event()
         return started, [
-            _Choice(number, Replay(sequence), self._reader(number, prepared[number // request.n]), arrival)
+            _RunningChoice(number, Replay(sequence), self._reader(number, prepared[number // request.n]), arrival)
             for number, sequence in enumerate(sequences)
         ]
 
@@ -238,7 +238,7 @@ class Generation:
         conversation = prompt.conversation
         return ChoiceReader(number, prompt.parser(), parallel=conversation is None or conversation.parallel)
 
-    def _read(self, choice: _Choice, batch: list[GenerationEvent], usages: dict[int, Usage]) -> Failed | None:
+    def _read(self, choice: _RunningChoice, batch: list[GenerationEvent], usages: dict[int, Usage]) -> Failed | None:
         """Moves the events that have arrived for a choice to ``batch``. Returns the last one if it is a failure."""
         for event in choice.events.take():
             match event:  # the most frequent case comes first

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from exo.bench.client import Client
-from exo.bench.options import Objective, Options
+from exo.bench.options import BenchOptions, Objective
 from exo.bench.prompts import Prompts, body
 from exo.exit_code import CommandError, ExitCode
 
 
-def options(**fields: object) -> Options:
-    return Options.check(url="http://127.0.0.1:1", model="some/model", **fields)
+def options(**fields: object) -> BenchOptions:
+    return BenchOptions.check(url="http://127.0.0.1:1", model="some/model", **fields)
 
 
 def test_an_objective_reads_and_writes_the_same() -> None:
@@ -47,7 +47,7 @@ def test_an_option_that_cannot_be_is_refused_by_its_name(fields: dict[str, objec
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:99999", "http://host:0", "://"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(CommandError, match="URL"):
-        Client(Options(url=url, model="m"))
+        Client(BenchOptions(url=url, model="m"))
 
 
 def test_a_key_is_in_no_report_and_in_no_repr() -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from exo.bench.load import arrivals
 from exo.bench.options import Objective
 from exo.bench.reading import Fault, Outcome
-from exo.bench.report import Load
+from exo.bench.report import LoadResult
 from exo.bench.statistics import distribution, gaps_before, gaps_during, is_good, long_prompt, percentile, summarize
 
-LOAD = Load(concurrency=2, rate=None)
+LOAD = LoadResult(concurrency=2, rate=None)
 
 
 def outcome(began: float, *times: float, tokens: int | None = None, fault: str = "", cut: bool = False) -> Outcome:

@@ -66,7 +66,7 @@ class _GenerateHead(_Head):
     thinking: str | None = Field(default=None, exclude_if=absent)
 
 
-class _Outcome(OllamaReply):
+class _FinalReply(OllamaReply):
     """In a stream, only the last line has values."""
 
     done: bool = False
@@ -81,11 +81,11 @@ class _Outcome(OllamaReply):
 
 
 # Fields come in the order of the bases, from right to left.
-class OllamaChatResponse(_Outcome, _ChatHead):
+class OllamaChatResponse(_FinalReply, _ChatHead):
     """The reply of ``/api/chat``, or a line of it."""
 
 
-class OllamaGenerateResponse(_Outcome, _GenerateHead):
+class OllamaGenerateResponse(_FinalReply, _GenerateHead):
     """The reply of ``/api/generate``, or a line of it."""
 
 

@@ -160,7 +160,7 @@ def _say(text: str) -> None:
 
 
 @dataclass(slots=True)
-class _Call:
+class _CallInProgress:
     name: str
     id: str = ""
     arguments: str = ""
@@ -171,7 +171,7 @@ class _Said:
     def __init__(self) -> None:
         self.content = ""
         self.reasoning = ""
-        self.calls: dict[int, _Call] = {}
+        self.calls: dict[int, _CallInProgress] = {}
 
     def take(self, event: Part | CallId) -> None:
         match event:
@@ -180,7 +180,7 @@ class _Said:
             case Reasoning(text):
                 self.reasoning += text
             case ToolCall(index, name):
-                self.calls[index] = _Call(name)
+                self.calls[index] = _CallInProgress(name)
             case CallId(index, name):
                 self.calls[index].id = name
             case Arguments(index, text):

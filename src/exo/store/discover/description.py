@@ -102,7 +102,7 @@ class _Sizes(_LenientJson):
     max_position_embeddings: Annotated[int, Field(ge=0, le=_LONGEST_CONTEXT)] | None = None
 
 
-class _Config(_LenientJson):
+class _ConfigJson(_LenientJson):
     """``text_config`` holds the sizes of the language model if the model also has a vision part."""
 
     model_type: Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
@@ -121,7 +121,7 @@ def from_folder(read: Callable[[str], bytes | None], *, embeds: bool = False) ->
     templates: dict[str, str] = {}
     config = read("config.json") or b""
     try:
-        whole = _Config.model_validate_json(config)
+        whole = _ConfigJson.model_validate_json(config)
         nested = isinstance(whole.text_config, dict)
         sizes = _Sizes.model_validate(whole.text_config) if nested else _Sizes.model_validate_json(config)
     except ValidationError as error:

@@ -47,7 +47,7 @@ class Proof:
     bound: float = BOUND
 
 
-class _Placement(Log):
+class _PlacementLog(Log):
     """Keeps llama.cpp's account of the buffers that hold a model."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ def _prove(path: Path, device: Gpu, expected: Logits, layers: float) -> Proof:
 
 def _log_probabilities(path: Path, devices: Sequence[Gpu]) -> tuple[Logits, Mapping[str, float]]:
     """Of all rows, and the MiB of the model in each buffer. Raises LoadError and EngineError."""
-    log, options = _Placement(), CudaOptions(path=str(path), n_ctx=256, slots=1, threads=1)
+    log, options = _PlacementLog(), CudaOptions(path=str(path), n_ctx=256, slots=1, threads=1)
     model = Model(path, options, devices, lambda _: None, log)
     context = Context(model, options, 256, Rows(step=PROMPT, graph=PROMPT, outputs=PROMPT), log)
     rows: list[Logits] = []

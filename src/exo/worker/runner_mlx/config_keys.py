@@ -55,14 +55,14 @@ _ROPE = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor", "
 """Keys of ``rope_scaling`` beside those of its type. Positions of pictures do not matter for text."""
 
 
-class _Config(Protocol):
+class _ModelArguments(Protocol):
     def to_dict(self) -> Json: ...
 
 
 class _ConfigClass(Protocol):
     """A class of transformers for the configurations of a kind of model."""
 
-    def from_dict(self, config_dict: Json) -> _Config: ...
+    def from_dict(self, config_dict: Json) -> _ModelArguments: ...
 
 
 def check_keys(folder: HfFolder, network: type, ignored: Collection[str]) -> int | None:

@@ -188,7 +188,7 @@ class RunnerStateMachine:
 
         A slow reader misses statuses in between, never the last one. A cancelled wait loses nothing.
         """
-        return _Loading(self)
+        return _StatusChanges(self)
 
     async def status_after(self, seen: Status | None) -> Status:
         """Waits until the status is not ``seen`` any more."""
@@ -285,7 +285,7 @@ def for_request(failure: Failed, request: str | None) -> Failed:
 
 
 @final
-class _Loading(AsyncIterator[Status]):
+class _StatusChanges(AsyncIterator[Status]):
     """An iterator and not an asynchronous generator, because cancelling a wait would end a generator."""
 
     def __init__(self, machine: RunnerStateMachine) -> None:

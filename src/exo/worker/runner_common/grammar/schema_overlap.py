@@ -17,7 +17,7 @@ _WORK = 20_000
 
 def disjoint(schemas: Sequence[JsonValue], root: JsonValue) -> bool:
     """Whether no value can match two of ``schemas``. Their references point into ``root``."""
-    comparison = _Comparison(root)
+    comparison = _Overlap(root)
     return all(comparison.apart(one, other, _DEPTH) for one, other in combinations(schemas, 2))
 
 
@@ -50,7 +50,7 @@ def target_of(reference: JsonValue, root: JsonValue) -> JsonValue:
 
 
 @dataclass
-class _Comparison:
+class _Overlap:
     root: JsonValue
     left: int = _WORK
 
