@@ -21,7 +21,7 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_common.header_source import HeaderError
+from exo.worker.runner_common.model_files.header_source import HeaderError
 from exo.worker.runner_cuda.loading.gguf_check import check_file
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.server import ServeProgram, write_card

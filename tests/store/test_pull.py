@@ -16,7 +16,7 @@ from exo.store.hub import Hub
 from exo.store.progress import DownloadProgress
 from exo.store.pull import plan
 from exo.store.store import Store
-from exo.worker.runner_common.model_folder import FolderOptions, find_folder
+from exo.worker.runner_common.model_files.model_folder import FolderOptions, find_folder
 from exo.worker.runner_cuda.loading import options as cuda_options
 from tests.support.hub import REPO, Fault, LocalHub
 from tests.support.pulling import PullProgram, gguf_card, hub_at, mlx_card, pull_card

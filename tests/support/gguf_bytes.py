@@ -2,7 +2,7 @@
 
 import struct
 
-from exo.worker.runner_common.gguf import GgufHeader, read_gguf
+from exo.worker.runner_common.model_files.gguf import GgufHeader, read_gguf
 
 
 def text(value: str | bytes) -> bytes:

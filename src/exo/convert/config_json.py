@@ -17,7 +17,7 @@ from exo.convert.architectures import (
 from exo.convert.hf_folder import StrictJson
 from exo.convert.mlx_quantisation import Quantisation
 from exo.convert.report import ConvertError
-from exo.worker.runner_common.folder_config import inexpressible
+from exo.worker.runner_common.model_files.folder_config import inexpressible
 
 _Count = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

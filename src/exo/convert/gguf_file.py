@@ -15,8 +15,8 @@ from exo.convert.encoding import Stored, placed
 from exo.convert.report import ConvertError
 from exo.convert.staging import TensorFile
 from exo.convert.tensor_data import Array, Kind, SourceTensor, can_decode, decode, map_file
-from exo.worker.runner_common.gguf import GgufHeader, Value, open_gguf, split_parts
-from exo.worker.runner_common.header_source import HeaderError
+from exo.worker.runner_common.model_files.gguf import GgufHeader, Value, open_gguf, split_parts
+from exo.worker.runner_common.model_files.header_source import HeaderError
 
 Metadata = Mapping[str, bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]]
 LARGEST_INTEGER = (1 << 31) - 1

@@ -16,10 +16,10 @@ from exo.convert.report import ConvertError
 from exo.convert.staging import TensorFile
 from exo.convert.tensor_data import Array, Kind, SourceTensor, decode, map_file
 from exo.worker.protocol.wire import describe
-from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import HfFolder, read_folder
-from exo.worker.runner_common.safetensors import open_safetensors
+from exo.worker.runner_common.model_files.header_source import HeaderError
+from exo.worker.runner_common.model_files.model_folder import HfFolder, read_folder
+from exo.worker.runner_common.model_files.safetensors import open_safetensors
 
 _KINDS = {"F32": Kind.F32, "F16": Kind.F16, "BF16": Kind.BF16}
 _PACKED = "U32"

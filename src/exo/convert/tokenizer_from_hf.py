@@ -26,7 +26,7 @@ from exo.convert.tokenizer import (
     padding,
     scores_of,
 )
-from exo.worker.runner_common.model_folder import HfFolder
+from exo.worker.runner_common.model_files.model_folder import HfFolder
 
 _FILE = "tokenizer.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

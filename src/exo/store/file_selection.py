@@ -12,7 +12,7 @@ from exo.cards.card import ModelCard, ModelId
 from exo.store.errors import PullError
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.protocol.wire import describe
-from exo.worker.runner_common.folder_weights import INDEX, SUFFIX, choose_weights
+from exo.worker.runner_common.model_files.folder_weights import INDEX, SUFFIX, choose_weights
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[a-z]+)")
 """A part of a split file, numbered from 00001, as llama.cpp and safetensors name it."""

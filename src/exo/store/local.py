@@ -10,8 +10,8 @@ from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
 from exo.worker.protocol.runners import RUNNERS
-from exo.worker.runner_common.gguf import read_gguf
-from exo.worker.runner_common.header_source import HeaderError, LocalHeader
+from exo.worker.runner_common.model_files.gguf import read_gguf
+from exo.worker.runner_common.model_files.header_source import HeaderError, LocalHeader
 
 _JSON_LIMIT = 32 << 20
 

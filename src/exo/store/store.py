@@ -11,7 +11,7 @@ from typing import Literal
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, file_sets, projectors
 from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, folder_name, size_of
-from exo.worker.runner_common.folder_weights import INDEX, names_in_index
+from exo.worker.runner_common.model_files.folder_weights import INDEX, names_in_index
 
 _EMPTY = Manifest(repo="")
 

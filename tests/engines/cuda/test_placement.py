@@ -13,8 +13,8 @@ from pydantic import JsonValue, ValidationError
 
 from exo.worker.protocol.messages import Estimate, Estimated, Failed, Load, LoadOption
 from exo.worker.protocol.runners import RUNNERS
-from exo.worker.runner_common.gguf import GgufHeader
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
 from exo.worker.runner_cuda.loading import estimate as estimates
 from exo.worker.runner_cuda.loading import loader

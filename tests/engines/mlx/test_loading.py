@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnkn
 from exo.worker.protocol.messages import Failed, Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import find_folder, read_folder
+from exo.worker.runner_common.model_files.model_folder import find_folder, read_folder
 from exo.worker.runner_mlx.options import read_options
 from exo.worker.runner_mlx.probe import probe
 from tests.support.program import Program, ask, runner_command

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.messages import Text
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
-from exo.worker.runner_common.model_folder import read_folder
+from exo.worker.runner_common.model_files.model_folder import read_folder
 from exo.worker.runner_mlx.model import open_tokenizer
 from tests.support.tiny import Shape, write_mlx
 

@@ -4,7 +4,7 @@ import pytest
 
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, select
-from exo.worker.runner_common.folder_weights import INDEX
+from exo.worker.runner_common.model_files.folder_weights import INDEX
 from tests.support.pulling import gguf_card, mlx_card
 
 GGUFS = [

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from exo.cards.card import Count, Task
 from exo.worker.protocol.wire import describe
-from exo.worker.runner_common.folder_templates import chat_templates, usual
-from exo.worker.runner_common.gguf import GgufHeader
-from exo.worker.runner_common.header_source import HeaderError
+from exo.worker.runner_common.model_files.folder_templates import chat_templates, usual
+from exo.worker.runner_common.model_files.gguf import GgufHeader
+from exo.worker.runner_common.model_files.header_source import HeaderError
 
 _POOLING_NONE, _POOLING_RANK = 0, 4
 """llama.cpp's pooling types of models that generate and of rerankers. The others make one vector of a text."""

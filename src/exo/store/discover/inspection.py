@@ -12,8 +12,8 @@ from exo.store.errors import PullError
 from exo.store.file_selection import Source, quantisations, select
 from exo.store.hub import Hub, Listing
 from exo.worker.protocol.runners import RUNNERS
-from exo.worker.runner_common.gguf import read_gguf
-from exo.worker.runner_common.header_source import HeaderError
+from exo.worker.runner_common.model_files.gguf import read_gguf
+from exo.worker.runner_common.model_files.header_source import HeaderError
 
 DEFAULT_QUANT = "Q4_K_M"
 HEADER_LIMIT = 64 << 20

@@ -5,7 +5,7 @@ import threading
 from exo.store.errors import PullError
 from exo.store.folder import RemoteFile, check_name
 from exo.store.hub import Hub, Interrupted, Listing, WrongRange
-from exo.worker.runner_common.folder_weights import INDEX, names_in_index
+from exo.worker.runner_common.model_files.folder_weights import INDEX, names_in_index
 
 FIRST = 1 << 20
 """Bytes of the first request; each later one doubles what there is."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from exo.worker.protocol.messages import Embedded, Failed, Usage
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import read_optional
+from exo.worker.runner_common.model_files.model_folder import read_optional
 
 Pooling = Literal["mean", "cls", "last"]
 """How tokens' vectors become one of the text."""

@@ -16,9 +16,16 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
-from exo.worker.runner_common.folder_config import FULL, Json, inexpressible, language_config, layer_types, normalised
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import HfFolder
+from exo.worker.runner_common.model_files.folder_config import (
+    FULL,
+    Json,
+    inexpressible,
+    language_config,
+    layer_types,
+    normalised,
+)
+from exo.worker.runner_common.model_files.model_folder import HfFolder
 
 _MODELS = "mlx_lm.models."
 _SHARED = ("base", "cache", "activations")

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Estimate, Estimated
-from exo.worker.runner_common.folder_config import Json, language_config
 from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
-from exo.worker.runner_common.model_folder import tensors
-from exo.worker.runner_common.safetensors import SafetensorsTensor
+from exo.worker.runner_common.model_files.folder_config import Json, language_config
+from exo.worker.runner_common.model_files.model_folder import tensors
+from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
 from exo.worker.runner_mlx.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding

@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from exo.worker.protocol.messages import Capabilities, Load, Status
-from exo.worker.runner_common.folder_config import Json
-from exo.worker.runner_common.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import HfFolder, find_folder, read_folder, tell_ignored
+from exo.worker.runner_common.model_files.folder_config import Json
+from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
+from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder, tell_ignored
 from exo.worker.runner_mlx.config_keys import check_keys
 from exo.worker.runner_mlx.devices import Backend, device, use_backend
 from exo.worker.runner_mlx.embedding import MlxEmbedder

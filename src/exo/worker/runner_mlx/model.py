@@ -15,10 +15,10 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
-from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.hf_tokenizer import HfTokenizer
 from exo.worker.runner_common.load_error import LoadError, from_library
-from exo.worker.runner_common.model_folder import HfFolder, end_tokens, presented
+from exo.worker.runner_common.model_files.folder_config import Json
+from exo.worker.runner_common.model_files.model_folder import HfFolder, end_tokens, presented
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.pipeline import Body

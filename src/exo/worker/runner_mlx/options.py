@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue, ValidationError, field_validator, model_v
 from exo.worker.protocol.wire import describe
 from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import FolderOptions
+from exo.worker.runner_common.model_files.model_folder import FolderOptions
 
 
 class MlxOptions(FolderOptions):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Estimate, Estimated, LoadOption
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
-from exo.worker.runner_common.model_folder import tensors
-from exo.worker.runner_common.safetensors import SafetensorsTensor
+from exo.worker.runner_common.model_files.model_folder import tensors
+from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.sizes import (
     cache_bytes,

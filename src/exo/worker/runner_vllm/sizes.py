@@ -1,6 +1,6 @@
 """Reads the sizes of a model and its KV cache from its folder's config.json."""
 
-from exo.worker.runner_common.folder_config import Json, language_config
+from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_vllm.options import VllmOptions
 
 DEFAULT_CONTEXT = 4096

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.messages import Estimate, Estimated, Load
-from exo.worker.runner_common.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
+from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST
 from exo.worker.runner_cuda.loading.devices import gpus

@@ -9,9 +9,9 @@ import json
 import math
 from pathlib import Path
 
-from exo.worker.runner_common.gguf import BOOL, STRING, UINT32, GgufHeader, open_gguf, split_parts
-from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_files.gguf import BOOL, STRING, UINT32, GgufHeader, open_gguf, split_parts
+from exo.worker.runner_common.model_files.header_source import HeaderError
 from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimits, serve
 
 _LIMITS = SandboxLimits(seconds=60, address_space=2 << 30)

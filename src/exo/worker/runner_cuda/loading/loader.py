@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from exo.worker.protocol.cores import physical_cores, usable_cpus
 from exo.worker.protocol.messages import Capabilities, Load, Status
 from exo.worker.protocol.wire import describe
-from exo.worker.runner_common.gguf import quality_notes
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_files.gguf import quality_notes
 from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import Framing

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_name import stays_inside
+from exo.worker.runner_common.model_files.model_name import stays_inside
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling = Literal["mean", "cls", "last", "rank"]

@@ -11,8 +11,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from exo.worker.runner_common.gguf import GgufHeader
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions
 

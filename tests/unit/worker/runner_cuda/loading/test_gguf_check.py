@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exo.worker.runner_common.gguf import TENSOR_TYPES, open_gguf
-from exo.worker.runner_common.header_source import HeaderError
+from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, open_gguf
+from exo.worker.runner_common.model_files.header_source import HeaderError
 from exo.worker.runner_cuda.loading.gguf_check import check_file
 from tests.support.edited_gguf import Edit, Value, rewrite
 from tests.support.tiny import Shape, write_gguf

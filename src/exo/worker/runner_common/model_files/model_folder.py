@@ -15,14 +15,14 @@ from tempfile import TemporaryDirectory
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
-from exo.worker.runner_common.file_kind import what_it_is
-from exo.worker.runner_common.folder_config import Json, normalised
-from exo.worker.runner_common.folder_templates import chat_templates
-from exo.worker.runner_common.folder_weights import INDEX, SUFFIX, choose_weights, names_in_index
-from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_name import stays_inside
-from exo.worker.runner_common.safetensors import SafetensorsTensor, open_safetensors
+from exo.worker.runner_common.model_files.file_kind import what_it_is
+from exo.worker.runner_common.model_files.folder_config import Json, normalised
+from exo.worker.runner_common.model_files.folder_templates import chat_templates
+from exo.worker.runner_common.model_files.folder_weights import INDEX, SUFFIX, choose_weights, names_in_index
+from exo.worker.runner_common.model_files.header_source import HeaderError
+from exo.worker.runner_common.model_files.model_name import stays_inside
+from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor, open_safetensors
 
 _OBJECT: TypeAdapter[Json] = TypeAdapter(Json)
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")

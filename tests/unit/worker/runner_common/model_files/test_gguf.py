@@ -7,8 +7,8 @@ import gguf
 import pytest
 
 from exo.store.discover.description import from_gguf
-from exo.worker.runner_common.gguf import read_gguf
-from exo.worker.runner_common.header_source import HeaderError, LocalHeader
+from exo.worker.runner_common.model_files.gguf import read_gguf
+from exo.worker.runner_common.model_files.header_source import HeaderError, LocalHeader
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.gguf_bytes import LLAMA, Source, field, header, number, read, text
 from tests.support.tiny import Shape, write_gguf

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from exo.worker.runner_common.folder_templates import chat_templates, usual
+from exo.worker.runner_common.model_files.folder_templates import chat_templates, usual
 
 
 def found(**files: str) -> dict[str, str]:

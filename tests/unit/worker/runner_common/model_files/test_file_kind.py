@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from exo.worker.runner_common.file_kind import incomplete, what_it_is
-from exo.worker.runner_common.gguf import open_gguf
-from exo.worker.runner_common.header_source import HeaderError
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_folder import FolderOptions, find_folder, read_folder
-from exo.worker.runner_common.safetensors import open_safetensors
+from exo.worker.runner_common.model_files.file_kind import incomplete, what_it_is
+from exo.worker.runner_common.model_files.gguf import open_gguf
+from exo.worker.runner_common.model_files.header_source import HeaderError
+from exo.worker.runner_common.model_files.model_folder import FolderOptions, find_folder, read_folder
+from exo.worker.runner_common.model_files.safetensors import open_safetensors
 from exo.worker.runner_cuda.loading.options import CudaOptions, find_model
 from tests.support.tiny import Shape, write_gguf, write_mlx
 

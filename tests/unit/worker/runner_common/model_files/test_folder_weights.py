@@ -2,7 +2,7 @@
 
 import pytest
 
-from exo.worker.runner_common.folder_weights import Weights, choose_weights, names_in_index
+from exo.worker.runner_common.model_files.folder_weights import Weights, choose_weights, names_in_index
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 STRAY = "model-00003-of-00003.safetensors"

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo.worker.runner_common.file_kind import incomplete, what_it_is
-from exo.worker.runner_common.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
+from exo.worker.runner_common.model_files.file_kind import incomplete, what_it_is
+from exo.worker.runner_common.model_files.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
 
 HEADER_LIMIT = 512 << 20
 """Bytes before the tensors' data; a vocabulary of 262,144 tokens takes about 15 MB."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
 from exo.worker.protocol.wire import describe
-from exo.worker.runner_common.file_kind import incomplete, what_it_is
-from exo.worker.runner_common.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
+from exo.worker.runner_common.model_files.file_kind import incomplete, what_it_is
+from exo.worker.runner_common.model_files.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
 
 _HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the format's own library."""
