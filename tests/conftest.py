@@ -7,7 +7,9 @@ from pydantic import JsonValue
 from exo.cards.card import ModelCard, StorageSize
 from exo.worker.protocol.runners import RUNNERS
 
-settings.register_profile("campaign", max_examples=5000)
+settings.register_profile("untimed", deadline=None)
+settings.register_profile("campaign", max_examples=5000, deadline=None)
+settings.load_profile("untimed")
 
 needs_vllm = pytest.mark.skipif(
     not Path(RUNNERS["vllm"].interpreter).exists(), reason=f"vLLM is not set up; {RUNNERS['vllm'].setup} does it"

@@ -12,7 +12,7 @@ NAMES = sorted(ONE_CALL)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_parts_do_not_depend_on_how_the_text_arrives(name: str, data: st.DataObject) -> None:
     pieces = data.draw(st.lists(st.sampled_from(fragments(name)), max_size=25))
@@ -25,7 +25,7 @@ def test_the_parts_do_not_depend_on_how_the_text_arrives(name: str, data: st.Dat
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "harmony"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_where_there_is_no_call_no_character_is_lost(name: str, data: st.DataObject) -> None:
     text = "".join(data.draw(st.lists(st.sampled_from(fragments(name)), max_size=25)))
@@ -37,7 +37,7 @@ def test_where_there_is_no_call_no_character_is_lost(name: str, data: st.DataObj
 
 
 @pytest.mark.parametrize("name", [*NAMES, "none"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text().filter(lambda text: "<|" not in text))
 @example("\ud800")
 @example("to=")

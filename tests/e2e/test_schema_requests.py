@@ -123,7 +123,7 @@ def cases(fake: ServeProgram) -> Cases:
 
 
 @seed(SEED)
-@settings(deadline=None, suppress_health_check=HEALTH)
+@settings(suppress_health_check=HEALTH)
 @given(data=st.data(), model=MODELS | st.none())
 def test_nothing_that_schemathesis_thinks_of_is_the_servers_fault(
     fake: ServeProgram, cases: Cases, data: st.DataObject, model: str | None
@@ -169,7 +169,7 @@ def _with_model(made: tuple[JsonValue, str]) -> JsonValue:
 
 @pytest.mark.parametrize("route", ROUTES)
 @seed(SEED)
-@settings(deadline=None, suppress_health_check=HEALTH)
+@settings(suppress_health_check=HEALTH)
 @given(data=st.data())
 def test_no_body_is_the_servers_fault(
     server: ServeProgram, bodies: dict[str, st.SearchStrategy[JsonValue]], route: str, data: st.DataObject
@@ -180,7 +180,7 @@ def test_no_body_is_the_servers_fault(
 
 
 @seed(SEED)
-@settings(deadline=None, suppress_health_check=HEALTH)
+@settings(suppress_health_check=HEALTH)
 @given(name=st.text(st.characters(codec="utf-8"), max_size=40) | MODELS)
 def test_no_name_is_the_servers_fault(server: ServeProgram, name: str) -> None:
     for reply in (

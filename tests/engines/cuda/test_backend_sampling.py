@@ -55,7 +55,7 @@ def handed_back(row: Row, size: int, order: np.random.Generator) -> Best:
     return Best(kept.astype(np.intp), row[kept])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([300, 5000]),

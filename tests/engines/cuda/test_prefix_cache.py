@@ -259,7 +259,7 @@ def test_a_few_tokens_in_common_are_not_worth_a_copy() -> None:
 TOKENS = st.lists(st.integers(0, 1), max_size=5 * BLOCK)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 5), TOKENS, st.booleans()), max_size=30), TOKENS)
 def test_the_tree_finds_what_looking_at_everyone_finds(
     puts: list[tuple[int, list[int], bool]], query: list[int]
@@ -299,7 +299,7 @@ MEMBERS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2 * WORTH_SAVING)
 
 
 @pytest.mark.parametrize(("window", "cuts"), [(None, True), (8, True), (None, False)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 4),
     MEMBERS,

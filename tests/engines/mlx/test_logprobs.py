@@ -42,7 +42,7 @@ def check(rows: NDArray[np.float32], tokens: list[int], k: int) -> None:
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SIZES, st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 20), st.booleans())
 def test_each_row_has_its_token_and_the_most_probable_in_order(
     size: int, seed: int, n_rows: int, k: int, coarse: bool

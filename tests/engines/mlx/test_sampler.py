@@ -64,7 +64,7 @@ def nearly_by_definition(row: Row, params: SamplingParams, position: int) -> set
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SIZES, st.integers(0, 10**6), st.lists(PARAMS, min_size=1, max_size=6))
 def test_every_choice_is_the_defined_one_whatever_else_is_in_the_batch(
     size: int, seed: int, params: list[SamplingParams]
@@ -77,7 +77,7 @@ def test_every_choice_is_the_defined_one_whatever_else_is_in_the_batch(
             assert {token} == by_definition(row, each, position) or token in nearly_by_definition(row, each, position)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0.2, 0.5, 0.9]), st.sampled_from([0, 2, 5]))
 def test_equals_at_the_borders_of_top_k_and_top_p_are_kept_as_defined(
     seed: int, levels: int, top_p: float, top_k: int
@@ -90,7 +90,7 @@ def test_equals_at_the_borders_of_top_k_and_top_p_are_kept_as_defined(
         assert {token} == by_definition(row, params, position) or token in nearly_by_definition(row, params, position)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     SIZES,
     st.integers(0, 10**6),

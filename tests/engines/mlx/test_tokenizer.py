@@ -79,7 +79,7 @@ def spelt(tokenizer: TransformersTokenizer, tokens: list[int]) -> bytes:
     return b"".join(tokenizer.bytes_of(token) for token in tokens)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.just(TEXT), st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=40)))
 def test_the_bytes_of_a_text_s_tokens_are_the_text_s(tokenizer: TransformersTokenizer, text: str) -> None:
     expected = text.replace("▁", " ") if tokenizer.adds_bos else text

@@ -27,7 +27,7 @@ def read(text: str, size: int = 1) -> tuple[JsonObject, str]:
     return found, ""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 1]), st.integers(1, 50), st.text())
 def test_an_object_ends_where_it_ends(
     value: dict[str, JsonValue], ascii_only: bool, indent: int | None, size: int, after: str
@@ -39,7 +39,7 @@ def test_an_object_ends_where_it_ends(
     assert rest == after
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(OBJECTS, st.data())
 def test_a_beginning_is_neither_whole_nor_broken(value: dict[str, JsonValue], data: st.DataObject) -> None:
     text = json.dumps(value)
@@ -53,7 +53,7 @@ def test_a_beginning_is_neither_whole_nor_broken(value: dict[str, JsonValue], da
 PIECES = ["{", "}", "[", "]", ",", ":", '"', "\\", '"a"', "1", "-", "0", ".", "e", "true", "nul", " ", "\n", "u12", "é"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(PIECES)))
 def test_what_is_whole_is_json_and_json_is_whole(pieces: list[str]) -> None:
     text = "{" + "".join(pieces)

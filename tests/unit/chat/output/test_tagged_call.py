@@ -135,7 +135,7 @@ FRAGMENTS = {name: [END[name], KEY[name], DONE[name], "\n", " ", "x", '"', "\\",
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_outcome_depends_on_how_the_text_is_cut(name: str, data: st.DataObject) -> None:
     pieces = data.draw(st.lists(st.sampled_from(FRAGMENTS[name]), max_size=8))

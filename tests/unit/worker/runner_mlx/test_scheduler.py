@@ -180,7 +180,7 @@ def test_only_legal_transitions() -> None:
         done.move(Phase.DECODE)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 4),
     st.sampled_from([3, 4, 16]),

@@ -487,7 +487,7 @@ def test_a_timer_is_set_for_the_end_of_a_stay() -> None:
     assert "b" in account.granted
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 4000)), max_size=60))
 def test_whatever_happens_memory_is_given_once_and_to_everybody_in_turn(events: list[tuple[str, int]]) -> None:
     lives = Lives()

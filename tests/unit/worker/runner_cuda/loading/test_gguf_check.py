@@ -243,7 +243,7 @@ def test_no_beginning_of_a_file_is_a_file(sound: Path, tmp_path: Path) -> None:
             check_file(path)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 7)), min_size=1, max_size=20))
 def test_whatever_is_flipped_the_check_passes_or_says_why(
     sound: Path, tmp_path: Path, flips: list[tuple[int, int]]

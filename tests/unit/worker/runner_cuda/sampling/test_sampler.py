@@ -18,7 +18,7 @@ def logits(size: int, seed: int, spread: float = 3.0) -> Row:
     return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     SIZES,
     st.integers(0, 10**6),
@@ -64,7 +64,7 @@ def rows_of_a_step(draw: st.DrawFn) -> list[tuple[SamplingParams, Row, int, Mask
     return step
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows_of_a_step())
 def test_a_row_gets_the_same_token_in_any_company(step: list[tuple[SamplingParams, Row, int, Mask | None]]) -> None:
     turns: list[Turn] = []
@@ -196,7 +196,7 @@ def test_bias_and_penalties_do_not_bring_back_what_a_grammar_leaves_out() -> Non
     assert sampler.choose(logits(100, 1), 0, allowed) == 6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SIZES, st.integers(0, 10**6), st.integers(0, 20), st.sampled_from([0.01, 3.0, 300.0]))
 def test_scores_are_the_logarithm_of_the_softmax(size: int, seed: int, n_top: int, spread: float) -> None:
     row = logits(size, seed, spread).round(2)

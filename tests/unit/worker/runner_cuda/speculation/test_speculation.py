@@ -101,7 +101,7 @@ class Machine:
         return n_drafted
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=90), st.sampled_from([1, 3, 16]), st.integers(1, 20))
 def test_whatever_is_guessed_the_cells_are_those_of_what_was_said(text: list[int], size: int, n_prompt: int) -> None:
     n_prompt = min(n_prompt, len(text) - 1)
