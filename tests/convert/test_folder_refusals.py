@@ -212,7 +212,7 @@ def test_a_broken_safetensors_file(tmp_path: Path, entry: object, message: str) 
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     write_mlx(tmp_path / "model", Shape())
     (tmp_path / "model" / "config.json").unlink()
-    refuse(tmp_path / "model", tmp_path / "out.gguf", "config.json: is missing")
+    refuse(tmp_path / "model", tmp_path / "out.gguf", f"{tmp_path / 'model' / 'config.json'}: no such file")
 
 
 def test_a_folder_with_a_file_missing(tmp_path: Path) -> None:

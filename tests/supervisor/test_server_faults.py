@@ -62,7 +62,7 @@ fake_serve.main()
 """
 
 
-@pytest.mark.parametrize("method", ["_look_after", "__aenter__"])
+@pytest.mark.parametrize("method", ["_maintain", "__aenter__"])
 def test_a_server_that_cannot_go_on_exits_with_the_error(tmp_path: Path, method: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SERVER.format(method=method)],

@@ -225,7 +225,7 @@ async def test_a_child_that_does_not_exit_after_sigkill_is_abandoned(
 ) -> None:
     monkeypatch.setattr(child_process, "REAP_SECONDS", 0.5)
     may_be_traced = f"import ctypes; ctypes.CDLL(None).prctl({_PR_SET_PTRACER}, ctypes.c_ulong({_ANY}), 0, 0, 0)"
-    command = (sys.executable, "-c", f"{may_be_traced}; from tests import fake_runner; fake_runner.main()")
+    command = (sys.executable, "-c", f"{may_be_traced}; from tests.support import fake_runner; fake_runner.main()")
     process, pid = RunnerProcess(command, fake(), tmp_path / "runner.log", Deadlines(grace=0.1)), 0
     with anyio.fail_after(DEADLINE_SECONDS):
         async with anyio.create_task_group() as tasks:

@@ -69,6 +69,8 @@ def write_json(path: Path, content: JsonValue) -> None:
 
 def read_source(folder: Path) -> HfFolder:
     """The folder as every reader sees it. Raises ConvertError."""
+    if not (folder / "config.json").is_file():
+        raise ConvertError(str(folder / "config.json"), "no such file; a model folder has it beside the weights")
     try:
         return read_folder(folder)
     except LoadError as error:

@@ -159,9 +159,13 @@ def test_a_text_that_goes_wrong_fails_alone_and_one_that_is_embedded_generates_n
 @pytest.mark.parametrize(
     ("tasks", "table", "named"),
     [
-        (("TextGeneration", "TextEmbedding"), {"pooling": "last"}, "[vllm] pooling: only a card whose tasks have"),
+        (
+            ("TextGeneration", "TextEmbedding"),
+            {"pooling": "last"},
+            "[vllm] pooling: it is only for a card with the task TextEmbedding",
+        ),
         (TASKS, {"pooling": "max"}, "[vllm] pooling: Input should be 'mean', 'cls' or 'last'"),
-        (TASKS, {"max_num_batched_tokens": 256}, "one step, and the longest has max_model_len = 2048 tokens"),
+        (TASKS, {"max_num_batched_tokens": 256}, "one step, and the longest text has max_model_len = 2048 tokens"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_before_vllm_is_imported(

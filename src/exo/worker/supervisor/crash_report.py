@@ -166,6 +166,6 @@ def diagnose(how: str, stderr: str, *, loading: bool = False) -> Failed:
             reason = "the engine gave up on the model, which is broken or of a kind that this version does not know"
             return Failed(code="model_load_failed", message=reason + cause)
     elif loading and how in _CRASHES:
-        code = "model_load_failed"
+        code, cause = "model_load_failed", " while it loaded the model"
     last_lines = f"; the end of its standard error:\n{stderr}" if stderr else ""
     return Failed(code=code, message=f"the runner {how}{cause}{last_lines}")
