@@ -23,7 +23,7 @@ from scripts.setup_env import LLAMA_SERVER, PEERS, ROOT
 from tests.support.server import write_card
 
 SLOTS, CONTEXT = 16, 4096
-"""As in the model card of the demo model; ``CONTEXT`` tokens per slot."""
+"""Slots and tokens per slot that the model card of the demo model asks for."""
 THREADS = psutil.cpu_count(logical=False) or 1
 DEMO_CARD = Path(exo.__file__).parent / "cards" / "built_in" / "gemma-3-270m.toml"
 _NO_END: dict[str, JsonValue] = {"318": -100.0, "319": -100.0}

@@ -64,7 +64,7 @@ def pinned(name: str) -> dict[str, str]:
 
 
 def requirements() -> list[str]:
-    """What is installed on the machine with the card, pinned as everywhere else, by this Python's pip."""
+    """Returns the packages that the machine with the GPU needs, pinned as everywhere else, and this Python's pip."""
     runtime = [line for name, line in pinned("requirements.txt").items() if name not in LEFT_OUT]
     tests = [line for name, line in pinned("requirements-dev.txt").items() if name in TESTS]
     return sorted([*runtime, *tests, f"pip=={version('pip')}"])

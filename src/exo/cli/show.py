@@ -45,7 +45,7 @@ class MemoryPlan(BaseModel):
     problem: str | None = None
     """Why the model cannot be loaded."""
     notes: tuple[str, ...] = ()
-    """What to know of the model's files, such as that they make the output worse."""
+    """Notes about the model's files, such as a fault that makes the output worse."""
 
 
 class EngineRow(FileState):

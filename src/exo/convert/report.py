@@ -1,4 +1,4 @@
-"""What a conversion reports to its caller: its progress, its result, or the reason why it was refused."""
+"""Results of a conversion: its progress, its report, or the reason for a refusal."""
 
 from dataclasses import dataclass
 from pathlib import Path

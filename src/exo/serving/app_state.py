@@ -67,7 +67,7 @@ class Services:
 
     @property
     def notices(self) -> list[str]:
-        """What the operator should know of this host, such as a GPU that is not used."""
+        """Notes for the operator about this host, such as a GPU that is not used."""
         unused = unused_gpus(self._prober.host) if self._prober.host is not None else ""
         return [unused] if unused else []
 

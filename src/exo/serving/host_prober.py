@@ -1,4 +1,4 @@
-"""What the runners can do on this host. They are asked again if one did not answer, and when a request needs it."""
+"""Asks the runners for their abilities on this host, again if one did not answer, and when a request needs it."""
 
 import logging
 from collections.abc import Mapping, Sequence

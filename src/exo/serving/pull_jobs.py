@@ -111,7 +111,7 @@ class Pulls:
         yield pulled
 
     async def describe(self, card: ModelCard) -> Description | None:
-        """What the model's files say about it, if they are on disk."""
+        """Describes the model from its files; None if they are not on disk."""
         return await run_sync(describe_on_disk, card, self._store())
 
     async def _join(self, source: Source) -> AsyncGenerator[DownloadProgress | Pulled]:

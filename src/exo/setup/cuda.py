@@ -93,9 +93,9 @@ class SelfTest:
 
 
 def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
-    """Sets up the plug-in, or with "0" removes it. Returns what is there now. Raises SetupError, also without a driver.
+    """Sets up the plug-in; "0" removes it. Returns a sentence on the new state. Raises SetupError.
 
-    ``architectures`` are CMake's, such as "89-real;90-real"; without a driver they say what to build for.
+    ``architectures`` are CMake's, such as "89-real;90-real". A machine without a driver needs them.
     """
     if source not in SOURCES:
         raise SetupError(f"--source: expected {', '.join(SOURCES)} (got {source!r})")

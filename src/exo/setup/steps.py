@@ -1,4 +1,4 @@
-"""What the steps of a setup share: telling progress, running programs, and the cache. Standard library only."""
+"""Functions that all setups use: progress, programs, wheels, the cache. They need the standard library only."""
 
 import importlib.util
 import os

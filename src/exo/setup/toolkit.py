@@ -22,9 +22,9 @@ COMPILER_WHEELS = tuple(
 )
 """There is no such set for CUDA 12, whose package of nvcc has no nvcc."""
 CPU_MINUTES = 80
-"""What one architecture takes to compile."""
+"""The CPU time of compiling for one architecture."""
 _COMPILER_BYTES = 3 << 30
-"""Of memory that one nvcc may take."""
+"""The memory that one nvcc process may take."""
 _PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 _CHECK = """
@@ -36,7 +36,7 @@ _DRIVER_FUNCTIONS = (
     "cuDeviceGet", "cuDeviceGetAttribute", "cuGetErrorString", "cuMemAddressFree", "cuMemAddressReserve", "cuMemCreate",
     "cuMemGetAllocationGranularity", "cuMemMap", "cuMemRelease", "cuMemSetAccess", "cuMemUnmap",
 )  # fmt: skip
-"""What llama.cpp calls of the driver. They are linked from a stub, since there may be no driver where it is built."""
+"""The driver functions that llama.cpp calls. The linker gets them from a stub: the machine may have no driver."""
 _SWITCHES = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_CUDA=ON", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU=OFF", "-DGGML_CUDA_NCCL=OFF",
     "-DGGML_CCACHE=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
@@ -105,7 +105,7 @@ def _checked(nvcc: Path) -> Toolkit:
 
 
 def _output(command: Sequence[str | Path]) -> str:
-    """What a program prints. Raises SetupError with the first line that tells of an error."""
+    """Returns the output of a program. If it fails, raises SetupError with the first line that mentions an error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
     except (OSError, subprocess.SubprocessError) as error:

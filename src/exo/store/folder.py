@@ -45,7 +45,7 @@ class PulledFile(BaseModel):
 
     size: Annotated[int, Field(ge=0)]
     etag: str
-    """As in ``RemoteFile``."""
+    """The same as in ``RemoteFile``."""
     sha256: str | None = None
     revision: str
     """The commit of the last pull."""

@@ -44,7 +44,7 @@ class Instance(BaseModel):
     context_length: int = 0
     """Tokens of one sequence, prompt and output together."""
     notes: list[str] = []
-    """What to know of the model's files, such as that they make the output worse."""
+    """Notes about the model's files, such as a fault that makes the output worse."""
     active: int
     """The number of sequences in a slot."""
     waiting: int
@@ -132,4 +132,4 @@ class InstanceList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Instance]
     notices: list[str] = []
-    """What the operator should know of this host, such as a GPU that is not used."""
+    """Notes for the operator about this host, such as a GPU that is not used."""

@@ -30,7 +30,7 @@ class Ready(BaseModel):
     status: Literal["ready"] = "ready"
     models: list[str]
     notices: list[str]
-    """What the operator should know of this host, such as a GPU that is not used."""
+    """Notes for the operator about this host, such as a GPU that is not used."""
 
 
 class RouteReport(BaseModel):

@@ -14,7 +14,7 @@ from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoni
 from exo.chat.output.json_scanner import JsonObject
 from exo.chat.output.scanner import MORE, Scanner, Steps, markers
 
-# What may follow arguments whose closing brackets are missing: the end, or the beginning of a format's marker.
+# Text that may follow arguments without closing brackets: the end, or the beginning of a format's marker.
 _MARKUP = ("", "<", "`", "[")
 _PLAIN = re.compile(r"</?[\w:]+>|[\w ]+:")
 _FENCE = re.compile(r" *(```|~~~)")

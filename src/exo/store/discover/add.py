@@ -32,14 +32,14 @@ class Added(BaseModel):
     card: Path
     """The file."""
     runners: tuple[str, ...]
-    """That the card has a table for."""
+    """Runners that the model card has a table for."""
     repo: str
     revision: str
     """The commit that was looked at."""
     files: tuple[str, ...]
-    """What a pull will fetch."""
+    """Files that a pull will fetch."""
     bytes: int
-    """Of all of them."""
+    """The size of all files."""
     quantization: str
     architecture: str
     n_layers: int
@@ -48,7 +48,7 @@ class Added(BaseModel):
     tasks: tuple[str, ...]
     chat_template: bool
     notes: tuple[str, ...]
-    """What was decided for the user, and what the model lacks."""
+    """Decisions made for the user, and features that the model lacks."""
 
 
 def add(
@@ -87,7 +87,7 @@ def add(
 
 
 def as_text(added: Added) -> Iterator[str]:
-    """What was found and written, line by line."""
+    """Describes the model and the model card that was written, line by line."""
     context = f"{added.context_length:,} tokens of context" if added.context_length else "context not stated"
     template = "has a chat template" if added.chat_template else "has no chat template"
     yield f"{added.model_id}: {added.architecture}, {added.n_layers} layers, {context}, {template}"

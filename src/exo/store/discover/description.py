@@ -46,7 +46,7 @@ class Description:
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the chat template shows, in upstream exo's terms."""
+        """Capabilities that the chat template shows, in upstream exo's terms."""
         template = self.chat_template or ""
         thinks = any(mark in template for mark in _REASONING_MARKS)
         return ("text", *(["thinking"] if thinks else []), *(["thinking_toggle"] if _TOGGLE in template else []))

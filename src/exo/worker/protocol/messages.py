@@ -233,7 +233,7 @@ class Capabilities(Message):
     tool_template: str | None = None
     """The model's own template for requests with tools, if it has another one for them."""
     notes: tuple[str, ...] = ()
-    """What the user should know of the model's files, such as that they make the output worse."""
+    """Notes for the user about the model's files, such as a fault that makes the output worse."""
     bos_token: str = ""
     eos_token: str = ""
     special_tokens: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of itself: its version, the CUDA that it can run, the GPUs' compute capabilities.
+"""Asks NVIDIA's driver for its version, the CUDA that it can run, and the GPUs' compute capabilities.
 
 Asks NVML through ctypes, so it works before any package is installed, and without nvidia-smi.
 """

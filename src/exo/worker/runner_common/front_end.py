@@ -249,7 +249,7 @@ class FrontEnd(Generic[SequenceT]):
     # --- the end ---
 
     def _cannot_load(self, error: BaseException) -> Failed:
-        """What a library raises while it builds or measures a model, it would raise in another process as well."""
+        """Returns the failure of a load or estimate. The library would raise the error in another process as well."""
         if not isinstance(error, LoadError):
             if isinstance(error, Exception) and (known := self._explain(error)) is not None:
                 return known

@@ -33,7 +33,7 @@ _MODULES = TypeAdapter(list[_Module])
 
 
 def choose_pooling(asked: Pooling | None, folder: Path, table: str) -> Pooling:
-    """What the card's ``table`` asks for, else what the folder says in Sentence Transformers' file, else mean.
+    """Returns the pooling that the card's ``table`` names, else the one in Sentence Transformers' file, else mean.
 
     Raises LoadError.
     """

@@ -32,7 +32,7 @@ def _mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def key(seed: int, position: int) -> int:
-    """What the numbers at ``position``, counted from the first prompt token, are made from."""
+    """Returns the key of the random numbers at ``position``, counted from the first prompt token."""
     return _mix((_mix((seed + _GAMMA) & _MASK) + position * _GAMMA) & _MASK)
 
 

@@ -1,4 +1,4 @@
-"""What this process and its children have computed and read, which shows whether a load gets on."""
+"""CPU time and bytes read by this process and its children, which show whether a load makes progress."""
 
 import resource
 import time

@@ -22,9 +22,9 @@ class Plan:
     slots: int
     n_gpu_layers: int | None = None
     cache_type: str | None = None
-    """Of keys and values; None as the card has it."""
+    """The type of keys and values; None: the one in the model card."""
     prefix_cache_bytes: int = 0
-    """Of the processors' memory, for prefixes that are in no slot any more."""
+    """Host memory for prefixes that are in no slot any more."""
     devices: tuple[str, ...] = ()
     """By name; empty where the runner uses the first one or none."""
     tensor_split: tuple[float, ...] | None = None
@@ -33,12 +33,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What something takes, in bytes. ``later``: not by loading, but with the first request that needs it."""
+    """The bytes that one item takes. ``later``: it is allocated by the first request that needs it, not by loading."""
 
     name: str
     host: int = 0
     device: int = 0
-    """Of the first device, and below of devices by name."""
+    """Bytes on the first device; ``devices`` has bytes by the device's name."""
     later: bool = False
     devices: Mapping[str, int] = field(default_factory=dict[str, int])
 
@@ -48,7 +48,7 @@ Size = Callable[[Plan], Sequence[Part]]
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """What the card leaves open, and how far each may go."""
+    """The settings that the model card leaves open, and their ranges."""
 
     n_ctx: bool = False
     n_gpu_layers: bool = False
@@ -88,7 +88,7 @@ def steps(longest: int, shortest: int) -> list[int]:
 
 
 def cells(n_ctx: int) -> int:
-    """What a slot's cache has room for: whole blocks, in both engines."""
+    """Returns the cells of a slot's cache, which consists of whole blocks in both engines."""
     return -(-n_ctx // _CELLS) * _CELLS
 
 
@@ -137,7 +137,7 @@ def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tu
         for n_gpu_layers in range(left.layers - 1, -1, -1):
             yield {"n_gpu_layers": n_gpu_layers}, replace(plan, n_gpu_layers=n_gpu_layers)
     for names in left.devices:
-        # Of all devices the same, so that what fits now fits whenever it is loaded.
+        # Every device gets the same share, so that a plan that fits now fits at each later load.
         changes: dict[str, JsonValue] = {"devices": [*names]}
         if len(names) > 1:
             changes["tensor_split"] = [1 for _ in names]
@@ -174,5 +174,5 @@ def _by_device(parts: Sequence[Part]) -> dict[str, int]:
 
 
 def _size(part: Part) -> int:
-    """Of memory that is a device's and the processors', once."""
+    """Returns the part's size. Memory that a device and the host share counts once."""
     return max(part.host, part.device) + sum(part.devices.values())

@@ -36,7 +36,7 @@ class SandboxError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SandboxLimits:
-    """What a sandbox may use. ``seconds`` of wall time and ``answer_bytes`` are for one answer."""
+    """Limits of a sandbox. ``seconds`` of wall time and ``answer_bytes`` are for one answer."""
 
     seconds: float
     address_space: int

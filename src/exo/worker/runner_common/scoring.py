@@ -15,7 +15,7 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.tokenizer import Tokenizer
 
 LogProbabilities = npt.NDArray[np.float32]
-"""Of every possible next token after each token of a text, shape (tokens, n_vocab)."""
+"""One row for each token of a text: log-probabilities of all tokens as the next one, shape (tokens, n_vocab)."""
 
 
 @dataclass(frozen=True, slots=True)

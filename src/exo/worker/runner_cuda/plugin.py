@@ -147,5 +147,5 @@ def load_plugin() -> None:
 
 
 def needed_libraries(major: int) -> tuple[str, ...]:
-    """What a plug-in of a major release of CUDA links to, in the order of loading."""
+    """Libraries that a plug-in of a major release of CUDA links to, in the order of loading."""
     return ("libcuda.so.1", *(f"{name}.so.{major}" for name in ("libcudart", "libcublasLt", "libcublas")))

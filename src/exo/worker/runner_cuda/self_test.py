@@ -34,7 +34,7 @@ _F32, _Q8_0 = 0, 8
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What one GPU showed. ``seconds`` include what the driver compiles at a plug-in's first use."""
+    """The result of one GPU. ``seconds`` include the driver's compilation at the first use of a plug-in."""
 
     device: str
     on_device: float
@@ -93,7 +93,10 @@ def _prove(path: Path, device: Gpu, expected: Logits, layers: float) -> Proof:
 
 
 def _log_probabilities(path: Path, devices: Sequence[Gpu]) -> tuple[Logits, Mapping[str, float]]:
-    """Of all rows, and the MiB of the model in each buffer. Raises LoadError and EngineError."""
+    """Returns the log-probabilities of all rows, and the MiB of the model in each buffer.
+
+    Raises LoadError and EngineError.
+    """
     log, options = _PlacementLog(), CudaOptions(path=str(path), n_ctx=256, slots=1, threads=1)
     model = Model(path, options, devices, lambda _: None, log)
     context = Context(model, options, 256, Rows(step=PROMPT, graph=PROMPT, outputs=PROMPT), log)

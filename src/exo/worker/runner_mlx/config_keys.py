@@ -1,7 +1,7 @@
 """Refuses a setting in config.json that changes what a model computes and that mlx-lm does not read.
 
 mlx-lm drops keys that its class for a model type does not have, and a class may have a key that its code never uses.
-What is read is found in the classes and in their source, so that it follows the version that is installed.
+This module looks for the keys that mlx-lm reads in its classes and their source, so it follows the installed version.
 """
 
 import ast
@@ -144,7 +144,7 @@ def _unread(key: str, value: JsonValue, folder: HfFolder) -> LoadError:
 
 
 def _assumed(config: Json, skipped: Collection[str]) -> Json:
-    """What transformers assumes where these keys are absent, if it knows the model type."""
+    """Returns transformers' defaults of these keys; nothing for a model type that it does not know."""
     known: Mapping[object, _ConfigClass] = import_module("transformers").CONFIG_MAPPING
     rest: Json = {
         key: value for key, value in language_config(config).items() if key not in skipped and value is not None

@@ -56,9 +56,9 @@ def _sum(weights: mx.array) -> mx.array:
 def _largest(logits: mx.array, k: int) -> mx.array:
     """Returns the ids of each row's ``k`` largest logits, shape (rows, k), in descending order.
 
-    Of equals, the lowest id comes first. The order is that of unique 64-bit keys. Their upper half are the bits of the
-    float32, inverted if it is negative, which sort like the numbers. Their lower half is the inverted id. Adding 0
-    turns -0 into 0, whose bits differ.
+    Among equal logits, the lowest id comes first. The order is that of unique 64-bit keys. Their upper half has the
+    bits of the float32, inverted if it is negative, which sort like the numbers. Their lower half is the inverted id.
+    Adding 0 turns -0 into 0, whose bits differ.
     """
     n_vocab = logits.shape[1]
     if k == 0:

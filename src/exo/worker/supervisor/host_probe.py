@@ -143,7 +143,7 @@ def _driver_problem() -> str:
 
 
 def _told(nvml: ModuleType, name: str, *arguments: object) -> Any:  # noqa: ANN401 -- each function has its own type
-    """What an NVML function returns; None if this driver or this device does not have it."""
+    """Calls an NVML function. Returns None if this driver or this device does not have it."""
     try:
         return getattr(nvml, name)(*arguments)
     except (*_nvml_errors(nvml), AttributeError):

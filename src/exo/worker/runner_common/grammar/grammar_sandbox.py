@@ -13,12 +13,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimits, serve
 
 LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False)
-"""What a grammar may cost, in the runner too: 15 ms a token and 100 MB. Limits not named here are llguidance's own."""
+"""Limits of a grammar, in the runner too: 15 ms a token and 100 MB. Limits not named here are llguidance's own."""
 _SANDBOX = SandboxLimits(seconds=0.8, address_space=1 << 30)
 
 
 class GuidanceVocabulary:
-    """What llguidance's wrapper asks of a tokenizer. ``tokens`` are bytes by id; control tokens are ``special``."""
+    """The attributes that llguidance's wrapper reads from a tokenizer.
+
+    ``tokens`` are bytes by id; control tokens are ``special``.
+    """
 
     bos_token_id = None
 

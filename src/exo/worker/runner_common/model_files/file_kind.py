@@ -1,4 +1,4 @@
-"""What a file is that was taken for a model or a part of one, and what to do about it."""
+"""Recognises a file that was taken for a model or a part of one, and names the remedy."""
 
 import re
 

@@ -51,7 +51,7 @@ def sliding_pattern(config: Mapping[str, JsonValue]) -> int | None:
 
 
 def layer_types(count: int, pattern: int) -> list[JsonValue]:
-    """What transformers writes for ``count`` layers where every ``pattern``-th sees the whole context."""
+    """Returns the list that transformers writes for ``count`` layers if every ``pattern``-th sees the whole context."""
     return [SLIDING if (layer + 1) % pattern else FULL for layer in range(count)]
 
 

@@ -85,7 +85,7 @@ class HfFolder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the folder."""
+        """Notes for the user about the folder."""
         reason = "the engine has the architecture itself"
         return (f"the folder names code of its own (auto_map), which is not run: {reason}",) if self.names_code else ()
 

@@ -188,8 +188,9 @@ def _weights(row: Row, temperature: float) -> Row:
 def _top_p(weights: Row, top_p: float) -> Ids:
     """Returns the ids, ascending, of the smallest set of heaviest tokens whose share reaches ``top_p``.
 
-    Of equals, the lowest ids are in the set. The heaviest weight is 1. If the tokens above a floor together reach the
-    share, they contain the set, so only they are sorted. With a language model the first floor nearly always suffices.
+    Among equally heavy tokens, the set takes the lowest ids. The heaviest weight is 1. If the tokens above a floor
+    together reach the share, they contain the set, so only they are sorted. With a language model the first floor
+    nearly always suffices.
     """
     target = top_p * float(weights.sum(dtype=np.float64))
     near = np.empty(0, np.intp)
