@@ -145,6 +145,74 @@ async def _tokenized(
     return answer, route_headers(answered.runner.route)
 
 
+async def _tokens(services: Services, body: TokenizeRequest) -> tuple[BaseModel, Mapping[str, str]]:
+    if not body.content and not body.add_special:
+        services.routing.resolve(body.model)
+        return TokenList(tokens=[]), {}
+    text = (Text(text=body.content, special=body.parse_special),)
+    command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
+    answer, headers = await _tokenized(services, body.model, command, "content")
+    if not body.with_pieces:
+        return TokenList.model_construct(tokens=list(answer.tokens)), headers
+    pieces: list[TokenPiece] = []
+    async for part in in_pieces(list(zip(answer.tokens, answer.bytes, strict=True)), _PART):
+        pieces += [TokenPiece(id=token, piece=_piece(raw)) for token, raw in part]
+    return TokenList.model_construct(tokens=pieces), headers
+
+
+async def _text(services: Services, body: DetokenizeRequest) -> tuple[BaseModel, Mapping[str, str]]:
+    if not body.tokens:
+        services.routing.resolve(body.model)
+        return Detokenized(content=""), {}
+    command = Tokenize(id=f"detok-{uuid4().hex}", prompt=tuple(body.tokens))
+    answer, headers = await _tokenized(services, body.model, command, "tokens")
+    parts = [b"".join(map(bytes, part)) async for part in in_pieces(answer.bytes, _PART)]
+    return Detokenized(content=b"".join(parts).decode(errors="replace")), headers
+
+
+async def _prompt(services: Services, body: ChatCompletionRequest) -> tuple[BaseModel, Mapping[str, str]]:
+    answered = await ask(
+        services, Question(model=services.routing.resolve(body.model), needs=None, commands=[], params={})
+    )
+    texts = await render(services, answered.runner, body.conversation(), "messages")
+    return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
+
+
+async def _embeddings(services: Services, body: LlamaEmbeddingRequest) -> tuple[BaseModel, Mapping[str, str]]:
+    field, inputs = ("input", body.input) if body.content is None else ("content", body.content)
+    question = Question(
+        model=services.routing.resolve(body.model),
+        needs={"embeddings": "model"},
+        commands=embed_commands(inputs or []),
+        params={"prompt": field},
+    )
+    answered = await ask(services, question)
+    vectors = [list(answer.vector) for answer in answered.answers if isinstance(answer, Embedded)]
+    reply = [LlamaEmbedding(index=at, embedding=[vector]) for at, vector in enumerate(vectors)]
+    return RootModel(reply), route_headers(answered.runner.route)
+
+
+async def _ranking(services: Services, body: RerankRequest) -> tuple[BaseModel, Mapping[str, str]]:
+    ids = uuid4().hex
+    commands = [
+        Rank(id=f"rank-{ids}-{at}", query=body.query, document=document) for at, document in enumerate(body.documents)
+    ]
+    question = Question(
+        model=services.routing.resolve(body.model),
+        needs={"rerank": "model"},
+        commands=commands,
+        params={"document": "documents"},
+    )
+    answered = await ask(services, question)
+    ranked = [answer for answer in answered.answers if isinstance(answer, Ranked)]
+    results = [RerankResult(index=at, relevance_score=each.score) for at, each in enumerate(ranked)]
+    results.sort(key=lambda each: (-each.relevance_score, each.index))
+    tokens = sum(each.usage.prompt_tokens for each in ranked)
+    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    reply = Reranked(model=answered.runner.card.model_id, usage=usage, results=results[: body.top_n])
+    return reply, route_headers(answered.runner.route)
+
+
 def llama_routes(services: Services) -> APIRouter:
     """Tokenizing, detokenizing, chat templates and ranking."""
     routes = APIRouter(tags=["llama-server"])
@@ -153,73 +221,26 @@ def llama_routes(services: Services) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """Splits text into tokens."""
         body = await read_body(request, TokenizeRequest)
-
-        async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            if not body.content and not body.add_special:
-                services.routing.resolve(body.model)
-                return TokenList(tokens=[]), {}
-            text = (Text(text=body.content, special=body.parse_special),)
-            command = Tokenize(id=f"tok-{uuid4().hex}", prompt=text, add_bos=body.add_special)
-            answer, headers = await _tokenized(services, body.model, command, "content")
-            if not body.with_pieces:
-                return TokenList.model_construct(tokens=list(answer.tokens)), headers
-            pieces: list[TokenPiece] = []
-            async for part in in_pieces(list(zip(answer.tokens, answer.bytes, strict=True)), _PART):
-                pieces += [TokenPiece(id=token, piece=_piece(raw)) for token, raw in part]
-            return TokenList.model_construct(tokens=pieces), headers
-
-        return UnaryResponse(work)
+        return UnaryResponse(lambda: _tokens(services, body))
 
     @routes.post("/detokenize", response_model=Detokenized, openapi_extra=json_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """Joins tokens to text."""
         body = await read_body(request, DetokenizeRequest)
-
-        async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            if not body.tokens:
-                services.routing.resolve(body.model)
-                return Detokenized(content=""), {}
-            command = Tokenize(id=f"detok-{uuid4().hex}", prompt=tuple(body.tokens))
-            answer, headers = await _tokenized(services, body.model, command, "tokens")
-            parts = [b"".join(map(bytes, part)) async for part in in_pieces(answer.bytes, _PART)]
-            return Detokenized(content=b"".join(parts).decode(errors="replace")), headers
-
-        return UnaryResponse(work)
+        return UnaryResponse(lambda: _text(services, body))
 
     @routes.post("/apply-template", response_model=TemplateApplied, openapi_extra=json_body(ChatCompletionRequest))
     async def apply_template(request: Request) -> Response:
         """Returns the prompt of a chat completion."""
         body = await read_body(request, ChatCompletionRequest)
-
-        async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            answered = await ask(
-                services, Question(model=services.routing.resolve(body.model), needs=None, commands=[], params={})
-            )
-            texts = await render(services, answered.runner, body.conversation(), "messages")
-            return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
-
-        return UnaryResponse(work)
+        return UnaryResponse(lambda: _prompt(services, body))
 
     @routes.post("/embedding", response_model=list[LlamaEmbedding], openapi_extra=json_body(LlamaEmbeddingRequest))
     @routes.post("/embeddings", include_in_schema=False)
     async def embedding(request: Request) -> Response:
         """Makes vectors of texts."""
         body = await read_body(request, LlamaEmbeddingRequest)
-        field, inputs = ("input", body.input) if body.content is None else ("content", body.content)
-
-        async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            question = Question(
-                model=services.routing.resolve(body.model),
-                needs={"embeddings": "model"},
-                commands=embed_commands(inputs or []),
-                params={"prompt": field},
-            )
-            answered = await ask(services, question)
-            vectors = [list(answer.vector) for answer in answered.answers if isinstance(answer, Embedded)]
-            reply = [LlamaEmbedding(index=at, embedding=[vector]) for at, vector in enumerate(vectors)]
-            return RootModel(reply), route_headers(answered.runner.route)
-
-        return UnaryResponse(work)
+        return UnaryResponse(lambda: _embeddings(services, body))
 
     @routes.post("/v1/rerank", response_model=Reranked, openapi_extra=json_body(RerankRequest))
     @routes.post("/rerank", include_in_schema=False)
@@ -228,28 +249,6 @@ def llama_routes(services: Services) -> APIRouter:
     async def rerank(request: Request) -> Response:
         """Sorts documents by their relevance to a query."""
         body = await read_body(request, RerankRequest)
-
-        async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            ids = uuid4().hex
-            commands = [
-                Rank(id=f"rank-{ids}-{at}", query=body.query, document=document)
-                for at, document in enumerate(body.documents)
-            ]
-            question = Question(
-                model=services.routing.resolve(body.model),
-                needs={"rerank": "model"},
-                commands=commands,
-                params={"document": "documents"},
-            )
-            answered = await ask(services, question)
-            ranked = [answer for answer in answered.answers if isinstance(answer, Ranked)]
-            results = [RerankResult(index=at, relevance_score=each.score) for at, each in enumerate(ranked)]
-            results.sort(key=lambda each: (-each.relevance_score, each.index))
-            tokens = sum(each.usage.prompt_tokens for each in ranked)
-            usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
-            reply = Reranked(model=answered.runner.card.model_id, usage=usage, results=results[: body.top_n])
-            return reply, route_headers(answered.runner.route)
-
-        return UnaryResponse(work)
+        return UnaryResponse(lambda: _ranking(services, body))
 
     return routes

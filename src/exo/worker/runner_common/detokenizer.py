@@ -39,7 +39,7 @@ class TextStream:
         self._stop = {each: each for each in stop}
         """Stop strings by what is looked for: themselves, or with a mark for each control token they name."""
         self._marks: dict[str, str] = {}
-        """Marks of the control tokens that a stop string names, by name. A token's mark is added when it first appears."""
+        """Marks of the control tokens that a stop string names, by name. A mark is added when its token first comes."""
         self._beginnings = frozenset("".join(each[:-1] for each in self._stop))
         """Characters in which the beginning of a stop string may end."""
         self._held = ""
