@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import (
     Command,
+    Generate,
+    Load,
+    SamplingParams,
+    Text,
+)
+from exo.worker.protocol.events import (
     Deltas,
     Event,
     Failed,
     Finished,
-    Generate,
-    Load,
-    SamplingParams,
     Status,
-    Text,
 )
 from exo.worker.protocol.wire import decode_event, encode
 

@@ -15,7 +15,7 @@ from functools import partial
 import llama_cpp
 
 from bench.servers import demo_model
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose

@@ -29,7 +29,7 @@ from exo.bench.options import BenchOptions
 from exo.bench.prompts import Prompts
 from exo.bench.report import Stage
 from exo.bench.run import run_bench
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from tests.support.fake_runner import COMMAND
 from tests.support.server import ServeProgram, write_card
 

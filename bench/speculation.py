@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from bench.direct_runner import DirectRunner
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 
 _TOPICS = (

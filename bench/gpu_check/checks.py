@@ -17,7 +17,8 @@ from bench.gpu_check.record import CheckError, Step, run
 from exo.compare.comparison import Comparison
 from exo.compare.engine import ComparedEngine
 from exo.compare.run import CompareOptions, Subject, examine
-from exo.worker.protocol.messages import Load, Probe
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.pool import runner_commands

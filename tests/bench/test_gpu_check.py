@@ -20,7 +20,7 @@ from bench.gpu_check.record import CheckError, Record, Step, find, perform
 from bench.gpu_check.speed import SERVERS, name_of
 from exo.bench.options import BenchOptions
 from exo.bench.report import Distribution, LoadResult, Report, Requests, Stage, Tokens
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from tests.support.program import Program, ask, runner_command
 
 # --- calls ---

@@ -14,7 +14,7 @@ from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.events import Arguments, Content, Part, Reasoning, ToolCall
 from exo.chat.output.format import OutputFormat
 from exo.chat.output.registry import FORMATS
-from exo.worker.protocol.messages import Grammar
+from exo.worker.protocol.commands import Grammar
 from tests.support.replies import BAR, ONE_CALL, THE_CALL, TOOLS, form, read, text_of
 
 NAMES = sorted(ONE_CALL)

@@ -17,7 +17,7 @@ from exo.chat.template.renderer import (
     VariableRefusedError,
     chat_prompt,
 )
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.commands import Text
 from tests import ROOT
 from tests.support.rendering import CHATML, joined, model, user, worker
 

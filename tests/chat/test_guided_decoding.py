@@ -8,7 +8,7 @@ import jsonschema_rs
 import numpy as np
 import pytest
 
-from exo.worker.protocol.messages import Grammar
+from exo.worker.protocol.commands import Grammar
 from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError
 
 BYTES = [bytes([byte]) for byte in range(256)]

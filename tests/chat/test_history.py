@@ -29,7 +29,7 @@ from exo.chat.template.fitting import outline
 from exo.chat.template.messages import template_messages
 from exo.chat.template.renderer import ConversationRefusedError, TemplateWorker, ToolsUnsupportedError, chat_prompt
 from exo.serving.events import Started
-from exo.worker.protocol.messages import Capabilities, Usage
+from exo.worker.protocol.events import Capabilities, Usage
 from tests.support.rendering import joined, model, worker
 from tests.support.templates import FAMILIES, known_templates
 

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.registry import FORMATS
-from exo.worker.protocol.messages import Grammar
+from exo.worker.protocol.commands import Grammar
 from exo.worker.runner_common.grammar.grammar_errors import named
 from exo.worker.runner_common.grammar.guided_decoding import Constraints, GrammarError
 from exo.worker.runner_common.grammar.json_schema import enforced

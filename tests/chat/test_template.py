@@ -13,7 +13,7 @@ from exo.chat.template import render_main
 from exo.chat.template.render_main import CLOSE, LIMITS, OPEN
 from exo.chat.template.renderer import ConversationRefusedError, TemplateError, chat_prompt
 from exo.chat.template.special_tokens import NoncharacterError, SpecialTokens
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.commands import Text
 from tests.support.rendering import CHATML, MARKERS, joined, model, user, worker
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from exo.api.admin.runners import DeviceMemory, Instance, InstanceList, LastFailure
 from exo.cli.ps import show
 from exo.worker.protocol.cores import physical_cores, shares
-from exo.worker.protocol.messages import CpuUse
+from exo.worker.protocol.events import CpuUse
 from tests.support.server import ServeProgram, environment, write_card
 from tests.support.tiny import Shape, write_gguf
 

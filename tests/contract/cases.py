@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import (
-    Generate,
-    Grammar,
-    Load,
-)
+from exo.worker.protocol.commands import Generate, Grammar, Load
 from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
 from tests.support import fake_runner

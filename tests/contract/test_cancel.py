@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import (
     Cancel,
     Sibling,
     Text,

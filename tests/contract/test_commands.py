@@ -3,9 +3,7 @@
 import json
 from itertools import islice
 
-from exo.worker.protocol.messages import (
-    LINE_BYTES,
-)
+from exo.worker.protocol.messages import LINE_BYTES
 from tests.contract.cases import long_prompt, one
 from tests.support.program import Program, ask, names
 

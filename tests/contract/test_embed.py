@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS, Cancel, Capabilities, Embed, Rank, Text, Tokenize
+from exo.worker.protocol.commands import (
+    Cancel,
+    Embed,
+    Rank,
+    Text,
+    Tokenize,
+)
+from exo.worker.protocol.events import Capabilities
+from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS
 from exo.worker.runner_common.request_checks import within
 from tests.contract.cases import CASES, EVERY_RUNNER, Start, Table, long_prompt
 from tests.support.program import Program, Result, ask, names

@@ -4,10 +4,7 @@ from itertools import islice
 
 import pytest
 
-from exo.worker.protocol.messages import (
-    Grammar,
-    Sibling,
-)
+from exo.worker.protocol.commands import Grammar, Sibling
 from tests.contract.cases import CASES, Start, constrained, goes_on_from_everywhere, long_prompt, one
 from tests.support.program import Program, ask, names
 

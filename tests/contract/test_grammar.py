@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import (
-    Grammar,
-    SamplingParams,
-)
+from exo.worker.protocol.commands import Grammar, SamplingParams
 from tests.contract.cases import CASES, REGEX, Start, constrained, goes_on_from_everywhere, one
 from tests.support.program import Program, ask, names
 

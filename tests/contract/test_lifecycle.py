@@ -2,9 +2,7 @@
 
 from itertools import islice
 
-from exo.worker.protocol.messages import (
-    Cores,
-)
+from exo.worker.protocol.commands import Cores
 from tests.contract.cases import Start, one
 from tests.support.program import ask, names
 

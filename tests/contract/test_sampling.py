@@ -2,9 +2,7 @@
 
 from itertools import islice
 
-from exo.worker.protocol.messages import (
-    Capabilities,
-)
+from exo.worker.protocol.events import Capabilities
 from tests.contract.cases import goes_on_from_everywhere, one
 from tests.support.program import Program, ask, names
 

@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from exo.convert import ConversionProgress, ConversionReport, convert
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from tests.support.converted import Said, ask_both, bits, change_json, config, question, weights
 from tests.support.edited_gguf import decoded
 from tests.support.program import Program, runner_command

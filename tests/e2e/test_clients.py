@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Load, Score, Scored
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.one_shot import Score, Scored
 from exo.worker.protocol.runners import RUNNERS
 from tests import ROOT
 from tests.support.program import runner_command

@@ -20,7 +20,7 @@ from exo.config import Settings
 from exo.exit_code import CommandError
 from exo.plot import check_plot
 from exo.worker.host import Host
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
 from tests.support.server import write_card

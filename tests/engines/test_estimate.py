@@ -12,7 +12,8 @@ import pytest
 from pydantic import JsonValue
 
 from exo.cards.catalogue import Catalogue
-from exo.worker.protocol.messages import Embed, Estimate, Failed, Load, LoadOption
+from exo.worker.protocol.commands import Embed, Estimate, Load
+from exo.worker.protocol.events import Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
 from tests.support.program import Program, ask

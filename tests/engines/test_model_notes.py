@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from exo.worker.protocol.messages import Estimate, Load
+from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.runner_cuda.loading.estimate import estimate
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.server import ServeProgram, write_card

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from exo.api.http.body import BODY_LIMIT
 from exo.api.http.errors import error_body, install
 from exo.serving.errors import from_failed
-from exo.worker.protocol.messages import ErrorCode, Failed
+from exo.worker.protocol.events import ErrorCode, Failed
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 

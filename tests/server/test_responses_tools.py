@@ -20,7 +20,7 @@ from exo.chat.grammar.tool_schema import NamedChoice
 from exo.chat.output.events import Arguments, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted
 from exo.serving.request import Conversation
-from exo.worker.protocol.messages import Usage
+from exo.worker.protocol.events import Usage
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 

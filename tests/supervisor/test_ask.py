@@ -11,17 +11,19 @@ import anyio
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import (
-    Capabilities,
-    Delta,
+from exo.worker.protocol.commands import (
     Embed,
-    Embedded,
-    Finished,
     Load,
     Rank,
-    Status,
     Text,
     Tokenize,
+)
+from exo.worker.protocol.events import (
+    Capabilities,
+    Delta,
+    Embedded,
+    Finished,
+    Status,
     Usage,
 )
 from exo.worker.protocol.wire import encode

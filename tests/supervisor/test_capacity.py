@@ -8,7 +8,7 @@ import pytest
 
 from exo.config import Limits, SettingsError
 from exo.worker.host import Host, NvidiaDevice
-from exo.worker.protocol.messages import Device, Probe
+from exo.worker.protocol.one_shot import Device, Probe
 from exo.worker.supervisor.host_memory import capacity, taken
 from exo.worker.supervisor.request_timer import WINDOW_SECONDS, TokenRate
 from tests.support.nvml import FakeDevice, fake_nvml

@@ -15,7 +15,7 @@ from exo.api.admin.runners import InstanceList
 from exo.cards.card import ModelCard
 from exo.cli.ps import show
 from exo.worker.host import updated
-from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.supervisor.host_memory import room
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.memory import Memory

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.messages import Failed, Load, Status
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.events import Failed, Status
 from exo.worker.protocol.wire import encode
 from exo.worker.router import LiveRunner, Route
 from exo.worker.supervisor.circuit_breaker import FAILURES_TO_AVOID

@@ -13,21 +13,19 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import (
-    COMMANDS,
-    LINE_BYTES,
+from exo.worker.protocol.commands import COMMANDS, Load, Sibling
+from exo.worker.protocol.events import (
     Capabilities,
     Delta,
     Failed,
     Finished,
     Heartbeat,
-    Load,
     PrefillProgress,
     PromptLogprobs,
-    Sibling,
     Status,
     Usage,
 )
+from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.state_machine import RequestEvent, RequestEvents
@@ -671,7 +669,7 @@ SERVER = """
 import sys
 from pathlib import Path
 import anyio, psutil
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.supervisor.runner_process import RunnerProcess
 from tests.support.fake_runner import COMMAND
 from tests.support.program import ask

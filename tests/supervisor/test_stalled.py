@@ -14,7 +14,13 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Estimated, Failed, Heartbeat, Load, LoadOption
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.events import (
+    Estimated,
+    Failed,
+    Heartbeat,
+    LoadOption,
+)
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
 from exo.worker.supervisor.runner_process import Admit, RunnerError, RunnerProcess

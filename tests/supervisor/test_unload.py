@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from exo.api.admin.runners import Instance
 from exo.cards.card import ModelCard
-from exo.worker.protocol.messages import Finished
+from exo.worker.protocol.events import Finished
 from exo.worker.supervisor.instance import InstanceReport
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 
 Row = NDArray[np.float32]

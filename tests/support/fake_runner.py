@@ -25,42 +25,42 @@ from typing import Annotated, BinaryIO, Literal, NoReturn
 import numpy as np
 from pydantic import BeforeValidator, JsonValue, ValidationError
 
-from exo.worker.protocol.messages import (
-    LINE_BYTES,
-    PART_LOGPROBS,
+from exo.worker.protocol.commands import (
     Cancel,
-    Capabilities,
     Command,
     Cores,
+    Embed,
+    Estimate,
+    Generate,
+    Load,
+    Rank,
+    Shutdown,
+    Text,
+    Tokenize,
+)
+from exo.worker.protocol.events import (
+    Capabilities,
     CpuUse,
     Delta,
     Deltas,
-    Embed,
     Embedded,
-    Estimate,
     Estimated,
     Failed,
     Finished,
     FinishReason,
-    Generate,
     Heartbeat,
-    Load,
     LoadOption,
     Logprob,
-    Message,
     PrefillProgress,
-    Probe,
     PromptLogprobs,
-    Rank,
     Ranked,
-    Shutdown,
     Status,
-    Text,
-    Tokenize,
     Tokenized,
     TokenLogprobs,
     Usage,
 )
+from exo.worker.protocol.messages import LINE_BYTES, PART_LOGPROBS, Message
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.wire import describe, encode, read_commands, take_protocol_stream
 from exo.worker.runner_common.detokenizer import TextStream
 from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure

@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import (
     Cancel,
+    Generate,
+    Load,
+    Request,
+    SamplingParams,
+    Shutdown,
+    Text,
+)
+from exo.worker.protocol.events import (
     Capabilities,
     Deltas,
     Embedded,
@@ -20,20 +28,14 @@ from exo.worker.protocol.messages import (
     Event,
     Failed,
     Finished,
-    Generate,
-    Load,
-    Message,
     PrefillProgress,
     PromptLogprobs,
     Ranked,
-    Request,
-    SamplingParams,
-    Shutdown,
     Status,
-    Text,
     Tokenized,
     TokenLogprobs,
 )
+from exo.worker.protocol.messages import Message
 from exo.worker.protocol.wire import decode_event, encode
 
 DEADLINE_SECONDS = 60.0

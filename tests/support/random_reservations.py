@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from exo.worker.protocol.messages import Estimated, LoadOption
+from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget, Reservation
 

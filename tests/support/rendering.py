@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 from pydantic import JsonValue
 
 from exo.chat.template.renderer import TemplateWorker
-from exo.worker.protocol.messages import Capabilities, Text
+from exo.worker.protocol.commands import Text
+from exo.worker.protocol.events import Capabilities
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 
-from exo.worker.protocol.messages import Finished
+from exo.worker.protocol.events import Finished
 from exo.worker.router import Route
 from exo.worker.supervisor.runner_process import RunnerProcess
 from tests.support.program import ask

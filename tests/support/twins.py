@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from tests.support.program import Program, runner_command
 from tests.support.tiny import Shape, write_gguf, write_mlx

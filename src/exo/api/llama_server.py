@@ -19,7 +19,9 @@ from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
-from exo.worker.protocol.messages import MAX_TOKENIZED, Embedded, Rank, Ranked, Text, Tokenize, Tokenized
+from exo.worker.protocol.commands import Rank, Text, Tokenize
+from exo.worker.protocol.events import Embedded, Ranked, Tokenized
+from exo.worker.protocol.messages import MAX_TOKENIZED
 
 MAX_DOCUMENTS = 1024
 MAX_TEXT = 1 << 22

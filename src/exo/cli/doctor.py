@@ -15,7 +15,7 @@ from exo.setup.cuda import Plugin, SelfTest, installed_plugin, self_test, set_up
 from exo.terminal import printable
 from exo.worker.host import Host, NvidiaDevice, unused_gpus
 from exo.worker.protocol.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
-from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.supervisor.host_probe import TRY_SECONDS, probe_commands, probe_host
 
 _CROWDED = 0.1

@@ -21,7 +21,8 @@ from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
 from exo.worker.host import Host
-from exo.worker.protocol.messages import Estimate, Estimated, Failed, Load
+from exo.worker.protocol.commands import Estimate, Load
+from exo.worker.protocol.events import Estimated, Failed
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.protocol.wire import decode_event, encode
 from exo.worker.router import Refusal, Route, route

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from exo.cards.card import ModelCard
 from exo.compare.comparison import CompareError
 from exo.worker.host import Host
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Refusal, route
 

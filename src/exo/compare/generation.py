@@ -14,14 +14,13 @@ from anyio.abc import TaskGroup
 from exo.compare.comparison import MODES, CompareError, MemoryUse, Mode, Speed
 from exo.compare.engine import ComparedEngine
 from exo.compare.scoring import Tokens
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import Generate, SamplingParams
+from exo.worker.protocol.events import (
     Delta,
     Failed,
     Finished,
-    Generate,
     PrefillProgress,
     PromptLogprobs,
-    SamplingParams,
 )
 from exo.worker.supervisor.host_probe import query_nvml
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess

@@ -10,7 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from exo.compare.comparison import CompareError, TokenisationDifference
 from exo.compare.engine import ComparedEngine
-from exo.worker.protocol.messages import Capabilities, Failed, Score, Scored, Text
+from exo.worker.protocol.commands import Text
+from exo.worker.protocol.events import Capabilities, Failed
+from exo.worker.protocol.one_shot import Score, Scored
 from exo.worker.protocol.wire import encode
 
 Tokens = tuple[int, ...]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from exo.chat.sandbox_pool import SandboxBusyError
-from exo.worker.protocol.messages import ErrorCode, Failed
+from exo.worker.protocol.events import ErrorCode, Failed
 from exo.worker.router import Refusal, model_not_found
 
 _RETRY_SECONDS = 1.0

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Literal
 
 from exo.chat.output.events import Part
-from exo.worker.protocol.messages import Capabilities, SamplingParams, TokenLogprobs, Usage
+from exo.worker.protocol.commands import SamplingParams
+from exo.worker.protocol.events import Capabilities, TokenLogprobs, Usage
 
 Reason = Literal["stop", "length", "tool_calls"]
 

@@ -16,7 +16,14 @@ from exo.serving.events import Loading, Routed
 from exo.serving.pull_jobs import pull_note
 from exo.serving.routing import RequestedModel
 from exo.serving.warnings import warn
-from exo.worker.protocol.messages import Capabilities, Embed, Embedded, Failed, Rank, Ranked, Tokenize, Tokenized
+from exo.worker.protocol.commands import Embed, Rank, Tokenize
+from exo.worker.protocol.events import (
+    Capabilities,
+    Embedded,
+    Failed,
+    Ranked,
+    Tokenized,
+)
 from exo.worker.protocol.runners import Need
 from exo.worker.router import Route
 from exo.worker.supervisor.replay import DEATHS, LONGEST_WAIT_SECONDS, ReplayBudget, other_model, spent

@@ -28,18 +28,17 @@ from exo.serving.prompt_builder import PreparedPrompt, prepare
 from exo.serving.request import GenerationRequest, naming_tools, with_enforced_schemas
 from exo.serving.routing import RequestedModel
 from exo.serving.warnings import warn_of_context
-from exo.worker.protocol.messages import (
-    MAX_PROMPT_LOGPROBS,
+from exo.worker.protocol.commands import Generate, SamplingParams
+from exo.worker.protocol.events import (
     Capabilities,
     Delta,
     Failed,
     Finished,
-    Generate,
     PrefillProgress,
     PromptLogprobs,
-    SamplingParams,
     Usage,
 )
+from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS
 from exo.worker.supervisor.replay import Replay, ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError
 from exo.worker.supervisor.state_machine import RequestEvents

@@ -25,7 +25,8 @@ from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
 from exo.serving.warnings import warn
-from exo.worker.protocol.messages import Capabilities, Failed, Grammar, Text, Tokenize, Tokenized
+from exo.worker.protocol.commands import Grammar, Text, Tokenize
+from exo.worker.protocol.events import Capabilities, Failed, Tokenized
 from exo.worker.supervisor.runner_process import RunnerError
 
 _LONGEST_TOKEN = 1024

@@ -10,7 +10,7 @@ from pydantic_core import from_json, to_json
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.errors import RequestError
 from exo.serving.warnings import warn
-from exo.worker.protocol.messages import Failed
+from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import Need
 from exo.worker.runner_common.grammar.grammar_errors import named
 from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided

@@ -9,7 +9,8 @@ from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, from_failed
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.routing import RequestedModel
-from exo.worker.protocol.messages import Embed, Embedded, Rank, Ranked, Tokenize, Tokenized
+from exo.worker.protocol.commands import Embed, Rank, Tokenize
+from exo.worker.protocol.events import Embedded, Ranked, Tokenized
 from exo.worker.protocol.runners import Need
 from exo.worker.supervisor.replay import ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.one_shot import Probe
 
 
 @dataclass(frozen=True, slots=True)

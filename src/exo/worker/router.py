@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 from exo.cards.card import ModelCard, Task
 from exo.worker.host import Host
-from exo.worker.protocol.messages import Capabilities, RunnerState
+from exo.worker.protocol.events import Capabilities, RunnerState
 from exo.worker.protocol.runners import RUNNERS, Need
 from exo.worker.speed import Basis, Pick, Preference, pick
 

@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue, ValidationError
 
-from exo.worker.protocol.messages import Generate, Grammar, Load, SamplingParams
+from exo.worker.protocol.commands import (
+    Generate,
+    Grammar,
+    Load,
+    SamplingParams,
+)
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.loader import Loaded, load

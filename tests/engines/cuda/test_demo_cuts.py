@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from exo.config import Settings
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_cuda.scheduler import LEAST
 from tests.support.program import Program, Result, ask, runner_command
 

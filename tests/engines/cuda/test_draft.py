@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Deltas, Event, Generate, Grammar, Load
+from exo.worker.protocol.commands import Generate, Grammar, Load
+from exo.worker.protocol.events import Deltas, Event
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
 from tests.support.program import Program, Result, ask, runner_command

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Estimate, Generate, Grammar, Load
+from exo.worker.protocol.commands import (
+    Estimate,
+    Generate,
+    Grammar,
+    Load,
+)
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.estimate import estimate

@@ -11,7 +11,8 @@ from gguf import GGUFWriter
 from gguf.constants import MODEL_ARCH_NAMES
 from pydantic import JsonValue, ValidationError
 
-from exo.worker.protocol.messages import Estimate, Estimated, Failed, Load, LoadOption
+from exo.worker.protocol.commands import Estimate, Load
+from exo.worker.protocol.events import Estimated, Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.gguf import GgufHeader

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Load, SamplingParams
+from exo.worker.protocol.commands import Load, SamplingParams
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.loader import load
 from exo.worker.runner_cuda.loading.threads import CpuWindow, ThreadCount, Threads, Trial, others_running

@@ -8,7 +8,7 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.loader import check

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.protocol.messages import Generate, SamplingParams
+from exo.worker.protocol.commands import Generate, SamplingParams
 from tests.support.program import Program, Result, ask, names
 from tests.support.tiny import Shape, write_mlx
 from tests.support.tiny.shape import ARCHITECTURES, Architecture

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Generate, Grammar, SamplingParams
+from exo.worker.protocol.commands import Generate, Grammar, SamplingParams
 from tests.support.program import Program, Result, ask, names
 from tests.support.twins import Models, Start
 

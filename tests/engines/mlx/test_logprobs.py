@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.protocol.messages import Generate, Grammar, SamplingParams, Score, TokenLogprobs
+from exo.worker.protocol.commands import Generate, Grammar, SamplingParams
+from exo.worker.protocol.events import TokenLogprobs
+from exo.worker.protocol.one_shot import Score
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_mlx.logprobs import SUM_BLOCK, score
 from tests.support.program import Program, Result, ask, names, runner_command

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK
 from exo.worker.runner_mlx.sampler import FAILED, MlxSampler
 from exo.worker.runner_mlx.sequence import MlxSequence

@@ -10,7 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.protocol.messages import Failed, Load, Score, Scored, Text
+from exo.worker.protocol.commands import Load, Text
+from exo.worker.protocol.events import Failed
+from exo.worker.protocol.one_shot import Score, Scored
 from exo.worker.protocol.runners import RUNNERS
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_mlx

@@ -14,7 +14,13 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Embed, Estimate, Generate, Load, SamplingParams
+from exo.worker.protocol.commands import (
+    Embed,
+    Estimate,
+    Generate,
+    Load,
+    SamplingParams,
+)
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.estimate import estimate

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.commands import Text
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.model_files.model_folder import read_folder
 from exo.worker.runner_mlx.model import open_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.protocol.messages import Embed, Load, Text
+from exo.worker.protocol.commands import Embed, Load, Text
 from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
 from tests.engines.test_estimate import TOLERANCE, choices, prompt

@@ -7,7 +7,7 @@ import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
 from tests.support.program import Program, ask

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from exo.cards.card import CardError, ModelCard, SamplingValues
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.runners import RUNNERS, RunnerSpec
 from tests.support.model_cards import SMALL, UPSTREAM
 

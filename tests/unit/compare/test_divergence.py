@@ -19,7 +19,8 @@ from exo.compare.divergence import (
     seeded_margin,
 )
 from exo.compare.scoring import Scoring
-from exo.worker.protocol.messages import Capabilities, SamplingParams
+from exo.worker.protocol.commands import SamplingParams
+from exo.worker.protocol.events import Capabilities
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels
 from tests.support.definition import by_definition
 

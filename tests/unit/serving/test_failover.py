@@ -10,7 +10,8 @@ from exo.config import Settings
 from exo.serving.app_state import Services
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.routing import RequestedModel
-from exo.worker.protocol.messages import Capabilities, ErrorCode, Failed, Load
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.events import Capabilities, ErrorCode, Failed
 from exo.worker.router import Route
 from exo.worker.supervisor.replay import DEATHS, FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess

@@ -9,7 +9,7 @@ from exo.api.http.response import ReplyChoice
 from exo.chat.output.registry import FORMATS
 from exo.serving.events import ChoiceDelta, ChoiceFinished
 from exo.serving.generation import ChoiceReader
-from exo.worker.protocol.messages import Delta, Finished, Usage
+from exo.worker.protocol.events import Delta, Finished, Usage
 from tests.support.replies import ONE_CALL, TOOLS
 
 BROKEN = ONE_CALL["hermes"].replace("3", "tree")

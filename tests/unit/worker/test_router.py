@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from exo.cards.card import UPSTREAM_BACKENDS, ModelCard, Task
 from exo.worker.host import Host
-from exo.worker.protocol.messages import Capabilities, Probe, RunnerState
+from exo.worker.protocol.events import Capabilities, RunnerState
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import RUNNERS, Need, RunnerSpec
 from exo.worker.router import NEEDS, LiveRunner, Refusal, Route, Wish, model_not_found, parse_model, route
 from exo.worker.speed import Point, Preference

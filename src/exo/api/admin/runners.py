@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel
 
-from exo.worker.protocol.messages import CpuUse, ErrorCode, RunnerState
+from exo.worker.protocol.events import CpuUse, ErrorCode, RunnerState
 from exo.worker.supervisor.instance import InstanceReport
 
 

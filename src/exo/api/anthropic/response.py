@@ -20,7 +20,7 @@ from exo.serving.events import (
     Reason,
     Started,
 )
-from exo.worker.protocol.messages import Usage
+from exo.worker.protocol.events import Usage
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 

@@ -19,7 +19,8 @@ from exo.serving.generation import Generation
 from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
 from exo.serving.warnings import warn
-from exo.worker.protocol.messages import Tokenize, Tokenized
+from exo.worker.protocol.commands import Tokenize
+from exo.worker.protocol.events import Tokenized
 
 _PARAMS = {"prompt": "messages"}
 _NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply together"

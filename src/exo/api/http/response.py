@@ -31,7 +31,7 @@ from exo.serving.events import (
     Started,
 )
 from exo.serving.generation import Generation
-from exo.worker.protocol.messages import TokenLogprobs, Usage
+from exo.worker.protocol.events import TokenLogprobs, Usage
 from exo.worker.router import Route
 
 log = logging.getLogger(__name__)

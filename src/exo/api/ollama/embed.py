@@ -18,7 +18,7 @@ from exo.api.openai.embeddings import embed_commands, shortened
 from exo.serving.app_state import Services
 from exo.serving.unary import Answered, Question, ask
 from exo.serving.warnings import warn_of_context
-from exo.worker.protocol.messages import Embedded
+from exo.worker.protocol.events import Embedded
 
 
 class OllamaEmbedResponse(OllamaReply):

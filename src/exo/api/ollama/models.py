@@ -19,7 +19,7 @@ from exo.cards.card import ModelCard
 from exo.chat.output.registry import output_format
 from exo.serving.app_state import Services
 from exo.store.discover.description import Description
-from exo.worker.protocol.messages import Capabilities
+from exo.worker.protocol.events import Capabilities
 from exo.worker.supervisor.instance import InstanceReport
 
 OLLAMA_VERSION = "0.13.5"

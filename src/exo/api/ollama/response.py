@@ -13,7 +13,7 @@ from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.response import absent, call_id, token_text
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, Completed, GenerationEvent, Reason, Started
-from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage
+from exo.worker.protocol.events import Logprob, TokenLogprobs, Usage
 
 DoneReason = Literal["stop", "length", "load", "unload"]
 

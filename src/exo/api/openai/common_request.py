@@ -12,7 +12,8 @@ from pydantic_core import to_json
 from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
 from exo.serving.request import GenerationRequest, OutputConstraint
 from exo.serving.request import Prompt as AnyPrompt
-from exo.worker.protocol.messages import MAX_LOGPROBS, SamplingParams
+from exo.worker.protocol.commands import SamplingParams
+from exo.worker.protocol.messages import MAX_LOGPROBS
 
 _SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
 MAX_CHOICES = 1024

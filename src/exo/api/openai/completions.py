@@ -19,7 +19,7 @@ from exo.serving.events import (
     GenerationEvent,
     Started,
 )
-from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage
+from exo.worker.protocol.events import Logprob, TokenLogprobs, Usage
 
 
 class CompletionLogprobs(Reply):

@@ -20,7 +20,8 @@ from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError
 from exo.serving.unary import Question, ask
-from exo.worker.protocol.messages import Embed, Embedded, Text
+from exo.worker.protocol.commands import Embed, Text
+from exo.worker.protocol.events import Embedded
 
 MAX_INPUTS = 2048
 

@@ -24,7 +24,7 @@ from exo.serving.events import (
     Reason,
     Started,
 )
-from exo.worker.protocol.messages import Logprob, TokenLogprobs, Usage
+from exo.worker.protocol.events import Logprob, TokenLogprobs, Usage
 
 
 class Reply(BaseModel):

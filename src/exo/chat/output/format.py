@@ -9,7 +9,7 @@ from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.json_call import closing_json_calls
 from exo.chat.output.parser import OutputParser, ReplyState, Thinking, is_plain
 from exo.chat.output.scanner import Scanner, Steps, markers
-from exo.worker.protocol import messages
+from exo.worker.protocol import commands
 
 ReadCalls = Callable[[ReplyState, str], Steps[bool]]
 """Reads on after the marker that begins calls. Returns false if no call follows, or the last one is incomplete."""
@@ -83,15 +83,15 @@ class OutputFormat:
         return grammar.source(f"{self._before(grammar, in_reasoning, calls=True)} {calls}")
 
     def after_reasoning(
-        self, grammar: messages.Grammar, *, special_tokens: Mapping[str, int], in_reasoning: bool = True
-    ) -> messages.Grammar:
+        self, grammar: commands.Grammar, *, special_tokens: Mapping[str, int], in_reasoning: bool = True
+    ) -> commands.Grammar:
         """Returns ``grammar``, which is for content, with the end of reasoning and the markers that precede content."""
         builder = GrammarBuilder(special_tokens)
         before = self._before(builder, in_reasoning, calls=False)
         if not before:
             return grammar
         source = builder.source(f"{before} {builder.embedded(grammar.syntax, grammar.source)}")
-        return messages.Grammar(syntax="lark", source=source)
+        return commands.Grammar(syntax="lark", source=source)
 
     def _before(self, grammar: GrammarBuilder, in_reasoning: bool, *, calls: bool) -> str:
         if self.write_frame is not None:

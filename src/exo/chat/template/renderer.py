@@ -11,7 +11,8 @@ from exo.chat.template.messages import template_messages
 from exo.chat.template.render_main import CLOSE, LIMITS, OPEN
 from exo.chat.template.reshaping import ChatMessage, reshaped
 from exo.chat.template.special_tokens import special_tokens
-from exo.worker.protocol.messages import Capabilities, Text
+from exo.worker.protocol.commands import Text
+from exo.worker.protocol.events import Capabilities
 from exo.worker.runner_common.sandbox import SandboxError
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")

@@ -15,7 +15,7 @@ from typing import overload
 from pydantic import JsonValue
 
 from exo.chat.template.render_main import CLOSE, OPEN
-from exo.worker.protocol.messages import Text
+from exo.worker.protocol.commands import Text
 
 _MARKS = re.compile(f"([{OPEN}{CLOSE}])")
 _DEEPEST = 64

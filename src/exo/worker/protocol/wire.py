@@ -10,7 +10,9 @@ from typing import BinaryIO, NoReturn
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
-from exo.worker.protocol.messages import COMMANDS, EVENTS, LINE_BYTES, Command, Event, Failed, Generate, Message
+from exo.worker.protocol.commands import COMMANDS, Command, Generate
+from exo.worker.protocol.events import EVENTS, Event, Failed
+from exo.worker.protocol.messages import LINE_BYTES, Message
 
 _ID = re.compile(rb'"id":\s*"([^"\\]*)"')
 _ID_WITHIN = 1 << 10

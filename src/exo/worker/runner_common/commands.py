@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, Literal, TypeVar
 
-from exo.worker.protocol.messages import Cancel, Cores, Shutdown
+from exo.worker.protocol.commands import Cancel, Cores, Shutdown
 from exo.worker.runner_common.output_processor import Cancelled, Emitter
 
 SequenceT = TypeVar("SequenceT")

@@ -12,22 +12,24 @@ from functools import partial
 from queue import Queue, SimpleQueue
 from typing import Generic
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import (
     Cancel,
-    Capabilities,
     Command,
     Cores,
-    CpuUse,
     Embed,
     Estimate,
-    Estimated,
-    Failed,
     Generate,
     Load,
     Rank,
     Shutdown,
-    Status,
     Tokenize,
+)
+from exo.worker.protocol.events import (
+    Capabilities,
+    CpuUse,
+    Estimated,
+    Failed,
+    Status,
 )
 from exo.worker.protocol.wire import exit_now
 from exo.worker.runner_common.commands import Commands, SequenceT, TextJob

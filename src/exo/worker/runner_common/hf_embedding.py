@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from exo.worker.protocol.messages import Embedded, Failed, Usage
+from exo.worker.protocol.events import Embedded, Failed, Usage
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.model_folder import read_optional

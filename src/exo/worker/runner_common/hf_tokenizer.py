@@ -7,7 +7,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from exo.worker.protocol.messages import Embed, Prompt, Rank, Text
+from exo.worker.protocol.commands import (
+    Embed,
+    Prompt,
+    Rank,
+    Text,
+)
 from exo.worker.runner_common.tokenizer import PromptEncoder
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from exo.worker.protocol.messages import Probe, Status
+from exo.worker.protocol.events import Status
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.wire import exit_now, read_commands, take_protocol_stream
 from exo.worker.runner_common.output_processor import Emitter
 

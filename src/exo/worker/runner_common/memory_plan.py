@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Estimated, LoadOption
+from exo.worker.protocol.events import Estimated, LoadOption
 
 SHORTEST = 512
 """Tokens of context that "auto" goes down to, as far as the model was trained for more."""

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
-from exo.worker.protocol.messages import (
-    LINE_BYTES,
-    PART_LOGPROBS,
+from exo.worker.protocol.events import (
     CpuUse,
     Delta,
     Deltas,
@@ -23,7 +21,6 @@ from exo.worker.protocol.messages import (
     FinishReason,
     Heartbeat,
     Logprob,
-    Message,
     PrefillProgress,
     PromptLogprobs,
     Ranked,
@@ -31,6 +28,7 @@ from exo.worker.protocol.messages import (
     TokenLogprobs,
     Usage,
 )
+from exo.worker.protocol.messages import LINE_BYTES, PART_LOGPROBS, Message
 from exo.worker.protocol.wire import encode, exit_now
 from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 from exo.worker.runner_common.load_effort import effort

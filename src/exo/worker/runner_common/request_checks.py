@@ -3,19 +3,23 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from exo.worker.protocol.commands import (
+    Embed,
+    Generate,
+    Rank,
+    Tokenize,
+)
+from exo.worker.protocol.events import (
+    Capabilities,
+    Failed,
+    FinishReason,
+    Tokenized,
+)
 from exo.worker.protocol.messages import (
     MAX_PROMPT_LOGPROBS,
     MAX_TOKENIZED,
     PART_BYTES,
     PART_TOKENS,
-    Capabilities,
-    Embed,
-    Failed,
-    FinishReason,
-    Generate,
-    Rank,
-    Tokenize,
-    Tokenized,
 )
 from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 

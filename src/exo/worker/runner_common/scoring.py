@@ -9,7 +9,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.protocol.messages import Capabilities, Failed, Load, Score, Scored
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.events import Capabilities, Failed
+from exo.worker.protocol.one_shot import Score, Scored
 from exo.worker.protocol.wire import encode
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.tokenizer import Tokenizer

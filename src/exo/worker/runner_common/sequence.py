@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Protocol
 
-from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.detokenizer import Vocabulary
 from exo.worker.runner_common.grammar.guided_decoding import Constraint
 from exo.worker.runner_common.output_processor import Sampled, Scores

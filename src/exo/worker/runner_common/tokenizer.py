@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from exo.worker.protocol.messages import Prompt, Text
+from exo.worker.protocol.commands import Prompt, Text
 from exo.worker.runner_common.detokenizer import Vocabulary
 
 

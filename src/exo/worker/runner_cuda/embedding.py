@@ -12,7 +12,12 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.protocol.messages import Embedded, Failed, Ranked, Usage
+from exo.worker.protocol.events import (
+    Embedded,
+    Failed,
+    Ranked,
+    Usage,
+)
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import POOLING, Log, Model, PooledContext, Vector

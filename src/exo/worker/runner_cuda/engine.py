@@ -4,7 +4,7 @@ import time
 from collections.abc import Generator
 from typing import TypeVar
 
-from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.grammar.guided_decoding import Constraint, GrammarError, Mask, grammar_failure
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone

@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score, log_softmax
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.loader import Loaded, load, read_options

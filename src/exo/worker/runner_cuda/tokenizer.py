@@ -5,7 +5,7 @@ from functools import cached_property
 
 import llama_cpp
 
-from exo.worker.protocol.messages import Prompt
+from exo.worker.protocol.commands import Prompt
 from exo.worker.runner_common.tokenizer import PromptEncoder
 from exo.worker.runner_cuda.bindings import Model
 

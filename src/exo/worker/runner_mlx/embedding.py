@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.protocol.messages import Embedded, Failed
+from exo.worker.protocol.events import Embedded, Failed
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.hf_embedding import Pooling, answer
 from exo.worker.runner_mlx.kv_cache import KVCache

@@ -5,7 +5,7 @@ from math import isnan
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone

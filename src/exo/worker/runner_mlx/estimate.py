@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.messages import Estimate, Estimated
+from exo.worker.protocol.commands import Estimate
+from exo.worker.protocol.events import Estimated
 from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_common.model_files.folder_config import Json, language_config

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from exo.worker.protocol.messages import Capabilities, Load, Status
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.events import Capabilities, Status
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.one_shot import Probe
 
 ENGINE = "MLX"
 

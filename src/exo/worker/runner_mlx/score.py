@@ -6,7 +6,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score, log_softmax
 from exo.worker.runner_mlx.loader import MlxLoaded, load
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder
 from exo.worker.runner_vllm.limits import check_limits
 from exo.worker.runner_vllm.options import VllmOptions, read_options

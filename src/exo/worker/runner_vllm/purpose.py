@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.hf_embedding import LONGEST, Pooling, choose_pooling, dense_layers
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.folder_config import Json, language_config

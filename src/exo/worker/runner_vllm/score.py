@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from exo.worker.protocol.messages import Load, SamplingParams
+from exo.worker.protocol.commands import Load, SamplingParams
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score
 from exo.worker.runner_vllm.loader import VllmLoaded, load

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.grammar.guided_decoding import Constraint
 
 

@@ -11,18 +11,17 @@ from typing import cast, final
 import anyio
 from pydantic import ValidationError
 
-from exo.worker.protocol.messages import (
-    LINE_BYTES,
+from exo.worker.protocol.commands import (
     Command,
     Embed,
-    Event,
-    Failed,
     Generate,
     Rank,
     Request,
     Sibling,
     Tokenize,
 )
+from exo.worker.protocol.events import Event, Failed
+from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.protocol.wire import decode_event, describe, encode, named_request
 from exo.worker.supervisor.crash_report import StderrLog
 

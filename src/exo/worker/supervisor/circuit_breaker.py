@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exo.worker.protocol.messages import Failed
+from exo.worker.protocol.events import Failed
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0

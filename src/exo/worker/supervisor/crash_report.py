@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import BinaryIO, final
 
-from exo.worker.protocol.messages import Failed
+from exo.worker.protocol.events import Failed
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from exo.worker.host import GpuProcess, Host, NvidiaDevice, with_engine_names
 from exo.worker.protocol import nvidia_driver
-from exo.worker.protocol.messages import Probe
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import RUNNERS
 
 PROBE_SECONDS = 15.0

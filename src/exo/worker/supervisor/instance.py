@@ -7,7 +7,12 @@ import time
 from dataclasses import dataclass, field
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.messages import CpuUse, Failed, LoadOption, Status
+from exo.worker.protocol.events import (
+    CpuUse,
+    Failed,
+    LoadOption,
+    Status,
+)
 from exo.worker.router import LiveRunner
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.memory import Memory

@@ -15,7 +15,7 @@ from typing import Literal, final
 
 from pydantic_core import to_json
 
-from exo.worker.protocol.messages import Estimated, LoadOption
+from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
 
 ALTERNATING_SECONDS = 60.0

@@ -19,8 +19,9 @@ from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 
 from exo.cards.card import ModelCard
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.cores import physical_cores, shares
-from exo.worker.protocol.messages import Estimated, Failed, Load, LoadOption
+from exo.worker.protocol.events import Estimated, Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement

@@ -10,29 +10,31 @@ from typing import final, overload
 
 import anyio
 
-from exo.worker.protocol.cores import CPU_BACKENDS
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import (
     Cancel,
-    Capabilities,
     Cores,
+    Embed,
+    Estimate,
+    Generate,
+    Load,
+    Rank,
+    Request,
+    Shutdown,
+    Tokenize,
+)
+from exo.worker.protocol.cores import CPU_BACKENDS
+from exo.worker.protocol.events import (
+    Capabilities,
     CpuUse,
     Deltas,
-    Embed,
     Embedded,
-    Estimate,
     Estimated,
     Event,
     Failed,
     Finished,
-    Generate,
-    Load,
     LoadOption,
-    Rank,
     Ranked,
-    Request,
-    Shutdown,
     Status,
-    Tokenize,
     Tokenized,
 )
 from exo.worker.supervisor.child_process import ChildProcess, Outbox, ProtocolError, spawn

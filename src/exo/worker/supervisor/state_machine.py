@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from itertools import chain
 from typing import Self, final
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import Embed, Rank, Tokenize
+from exo.worker.protocol.events import (
     Capabilities,
     CpuUse,
     Delta,
     Deltas,
-    Embed,
     Embedded,
     Estimated,
     Event,
@@ -21,11 +21,9 @@ from exo.worker.protocol.messages import (
     Heartbeat,
     PrefillProgress,
     PromptLogprobs,
-    Rank,
     Ranked,
     RunnerState,
     Status,
-    Tokenize,
     Tokenized,
 )
 from exo.worker.supervisor.child_process import ProtocolError

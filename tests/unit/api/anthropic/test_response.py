@@ -10,7 +10,7 @@ from exo.api.http.response import Call, ReplyChoice
 from exo.api.openai.response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Reason, Started
-from exo.worker.protocol.messages import Capabilities, Usage
+from exo.worker.protocol.events import Capabilities, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
 MODEL = Capabilities(

@@ -7,29 +7,31 @@ from queue import SimpleQueue
 
 import pytest
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.commands import (
     Cancel,
-    Capabilities,
     Command,
     Cores,
     Embed,
-    Embedded,
     Estimate,
-    Estimated,
-    Event,
-    Failed,
-    Finished,
     Generate,
     Grammar,
     Load,
-    LoadOption,
     Prompt,
     Rank,
     SamplingParams,
     Shutdown,
-    Status,
     Text,
     Tokenize,
+)
+from exo.worker.protocol.events import (
+    Capabilities,
+    Embedded,
+    Estimated,
+    Event,
+    Failed,
+    Finished,
+    LoadOption,
+    Status,
     Tokenized,
     Usage,
 )

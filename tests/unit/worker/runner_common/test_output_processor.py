@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import (
-    PART_LOGPROBS,
+from exo.worker.protocol.events import (
     Delta,
     Deltas,
     Embedded,
@@ -23,6 +22,7 @@ from exo.worker.protocol.messages import (
     Status,
     Usage,
 )
+from exo.worker.protocol.messages import PART_LOGPROBS
 from exo.worker.protocol.wire import decode_event
 from exo.worker.runner_common.output_processor import (
     LEAST_LOGPROB,

@@ -2,17 +2,18 @@
 
 import pytest
 
+from exo.worker.protocol.commands import (
+    Embed,
+    Rank,
+    Text,
+    Tokenize,
+)
+from exo.worker.protocol.events import Capabilities, Tokenized
 from exo.worker.protocol.messages import (
     MAX_PROMPT_LOGPROBS,
     MAX_TOKENIZED,
     PART_BYTES,
     PART_TOKENS,
-    Capabilities,
-    Embed,
-    Rank,
-    Text,
-    Tokenize,
-    Tokenized,
 )
 from exo.worker.runner_common.request_checks import input_refusal, length_limit, refusal, resume, tokenized, within
 from tests.support.bytes_vocabulary import CONTROL, END, SIZE, BytesVocabulary

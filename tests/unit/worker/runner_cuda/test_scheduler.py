@@ -1,6 +1,6 @@
 import pytest
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.sampler import Sampler

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_mlx.scheduler import MlxScheduler, MlxStep
 from exo.worker.runner_mlx.sequence import MlxSequence

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import LINE_BYTES, Event, Heartbeat, Status
+from exo.worker.protocol.events import Event, Heartbeat, Status
+from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.child_process import EventLines, ProtocolError
 

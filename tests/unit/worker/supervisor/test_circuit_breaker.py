@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import Failed
+from exo.worker.protocol.events import Failed
 from exo.worker.supervisor.circuit_breaker import (
     AVOIDED_SECONDS,
     FAILURES_TO_AVOID,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import Estimated, LoadOption
+from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import ALTERNATING_SECONDS, MemoryActions, MemoryBudget
 from tests.support.random_reservations import CAPACITY, EVENTS, Lives, takes

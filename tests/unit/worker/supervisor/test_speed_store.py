@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from exo.cards.card import ModelCard
 from exo.worker.host import Host, NvidiaDevice
-from exo.worker.protocol.messages import Delta, Failed, Finished, FinishReason, Probe, Usage
+from exo.worker.protocol.events import (
+    Delta,
+    Failed,
+    Finished,
+    FinishReason,
+    Usage,
+)
+from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import Prefer
 from exo.worker.speed import NEEDED, Measurement, Point, figure_at, level
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer

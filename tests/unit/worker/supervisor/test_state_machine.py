@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.events import (
     Capabilities,
     Delta,
     Deltas,

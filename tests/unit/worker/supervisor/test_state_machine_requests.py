@@ -1,7 +1,7 @@
 import anyio
 import pytest
 
-from exo.worker.protocol.messages import (
+from exo.worker.protocol.events import (
     Delta,
     Failed,
     Finished,

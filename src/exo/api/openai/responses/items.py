@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from exo.api.openai.response import call_id, choice_logprobs
 from exo.api.openai.responses.tools import OfferedTool, custom_input
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.worker.protocol.messages import TokenLogprobs
+from exo.worker.protocol.events import TokenLogprobs
 
 Tell = Callable[[str, dict[str, JsonValue]], bytes]
 """Makes an event of a type and its fields."""

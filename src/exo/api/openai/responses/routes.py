@@ -25,7 +25,8 @@ from exo.serving.app_state import Services
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, GenerationEvent, Started
 from exo.serving.generation import Generation
 from exo.serving.request import Conversation, GenerationRequest
-from exo.worker.protocol.messages import SamplingParams, TokenLogprobs, Usage
+from exo.worker.protocol.commands import SamplingParams
+from exo.worker.protocol.events import TokenLogprobs, Usage
 
 _SAMPLING = {"temperature", "top_p", "presence_penalty", "frequency_penalty"}
 ResponseId = Annotated[str, Path(description="The id of a response.")]

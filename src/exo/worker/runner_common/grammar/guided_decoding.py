@@ -17,7 +17,8 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import JsonValue
 
-from exo.worker.protocol.messages import Failed, Grammar
+from exo.worker.protocol.commands import Grammar
+from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.grammar.grammar_errors import explain
 from exo.worker.runner_common.grammar.grammar_sandbox import LIMITS, GrammarSandbox, GuidanceVocabulary
 from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from exo.worker.protocol.messages import Device, Probe
 from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
+from exo.worker.protocol.one_shot import Device, Probe
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda import plugin
 from exo.worker.runner_cuda.plugin import PluginError

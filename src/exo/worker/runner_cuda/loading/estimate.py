@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.messages import Estimate, Estimated, Load
+from exo.worker.protocol.commands import Estimate, Load
+from exo.worker.protocol.events import Estimated
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_cuda.bindings import CACHE_TYPES

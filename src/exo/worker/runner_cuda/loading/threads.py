@@ -15,7 +15,7 @@ from statistics import fmean
 import psutil
 
 from exo.worker.protocol.cores import usable_cpus
-from exo.worker.protocol.messages import CpuUse
+from exo.worker.protocol.events import CpuUse
 
 TURNS = 6
 """Steps with each count in a trial."""

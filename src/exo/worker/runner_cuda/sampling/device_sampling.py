@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.options import CudaOptions

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels, key
 from exo.worker.runner_common.output_processor import Scores
 from exo.worker.runner_cuda.sampling.candidates import (

@@ -5,7 +5,7 @@ from typing import BinaryIO, cast
 
 import mlx.core as mx
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.loader import check, open_model

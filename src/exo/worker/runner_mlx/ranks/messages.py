@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from exo.worker.protocol.messages import Load, Message
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.messages import Message
 
 
 class Pass(Message):

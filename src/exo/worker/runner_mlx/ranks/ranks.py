@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
-from exo.worker.protocol.messages import Load
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.wire import encode, exit_now
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.devices import Backend

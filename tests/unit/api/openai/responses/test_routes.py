@@ -17,7 +17,13 @@ from exo.api.openai.responses.routes import ResponsesDialect, responses_request
 from exo.api.openai.responses.store import ResponseStore, StoredResponse
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Started
-from exo.worker.protocol.messages import Capabilities, Logprob, SamplingParams, TokenLogprobs, Usage
+from exo.worker.protocol.commands import SamplingParams
+from exo.worker.protocol.events import (
+    Capabilities,
+    Logprob,
+    TokenLogprobs,
+    Usage,
+)
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 LLAMA = Capabilities(

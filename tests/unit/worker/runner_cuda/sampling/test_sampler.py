@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK
 from exo.worker.runner_cuda.sampling.candidates import Mask, NotFinite, Row
 from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose, score

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo.worker.protocol.messages import SamplingParams
+from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_cuda.loading.options import Speculate
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.sampler import Sampler

@@ -1,0 +1,175 @@
+"""The server's messages to a runner."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, TypeAdapter
+
+from exo.worker.protocol.messages import MAX_LOGPROBS, Message
+
+
+class SamplingParams(Message):
+    """How the next token is chosen from the logits. Every runner applies the fields in this order.
+
+    0. Tokens that the request's grammar does not allow next are left out first.
+    1. ``repetition_penalty`` r over the distinct tokens of prompt and output so far: positive logits are divided by r,
+       negative ones multiplied (Keskar et al., "CTRL", 2019). ``presence_penalty`` and ``frequency_penalty`` subtract
+       from the logits of tokens already in the output, once or per occurrence (OpenAI's formula).
+    2. ``logit_bias`` is added.
+    3. ``temperature`` divides; 0 is greedy: the largest logit wins, the lowest id among equals.
+    4. The ``top_k`` largest are kept (0: all), with all equals of the last one. Probabilities below ``min_p`` times the
+       largest are dropped. Then the smallest set of the most probable tokens whose sum reaches ``top_p`` is kept.
+    5. One of the kept tokens is drawn in proportion to its probability. First a block of 512 consecutive token ids: the
+       block b with the largest ln(sum of its probabilities) + noise(512 + b). Then a token in it: the one at place i
+       with the largest ln(probability) + noise(i). noise(j) is ``keyed_rng.gumbels(seed, position, j)``. The lowest of
+       equals wins.
+    """
+
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(default=0.0, ge=-100, le=100)
+    frequency_penalty: float = Field(default=0.0, ge=-100, le=100)
+    logit_bias: Mapping[int, float] = {}
+    seed: int = Field(ge=0, lt=1 << 64)
+
+
+class Text(Message):
+    """A stretch of the prompt. Unless it is ``special``, "<|im_end|>" is ten ordinary characters."""
+
+    text: str
+    special: bool = False
+
+
+Prompt = Annotated[tuple[Text, ...], Field(fail_fast=True)] | Annotated[tuple[int, ...], Field(fail_fast=True)]
+"""Text that the runner tokenizes, or token ids. ``fail_fast``: or each token id would be an error about text."""
+
+
+class Grammar(Message):
+    """The whole output must match it. ``source`` is in llguidance's syntax.
+
+    Output that matches and cannot continue ends with reason "stop", with or without an end-of-generation token.
+    """
+
+    syntax: Literal["json_schema", "regex", "lark"]
+    source: str
+
+
+class Load(Message):
+    """The first command, unless ``Estimate`` precedes it. ``table`` is the card's table for this runner, unread.
+
+    ``backend`` is the card backend that the router chose; a runner that cannot serve with it fails. The model's files
+    are searched in ``directories`` in order, and in each one's subfolder ``model_id`` with "/" as "--".
+    """
+
+    type: Literal["load"] = "load"
+    model_id: str
+    backend: str
+    table: Mapping[str, JsonValue] = {}
+    directories: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    """The card's tasks, such as "TextEmbedding", for an engine that must know them to load. Empty: generation."""
+
+
+class Estimate(Message):
+    """Asks how much memory a ``Load`` would take, without reading weights. Optional."""
+
+    type: Literal["estimate"] = "estimate"
+    load: Load
+
+
+class Sibling(Message):
+    """A sequence that differs from another one in its id and its seed only."""
+
+    id: str
+    seed: int = Field(ge=0, lt=1 << 64)
+
+
+class Generate(Message):
+    """One sequence to generate. ``prompt`` is token ids, or text that the runner tokenizes, with BOS where due.
+
+    ``delivered`` are output tokens that another runner generated before it died. This one continues at the next
+    position as if it had generated them: they are in the context; penalties, ``max_tokens`` and ``completion_tokens``
+    count them; text that was held back stays held back. Together both outputs are the undisturbed one.
+    """
+
+    type: Literal["generate"] = "generate"
+    id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = Field(default=None, ge=0)
+    """None: until the context is full. 0: only the prompt is computed."""
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Report each token's log-probability, and this many of the most probable tokens in its place. None: neither."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """The same for the prompt's tokens, in ``PromptLogprobs`` before the first ``Deltas``."""
+    show_special: bool = False
+    """The output's text has the texts of control tokens, except those that end generation."""
+    delivered: tuple[int, ...] = ()
+    exact: bool = False
+    """The result must be repeatable to the last bit: nothing may change its rounding, such as the number of threads."""
+    also: tuple[Sibling, ...] = ()
+    """More sequences with the same prompt, which is sent once. None of them has ``delivered`` tokens."""
+
+
+class Embed(Message):
+    """Computes the vector of one text or list of token ids."""
+
+    type: Literal["embed"] = "embed"
+    id: str
+    prompt: Prompt
+    truncate: bool = False
+    """Cut a text that is too long at its end, instead of refusing it."""
+
+
+class Rank(Message):
+    """Computes how well a document answers a query."""
+
+    type: Literal["rank"] = "rank"
+    id: str
+    query: str
+    document: str
+
+
+class Tokenize(Message):
+    """Tokenizes text, or returns the bytes of token ids."""
+
+    type: Literal["tokenize"] = "tokenize"
+    id: str
+    prompt: Prompt
+    add_bos: bool = True
+    """Text gets a BOS token where due, as a prompt does."""
+
+
+class Cancel(Message):
+    """Ends a request between two steps. Idempotent; unknown and finished ids are ignored."""
+
+    type: Literal["cancel"] = "cancel"
+    id: str
+
+
+class Cores(Message):
+    """Limits the CPU cores on which the runner computes from now on, because other runners compute as well.
+
+    It may come at any time after ``Ready``. A runner that cannot change its number of threads ignores it.
+    """
+
+    type: Literal["cores"] = "cores"
+    count: int = Field(ge=1)
+
+
+class Shutdown(Message):
+    """Ends the runner. Requests in flight fail with code "shutdown"."""
+
+    type: Literal["shutdown"] = "shutdown"
+
+
+Request = Generate | Embed | Rank | Tokenize
+"""A command with an id and one terminal event."""
+Command = Annotated[Estimate | Load | Request | Cancel | Cores | Shutdown, Field(discriminator="type")]
+COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
