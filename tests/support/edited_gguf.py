@@ -1,6 +1,6 @@
 """Writes a GGUF file with changes, as another tool or a broken download might have left it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from exo.convert.gguf_file import MetadataValue, add_value
+
 GENERATED = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
 
-Value = bool | int | float | str | Sequence[str] | Sequence[int]
 Kind = gguf.GGMLQuantizationType
 
 
@@ -19,7 +20,7 @@ Kind = gguf.GGMLQuantizationType
 class Edit:
     """The changes. None removes a key or a tensor."""
 
-    keys: Mapping[str, Value | None] = field(default_factory=dict[str, Value | None])
+    keys: Mapping[str, MetadataValue | None] = field(default_factory=dict[str, MetadataValue | None])
     """Integers become uint32, in an array int32."""
     tensors: Mapping[str, NDArray[Any] | None] = field(default_factory=dict[str, NDArray[Any] | None])
     """Tensors to store in their numpy type."""
@@ -42,7 +43,7 @@ def rewrite(source: Path, target: Path, edit: Edit) -> None:
             writer.add_key_value(name.replace(f"{old}.", f"{new}.", 1), value.contents(), value.types[0], array_of)
     for key, value in edit.keys.items():
         if value is not None:
-            _add(writer, key, value)
+            add_value(writer, key, value)
     for tensor in reader.tensors:
         if tensor.name not in edit.tensors and tensor.name not in edit.raw:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -55,20 +56,6 @@ def rewrite(source: Path, target: Path, edit: Edit) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)
 
 
 def decoded(path: Path) -> dict[str, NDArray[np.float32]]:

@@ -18,7 +18,8 @@ from exo.convert.tensor_data import Array, Kind, SourceTensor, can_decode, decod
 from exo.worker.runner_common.model_files.gguf import GgufHeader, Value, open_gguf, split_parts
 from exo.worker.runner_common.model_files.header_source import HeaderError
 
-Metadata = Mapping[str, bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]]
+MetadataValue = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
+Metadata = Mapping[str, MetadataValue]
 LARGEST_INTEGER = (1 << 31) - 1
 
 
@@ -167,21 +168,26 @@ def _header(path: Path) -> GgufHeader:
         raise ConvertError(path.name, str(error)) from error
 
 
+def add_value(writer: gguf.GGUFWriter, key: str, value: MetadataValue) -> None:
+    """Adds a metadata key. Whole numbers are stored as uint32, others as float32."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
 def create_gguf(path: Path, architecture: str, metadata: Metadata, tensors: Sequence[Stored]) -> TensorFile:
     """Writes the header and returns the file for the data. Whole numbers are stored as uint32, others as float32."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
+        add_value(writer, key, value)
     for tensor in tensors:
         # raw_dtype decides the type, but an array type of uint8 would be taken for packed rows.
         float32 = np.dtype(np.float32)

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from exo.convert.gguf_file import MetadataValue
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, open_gguf
 from exo.worker.runner_common.model_files.header_source import HeaderError
 from exo.worker.runner_cuda.loading.gguf_check import check_file
-from tests.support.edited_gguf import Edit, Value, rewrite
+from tests.support.edited_gguf import Edit, rewrite
 from tests.support.tiny import Shape, write_gguf
 
 KEY_COUNT, TENSOR_COUNT = 16, 8
@@ -140,7 +141,7 @@ def test_a_lie_is_named(sound: Path, tmp_path: Path, lie: str) -> None:
     assert says in str(refusal.value)
 
 
-REFUSED: dict[str, tuple[Mapping[str, Value | None], str]] = {
+REFUSED: dict[str, tuple[Mapping[str, MetadataValue | None], str]] = {
     "no layers": ({"llama.block_count": 0}, "block_count = 0, expected 1 to 512"),
     "513 layers": ({"llama.block_count": 513}, "block_count = 513"),
     "epsilon 0": ({EPSILON: 0.0}, f"{EPSILON} = 0.0, expected a positive number"),
@@ -187,7 +188,7 @@ def test_known_numbers_pass(sound: Path, tmp_path: Path, scaling: str) -> None:
     check_file(tmp_path / "edited.gguf")
 
 
-KINDS: dict[str, tuple[Mapping[str, Value | None], str]] = {
+KINDS: dict[str, tuple[Mapping[str, MetadataValue | None], str]] = {
     "adapter": ({"general.type": "adapter"}, "is an adapter (LoRA) of another model"),
     "importance matrix": ({"general.type": "imatrix"}, "is an importance matrix"),
     "projector": ({"general.type": "mmproj"}, "is a projector"),
