@@ -15,7 +15,6 @@ from exo.worker.protocol.events import Estimated
 from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
-from exo.worker.runner_common.model_files.model_folder import tensors
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
 from exo.worker.runner_mlx.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
@@ -59,7 +58,7 @@ class _MlxSizes:
     def of(cls, checked: MlxChecked) -> "_MlxSizes":
         """From what the folder's files say of themselves."""
         sizes = language_config(checked.folder.config)
-        stored = tensors(checked.folder)
+        stored = checked.folder.tensors
         dtype = computed_in(checked.options, checked.folder.config, checked.backend)
         floats = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in _FLOATS)
         usual = next((name for name, _ in floats.most_common(1)), "F32")

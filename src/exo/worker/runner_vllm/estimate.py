@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from exo.worker.protocol.commands import Estimate
 from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
-from exo.worker.runner_common.model_files.model_folder import tensors
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.sizes import (
@@ -69,7 +68,7 @@ class _VllmSizes:
         file = checked.folder.path / "tokenizer.json"
         return cls(
             checked=checked,
-            weights=sum(_bytes(tensor, width) for tensor in tensors(checked.folder).values()),
+            weights=sum(_bytes(tensor, width) for tensor in checked.folder.tensors.values()),
             tokenizer=file.stat().st_size if file.exists() else 0,
             trained=trained_context(checked.folder.config),
         )

@@ -18,7 +18,6 @@ from exo.worker.runner_common.model_files.model_folder import (
     presented,
     read_optional,
     tell_ignored,
-    tensors,
 )
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.limits import quantisation
@@ -85,7 +84,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
         grammar=generates and options.processes == 1,
         logprobs=generates,
         embeddings=not generates,
-        model_bytes=sum(tensor.size for tensor in tensors(checked.folder).values()),
+        model_bytes=sum(tensor.size for tensor in checked.folder.tensors.values()),
         chat_template=options.chat_template or usual(checked.folder.templates),
         notes=checked.folder.notes,
         tool_template=None if options.chat_template else checked.folder.templates.get(TOOL_USE),

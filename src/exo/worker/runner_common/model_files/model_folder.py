@@ -76,6 +76,7 @@ class HfFolder:
     written: Json
     config: Json
     weights: tuple[Path, ...]
+    tensors: Mapping[str, SafetensorsTensor]
     ignored: tuple[str, ...]
     """Names of safetensors files that are no part of the model."""
     templates: Mapping[str, str]
@@ -106,10 +107,10 @@ def read_folder(path: Path) -> HfFolder:
     names, ignored = _weights(path)
     weights = tuple(path / name for name in names)
     names_code = "auto_map" in written or "auto_map" in read_optional(path, "tokenizer_config.json")
-    folder = HfFolder(path, written, normalised(written), weights, ignored, _templates(path), names_code)
-    tensors(folder)
+    templates = _templates(path)
+    tensors = _tensors(weights)
     _require_tokenizer(path)
-    return folder
+    return HfFolder(path, written, normalised(written), weights, tensors, ignored, templates, names_code)
 
 
 def end_tokens(folder: Path, value: JsonValue) -> list[int]:
@@ -124,7 +125,7 @@ def end_tokens(folder: Path, value: JsonValue) -> list[int]:
 def tell_ignored(folder: HfFolder) -> None:
     """Tells the log which files of the folder look like weights and are not loaded."""
     if folder.ignored:
-        reason = "the index does not name them" if indexed(folder.path) else "they are no part of the model"
+        reason = "the index does not name them" if (folder.path / INDEX).exists() else "they are no part of the model"
         print(f"{folder.path}: not loaded: {', '.join(folder.ignored)}; {reason}", file=sys.stderr)
 
 
@@ -152,17 +153,6 @@ def presented(folder: HfFolder, config: Json) -> Generator[Path]:
             yield view
         except LoadError as error:
             raise LoadError(error.code, str(error).replace(name, str(folder.path))) from error
-
-
-def tensors(folder: HfFolder) -> dict[str, SafetensorsTensor]:
-    """All tensors of the model by name. Raises LoadError for a file that is not what its header says."""
-    found: dict[str, SafetensorsTensor] = {}
-    for file in folder.weights:
-        held = file_tensors(file)
-        if twice := sorted(found.keys() & held.keys()):
-            raise _broken(f"{file} has the tensor {twice[0]}, which another file of the model has, too")
-        found |= held
-    return found
 
 
 def file_tensors(path: Path) -> Mapping[str, SafetensorsTensor]:
@@ -229,6 +219,17 @@ def _other_folder(path: Path) -> str | None:
     return None
 
 
+def _tensors(weights: Sequence[Path]) -> dict[str, SafetensorsTensor]:
+    """Returns all tensors of the model by name. Raises LoadError for a file that is not what its header says."""
+    found: dict[str, SafetensorsTensor] = {}
+    for file in weights:
+        held = file_tensors(file)
+        if twice := sorted(found.keys() & held.keys()):
+            raise _broken(f"{file} has the tensor {twice[0]}, which another file of the model has, too")
+        found |= held
+    return found
+
+
 def _require_tokenizer(path: Path) -> None:
     """Raises LoadError for a folder without a tokenizer, and for one whose tokenizer is something else."""
     found = next((file for name in _TOKENIZERS for file in path.glob(name)), None)
@@ -242,7 +243,7 @@ def _require_tokenizer(path: Path) -> None:
 
 def _weights(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the files that are the model's weights, and of others beside them. Raises LoadError."""
-    chosen = choose_weights([path.name for path in folder.iterdir()], indexed(folder))
+    chosen = choose_weights([path.name for path in folder.iterdir()], _indexed(folder))
     if chosen.missing:
         how = f"{folder / INDEX} lists" if (folder / INDEX).exists() else f"the model in {folder} is split, and needs"
         raise _broken(f"{how} {chosen.missing[0]}, which is not there")
@@ -255,7 +256,7 @@ def _weights(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return chosen.names, chosen.ignored
 
 
-def indexed(folder: Path) -> frozenset[str] | None:
+def _indexed(folder: Path) -> frozenset[str] | None:
     """The names of the files in a folder's index; None without one. Raises LoadError."""
     if not (folder / INDEX).exists():
         return None
