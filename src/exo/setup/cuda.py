@@ -128,7 +128,7 @@ def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
     for name, produce in (*_cached(suits, present), *_sources(source, present, architectures)):
         try:
             folder = produce()
-            return f"the CUDA plug-in is set up: {_install(folder)}"
+            return f"the CUDA plug-in is set up: {_install(folder, present)}"
         except SetupError as error:
             say(f"{name}: {error}")
             refusals.append(f"{name}: {error}")
@@ -274,7 +274,7 @@ def _built(find: Callable[[], Toolkit], present: Driver, architectures: str) -> 
     return folder
 
 
-def _install(folder: Path) -> str:
+def _install(folder: Path, present: Driver) -> str:
     """Links a plug-in into the environment and tries it; returns its source. Raises SetupError if it does not work."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
@@ -287,7 +287,7 @@ def _install(folder: Path) -> str:
     shutil.copy(folder / DESCRIPTION, target / DESCRIPTION)
     plugin = read(target)
     assert plugin is not None
-    if _has_gpu():
+    if present.capabilities:
         with step("trying it on the GPU: a tiny model, compared with the CPU"):
             tested = self_test()
         if tested.broken:
@@ -311,14 +311,6 @@ def self_test() -> SelfTest:
     proofs = tuple(json.loads(done.stdout))
     failures = [f"{each['device']}: {each['failure']}" for each in proofs if each["failure"]]
     return SelfTest(proofs, "; ".join(failures) if proofs else "CUDA sees no device here", bool(failures))
-
-
-def _has_gpu() -> bool:
-    try:
-        present = driver()
-    except DriverError:
-        return False
-    return present is not None and bool(present.capabilities)
 
 
 def _cache() -> Path:
