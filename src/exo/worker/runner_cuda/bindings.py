@@ -321,7 +321,7 @@ class PooledContext:
 def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
     """Returns the parameters that all contexts of a model share."""
     params = llama_cpp.llama_context_default_params()
-    params.swa_full = True
+    params.swa_full = options.swa_full
     params.n_threads = options.threads or 1
     params.n_threads_batch = options.threads_batch or params.n_threads
     params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]

@@ -74,6 +74,9 @@ class CudaOptions(ModelFile):
     stream's first token on."""
     prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
     """RAM for prefixes that are no longer in a slot. 0 keeps none."""
+    swa_full: bool = True
+    """Whether sliding-window layers keep the cells of the whole context instead of those in their window. It takes
+    more memory, and every prefix of a prompt in a slot can then be used again without a checkpoint."""
     speculate: Speculate | None = None
     """The number of tokens to guess, from earlier text or with the draft model, and to verify in one step while no
     prompt is computed. "auto" chooses the fastest number from the measured times of steps and the share of right
