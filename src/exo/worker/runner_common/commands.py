@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from exo.worker.protocol.commands import Cancel, Cores, Shutdown
+from exo.worker.protocol.events import Embedded, Failed, Ranked, Usage
 from exo.worker.runner_common.output_processor import Cancelled, Emitter
 
 SequenceT = TypeVar("SequenceT")
@@ -19,6 +23,21 @@ class TextJob:
     id: str
     tokens: list[int]
     answer: Literal["vector", "score"] = "vector"
+
+
+def answer(job: TextJob, pooled: npt.NDArray[np.float64]) -> Embedded | Ranked | Failed:
+    """Returns a text's pooled vector, shape (size,), scaled to length 1, or its score, shape (1,).
+
+    A result with NaN or infinity, and a vector of zeros, is a failure.
+    """
+    usage = Usage(prompt_tokens=len(job.tokens), completion_tokens=0)
+    length = float(np.linalg.norm(pooled))
+    if job.answer == "score" and np.isfinite(length):
+        return Ranked(id=job.id, score=float(pooled[0]), usage=usage)
+    if job.answer == "vector" and 0 < length < np.inf:
+        return Embedded(id=job.id, vector=tuple(cast(list[float], (pooled / length).tolist())), usage=usage)
+    message = "the model's result for this text contains NaN or infinity, or is a zero vector"
+    return Failed(id=job.id, code="engine_error", message=message)
 
 
 class Commands(Generic[SequenceT]):

@@ -1,14 +1,10 @@
 """Embeddings: the part that is the same in the runners that read Hugging Face's folders."""
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from exo.worker.protocol.events import Embedded, Failed, Usage
-from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.model_folder import read_optional
 
@@ -68,13 +64,3 @@ def dense_layers(folder: Path) -> list[Path]:
     ):
         raise LoadError("model_load_failed", f"{path} has the layer {outside!r}, which is not in the folder")
     return [folder / name for name in layers]
-
-
-def answer(job: TextJob, pooled: npt.NDArray[np.float64]) -> Embedded | Failed:
-    """Scales a text's pooled vector, shape (size,), to length 1; a failure if it has NaN, infinity or no length."""
-    length = float(np.linalg.norm(pooled))
-    if not 0 < length < np.inf:
-        message = "the model computed a vector for this text that has a number that is none, or no length"
-        return Failed(id=job.id, code="engine_error", message=message)
-    vector = cast(list[float], (pooled / length).tolist())
-    return Embedded(id=job.id, vector=tuple(vector), usage=Usage(prompt_tokens=len(job.tokens), completion_tokens=0))

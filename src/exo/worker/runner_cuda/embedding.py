@@ -16,9 +16,8 @@ from exo.worker.protocol.events import (
     Embedded,
     Failed,
     Ranked,
-    Usage,
 )
-from exo.worker.runner_common.commands import TextJob
+from exo.worker.runner_common.commands import TextJob, answer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import POOLING, Log, Model, PooledContext, Vector
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
@@ -180,7 +179,7 @@ class Embedder:
         for number, end in enumerate(texts.ends):
             job = texts.jobs[number]
             if start < end <= stop and job is not None:
-                answers.append(_answer(job, texts.pooled[number]))
+                answers.append(answer(job, texts.pooled[number]))
                 texts.jobs[number] = None
         return answers
 
@@ -195,14 +194,3 @@ def _stored_pooling(model: Model) -> Pooling:
     stored = model.metadata("{arch}.pooling_type")
     names: dict[str, Pooling] = {str(number): name for name, number in POOLING.items()}
     return names.get(stored or "", "mean")
-
-
-def _answer(job: TextJob, pooled: npt.NDArray[np.float64]) -> Embedded | Ranked | Failed:
-    usage = Usage(prompt_tokens=len(job.tokens), completion_tokens=0)
-    length = float(np.linalg.norm(pooled))
-    if job.answer == "score" and np.isfinite(length):
-        return Ranked(id=job.id, score=float(pooled[0]), usage=usage)
-    if job.answer == "vector" and 0 < length < np.inf:
-        return Embedded(id=job.id, vector=tuple((pooled / length).tolist()), usage=usage)
-    message = "the model's result for this text contains NaN or infinity, or is a zero vector"
-    return Failed(id=job.id, code="engine_error", message=message)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from exo.worker.protocol.events import Embedded, Failed
-from exo.worker.runner_common.commands import TextJob
-from exo.worker.runner_common.hf_embedding import Pooling, answer
+from exo.worker.protocol.events import Embedded, Failed, Ranked
+from exo.worker.runner_common.commands import TextJob, answer
+from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.model import MlxModel, wait_for
 
@@ -57,7 +57,7 @@ class MlxEmbedder:
             self.waiting.remove(job)
         return job is not None
 
-    def step(self) -> list[Embedded | Failed]:
+    def step(self) -> list[Embedded | Ranked | Failed]:
         """Computes one chunk of a text, and returns its answer with the last chunk. Waits for the device."""
         text = self._text
         if text is None:

@@ -6,9 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from exo.worker.protocol.events import Failed, FinishReason
-from exo.worker.runner_common.commands import Commands, TextJob
+from exo.worker.runner_common.commands import Commands, TextJob, answer
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
-from exo.worker.runner_common.hf_embedding import answer
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, StepDone
 from exo.worker.runner_common.sequence import append, not_finite
