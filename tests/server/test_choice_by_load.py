@@ -134,7 +134,9 @@ def test_two_engines_of_one_model_are_loaded_and_chosen_between(tmp_path: Path) 
     with ServeProgram(tmp_path, *load, "--prefer", "latency") as server:
         body: dict[str, object] = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
         replies = [server.complete(f"twin@{runner}", **body) for runner in ("cuda", "mlx")]
-        replies += [server.complete("twin", **body) for _ in range(12)]
+        # A request whose tokens arrive in one piece, as on a busy machine, is not measured. More trials follow then.
+        while len(replies) < 300 and "tokens took" not in replies[-1].headers.get("x-exo-route", ""):
+            replies.append(server.complete("twin", **body))
         assert len({reply.json()["choices"][0]["text"] for reply in replies}) == 1
         assert {reply.headers["x-exo-runner"] for reply in replies[2:]} == {"cuda", "mlx"}
         last = replies[-1].headers
