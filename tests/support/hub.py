@@ -277,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self, file: _File, start: int, end: int, fault: Fault) -> None:
         short = fault.kind in ("reset", "close", "stall") or (fault.kind == "whole" and fault.at)
-        stop = start + fault.at if short else end
+        stop = min(start + fault.at, end) if short else end
         with file.path.open("rb") as opened:
             if fault.kind == "wrong":
                 self._send(bytes(byte ^ 1 for byte in opened.read()[start:end]))
