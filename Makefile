@@ -4,6 +4,8 @@ CUDA ?= auto
 CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
+# In the order of the folders. Otherwise files with the fewest tests, which are often the slowest, would come last.
+DIST = --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-fast check demo-model demo-mlx llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-peers setup-vllm clean
 
@@ -11,10 +13,10 @@ run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
 test: setup-clients demo-model  ## all tests; those of vLLM run where make setup-vllm has made its environment
-	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) $(DIST)
 
 test-fast: setup-dev  ## the unit tests: one module at a time, no process started
-	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile tests/unit
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) $(DIST) tests/unit
 
 check: setup-dev  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
