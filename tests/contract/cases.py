@@ -125,6 +125,32 @@ class Start:
         return self.loaded(**{**self.case.slow, **table})
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Loaded runners, each started once for all tests that leave it as they found it."""
+
+    folder: Path
+    running: dict[str, Program] = field(default_factory=dict[str, Program])
+
+    def program(self, case: Case) -> Program:
+        return self._loaded(case, slots=16, n_ctx=512)
+
+    def slow(self, case: Case) -> Program:
+        return self._loaded(case, slots=2, n_ctx=8192, **case.slow, **case.small_chunks)
+
+    def _loaded(self, case: Case, **table: JsonValue) -> Program:
+        """A runner that has ended, which fails the test that ended it, is started again for the next one."""
+        start = Start(case, self.folder, [])
+        key = start.load_command(**table).model_dump_json()
+        if key not in self.running or self.running[key].process.poll() is not None:
+            self.running[key] = start.loaded(**table)
+        return self.running[key]
+
+    def stop(self) -> None:
+        for program in self.running.values():
+            program.__exit__(None, None, None)
+
+
 def one(program: Program, request: Generate) -> Result:
     return program.generate(request)[0]
 

@@ -10,16 +10,16 @@ from exo.worker.protocol.commands import (
     Text,
     Tokenize,
 )
-from tests.contract.cases import SAMPLING, Start, long_prompt, one
-from tests.support.program import ask, names
+from tests.contract.cases import SAMPLING, long_prompt, one
+from tests.support.program import Program, ask, names
 
 name = names()
 
 
-def test_cancel_frees_the_slot_and_is_idempotent(start: Start) -> None:
-    program = start.slow(slots=1, n_ctx=4096)
-    running, waiting, after = islice(name, 3)
-    program.send(ask(running, max_tokens=4000), ask(waiting, max_tokens=4000))
+def test_cancel_frees_the_slot_and_is_idempotent(slow_program: Program) -> None:
+    program = slow_program
+    running, other, waiting, after = islice(name, 4)
+    program.send(*(ask(each, max_tokens=None) for each in (running, other, waiting)))
     program.until(lambda: running in program.results and len(program.results[running].tokens) >= 2)
     program.cancel("nobody knows this one")
     program.cancel(waiting)
@@ -33,10 +33,13 @@ def test_cancel_frees_the_slot_and_is_idempotent(start: Start) -> None:
     assert len(program.results[running].tokens) == program.results[running].finished.usage.completion_tokens
     assert one(program, ask(after)).finished.reason == "length"
     assert program.results[running].after_end == program.results[waiting].after_end == []
+    assert program.results[other].end is None
+    program.cancel(other)
+    program.until(program.ended(other))
 
 
-def test_cancel_takes_effect_in_the_middle_of_a_prompt(start: Start) -> None:
-    program = start.slow(slots=1, n_ctx=4096, **start.case.small_chunks)
+def test_cancel_takes_effect_in_the_middle_of_a_prompt(slow_program: Program) -> None:
+    program = slow_program
     request = next(name)
     program.send(ask(request, long_prompt(3000)))
     program.until(lambda: request in program.results and program.results[request].prefill[-1].processed > 0)
@@ -48,8 +51,8 @@ def test_cancel_takes_effect_in_the_middle_of_a_prompt(start: Start) -> None:
     assert result.tokens == []
 
 
-def test_one_of_several_sequences_of_a_prompt_is_cancelled_alone(start: Start) -> None:
-    program = start.slow(slots=2, n_ctx=4096)
+def test_one_of_several_sequences_of_a_prompt_is_cancelled_alone(slow_program: Program) -> None:
+    program = slow_program
     request, sibling = ask(next(name), max_tokens=200), next(name)
     program.send(request.model_copy(update={"also": (Sibling(id=sibling, seed=0),)}))
     program.cancel(sibling)
@@ -58,10 +61,10 @@ def test_one_of_several_sequences_of_a_prompt_is_cancelled_alone(start: Start) -
     assert len(program.results[request.id].tokens) == 200
 
 
-@pytest.mark.parametrize("start", SAMPLING, indirect=True)
-def test_a_cancel_waits_for_no_text_that_is_being_tokenized(start: Start) -> None:
+@pytest.mark.parametrize("slow_program", SAMPLING, indirect=True)
+def test_a_cancel_waits_for_no_text_that_is_being_tokenized(slow_program: Program) -> None:
     """The stream has ended before the last of many long texts is tokenized."""
-    program = start.slow(slots=2, n_ctx=8192)
+    program = slow_program
     stream, texts = next(name), [next(name) for _ in range(8)]
     program.send(ask(stream, max_tokens=None))
     program.until(lambda: stream in program.results and len(program.results[stream].tokens) > 0)

@@ -1,6 +1,6 @@
 """The contract's commands that have one answer, against every runner: vectors, scores, tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from exo.worker.protocol.commands import (
 from exo.worker.protocol.events import Capabilities
 from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS
 from exo.worker.runner_common.request_checks import within
-from tests.contract.cases import CASES, EVERY_RUNNER, Start, Table, long_prompt
+from tests.contract.cases import CASES, Case, Shared, Start, Table, long_prompt
 from tests.support.program import Program, Result, ask, names
 
 VLLM = CASES["vllm"]
@@ -36,25 +36,9 @@ GENERATING = [name for name, case in EMBEDDING.items() if not case.tasks]
 name = names()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(params=EVERY_RUNNER)
-def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Start]:
-    starter = Start(EMBEDDING[request.param], folder, [])
-    yield starter
-    for program in starter.running:
-        program.__exit__(None, None, None)
-
-
-@pytest.fixture(scope="module", params=EVERY_RUNNER)
-def program(request: pytest.FixtureRequest, folder: Path) -> Iterator[Program]:
-    """One loaded runner for all tests that leave it as they found it."""
-    starter = Start(EMBEDDING[request.param], folder, [])
-    yield starter.loaded(slots=4, n_ctx=512)
-    starter.running[0].__exit__(None, None, None)
+@pytest.fixture
+def cases() -> Mapping[str, Case]:
+    return EMBEDDING
 
 
 def embed(text: str | list[int]) -> Embed:
@@ -95,10 +79,9 @@ def test_each_of_many_texts_gets_the_vector_that_it_gets_alone(program: Program)
         assert one(program, embed(texts[index])).embedded.vector == pytest.approx(together[index], abs=1e-5)
 
 
-def test_a_text_longer_than_a_chunk_is_one_text(start: Start) -> None:
-    whole = start.loaded(n_ctx=2048)
-    cut = start.loaded(n_ctx=2048, **start.case.small_chunks)
-    texts = [long_prompt(600), long_prompt(601), long_prompt(7)]
+def test_a_text_longer_than_a_chunk_is_one_text(start: Start, shared: Shared) -> None:
+    whole, cut = shared.program(start.case), shared.slow(start.case)
+    texts = [long_prompt(500), long_prompt(501), long_prompt(7)]
     vectors = [[result.embedded.vector for result in each.generate(*map(embed, texts))] for each in (whole, cut)]
     assert vectors[0] == [pytest.approx(vector, abs=1e-5) for vector in vectors[1]]
     assert vectors[0][0] != pytest.approx(vectors[0][1], abs=1e-5)
@@ -157,8 +140,8 @@ def test_streams_go_on_unchanged_while_texts_are_embedded(program: Program) -> N
     assert sum(len(result.embedded.vector) > 0 for result in results if not result.tokens) == 20
 
 
-def test_a_cancelled_text_ends_once_and_the_others_go_on(start: Start) -> None:
-    program = start.slow(n_ctx=4096, **start.case.small_chunks)
+def test_a_cancelled_text_ends_once_and_the_others_go_on(slow_program: Program) -> None:
+    program = slow_program
     working, waiting, after = embed(long_prompt(2000)), embed(long_prompt(1999)), embed("after")
     program.send(working, waiting, after, Cancel(id=waiting.id), Cancel(id=working.id), Cancel(id=working.id))
     program.until(program.ended(working.id, waiting.id, after.id))
@@ -190,12 +173,16 @@ def test_shutdown_fails_the_texts_that_wait(start: Start) -> None:
     assert None not in ends
 
 
-def test_a_model_without_a_head_for_it_ranks_nothing_and_no_model_answers_nothing(start: Start) -> None:
+def test_before_a_model_is_loaded_nothing_is_answered(start: Start) -> None:
     program = start.bare()
     for early in (embed("text"), tokenize("text"), Rank(id=next(name), query="what", document="that")):
         assert one(program, early).failed.code == "invalid_request"
-    capabilities = program.load(start.load_command(**({} if start.case.samples else {"rerank": False})))
-    assert not capabilities.rerank
+
+
+def test_a_model_without_a_head_for_it_ranks_nothing(start: Start, shared: Shared) -> None:
+    program = shared.program(start.case) if start.case.samples else start.loaded(rerank=False)
+    assert program.capabilities is not None
+    assert not program.capabilities.rerank
     refused = one(program, Rank(id=next(name), query="what", document="that")).failed
     assert (refused.code, refused.param) == ("invalid_request", "model")
 
@@ -242,11 +229,13 @@ def test_more_tokens_than_can_be_told_are_refused(program: Program) -> None:
     assert str(MAX_TOKENIZED) in refused.message
 
 
-@pytest.mark.parametrize("start", GENERATING, indirect=True)
-def test_tokens_are_told_while_the_engine_computes(start: Start) -> None:
-    program = start.slow(slots=1, n_ctx=4096)
+@pytest.mark.parametrize("slow_program", GENERATING, indirect=True)
+def test_tokens_are_told_while_the_engine_computes(slow_program: Program) -> None:
+    program = slow_program
     (stream,) = islice(name, 1)
-    program.send(ask(stream, max_tokens=4000))
+    program.send(ask(stream, max_tokens=None))
     program.until(lambda: stream in program.results and len(program.results[stream].tokens) > 0)
     assert len(one(program, tokenize("once upon a time")).tokenized.tokens) > 0
     assert program.results[stream].end is None
+    program.cancel(stream)
+    program.until(program.ended(stream))

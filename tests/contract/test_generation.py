@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from exo.worker.protocol.commands import Grammar, Sibling
-from tests.contract.cases import CASES, Start, constrained, goes_on_from_everywhere, long_prompt, one
+from tests.contract.cases import CASES, constrained, goes_on_from_everywhere, long_prompt, one
 from tests.support.program import Program, ask, names
 
 name = names()
@@ -89,22 +89,26 @@ def test_a_full_context_ends_generation_by_length(program: Program) -> None:
 
 def test_more_requests_than_slots_all_finish(program: Program) -> None:
     results = program.generate(
-        *(ask(each, f"story {index}", max_tokens=10 + index) for index, each in zip(range(13), name, strict=False))
+        *(ask(each, f"story {index}", max_tokens=10 + index) for index, each in zip(range(25), name, strict=False))
     )
-    assert [len(result.tokens) for result in results] == [10 + index for index in range(13)]
+    assert [len(result.tokens) for result in results] == [10 + index for index in range(25)]
 
 
-def test_a_late_request_joins_running_ones(start: Start) -> None:
-    program = start.slow(slots=2, n_ctx=4096)
+def test_a_late_request_joins_running_ones(slow_program: Program) -> None:
+    program = slow_program
     early, late = islice(name, 2)
-    program.send(ask(early, max_tokens=2000))
+    program.send(ask(early, max_tokens=None))
     program.until(lambda: early in program.results and len(program.results[early].tokens) >= 3)
     assert one(program, ask(late, max_tokens=5)).finished.reason == "length"
     assert program.results[early].end is None
+    program.cancel(early)
+    program.until(program.ended(early))
 
 
-def test_running_streams_go_on_while_a_long_prompt_is_computed_and_neither_leaves_a_trace(start: Start) -> None:
-    program = start.slow(slots=2, n_ctx=4096, **start.case.small_chunks)
+def test_running_streams_go_on_while_a_long_prompt_is_computed_and_neither_leaves_a_trace(
+    slow_program: Program,
+) -> None:
+    program = slow_program
     stream, prompt = ask(next(name), max_tokens=100, temperature=1.0, seed=4), ask(next(name), long_prompt(1200))
     program.send(stream)
     program.until(lambda: stream.id in program.results and len(program.results[stream.id].tokens) >= 3)

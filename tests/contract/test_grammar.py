@@ -9,7 +9,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Grammar, SamplingParams
-from tests.contract.cases import CASES, REGEX, Start, constrained, goes_on_from_everywhere, one
+from tests.contract.cases import CASES, REGEX, Shared, Start, constrained, goes_on_from_everywhere, one
 from tests.support.program import Program, ask, names
 
 name = names()
@@ -37,9 +37,7 @@ LARK = Grammar(
 )
 
 
-LONG = Grammar(
-    syntax="json_schema", source=json.dumps({"type": "array", "items": {"type": "integer"}, "minItems": 100})
-)
+LONG = Grammar(syntax="json_schema", source=json.dumps({"type": "array", "items": {"type": "integer"}, "minItems": 40}))
 
 
 def matches(grammar: Grammar, text: str) -> bool:
@@ -73,9 +71,8 @@ def test_a_grammar_is_advanced_over_the_tokens_delivered(program: Program, tempe
         goes_on_from_everywhere(program, constrained(grammar, temperature=temperature, seed=3))
 
 
-def test_a_runner_killed_in_the_middle_of_json_leaves_what_another_completes(start: Start) -> None:
+def test_a_runner_killed_in_the_middle_of_json_leaves_what_another_completes(start: Start, shared: Shared) -> None:
     request = constrained(LONG, temperature=1.0, seed=11, max_tokens=4000)
-    (whole,) = start.loaded(slots=1, n_ctx=8192).generate(request)
     killed = start.slow(slots=1, n_ctx=8192)
     killed.send(request)
     killed.until(lambda: request.id in killed.results and len(killed.results[request.id].tokens) > 30)
@@ -83,12 +80,13 @@ def test_a_runner_killed_in_the_middle_of_json_leaves_what_another_completes(sta
     assert killed.drain() == -signal.SIGKILL
     before = killed.results[request.id]
     assert before.end is None
-    delivered = request.model_copy(update={"delivered": tuple(before.tokens)})
-    (after,) = start.loaded(slots=1, n_ctx=8192).generate(delivered)
+    other = shared.slow(start.case)
+    (after,) = other.generate(request.model_copy(update={"delivered": tuple(before.tokens)}))
+    (whole,) = other.generate(request.model_copy(update={"id": next(name)}))
     assert before.tokens + after.tokens == whole.tokens
     assert before.text + after.text == whole.text
     assert after.finished.reason == "stop"
-    assert len(json.loads(whole.text)) >= 100
+    assert len(json.loads(whole.text)) >= 40
 
 
 def test_a_constrained_request_gives_the_same_tokens_alone_and_among_others(sampling_program: Program) -> None:
@@ -113,7 +111,7 @@ WAYS_TO_CHOOSE: list[dict[str, JsonValue]] = [
 ]
 
 
-def test_twins_choose_alike(folder: Path) -> None:
+def test_twins_choose_alike(shared: Shared) -> None:
     """With every parameter and every kind of grammar, all in one batch."""
     ways = [SamplingParams.model_validate({"seed": seed, **way}) for seed, way in enumerate(WAYS_TO_CHOOSE)]
     free = [ask(next(name), max_tokens=60).model_copy(update={"sampling": way}) for way in ways]
@@ -121,11 +119,9 @@ def test_twins_choose_alike(folder: Path) -> None:
         constrained(grammar, temperature=1.0, seed=seed) for seed in range(4) for grammar in (SCHEMA, REGEX, LARK)
     ]
     tokens: list[list[list[int]]] = []
-    for kind in (name for name, case in CASES.items() if case.samples and Path(case.command[0]).exists()):
-        start = Start(CASES[kind], folder, [])
-        with start.bare() as program:
-            program.load(start.load_command(n_ctx=512))
-            tokens.append([result.tokens for result in program.generate(*requests)])
+    for case in (case for case in CASES.values() if case.samples and Path(case.command[0]).exists()):
+        again = [each.model_copy(update={"id": next(name)}) for each in requests]
+        tokens.append([result.tokens for result in shared.program(case).generate(*again)])
     assert all(each == tokens[0] for each in tokens)
 
 
@@ -193,10 +189,10 @@ BAD_GRAMMARS = {
 }
 
 
-def test_a_bad_grammar_fails_its_own_request_only(start: Start) -> None:
-    program = start.slow(slots=2, n_ctx=4096)
+def test_a_bad_grammar_fails_its_own_request_only(slow_program: Program) -> None:
+    program = slow_program
     good = next(name)
-    program.send(ask(good, max_tokens=4000))
+    program.send(ask(good, max_tokens=None))
     bad = program.generate(*(constrained(grammar) for grammar in BAD_GRAMMARS.values()))
     for what, result in zip(BAD_GRAMMARS, bad, strict=True):
         assert (result.failed.code, result.failed.param) == ("invalid_request", "grammar"), what

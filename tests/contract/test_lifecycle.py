@@ -2,15 +2,16 @@
 
 from itertools import islice
 
-from exo.worker.protocol.commands import Cores
+from exo.worker.protocol.commands import Cancel, Cores
 from tests.contract.cases import Start, one
-from tests.support.program import ask, names
+from tests.support.program import Program, ask, names
 
 name = names()
 
 
-def test_states_lead_to_ready_which_says_what_the_runner_can_do(start: Start) -> None:
+def test_states_lead_to_ready_which_says_what_the_runner_can_do_and_nothing_is_accepted_before(start: Start) -> None:
     program = start.bare()
+    assert one(program, ask(next(name))).failed.code == "invalid_request"
     capabilities = program.load(start.load_command(slots=3, n_ctx=512))
     assert program.states[0] == "Idle"
     assert program.states[-1] == "Ready"
@@ -19,13 +20,6 @@ def test_states_lead_to_ready_which_says_what_the_runner_can_do(start: Start) ->
     assert (capabilities.slots, capabilities.context_length) == (3, 512)
     assert capabilities.vocabulary > 0
     assert capabilities.engine_version
-
-
-def test_nothing_is_accepted_before_the_model_is_loaded(start: Start) -> None:
-    program = start.bare()
-    early = next(name)
-    assert one(program, ask(early)).failed.code == "invalid_request"
-    program.load(start.load_command())
     assert one(program, ask(next(name))).finished.reason == "length"
 
 
@@ -66,9 +60,13 @@ def test_a_runner_whose_input_closes_exits(start: Start) -> None:
     assert program.process.wait(10) is not None
 
 
-def test_heartbeats_come_while_idle_and_while_busy(start: Start) -> None:
-    program = start.slow(slots=1, n_ctx=4096)
-    program.until(lambda: program.heartbeats >= 1)
-    program.send(*(ask(next(name), max_tokens=4000) for _ in range(3)))
+def test_heartbeats_come_while_idle_and_while_busy(slow_program: Program) -> None:
+    program = slow_program
+    before = program.heartbeats
+    program.until(lambda: program.heartbeats >= before + 1)
+    busy = [next(name) for _ in range(3)]
+    program.send(*(ask(each, max_tokens=None) for each in busy))
     before = program.heartbeats
     program.until(lambda: program.heartbeats >= before + 2)
+    program.send(*(Cancel(id=each) for each in busy))
+    program.until(program.ended(*busy))

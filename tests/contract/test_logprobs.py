@@ -9,7 +9,7 @@ import pytest
 
 from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS, PART_LOGPROBS
 from exo.worker.protocol.one_shot import Score
-from tests.contract.cases import CASES, REGEX, SAMPLING, Start, constrained, long_prompt, one
+from tests.contract.cases import CASES, REGEX, SAMPLING, Shared, Start, constrained, long_prompt, one
 from tests.support.program import Program, ask, names
 
 name = names()
@@ -85,19 +85,16 @@ def test_more_logprobs_of_a_prompt_than_can_be_told_are_refused(program: Program
 
 
 @pytest.mark.parametrize("kind", SAMPLING)
-def test_prompt_logprobs_are_those_of_teacher_forcing(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_prompt_logprobs_are_those_of_teacher_forcing(kind: str, shared: Shared, tmp_path: Path) -> None:
     case, prompt = CASES[kind], long_prompt(150)
-    start = Start(case, folder, [])
-    load = start.load_command(n_ctx=512)
+    load = Start(case, shared.folder, []).load_command(n_ctx=512)
     command = Score(load=load, prompts=(tuple(prompt),), directory=str(tmp_path))
     subprocess.run(
         [*case.command, "--score"], input=command.model_dump_json().encode(), stdout=subprocess.DEVNULL, check=True
     )
     expected = np.load(tmp_path / "0.npy")
-    with start.bare() as program:
-        program.load(load)
-        request = ask(next(name), prompt, max_tokens=0).model_copy(update={"prompt_logprobs": 20})
-        (told,) = one(program, request).prompt_logprobs
+    request = ask(next(name), prompt, max_tokens=0).model_copy(update={"prompt_logprobs": 20})
+    (told,) = one(shared.program(case), request).prompt_logprobs
     for row, item in zip(expected, told.items[1:], strict=False):
         known = {each.token: each.logprob for each in (item.chosen, *item.top)}
         assert all(abs(row[token] - (logprob or 0)) < 1e-3 for token, logprob in known.items())

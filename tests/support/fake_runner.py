@@ -97,7 +97,7 @@ class Options(Message):
     on_devices: Mapping[str, int] = {}
     """Bytes of the estimate on each device."""
     chunk: int = 256
-    """Prompt tokens that one step prefills."""
+    """Prompt tokens that one step computes."""
     step_seconds: float = 0.0
     load_steps: int = 2
     load_gate: str = ""
@@ -249,7 +249,9 @@ class FakeRunner:
     """In order of arrival; the first ``slots`` run, the others wait."""
     constraints: Constraints | None = None
     questions: dict[str, Embed | Rank] = field(default_factory=dict[str, Embed | Rank])
-    """In order of arrival; each step answers one."""
+    """In order of arrival; each step computes a chunk of the first."""
+    computed: int = 0
+    """Tokens of the first question that have been computed."""
     tokens: int = 0
     steps: int = 0
     cpu: CpuUse | None = None
@@ -483,9 +485,12 @@ class FakeRunner:
         request = next(iter(self.questions.values()), None)
         if request is None:
             return
+        tokens = self.tokens_of(request)
+        self.computed += self.options.chunk
+        if self.computed < len(tokens):
+            return
         self.tokens += 1
         self.misbehave()
-        tokens = self.tokens_of(request)
         usage = Usage(prompt_tokens=len(tokens), completion_tokens=0)
         match request:
             case Embed():
@@ -495,6 +500,7 @@ class FakeRunner:
 
     def answer(self, terminal: Embedded | Ranked | Finished) -> None:
         del self.questions[terminal.id]
+        self.computed = 0
         self.emit(terminal)
         self.end()
 
