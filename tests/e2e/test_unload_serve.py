@@ -83,7 +83,7 @@ def test_a_context_left_open_is_what_there_is_memory_for(server: ServeProgram) -
     reply = server.complete("open", prompt=[1] * 5000, max_tokens=1)
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    holds = int(message.split("the context holds ")[1].split()[0])
+    holds = int(message.split("maximum context length is ")[1].split()[0])
     assert 512 <= holds < 4096
 
 

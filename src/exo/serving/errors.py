@@ -1,6 +1,7 @@
 """Errors that end a request: a code for programs and a message for people. The API maps them to HTTP statuses."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from exo.chat.sandbox_pool import SandboxBusyError
 from exo.worker.protocol.events import ErrorCode, Failed
@@ -9,19 +10,35 @@ from exo.worker.router import Refusal, model_not_found
 _RETRY_SECONDS = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """A prompt is longer than the context, in tokens. The context holds the output as well."""
+
+    prompt_tokens: int
+    context_length: int
+
+
 class ServingError(Exception):
     """Ends a request with an error for its client. ``param`` names the field of the request that causes it.
 
-    ``retry_seconds`` is the time until a retry makes sense, if there is one.
+    ``retry_seconds`` is the time until a retry makes sense, if there is one. ``overflow`` is set if the prompt is too
+    long.
     """
 
     def __init__(
-        self, message: str, *, code: str, param: str | None = None, retry_seconds: float | None = None
+        self,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry_seconds: float | None = None,
+        overflow: Overflow | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.param = param
         self.retry_seconds = retry_seconds
+        self.overflow = overflow
 
 
 class RequestError(ServingError):
@@ -55,11 +72,22 @@ def from_failed(
             message = f"{param}: {message.removeprefix(own)}"
     if failed.code in _MODEL_CODES:
         return RequestError(message, code=failed.code, param=param or "model")
+    if failed.code == "context_length_exceeded" and failed.context_length:
+        overflow = Overflow(failed.prompt_tokens, failed.context_length)
+        return RequestError(_overflow_message(overflow, param), code=failed.code, param=param, overflow=overflow)
     if retry_seconds is None and failed.code in _REQUEST_CODES:
         return RequestError(message, code=failed.code, param=param)
     if retry_seconds is None and failed.code in _TRANSIENT_CODES:
         retry_seconds = _RETRY_SECONDS
     return ServingError(message, code=failed.code, param=param, retry_seconds=retry_seconds)
+
+
+def _overflow_message(overflow: Overflow, param: str | None) -> str:
+    """Agents shorten a conversation if they read these words, which are OpenAI's."""
+    return (
+        f"This model's maximum context length is {overflow.context_length} tokens. However, your {param} resulted in "
+        f"{overflow.prompt_tokens} tokens. Please reduce the length of the {param}; the output needs tokens as well."
+    )
 
 
 def from_refusal(refusal: Refusal, *, runner_requested: bool = True) -> ServingError:

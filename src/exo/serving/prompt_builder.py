@@ -31,6 +31,8 @@ from exo.worker.supervisor.runner_process import RunnerError
 
 _LONGEST_TOKEN = 1024
 """Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""
+_CHARACTERS_PER_TOKEN = 4
+"""Of English text, roughly. A text that is too long to be tokenized is measured by it."""
 _SWITCHES = ("enable_thinking", "thinking")
 
 
@@ -134,14 +136,23 @@ def _special_ids(model: Capabilities) -> dict[str, int]:
 def _check_length(characters: int, model: Capabilities) -> None:
     """Refuses a text that cannot fit, before the runner tokenizes it."""
     if characters > model.context_length * _LONGEST_TOKEN:
-        message = f"the prompt has {characters} characters, but the context holds {model.context_length} tokens"
-        raise RunnerError(Failed(code="context_length_exceeded", message=message, param="prompt"))
+        raise RunnerError(_too_long(f"{characters} characters", characters // _CHARACTERS_PER_TOKEN, model))
+
+
+def _too_long(size: str, tokens: int, model: Capabilities) -> Failed:
+    """``tokens`` may be an estimate."""
+    return Failed(
+        code="context_length_exceeded",
+        message=f"the prompt has {size}, but the context holds {model.context_length} tokens",
+        param="prompt",
+        prompt_tokens=tokens,
+        context_length=model.context_length,
+    )
 
 
 def _check_tokens(prompt: tuple[int, ...], model: Capabilities, param: str) -> None:
     if len(prompt) > model.context_length:
-        message = f"the prompt has {len(prompt)} tokens, but the context holds {model.context_length}"
-        raise RunnerError(Failed(code="context_length_exceeded", message=message, param="prompt"))
+        raise RunnerError(_too_long(f"{len(prompt)} tokens", len(prompt), model))
     if max(prompt) >= model.vocabulary:
         accepted = f"token ids of this model are 0 to {model.vocabulary - 1}"
         raise RequestError(f"{param}: {accepted} (got {max(prompt)})", code="invalid_value", param=param)
@@ -186,7 +197,7 @@ async def render(
     except TemplateError as error:
         raise RequestError(str(error), code="template_error", param=prompt_field) from None
     except PromptTooLongError as error:
-        failed = Failed(code="context_length_exceeded", message=str(error))
+        failed = _too_long(f"{error.tokens} tokens or more", error.tokens, model)
         raise from_failed(failed, params={"prompt": prompt_field}) from None
 
 

@@ -31,4 +31,12 @@ reply = litellm.completion(
 (call,) = reply.choices[0].message.tool_calls
 assert call.function.name == "paint", call
 assert json.loads(call.function.arguments)["colour"] in ("red", "blue"), call
+
+too_long = [{"role": "user", "content": "word " * 100_000}]
+for provider, base in (("openai", f"{url}/v1"), ("anthropic", url)):
+    try:
+        litellm.completion(model=f"{provider}/{model}", api_base=base, api_key="none", messages=too_long, max_tokens=8)
+    except litellm.ContextWindowExceededError:
+        continue
+    raise AssertionError(f"{provider}: the prompt was not too long")
 print("ok")

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from exo.serving.errors import RequestError, ServingError
+from exo.serving.errors import Overflow, RequestError, ServingError
 from exo.worker.protocol.wire import describe
 
 log = logging.getLogger(__name__)
@@ -27,29 +27,47 @@ _NO_FIELD = re.compile(r"\.\[[a-z_]+\]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorBody:
-    """An error with its HTTP status. ``code`` is for programs; ``param`` names the request's field at fault."""
+    """An error with its HTTP status. ``code`` is for programs; ``param`` names the request's field at fault.
+
+    Agents recognise a prompt that is too long, ``overflow``, by the words of the API that they use.
+    """
 
     status: int
     message: str
     code: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    overflow: Overflow | None = None
 
     def openai(self) -> bytes:
         """``{"error": {"message", "type", "param", "code"}}``."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return to_json({"error": error})
+        return to_json({"error": {**error, **self._sizes()}})
 
     def anthropic(self) -> bytes:
         """``{"type": "error", "error": {"type", "message"}}``."""
+        message = self.message
+        if self.overflow is not None:
+            size, most = self.overflow.prompt_tokens, self.overflow.context_length - 1
+            message = f"prompt is too long: {size} tokens > {most} maximum"
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return to_json({"type": "error", "error": {"type": kind, "message": self.message}})
+        return to_json({"type": "error", "error": {"type": kind, "message": message, **self._sizes()}})
 
     def ollama(self) -> bytes:
         """``{"error": message}``."""
-        return to_json({"error": self.message})
+        message = self.message
+        if self.overflow is not None:
+            excess = self.overflow.prompt_tokens - self.overflow.context_length + 1
+            message = f"prompt too long; exceeded max context length by {excess} tokens"
+        return to_json({"error": message, **self._sizes()})
+
+    def _sizes(self) -> dict[str, int]:
+        """llama-server's fields of a prompt that is too long."""
+        if self.overflow is None:
+            return {}
+        return {"n_prompt_tokens": self.overflow.prompt_tokens, "n_ctx": self.overflow.context_length}
 
     def in_envelope(self, path: str) -> bytes:
         """The error in the envelope of the API that ``path`` belongs to."""
@@ -141,7 +159,14 @@ def error_body(error: ServingError) -> ErrorBody:
         status = _STATUS.get(error.code, 503)
         if status == 500 and error.retry_seconds is not None:
             status = 503
-    return ErrorBody(status=status, message=str(error), code=error.code, param=error.param, headers=headers)
+    return ErrorBody(
+        status=status,
+        message=str(error),
+        code=error.code,
+        param=error.param,
+        headers=headers,
+        overflow=error.overflow,
+    )
 
 
 def from_validation(error: ValidationError) -> ApiError:

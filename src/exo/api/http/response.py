@@ -11,6 +11,7 @@ from typing import Protocol
 import anyio
 from anyio.abc import TaskGroup
 from fastapi.responses import Response
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
@@ -40,6 +41,11 @@ _QUICK_SECONDS = 0.05
 """A faster reply needs no task that watches the client or the time."""
 GRACE_SECONDS = 1.0
 """The time that a stream waits for its first event, so that an early error still gets an HTTP status."""
+HELD_SECONDS = 50.0
+"""The same for a long request, because its prompt may exceed the context, which is known once the model is loaded.
+Agents expect a status then. Proxies wait for a minute."""
+SHORT_REQUEST = 4096
+"""Bytes of a body whose prompt fits every usual context."""
 KEEP_ALIVE_SECONDS = 10.0
 PLACE_SECONDS = 0.5
 """The minimum time between two notes of the place in the queue."""
@@ -142,7 +148,8 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         over = asyncio.Event()
-        stream = _Stream(self._generation, self._dialect, self._headers, send) if self._stream else None
+        grace = HELD_SECONDS if _is_long(scope) else GRACE_SECONDS
+        stream = _Stream(self._generation, self._dialect, self._headers, send, grace) if self._stream else None
 
         async def reply() -> None:
             path = scope["path"]
@@ -230,11 +237,14 @@ class _Stream:
     or when the grace period is over.
     """
 
-    def __init__(self, generation: Generation, dialect: Dialect, headers: dict[str, str], send: Send) -> None:
+    def __init__(
+        self, generation: Generation, dialect: Dialect, headers: dict[str, str], send: Send, grace_seconds: float
+    ) -> None:
         self._generation = generation
         self._dialect = dialect
         self._headers = headers
         self._send = send
+        self._grace_seconds = grace_seconds
         self._routed = asyncio.Event()
         self._started = False
         self._starting = anyio.Lock(fast_acquire=True)
@@ -295,7 +305,7 @@ class _Stream:
     async def keep_alive(self) -> None:
         """Opens the stream when it is accepted or the grace period is over, then writes a comment in every silence."""
         await self._routed.wait()  # the headers contain the route
-        with anyio.move_on_after(GRACE_SECONDS):
+        with anyio.move_on_after(self._grace_seconds):
             await self._all_accepted.wait()
         await self._start()
         while True:
@@ -353,6 +363,11 @@ class _Stream:
             while any(self._held):
                 await self._send_held()
             self._open = True
+
+
+def _is_long(scope: Scope) -> bool:
+    length = Headers(scope=scope).get("content-length", "")
+    return not length.isdecimal() or int(length) > SHORT_REQUEST
 
 
 def route_headers(route: Route | Routed) -> dict[str, str]:

@@ -56,7 +56,11 @@ class VariableRefusedError(ConversationRefusedError):
 
 
 class PromptTooLongError(Exception):
-    """The prompt cannot fit the context, however it is tokenized."""
+    """The prompt cannot fit the context, however it is tokenized. It has ``tokens`` or more."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"the prompt has at least {tokens} tokens")
+        self.tokens = tokens
 
 
 class TemplateWorker:
@@ -199,9 +203,7 @@ async def chat_prompt(
         if not found:
             raise TemplateError("the chat template leaves out the message to be continued")
     if (places := text.count(OPEN)) > model.context_length:  # each is at least one token, and costs time to split off
-        raise PromptTooLongError(
-            f"the prompt has at least {places} tokens, but the context holds {model.context_length}"
-        )
+        raise PromptTooLongError(places)
     return tokens.split(text)
 
 

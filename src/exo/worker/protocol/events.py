@@ -239,6 +239,10 @@ class Failed(Message):
     code: ErrorCode
     message: Annotated[str, AfterValidator(_cut)]
     param: str | None = None
+    prompt_tokens: int = Field(default=0, ge=0)
+    """With ``context_length_exceeded``, the tokens of the prompt."""
+    context_length: int = Field(default=0, ge=0)
+    """With ``context_length_exceeded``, the most tokens that the prompt and its output may have together."""
 
 
 class CpuUse(Message):

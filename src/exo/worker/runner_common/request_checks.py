@@ -47,7 +47,7 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
             f"the prompt has {len(prompt)} tokens, but the context holds {n_ctx} for prompt and output together, "
             f"so a prompt may have at most {n_ctx - 1}"
         )
-        return Failed(id=request.id, code="context_length_exceeded", message=message, param="prompt")
+        return _overflow(request.id, "prompt", message, len(prompt), n_ctx)
     return None
 
 
@@ -75,8 +75,19 @@ def input_refusal(
         return refused(request.id, param, wrong)
     if len(tokens) > longest:
         message = f"{subject} {len(tokens)} tokens, but a text may have at most {longest} here"
-        return Failed(id=request.id, code="context_length_exceeded", message=message, param=param)
+        return _overflow(request.id, param, message, len(tokens), longest)
     return None
+
+
+def _overflow(request: str, param: str, message: str, n_prompt: int, n_ctx: int) -> Failed:
+    return Failed(
+        id=request,
+        code="context_length_exceeded",
+        message=message,
+        param=param,
+        prompt_tokens=n_prompt,
+        context_length=n_ctx,
+    )
 
 
 def within(request: Embed, tokens: Sequence[int], longest: int, closing: Sequence[int]) -> list[int]:
