@@ -13,9 +13,10 @@ from exo.worker.protocol.events import Estimated
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
-from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST
+from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
 from exo.worker.runner_cuda.loading.devices import gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
+from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
 from exo.worker.runner_cuda.loading.loader import (
     DEFAULT_CONTEXT,
     chunks,
@@ -111,21 +112,14 @@ def _smaller_caches(options: CudaOptions) -> Sequence[str]:
 
 @dataclass(slots=True)
 class _LayerSizes:
-    """Sizes of one layer, in bytes unless noted."""
+    """Sizes of one layer. Those of weights are in bytes."""
 
+    cache: CachedLayer
     weights: int = 0
     repacked: int = 0
     """The part of ``weights`` that a CPU keeps twice."""
     copied: int = 0
     """The part of ``weights`` that is copied to each device if they share the layer."""
-    heads: int = 1
-    """The number of KV heads. A device has whole heads."""
-    keys: int = 0
-    """Elements of one token's keys."""
-    values: int = 0
-    """Elements of one token's values."""
-    state: int = 0
-    """The state of one sequence in a recurrent layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +145,8 @@ class _GgufSizes:
         """Reads the sizes from the headers of a model's files. The first one has the metadata."""
         header, tensors = headers[0], [tensor for each in headers for tensor in each.tensors]
         arch = header.text("general.architecture")
-        layers = _layers(header, arch)
+        caches = layer_caches(header, equal_values=options.flash_attn == "off")
+        layers = [_LayerSizes(each) for each in caches]
         embedding = rest = 0
         for tensor in tensors:
             block, _, name = tensor.name.removeprefix("blk.").partition(".")
@@ -180,6 +175,17 @@ class _GgufSizes:
 
     def size(self, plan: Plan) -> list[Part]:
         """Returns the memory of each part for a plan."""
+        return self._parts(plan, chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).alone)
+
+    def beside(self, plan: Plan) -> list[Part]:
+        """Returns the memory that this model adds as the draft model of the one that ``plan`` is for."""
+        wanted = len(self.layers) + 1 if self.options.n_gpu_layers < 0 else self.options.n_gpu_layers
+        own = replace(plan, n_gpu_layers=plan.n_gpu_layers and wanted, devices=plan.devices[:1], tensor_split=None)
+        parts = self._parts(own, chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).beside)
+        return [replace(part, name="draft model") for part in parts if part.name in _OF_DRAFT]
+
+    def _parts(self, plan: Plan, n_ubatch: int) -> list[Part]:
+        """Returns the memory of each part for steps of up to ``n_ubatch`` rows in one graph."""
         n_device, on_gpu = plan.n_gpu_layers or 0, plan.n_gpu_layers is not None
         shares = plan.tensor_split or (1.0,) * len(plan.devices)
         placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
@@ -190,19 +196,13 @@ class _GgufSizes:
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
             self._weights(where),
-            self._cache("KV cache", plan, where, plan.slots, plan.n_ctx),
+            self._cache("KV cache", plan, where, plan.slots, self._n_cells(plan.n_ctx, n_ubatch)),
             Part("outputs", plan.slots * row),
             Part("prompt log-probabilities", SCORED_ROWS * row, later=True),
             Part("prefix cache", plan.prefix_cache_bytes, later=True),
-            self._compute(plan, where),
+            self._compute(plan, where, n_ubatch),
             *self._texts(plan, where),
         ]
-
-    def beside(self, plan: Plan) -> list[Part]:
-        """Returns the memory that this model adds as the draft model of the one that ``plan`` is for."""
-        wanted = len(self.layers) + 1 if self.options.n_gpu_layers < 0 else self.options.n_gpu_layers
-        own = replace(plan, n_gpu_layers=plan.n_gpu_layers and wanted, devices=plan.devices[:1], tensor_split=None)
-        return [replace(part, name="draft model") for part in self.size(own) if part.name in _OF_DRAFT]
 
     def _weights(self, where: _Where) -> Part:
         *of_layers, behind = where
@@ -216,28 +216,36 @@ class _GgufSizes:
             devices[name] += math.ceil(share * self.rest) + (self.embedding if self.tied else 0)
         return Part("weights", host, devices=devices)
 
-    def _cache(self, name: str, plan: Plan, where: _Where, slots: int, n_ctx: int, *, later: bool = False) -> Part:
+    def _n_cells(self, n_ctx: int, n_ubatch: int, n_texts: int = 1) -> list[int]:
+        """Returns the tokens that a sequence, or ``n_texts`` of them together, may have in each layer's cache."""
+        if self.options.swa_full:
+            return [cells(n_ctx)] * len(self.layers)
+        return [layer.cache.n_cells(n_ctx, n_ubatch, n_texts) for layer in self.layers]
+
+    def _cache(
+        self, name: str, plan: Plan, where: _Where, slots: int, n_cells: Sequence[int], *, later: bool = False
+    ) -> Part:
         """Returns the memory of the KV cache. Devices that share a layer have whole heads of it."""
         host, devices = 0, dict.fromkeys(_devices(where), 0)
-        for layer, shares in zip(self.layers, where, strict=False):
-            size = slots * (cells(n_ctx) * self._token(layer, plan) + layer.state)
+        for layer, count, shares in zip(self.layers, n_cells, where, strict=False):
+            cache = layer.cache
+            size = slots * (count * self._token(cache, plan) + cache.state)
             host += 0 if shares else size
             for device, share in shares.items():
-                whole = math.ceil(share * layer.heads) / layer.heads if layer.heads else share
+                whole = math.ceil(share * cache.heads) / cache.heads if cache.heads else share
                 devices[device] += math.ceil(size * whole)
         return Part(name, host, later=later, devices=devices)
 
-    def _token(self, layer: _LayerSizes, plan: Plan) -> int:
+    def _token(self, cache: CachedLayer, plan: Plan) -> int:
         """Returns the bytes of one token in one layer's cache."""
         types = self.options.cache_type_k, self.options.cache_type_v
         kinds = (plan.cache_type, plan.cache_type) if plan.cache_type is not None else types
-        return _bytes(kinds[0], layer.keys) + _bytes(kinds[1], layer.values)
+        return _bytes(kinds[0], cache.keys) + _bytes(kinds[1], cache.values)
 
-    def _compute(self, plan: Plan, where: _Where) -> Part:
+    def _compute(self, plan: Plan, where: _Where, n_ubatch: int) -> Part:
         """Returns the memory of the graph of a step."""
-        chunk = chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).alone
         n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
-        return self._graph("compute", where, chunk, n_outputs, plan.n_ctx)
+        return self._graph("compute", where, n_ubatch, n_outputs, plan.n_ctx)
 
     def _may_reduce(self, where: _Where) -> bool:
         """Whether backend sampling may be used, whose graph has the logits twice."""
@@ -266,8 +274,9 @@ class _GgufSizes:
         chunk = chunks(options, on_gpu=bool(plan.n_gpu_layers)).beside
         longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
         rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
+        n_texts = 1 if any(layer.cache.state for layer in self.layers) else min(MOST_TEXTS, rows)
         return [
-            self._cache("embedding", plan, where, 1, longest, later=True),
+            self._cache("embedding", plan, where, 1, self._n_cells(longest, rows, n_texts), later=True),
             self._graph("embedding", where, rows, rows, longest),
             Part("embedding", 4 * rows * self.vocabulary, later=True),  # llama.cpp computes logits of every row
         ]
@@ -289,22 +298,3 @@ def _devices(where: _Where) -> tuple[str, ...]:
 def _bytes(kind: str, elements: int) -> int:
     block, size = TENSOR_TYPES[CACHE_TYPES[kind]]
     return elements // block * size
-
-
-def _layers(header: GgufHeader, arch: str) -> list[_LayerSizes]:
-    """Returns the layers with the sizes of their caches. The caller adds the weights."""
-
-    def number(key: str, default: int) -> int:
-        return header.integer(f"{arch}.{key}", default)
-
-    n_layers = number("block_count", 1)
-    heads = header.per_layer(f"{arch}.attention.head_count", n_layers, 1)
-    kv_heads = header.per_layer(f"{arch}.attention.head_count_kv", n_layers, max(heads))
-    width = number("embedding_length", 1) // max(1, *heads)
-    # An encoder has no KV cache.
-    causal = number("attention.causal", 1)
-    keys, values = number("attention.key_length", width) * causal, number("attention.value_length", width) * causal
-    inner, state = number("ssm.inner_size", 0), number("ssm.state_size", 0)
-    convolved = (number("ssm.conv_kernel", 1) - 1) * (inner + 2 * number("ssm.group_count", 0) * state)
-    kept = 4 * (inner * state + convolved)
-    return [_LayerSizes(heads=each, keys=each * keys, values=each * values, state=kept) for each in kv_heads]
