@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exo.worker.protocol.commands import Grammar
-from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError
+from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, GrammarState
 
 BYTES = [bytes([byte]) for byte in range(256)]
 """Byte fallback, as SentencePiece has it, or the smallest tokens of byte-level BPE."""
@@ -42,8 +42,8 @@ def piece(token: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def constraints() -> Iterator[Constraints]:
-    made = Constraints(piece, lambda token: FIRST_CONTROL <= token < len(VOCABULARY), EOG, N_VOCAB)
+def constraints() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(piece, lambda token: FIRST_CONTROL <= token < len(VOCABULARY), EOG, N_VOCAB)
     yield made
     made.close()
 
@@ -60,7 +60,7 @@ def schema(value: object) -> Grammar:
     return Grammar(syntax="json_schema", source=json.dumps(value))
 
 
-def allowed(constraint: Constraint) -> set[int]:
+def allowed(constraint: GrammarState) -> set[int]:
     mask = constraint.mask()
     assert mask.shape == (N_VOCAB,)
     return set(np.flatnonzero(mask).tolist())
@@ -70,13 +70,13 @@ def spelt(*texts: bytes) -> set[int]:
     return {token for token in range(len(VOCABULARY)) if piece(token) in texts and token < FIRST_CONTROL}
 
 
-def take(constraint: Constraint, text: bytes) -> Constraint:
+def take(constraint: GrammarState, text: bytes) -> GrammarState:
     for byte in text:
         constraint.accept(byte)
     return constraint
 
 
-def test_every_token_that_spells_what_may_come_next_is_allowed(constraints: Constraints) -> None:
+def test_every_token_that_spells_what_may_come_next_is_allowed(constraints: GrammarCompiler) -> None:
     constraint = constraints.compile(regex("abc?"))
     assert allowed(constraint) == spelt(b"a", b"ab", b"abc")
     constraint.accept(len(BYTES) + 1)
@@ -86,11 +86,11 @@ def test_every_token_that_spells_what_may_come_next_is_allowed(constraints: Cons
     assert constraint.finished
 
 
-def test_where_one_text_alone_can_follow_any_way_to_spell_it_is_allowed(constraints: Constraints) -> None:
+def test_where_one_text_alone_can_follow_any_way_to_spell_it_is_allowed(constraints: GrammarCompiler) -> None:
     assert allowed(constraints.compile(lark('start: "abc"'))) == spelt(b"a", b"ab", b"abc")
 
 
-def test_a_character_may_come_byte_by_byte_but_nothing_that_is_no_text(constraints: Constraints) -> None:
+def test_a_character_may_come_byte_by_byte_but_nothing_that_is_no_text(constraints: GrammarCompiler) -> None:
     assert allowed(constraints.compile(regex("é"))) == spelt("é".encode(), "é".encode()[:1])
     anything = allowed(constraints.compile(regex("(.|\\n)+")))
     assert 0xFF not in anything
@@ -98,7 +98,7 @@ def test_a_character_may_come_byte_by_byte_but_nothing_that_is_no_text(constrain
     assert take(constraints.compile(regex("é")), "é".encode()).finished
 
 
-def test_text_that_reads_like_a_control_token_is_text(constraints: Constraints) -> None:
+def test_text_that_reads_like_a_control_token_is_text(constraints: GrammarCompiler) -> None:
     constraint = constraints.compile(lark('start: "<|end|>"'))
     assert allowed(constraint) == spelt(b"<", b"<|end")
     assert take(constraint, b"<|end|>").finished
@@ -108,14 +108,14 @@ def test_text_that_reads_like_a_control_token_is_text(constraints: Constraints) 
     ("reference", "token"),
     [("<|call|>", CALL), (f"<[{CALL}]>", CALL), (f"<[{INST}]>", INST)],
 )
-def test_a_control_token_is_reached_by_name_or_id(constraints: Constraints, reference: str, token: int) -> None:
+def test_a_control_token_is_reached_by_name_or_id(constraints: GrammarCompiler, reference: str, token: int) -> None:
     constraint = constraints.compile(lark(f'start: {reference} "a"'))
     assert allowed(constraint) == {token}
     constraint.accept(token)
     assert allowed(constraint) == spelt(b"a")
 
 
-def test_all_tokens_that_end_generation_are_allowed_where_the_output_may_end(constraints: Constraints) -> None:
+def test_all_tokens_that_end_generation_are_allowed_where_the_output_may_end(constraints: GrammarCompiler) -> None:
     constraint = constraints.compile(regex("(ab)*"))
     assert allowed(constraint) >= set(EOG)
     constraint.accept(ord("a"))
@@ -123,14 +123,14 @@ def test_all_tokens_that_end_generation_are_allowed_where_the_output_may_end(con
 
 
 def test_a_model_without_an_end_is_led_to_the_end_of_the_grammar() -> None:
-    constraints = Constraints(piece, lambda token: token >= FIRST_CONTROL, (), N_VOCAB)
+    constraints = GrammarCompiler(piece, lambda token: token >= FIRST_CONTROL, (), N_VOCAB)
     constraint = constraints.compile(regex("ab?"))
     constraint.accept(ord("a"))
     assert np.flatnonzero(constraint.mask()).tolist() == [ord("b")]
     constraints.close()
 
 
-def test_delivered_tokens_are_gone_over(constraints: Constraints) -> None:
+def test_delivered_tokens_are_gone_over(constraints: GrammarCompiler) -> None:
     grammar = schema({"enum": ["abc", "abd"]})
     resumed = constraints.compile(grammar, b'"ab')
     assert allowed(resumed) == allowed(take(constraints.compile(grammar), b'"ab')) == spelt(b"c", b"d")
@@ -139,13 +139,13 @@ def test_delivered_tokens_are_gone_over(constraints: Constraints) -> None:
         constraints.compile(grammar, b'"ax')
 
 
-def test_a_token_that_is_not_allowed_is_not_accepted(constraints: Constraints) -> None:
+def test_a_token_that_is_not_allowed_is_not_accepted(constraints: GrammarCompiler) -> None:
     constraint = constraints.compile(regex("ab"))
     with pytest.raises(GrammarError):
         constraint.accept(ord("b"))
 
 
-def test_a_mask_is_computed_ahead_and_dropped_with_the_next_token(constraints: Constraints) -> None:
+def test_a_mask_is_computed_ahead_and_dropped_with_the_next_token(constraints: GrammarCompiler) -> None:
     constraint = constraints.compile(regex("abc"))
     for expected in (b"a", b"b", b"c"):
         constraint.prepare()
@@ -163,7 +163,7 @@ def test_a_mask_is_computed_ahead_and_dropped_with_the_next_token(constraints: C
     ],
 )
 def test_what_is_said_of_one_token_is_what_the_mask_says(
-    constraints: Constraints, grammar: Grammar, before: bytes
+    constraints: GrammarCompiler, grammar: Grammar, before: bytes
 ) -> None:
     told, asked = (take(constraints.compile(grammar), before) for _ in range(2))
     mask = told.mask()
@@ -171,7 +171,7 @@ def test_what_is_said_of_one_token_is_what_the_mask_says(
     assert [told.allows(token) for token in range(N_VOCAB)] == mask.tolist()
 
 
-def test_json_may_have_blanks_but_not_for_ever(constraints: Constraints) -> None:
+def test_json_may_have_blanks_but_not_for_ever(constraints: GrammarCompiler) -> None:
     value = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"], "additionalProperties": False}
     for text in (b'{"a":null}', b'{ "a": null }', b'{\n    "a": null\n}', b'{\n\t"a" :\tnull}'):
         assert take(constraints.compile(schema(value)), text).finished
@@ -191,7 +191,7 @@ def test_json_may_have_blanks_but_not_for_ever(constraints: Constraints) -> None
     ],
 )
 def test_a_whole_number_that_is_excluded_is(
-    constraints: Constraints, bounds: dict[str, float], yes: tuple[bytes, ...], no: tuple[bytes, ...]
+    constraints: GrammarCompiler, bounds: dict[str, float], yes: tuple[bytes, ...], no: tuple[bytes, ...]
 ) -> None:
     """llguidance by itself allows some of them."""
     number = {"type": "number", **bounds}
@@ -204,7 +204,7 @@ def test_a_whole_number_that_is_excluded_is(
             take(constraints.compile(schema(nested)), b'{"const":' + text + b"}")
 
 
-def test_a_value_that_looks_like_a_schema_stays_as_it_is(constraints: Constraints) -> None:
+def test_a_value_that_looks_like_a_schema_stays_as_it_is(constraints: GrammarCompiler) -> None:
     value = {"const": {"exclusiveMinimum": 3, "maximum": 3.5}}
     assert take(constraints.compile(schema(value)), b'{"exclusiveMinimum":3,"maximum":3.5}').finished
 
@@ -226,7 +226,7 @@ SCHEMAS: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("value", SCHEMAS)
-def test_whatever_the_choices_finished_json_is_valid(constraints: Constraints, value: dict[str, object]) -> None:
+def test_whatever_the_choices_finished_json_is_valid(constraints: GrammarCompiler, value: dict[str, object]) -> None:
     finished = 0
     for seed in range(20):
         drawn, constraint, text = np.random.default_rng(seed), constraints.compile(schema(value)), b""
@@ -274,7 +274,7 @@ SLOW = "start: A\nA: " + " & ".join(f"/(.*\\n)*[a-z]*x{{{count}}}[^b]*/" for cou
     ],
 )
 def test_what_cannot_be_compiled_is_refused_in_plain_words(
-    constraints: Constraints, grammar: Grammar, reason: str
+    constraints: GrammarCompiler, grammar: Grammar, reason: str
 ) -> None:
     with pytest.raises(GrammarError, match=reason) as refused:
         constraints.compile(grammar)
@@ -283,7 +283,7 @@ def test_what_cannot_be_compiled_is_refused_in_plain_words(
     assert constraints.compile(regex("a+")).mask()[ord("a")]
 
 
-def test_a_grammar_that_takes_too_long_is_given_up_in_time(constraints: Constraints) -> None:
+def test_a_grammar_that_takes_too_long_is_given_up_in_time(constraints: GrammarCompiler) -> None:
     """Of processor time this takes none here: another process is ended."""
     began = time.process_time()
     with pytest.raises(GrammarError, match="too long"):

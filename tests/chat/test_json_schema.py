@@ -11,7 +11,7 @@ from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.registry import FORMATS
 from exo.worker.protocol.commands import Grammar
 from exo.worker.runner_common.grammar.grammar_errors import named
-from exo.worker.runner_common.grammar.guided_decoding import Constraints, GrammarError
+from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError
 from exo.worker.runner_common.grammar.json_schema import enforced
 
 END = 256
@@ -19,15 +19,15 @@ Schema = dict[str, JsonValue]
 
 
 @pytest.fixture(scope="module")
-def constraints() -> Iterator[Constraints]:
-    made = Constraints(
+def constraints() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(
         lambda token: bytes([token]) if token < END else b"<end>", lambda token: token == END, (END,), END + 1
     )
     yield made
     made.close()
 
 
-def writes(constraints: Constraints, schema: JsonValue, value: JsonValue) -> bool:
+def writes(constraints: GrammarCompiler, schema: JsonValue, value: JsonValue) -> bool:
     constraint = constraints.compile(Grammar(syntax="json_schema", source=json.dumps(schema)))
     try:
         for byte in json.dumps(value, ensure_ascii=False).encode():
@@ -49,7 +49,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_unknown_format_is_an_annotation(constraints: Constraints, name: str) -> None:
+def test_an_unknown_format_is_an_annotation(constraints: GrammarCompiler, name: str) -> None:
     schemas: list[Schema] = [
         {"type": "string", "format": name},
         {"format": name},
@@ -96,7 +96,7 @@ ANNOTATIONS: Schema = {
 @pytest.mark.parametrize(
     "dialect", ["http://spec.openapis.org/oas/3.1/dialect/base", "https://json-schema.org/draft-07/schema#"]
 )
-def test_what_restricts_nothing_is_accepted_without_a_note(constraints: Constraints, dialect: str) -> None:
+def test_what_restricts_nothing_is_accepted_without_a_note(constraints: GrammarCompiler, dialect: str) -> None:
     schema = {**ANNOTATIONS, "$schema": dialect}
     assert notes(schema) == []
     assert writes(constraints, schema, "a")
@@ -114,7 +114,7 @@ def test_what_restricts_nothing_is_accepted_without_a_note(constraints: Constrai
         ({"type": "integer", "maximum": (1 << 63) - 1}, "maximum"),
     ],
 )
-def test_what_is_not_enforced_is_noted(constraints: Constraints, schema: Schema, note: str) -> None:
+def test_what_is_not_enforced_is_noted(constraints: GrammarCompiler, schema: Schema, note: str) -> None:
     assert notes(schema) == [note]
     assert constraints.compile(Grammar(syntax="json_schema", source=json.dumps(schema)))
 
@@ -153,14 +153,14 @@ EXACT: list[Schema] = [
 
 
 @pytest.mark.parametrize("schema", EXACT)
-def test_what_is_not_noted_is_enforced(constraints: Constraints, schema: Schema) -> None:
+def test_what_is_not_noted_is_enforced(constraints: GrammarCompiler, schema: Schema) -> None:
     assert notes(schema) == []
     valid = jsonschema_rs.validator_for(schema)
     told = [(value, writes(constraints, schema, value)) for value in SAMPLES]
     assert told == [(value, valid.is_valid(value)) for value in SAMPLES]
 
 
-def test_a_definition_that_nothing_refers_to_may_say_anything(constraints: Constraints) -> None:
+def test_a_definition_that_nothing_refers_to_may_say_anything(constraints: GrammarCompiler) -> None:
     unused: Schema = {"a": {"not": {"type": "null"}}, "b": {"$ref": "#/$defs/a"}, "c": {"type": "integer"}, "d": None}
     schema: Schema = {"properties": {"$defs": {"$ref": "#/$defs/c"}}, "default": {"$ref": "#/$defs/a"}, "$defs": unused}
     assert writes(constraints, schema, {"$defs": 1})
@@ -185,7 +185,9 @@ NULLABLE: list[Schema] = [
 
 
 @pytest.mark.parametrize("schema", NULLABLE)
-def test_null_matches_what_is_nullable_and_nothing_else_does_besides(constraints: Constraints, schema: Schema) -> None:
+def test_null_matches_what_is_nullable_and_nothing_else_does_besides(
+    constraints: GrammarCompiler, schema: Schema
+) -> None:
     valid = jsonschema_rs.validator_for(schema)
     expected = [(value, value is None or valid.is_valid(value)) for value in SAMPLES]
     nullable: Schema = {**schema, "nullable": True}
@@ -212,14 +214,16 @@ def test_null_matches_what_is_nullable_and_nothing_else_does_besides(constraints
         ({"x-guidance": {"wat": 1}}, "x-guidance: there is no option 'wat'"),
     ],
 )
-def test_the_compilers_findings_are_told_in_our_words(constraints: Constraints, schema: Schema, reason: str) -> None:
+def test_the_compilers_findings_are_told_in_our_words(
+    constraints: GrammarCompiler, schema: Schema, reason: str
+) -> None:
     with pytest.raises(GrammarError) as refused:
         constraints.compile(Grammar(syntax="json_schema", source=json.dumps(schema)))
     assert reason in str(refused.value)
 
 
 @pytest.mark.parametrize("form", ["hermes", "glm", "kimi", "mistral"])
-def test_a_finding_names_the_tool(constraints: Constraints, form: str) -> None:
+def test_a_finding_names_the_tool(constraints: GrammarCompiler, form: str) -> None:
     good: Schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     wrong = named({"type": "string", "pattern": "("}, "tool 'bad', property 'x'")
     bad = named({"type": "object", "properties": {"x": wrong}}, "tool 'bad'")

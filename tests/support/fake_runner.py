@@ -62,10 +62,12 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.messages import LINE_BYTES, PART_LOGPROBS, Message
 from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.wire import describe, encode, read_commands, take_protocol_stream
+from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.detokenizer import TextStream
-from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.keyed_rng import uniforms
 from exo.worker.runner_common.load_effort import effort
+from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from exo.worker.runner_common.request_checks import input_refusal, length_limit, refusal, resume, tokenized, within
 
 COMMAND = (sys.executable, os.path.abspath(__file__))
@@ -154,7 +156,7 @@ class FakeSequence:
         sampling, choice = self.request.sampling, self.state
         if sampling.temperature > 0:
             choice += int(uniforms(sampling.seed, len(self.prompt) + self.output, np.zeros(1, int))[0] * len(ALPHABET))
-        if self.constraint is None:
+        if self.constraint is None or not self.constraint.restricts():
             return ord(ALPHABET[choice % len(ALPHABET)])
         return self.allowed_token(self.constraint, choice)
 
@@ -247,7 +249,7 @@ class FakeRunner:
     capabilities: Capabilities | None = None
     sequences: dict[str, FakeSequence] = field(default_factory=dict[str, FakeSequence])
     """In order of arrival; the first ``slots`` run, the others wait."""
-    constraints: Constraints | None = None
+    compiler: GrammarCompiler | None = None
     questions: dict[str, Embed | Rank] = field(default_factory=dict[str, Embed | Rank])
     """In order of arrival; each step computes a chunk of the first."""
     computed: int = 0
@@ -437,12 +439,17 @@ class FakeRunner:
             self.finish(sequence, "stop")
 
     def constraint(self, request: Generate) -> Constraint | None:
-        if request.grammar is None:
+        if request.grammar is None and request.reasoning is None:
             return None
-        if self.constraints is None:
-            special = SPECIAL_TOKENS.values()
-            self.constraints = Constraints(Vocabulary().piece_of, lambda token: token in special, [EOS], 258)
-        return self.constraints.compile(request.grammar, request.delivered)
+        grammar, budget, piece_of = None, None, Vocabulary().piece_of
+        if request.grammar is not None:
+            if self.compiler is None:
+                special = SPECIAL_TOKENS.values()
+                self.compiler = GrammarCompiler(piece_of, lambda token: token in special, [EOS], 258)
+            grammar = self.compiler.compile(request.grammar, request.delivered)
+        if (limit := request.reasoning) is not None:
+            budget = ReasoningBudget(limit, list(limit.closing.encode()), piece_of, request.delivered)
+        return Constraint(258, grammar, budget)
 
     def begin(self) -> None:
         """Reports the state before the first request is added."""

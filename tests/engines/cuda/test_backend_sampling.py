@@ -265,7 +265,13 @@ def mixed(seed: int) -> list[Generate]:
     scored = ask(next(name), SAID, max_tokens=9).model_copy(update={"logprobs": 2, "prompt_logprobs": 1})
     grammar = Grammar(syntax="regex", source="[a-d ]{12}")
     constrained = ask(next(name), SAID, max_tokens=20).model_copy(update={"grammar": grammar})
-    return [*requests, scored, constrained]
+    limit = ReasoningLimit(max_tokens=5 + seed, begin="<think>", end="</think>", closing="</think>\n", inside=True)
+    closed = [
+        ask(next(name), SAID, max_tokens=30, temperature=temperature, top_k=40, seed=seed)
+        for temperature in (0.0, 0.9)
+    ]
+    bounded = [each.model_copy(update={"reasoning": limit, "ignore_eos": True}) for each in closed]
+    return [*requests, scored, constrained, *bounded]
 
 
 def test_every_request_gets_the_same_tokens_in_mixed_company(pair: Pair) -> None:

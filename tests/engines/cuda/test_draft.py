@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import Generate, Grammar, Load
+from exo.worker.protocol.commands import Generate, Grammar, Load, ReasoningLimit
 from exo.worker.protocol.events import Deltas, Event
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
@@ -161,6 +161,15 @@ def test_a_grammar_is_followed_through_a_draft(pair: Pair) -> None:
         for temperature in (0.0, 0.6):
             request = ask("grammar", SAID, max_tokens=80, temperature=temperature, seed=1)
             pair.both(request.model_copy(update={"grammar": grammar}))
+
+
+def test_reasoning_is_closed_within_a_draft(pair: Pair) -> None:
+    for most in (3, 9, 14):
+        limit = ReasoningLimit(max_tokens=most, begin="<think>", end="</think>", closing="</think>\n", inside=True)
+        for temperature in (0.0, 0.6):
+            request = ask("limit", SAID, max_tokens=60, temperature=temperature, seed=1, ignore_eos=True)
+            bounded = pair.both(request.model_copy(update={"reasoning": limit}))
+            assert bounded.text.count("</think>\n") == 1
 
 
 def test_an_end_within_a_draft_ends_there(pair: Pair) -> None:

@@ -57,6 +57,23 @@ class Grammar(Message):
     source: str
 
 
+class ReasoningLimit(Message):
+    """Reasoning of at most ``max_tokens`` tokens: the runner then writes ``closing``, and the model goes on after it.
+
+    Reasoning is the text between ``begin`` and ``end``. ``closing`` contains ``end``. Texts of control tokens in all
+    three stand for the tokens.
+    """
+
+    max_tokens: int = Field(ge=0)
+    begin: str = Field(min_length=1)
+    end: str = Field(min_length=1)
+    closing: str = Field(min_length=1)
+    inside: bool = False
+    """The output begins inside reasoning."""
+    anywhere: bool = False
+    """Reasoning may begin anywhere in the output, and not only before everything else."""
+
+
 class Load(Message):
     """The first command, unless ``Estimate`` precedes it. ``table`` is the card's table for this runner, unread.
 
@@ -104,6 +121,8 @@ class Generate(Message):
     """None: until the context is full. 0: only the prompt is computed."""
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    reasoning: ReasoningLimit | None = None
+    """The grammar, if any, takes precedence over it."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Report each token's log-probability, and this many of the most probable tokens in its place. None: neither."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

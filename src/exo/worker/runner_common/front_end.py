@@ -22,6 +22,7 @@ from exo.worker.protocol.commands import (
     Load,
     Rank,
     Shutdown,
+    Text,
     Tokenize,
 )
 from exo.worker.protocol.events import (
@@ -33,9 +34,11 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.protocol.wire import exit_now
 from exo.worker.runner_common.commands import Commands, SequenceT, TextJob
-from exo.worker.runner_common.grammar.guided_decoding import Constraint, Constraints, GrammarError, grammar_failure
+from exo.worker.runner_common.constraint import Constraint
+from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_error import LoadError, from_library
 from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter, Refused
+from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from exo.worker.runner_common.request_checks import (
     input_refusal,
     length_limit,
@@ -96,7 +99,8 @@ class FrontEnd(Generic[SequenceT]):
         self._estimate = estimate
         self._explain = explain
         self._engine: LoadedEngine[SequenceT] | None = None
-        self._constraints: Constraints | None = None
+        self._compiler: GrammarCompiler | None = None
+        self._closings: dict[str, list[int]] = {}  # the token ids of texts that close reasoning
         self._arrived: Queue[Generate | Embed | Rank | Tokenize | Cancel | Shutdown] = Queue(ARRIVED)
         self._compiling: SimpleQueue[tuple[Generate, list[int]] | Cancel | Shutdown] = SimpleQueue()
         self._tokenizer_thread = _started("tokenizer", self._tokenize_arrived)
@@ -168,16 +172,23 @@ class FrontEnd(Generic[SequenceT]):
         if engine.no_generation:
             self._emitter.put(Refused(refused(request.id, "model", engine.no_generation)))
             return
+        if request.reasoning is not None:
+            self._encode_closing(engine.tokenizer, request.reasoning.closing)
         prompt = engine.tokenizer.encode(request.prompt)
         if wrong := refusal(request, prompt, engine.tokenizer.n_vocab, engine.capabilities.context_length):
             self._emitter.put(Refused(wrong))
+        elif not engine.capabilities.grammar and (request.grammar is not None or request.reasoning is not None):
+            param = "reasoning" if request.grammar is None else "grammar"
+            self._emitter.put(Refused(refused(request.id, param, "no token can be prescribed to this model here")))
         elif request.grammar is None:
             self._begin(engine, request, prompt)
-        elif not engine.capabilities.grammar:
-            reason = "this model generates without grammars here"
-            self._emitter.put(Refused(refused(request.id, "grammar", reason)))
         else:
             self._compiling.put((request, prompt))
+
+    def _encode_closing(self, tokenizer: Tokenizer, text: str) -> None:
+        """Encodes a text that closes reasoning. A model has one or two of them."""
+        if text not in self._closings:
+            self._closings[text] = tokenizer.encode((Text(text=text, special=True),), add_bos=False)
 
     def _read_text(self, engine: LoadedEngine[SequenceT], request: Embed | Rank) -> None:
         tokens = engine.text_tokens(request)
@@ -207,24 +218,35 @@ class FrontEnd(Generic[SequenceT]):
         n_limit = length_limit(request, len(prompt), engine.capabilities.context_length)
         resumed = resume(request, len(prompt), n_limit, engine.tokenizer)
         constraint: Constraint | None = None
-        if request.grammar is not None and resumed.ended is None:
+        if resumed.ended is None:
             try:
-                constraint = self._grammars(engine.tokenizer).compile(request.grammar, request.delivered)
+                constraint = self._constraint(engine.tokenizer, request)
             except GrammarError as error:
                 self._emitter.put(Refused(grammar_failure(request.id, error)))
                 return
-            if constraint.finished:
+            if constraint is not None and constraint.finished:
                 resumed = replace(resumed, ended="stop")
         self._emitter.put(Accepted(request.id, len(prompt), len(request.delivered), resumed, request.show_special))
         if resumed.ended is None:
             engine.commands.put(engine.new_sequence(request, prompt, n_limit, constraint))
 
-    def _grammars(self, tokenizer: Tokenizer) -> Constraints:
+    def _constraint(self, tokenizer: Tokenizer, request: Generate) -> Constraint | None:
+        """Returns what restricts a request's next tokens, after those delivered. Raises GrammarError."""
+        if request.grammar is None and request.reasoning is None:
+            return None
+        grammar, budget = None, None
+        if request.grammar is not None:
+            grammar = self._grammars(tokenizer).compile(request.grammar, request.delivered)
+        if (limit := request.reasoning) is not None:
+            budget = ReasoningBudget(limit, self._closings[limit.closing], tokenizer.piece_of, request.delivered)
+        return Constraint(tokenizer.n_vocab, grammar, budget)
+
+    def _grammars(self, tokenizer: Tokenizer) -> GrammarCompiler:
         """Returns the compiler of grammars, made for the first one; only the grammar thread has a use for it."""
-        if self._constraints is None:
+        if self._compiler is None:
             known = tokenizer.piece_of, tokenizer.is_control, tokenizer.eog_tokens, tokenizer.n_vocab
-            self._constraints = Constraints(*known)
-        return self._constraints
+            self._compiler = GrammarCompiler(*known)
+        return self._compiler
 
     # --- the engine's thread ---
 

@@ -4,8 +4,8 @@ from enum import Enum
 from typing import Protocol
 
 from exo.worker.protocol.events import Failed, FinishReason
+from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.detokenizer import Vocabulary
-from exo.worker.runner_common.grammar.guided_decoding import Constraint
 from exo.worker.runner_common.output_processor import Sampled, Scores
 
 
@@ -43,12 +43,12 @@ class GeneratingSequence(Protocol):
 
     @property
     def constraint(self) -> Constraint | None:
-        """The tokens that the request's grammar allows next; has seen the whole output."""
+        """The restriction of the next token; has seen the whole output."""
         ...
 
 
 def append(sequence: GeneratingSequence, token: int, vocabulary: Vocabulary, scores: Scores | None = None) -> Sampled:
-    """Appends a token to a sequence and tells its grammar. Raises GrammarError.
+    """Appends a token to a sequence and tells its constraint. Raises GrammarError.
 
     The result has a finish reason if the sequence ends with the token. Otherwise the grammar's next mask is begun,
     unless it may be unnecessary.

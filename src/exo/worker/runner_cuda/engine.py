@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.commands import Commands
-from exo.worker.runner_common.grammar.guided_decoding import Constraint, GrammarError, Mask, grammar_failure
+from exo.worker.runner_common.constraint import Constraint
+from exo.worker.runner_common.grammar.guided_decoding import GrammarError, Mask, grammar_failure
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_common.sequence import append, not_finite
 from exo.worker.runner_cuda.bindings import Logits
@@ -181,7 +182,8 @@ class CudaEngine:
             if len(sequence.tokens) >= sequence.n_limit:
                 self._end(sequence, "length", done)
                 return
-            choice = best.choice(sequence.sampler, len(sequence.tokens))
+            restricted = sequence.constraint is not None and sequence.constraint.restricts()
+            choice = None if restricted else best.choice(sequence.sampler, len(sequence.tokens))
             if choice is None:
                 again.append(sequence)
                 return
@@ -222,13 +224,13 @@ class CudaEngine:
 def _choose(sequence: Sequence, row: Row) -> Reading[int | None]:
     """Chooses the next token and changes its logits; None if only an end is left, which the request ignores.
 
-    A greedy choice is made first and checked by the grammar, since that is cheaper than a mask. Raises NotFinite and
+    A greedy choice is made first and checked by the constraint, since that is cheaper than a mask. Raises NotFinite and
     GrammarError.
     """
     sampler, constraint = sequence.sampler, sequence.constraint
     sampler.adjust(row)
     turn = Turn(sampler, row, len(sequence.tokens))
-    if constraint is None:
+    if constraint is None or not constraint.restricts():
         return (yield from _take(turn))
     if sampler.is_greedy and constraint.allows(token := (yield from _take(turn))):
         return token
@@ -244,7 +246,7 @@ def _take(turn: Turn | Candidates) -> Reading[int]:
 
 
 def _allowed(constraint: Constraint, sampler: Sampler) -> Mask:
-    """Returns the tokens that the grammar and the request allow. Raises GrammarError."""
+    """Returns the tokens that the constraint and the request allow. Raises GrammarError."""
     allowed = constraint.mask()
     if sampler.forbidden:
         allowed = allowed.copy()

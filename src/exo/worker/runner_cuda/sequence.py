@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from exo.worker.runner_common.grammar.guided_decoding import Constraint
+from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, Drafter, Rate
@@ -25,7 +25,7 @@ class Sequence:
     """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
     sampler: Sampler
     constraint: Constraint | None = None
-    """The tokens that the request's grammar allows next; has seen the whole output."""
+    """The restriction of the next token; has seen the whole output."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     exact: bool = False

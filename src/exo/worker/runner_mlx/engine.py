@@ -29,8 +29,8 @@ class MlxEngine:
     behind it. While the device computes, it reads the tokens of the step before and hands them to the emitter. A
     sequence that ends with one of these has an extra row in the queued step; its token is ignored.
 
-    If a row has a grammar, the pass is queued at once, since its input is on the device. The sampling is queued after
-    the tokens of the step before have been read and the masks are there. The device still computes the pass meanwhile.
+    If a row may be restricted, the pass is queued at once, since its input is on the device. The sampling is queued
+    after the tokens of the step before have been read and the masks are there. The device computes the pass meanwhile.
     """
 
     def __init__(self, loaded: MlxLoaded, emitter: Emitter) -> None:
@@ -92,7 +92,7 @@ class MlxEngine:
             queue(queued.done)
             return queued
         logits = self._decode(step.rows, before)
-        if any(row.sequence.constraint is not None for row in step.rows):
+        if any(_may_be_restricted(row.sequence) for row in step.rows):
             queued.held = logits
             queue(logits)
         else:
@@ -150,12 +150,12 @@ class MlxEngine:
         queue(queued.done, *(queued.scores[1] if queued.scores else ()))
 
     def _allowed(self, queued: InflightStep) -> mx.array:
-        """Returns the tokens that the rows' grammars allow, shape (rows, vocabulary)."""
+        """Returns the tokens that the rows' constraints allow, shape (rows, vocabulary)."""
         rows = queued.step.rows
         allowed = np.ones((len(rows), self._tokenizer.n_vocab), np.uint8)
         for mask, row in zip(allowed, rows, strict=True):
             sequence = row.sequence
-            if sequence.constraint is None or sequence.phase is Phase.DONE:
+            if sequence.constraint is None or not sequence.constraint.restricts() or sequence.phase is Phase.DONE:
                 continue
             try:
                 mask[:] = sequence.constraint.mask()
@@ -230,3 +230,8 @@ class MlxEngine:
         """Ends one request, whose cells must not be reused."""
         self._scheduler.remove(sequence.id, reusable=False)
         self._emitter.put(failed)
+
+
+def _may_be_restricted(sequence: MlxSequence) -> bool:
+    """Whether a token may be excluded from the place after the next one: the next token may not be known yet."""
+    return sequence.constraint is not None and sequence.constraint.restricts(2)

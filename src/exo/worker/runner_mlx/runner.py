@@ -4,8 +4,8 @@ from functools import partial
 
 from exo.worker.protocol.commands import Generate, Load
 from exo.worker.protocol.events import Failed
+from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
-from exo.worker.runner_common.grammar.guided_decoding import Constraint
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_mlx.engine import MlxEngine

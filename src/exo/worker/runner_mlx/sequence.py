@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from exo.worker.protocol.commands import SamplingParams
-from exo.worker.runner_common.grammar.guided_decoding import Constraint
+from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.sequence import Phase
 
 
@@ -25,7 +25,7 @@ class MlxSequence:
     forbidden: tuple[int, ...] = ()
     """Token ids that are never chosen: those that end generation, under ``ignore_eos``."""
     constraint: Constraint | None = None
-    """The tokens that the request's grammar allows next; has seen the whole output."""
+    """The restriction of the next token; has seen the whole output."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n_told: int = 0

@@ -125,7 +125,7 @@ class Chooser(interface.LogitsProcessor):
     def _alter(self, logits: Tensor, row: BatchRow) -> None:
         """Applies steps 0 to 2 of ``SamplingParams`` to one row, shape (vocabulary,), in place."""
         choice = row.choice
-        if choice.constraint is not None and not self._mask(logits, choice):
+        if choice.restricted and not self._mask(logits, choice):
             return
         if choice.penalised:
             self._penalise(logits, row)
@@ -135,7 +135,7 @@ class Chooser(interface.LogitsProcessor):
             logits += row.bias
 
     def _mask(self, logits: Tensor, choice: Choice) -> bool:
-        """Excludes the tokens that the grammar forbids. If it allows none, returns false and changes nothing."""
+        """Excludes the tokens that the constraint forbids. If it allows none, returns false and changes nothing."""
         assert choice.constraint is not None
         try:
             allowed = choice.constraint.mask().copy()

@@ -3,14 +3,15 @@
 from dataclasses import dataclass, field
 
 from exo.worker.protocol.commands import SamplingParams
-from exo.worker.runner_common.grammar.guided_decoding import Constraint
+from exo.worker.runner_common.constraint import Constraint
 
 
 @dataclass(slots=True, eq=False)
 class Choice:
     """The sampler's data for one sequence, which go to the process that has the last layers.
 
-    A ``constraint`` cannot go there: a runner whose model is spread over several processes has no grammars.
+    A ``constraint`` cannot go there: a runner whose model is spread over several processes has neither grammars nor
+    limits of reasoning.
     """
 
     sampling: SamplingParams
@@ -19,7 +20,7 @@ class Choice:
     forbidden: tuple[int, ...] = ()
     """Token ids that are never chosen: those that end generation, under ``ignore_eos``."""
     constraint: Constraint | None = None
-    """The tokens that the request's grammar allows next; has seen the whole output."""
+    """The restriction of the next token; has seen the whole output."""
     matched: bool = False
     """Set by the sampler if the grammar allows only an end, which the request ignores: no token was chosen."""
     wrong: str | None = None
@@ -37,9 +38,14 @@ class Choice:
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
 
     @property
+    def restricted(self) -> bool:
+        """Whether a token may be excluded from the next place."""
+        return self.constraint is not None and self.constraint.restricts()
+
+    @property
     def alters(self) -> bool:
         """Whether logits are changed before a token is chosen."""
-        return bool(self.penalised or self.sampling.logit_bias or self.forbidden or self.constraint is not None)
+        return bool(self.penalised or self.sampling.logit_bias or self.forbidden or self.restricted)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,5 +68,5 @@ class VllmSequence:
 
     @property
     def constraint(self) -> Constraint | None:
-        """The tokens that the request's grammar allows next."""
+        """The restriction of the next token."""
         return self.choice.constraint

@@ -37,8 +37,8 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.protocol.wire import decode_event
 from exo.worker.runner_common.commands import Commands, TextJob
+from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
-from exo.worker.runner_common.grammar.guided_decoding import Constraint
 from exo.worker.runner_common.output_processor import Emitter, Item, Sampled, StepDone
 
 SECONDS = 30

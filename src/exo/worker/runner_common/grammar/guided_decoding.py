@@ -41,7 +41,7 @@ def grammar_failure(request: str, error: GrammarError) -> Failed:
 
 
 @final
-class Constraints:
+class GrammarCompiler:
     """Compiles grammars for one loaded model, in one thread."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Constraints:
             tokens[token] = text
         return GuidanceVocabulary(tokens, [token for token in special if tokens[token]], ends[0]).build(ends)
 
-    def compile(self, grammar: Grammar, delivered: Sequence[int] = ()) -> "Constraint":
+    def compile(self, grammar: Grammar, delivered: Sequence[int] = ()) -> "GrammarState":
         """Returns the constraint of a sequence whose output so far is ``delivered``. Raises GrammarError.
 
         Takes at most a second or two, without the interpreter's lock.
@@ -84,7 +84,7 @@ class Constraints:
             raise GrammarError(explain(matcher.get_error(), syntax=grammar.syntax, source=grammar.source))
         if not matcher.consume_tokens(list(delivered)):
             raise GrammarError("the tokens delivered so far do not match it")
-        constraint = Constraint(matcher, self._n_vocab, self._threads)
+        constraint = GrammarState(matcher, self._n_vocab, self._threads)
         if not constraint.finished:
             constraint.mask()
         return constraint
@@ -96,7 +96,7 @@ class Constraints:
 
 
 @final
-class Constraint:
+class GrammarState:
     """The tokens that one sequence may continue with. For one thread at a time. Masks are computed in other threads."""
 
     def __init__(self, matcher: LLMatcher, n_vocab: int, threads: ThreadPoolExecutor) -> None:

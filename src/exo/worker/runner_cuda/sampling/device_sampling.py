@@ -61,12 +61,16 @@ class Best:
         return sampler.among(ids[kept], logits, position) if least < logits.min() else None
 
 
-def needed(sequence: Sequence) -> int:
-    """Returns how many of the largest logits a sequence needs if there are no ties; 0 if it needs whole rows."""
+def needed(sequence: Sequence, tokens: int = 1) -> int:
+    """Returns how many of the largest logits the next ``tokens`` tokens of a sequence need if there are no ties.
+
+    0 if they need whole rows.
+    """
     sampler, params = sequence.sampler, sequence.sampler.params
     penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     scored = sequence.logprobs is not None or sequence.prompt_logprobs is not None
-    if penalised or scored or params.logit_bias or sequence.constraint is not None:
+    restricted = sequence.constraint is not None and sequence.constraint.restricts(tokens)
+    if penalised or scored or params.logit_bias or restricted:
         return 0
     k = 1 if sampler.is_greedy else params.top_k
     return k + len(sampler.forbidden) + 1 if k else 0
@@ -90,7 +94,7 @@ class BackendSampling:
             if not chunk.n_scored + chunk.n_sampled:
                 continue
             slot = chunk.sequence.slot
-            n = 0 if self._whole.get(slot) is chunk.sequence else needed(chunk.sequence)
+            n = 0 if self._whole.get(slot) is chunk.sequence else needed(chunk.sequence, chunk.n_sampled)
             size = next((size for size in self.sizes if size >= n), 0) if n else 0
             if size > self._attached.get(slot, 0) or (not size and slot in self._attached):
                 self.chains.attach(slot, size)
