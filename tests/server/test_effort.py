@@ -1,7 +1,9 @@
 """Whether and how much a model is to reason: what each dialect's switch does with each kind of chat template."""
 
+import json
 from collections.abc import Generator, Mapping
 from datetime import datetime
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +14,7 @@ from exo.chat.template.reasoning import effort_variables, empty_reasoning
 from tests.chat.test_conversation import rendered
 from tests.conftest import fake_card
 from tests.support.api_server import serve
+from tests.support.fake_runner import expected_text
 from tests.support.rendering import user
 
 SAY = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -26,6 +29,7 @@ TEMPLATES = {
     "{# ]<]minimax[>[ #}",
     "always": SAY + "<think>\n{# </think> #}",
     "opens itself": SAY + "{# </think> #}",
+    "unmarked": SAY + "{% if reasoning_effort == 'low' %}(low){% endif %}",
     "channels": SAY + "{{ reasoning_effort }}{# <|channel|> <|message|> #}<|start|>assistant",
 }
 
@@ -147,6 +151,96 @@ def test_the_switch_is_off_in_the_prompts_tokens(http: httpx.Client) -> None:
         for kind in ("adaptive", "disabled")
     )
     assert off - on == len("\n</think>\n\n")
+
+
+ALWAYS = "user: hi\nassistant:<think>\n"
+"""The prompt of the model that always reasons."""
+
+
+def spent(http: httpx.Client, path: str, **fields: JsonValue) -> dict[str, Any]:
+    """The reply of that model, which never ends its reasoning by itself."""
+    said: JsonValue = [{"role": "user", "content": "hi"}]
+    asked = {"input": "hi"} if path == "/v1/responses" else {"messages": said}
+    reply = http.post(path, json={"model": "fake/always", "temperature": 0, **asked, **fields})
+    assert reply.status_code == 200, reply.text
+    assert "does not limit" not in reply.headers.get("x-exo-warning", "")
+    return reply.json()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_reasoning_tokens": 8},
+        {"max_reasoning_tokens": 8, "reasoning_effort": "high"},
+        {"reasoning": {"max_tokens": 8}},
+        {"thinking": {"type": "enabled", "budget_tokens": 8}},
+        {"reasoning_effort": "low"},
+        {"reasoning": {"effort": "low"}},
+    ],
+)
+def test_openais_fields_limit_the_reasoning(http: httpx.Client, fields: dict[str, JsonValue]) -> None:
+    reply = spent(http, "/v1/chat/completions", max_tokens=40, **fields)
+    message = reply["choices"][0]["message"]
+    assert message["reasoning_content"] == expected_text(ALWAYS, 8).strip()
+    assert len(message["content"].strip()) > 10
+    assert "think" not in message["content"]
+    assert reply["usage"]["completion_tokens"] == 40
+
+
+def test_limited_reasoning_is_the_same_in_a_stream(http: httpx.Client) -> None:
+    whole = spent(http, "/v1/chat/completions", max_tokens=40, max_reasoning_tokens=8)["choices"][0]["message"]
+    body = {"messages": CONTINUED[:1], "max_tokens": 40, "temperature": 0, "max_reasoning_tokens": 8, "stream": True}
+    reply = http.post("/v1/chat/completions", json={"model": "fake/always", **body})
+    chunks = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    for field in ("reasoning_content", "content"):
+        assert "".join(delta.get(field) or "" for delta in deltas) == whole[field]
+
+
+def test_the_other_dialects_fields_limit_the_reasoning(http: httpx.Client) -> None:
+    thought = expected_text(ALWAYS, 8).strip()
+    ways: list[dict[str, JsonValue]] = [{"max_reasoning_tokens": 8}, {"reasoning": {"effort": "low"}}]
+    for fields in ways:
+        reply = spent(http, "/v1/responses", max_output_tokens=40, **fields)
+        reasoning, message = reply["output"]
+        assert reasoning["content"][0]["text"] == thought
+        assert len(message["content"][0]["text"].strip()) > 10
+        assert reply["usage"]["output_tokens_details"]["reasoning_tokens"] == 8
+    ways = [{"thinking": {"type": "enabled", "budget_tokens": 8}}, {"output_config": {"effort": "low"}}]
+    for fields in ways:
+        reply = spent(http, "/v1/messages", max_tokens=40, **fields)
+        assert [block["type"] for block in reply["content"]] == ["thinking", "text"]
+        assert reply["content"][0]["thinking"] == thought
+    options: JsonValue = {"num_predict": 40, "temperature": 0}
+    ways = [{"max_reasoning_tokens": 8}, {"think": "low"}]
+    for fields in ways:
+        message = spent(http, "/api/chat", stream=False, options=options, **fields)["message"]
+        assert message["thinking"] == thought
+        assert len(message["content"].strip()) > 10
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_effort": "xhigh"}, {"reasoning": {"enabled": True}}, {}])
+def test_without_a_level_or_a_number_reasoning_has_no_limit(http: httpx.Client, fields: dict[str, JsonValue]) -> None:
+    reply = spent(http, "/v1/chat/completions", max_tokens=40, **fields)
+    assert reply["choices"][0]["message"]["reasoning_content"] == expected_text(ALWAYS, 40).strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "warning"),
+    [
+        ("none", {"max_reasoning_tokens": 8}, "max_reasoning_tokens: this model does not reason"),
+        ("none", {"reasoning_effort": "low"}, "reasoning_effort: this model does not reason"),
+        ("unmarked", {"max_reasoning_tokens": 8}, "max_reasoning_tokens: does not limit the reasoning"),
+        ("unmarked", {"reasoning_effort": "low"}, "reasoning_effort: does not limit the reasoning"),
+    ],
+)
+def test_a_limit_that_cannot_hold_is_said_to_be_none(
+    http: httpx.Client, name: str, fields: dict[str, JsonValue], warning: str
+) -> None:
+    body = {"model": f"fake/{name}", "messages": CONTINUED[:1], "max_tokens": 40, **fields}
+    reply = http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200
+    assert reply.headers["x-exo-warning"].startswith(warning)
 
 
 @pytest.mark.parametrize(

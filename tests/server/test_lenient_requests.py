@@ -267,7 +267,7 @@ def test_other_words_for_a_demand(choice: object) -> None:
         ({"reasoning": {"effort": "low"}}, ("low", "reasoning.effort")),
         ({"reasoning": {"enabled": False}}, ("none", "reasoning.enabled")),
         ({"thinking": {"type": "disabled"}}, ("none", "thinking")),
-        ({"thinking": {"type": "enabled"}}, ("medium", "thinking")),
+        ({"thinking": {"type": "enabled"}}, ("on", "thinking")),
         ({"thinking": {"type": "auto"}}, (None, "reasoning_effort")),
         ({"enable_thinking": False}, ("none", "enable_thinking")),
         ({"enable_thinking": True, "reasoning_effort": "high"}, ("high", "reasoning_effort")),

@@ -156,7 +156,7 @@ class FakeSequence:
         sampling, choice = self.request.sampling, self.state
         if sampling.temperature > 0:
             choice += int(uniforms(sampling.seed, len(self.prompt) + self.output, np.zeros(1, int))[0] * len(ALPHABET))
-        if self.constraint is None or not self.constraint.restricts():
+        if self.constraint is None or self.constraint.mask().all():
             return ord(ALPHABET[choice % len(ALPHABET)])
         return self.allowed_token(self.constraint, choice)
 

@@ -295,6 +295,7 @@ class Generation:
                 max_tokens=request.max_tokens,
                 ignore_eos=request.ignore_eos,
                 grammar=each.grammar,
+                reasoning=each.reasoning,
                 logprobs=request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
                 show_special=each.special,

@@ -23,9 +23,10 @@ from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
+from exo.serving.reasoning_limit import reasoning_limit
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
 from exo.serving.warnings import warn
-from exo.worker.protocol.commands import Grammar, Text, Tokenize
+from exo.worker.protocol.commands import Grammar, ReasoningLimit, Text, Tokenize
 from exo.worker.protocol.events import Capabilities, Failed, Tokenized
 from exo.worker.supervisor.runner_process import RunnerError
 
@@ -43,6 +44,7 @@ class PreparedPrompt:
     prompt: tuple[Text, ...] | tuple[int, ...]
     echo: str = ""
     grammar: Grammar | None = None
+    reasoning: ReasoningLimit | None = None
     conversation: Conversation | None = None
     form: OutputFormat | None = None
     in_reasoning: bool = False
@@ -95,7 +97,10 @@ async def _conversation(
         grammar = await _grammar(services, request.constraint)
         if grammar is not None:
             grammar = form.after_reasoning(grammar, special_tokens=_special_ids(model), in_reasoning=inside)
-    return PreparedPrompt(texts, grammar=grammar, conversation=conversation, form=form, in_reasoning=inside)
+    limit = reasoning_limit(conversation, form, model, request.max_tokens, inside=inside)
+    return PreparedPrompt(
+        texts, grammar=grammar, reasoning=limit, conversation=conversation, form=form, in_reasoning=inside
+    )
 
 
 async def _grammar(services: Services, constraint: OutputConstraint | None) -> Grammar | None:
@@ -252,7 +257,9 @@ def _tell_effect(conversation: Conversation, form: OutputFormat, way: Mapping[st
     """Warns if the requested effort changes nothing."""
     if form.thinking is None and not way:
         warn(conversation.effort_param, "this model does not reason, so it has no effect")
-    elif "reasoning_effort" not in way and conversation.effort != "medium":
+    elif "reasoning_effort" not in way and conversation.effort not in ("medium", "on"):
+        limits = "" if conversation.effort == "xhigh" else " and limits its length"
         warn(
-            conversation.effort_param, "this model's chat template knows no levels of reasoning, so it only turns it on"
+            conversation.effort_param,
+            f"this model's chat template knows no levels of reasoning, so it only turns it on{limits}",
         )

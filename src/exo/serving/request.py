@@ -46,8 +46,11 @@ class Conversation:
     variables: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
     """Further variables of the chat template, such as ``enable_thinking``."""
     effort: str | None = None
-    """How much the model should reason: "none", "minimal", "low", "medium", "high" or "xhigh"."""
+    """How much the model should reason: "none", "minimal", "low", "medium", "high" or "xhigh"; "on": as it decides."""
     effort_param: str = "reasoning_effort"
+    reasoning_tokens: int | None = None
+    """The most tokens of reasoning, whatever the effort."""
+    reasoning_tokens_param: str = "max_reasoning_tokens"
     continues: bool = False
     """Whether the reply continues the last message, which is the assistant's."""
 

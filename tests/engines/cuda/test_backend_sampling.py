@@ -16,6 +16,7 @@ from exo.worker.protocol.commands import (
     Generate,
     Grammar,
     Load,
+    ReasoningLimit,
     SamplingParams,
 )
 from exo.worker.protocol.runners import RUNNERS
@@ -267,8 +268,7 @@ def mixed(seed: int) -> list[Generate]:
     constrained = ask(next(name), SAID, max_tokens=20).model_copy(update={"grammar": grammar})
     limit = ReasoningLimit(max_tokens=5 + seed, begin="<think>", end="</think>", closing="</think>\n", inside=True)
     closed = [
-        ask(next(name), SAID, max_tokens=30, temperature=temperature, top_k=40, seed=seed)
-        for temperature in (0.0, 0.9)
+        ask(next(name), SAID, max_tokens=30, temperature=temperature, top_k=40, seed=seed) for temperature in (0.0, 0.9)
     ]
     bounded = [each.model_copy(update={"reasoning": limit, "ignore_eos": True}) for each in closed]
     return [*requests, scored, constrained, *bounded]

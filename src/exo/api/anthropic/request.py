@@ -85,8 +85,7 @@ class AnthropicThinkingConfig(RequestBody):
     budget_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Needed where type is enabled, and less than max_tokens. No runner can end reasoning at a number "
-        "of tokens, so this is not a limit, as the reply's header x-exo-warning says; max_tokens is, for all of it.",
+        description="The most tokens of reasoning. Needed where type is enabled, and less than max_tokens.",
     )
     display: Literal["summarized", "omitted"] = Field(
         default="summarized", description="Whether the reply contains the reasoning: all of it, or with 'omitted' none."
@@ -115,7 +114,7 @@ class AnthropicOutputConfig(RequestBody):
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None,
-        description="The reasoning effort, if the chat template has levels; max means xhigh.",
+        description="The reasoning effort, which also limits the reasoning without budget_tokens; max means xhigh.",
     )
     format: AnthropicOutputFormat | None = Field(
         default=None, description="A JSON Schema that the reply follows.", json_schema_extra=honoured("grammar")
@@ -204,6 +203,8 @@ class CountTokensRequest(RequestBody):
             parallel=choice is None or not choice.disable_parallel_tool_use,
             effort=effort,
             effort_param=param,
+            reasoning_tokens=self.thinking.budget_tokens if self.thinking is not None else None,
+            reasoning_tokens_param="thinking.budget_tokens",
             continues=self.messages[-1].role == "assistant",
         )
 
@@ -230,7 +231,7 @@ class CountTokensRequest(RequestBody):
             return "none", "thinking"
         if effort is not None:
             return ("xhigh" if effort == "max" else effort), "output_config.effort"
-        return ("medium" if kind == "enabled" else None), "thinking"
+        return ("on" if kind == "enabled" else None), "thinking"
 
 
 class MessagesRequest(CountTokensRequest):

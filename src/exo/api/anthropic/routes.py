@@ -18,12 +18,10 @@ from exo.serving.app_state import Services
 from exo.serving.generation import Generation
 from exo.serving.prompt_builder import render
 from exo.serving.unary import Question, ask
-from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Tokenize
 from exo.worker.protocol.events import Tokenized
 
 _PARAMS = {"prompt": "messages"}
-_NO_LIMIT = "is not a limit here; max_tokens is, for reasoning and reply together"
 
 
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
@@ -47,8 +45,6 @@ def anthropic_routes(services: Services) -> APIRouter:
         """Replies to a conversation."""
         body = await read_body(request, MessagesRequest)
         reply_id = f"msg_{uuid4().hex}"
-        if body.thinking is not None and body.thinking.budget_tokens is not None:
-            warn("thinking.budget_tokens", _NO_LIMIT)
         headers = {"request-id": f"req_{reply_id.removeprefix('msg_')}"}
         generation = Generation(services, services.routing.resolve(body.model), body.request(), reply_id)
         dialect = MessagesDialect(reply_id, max_tokens=body.max_tokens, thinking=body.shows_thinking)

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.ollama.options import EmbedOptions, OllamaOptions
-from exo.api.openai.chat_request import MAX_TOOLS, ToolDefinition, ToolName
+from exo.api.openai.chat_request import MAX_TOOLS, MaxReasoningTokens, ToolDefinition, ToolName
 from exo.api.openai.embeddings import MAX_INPUTS
 from exo.api.openai.messages import UNSEEN
 from exo.chat.template.reshaping import short_id
@@ -100,8 +100,9 @@ class OllamaGeneration(OllamaBody):
         ),
     ] = Field(
         default=None,
-        description="Whether or how much the model should reason, if it can; true is 'medium'.",
+        description="Whether or how much the model should reason, if it can; a level limits the reasoning.",
     )
+    max_reasoning_tokens: MaxReasoningTokens = None
     logprobs: bool = Field(
         default=False, description="Return the log-probability of each token.", json_schema_extra=honoured("logprobs")
     )
@@ -136,7 +137,7 @@ class OllamaGeneration(OllamaBody):
     def effort(self) -> str | None:
         """The reasoning effort in no API's form."""
         if isinstance(self.think, bool):
-            return "medium" if self.think else "none"
+            return "on" if self.think else "none"
         return self.think
 
 
@@ -237,6 +238,7 @@ class OllamaChatRequest(OllamaGeneration):
             tools=tuple(tool.function.tool() for tool in self.tools),
             effort=self.effort,
             effort_param="think",
+            reasoning_tokens=self.max_reasoning_tokens,
             continues=last.role == "assistant" and not last.tool_calls,
         )
 
@@ -266,6 +268,8 @@ class OllamaGenerateRequest(OllamaGeneration):
             raise invalid("not accepted where raw is true", "system")
         if self.raw and self.think is not None:
             raise invalid("not accepted where raw is true", "think")
+        if self.raw and self.max_reasoning_tokens is not None:
+            raise invalid("not accepted where raw is true", "max_reasoning_tokens")
         return self
 
     def content(self) -> Prompt:
@@ -274,7 +278,12 @@ class OllamaGenerateRequest(OllamaGeneration):
             return self.prompt
         system: list[dict[str, JsonValue]] = [{"role": "system", "content": self.system}] if self.system else []
         messages = (*system, {"role": "user", "content": self.prompt})
-        return Conversation(messages=messages, effort=self.effort, effort_param="think")
+        return Conversation(
+            messages=messages,
+            effort=self.effort,
+            effort_param="think",
+            reasoning_tokens=self.max_reasoning_tokens,
+        )
 
 
 class OllamaEmbedRequest(OllamaBody):

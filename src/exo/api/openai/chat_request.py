@@ -23,6 +23,10 @@ Effort = Annotated[
         json_schema_input_type=Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
     ),
 ]
+MaxReasoningTokens = Annotated[
+    int | None,
+    Field(ge=0, le=1 << 31, description="The most tokens of reasoning, in place of what the reasoning effort allows."),
+]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -157,18 +161,20 @@ def _by_type(value: JsonValue) -> JsonValue:
 class ThinkingSwitch(RequestBody):
     """The reasoning switch of DeepSeek and others."""
 
-    ignored: ClassVar[Unsupported] = {"budget_tokens": (), "clear_thinking": (True,), "keep": ()}
+    ignored: ClassVar[Unsupported] = {"clear_thinking": (True,), "keep": ()}
 
     type: Literal["enabled", "disabled", "adaptive", "auto"] = Field(description="Whether the model should reason.")
+    budget_tokens: int | None = Field(default=None, ge=1, description="The most tokens of reasoning.")
 
 
 class ReasoningSwitch(RequestBody):
     """OpenRouter's reasoning settings."""
 
-    ignored: ClassVar[Unsupported] = {"exclude": (False,), "max_tokens": (), "summary": ("auto",)}
+    ignored: ClassVar[Unsupported] = {"exclude": (False,), "summary": ("auto",)}
 
     effort: Effort | None = Field(default=None, description="The reasoning effort.")
     enabled: bool | None = Field(default=None, description="Whether the model should reason.")
+    max_tokens: int | None = Field(default=None, ge=0, description="The most tokens of reasoning.")
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -201,6 +207,7 @@ class ChatCompletionRequest(GenerationFields):
     reasoning_effort: Effort | None = Field(
         default=None, description="The reasoning effort, if the model reasons; max means xhigh."
     )
+    max_reasoning_tokens: MaxReasoningTokens = None
     reasoning: ReasoningSwitch | None = Field(default=None, description="OpenRouter's name of reasoning_effort.")
     thinking: ThinkingSwitch | None = Field(default=None, description="DeepSeek's switch of reasoning.")
     enable_thinking: bool | None = Field(default=None, description="Qwen's switch of reasoning.")
@@ -259,12 +266,21 @@ class ChatCompletionRequest(GenerationFields):
         if self.reasoning is not None and self.reasoning.effort is not None:
             return self.reasoning.effort, "reasoning.effort"
         if self.reasoning is not None and self.reasoning.enabled is not None:
-            return ("medium" if self.reasoning.enabled else "none"), "reasoning.enabled"
+            return ("on" if self.reasoning.enabled else "none"), "reasoning.enabled"
         if self.thinking is not None and self.thinking.type in ("enabled", "disabled"):
-            return ("medium" if self.thinking.type == "enabled" else "none"), "thinking"
+            return ("on" if self.thinking.type == "enabled" else "none"), "thinking"
         if self.enable_thinking is not None:
-            return ("medium" if self.enable_thinking else "none"), "enable_thinking"
+            return ("on" if self.enable_thinking else "none"), "enable_thinking"
         return None, "reasoning_effort"
+
+    @property
+    def reasoning_tokens(self) -> tuple[int | None, str]:
+        """The most tokens of reasoning, and the field that sets it."""
+        if self.max_reasoning_tokens is None and self.reasoning is not None and self.reasoning.max_tokens is not None:
+            return self.reasoning.max_tokens, "reasoning.max_tokens"
+        if self.max_reasoning_tokens is None and self.thinking is not None and self.thinking.budget_tokens is not None:
+            return self.thinking.budget_tokens, "thinking.budget_tokens"
+        return self.max_reasoning_tokens, "max_reasoning_tokens"
 
     @property
     def functions(self) -> list[ToolDefinition]:
@@ -281,6 +297,7 @@ class ChatCompletionRequest(GenerationFields):
     def conversation(self) -> Conversation:
         """The prompt in no API's form."""
         effort, effort_param = self.effort
+        reasoning_tokens, reasoning_tokens_param = self.reasoning_tokens
         return Conversation(
             messages=tuple(message.told() for message in self.messages),
             tools=tuple(tool.function.tool() for tool in self.functions) if self.tool_choice != "none" else (),
@@ -289,6 +306,8 @@ class ChatCompletionRequest(GenerationFields):
             variables=self.chat_template_kwargs,
             effort=effort,
             effort_param=effort_param,
+            reasoning_tokens=reasoning_tokens,
+            reasoning_tokens_param=reasoning_tokens_param,
             continues=self.continue_final_message,
         )
 

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
-from exo.api.openai.chat_request import MAX_TOOLS, Effort
+from exo.api.openai.chat_request import MAX_TOOLS, Effort, MaxReasoningTokens
 from exo.api.openai.common_request import NoLimit, TopP
 from exo.api.openai.responses.input import Input
 from exo.api.openai.responses.tools import (
@@ -130,6 +130,7 @@ class ResponsesRequest(RequestBody):
     )
     parallel_tool_calls: bool = Field(default=True, description="Whether one reply may have several calls.")
     text: TextConfig = Field(default=TextConfig(), description="Settings of the text.")
+    max_reasoning_tokens: MaxReasoningTokens = None
     reasoning: ReasoningConfig = Field(default=ReasoningConfig(), description="Settings of the reasoning.")
     include: list[str] = Field(
         default=[],

@@ -233,6 +233,7 @@ def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonV
         parallel=body.parallel_tool_calls,
         effort=body.reasoning.effort,
         effort_param="reasoning.effort",
+        reasoning_tokens=body.max_reasoning_tokens,
     )
     return GenerationRequest(
         prompts=(conversation,),
