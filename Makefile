@@ -7,9 +7,9 @@ BIN = .venv/bin
 # In the order of the folders. Otherwise files with the fewest tests, which are often the slowest, would come last.
 DIST = --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-fast check demo-model demo-mlx llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs setup setup-dev setup-clients setup-peers setup-vllm clean
+.PHONY: run test test-fast check demo-model llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs wheels setup setup-dev setup-clients setup-peers setup-vllm clean
 
-run: setup demo-mlx  ## serve on 127.0.0.1:52415 and show a first answer
+run: setup demo-model  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
 test: setup-clients demo-model  ## all tests; those of vLLM run where make setup-vllm has made its environment
@@ -24,11 +24,8 @@ check: setup-dev  ## format, lint, types, import rules
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
 
-demo-model: setup  ## fetch and assemble the demo model
-	@$(BIN)/python scripts/demo_model.py
-
-demo-mlx: demo-model  ## convert the demo model for the MLX runner
-	@$(BIN)/python scripts/demo_mlx.py
+demo-model: setup  ## fetch the demo model, and convert it for the MLX runner
+	@$(BIN)/exo setup demo
 
 llama: setup  ## build llama.cpp for this machine, with the CUDA plug-in if there is an NVIDIA driver
 
@@ -55,6 +52,12 @@ gpu-archive:  ## pack the sources and wheels for a machine with a GPU and no net
 gpu-check:  ## on such a machine: build, test, measure, see docs/gpu.md; ARGS="--stages build,contract"
 	PYTHON=$(PYTHON) scripts/gpu_check $(ARGS)
 
+wheels: setup  ## build/wheels/exo-*.whl, tried in an empty environment: llama.cpp, the demo model, an answer
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
+	$(PYTHON) -m venv --clear build/empty
+	build/empty/bin/pip install --quiet --constraint requirements.txt build/wheels/exo-*.whl
+	cd build && empty/bin/exo setup llama && empty/bin/exo setup demo && empty/bin/exo run gemma-3-270m "The capital of France is"
+
 docs:  ## the documentation as a site in build/site; a broken link fails
 	@$(PYTHON) scripts/setup_env.py --docs
 	.venv-docs/bin/mkdocs build
@@ -69,7 +72,7 @@ setup-clients:
 	@$(SETUP) --dev --clients
 
 setup-peers: setup-dev
-	@$(PYTHON) scripts/setup_env.py --peers
+	@$(BIN)/python scripts/setup_env.py --peers
 
 setup-vllm:  ## the vLLM runner's own environment, .venv-vllm: 3 GB on a CPU, more with CUDA
 	@$(SETUP) --vllm

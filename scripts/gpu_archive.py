@@ -17,10 +17,13 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from exo.setup.llama import LLAMA  # noqa: E402
+
 ARCHIVE = ROOT / "build" / "gpu-archive.tar.xz"
 LIMIT_MIB = 60
 PYTHONS = ("3.11", "3.12")
-BINDINGS = "llama-cpp-python"
 
 # Nothing that runs on llama.cpp alone imports these: MLX, and what tokenises and converts for it.
 LEFT_OUT = {"mlx", "mlx-cpu", "mlx-lm", "transformers", "tokenizers", "sentencepiece", "protobuf", "regex", "hf-xet"}
@@ -94,12 +97,10 @@ def wanted(path: str) -> bool:
 def download_sources(folder: Path) -> Path:
     """The source package of the pinned bindings."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Where setup_env.py has the pin, and nowhere else.
-    pin = re.search(rf'"{BINDINGS}==([^"]+)"', (ROOT / "scripts" / "setup_env.py").read_text())
-    assert pin is not None
-    file = folder / f"{BINDINGS.replace('-', '_')}-{pin[1]}.tar.gz"
+    name, _, version = LLAMA.partition("==")
+    file = folder / f"{name.replace('-', '_')}-{version}.tar.gz"
     if not file.exists():
-        pip("download", "--no-deps", "--no-binary", BINDINGS, "-d", folder, f"{BINDINGS}=={pin[1]}")
+        pip("download", "--no-deps", "--no-binary", name, "-d", folder, LLAMA)
     return file
 
 
@@ -154,7 +155,7 @@ def unpack_sources(sources: Path, folder: Path) -> Iterator[str]:
             inside = member.name.partition("/")[2]
             file = package.extractfile(member) if member.isfile() and wanted(inside) else None
             if file is not None:
-                name = f"{BINDINGS}/{inside}"
+                name = f"llama-cpp-python/{inside}"
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(file.read())
                 yield name

@@ -1,4 +1,4 @@
-"""``scripts/setup_env.py``: what it sets up for the driver that it finds."""
+"""``scripts/setup_env.py`` and ``exo setup``: the driver and the environment that they find."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from tests import ROOT
 from tests.support.nvidia_driver import StandIn, install_driver, needs_gcc
 
 SCRIPT = ROOT / "scripts" / "setup_env.py"
-ASK = f"import runpy; print(runpy.run_path({str(SCRIPT)!r})['has_driver']())"
+ASK = f"import runpy; print(runpy.run_path({str(SCRIPT)!r})['has_gpu']())"
 
 
 @needs_gcc

@@ -7,21 +7,32 @@ import typer
 from exo.cli.console import say
 from exo.exit_code import CommandError, ExitCode
 from exo.setup.cuda import set_up_cuda
-from exo.setup.engines import set_up_mlx_cuda, set_up_vllm
+from exo.setup.demo import set_up_demo
+from exo.setup.llama import set_up_llama
+from exo.setup.mlx import set_up_mlx_cuda
+from exo.setup.vllm import set_up_vllm
+
+_PARTS = """llama: llama.cpp, compiled for this processor; cuda: its plug-in for NVIDIA GPUs; mlx-cuda; vllm;
+demo: the demo model."""
+_SOURCE = "Of cuda: auto, prebuilt, build, or 0 to remove it. Of vllm: 0 is for the CPU."
 
 
 def setup(
-    engine: Annotated[str, typer.Argument(help="cuda: llama.cpp on NVIDIA GPUs; mlx-cuda; vllm.")],
-    source: Annotated[str, typer.Option(help="Of cuda: auto, prebuilt, build, or 0 to remove it.")] = "auto",
+    part: Annotated[str, typer.Argument(help=_PARTS)],
+    source: Annotated[str, typer.Option(help=_SOURCE)] = "auto",
     archs: Annotated[str, typer.Option(help="Of cuda: architectures to build for, such as 89-real;90-real.")] = "",
 ) -> None:
-    """Set up an engine on this machine: llama.cpp's CUDA plug-in, MLX for CUDA, or vLLM."""
-    match engine:
+    """Set up an engine on this machine, or the demo model."""
+    match part:
+        case "llama":
+            say(set_up_llama())
         case "cuda":
             say(set_up_cuda(source, archs))
         case "mlx-cuda":
             say(set_up_mlx_cuda())
         case "vllm":
-            say(set_up_vllm())
+            say(set_up_vllm(on_cpu=source == "0"))
+        case "demo":
+            say(set_up_demo())
         case _:
-            raise CommandError(f"expected cuda, mlx-cuda or vllm (got {engine!r})", ExitCode.USAGE)
+            raise CommandError(f"expected llama, cuda, mlx-cuda, vllm or demo (got {part!r})", ExitCode.USAGE)

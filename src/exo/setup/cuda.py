@@ -95,7 +95,8 @@ class SelfTest:
 def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
     """Sets up the plug-in; "0" removes it. Returns a sentence on the new state. Raises SetupError.
 
-    ``architectures`` are CMake's, such as "89-real;90-real". A machine without a driver needs them.
+    ``architectures`` are CMake's, such as "89-real;90-real". A machine without a driver needs them to compile. With
+    "prebuilt", it gets the package of the newest CUDA untried, as for a container image.
     """
     if source not in SOURCES:
         raise SetupError(f"--source: expected {', '.join(SOURCES)} (got {source!r})")
@@ -108,9 +109,9 @@ def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
         raise SetupError(str(error)) from error
     if present is None or not present.capabilities:
         what = "there is no NVIDIA driver" if present is None else "the NVIDIA driver lists no GPU"
-        if not architectures or source == "prebuilt":
+        if not architectures and source != "prebuilt":
             raise SetupError(f"{what} on this machine")
-        present, source = Driver("", (99, 0), ()), "build"
+        present, source = Driver("", (99, 0), ()), "prebuilt" if source == "prebuilt" else "build"
     wanted = parse_architectures(architectures) if architectures else None
 
     def suits(plugin: Plugin) -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from exo.exit_code import CommandError
+from exo.worker.protocol.nvidia_driver import DriverError, driver
 
 _SHOWN_SECONDS = 10.0
 """Between two lines of a long build's progress."""
@@ -78,12 +79,21 @@ def run_build(command: Sequence[Argument], log: Path, environment: Mapping[str, 
 
 
 def pip_command() -> list[Argument]:
-    """The pip of this environment, or uv's. Raises SetupError."""
+    """The command of a pip that installs into this environment. Raises SetupError."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if uvx := shutil.which("uvx"):
-        return [uvx, "pip", "--disable-pip-version-check"]
+        return [uvx, "pip", "--python", sys.executable, "--disable-pip-version-check"]
     raise SetupError(f"{sys.executable} has no pip, and there is no uvx in PATH")
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA driver with a GPU, or one that does not answer."""
+    try:
+        present = driver()
+    except DriverError:
+        return True
+    return present is not None and bool(present.capabilities)
 
 
 def install_wheels(requirements: Sequence[str], prefix: Path) -> None:

@@ -99,7 +99,7 @@ async def test_an_absent_or_broken_environment_is_told_with_the_command_that_mak
     for probe, why in ((absent, "did not start"), (broken, "no such library"), (empty, "vLLM is not installed")):
         assert not probe.installed
         assert why in probe.notes[0]
-        assert probe.remedy == "make setup-vllm"
+        assert probe.remedy == "exo setup vllm"
 
 
 def test_a_vllm_that_cannot_be_imported_is_told_by_doctor_and_by_loading(tmp_path: Path, twin: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_vllm_that_cannot_be_imported_is_told_by_doctor_and_by_loading(tmp_pat
     )
     assert "runner vllm: vLLM: not usable" in doctor.stdout
     assert "libcudart.so.13 is missing" in " ".join(doctor.stdout.split())
-    assert "make setup-vllm" in doctor.stdout
+    assert "exo setup vllm" in doctor.stdout
     with Program([str(python), *VLLM.command[1:]]) as program:
         program.send(load_command(twin))
         assert program.drain() != 0
@@ -359,4 +359,4 @@ def test_without_the_environment_other_engines_serve_and_the_reason_is_told(tmp_
         assert "Vllm" in reply.headers["x-exo-route"]
         refused = server.complete("tiny@vllm", max_tokens=4)
         assert refused.status_code == 400
-        assert "make setup-vllm" in refused.json()["error"]["message"]
+        assert "exo setup vllm" in refused.json()["error"]["message"]

@@ -29,16 +29,21 @@ class RunnerSpec:
     exclusive_tasks: frozenset[Need] = frozenset()
     """Features that need the model loaded in a mode of its own. A text-generation card cannot use them."""
     environment: str | None = None
-    """The virtual environment of a runner whose library conflicts with the server's: a folder beside the server's."""
+    """The virtual environment of a runner whose library conflicts with the server's."""
     setup: str = ""
     """The command that makes the environment."""
 
     @property
     def interpreter(self) -> str:
-        """The Python that runs it. It may not exist."""
+        """The Python that runs it. It may not exist.
+
+        An environment of a runner is beside the ``.venv`` of a checkout. Elsewhere it is inside the server's.
+        """
         if self.environment is None:
             return sys.executable
-        return str(Path(sys.prefix).with_name(self.environment) / "bin" / "python")
+        prefix = Path(sys.prefix)
+        folder = prefix.with_name(self.environment) if prefix.name == ".venv" else prefix / self.environment
+        return str(folder / "bin" / "python")
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -61,6 +66,6 @@ RUNNERS: dict[str, RunnerSpec] = {
         frozenset({"grammar", "logprobs", "embeddings"}),
         exclusive_tasks=frozenset({"embeddings"}),
         environment=".venv-vllm",
-        setup="make setup-vllm",
+        setup="exo setup vllm",
     ),
 }

