@@ -1,5 +1,6 @@
 """The models that have a model card on this machine, and their files on disk."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -57,10 +58,17 @@ class Kept:
 
 
 def catalogue_of(settings: Settings) -> Catalogue:
-    """The catalogue. Prints the problems of single model cards on standard error."""
+    """The catalogue. Prints the problems of single model cards and of models directories on standard error."""
     catalogue = Catalogue.load(settings.cards_directory)
     for problem in catalogue.problems:
         warn(f"model card {problem}")
+    for directory in settings.models_directories:
+        try:
+            os.listdir(directory)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            warn(f"models directory {directory}: cannot be listed: {error.strerror}")
     return catalogue
 
 

@@ -22,9 +22,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from exo.store.errors import PullError
-from exo.store.folder import ModelFolder, RemoteFile, share, store_error
+from exo.store.folder import ModelFolder, RemoteFile, store_error
 from exo.store.hub import Hub, Interrupted, Stopped, WrongRange
 from exo.store.progress import Meter
+from exo.store.sharing import share
 
 _BATCH = 1 << 20
 """Bytes that are hashed at once."""

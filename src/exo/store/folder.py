@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exo.store.errors import PullError
+from exo.store.sharing import make_directory, share
 
 OWN = ".exo"
 _NAME_BYTES, _PATH_BYTES = 255, 1024
@@ -120,7 +121,7 @@ class ModelFolder:
         The folder itself may be a link: its owner has put the model elsewhere.
         """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
             path = self.directory
             for part in (self.path.name, *PurePosixPath(inside).parts):
                 path /= part
@@ -167,10 +168,9 @@ class ModelFolder:
         """Locks the folder against other processes. Raises PullError, with code ``busy`` if one of them has it."""
         locks = self.directory / ".locks"
         try:
-            locks.mkdir(parents=True, exist_ok=True)
+            make_directory(locks)
             if locks.is_symlink():
                 raise PullError("store", f"{locks} is a link, and is not written through")
-            share(locks, self.directory)
             lock = FileLock(locks / self.path.name, timeout=0)
             lock.acquire()  # the system releases it with the process, however that ends
             share(locks / self.path.name, locks)
@@ -182,17 +182,6 @@ class ModelFolder:
             yield
         finally:
             lock.release()
-
-
-def share(created: Path | int, directory: Path) -> None:
-    """Lets the group write what was created in a directory that a group shares, which its setgid bit shows.
-
-    The umask of most systems would deny that.
-    """
-    if directory.stat().st_mode & (stat.S_ISGID | stat.S_IWGRP) == stat.S_ISGID | stat.S_IWGRP:
-        mode = stat.S_IMODE(os.stat(created).st_mode)
-        with suppress(PermissionError):  # another user has created it
-            os.chmod(created, mode | stat.S_IWGRP)
 
 
 def folder_name(repo: str) -> str:

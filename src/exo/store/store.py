@@ -212,6 +212,6 @@ def _needed(folder: ModelFolder, files: Collection[RemoteFile]) -> int:
 
 
 def _free(directory: Path) -> int:
-    """Free bytes on the file system where the directory is, or will be."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    """Free bytes on the file system where the directory is, or will be, as far as it can be reached."""
+    existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     return shutil.disk_usage(existing).free

@@ -12,6 +12,7 @@ from exo.cards.catalogue import Catalogue
 from exo.store.discover.inspection import Inspected, inspect
 from exo.store.folder import folder_name
 from exo.store.hub import Hub
+from exo.store.sharing import make_directory, share
 
 _REFERENCE = re.compile(r"([^/:\s]+/[^/:\s]+)(?::([A-Za-z0-9_-]+))?")
 _MODEL_ID: TypeAdapter[str] = TypeAdapter(ModelId)
@@ -151,8 +152,9 @@ def _write(path: Path, card: ModelCard) -> None:
     assert ModelCard.from_toml(text) == card
     fresh = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         fresh.write_text(text, encoding="utf-8")
+        share(fresh, path.parent)
         fresh.replace(path)
     except OSError as error:
         raise AddError(f"{path} cannot be written: {error.strerror or error}") from error

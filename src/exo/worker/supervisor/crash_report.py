@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import BinaryIO, final
 
+from exo.store.sharing import make_directory, share
 from exo.worker.protocol.events import Failed
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class StderrLog:
     def __init__(self, path: Path) -> None:
         self._is_file = True
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             self._file = _open_alone(path)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -128,6 +129,7 @@ def _open_alone(path: Path) -> BinaryIO:
             continue
         except OSError:
             pass  # a file system without locks
+        share(file.fileno(), path.parent)
         return file
     raise AssertionError  # count never ends
 

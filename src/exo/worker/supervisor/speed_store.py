@@ -17,6 +17,7 @@ from typing import Annotated, Literal, final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exo.cards.card import ModelCard
+from exo.store.sharing import make_directory, share
 from exo.worker.host import Host
 from exo.worker.protocol.runners import Prefer
 from exo.worker.speed import NEEDED, Basis, Measurement, Point, Preference, Speed, level
@@ -132,7 +133,7 @@ class SpeedStore:
             if self._file is None or not entries:
                 return
             try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self._file.parent)
                 with _alone_in(self._file.parent):
                     all_entries = _read(self._file)
                     for entry in entries:
@@ -174,7 +175,9 @@ def _read(file: Path) -> dict[tuple[str, str, str], StoredSpeed]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        why = error.strerror
+    except ValueError as error:
         why = str(error)
     log.warning("the measured speeds in %s are ignored: %s", file, why)
     return {}
@@ -208,6 +211,7 @@ def _replace(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8")
+        share(unfinished, file.parent)
         unfinished.replace(file)
     finally:
         with suppress(OSError):
