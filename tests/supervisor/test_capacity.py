@@ -9,7 +9,7 @@ import pytest
 from exo.config import Limits, SettingsError
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.protocol.one_shot import Device, Probe
-from exo.worker.supervisor.host_memory import capacity, taken
+from exo.worker.supervisor.host_memory import capacity, memory_of
 from exo.worker.supervisor.request_timer import WINDOW_SECONDS, TokenRate
 from tests.support.nvml import FakeDevice, fake_nvml
 
@@ -72,7 +72,7 @@ def test_metal_has_what_its_probe_says_and_processors_are_no_device() -> None:
 def test_what_a_process_has_is_its_resident_memory_and_that_of_its_children() -> None:
     gone = 1 << 22
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        found = taken([os.getpid(), child.pid, gone])
+        found = memory_of([os.getpid(), child.pid, gone])
         alone = psutil.Process().memory_info().rss
         child.kill()
     assert found.keys() == {os.getpid(), child.pid}
@@ -87,7 +87,7 @@ def test_what_a_process_and_its_children_have_is_told_for_each_device(monkeypatc
         hidden = FakeDevice(0x01, processes={ours: 50})
         second = FakeDevice(0x41, processes={child.pid: 11})
         monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(first, hidden, second))
-        found = taken([ours, child.pid], ["CUDA1", "", "CUDA0"])
+        found = memory_of([ours, child.pid], ["CUDA1", "", "CUDA0"])
         child.kill()
     assert found[child.pid].devices == {"CUDA1": 7, "CUDA0": 11}
     assert found[ours].devices == {"CUDA1": 12, "CUDA0": 11}

@@ -16,7 +16,7 @@ from exo.cards.card import ModelCard
 from exo.cli.ps import show
 from exo.worker.host import updated
 from exo.worker.protocol.one_shot import Probe
-from exo.worker.supervisor.host_memory import room
+from exo.worker.supervisor.host_memory import usable_memory
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
@@ -106,10 +106,12 @@ def test_what_could_be_ours_is_what_is_free_and_what_we_have(monkeypatch: pytest
     first = FakeDevice(0, used=30 * GIB, processes={ours: 10 * GIB, theirs: 20 * GIB})
     second = FakeDevice(1, used=5 * GIB)
     use_driver(monkeypatch, first, second)
-    assert room(["CUDA0", "CUDA1"], {}) == {"CUDA0": 50 * GIB, "CUDA1": 75 * GIB}
-    assert room(["CUDA0", "CUDA1"], {ours: ["CUDA0"]}) == {"CUDA0": 60 * GIB, "CUDA1": 75 * GIB}
-    assert room(["CUDA0", "CUDA1"], {ours: ["CUDA1"]}) == {"CUDA0": 60 * GIB}, "the driver does not know ours there"
-    assert room(["", "CUDA1"], {}) == {"CUDA1": 75 * GIB}
+    assert usable_memory(["CUDA0", "CUDA1"], {}) == {"CUDA0": 50 * GIB, "CUDA1": 75 * GIB}
+    assert usable_memory(["CUDA0", "CUDA1"], {ours: ["CUDA0"]}) == {"CUDA0": 60 * GIB, "CUDA1": 75 * GIB}
+    assert usable_memory(["CUDA0", "CUDA1"], {ours: ["CUDA1"]}) == {"CUDA0": 60 * GIB}, (
+        "the driver does not know ours there"
+    )
+    assert usable_memory(["", "CUDA1"], {}) == {"CUDA1": 75 * GIB}
 
 
 def wants(gib: int, name: str = "fake/model", **table: JsonValue) -> ModelCard:

@@ -29,7 +29,7 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
         decision = model_not_found(wish.name, catalogue.suggest(wish.name))
     else:
         host, speeds = anyio.run(probe_host), SpeedStore(settings.speeds_file)
-        speeds.know(host)
+        speeds.set_host(host)
         known = known_speeds(speeds, card)
         preference = speeds.preference(card, card.prefer or settings.prefer, load=1, now=time.time())
         decision = decide(wish.runner, card, host, (), card.needs, preference=preference)

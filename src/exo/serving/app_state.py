@@ -89,7 +89,7 @@ class Services:
                 await self.gbnf.aclose()
 
     def _measured(self, card: ModelCard, runner: str, measurement: Measurement) -> None:
-        self.speeds.measured(card, runner, measurement, time.time())
+        self.speeds.add(card, runner, measurement, time.time())
 
     async def _save_speeds(self) -> None:
         while True:

@@ -252,7 +252,7 @@ class Generation:
                     usages[choice.number] = event.usage
                     choice.take(event, batch)
                 case PromptLogprobs():
-                    if (new := choice.replay.untold(event)).items:
+                    if (new := choice.replay.undelivered(event)).items:
                         self._count(new)
                         choice.take(new, batch)
                 case PrefillProgress():

@@ -47,7 +47,7 @@ class HostProber:
         assert self.host is not None
         return self.host
 
-    async def again(self) -> Host:
+    async def probe_again(self) -> Host:
         """Probes the host again, unless that was done a moment ago."""
         before = self.host
         async with self._probing:
@@ -87,7 +87,7 @@ class HostProber:
         host = self.host = found if self.host is None else updated(self.host, found)
         self._probed.set()
         self._pool.set_capacity(capacity(host, self._memory_limit), [each.id for each in host.nvidia_devices])
-        self._speeds.know(host)
+        self._speeds.set_host(host)
         if host.unanswered:
             names = ", ".join(sorted(host.unanswered))
             log.warning("the probe of %s did not answer within %g s and is repeated", names, deadline)

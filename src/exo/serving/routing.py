@@ -85,7 +85,7 @@ class Routing:
         """
         decision = self._decide(model, self._prober.host or await self._prober.first(), needs, arriving)
         if isinstance(decision, Refusal) and decision.code == "runner_unavailable":
-            decision = self._decide(model, await self._prober.again(), needs, arriving)
+            decision = self._decide(model, await self._prober.probe_again(), needs, arriving)
         if isinstance(decision, Refusal):
             raise from_refusal(decision, runner_requested=model.runner is not None)
         return decision
@@ -104,7 +104,7 @@ class Routing:
     def sent(self, card: ModelCard, route: Route) -> None:
         """Notes that a request has taken this route; later decisions depend on it."""
         if route.basis != "order":
-            self._speeds.sent(card.model_id, route.runner, self._load(card), route.basis)
+            self._speeds.count_request(card.model_id, route.runner, self._load(card), route.basis)
 
     def _load(self, card: ModelCard, arriving: int = 0) -> int:
         """The sequences of a model that are running, waiting or arriving."""

@@ -41,29 +41,29 @@ def _container_limit() -> int | None:
     return None
 
 
-class Taken(NamedTuple):
+class ProcessMemory(NamedTuple):
     """Bytes that a process and its children use. ``devices`` is None if the driver does not report it."""
 
     host: int
     devices: Mapping[str, int] | None
 
 
-def taken(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, Taken]:
+def memory_of(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[int, ProcessMemory]:
     """Returns the memory that each running process uses now. Asks the driver, so it may block.
 
     ``device_names`` are in the driver's order; a device with an empty name is left out.
     """
     on_devices = query_nvml(partial(_by_process, names=device_names), {}) if pids else {}
-    found: dict[int, Taken] = {}
+    found: dict[int, ProcessMemory] = {}
     for pid in pids:
         if family := _family(pid):
             known = [on_devices[each.pid] for each in family if each.pid in on_devices]
             devices = {name: sum(each.get(name, 0) for each in known) for each in known for name in each}
-            found[pid] = Taken(sum(map(_resident, family)), devices if known else None)
+            found[pid] = ProcessMemory(sum(map(_resident, family)), devices if known else None)
     return found
 
 
-def room(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) -> dict[str, int]:
+def usable_memory(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) -> dict[str, int]:
     """Returns the bytes of each device that our processes use or could still take.
 
     ``holders`` are our processes, with the devices on which each has a reservation. A device is left out if the driver

@@ -26,7 +26,7 @@ from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
-from exo.worker.supervisor.host_memory import room, taken
+from exo.worker.supervisor.host_memory import memory_of, usable_memory
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
@@ -139,8 +139,8 @@ class RunnerPool:
     def set_capacity(self, capacity: Memory, device_names: Sequence[str] = ()) -> None:
         """Sets the memory that all runners may take. Until then it is unlimited.
 
-        ``device_names`` are the NVIDIA devices in the driver's order; see ``host_memory.taken``. A known device keeps
-        its capacity here, because it is measured again before each load.
+        ``device_names`` are the NVIDIA devices in the driver's order, see ``host_memory.memory_of``. A known device
+        keeps its capacity here, because it is measured again before each load.
         """
         known = (self._budget.capacity or Memory()).devices
         self._budget.capacity = Memory(capacity.host, {**capacity.devices, **known})
@@ -339,7 +339,7 @@ class RunnerPool:
             by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
             if by_pid:
                 try:
-                    found = await run_sync(taken, list(by_pid), self._device_names, abandon_on_cancel=True)
+                    found = await run_sync(memory_of, list(by_pid), self._device_names, abandon_on_cancel=True)
                 except Exception:
                     log.exception("the memory of the runners could not be measured")
                     continue
@@ -360,7 +360,7 @@ class RunnerPool:
             if each.process.pid is not None and reservation is not None:
                 holders[each.process.pid] = tuple(reservation.reserved.devices)
         try:
-            found = await run_sync(room, self._device_names, holders, abandon_on_cancel=True)
+            found = await run_sync(usable_memory, self._device_names, holders, abandon_on_cancel=True)
         except Exception:
             log.exception("the free memory of the devices could not be measured")
             return

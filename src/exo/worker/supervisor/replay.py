@@ -69,18 +69,18 @@ class Replay:
     request: Generate
     budget: ReplayBudget = field(default_factory=ReplayBudget)
     _delivered: list[int] = field(default_factory=list[int])
-    _prompt_told: int = 0  # tokens of the prompt whose log-probabilities were delivered
+    _prompt_delivered: int = 0  # tokens of the prompt whose log-probabilities were delivered
 
     def take(self, event: Delta) -> None:
-        """Notes tokens that are delivered to the client."""
+        """Records tokens that are delivered to the client."""
         self._delivered += event.tokens
         self.budget.progressed()
 
-    def untold(self, event: PromptLogprobs) -> PromptLogprobs:
-        """The part of the prompt's log-probabilities that no runner has delivered before; notes its delivery."""
-        items = event.items[max(0, self._prompt_told - event.start) :]
-        new = event.model_copy(update={"start": self._prompt_told, "items": items})
-        self._prompt_told += len(items)
+    def undelivered(self, event: PromptLogprobs) -> PromptLogprobs:
+        """Returns the prompt's log-probabilities that were not delivered before, and counts them as delivered."""
+        items = event.items[max(0, self._prompt_delivered - event.start) :]
+        new = event.model_copy(update={"start": self._prompt_delivered, "items": items})
+        self._prompt_delivered += len(items)
         return new
 
     def remainder(self) -> Generate:

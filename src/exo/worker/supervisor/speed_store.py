@@ -71,12 +71,12 @@ class SpeedStore:
         self._incumbents: dict[str, str] = {}  # by model id: the runner chosen when measurements decided last
         self._saving = Lock()
 
-    def know(self, host: Host) -> None:
-        """Sets the host. Nothing is known, and nothing may be measured, before this call."""
+    def set_host(self, host: Host) -> None:
+        """Sets the host. Before this call no measurement is known, and none may be added."""
         self._hosts = {runner: _host_digest(host, runner) for runner in host.probes}
 
-    def measured(self, card: ModelCard, runner: str, measured: Measurement, now: float) -> None:
-        """Takes one measurement of a runner that was started with this card."""
+    def add(self, card: ModelCard, runner: str, measured: Measurement, now: float) -> None:
+        """Adds a measurement of a runner that was started with this model card."""
         key, table = (card.model_id, runner, self._hosts[runner]), _table_digest(card, runner)
         entry = self._entries.get(key)
         points = dict(entry.points) if entry is not None and entry.table == table else {}
@@ -111,8 +111,8 @@ class SpeedStore:
             incumbent=self._incumbents.get(card.model_id),
         )
 
-    def sent(self, model_id: str, runner: str, load: int, basis: Basis) -> None:
-        """Notes that a request was sent to a runner, and why."""
+    def count_request(self, model_id: str, runner: str, load: int, basis: Basis) -> None:
+        """Counts a request that was sent to a runner for the reason ``basis``."""
         if basis == "figures":
             self._incumbents[model_id] = runner
         if basis != "order":

@@ -56,7 +56,7 @@ def test_the_prompt_s_logprobs_are_told_once_whichever_runner_tells_them() -> No
     items = tuple(TokenLogprobs(chosen=Logprob(token=at, bytes=(), logprob=-1.0)) for at in range(10))
 
     def told(start: int, stop: int) -> tuple[int, tuple[TokenLogprobs, ...]]:
-        untold = replay.untold(PromptLogprobs(id="one", start=start, items=items[start:stop]))
+        untold = replay.undelivered(PromptLogprobs(id="one", start=start, items=items[start:stop]))
         return untold.start, untold.items
 
     assert told(0, 3) == (0, items[:3])

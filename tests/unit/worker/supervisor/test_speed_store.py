@@ -209,7 +209,7 @@ def file(tmp_path: Path) -> Path:
 
 def speeds(file: Path | None = None, host: Host = HOST) -> SpeedStore:
     made = SpeedStore(file)
-    made.know(host)
+    made.set_host(host)
     return made
 
 
@@ -221,7 +221,7 @@ def learn(
     account: SpeedStore, card: ModelCard = CARD, times: int = NEEDED, now: float = NOW, total: float = 100
 ) -> SpeedStore:
     for _ in range(times):
-        account.measured(card, "cuda", measured(total=total), now)
+        account.add(card, "cuda", measured(total=total), now)
     return account
 
 
@@ -231,7 +231,7 @@ def totals(account: SpeedStore, card: ModelCard = CARD, now: float = NOW) -> dic
 
 def test_measurements_outlive_the_server(file: Path) -> None:
     before = learn(speeds(file))
-    before.measured(CARD, "cuda", measured(load=8.2, total=400), NOW)
+    before.add(CARD, "cuda", measured(load=8.2, total=400), NOW)
     assert not file.exists()
     save(before)
     after = speeds(file)
@@ -351,10 +351,10 @@ def test_a_preference_has_what_was_measured_often_enough() -> None:
 
 def test_what_was_sent_where_is_counted_by_load_and_figures_make_the_incumbent() -> None:
     account = speeds()
-    account.sent(CARD.model_id, "cuda", 9, "trial")
-    account.sent(CARD.model_id, "cuda", 8, "figures")
-    account.sent(CARD.model_id, "mlx", 8, "trial")
-    account.sent(CARD.model_id, "mlx", 8, "order")
+    account.count_request(CARD.model_id, "cuda", 9, "trial")
+    account.count_request(CARD.model_id, "cuda", 8, "figures")
+    account.count_request(CARD.model_id, "mlx", 8, "trial")
+    account.count_request(CARD.model_id, "mlx", 8, "order")
     crowd, lone = (account.preference(CARD, "latency", load, NOW) for load in (8, 1))
     assert crowd is not None
     assert lone is not None
@@ -367,7 +367,7 @@ def test_two_servers_keep_what_both_have_measured(tmp_path: Path) -> None:
     file = tmp_path / "speeds.json"
     first, second = speeds(file), speeds(file)
     for at, account in enumerate((first, second, first)):
-        account.measured(CARD, "cuda", measured(load=4**at), NOW + at)
+        account.add(CARD, "cuda", measured(load=4**at), NOW + at)
         save(account)
     assert sorted(speeds(file).known(CARD, NOW)["cuda"]) == [level(4**at) for at in range(3)]
 
@@ -377,7 +377,7 @@ def test_many_servers_write_at_once(tmp_path: Path) -> None:
     accounts = [speeds(file) for _ in range(16)]
     cards = [fake_card(f"fake/{number}") for number in range(16)]
     for account, card in zip(accounts, cards, strict=True):
-        account.measured(card, "cuda", measured(), NOW)
+        account.add(card, "cuda", measured(), NOW)
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(save, accounts))
     assert all(speeds(file).known(card, NOW)["cuda"] for card in cards)
