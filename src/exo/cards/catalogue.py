@@ -189,7 +189,7 @@ def _merge(user_directory: Path | None, user_files: tuple[CardFile, ...]) -> Cat
 
 
 def _by_id(files: Iterable[CardFile]) -> tuple[dict[str, CardFile], list[BrokenCard]]:
-    """Card files by model id. Of several with the same id, the first in order of path wins; the others are problems."""
+    """Card files by model id. Among several with one id, the first in order of path wins; the others are problems."""
     found: dict[str, CardFile] = {}
     duplicates: list[BrokenCard] = []
     for file in files:

@@ -92,7 +92,7 @@ def main() -> None:
     """Entry point of the ``exo`` command."""
     _repair_streams()
     try:
-        sys.argv = [os.fsencode(argument).decode() for argument in sys.argv]  # whatever the locale is
+        sys.argv = [os.fsencode(argument).decode() for argument in sys.argv]  # also in a locale other than UTF-8
     except UnicodeDecodeError:
         print(f"exo: the arguments must be UTF-8: {sys.argv[1:]!a}", file=sys.stderr)
         sys.exit(ExitCode.USAGE)
@@ -104,7 +104,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # the buffered output goes there at exit
         sys.exit(f"exo: standard output cannot be written: {error.strerror}")
 
 

@@ -33,7 +33,7 @@ from exo.worker.supervisor.runner_process import RunnerError
 _LONGEST_TOKEN = 1024
 """Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""
 _CHARACTERS_PER_TOKEN = 4
-"""Of English text, roughly. A text that is too long to be tokenized is measured by it."""
+"""An estimate for English text. It measures a text that is too long to be tokenized."""
 _SWITCHES = ("enable_thinking", "thinking")
 
 

@@ -28,7 +28,7 @@ class RequestedModel:
 
 @final
 class Routing:
-    """Resolves model names, and chooses runners with what is known of the host, the runners and their speed."""
+    """Resolves model names, and chooses runners from the state of the host, the runners and their speed."""
 
     def __init__(
         self,

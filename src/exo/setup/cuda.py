@@ -209,7 +209,7 @@ def _prebuilt(package: Prebuilt, present: Driver) -> Path:
 
 
 def _unpack(package: Prebuilt, target: Path) -> None:
-    """Has npm fetch the package from whatever registry it is configured for, checks it, and takes out the library."""
+    """Fetches the package with npm, from npm's configured registry, checks it, and extracts the library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         run(
             [
@@ -284,7 +284,7 @@ def _install(folder: Path, present: Driver) -> str:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     (target / LIBRARY).symlink_to(folder / LIBRARY)
-    (target / BASE).symlink_to(base)  # the only libggml-base of the process, whatever name the plug-in knows it by
+    (target / BASE).symlink_to(base)  # the process's only libggml-base, by the name that the plug-in links to
     shutil.copy(folder / DESCRIPTION, target / DESCRIPTION)
     plugin = read(target)
     assert plugin is not None

@@ -19,7 +19,7 @@ _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def set_up_demo() -> str:
-    """Fetches and converts what is missing or damaged. Returns the new state. Raises SetupError."""
+    """Fetches and converts the files that are missing or damaged. Returns the new state. Raises SetupError."""
     engines = Catalogue.load().cards["google/gemma-3-270m"].engines
     folder = Settings.load().models_directory / "google--gemma-3-270m"
     model = folder / cast(str, engines["cuda"]["file"])

@@ -294,7 +294,7 @@ def _unpack(body: bytearray, encoding: str) -> bytearray:
 def _weight(body: bytearray) -> int:
     """Estimates the cost of validating a JSON document: 1 for each array element, 8 more for each key and container.
 
-    Counts what is outside of strings, slice by slice, so that the event loop can run in between. Ends at the limit.
+    Counts marks outside of strings, in slices between which the event loop can run. Ends at the limit.
     """
     marks = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _IRRELEVANT)
     weight = in_string = 0

@@ -78,7 +78,7 @@ class _Offsets:
         return [self._output(each.chosen) for each in items]
 
     def _prompt(self, token: Logprob) -> int:
-        """BOS is in the text only if the client has written it. So is a space in front, which some tokenizers add."""
+        """BOS, and a leading space that some tokenizers add, are in the text only if the client wrote them."""
         begin = self._end
         spelt = bytes(token.bytes)
         text = spelt.decode(errors="replace") if token.token in self._control else self._decoder.decode(spelt)

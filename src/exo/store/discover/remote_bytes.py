@@ -13,7 +13,7 @@ _WHOLE_LIMIT = 32 << 20
 
 
 class RemoteBytes:
-    """The beginning of a file, which is fetched as it is asked for. What comes cannot be verified: it has no hash."""
+    """The beginning of a file, fetched piece by piece when it is read. Pieces cannot be verified: they have no hash."""
 
     def __init__(self, hub: Hub, repo: str, revision: str, file: RemoteFile) -> None:
         self._hub = hub

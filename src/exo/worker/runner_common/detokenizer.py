@@ -37,7 +37,7 @@ class TextStream:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = {each: each for each in stop}
-        """Stop strings by what is looked for: themselves, or with a mark for each control token they name."""
+        """Stop strings by the text that is searched for: themselves, or with marks of the control tokens in them."""
         self._marks: dict[str, str] = {}
         """Marks of the control tokens that a stop string names, by name. A mark is added when its token first comes."""
         self._beginnings = frozenset("".join(each[:-1] for each in self._stop))

@@ -55,7 +55,7 @@ class Open:
     trained: int = USUAL
     """Tokens of context that the model was trained for."""
     layers: int = 0
-    """With what is behind the last one counted as one more."""
+    """The output counts as one more layer."""
     tensor_splits: tuple[tuple[float, ...], ...] = ()
     """Those that the devices may have, the one for whose sake others are unloaded last; empty if the card says it."""
     devices: tuple[tuple[str, ...], ...] = ()
@@ -63,7 +63,7 @@ class Open:
 
 
 def estimated(plan: Plan, left: Open, size: Size, cache_types: Sequence[str] = ()) -> Estimated:
-    """All choices that the card leaves, and what would take less. ``plan`` has a value for what is open, too.
+    """All choices that the model card leaves open, and plans that take less. ``plan`` has a value for each open choice.
 
     Long contexts come before usual ones, those before fewer layers on the device, and short contexts come last.
     ``cache_types`` are those that are smaller than the card's, the largest first.

@@ -114,7 +114,7 @@ def read_plugin(folder: Path) -> Plugin | None:
 def load_plugin() -> None:
     """Adds CUDA's devices to those of the loaded ggml, which knows none so far. Raises PluginError.
 
-    What can be checked is checked before any code of the plug-in runs: the release of the bindings that it was proved
+    These checks precede any code of the plug-in: the release of the bindings that it was proved
     with, that it will share the loaded libggml-base, and that everything it links to is found. ``ggml_backend_load``
     compares GGML_BACKEND_API_VERSION.
     """

@@ -219,8 +219,8 @@ def _keep(logits: Tensor, rows: list[BatchRow]) -> Tensor:
 def _cut(logits: Tensor, weights: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     """Applies top-k, which keeps equals of the last token, and then top-p.
 
-    Top-p keeps the smallest set of heaviest tokens whose sum reaches that share. Of equals at the border, the lowest
-    ids are kept, because the sort is stable.
+    Top-p keeps the smallest set of heaviest tokens whose sum reaches that share. Among equals at the border, the
+    lowest ids are kept, because the sort is stable.
     """
     n_vocab = logits.shape[1]
     largest, order = torch.sort(logits, dim=-1, descending=True, stable=True)

@@ -1,7 +1,7 @@
 """Compiles a grammar in a sandbox before the runner compiles it: compiling can take unlimited time or memory.
 
 The program's setup is the model's control tokens (``texts`` by id, ``n_vocab``, ``ends``). A request has a ``grammar``;
-the answer's ``error`` is what is wrong with it.
+the answer's ``error`` says why it is invalid.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A folder of safetensors: the model card's keys that name it, its place on disk, and the one reading of its files.
 
 The folder is read before any library sees it, so that an error names the file and the reason. Libraries then get
-``presented``, which holds nothing but what was read.
+``presented``, a folder with only the files that were read.
 """
 
 import json
