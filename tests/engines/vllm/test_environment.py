@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -132,50 +132,55 @@ def beside(folder: Path) -> str:
 # --- the runner ---
 
 
-def test_a_context_longer_than_the_model_was_trained_for_is_computed_in_full(twin: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """One process, which has loaded the model for a context longer than it was trained for."""
+    twin = tmp_path_factory.mktemp("models") / "twin"
+    write_mlx(twin, TWIN)
     with Program(VLLM.command) as program:
-        capabilities = program.load(load_command(twin, max_model_len=5000, slots=1))
-        assert capabilities.context_length == 5000
-        (result,) = program.generate(ask(next(name), [97 + at % 23 for at in range(4990)], max_tokens=None))
-        assert (len(result.tokens), result.finished.reason) == (10, "length")
+        program.load(load_command(twin, max_model_len=5000))
+        yield program
 
 
-def test_nothing_listens_to_the_network_and_nothing_is_left_of_a_runner_that_is_killed(twin: Path) -> None:
-    with Program(VLLM.command) as program:
-        program.load(load_command(twin))
-        request = ask(next(name), max_tokens=2000)
-        program.send(request)
-        program.until(lambda: request.id in program.results and bool(program.results[request.id].tokens))
-        process = psutil.Process(program.process.pid)
-        listening = [each for each in process.net_connections() if each.status == psutil.CONN_LISTEN]
-        assert all(each.laddr.ip == "127.0.0.1" for each in listening)
-        children = process.children(recursive=True)
-        process.kill()
-        assert program.drain() == -signal.SIGKILL
-        assert psutil.wait_procs(children, timeout=20)[1] == []
+def test_a_context_longer_than_the_model_was_trained_for_is_computed_in_full(alone: Program) -> None:
+    assert alone.capabilities is not None
+    assert alone.capabilities.context_length == 5000
+    (result,) = alone.generate(ask(next(name), [97 + at % 23 for at in range(4990)], max_tokens=None))
+    assert (len(result.tokens), result.finished.reason) == (10, "length")
 
 
-def test_two_processes_that_share_a_model_choose_what_one_does_and_end_with_their_runner(twin: Path) -> None:
+def test_two_processes_that_share_a_model_choose_what_one_does(alone: Program, twin: Path) -> None:
+    """Neither of the runners listens to the network, and nothing is left of the two processes when one is killed."""
     greedy = ask(next(name), max_tokens=20)
     drawn = ask(next(name), max_tokens=20, temperature=1.0, seed=4, repetition_penalty=1.2)
     requests = greedy, drawn.model_copy(update={"logprobs": 2})
-    found: list[list[list[int]]] = []
-    for size in (1, 2):
-        with Program(VLLM.command) as program:
-            capabilities = program.load(load_command(twin, tensor_parallel_size=size))
-            found.append([result.tokens for result in program.generate(*requests)])
+    with Program(VLLM.command) as pair:
+        pair.load(load_command(twin, tensor_parallel_size=2))
+        found = [[result.tokens for result in program.generate(*requests)] for program in (alone, pair)]
+        assert found[0] == found[1]
+        for program, grammar in ((alone, True), (pair, False)):
             assert all(len(program.results[request.id].logprobs) in (0, 20) for request in requests)
-            assert capabilities.grammar == (size == 1)
-            children = psutil.Process(program.process.pid).children(recursive=True)
-            assert len(children) >= size - 1
-            if size == 2:
-                grammar = Grammar(syntax="regex", source="a+")
-                (refused,) = program.generate(greedy.model_copy(update={"id": next(name), "grammar": grammar}))
-                assert (refused.failed.code, refused.failed.param) == ("invalid_request", "grammar")
-            program.process.kill()
-            assert program.drain() == -signal.SIGKILL
-            assert psutil.wait_procs(children, timeout=20)[1] == []
-    assert found[0] == found[1]
+            assert program.capabilities is not None
+            assert program.capabilities.grammar == grammar
+            assert listening(program) <= {"127.0.0.1"}
+        regex = Grammar(syntax="regex", source="a+")
+        (refused,) = pair.generate(greedy.model_copy(update={"id": next(name), "grammar": regex}))
+        assert (refused.failed.code, refused.failed.param) == ("invalid_request", "grammar")
+        stream = ask(next(name), max_tokens=2000)
+        pair.send(stream)
+        pair.until(lambda: stream.id in pair.results and bool(pair.results[stream.id].tokens))
+        children = psutil.Process(pair.process.pid).children(recursive=True)
+        assert children
+        pair.process.kill()
+        assert pair.drain() == -signal.SIGKILL
+        assert psutil.wait_procs(children, timeout=20)[1] == []
+
+
+def listening(program: Program) -> set[str]:
+    """The addresses at which a runner's processes wait for connections."""
+    runner = psutil.Process(program.process.pid)
+    connections = [each for process in (runner, *runner.children(recursive=True)) for each in process.net_connections()]
+    return {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
 
 
 def test_a_computation_that_goes_wrong_fails_its_own_request_only(twin: Path) -> None:

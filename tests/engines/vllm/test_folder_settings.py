@@ -1,4 +1,4 @@
-"""vLLM computes the same of a folder that transformers 5 has written, and loads the files of the index alone."""
+"""vLLM computes what MLX does, also of a folder that transformers 5 has written, and loads the index's files alone."""
 
 import json
 from pathlib import Path
@@ -32,17 +32,20 @@ def write(folder: Path, settings: dict[str, JsonValue]) -> Path:
     return folder
 
 
-def generated(folder: Path) -> tuple[int, ...]:
-    table: dict[str, JsonValue] = {"path": str(folder), "dtype": "float32", "threads": 1, "n_ctx": 256, "slots": 1}
-    with Program(RUNNERS["vllm"].command) as program:
-        program.load(Load(model_id="test/tiny", backend="Vllm", table=table))
+def generated(folder: Path, runner: str = "vllm") -> tuple[int, ...]:
+    table: dict[str, JsonValue] = {"path": str(folder), "dtype": "float32", "n_ctx": 256, "slots": 1}
+    backend, own = {"mlx": ("MlxCpu", {}), "vllm": ("Vllm", {"threads": 1})}[runner]
+    with Program(RUNNERS[runner].command) as program:
+        program.load(Load(model_id="test/tiny", backend=backend, table=table | own))
         [result] = program.generate(ask("one", "once upon a time there was a little model that counted " * 2))
         return tuple(result.tokens)
 
 
 def test_positions_and_the_index(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    expected = generated(write(tmp_path / "older", OLDER))
-    assert generated(write(tmp_path / "plain", {})) != expected
+    older = write(tmp_path / "older", OLDER)
+    expected = generated(older, "mlx")
+    assert generated(write(tmp_path / "plain", {}), "mlx") != expected
+    assert generated(older) == expected
     newer = write(tmp_path / "newer", NEWER)
     weights = load_file(newer / "model.safetensors")
     (newer / "model.safetensors").rename(newer / "whole.safetensors")
