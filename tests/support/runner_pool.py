@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anyio
-import anyio.lowlevel
 
 from exo.worker.protocol.events import Finished
 from exo.worker.router import Route
@@ -29,5 +28,6 @@ async def loading(process: RunnerProcess) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await anyio.lowlevel.checkpoint()
+    """Asks every few milliseconds, which leaves the processor to the process that is waited for."""
+    while not condition():  # noqa: ASYNC110 - most conditions have no event
+        await anyio.sleep(0.005)
