@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_ctrl_c_stops_the_answer_and_frees_its_slot_and_the_chat_goes_on(server:
         terminal.wait_for(r"\(stopped\)")
         terminal.wait_for(PROMPT)
         while any(each["active"] for each in server.client.get("/v1/instances").json()["data"]):
-            pass
+            time.sleep(0.02)
         terminal.keys("half a line")
         terminal.wait_for("half a line")  # Python misses a Ctrl-C between the prompt and its wait for keys
         terminal.keys(CTRL_C)

@@ -15,13 +15,15 @@ from pydantic import JsonValue
 
 from exo.exit_code import ExitCode
 from tests.support.api_server import CHAT_TEMPLATE
-from tests.support.server import ServeProgram, environment, write_card
+from tests.support.server import ServeProgram, environment, without_vllm, write_card
 from tests.support.tiny import Shape, write_gguf
 
 
-def exo(home: Path, *arguments: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+def exo(
+    home: Path, *arguments: str, typed: str | None = None, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     """``typed`` is piped in."""
-    command = [sys.executable, "-m", "exo", *arguments]
+    command = [python, "-m", "exo", *arguments]
     return subprocess.run(
         command,
         env=environment(home),
@@ -224,7 +226,7 @@ def test_route_explains_and_refuses(home: Path) -> None:
 
 
 def test_doctor_names_the_engine_and_what_it_can_use(home: Path) -> None:
-    done = exo(home, "doctor")
+    done = exo(home, "doctor", python=without_vllm(home))
     assert done.returncode == 0
     assert "llama.cpp 0.3.36" in done.stdout
     assert "LlamaCppCpu" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 from pydantic import JsonValue
 
 from tests import ROOT
-from tests.support.server import environment, write_card
+from tests.support.server import environment, without_vllm, write_card
 from tests.support.tiny import write_scripted
 
 
@@ -19,9 +19,11 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def exo(home: Path, *arguments: str | bytes, shell: str = "", **variables: str) -> tuple[int, bytes, bytes]:
+def exo(
+    home: Path, *arguments: str | bytes, shell: str = "", python: str = sys.executable, **variables: str
+) -> tuple[int, bytes, bytes]:
     """Exit status, output and standard error. ``shell`` is what follows the command."""
-    command: Sequence[str | bytes] = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "exo", *arguments]
+    command: Sequence[str | bytes] = ["sh", "-c", f'exec "$@" {shell}', "sh", python, "-m", "exo", *arguments]
     env = {**environment(home), "EXO_OFFLINE": "1", **variables}
     del env["COLUMNS"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL, check=False)
@@ -38,7 +40,7 @@ def test_a_full_disk_behind_standard_output_is_told_in_one_line(home: Path, argu
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_harm_no_command_and_no_probe(home: Path, closed: str) -> None:
-    status, output, _ = exo(home, "doctor", shell=closed)
+    status, output, _ = exo(home, "doctor", shell=closed, python=without_vllm(home))
     assert status == 0
     assert b"LlamaCppCpu" in output or ">&-" in closed.replace("2>&-", "")
 

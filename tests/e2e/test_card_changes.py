@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 from pydantic import JsonValue
 
+from tests.support.fake_runner import expected_text
 from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
 
 LONG: dict[str, JsonValue] = {"step_seconds": 0.01, "n_ctx": 100_000}
@@ -59,10 +60,6 @@ def disturbed(server: ServeProgram, name: str, disturb: Callable[[], None], max_
     return text, error
 
 
-def whole(server: ServeProgram, name: str, max_tokens: int = 200) -> str:
-    return server.complete(name, max_tokens=max_tokens, temperature=0, prompt="once").json()["choices"][0]["text"]
-
-
 def test_a_stream_does_not_go_on_with_another_card_than_it_began_with(tmp_path: Path) -> None:
     card(tmp_path, "one", **LONG)
     with ServeProgram(tmp_path, fake=True) as server:
@@ -72,7 +69,7 @@ def test_a_stream_does_not_go_on_with_another_card_than_it_began_with(tmp_path: 
             until(lambda: row(server, "one")["outdated"])
             os.kill(pid_of(server, "one"), signal.SIGKILL)
 
-        text, error = disturbed(server, "one", disturb)
+        text, error = disturbed(server, "one", disturb, max_tokens=5000)
         assert text
         assert error == "model_changed"
         assert server.complete("one", max_tokens=4).status_code == 200
@@ -92,7 +89,7 @@ def test_a_stream_goes_on_with_its_own_model_when_its_alias_has_moved(tmp_path: 
 
         text, error = disturbed(server, "chat", disturb)
         assert error == ""
-        assert text == whole(server, "one")
+        assert text == expected_text("once", 200)
 
 
 def test_a_stream_does_not_go_on_with_a_file_that_was_replaced(tmp_path: Path) -> None:
@@ -105,7 +102,7 @@ def test_a_stream_does_not_go_on_with_a_file_that_was_replaced(tmp_path: Path) -
             template.write_text("second")
             os.kill(pid_of(server, "one"), signal.SIGKILL)
 
-        text, error = disturbed(server, "one", disturb)
+        text, error = disturbed(server, "one", disturb, max_tokens=5000)
         assert text
         assert error == "model_changed"
 
@@ -121,8 +118,8 @@ def test_a_running_instance_with_an_older_card_says_so_and_is_replaced_by_the_ne
             assert server.complete("one", max_tokens=4).status_code == 200
             assert sorted((each["slots"], each["outdated"]) for each in rows(server)) == [(2, False), (3, True)]
 
-        text, error = disturbed(server, "one", edit_and_ask)
-        assert (text, error) == (whole(server, "one"), "")
+        text, error = disturbed(server, "one", edit_and_ask, max_tokens=400)
+        assert (text, error) == (expected_text("once", 400), "")
         until(lambda: len(rows(server)) == 1)
         assert row(server, "one")["slots"] == 2
 

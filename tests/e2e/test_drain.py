@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def stream(server: ServeProgram, **body: object) -> Generator[Iterator[str]]:
 def wait_until_draining(server: ServeProgram) -> None:
     """Returns when the signal has been taken."""
     while server.client.get("/ready").status_code == 200:
-        pass
+        time.sleep(0.02)
 
 
 def error_of(line: str) -> str:

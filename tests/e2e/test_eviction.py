@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
 from pydantic import JsonValue
 
-from tests.e2e.test_card_changes import card, disturbed, pid_of, rows, until, whole
+from tests.e2e.test_card_changes import card, disturbed, pid_of, rows, until
+from tests.support.fake_runner import expected_text
 from tests.support.server import ServeProgram
 
 LIMIT = {"EXO_MEMORY_LIMIT": "300MB"}
@@ -41,14 +43,14 @@ def test_a_long_request_makes_room_after_the_limit_and_goes_on_later(tmp_path: P
             threads.append(in_background(lambda: replies.append(server.complete("other", max_tokens=4))))
 
         threads: list[threading.Thread] = []
-        text, error = disturbed(server, "long", want_the_other, max_tokens=400)
+        text, error = disturbed(server, "long", want_the_other, max_tokens=300)
         threads[0].join()
         assert replies[0].status_code == 200
         assert error == ""
         (row,) = [each for each in rows(server) if each["model"] == "test/long"]
         assert (row["instance"], row["deaths"]) != ("test--long@cuda-1", 0)
         assert row["deaths"] == 0
-        assert text == whole(server, "long", max_tokens=400)
+        assert text == expected_text("once", 300)
 
 
 def test_a_model_stays_when_the_one_who_wanted_its_memory_has_left(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_a_model_stays_when_the_one_who_wanted_its_memory_has_left(tmp_path: Pat
         assert hot.status_code == 200
         pid = pid_of(server, "hot")
         threads: list[threading.Thread] = []
-        replies: list[str] = []
+        replies: list[httpx.Response] = []
 
         def want_the_other_and_leave() -> None:
             with httpx.Client(base_url=server.url) as client:
@@ -69,22 +71,24 @@ def test_a_model_stays_when_the_one_who_wanted_its_memory_has_left(tmp_path: Pat
                         if "test/other" in models(server):
                             break
                     # One who comes for the hot model now has to wait until it is known that it stays.
-                    threads.append(in_background(lambda: replies.append(whole(server, "hot", max_tokens=20))))
+                    ask = partial(server.complete, "hot", max_tokens=20, temperature=0)
+                    threads.append(in_background(lambda: replies.append(ask())))
                     time.sleep(1)
 
         text, error = disturbed(server, "hot", want_the_other_and_leave, max_tokens=300)
         threads[0].join()
-        assert (text[:20], error) == (replies[0], "")
+        assert (text, error) == (expected_text("once", 300), "")
+        assert replies[0].json()["choices"][0]["text"] == expected_text("once upon a time", 20)
         assert pid_of(server, "hot") == pid
         until(lambda: models(server) == ["test/hot"])
 
 
 def test_two_clients_that_alternate_between_models_reload_once_in_a_residence_time(tmp_path: Path) -> None:
-    """Twenty seconds have room for six residence times. The first and the last load of each model come on top."""
+    """Nine seconds have room for four residence times. The first and the last load of each model come on top."""
     large(tmp_path, "a", "b")
-    with ServeProgram(tmp_path, fake=True, **LIMIT, EXO_MIN_RESIDENCE="3") as server:
+    with ServeProgram(tmp_path, fake=True, **LIMIT, EXO_MIN_RESIDENCE="2") as server:
         seen: list[tuple[str, JsonValue]] = []
-        stop = time.monotonic() + 20
+        stop = time.monotonic() + 9
 
         def ask(name: str) -> None:
             while time.monotonic() < stop:
@@ -93,4 +97,4 @@ def test_two_clients_that_alternate_between_models_reload_once_in_a_residence_ti
 
         for thread in [in_background(lambda name=name: ask(name)) for name in "ab"]:
             thread.join()
-        assert 2 < len(set(seen)) <= 20 // 3 + 4
+        assert 2 < len(set(seen)) <= 9 // 2 + 4

@@ -5,6 +5,7 @@ The numbers in the names are of the same table as in test_input.
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -63,7 +64,7 @@ def test_row_31_a_models_name_forges_no_line_of_the_log(tmp_path: Path) -> None:
     name = "a\nERROR: forged\x1b[2J"
     with ServeProgram(tmp_path, "--load", name) as server:
         while "could not be loaded" not in server.client.get("/ready").json()["error"]["message"]:
-            pass
+            time.sleep(0.02)
         (line,) = (line for line in server.log.read_text().split("\n") if "forged" in line)
         assert line.startswith("ERROR: a\\nERROR: forged\\x1b[2J: no model card is called")
         assert "\x1b" not in server.log.read_text()

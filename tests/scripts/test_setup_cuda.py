@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.nvidia_driver import StandIn, exo, install_driver, needs_gcc
+from tests.support.server import without_vllm
 
 pytestmark = needs_gcc
 downloads = pytest.mark.skipif(
@@ -43,12 +44,12 @@ def test_a_driver_that_does_not_answer_is_named_with_the_remedy(tmp_path: Path) 
 
 def test_the_doctor_names_a_driver_that_does_not_answer(tmp_path: Path) -> None:
     broken = StandIn(status=18, error="Driver/library version mismatch")
-    shown = exo("doctor", env=host(tmp_path, broken)).stdout
+    shown = exo("doctor", env=host(tmp_path, broken), python=without_vllm(tmp_path)).stdout
     assert "NVIDIA    the NVIDIA driver does not answer: Driver/library version mismatch" in shown
 
 
 def test_the_doctor_shows_what_the_driver_tells_of_a_gpu(tmp_path: Path) -> None:
-    shown = exo("doctor", env=host(tmp_path, StandIn())).stdout
+    shown = exo("doctor", env=host(tmp_path, StandIn()), python=without_vllm(tmp_path)).stdout
     assert "driver    NVIDIA 580.95.05, CUDA 13.0" in shown
     assert "Stand-in, compute capability 8.9, at 0000:41:00.0, 1.0 GiB in use of 8.0 GiB" in shown
     assert "4 of 16 PCIe lanes" in shown

@@ -89,7 +89,5 @@ def install_plugin(folder: Path, source: str, plugin: Plugin = FITTING) -> Mappi
     return {"EXO_CUDA_PLUGIN": str(folder)}
 
 
-def exo(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "exo", *arguments], env=env, capture_output=True, text=True, check=False
-    )
+def exo(*arguments: str, env: Mapping[str, str], python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, "-m", "exo", *arguments], env=env, capture_output=True, text=True, check=False)

@@ -55,6 +55,12 @@ def environment(home: Path) -> dict[str, str]:
     return {**inherited(), "EXO_HOME": str(home), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
 
 
+def without_vllm(folder: Path) -> str:
+    """exo's Python in an environment beside which the vLLM runner has none, unless a test makes one in ``folder``."""
+    (folder / ".venv").symlink_to(sys.prefix)
+    return str(folder / ".venv" / "bin" / "python")
+
+
 class ServeProgram:
     """Starts on a free port; ends with the context. ``url`` is set when it listens."""
 

@@ -25,7 +25,7 @@ from exo.worker.supervisor.host_probe import probe_host
 from tests.conftest import needs_vllm
 from tests.e2e.test_replay import BODY, streamed, texts_of, whole
 from tests.support.program import Program, Result, ask, names
-from tests.support.server import ServeProgram, environment, write_card
+from tests.support.server import ServeProgram, environment, without_vllm, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
 VLLM = RUNNERS["vllm"]
@@ -110,7 +110,11 @@ def test_a_vllm_that_cannot_be_imported_is_told_by_doctor_and_by_loading(tmp_pat
         f'PYTHONPATH={tmp_path / "in_front"} exec {VLLM.interpreter} "$@"',
     )
     doctor = subprocess.run(
-        [beside(tmp_path), "-m", "exo", "doctor"], env=environment(tmp_path), capture_output=True, text=True, check=True
+        [without_vllm(tmp_path), "-m", "exo", "doctor"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "runner vllm: vLLM: not usable" in doctor.stdout
     assert "libcudart.so.13 is missing" in " ".join(doctor.stdout.split())
@@ -121,12 +125,6 @@ def test_a_vllm_that_cannot_be_imported_is_told_by_doctor_and_by_loading(tmp_pat
         assert program.failure is not None
         assert program.failure.code == "model_load_failed"
         assert "libcudart.so.13 is missing" in program.failure.message
-
-
-def beside(folder: Path) -> str:
-    """exo's own environment as if it were in ``folder``, so that the vLLM runner's is looked for there."""
-    (folder / ".venv").symlink_to(sys.prefix)
-    return str(folder / ".venv" / "bin" / "python")
 
 
 # --- the runner ---
@@ -345,7 +343,7 @@ def test_a_stream_survives_its_runner_and_then_its_engine(tmp_path: Path) -> Non
         f'exec {VLLM.interpreter} "$@"',
     )
     serving(tmp_path, ["Vllm", "LlamaCppCpu"])
-    with ServeProgram(tmp_path, python=beside(tmp_path)) as server:
+    with ServeProgram(tmp_path, python=without_vllm(tmp_path)) as server:
         undisturbed = whole(server)
         (runner,) = server.runners()
         assert any("runner_vllm" in part for part in runner.cmdline())
@@ -358,7 +356,7 @@ def test_a_stream_survives_its_runner_and_then_its_engine(tmp_path: Path) -> Non
 
 def test_without_the_environment_other_engines_serve_and_the_reason_is_told(tmp_path: Path) -> None:
     serving(tmp_path, ["Vllm", "LlamaCppCpu"])
-    with ServeProgram(tmp_path, python=beside(tmp_path)) as server:
+    with ServeProgram(tmp_path, python=without_vllm(tmp_path)) as server:
         reply = server.complete("tiny", max_tokens=4)
         assert (reply.status_code, reply.headers["x-exo-runner"]) == (200, "cuda")
         assert "Vllm" in reply.headers["x-exo-route"]
