@@ -17,6 +17,7 @@ from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estima
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
 from exo.worker.runner_mlx.loader import MlxChecked, check, computed_in
+from exo.worker.runner_mlx.model import cached_elements
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding
 
@@ -62,16 +63,13 @@ class _MlxSizes:
         dtype = computed_in(checked.options, checked.folder.config, checked.backend)
         floats = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in _FLOATS)
         usual = next((name for name, _ in floats.most_common(1)), "F32")
-        heads = _number(sizes, "num_attention_heads", 1)
-        head_dim = _number(sizes, "head_dim", _number(sizes, "hidden_size", 1) // max(1, heads))
-        layer = 2 * _number(sizes, "num_key_value_heads", heads) * head_dim
         layers = _number(sizes, "num_hidden_layers", 1)
         file = checked.folder.path / "tokenizer.json"
         return cls(
             checked=checked,
             weights=_weights(stored, dtype, layers, checked.sharding),
             tokenizer=file.stat().st_size if file.exists() else 0,
-            cached=_cached(layer, layers, checked.sharding),
+            cached=_cached(cached_elements(checked.folder.config), layers, checked.sharding),
             width=_FLOATS[dtype or usual],
             vocabulary=_number(sizes, "vocab_size", 0),
         )
@@ -132,13 +130,15 @@ def _weights(
     return tuple(found)
 
 
-def _cached(layer: int, layers: int, sharding: Sharding | None) -> tuple[int, ...]:
+def _cached(elements: Sequence[int], layers: int, sharding: Sharding | None) -> tuple[int, ...]:
+    """Returns the elements of one token's keys and values by rank. ``elements`` has them by layer."""
     if sharding is None:
-        return (layer * layers,)
+        return (sum(elements),)
     ranks = range(sharding.size)
     if sharding.kind == "tensor":
-        return tuple(layer * layers // sharding.size for _ in ranks)
-    return tuple(layer * len(own_layers(layers, rank, sharding.size)) for rank in ranks)
+        return tuple(sum(elements) // sharding.size for _ in ranks)
+    parts = (own_layers(layers, rank, sharding.size) for rank in ranks)
+    return tuple(sum(elements[part.start : part.stop]) for part in parts)
 
 
 def _bytes(tensor: SafetensorsTensor, dtype: str | None) -> int:

@@ -174,6 +174,22 @@ def network_class(config: Json) -> type:
         raise load_error("mlx-lm cannot load this kind of model", error) from error
 
 
+def cached_elements(config: Json) -> list[int]:
+    """Returns the elements of one token's keys and values in each layer that keeps some of its own.
+
+    A pass over a network without weights shows it, and is not evaluated. Raises LoadError.
+    """
+    try:
+        network_of, arguments_of = mlx_lm._get_classes(config)
+        network: _Network = network_of(arguments_of.from_dict(config))
+        cache = KVCache([_window(kind) for kind in caches.make_prompt_cache(network)], 1, 1)
+        network(mx.array([[0]]), cache.enter([0], [0], 1))
+    except BROKEN_MODEL as error:
+        raise load_error("mlx-lm cannot load this model", error) from error
+    stored = [(layer.keys, layer.values) for layer in cache.layers]
+    return [sum(array.shape[1] * array.shape[3] for array in pair if array is not None) for pair in stored]
+
+
 def open_tokenizer(folder: HfFolder, eos_token_ids: list[int]) -> MlxTokenizer:
     """Opens the tokenizer. ``eos_token_ids`` are added to the ids in its own files. Raises LoadError."""
     try:
