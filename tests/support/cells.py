@@ -8,45 +8,70 @@ from exo.worker.runner_cuda.prefix.cache import State
 from exo.worker.runner_cuda.scheduler import Step
 
 MISSING = -1
-"""A cell that was not part of a saved state."""
+"""A cell that a layer with a sliding window has lost."""
+PENDING = -3
+"""A cell that a copy is due to fill."""
 NAN = -2
 """A cell that spoils every computation in its slot."""
 
 
 @dataclass(slots=True)
 class RecordedCells:
-    """Implements ``prefix.cache.Cells``. ``window`` is the number of cells in a saved state; None is all."""
+    """Implements ``prefix.cache.Cells``.
+
+    ``window`` is the number of tokens that half of the layers see, the last one included; None is all. These layers
+    lose every cell that no token after a step sees, except the last ``spare`` ones.
+    """
 
     n_slots: int
     n_ctx: int = 1 << 12
     window: int | None = None
-    cuts: bool = True
-    """Whether cells can be cut anywhere."""
+    can_cut: bool = True
+    """False: half of the layers have a recurrent state."""
+    spare: int = 0
     held: list[list[int]] = field(init=False)
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Source and target of all copies."""
     restored: int = 0
+    rewound: int = 0
     _contents: list[list[int]] = field(init=False)
+    _recent: list[list[int]] = field(init=False)
+    """Half of the layers: the tokens of the cells, ``MISSING`` for lost ones."""
     _pending: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
     def __post_init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self.held = [[] for _ in range(self.n_slots)]
         self._contents = [[] for _ in range(self.n_slots)]
+        self._recent = [[] for _ in range(self.n_slots)]
 
     @property
-    def keeps_window(self) -> bool:
-        return self.window is not None
+    def forgets(self) -> bool:
+        return self.window is not None or not self.can_cut
+
+    def least(self, slot: int) -> int:
+        if not self.can_cut:
+            return len(self._recent[slot])
+        lost = self._recent[slot].count(MISSING)
+        return lost + self.window - 1 if self.window is not None and lost else 0
+
+    def least_saved(self, length: int) -> int:
+        return length - 1 if self.can_cut else length
 
     def trim(self, slot: int, length: int) -> bool:
-        if not self.cuts and 0 < length < len(self.held[slot]):
+        if not self.can_cut and 0 < length < len(self._recent[slot]):
             return False
         del self.held[slot][length:]
+        del self._recent[slot][length:]
         return True
 
     def copy(self, source: int, target: int) -> None:
         self.copies.append((source, target))
         self._pending.append((source, target))
-        self.held[target] = [MISSING] * len(self.held[source])
+        self.held[target] = [PENDING] * len(self.held[source])
+        self._recent[target] = [each if each == MISSING else PENDING for each in self._recent[source]]
 
     def spoil(self, slot: int) -> None:
         """Does what a failed computation does to a slot."""
@@ -54,24 +79,42 @@ class RecordedCells:
 
     def wipe(self, slot: int, sound: int | None) -> None:
         if sound is None:
-            self.held = [[] for _ in range(self.n_slots)]
-            self._contents = [[] for _ in range(self.n_slots)]
+            self._clear()
         else:
             self.copy(sound, slot)
-            self.trim(slot, 0)
+            self.held[slot].clear()
+            self._recent[slot].clear()
 
     def save(self, slot: int, most: int) -> State:
-        cells = self.held[slot]
-        assert MISSING not in cells[-(self.window or len(cells)) :]
-        kept = [MISSING] * (len(cells) - (self.window or len(cells))) + cells[-(self.window or len(cells)) :]
-        state = np.array(kept, np.int32).view(np.uint8)
-        return state if state.nbytes <= most else np.empty(0, np.uint8)
+        return self._state([self.held[slot], self._last(slot)], most)
 
     def restore(self, slot: int, state: State) -> bool:
+        if not state.size:
+            return self.trim(slot, 0) and False
         self.restored += 1
-        self.held[slot] = state.view(np.int32).tolist()
+        self.held[slot], self._recent[slot] = state.view(np.int32).reshape(2, -1).tolist()
         self._contents[slot] = self.held[slot].copy()
         return True
+
+    def snapshot(self, slot: int, most: int) -> State:
+        return self._state([self._last(slot)], most)
+
+    def rewind(self, slot: int, state: State) -> bool:
+        assert not any(slot in pair for pair in self._pending)
+        self.rewound += 1
+        self._recent[slot] = state.view(np.int32).tolist()
+        return True
+
+    def _last(self, slot: int) -> list[int]:
+        """The tokens that the last one saw, or all those that a recurrent state comes from."""
+        recent = self._recent[slot]
+        kept = len(recent) if self.window is None else min(self.window, len(recent))
+        return [MISSING] * (len(recent) - kept) + recent[len(recent) - kept :]
+
+    def _state(self, tokens: list[list[int]], most: int) -> State:
+        assert not any(PENDING in each for each in tokens)
+        state = np.array(tokens, np.int32).ravel().view(np.uint8)
+        return state if state.nbytes <= most else np.empty(0, np.uint8)
 
     def decode(self, step: Step) -> None:
         """Makes the pending copies, then writes the step's cells. The cells that a cell needs must precede it."""
@@ -79,12 +122,19 @@ class RecordedCells:
             self._contents[target] = self._contents[source].copy()
         for _, target in self._pending:  # a slot that was overwritten twice is as long as its last copy
             self.held[target] = self._contents[target][: len(self.held[target])]
+            pairs = zip(self._recent[target], self._contents[target], strict=False)
+            self._recent[target] = [old if old == MISSING else new for old, new in pairs]
         self._pending.clear()
         assert all(NAN not in self._contents[chunk.sequence.slot] for chunk in step.chunks)
         for chunk in step.chunks:
-            cells, tokens = self.held[chunk.sequence.slot], chunk.sequence.tokens
-            seen = min(chunk.start, self.window or chunk.start)
-            assert len(cells) == chunk.start
-            assert cells[chunk.start - seen :] == tokens[chunk.start - seen : chunk.start]
-            cells += tokens[chunk.start : chunk.stop] + chunk.draft
-            self._contents[chunk.sequence.slot] = cells.copy()
+            slot, known = chunk.sequence.slot, chunk.sequence.tokens[: chunk.start]
+            seen = chunk.start if self.window is None else min(chunk.start, self.window - 1)
+            assert self.held[slot] == known
+            assert len(self._recent[slot]) == chunk.start
+            assert self._recent[slot][chunk.start - seen :] == known[chunk.start - seen :]
+            new = chunk.sequence.tokens[chunk.start : chunk.stop] + chunk.draft
+            self.held[slot] += new
+            self._contents[slot] = self.held[slot].copy()
+            recent = self._recent[slot] + new
+            lost = 0 if self.window is None else max(0, chunk.start - self.window + 1 - self.spare)
+            self._recent[slot] = [MISSING] * lost + recent[lost:]

@@ -27,15 +27,17 @@ CAPACITY = 1 << 20
 class Slots:
     """A scheduler over recorded cells; each sequence generates the tokens that follow 1000."""
 
-    def __init__(self, n_slots: int, *, capacity: int = 0, window: int | None = None, cuts: bool = True) -> None:
-        self.cells = RecordedCells(n_slots, window=window, cuts=cuts)
+    def __init__(
+        self, n_slots: int, *, capacity: int = 0, window: int | None = None, cuts: bool = True, spare: int = 0
+    ) -> None:
+        self.cells = RecordedCells(n_slots, window=window, can_cut=cuts, spare=spare)
         self.cache = PrefixCache(self.cells, capacity)
         self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
         self.names = (str(number) for number in count())
 
-    def add(self, prompt: list[int], *, scored: bool = False) -> Sequence:
+    def add(self, prompt: list[int], *, scored: bool = False, boundaries: tuple[int, ...] = ()) -> Sequence:
         name, sampler = next(self.names), Sampler(SamplingParams(seed=0))
-        sequence = Sequence(name, list(prompt), len(prompt), len(prompt), 10_000, sampler)
+        sequence = Sequence(name, list(prompt), len(prompt), len(prompt), 10_000, sampler, boundaries=[*boundaries])
         sequence.prompt_logprobs = 0 if scored else None
         self.scheduler.add(sequence)
         return sequence
@@ -44,6 +46,7 @@ class Slots:
         step = self.scheduler.plan()
         self.cells.decode(step)
         self.scheduler.computed(step, 0.01)
+        self.scheduler.take_checkpoints(step)
         for chunk in step.chunks:
             if chunk.samples:
                 chunk.sequence.tokens.append(1000 + len(chunk.sequence.tokens))
@@ -55,10 +58,10 @@ class Slots:
         """How many tokens each of those that now begin finds computed."""
         return dict(self.step().started)
 
-    def ran(self, prompt: list[int]) -> Sequence:
+    def ran(self, prompt: list[int], n_output: int = 1, boundaries: tuple[int, ...] = ()) -> Sequence:
         """A sequence that has come and gone."""
-        sequence = self.add(prompt)
-        while len(sequence.tokens) == len(prompt):
+        sequence = self.add(prompt, boundaries=boundaries)
+        while len(sequence.tokens) < len(prompt) + n_output:
             self.step()
         self.scheduler.remove(sequence.id)
         return sequence
@@ -217,27 +220,84 @@ def test_the_memory_for_prefixes_is_bounded_and_the_latest_are_kept() -> None:
     assert slots.started() == {late.id: 399}
 
 
-def test_a_state_with_only_a_window_is_used_whole_or_not_at_all() -> None:
-    """As saved states of models with sliding windows are."""
-    for tail, expected in ((prompt(400, 50), 400), (prompt(700, 50), 0)):
-        slots = Slots(1, capacity=CAPACITY, window=16)
-        slots.ran(prompt(0, 400))
-        slots.ran(prompt(5000, 400))
-        back = slots.add(prompt(0, 400 if expected else 380) + tail)
-        assert slots.started() == {back.id: expected}
-        slots.step()
-        slots.scheduler.remove(back.id)
-        shorter = slots.add([*prompt(0, 300), 3])
-        assert slots.started() == {shorter.id: 0 if expected else 300}
+FORGETFUL = pytest.mark.parametrize(("window", "cuts"), [(16, True), (None, False)], ids=["window", "recurrent"])
+"""Models with sliding-window layers, and with recurrent layers."""
 
 
-def test_a_cache_that_cannot_be_cut_is_used_whole_or_emptied() -> None:
-    slots = Slots(1, cuts=False)
-    slots.ran([5, 6, 7])
-    other, longer = slots.add([5, 6, 9]), slots.add([5, 6, 9, 10])
+@FORGETFUL
+def test_a_changed_message_goes_on_from_its_start(window: int | None, cuts: bool) -> None:
+    """In the slot, and after other prompts, from the host's memory."""
+    for others in (), (5000, 6000, 7000):
+        slots = Slots(1, capacity=CAPACITY, window=window, cuts=cuts)
+        slots.ran(prompt(0, 1000), n_output=50, boundaries=(40, 703, 990))
+        for first in others:
+            slots.ran(prompt(first, 400))
+        changed = slots.add(prompt(0, 720) + prompt(3000, 200))
+        assert slots.started() == {changed.id: 696}
+        assert slots.cells.restored == bool(others)
+
+
+@FORGETFUL
+def test_another_reply_to_the_same_prompt_goes_on_from_its_end(window: int | None, cuts: bool) -> None:
+    slots = Slots(1, capacity=CAPACITY, window=window, cuts=cuts)
+    slots.ran(prompt(0, 1000), n_output=200)
+    other = slots.add(prompt(0, 1000) + prompt(3000, 200))
+    assert slots.started() == {other.id: 1000}
+
+
+@pytest.mark.parametrize(("window", "cuts", "expected"), [(16, True, 999), (None, False, 936)])
+def test_a_prompt_sent_again_goes_on_near_its_end(window: int | None, cuts: bool, expected: int) -> None:
+    """A recurrent state cannot go back by the one token that is always computed."""
+    slots = Slots(1, capacity=CAPACITY, window=window, cuts=cuts)
+    slots.ran(prompt(0, 1000), n_output=200)
+    again = slots.add(prompt(0, 1000))
+    assert slots.started() == {again.id: expected}
+
+
+def test_a_window_within_the_cells_that_are_left_needs_no_checkpoint() -> None:
+    slots = Slots(1, window=16, spare=200)
+    slots.ran(prompt(0, 1000), n_output=100)
+    other = slots.add(prompt(0, 950) + prompt(3000, 100))
+    assert slots.started() == {other.id: 950}
+
+
+@FORGETFUL
+def test_what_is_not_kept_is_computed_again(window: int | None, cuts: bool) -> None:
+    slots = Slots(1, window=window, cuts=cuts)
+    slots.ran(prompt(0, 1000), n_output=100)
+    other = slots.add(prompt(0, 950) + prompt(3000, 100))
     assert slots.started() == {other.id: 0}
-    slots.scheduler.remove(other.id)
-    assert slots.started() == {longer.id: 3}
+    slots.step()
+
+
+@FORGETFUL
+def test_one_that_waits_for_a_prefix_has_it_kept_although_the_other_goes_on(window: int | None, cuts: bool) -> None:
+    slots = Slots(2, capacity=CAPACITY, window=window, cuts=cuts)
+    first, second = slots.add(prompt(0, 2000)), slots.add(prompt(0, 1300) + prompt(9000, 100))
+    started: dict[str, int] = {}
+    while second.id not in started:
+        started |= slots.started()
+    assert started == {first.id: 0, second.id: 1296}
+    assert first.n_computed == 1296 or first.phase is Phase.PREFILL
+
+
+@FORGETFUL
+def test_a_long_prompt_can_be_left_at_many_places(window: int | None, cuts: bool) -> None:
+    slots = Slots(1, capacity=1 << 24, window=window, cuts=cuts)
+    slots.ran(prompt(0, 20_000), boundaries=(5000, 7500))
+    for at, expected in ((19_000, 15_688), (15_600, 11_592), (8000, 7496), (7400, 4096), (4000, 0)):
+        other = slots.add(prompt(0, at) + prompt(50_000, 100))
+        assert slots.started() == {other.id: expected}
+        slots.scheduler.remove(other.id)
+
+
+def test_a_long_prefix_outlasts_many_short_ones() -> None:
+    slots = Slots(1, capacity=250_000)
+    slots.ran(prompt(0, 2000))
+    for first in range(10_000, 60_000, 1000):
+        slots.ran(prompt(first, 300))
+    back = slots.add(prompt(0, 2000))
+    assert slots.started() == {back.id: 1999}
 
 
 def test_a_prompt_that_is_to_be_scored_is_computed_anew() -> None:
@@ -298,7 +358,9 @@ def family(members: list[tuple[int, int, int]]) -> list[list[int]]:
 MEMBERS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2 * WORTH_SAVING), st.integers(0, 30)), max_size=14)
 
 
-@pytest.mark.parametrize(("window", "cuts"), [(None, True), (8, True), (None, False)])
+@pytest.mark.parametrize(
+    ("window", "cuts", "spare"), [(None, True, 0), (8, True, 0), (8, True, 100), (None, False, 0), (20, False, 0)]
+)
 @settings(max_examples=60)
 @given(
     st.integers(1, 4),
@@ -310,6 +372,7 @@ MEMBERS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2 * WORTH_SAVING)
 def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
     window: int | None,
     cuts: bool,
+    spare: int,
     n_slots: int,
     members: list[tuple[int, int, int]],
     pauses: list[int],
@@ -317,7 +380,7 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
     capacity: int,
 ) -> None:
     """Asserted by ``RecordedCells.decode`` in each step."""
-    slots = Slots(n_slots, capacity=capacity, window=window, cuts=cuts)
+    slots = Slots(n_slots, capacity=capacity, window=window, cuts=cuts, spare=spare)
     running: list[Sequence] = []
 
     def go_on(wanted: int) -> None:
@@ -329,7 +392,7 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
             running.remove(sequence)
 
     for at, (each, pause) in enumerate(zip(family(members), pauses, strict=False)):
-        running.append(slots.add(each))
+        running.append(slots.add(each, boundaries=tuple(range(each[-1] % 97, len(each), 97))))
         for _ in range(pause):
             go_on(pause)
         if at in spoilt:

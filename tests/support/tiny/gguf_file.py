@@ -53,7 +53,7 @@ def write_stored(path: Path, shape: Shape, tokenizer: Tokenizer, tensors: Iterab
     """Write a model of this shape whose tensors are already as the file has them."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     _add_sizes(writer, shape)
-    _add_tokenizer(writer, tokenizer)
+    add_tokenizer(writer, tokenizer)
     for name, stored, quantisation in tensors:
         writer.add_tensor(name, stored, raw_dtype=quantisation)
     writer.write_header_to_file()
@@ -82,7 +82,8 @@ def _add_sizes(writer: gguf.GGUFWriter, shape: Shape) -> None:
         writer.add_rope_freq_base_swa(shape.rope_base_local)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer's metadata."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([token.text for token in tokenizer.tokens])

@@ -106,8 +106,10 @@ class Model:
         self.size_bytes = llama_cpp.llama_model_size(handle)
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
         """Whether a sequence's last tokens can be removed from the cache."""
-        self.keeps_window = not self.can_cut or llama_cpp.llama_model_n_swa(handle) > 0
-        """Whether a saved state has, in some layers, only the cells that the next token sees."""
+        self.window = llama_cpp.llama_model_n_swa(handle)
+        """The number of tokens that sliding-window layers see; 0 without such layers."""
+        self.window_is_chunk = self.metadata("general.architecture") == "llama4"
+        """Whether a token sees those of its own chunk of ``window`` tokens, instead of the last ``window`` ones."""
 
     def chat_template(self, name: bytes | None = None) -> str | None:
         """The chat template in the file, the usual one without a ``name``, or None."""
@@ -196,7 +198,10 @@ class Context:
         self.generates = self._memory is not None and llama_cpp.llama_get_causal_attn(handle)
         """False for an encoder, which computes only vectors of whole texts. llama.cpp reports this of a context, not of
         a model."""
-        self.keeps_window = model.keeps_window
+        self._model = model
+        self.can_cut = model.can_cut
+        self.forgets = not model.can_cut or model.window > 0
+        """Whether some layers keep only a window of cells or a recurrent state, also in a saved state."""
 
     def decode(self, n_rows: int) -> None:
         """Computes the batch's first ``n_rows`` and waits for the end. Raises EngineError: the context is unusable."""
@@ -214,6 +219,28 @@ class Context:
     def use_threads(self, one_row: int, more: int) -> None:
         """Sets the number of CPU threads for steps of one row and for steps of more."""
         llama_cpp.llama_set_n_threads(self.handle, one_row, more)
+
+    def least(self, slot: int) -> int:
+        """Returns the length of the shortest prefix, other than the empty one, to which a slot's cells can be cut.
+
+        The next token sees ``window`` tokens, itself included.
+        """
+        assert self._memory is not None
+        model, lowest = self._model, llama_cpp.llama_memory_seq_pos_min(self._memory, slot)
+        if not model.can_cut or not model.window:
+            return lowest + 1 if lowest > 0 or not model.can_cut else 0
+        if model.window_is_chunk:
+            return -(-lowest // model.window) * model.window
+        return lowest + model.window - 1 if lowest > 0 else 0
+
+    def least_saved(self, length: int) -> int:
+        """Returns the same of a saved state or a snapshot of ``length`` tokens.
+
+        llama.cpp saves the cells that the last token saw, so that token can be computed again.
+        """
+        if not self._model.can_cut:
+            return length
+        return length - 1 if length > self._model.window else 0
 
     def trim(self, slot: int, length: int) -> bool:
         """Keeps the first ``length`` cells of a slot. Returns false if this model's cache cannot be cut there."""
@@ -243,20 +270,40 @@ class Context:
     def save(self, slot: int, most: int) -> State:
         """Returns the cells of a slot; an empty array if that failed or they take more than ``most`` bytes.
 
-        Layers with a sliding window contribute only the cells that the next token sees.
+        Layers with a sliding window contribute only the cells that the last token saw.
         """
-        size = llama_cpp.llama_state_seq_get_size(self.handle, ctypes.c_int32(slot))
+        return self._get(slot, most, 0)
+
+    def restore(self, slot: int, state: State) -> bool:
+        """Replaces a slot's cells with saved ones. On failure, returns false and leaves the slot empty."""
+        return self._set(slot, state, 0)
+
+    def snapshot(self, slot: int, most: int) -> State:
+        """Returns the part of a slot's cells in layers that forget; an empty array as in ``save``."""
+        return self._get(slot, most, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+
+    def rewind(self, slot: int, state: State) -> bool:
+        """Replaces that part with a snapshot. On failure, returns false and leaves the slot empty.
+
+        The caller then cuts the slot to a length of the snapshot.
+        """
+        return self._set(slot, state, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+
+    def _get(self, slot: int, most: int, flags: int) -> State:
+        part = ctypes.c_int32(slot), ctypes.c_uint32(flags)
+        size = llama_cpp.llama_state_seq_get_size_ext(self.handle, *part)
         if not 0 < size <= most:
             return np.empty(0, np.uint8)
         state = np.empty(size, np.uint8)
         array = (ctypes.c_uint8 * size).from_buffer(state.data)
-        return state[: llama_cpp.llama_state_seq_get_data(self.handle, array, size, ctypes.c_int32(slot))]
+        return state[: llama_cpp.llama_state_seq_get_data_ext(self.handle, array, size, *part)]
 
-    def restore(self, slot: int, state: State) -> bool:
-        """Replaces a slot's cells with saved ones. On failure, returns false and leaves the slot empty."""
-        array = (ctypes.c_uint8 * state.size).from_buffer(state.data)
-        if llama_cpp.llama_state_seq_set_data(self.handle, array, state.size, ctypes.c_int32(slot)) == state.size:
-            return True
+    def _set(self, slot: int, state: State, flags: int) -> bool:
+        part = ctypes.c_int32(slot), ctypes.c_uint32(flags)
+        if state.size:
+            array = (ctypes.c_uint8 * state.size).from_buffer(state.data)
+            if llama_cpp.llama_state_seq_set_data_ext(self.handle, array, state.size, *part) == state.size:
+                return True
         self.trim(slot, 0)
         return False
 

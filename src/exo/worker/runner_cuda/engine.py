@@ -75,6 +75,7 @@ class CudaEngine:
                 self._read(step, self._context.logits(n_outputs), done)
             self._steps += 1
             self._emitter.put(done)
+            self._scheduler.take_checkpoints(step)
 
     def _embed(self) -> None:
         """Computes one batch of texts; streams and texts take turns."""

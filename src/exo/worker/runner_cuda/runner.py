@@ -63,6 +63,7 @@ def _new_sequence(
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
         exact=request.exact or bool(request.delivered),
+        boundaries=[at for at, token in enumerate(prompt) if tokenizer.is_control(token)],
     )
 
 

@@ -1,5 +1,6 @@
 """Plans the next step from slots, sequences and token budgets. Pure: it does not call llama.cpp."""
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ GROUP = 8
 On a CPU, the cuts then do not change a bit of the results; other cuts moved logits of a Q4_K_M model by up to 4.6."""
 ALONE_SECONDS = 1.5
 """The longest prefill step while nothing decodes. A request that arrives during the step waits for its end."""
+SPACING = 4096
+"""The most prompt tokens between two checkpoints of a model that needs them."""
+TAIL = 512
+"""The distance of a checkpoint from the prompt's end if it is unknown where the last message starts."""
 SCORED_ROWS = 32
 """The most rows of a step that give prompt log-probabilities. Each takes the memory of a row of logits."""
 
@@ -196,6 +201,16 @@ class Scheduler:
                 self._prefilling.remove(sequence)
                 sequence.move(Phase.DECODE)
 
+    def take_checkpoints(self, step: Step) -> None:
+        """Keeps the checkpoints that are due after ``step``. Call it when the step's tokens are on their way.
+
+        They are due at a sequence's marks and at the end of its prompt: the next prompt often has another reply there.
+        """
+        for chunk in step.chunks if step.prefills else ():
+            sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
+            if chunk.stop in (*sequence.marks, sequence.n_prefill) and len(slot.cached) == chunk.stop:
+                self._cache.checkpoint(slot)
+
     def verified(self, chunk: Chunk) -> None:
         """Keeps the cells of the draft's correct guesses, once the sampled tokens are known, and drops the others.
 
@@ -234,6 +249,7 @@ class Scheduler:
                 break
             found = self._cache.find(sequence)
             if found is not None and self._cache.is_awaited(found):
+                self._await(found)
                 continue
             if found is not None and self._cache.needs_decode(found):
                 if self.n_active:
@@ -245,10 +261,48 @@ class Scheduler:
             self.waiting.remove(sequence)
             sequence.slot = slot.id
             sequence.n_computed = self._cache.enter(slot, sequence, found)
+            sequence.marks = self._marks(sequence)
             sequence.move(Phase.PREFILL)
             self._prefilling.append(sequence)
             started.append((sequence.id, sequence.n_computed))
         return started
+
+    def _marks(self, sequence: Sequence) -> list[int]:
+        """Returns where a prompt's prefill stops for checkpoints.
+
+        These are the last message's start, or two places before the end if no message starts are known; one in every
+        ``SPACING`` tokens, if possible where a message starts; and, if the cells cannot be cut by a single token, a
+        place just before the end. No stop changes a result; see ``GROUP``.
+        """
+        if not self._cache.takes_checkpoints or sequence.prompt_logprobs is not None:
+            return []
+        start, end = sequence.n_computed, sequence.n_prefill - self._least
+        starts = [at for at in sequence.boundaries if start + self._least <= at <= end]
+        wanted = starts[-1:] or [end, end - TAIL]
+        if not self._cache.can_cut:
+            wanted.append(end)
+        at = start + SPACING
+        while at < end:
+            before = bisect_right(starts, at)
+            near = before > 0 and starts[before - 1] > at - SPACING // 2
+            wanted.append(starts[before - 1] if near else at)
+            at = wanted[-1] + SPACING
+        marks: list[int] = []
+        for stop in sorted(start + (each - start) // GROUP * GROUP for each in wanted):
+            if stop - (marks[-1] if marks else start) >= self._least:
+                marks.append(stop)
+        return marks
+
+    def _await(self, found: Found) -> None:
+        """Has a sequence stop for a checkpoint at the end of the prefix that another one waits for."""
+        sequence = found.holder.sequence if isinstance(found.holder, Slot) else None
+        if sequence is None or not self._cache.takes_checkpoints:
+            return
+        start = sequence.n_computed
+        stop = start + (found.promised - start) // GROUP * GROUP
+        if self._least <= stop - start and stop <= sequence.n_prefill - self._least:
+            others = [mark for mark in sequence.marks if abs(mark - stop) >= self._least]
+            sequence.marks = sorted([*others, stop])
 
     def _choose_slot(self, found: Found | None) -> Slot:
         """Returns a free slot with as many busy neighbours as possible: each gap splits every batch once more.
@@ -293,19 +347,22 @@ class Scheduler:
     def _cut(self, sequence: Sequence, budget: int) -> int:
         """Returns where a prompt's next chunk ends, which is its start if the rest of the budget is too small.
 
-        Unless log-probabilities are wanted, neither the chunk nor the rest of the prompt becomes shorter than
-        ``LEAST``: a rest that is too short to be cut may exceed the budget by up to ``LEAST`` tokens.
+        It ends at the prompt's next mark at the latest. Unless log-probabilities are wanted, neither the chunk nor the
+        rest of the prompt becomes shorter than ``LEAST``: a rest that is too short to be cut may exceed the budget by
+        up to ``LEAST`` tokens.
         """
-        start, missing = sequence.n_computed, sequence.n_missing
+        start = sequence.n_computed
+        end = next((mark for mark in sequence.marks if mark > start), len(sequence.tokens))
+        missing = end - start
         if sequence.prompt_logprobs is not None:
             reach = start + min(budget, self._chunk, SCORED_ROWS)
             return len(sequence.tokens) if len(sequence.tokens) <= reach else reach // SCORED_ROWS * SCORED_ROWS
         size = min(budget, self._chunk)
         if missing <= size:
-            return len(sequence.tokens)
+            return end
         if budget < self._least:
             return start
         if missing < 2 * self._least <= self._chunk:
-            return len(sequence.tokens)
+            return end
         size = min(size, max(missing - self._least, self._least))
         return start + max(size // GROUP * GROUP, self._least)

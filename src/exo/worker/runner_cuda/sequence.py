@@ -34,6 +34,10 @@ class Sequence:
     """Made when it is first asked for a draft."""
     draft_rate: Rate = field(default_factory=lambda: Rate(HOPE, 4.0))
     """How often a draft model's guesses were right."""
+    boundaries: list[int] = field(default_factory=list[int])
+    """The positions of control tokens in the prompt, between which messages are, in ascending order."""
+    marks: list[int] = field(default_factory=list[int])
+    """The lengths at which prefill stops for a checkpoint, in ascending order."""
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_computed: int = 0

@@ -12,8 +12,6 @@ class Slot:
 
     id: int
     cached: list[int] = field(default_factory=list[int])
-    least: int = 0
-    """The shortest usable prefix. Layers with a sliding window may lack the cells for shorter ones."""
     sequence: Sequence | None = None
     entered: int = 0
     """The running number of the last sequence that entered; 0 if there was none."""

@@ -117,7 +117,8 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     cache = PrefixCache(context, options.prefix_cache_bytes)
     speculate = options.speculation if model.can_cut else "off"
-    speculation = Speculation(speculate, options.slots + SCORED_ROWS, draft)
+    # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
+    speculation = Speculation(speculate, min(options.slots + SCORED_ROWS, sizes.alone), draft)
     enough = budget if on_gpu else CPU_ENOUGH
     scheduler = Scheduler(
         options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation, sizes.alone

@@ -1,18 +1,18 @@
-"""The prefix cache: prefixes in the slots, busy or free, and states saved to RAM before a slot is overwritten."""
+"""The prefix cache: prefixes in the slots, busy or free, and states in RAM.
+
+Layers with a sliding window or a recurrent state forget: a slot's cells alone then allow only some of its prefixes.
+Others need a checkpoint of these layers; the cells of the remaining layers are in the slot.
+"""
 
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
-
-State = npt.NDArray[np.uint8]
 
 WORTH_COPYING = 1 / 512
 """The share of a slot's size by which a found prefix must exceed the slot's own to be worth a copy, which copies all
@@ -21,6 +21,8 @@ WORTH_SAVING = 256
 """A slot's state is saved before it is overwritten if at least this many of its tokens are cached nowhere else."""
 WORTH_WAITING = 64
 """A request waits for another slot's prefill if that is about to compute at least this many tokens of its prompt."""
+WORTH_MARKING = 32
+"""A checkpoint is kept if it is at least this many tokens after the one before it."""
 
 
 class Cells(Protocol):
@@ -32,8 +34,21 @@ class Cells(Protocol):
         ...
 
     @property
-    def keeps_window(self) -> bool:
-        """Whether a saved state has, in some layers, only the cells that the next token sees: it cannot be cut then."""
+    def can_cut(self) -> bool:
+        """Whether the last tokens can be removed from a slot. Layers with a recurrent state cannot go back by one."""
+        ...
+
+    @property
+    def forgets(self) -> bool:
+        """Whether some layers keep only a window of cells or a recurrent state."""
+        ...
+
+    def least(self, slot: int) -> int:
+        """Returns the length of the shortest prefix, other than the empty one, to which a slot's cells can be cut."""
+        ...
+
+    def least_saved(self, length: int) -> int:
+        """Returns the same of a saved state or a snapshot of ``length`` tokens."""
         ...
 
     def trim(self, slot: int, length: int) -> bool:
@@ -59,24 +74,16 @@ class Cells(Protocol):
         """Replaces a slot's cells with saved ones. On failure, returns false and leaves the slot empty."""
         ...
 
+    def snapshot(self, slot: int, most: int) -> State:
+        """Returns the part of a slot's cells in layers that forget; an empty array as in ``save``."""
+        ...
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """A slot's saved state. Prefixes of it with fewer than ``least`` tokens cannot be used."""
+    def rewind(self, slot: int, state: State) -> bool:
+        """Replaces that part with a snapshot. On failure, returns false and leaves the slot empty.
 
-    cached: list[int]
-    least: int
-    state: State
-
-    @property
-    def tokens(self) -> list[int]:
-        """The same as ``cached``, for what ``Slot`` and ``Saved`` have in common."""
-        return self.cached
-
-    @property
-    def n_bytes(self) -> int:
-        """RAM taken. A token in the list takes a pointer and an integer object."""
-        return self.state.nbytes + 40 * len(self.cached)
+        The caller then cuts the slot to a length of the snapshot.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +93,43 @@ class Found:
     holder: Slot | Saved
     length: int
     promised: int
+    checkpoint: Checkpoint | None = None
+    """The checkpoint that ``length`` needs."""
+
+
+Reach = tuple[int, Checkpoint | None]
+"""The length of a usable prefix, and the checkpoint that it needs."""
 
 
 class PrefixCache:
     """Knows the tokens of all slots and saved states, and moves cells between them. Used by the engine's thread.
 
     Invariants: the tree has the tokens of each saved state, and those that each slot has computed or will compute, in
-    whole blocks. A slot's ``cached`` are the tokens with cells. Saved states take at most ``capacity`` bytes.
+    whole blocks. A slot's ``cached`` are the tokens with cells. A sequence starts at a length only if the slot's cells
+    allow it, as ``Cells.least`` says.
     """
 
     def __init__(self, cells: Cells, capacity: int) -> None:
-        """``capacity`` is the RAM for saved states, in bytes; 0 saves none."""
-        self.n_bytes = 0
+        """``capacity`` is the RAM for saved states and checkpoints, in bytes; 0 keeps none."""
         self._cells = cells
-        self._capacity = capacity
+        self._host = HostTier(capacity)
         self._tree: PrefixTree[Slot | Saved] = PrefixTree()
-        self._saved: dict[Saved, None] = {}  # least recently used first
         self._copying = False  # a copy or a wipe is due with the next decode
+
+    @property
+    def n_bytes(self) -> int:
+        """The RAM that saved states and checkpoints take."""
+        return self._host.n_bytes
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether the last tokens can be removed from a slot without a checkpoint."""
+        return self._cells.can_cut
+
+    @property
+    def takes_checkpoints(self) -> bool:
+        """Whether ``checkpoint`` has an effect."""
+        return self._cells.forgets and self._host.capacity > 0
 
     def find(self, sequence: Sequence) -> Found | None:
         """Returns the longest prefix of a sequence that is cached or about to be, of at least one block.
@@ -113,12 +140,19 @@ class PrefixCache:
         if sequence.prompt_logprobs is not None:
             return None
         tokens = sequence.tokens
+        usable = self._host.usable(tokens)
+        best: Found | None = None
+        seen: set[Slot | Saved] = set()
         for depth, holders in self._tree.matches(tokens):
-            found = [_found(holder, tokens, depth) for holder in holders]
-            best = max(found, key=lambda each: (each.promised, each.length, isinstance(each.holder, Slot)))
-            if best.promised:
-                return best
-        return None
+            if best is not None and best.promised >= depth + BLOCK - 1:
+                break
+            found = [self._found(holder, tokens, depth, usable) for holder in holders - seen]
+            seen |= holders
+            best = max(
+                [*found, *([best] if best is not None else ())],
+                key=lambda each: (each.promised, each.length, isinstance(each.holder, Slot)),
+            )
+        return best if best is not None and best.promised else None
 
     def is_awaited(self, found: Found) -> bool:
         """Whether the request should wait for the sequence that is computing the rest of the prefix."""
@@ -130,24 +164,21 @@ class PrefixCache:
         A pending copy takes effect with the next decode. It would overwrite a state restored before it, or copy that
         state instead of the source's cells.
         """
-        return self._copying and isinstance(found.holder, Saved)
+        return self._copying and (isinstance(found.holder, Saved) or found.checkpoint is not None)
 
     def enter(self, slot: Slot, sequence: Sequence, found: Found | None) -> int:
         """Gives a free slot to a sequence, with the found prefix in it. Returns the number of cached tokens."""
-        length = 0
+        reach: Reach = 0, None
         if sequence.prompt_logprobs is None:
-            length = _usable(slot, min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1))
+            usable = () if self._copying else self._host.usable(sequence.tokens)
+            reach = self._reach(slot, min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1), usable)
         worth = max(BLOCK, int(self._cells.n_ctx * WORTH_COPYING))
-        if found is None or found.holder is slot or found.length < length + worth:
-            self._keep(slot, length)
+        if found is None or found.holder is slot or found.length < reach[0] + worth:
+            self._keep(slot, reach[0])
         else:
-            length = self._fetch(slot, found)
-        if not self._cells.trim(slot.id, length):
-            self._cells.trim(slot.id, 0)
-            length = 0
+            reach = self._fetch(slot, found)
+        length = self._cut(slot, *reach)
         del slot.cached[length:]
-        if length == 0:
-            slot.least = 0
         self._tree.cut(slot, length)
         slot.sequence = sequence
         self.promise(slot)
@@ -158,7 +189,11 @@ class PrefixCache:
         self._tree.put(slot, slot.tokens)
 
     def drop_after(self, slot: Slot, length: int) -> None:
-        """Drops the slot's cells from index ``length`` on, and records the sequence's tokens."""
+        """Drops the slot's cells from index ``length`` on, and records the sequence's tokens.
+
+        ``length`` must be within the slot's last micro-batch: windows reach back from there.
+        """
+        assert length >= self._cells.least(slot.id)
         self._cells.trim(slot.id, length)
         self.promise(slot)
 
@@ -166,15 +201,27 @@ class PrefixCache:
         """Records that the sequence has left the slot: only computed tokens are cached, nothing is promised."""
         self._tree.cut(slot, len(slot.cached))
 
+    def checkpoint(self, slot: Slot) -> None:
+        """Keeps a checkpoint of the slot's tokens, unless there is one that saves nearly as many."""
+        tokens = slot.cached
+        if not self.takes_checkpoints:
+            return
+        before = max((each.most for each in self._host.usable(tokens)), default=0)
+        if len(tokens) - before < WORTH_MARKING:
+            return
+        state = self._cells.snapshot(slot.id, self._host.capacity)
+        if state.size:
+            self._add(Checkpoint(packed(tokens), self._cells.least_saved(len(tokens)), state))
+
     def wipe(self, spoilt: Collection[Slot], sound: Slot | None) -> None:
         """Empties free slots, and overwrites their cells with those of ``sound``, or with zeros if that is None.
 
         Emptying alone is not enough: a masked cell still spoils a computation if it is NaN.
         """
         for slot in spoilt:
+            self._host.forget(slot.cached)
             self._tree.cut(slot, 0)
             slot.cached.clear()
-            slot.least = 0
             self._cells.wipe(slot.id, None if sound is None else sound.id)
             self._copying = sound is not None
 
@@ -182,64 +229,97 @@ class PrefixCache:
         """Records a decode, with which pending copies have taken effect."""
         self._copying = False
 
-    def _fetch(self, slot: Slot, found: Found) -> int:
-        """Replaces the slot's cells with the found ones. Returns the number of usable tokens."""
+    def _found(self, holder: Slot | Saved, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> Found:
+        common = depth
+        for mine, theirs in zip(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK], strict=False):
+            if mine != theirs:
+                break
+            common += 1
+        common = min(common, len(prompt) - 1)
+        length, checkpoint = self._reach(holder, min(common, len(holder.cached)), usable)
+        return Found(holder, length, common if common > len(holder.cached) else length, checkpoint)
+
+    def _reach(self, holder: Slot | Saved, length: int, usable: Tokens[Usable]) -> Reach:
+        """Returns the longest prefix of at most ``length`` tokens to which the holder's cells can be cut."""
+        if length >= (holder.least if isinstance(holder, Saved) else self._cells.least(holder.id)):
+            return length, None
+        reaches = ((min(length, each.most), each.checkpoint) for each in usable if each.least <= length)
+        return max(reaches, key=lambda reach: reach[0], default=(0, None))
+
+    def _cut(self, slot: Slot, length: int, checkpoint: Checkpoint | None) -> int:
+        """Cuts a slot's cells to ``length``, or to none if that fails. Returns the number of tokens left."""
+        if checkpoint is not None:
+            self._host.used(checkpoint)
+            if not self._cells.rewind(slot.id, checkpoint.state):
+                return 0
+        if length >= self._cells.least(slot.id) and self._cells.trim(slot.id, length):
+            return length
+        self._cells.trim(slot.id, 0)
+        return 0
+
+    def _fetch(self, slot: Slot, found: Found) -> Reach:
+        """Replaces the slot's cells with the found ones. Returns the prefix to which they are to be cut."""
         source = found.holder
         if isinstance(source, Saved):
-            self._drop(source)
+            if len(source.cached) - found.length < WORTH_SAVING:
+                self._drop(source)
+            else:
+                self._host.used(source)
         self._keep(slot, 0)
         self._tree.cut(slot, 0)
-        if isinstance(source, Slot):
+        if isinstance(source, Slot) and found.checkpoint is None:
             self._cells.copy(source.id, slot.id)
             self._copying = True
-        elif not self._cells.restore(slot.id, source.state):
+        elif not self._cells.restore(slot.id, self._state(source)):
             slot.cached.clear()
-            return 0
+            return 0, None
         slot.cached[:] = source.cached
-        slot.least = source.least
-        return found.length
+        return found.length, found.checkpoint
+
+    def _state(self, source: Slot | Saved) -> State:
+        """Returns a holder's cells. Those of a slot take room of the host tier for a moment."""
+        if isinstance(source, Saved):
+            return source.state
+        state = self._cells.save(source.id, self._host.capacity)
+        self._untree(self._host.make_room(state.nbytes))
+        return state
 
     def _keep(self, slot: Slot, n_kept: int) -> None:
         """Saves the slot's state if many of its tokens are neither among the ``n_kept`` first nor cached elsewhere."""
-        n_safe = max(n_kept, self._held_elsewhere(slot))
-        if self._capacity == 0 or len(slot.cached) - n_safe < WORTH_SAVING:
+        usable = self._host.usable(slot.cached)
+        n_safe = max(n_kept, self._held_elsewhere(slot, usable))
+        if self._host.capacity == 0 or len(slot.cached) - n_safe < WORTH_SAVING:
             return
-        state = self._cells.save(slot.id, self._capacity)
-        least = len(slot.cached) if self._cells.keeps_window else slot.least
+        state = self._cells.save(slot.id, self._host.capacity)
+        if not state.size:
+            return
+        least = self._cells.least_saved(len(slot.cached)) if self._cells.forgets else 0
         saved = Saved(slot.cached.copy(), least, state)
-        if not state.size or saved.n_bytes > self._capacity:
-            return
-        for other in [other for other in self._saved if other.cached == saved.cached[: len(other.cached)]]:
-            if least <= len(other.cached):
+        for other in [each for each in self._host.saved() if each.cached == saved.cached[: len(each.cached)]]:
+            if self._reach(saved, len(other.cached), usable)[0] == len(other.cached):
                 self._drop(other)
-        while self.n_bytes + saved.n_bytes > self._capacity:
-            self._drop(next(iter(self._saved)))
-        self._saved[saved] = None
-        self.n_bytes += saved.n_bytes
-        self._tree.put(saved, saved.cached)
+        if self._add(saved):
+            self._tree.put(saved, saved.cached)
 
-    def _held_elsewhere(self, slot: Slot) -> int:
+    def _held_elsewhere(self, slot: Slot, usable: Tokens[Usable]) -> int:
         """Returns how many leading tokens of the slot are cached in another place, in whole blocks."""
+        best = 0
         for depth, holders in self._tree.matches(slot.cached):
-            if any(h is not slot and len(h.cached) >= depth >= h.least for h in holders):
-                return depth
-        return 0
+            if best >= depth:
+                break
+            others = (each for each in holders if each is not slot and len(each.cached) >= depth)
+            best = max([best, *(self._reach(each, depth, usable)[0] for each in others)])
+        return best
+
+    def _add(self, entry: Saved | Checkpoint) -> bool:
+        dropped = self._host.add(entry)
+        self._untree(dropped or [])
+        return dropped is not None
 
     def _drop(self, saved: Saved) -> None:
-        del self._saved[saved]
-        self.n_bytes -= saved.n_bytes
-        self._tree.cut(saved, 0)
+        self._host.drop(saved)
+        self._untree([saved])
 
-
-def _found(holder: Slot | Saved, prompt: Tokens[int], depth: int) -> Found:
-    promised = depth
-    for mine, theirs in zip(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK], strict=False):
-        if mine != theirs:
-            break
-        promised += 1
-    promised = _usable(holder, min(promised, len(prompt) - 1))
-    return Found(holder, _usable(holder, min(promised, len(holder.cached))), promised)
-
-
-def _usable(holder: Slot | Saved, length: int) -> int:
-    return length if length >= holder.least else 0
+    def _untree(self, dropped: list[Saved]) -> None:
+        for saved in dropped:
+            self._tree.cut(saved, 0)

@@ -95,6 +95,7 @@ class DraftModel:
         while length < most and held[length] == stream.tokens[length]:
             length += 1
         if length < len(held):
+            length = length if length >= self._context.least(stream.slot) else 0
             self._context.trim(stream.slot, length)
             del held[length:]
         self._agreed[stream.slot] = stream, length

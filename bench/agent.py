@@ -1,0 +1,145 @@
+"""Measures how much of an agent's prompt is computed again, beside llama-server.
+
+``python -m bench.agent [--tokens N] [--pairs N] [--only exo]`` asks the demo model in two slots and prints, for each of
+five steps, the prompt tokens computed and the time to the first token: a cold prompt, its tail changed, a turn of some
+290 new tokens, the same prompt after three side prompts, and with the last reply changed after three more.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import httpx
+import psutil
+from pydantic import BaseModel
+
+from bench.servers import Server, demo_server, end_within, llama_server, set_up_peers
+
+SLOTS = 2
+REPLY_TOKENS, TURN_WORDS, SIDE_WORDS = 48, 280, 400
+TAIL = 0.1
+"""The share of the prompt that the second step changes."""
+WORDS = ("river", "stone", "winter", "garden", "table", "window", "letter", "music", "paper", "silver", "market")
+_LIMIT_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request's reply, the prompt tokens that were not cached, and the milliseconds to the first token."""
+
+    text: str
+    computed: int
+    first_ms: float
+
+
+class Choice(BaseModel):
+    text: str = ""
+
+
+class Details(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    prompt_tokens_details: Details = Details()
+
+
+class Event(BaseModel):
+    """What is read of a streamed event. Both servers send more."""
+
+    choices: tuple[Choice, ...] = ()
+    usage: Usage | None = None
+
+
+def ask(server: Server, prompt: str) -> Answer:
+    """Streams a completion."""
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": REPLY_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began, first, text, computed = time.perf_counter(), 0.0, "", 0
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=600) as reply:
+        reply.raise_for_status()
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = Event.model_validate_json(line.removeprefix("data: "))
+            piece = "".join(choice.text for choice in event.choices)
+            if piece and not first:
+                first = 1000 * (time.perf_counter() - began)
+            text += piece
+            if event.usage is not None:
+                computed = event.usage.prompt_tokens - event.usage.prompt_tokens_details.cached_tokens
+    return Answer(text, computed, first)
+
+
+def words(dice: random.Random, count: int) -> str:
+    """Returns text of about one token a word."""
+    return "".join(" " + dice.choice(WORDS) for _ in range(count))
+
+
+def conversation(server: Server, tokens: int, seed: int) -> Iterator[tuple[str, Answer]]:
+    """Yields each step's name and answer. Equal arguments send equal prompts."""
+    dice = random.Random(seed)
+    stem, tail, other = (words(dice, count) for count in (int(tokens * (1 - TAIL)), *[int(tokens * TAIL)] * 2))
+    yield "cold", ask(server, f"{seed}{stem}{tail}")
+    prompt = f"{seed}{stem}{other}"
+    answer = ask(server, prompt)
+    yield "tail changed", answer
+    turn = "\n\nUser:" + words(dice, TURN_WORDS) + "\n\nAssistant:"
+    yield "a turn later", ask(server, prompt + answer.text + turn)
+    _side_prompts(server, dice)
+    yield "back after side prompts", ask(server, prompt + answer.text + turn)
+    _side_prompts(server, dice)
+    yield "back with another reply", ask(server, prompt + words(dice, REPLY_TOKENS) + turn)
+
+
+def _side_prompts(server: Server, dice: random.Random) -> None:
+    for _ in range(3):
+        ask(server, f"{dice.random()}{words(dice, SIDE_WORDS)}")
+
+
+def _resident(process: psutil.Process) -> int:
+    """Returns the resident memory of a server and its runners, in MiB."""
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) >> 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.agent", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4000, help="of the first prompt, about")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--only", choices=["exo"], help="without llama-server")
+    arguments = parser.parse_args()
+    context = -(-(arguments.tokens + 1024) // 1024) * 1024
+    if arguments.only is None:
+        set_up_peers()
+    end_within(_LIMIT_SECONDS)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        servers = [demo_server(Path(folder) / "exo", (f"n_ctx = {context}", f"slots = {SLOTS}"))]
+        servers += [] if arguments.only else [llama_server(SLOTS, context)]
+        started = [running.enter_context(each.running(Path(folder) / f"{each.name}.log")) for each in servers]
+        found: dict[tuple[str, str], list[Answer]] = {}
+        for pair in range(arguments.pairs):
+            for server in servers if pair % 2 else servers[::-1]:
+                for step, answer in conversation(server, arguments.tokens, pair):
+                    found.setdefault((step, server.name), []).append(answer)
+        for (step, name), answers in found.items():
+            computed, first = median(each.computed for each in answers), median(each.first_ms for each in answers)
+            print(f"{step:<26} {name:<14} {computed:7.0f} tokens computed, first {first:8.0f} ms")
+        for server, process in zip(servers, started, strict=True):
+            print(f"{server.name:<14} {_resident(psutil.Process(process.pid)):,} MiB resident at the end")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""States in RAM: those of slots before they were overwritten, and checkpoints of layers that forget."""
+
+from array import array
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+State = npt.NDArray[np.uint8]
+Packed = npt.NDArray[np.int32]
+
+_CANDIDATES = 8
+"""The number of least recently used states among which the cheapest one to compute again is dropped first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """The cells of a whole slot. Prefixes of it with fewer than ``least`` tokens need a checkpoint."""
+
+    cached: list[int]
+    least: int
+    state: State
+
+    @property
+    def tokens(self) -> list[int]:
+        """The same as ``cached``, for what ``Slot`` and ``Saved`` have in common."""
+        return self.cached
+
+    @property
+    def n_bytes(self) -> int:
+        """RAM taken. A token in the list takes a pointer and an integer object."""
+        return self.state.nbytes + 40 * len(self.cached)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The state, after some tokens, of the layers that keep only a window of cells or a recurrent state.
+
+    With it, a slot whose other layers have the cells of the same tokens can be cut to ``least`` to ``length`` tokens.
+    """
+
+    tokens: Packed
+    least: int
+    state: State
+
+    @property
+    def n_bytes(self) -> int:
+        """RAM taken."""
+        return self.state.nbytes + self.tokens.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """A checkpoint that allows to cut cells of certain tokens to ``least`` to ``most`` of them."""
+
+    least: int
+    most: int
+    checkpoint: Checkpoint
+
+
+def packed(tokens: Tokens[int]) -> Packed:
+    """Returns tokens in a form that is compared fast."""
+    return np.frombuffer(array("i", tokens), np.int32)
+
+
+class HostTier:
+    """Saved slots and checkpoints of at most ``capacity`` bytes together.
+
+    Room is made by dropping, among the least recently used ones, the one whose loss costs the fewest tokens. A long
+    prefix therefore outlasts many short ones that are used once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.n_bytes = 0
+        self._kept: dict[Saved | Checkpoint, None] = {}  # least recently used first
+
+    def saved(self) -> Iterator[Saved]:
+        """Yields the saved slots, least recently used first."""
+        return (each for each in self._kept if isinstance(each, Saved))
+
+    def usable(self, tokens: Tokens[int]) -> list[Usable]:
+        """Returns the checkpoints of prefixes of ``tokens``."""
+        checkpoints = [each for each in self._kept if isinstance(each, Checkpoint)]
+        if not checkpoints:
+            return []
+        wanted = packed(tokens)
+        found = (Usable(each.least, _common(each.tokens, wanted), each) for each in checkpoints)
+        return [each for each in found if each.most >= each.least]
+
+    def add(self, entry: Saved | Checkpoint) -> list[Saved] | None:
+        """Keeps an entry as the one used last. Returns the saved slots dropped for it, or None if it is too large."""
+        if entry.n_bytes > self.capacity:
+            return None
+        dropped = self.make_room(entry.n_bytes)
+        self._kept[entry] = None
+        self.n_bytes += entry.n_bytes
+        return dropped
+
+    def make_room(self, n_bytes: int) -> list[Saved]:
+        """Drops entries until ``n_bytes`` fit beside the others. Returns the saved slots among them."""
+        dropped: list[Saved] = []
+        while self._kept and self.n_bytes + n_bytes > self.capacity:
+            oldest = list(islice(self._kept, max(1, min(_CANDIDATES, len(self._kept) // 2))))
+            victim = min(oldest, key=self._cost)
+            self.drop(victim)
+            if isinstance(victim, Saved):
+                dropped.append(victim)
+        return dropped
+
+    def used(self, entry: Saved | Checkpoint) -> None:
+        """Makes an entry the one used last."""
+        if entry in self._kept:
+            del self._kept[entry]
+            self._kept[entry] = None
+
+    def drop(self, entry: Saved | Checkpoint) -> None:
+        """Frees an entry, if it is there."""
+        if entry in self._kept:
+            del self._kept[entry]
+            self.n_bytes -= entry.n_bytes
+
+    def forget(self, tokens: Tokens[int]) -> None:
+        """Drops the checkpoints of all prefixes of ``tokens``."""
+        for each in self.usable(tokens):
+            self.drop(each.checkpoint)
+
+    def _cost(self, entry: Saved | Checkpoint) -> int:
+        """Returns the number of tokens that would have to be computed again without the entry."""
+        if isinstance(entry, Saved):
+            return len(entry.cached)
+        length = len(entry.tokens)
+        others = [each.tokens for each in self._kept if isinstance(each, Checkpoint) and len(each.tokens) < length]
+        return length - max((len(each) for each in others if _common(each, entry.tokens) == len(each)), default=0)
+
+
+def _common(first: Packed, second: Packed) -> int:
+    """Returns the length of the common prefix."""
+    length = min(len(first), len(second))
+    differs = first[:length] != second[:length]
+    return int(differs.argmax()) if differs.any() else length
