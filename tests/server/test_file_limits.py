@@ -1,16 +1,22 @@
 """A server that is short of file descriptors: idle connections do not cause it, and it passes."""
 
 import resource
+import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
+import psutil
+import pytest
 from pydantic import JsonValue
 
 from exo.config import Limits
+from tests import DATA
 from tests.support.program import DEADLINE_SECONDS
 from tests.support.server import ServeProgram, write_card
 
@@ -48,6 +54,60 @@ def test_more_idle_connections_than_file_descriptors_leave_room_for_requests(tmp
         assert newest.recv(12) == b"HTTP/1.1 200"
         for each in idle:
             each.close()
+
+
+def tls_server(home: Path, files: int) -> ServeProgram:
+    certificate = (str(DATA / "localhost.pem"), str(DATA / "localhost.key.pem"))
+    return ServeProgram(home, *certificate, fake=True, python=limited_python(home, files))
+
+
+def trusting(server: ServeProgram) -> httpx.Client:
+    trusted = ssl.create_default_context(cafile=str(DATA / "localhost.pem"))
+    return httpx.Client(base_url=server.url, verify=trusted, timeout=DEADLINE_SECONDS)
+
+
+def connections(server: ServeProgram, count: int) -> list[socket.socket]:
+    url = httpx.URL(server.url)
+    assert url.port is not None
+    return [socket.create_connection((url.host, url.port), timeout=DEADLINE_SECONDS) for _ in range(count)]
+
+
+@pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01"], ids=["silent", "begun"])
+def test_tls_connections_count_before_their_handshake(tmp_path: Path, hello: bytes) -> None:
+    write_card(tmp_path, "good", {"cuda": {}}, backends=CPU)
+    with tls_server(tmp_path, 256) as server, trusting(server) as early, trusting(server) as late:
+        assert early.get("/health").status_code == 200
+        idle = connections(server, 1100)
+        for each in idle:
+            with suppress(OSError):
+                each.sendall(hello)
+        assert server.process.poll() is None
+        assert psutil.Process(server.process.pid).num_fds() < 200
+        request = {"model": "good", "prompt": "x", "max_tokens": 4}
+        assert late.post("/v1/completions", json=request).status_code == 200  # the first request: a runner is started
+        kept = early.get("/health")
+        assert kept.status_code == 200
+        assert idle[0].recv(1) == b""
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(DEADLINE_SECONDS) == 0
+        log = server.log.read_text()
+        assert "ERROR" not in log
+        assert "could not be accepted" not in log
+        for each in idle:
+            each.close()
+
+
+def test_a_tls_connection_is_refused_while_all_others_are_answered(tmp_path: Path) -> None:
+    write_card(tmp_path, "slow", {"cuda": {"step_seconds": 0.05}}, backends=CPU)
+    body = {"model": "slow", "prompt": "x", "max_tokens": 4000, "stream": True}
+    with tls_server(tmp_path, 128) as server, trusting(server) as many, ExitStack() as stack:
+        streams = [stack.enter_context(many.stream("POST", "/v1/completions", json=body)) for _ in range(64)]
+        assert {each.status_code for each in streams} == {200}
+        with trusting(server) as other:
+            refused = other.get("/health")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+            streams[0].close()
+            wait_until(lambda: other.get("/health").status_code == 200)
 
 
 def test_a_connection_without_a_request_is_closed_in_the_end(tmp_path: Path) -> None:

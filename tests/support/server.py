@@ -67,13 +67,13 @@ class ServeProgram:
     def __init__(
         self, home: Path, *arguments: str, fake: bool = False, python: str = sys.executable, **variables: str
     ) -> None:
-        """``variables`` are added to the environment. ``fake``: with the fake runner, and no arguments."""
-        program = ("-m", "tests.support.fake_serve") if fake else ("-m", "exo", "serve", "--port", "0", *arguments)
+        """``variables`` are added to the environment. ``fake``: with the fake runner."""
+        program = ("tests.support.fake_serve",) if fake else ("exo", "serve", "--port", "0")
         self.log = home / "serve.log"
         home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [python, *program],
+                [python, "-m", *program, *arguments],
                 env={**environment(home), **variables},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,

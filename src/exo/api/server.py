@@ -7,14 +7,16 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import anyio
 import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 
 from exo.api.app import create_app
-from exo.api.http.connection import connection_limit, limited_connection, raise_file_limit
+from exo.api.http.connection import BoundedConnection, connection_limit, limited_connection, raise_file_limit
 from exo.api.http.log import OneLineFormatter
+from exo.api.http.tls import Handshake, TlsListener
 from exo.cards.catalogue import Catalogue
 from exo.config import Settings
 from exo.serving.app_state import Services
@@ -133,6 +135,28 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._stopping = anyio.Event()
+        self._listeners: list[TlsListener] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """TLS connections are accepted by ``TlsListener``, all others by uvicorn."""
+        context = self.config.ssl
+        await super().startup(sockets if context is None else [])
+        if context is not None:
+            connections = cast("set[BoundedConnection | Handshake]", self.server_state.connections)
+            self._listeners = [
+                TlsListener(each, context, self._protocol, connections, connection_limit()) for each in sockets or ()
+            ]
+            for listener in self._listeners:
+                listener.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in self._listeners:
+            listener.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> BoundedConnection:
+        kind = cast("type[BoundedConnection]", self.config.http_protocol_class)
+        return kind(self.config, self.server_state, self.lifespan.state)
 
     def stop(self) -> None:
         """Has it end."""

@@ -12,9 +12,9 @@ waits, with the slot of its request, until the client is disconnected.
 
 import asyncio
 import resource
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import httptools
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
@@ -70,6 +70,14 @@ class _RefusedError(Exception):
         self.body = body
 
 
+class _Counted(Protocol):
+    """A connection, or a handshake that may become one."""
+
+    def claim(self) -> tuple[int, float] | None: ...
+
+    def abort(self) -> None: ...
+
+
 class BoundedConnection(HttpToolsProtocol):
     """A connection to hand to ``uvicorn.Config`` as ``http``."""
 
@@ -94,12 +102,15 @@ class BoundedConnection(HttpToolsProtocol):
         """The last reply on this connection. Once it is set, the client's data is discarded."""
         self._waits_since = self.loop.time()
         """When the connection was made or, later, when the last reply ended."""
+        self.before: object = None
+        """The member of the server's connections that this one replaces."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
+        cast("set[object]", self.connections).discard(self.before)
         super().connection_made(transport)
         self._give_time(HEAD_SECONDS)
 
-    def claim(self) -> tuple[bool, float] | None:
+    def claim(self) -> tuple[int, float] | None:
         """The order in which connections are closed when there are too many; None for one that has to stay.
 
         A connection without a request goes first, then one whose request is still arriving, each time the oldest. One
@@ -107,7 +118,11 @@ class BoundedConnection(HttpToolsProtocol):
         """
         if self._replying() or self.pipeline or self.transport.is_closing() or self.transport.get_write_buffer_size():
             return None
-        return self._received > 0, self._waits_since
+        return 1 + (self._received > 0), self._waits_since
+
+    def abort(self) -> None:
+        """Closes the connection at once."""
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
@@ -308,6 +323,19 @@ def connection_limit() -> int:
     return min(_MOST_CONNECTIONS, max(1, files - min(_RESERVED, files // 2)))
 
 
+def make_room(connections: Collection[_Counted], newest: _Counted, most: int) -> bool:
+    """Closes the connection with the least claim if there are more than ``most``.
+
+    Returns False if all others have to stay.
+    """
+    if len(connections) <= most:
+        return True
+    claims = {each: claim for each in connections if each is not newest and (claim := each.claim()) is not None}
+    if claims:
+        min(claims, key=lambda each: claims[each]).abort()
+    return bool(claims)
+
+
 def limited_connection(stall_seconds: float, most: int) -> type[BoundedConnection]:
     """The connection to hand to ``uvicorn.Config`` as ``http``.
 
@@ -322,13 +350,7 @@ def limited_connection(stall_seconds: float, most: int) -> type[BoundedConnectio
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            if len(self.connections) <= most:
-                return
-            others = cast("set[BoundedConnection]", self.connections - {self})
-            claims = {each: claim for each in others if (claim := each.claim()) is not None}
-            if claims:
-                min(claims, key=lambda each: claims[each]).transport.abort()
-            else:
+            if not make_room(cast("set[_Counted]", self.connections), self, most):
                 self.refuse(_TOO_MANY)
 
         def pause_writing(self) -> None:
