@@ -32,6 +32,8 @@ _OTHER_TYPES = {
 }
 """By general.type or general.architecture."""
 _NO_VOCABULARY = ("none", "no_vocab")
+_SENTENCEPIECE = "llama"
+"""The kind of tokenizer that spells text outside its vocabulary in bytes."""
 _TOKENS = "tokenizer.ggml.tokens"
 _SHOWN = 80
 
@@ -130,15 +132,37 @@ def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
     for holds, fault in rules:
         if not holds:
             raise HeaderError(f"has {fault} ({arch})")
+    if heads[0] > 0:
+        usual = number("attention.key_length") or number("embedding_length") // heads[0]
+        _check_rotation(header, arch, "", usual)
+        _check_rotation(header, arch, "_swa", number("attention.key_length_swa") or usual)
+
+
+def _check_rotation(header: GgufHeader, arch: str, suffix: str, head: int) -> None:
+    """Raises HeaderError unless the rotated elements of a head, where they are stated, are pairs of its elements.
+
+    llama.cpp never ends a step in which it rotates none.
+    """
+    key = f"{arch}.rope.dimension_count{suffix}"
+    rotated = header.integer(key, head)
+    if key in header.fields and not (0 < rotated <= head and rotated % 2 == 0):
+        raise HeaderError(f"has {key} = {rotated}, expected an even number up to {head}, the size of a head")
 
 
 def _check_tokens(header: GgufHeader) -> None:
-    """Raises HeaderError for a repeated token, for which llama.cpp aborts. Empty tokens may repeat: it numbers them."""
+    """Raises HeaderError for a vocabulary for which llama.cpp aborts, while it loads or at some text.
+
+    Empty tokens may repeat: it numbers them.
+    """
     numbers: dict[bytes, int] = {}
     for number, token in enumerate(header.strings(_TOKENS)):
         if token and (first := numbers.setdefault(token, number)) != number:
             shown = token[:_SHOWN].decode(errors="replace")
             raise HeaderError(f"has the token {shown!r} in {_TOKENS} twice, as numbers {first} and {number}")
+    if header.text("tokenizer.ggml.model") == _SENTENCEPIECE:
+        unspelt = next((byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & numbers.keys()), None)
+        if unspelt is not None:
+            raise HeaderError(f"has no token for the byte {unspelt:#04x}, so that some texts would end llama.cpp")
 
 
 def _check(request: bytes) -> dict[str, str]:

@@ -167,6 +167,12 @@ REFUSED: dict[str, tuple[Mapping[str, MetadataValue | None], str]] = {
     ),
     "more layers ahead": ({"llama.nextn_predict_layers": 3}, "more than all 2 layers"),
     "rope scaling": ({"llama.rope.scaling.type": "dynamic"}, "rope.scaling.type = 'dynamic'"),
+    "nothing rotated": (
+        {"llama.rope.dimension_count": 0},
+        "rope.dimension_count = 0, expected an even number up to 16",
+    ),
+    "half a pair rotated": ({"llama.rope.dimension_count": 15}, "rope.dimension_count = 15, expected an even number"),
+    "more than a head rotated": ({"llama.rope.dimension_count_swa": 18}, "rope.dimension_count_swa = 18, expected"),
     "heads": ({"llama.attention.head_count_kv": 3}, "attention.head_count_kv does not divide"),
 }
 
@@ -232,6 +238,16 @@ def test_a_token_that_is_there_twice_is_refused_before_llama_cpp_aborts(sound: P
     path = tmp_path / "doubled.gguf"
     rewrite(sound, path, Edit(keys={"tokenizer.ggml.tokens": [*tokens[:-1], tokens[65]]}))
     with pytest.raises(HeaderError, match=f"the token 'A' in .*tokens twice, as numbers 65 and {len(tokens) - 1}"):
+        check_file(path)
+
+
+def test_a_tokenizer_that_some_texts_would_end_is_refused(sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sentencepiece.gguf"
+    spelt = [f"<0x{byte:02X}>" for byte in range(256)]
+    rewrite(sound, path, Edit(keys={"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": spelt}))
+    check_file(path)
+    rewrite(sound, path, Edit(keys={"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": spelt[:-1]}))
+    with pytest.raises(HeaderError, match="has no token for the byte 0xff"):
         check_file(path)
 
 
