@@ -2,8 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
+from math import cos, sin
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
@@ -12,6 +16,7 @@ from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.loader import check
+from exo.worker.runner_mlx.positions import Rotation, Wanted, apply
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_mlx
 from tests.support.tiny.shape import Architecture
@@ -35,10 +40,10 @@ def load_of(folder: Path, **table: JsonValue) -> Load:
     return Load(model_id="test/tiny", backend="MlxCpu", table={"path": str(folder), **table})
 
 
-def generated(folder: Path) -> tuple[int, ...]:
+def generated(folder: Path, **table: JsonValue) -> tuple[int, ...]:
     """The tokens after a prompt that is long enough for positions to matter."""
     with Program(runner_command(RUNNERS["mlx"].module)) as program:
-        program.load(load_of(folder))
+        program.load(load_of(folder, **table))
         [result] = program.generate(ask("one", "once upon a time there was a little model that counted " * 2))
         return tuple(result.tokens)
 
@@ -115,6 +120,53 @@ def test_a_setting_that_mlx_would_ignore_is_named(tmp_path: Path, key: str) -> N
     check(load_of(tmp_path, ignored_settings=[key]))
 
 
+def as_phi3(folder: Path) -> None:
+    """Rewrites a llama as the phi3 that computes the same: its matrices are stored together."""
+    weights = load_file(folder / "model.safetensors")
+    for layer in {name.split(".self_attn")[0] for name in weights if ".self_attn" in name}:
+        for joined, parts in (("self_attn.qkv", ("self_attn.q", "self_attn.k", "self_attn.v")), GATE_UP):
+            names = [f"{layer}.{part}_proj.weight" for part in parts]
+            weights[f"{layer}.{joined}_proj.weight"] = np.concatenate([weights.pop(name) for name in names])
+    save_file(weights, folder / "model.safetensors")
+    edit(folder, {"model_type": "phi3", "pad_token_id": 0}, removed=("head_dim", "attention_bias"))
+
+
+GATE_UP = ("mlp.gate_up", ("mlp.gate", "mlp.up"))
+TWICE: Json = {
+    "short_factor": [2.0] * 8, "long_factor": [9.0] * 8, "original_max_position_embeddings": 4096,
+}  # fmt: skip
+"""In the original context, which is the default one here, the same as linear scaling by 2."""
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_positions_that_mlx_would_compute_in_another_way_are_computed(tmp_path: Path, kind: str) -> None:
+    """mlx-lm takes the long factors in every context, and no factors where an early phi3 calls them yarn."""
+    scalings: dict[str, Json] = {"llama": {"type": "linear", "factor": 2.0}, "phi3": {"type": kind, **TWICE}}
+    for name, scaling in scalings.items():
+        write_mlx(tmp_path / name, Shape())
+        edit(tmp_path / name, {"rope_scaling": scaling})
+    as_phi3(tmp_path / "phi3")
+    expected = generated(tmp_path / "llama")
+    assert generated(tmp_path / "phi3") == expected
+    assert generated(tmp_path / "phi3", ignored_settings=["rope_scaling"]) != expected
+
+
+def test_a_part_of_each_head_is_rotated_where_mlx_rotates_whole_heads() -> None:
+    glm: Json = {
+        "model_type": "glm", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 320,
+    }  # fmt: skip
+    kind = import_module("mlx_lm.models.glm")
+    network = kind.Model(kind.ModelArgs.from_dict(glm))
+    half = Rotation(tuple(1e4 ** (-pair / 4) for pair in range(4)))
+    apply(network, Wanted(half, unread=False, refusal=LoadError("model_load_failed", "differs")))
+    turned = network.layers[0].self_attn.rope(mx.ones((1, 1, 1, 16)), offset=3)[0, 0, 0].tolist()
+    expected = [
+        each for angle in half.angles for each in (cos(3 * angle) - sin(3 * angle), sin(3 * angle) + cos(3 * angle))
+    ]
+    assert turned == pytest.approx([*expected, *[1.0] * 8], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -130,9 +182,10 @@ def test_settings_that_change_nothing_are_no_reason_to_refuse(tmp_path: Path, se
     check(load_of(tmp_path))
 
 
-def test_a_window_that_mlx_does_not_have_limits_the_context(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mistral", "ministral3"])
+def test_a_window_that_mlx_does_not_have_limits_the_context(tmp_path: Path, kind: str) -> None:
     write_mlx(tmp_path, Shape())
-    edit(tmp_path, {"model_type": "mistral", "sliding_window": 1024})
+    edit(tmp_path, {"model_type": kind, "sliding_window": 1024})
     assert check(load_of(tmp_path)).n_ctx == 1024
     with pytest.raises(LoadError, match="n_ctx may be at most 1024"):
         check(load_of(tmp_path, n_ctx=2048))

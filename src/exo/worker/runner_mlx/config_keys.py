@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Protocol
@@ -26,6 +26,7 @@ from exo.worker.runner_common.model_files.folder_config import (
     normalised,
 )
 from exo.worker.runner_common.model_files.model_folder import HfFolder
+from exo.worker.runner_mlx.positions import SETTINGS, Rotation, Wanted, rotation
 
 _MODELS = "mlx_lm.models."
 _SHARED = ("base", "cache", "activations")
@@ -54,8 +55,13 @@ _ALSO = {
     "experts_per_token": "num_experts_per_tok",
     "initial_context_length": "max_position_embeddings",
     "linear_head_dim": "head_dim",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
 }
 """Second names of settings."""
+_PART = "partial_rotary_factor"
+_NOT_COMPUTED = {"llama4_text": frozenset({"attention_chunk_size", "attn_temperature_tuning"})}
+"""Settings by model type that transformers has by default and mlx-lm's class leaves out."""
 _NEWER = frozenset({"rope_parameters", "layer_types"})
 """Keys of transformers 5. A class that reads one of them needs no older form."""
 _ROPE = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"})
@@ -72,11 +78,23 @@ class _ConfigClass(Protocol):
     def from_dict(self, config_dict: Json) -> _ModelArguments: ...
 
 
-def check_keys(folder: HfFolder, network: type, ignored: Collection[str]) -> int | None:
-    """The context in tokens up to which mlx-lm computes what the configuration says; None for any.
+@dataclass(frozen=True, slots=True)
+class ReadKeys:
+    """What follows from a configuration whose settings are all read.
 
-    It ignores some models' sliding windows. ``network`` is its class for the model type, ``ignored`` are the names of
-    settings that the model card declares harmless. Raises LoadError naming a setting that is not read.
+    ``window`` is the context in tokens up to which mlx-lm computes what the configuration says, None for any: it
+    ignores some models' sliding windows. ``unread`` is the error for a setting of the positions that it does not read.
+    """
+
+    window: int | None
+    unread: LoadError | None
+
+
+def check_keys(folder: HfFolder, network: type, ignored: Collection[str]) -> ReadKeys:
+    """Compares a configuration with what mlx-lm reads of it.
+
+    ``network`` is its class for the model type, ``ignored`` are the names of settings that the model card declares
+    harmless. Raises LoadError naming a setting that is not read, except one that ``wanted_positions`` includes.
     """
     sizes, written = language_config(folder.config), language_config(folder.written)
     words, defaults = _source(network.__module__)
@@ -90,22 +108,41 @@ def check_keys(folder: HfFolder, network: type, ignored: Collection[str]) -> int
         for key, value in sizes.items()
         if not (key in read or value is None or _HARMLESS.fullmatch(key) or key in beside or _ALSO.get(key) in sizes)
     }
-    assumed = _assumed(folder.config, skipped)
+    assumed = _assumed(folder.config, skipped.keys() - _NOT_COMPUTED.get(str(sizes["model_type"]), frozenset()))
+    replaced = _rotation(folder.config, 1) is not None and not SETTINGS & set(ignored)
+    unread: LoadError | None = None
     for key, value in sorted(skipped.items()):
         usual = [each for each in (defaults.get(key), assumed.get(key)) if each is not None]
         if value not in (usual or _OFF) and not _is_computed(key, value, sizes, words):
-            raise _unread(key, value, folder)
+            unread = _unread(key, value, folder)
+            if not (replaced and key in SETTINGS):
+                raise unread
     scaling = sizes.get("rope_scaling")
-    for key, value in sorted(scaling.items() if isinstance(scaling, dict) else ()):
+    for key, value in sorted(scaling.items() if isinstance(scaling, dict) and not replaced else ()):
         if value and key not in words and key not in _ROPE and f"rope_scaling.{key}" not in ignored:
             raise _unread(f"rope_scaling.{key}", value, folder)
-    return window
+    return ReadKeys(window, unread)
+
+
+def wanted_positions(folder: HfFolder, unread: LoadError | None, n_ctx: int, ignored: Collection[str]) -> Wanted | None:
+    """Returns the rotation that the network must have for contexts of ``n_ctx`` tokens.
+
+    Returns None if its layers differ, if the type of embeddings is not known here, or if the model card leaves a
+    setting of them to mlx-lm.
+    """
+    found = None if SETTINGS & set(ignored) else _rotation(folder.config, n_ctx)
+    if found is None:
+        return None
+    sizes = language_config(folder.config)
+    key = "rope_scaling" if sizes.get("rope_scaling") else _PART
+    refusal = unread or _unread(key, sizes.get(key), folder)
+    return Wanted(found, unread is not None, refusal)
 
 
 def _unread_window(sizes: Json, read: Collection[str]) -> int | None:
     """The tokens that a sliding window shows of a longer context, where mlx-lm shows all."""
     window, kind = sizes.get("sliding_window"), str(sizes["model_type"])
-    every_layer = kind == "mistral" and "layer_types" not in sizes  # for which mlx-lm's llama has no window
+    every_layer = kind in ("mistral", "ministral3") and "layer_types" not in sizes  # there, mlx-lm has no window
     if "sliding_window" in read and not every_layer:
         return None
     types = sizes.get("layer_types")
@@ -126,7 +163,7 @@ def _is_computed(key: str, value: JsonValue, sizes: Json, words: Collection[str]
         heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
         usual = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
         return "kv_lora_rank" in sizes or value == (heads if key == "num_key_value_heads" else usual)
-    if key == "partial_rotary_factor":
+    if key == _PART:
         return value == 1
     if key == "rope_local_base_freq":
         return value == sizes.get("rope_theta")
@@ -143,19 +180,35 @@ def _unread(key: str, value: JsonValue, folder: HfFolder) -> LoadError:
     return LoadError("model_load_failed", f"{what}, {reason}; {remedy}")
 
 
+def _rotation(config: Json, n_ctx: int) -> Rotation | None:
+    sizes = language_config(config)
+    defaults = _assumed(config, {_PART, "rope_parameters", "rope_scaling"})
+    if sizes.get("rope_scaling") is None and sizes.get(_PART, 1) != 1 and _PART not in defaults:
+        return None  # transformers itself rotates whole heads of this model type
+    return rotation({**sizes, **_read_by_transformers(config, ())}, n_ctx)
+
+
 def _assumed(config: Json, skipped: Collection[str]) -> Json:
     """Returns transformers' defaults of these keys; nothing for a model type that it does not know."""
+    assumed = _read_by_transformers(config, skipped)
+    return {key: assumed[key] for key in skipped if key in assumed}
+
+
+def _read_by_transformers(config: Json, without: Collection[str]) -> Json:
+    """Returns a configuration with transformers' defaults of what it does not say, or of the keys it is to be without.
+
+    Returns nothing for a model type that transformers does not know.
+    """
     known: Mapping[object, _ConfigClass] = import_module("transformers").CONFIG_MAPPING
     rest: Json = {
-        key: value for key, value in language_config(config).items() if key not in skipped and value is not None
+        key: value for key, value in language_config(config).items() if key not in without and value is not None
     }
     kind = next((kind for kind in (rest["model_type"], config["model_type"]) if kind in known), None)
     try:
         found = known[kind].from_dict(rest).to_dict() if kind is not None else {}
     except Exception:  # noqa: BLE001 -- every class checks values in its own way
         return {}
-    assumed = language_config(normalised(found))
-    return {key: assumed[key] for key in skipped if key in assumed}
+    return language_config(normalised(found))
 
 
 @cache

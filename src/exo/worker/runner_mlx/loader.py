@@ -14,7 +14,7 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder, tell_ignored
-from exo.worker.runner_mlx.config_keys import check_keys
+from exo.worker.runner_mlx.config_keys import check_keys, wanted_positions
 from exo.worker.runner_mlx.devices import Backend, device, use_backend
 from exo.worker.runner_mlx.embedding import MlxEmbedder
 from exo.worker.runner_mlx.kv_cache import KVCache
@@ -29,6 +29,7 @@ from exo.worker.runner_mlx.model import (
     wait_for,
 )
 from exo.worker.runner_mlx.options import MlxOptions, read_options
+from exo.worker.runner_mlx.positions import Wanted
 from exo.worker.runner_mlx.probe import ENGINE, engine_version
 from exo.worker.runner_mlx.ranks.ranks import Ranks
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, asked_for, refusal
@@ -49,6 +50,7 @@ class MlxChecked:
     """The trained context length in tokens, or less if mlx-lm computes only a shorter context correctly."""
     n_ctx: int
     sharding: Sharding | None
+    positions: Wanted | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ def check(command: Load) -> MlxChecked:
         message = f"mlx-lm computes {config['model_type']} only for one sequence at a time: [mlx] needs slots = 1"
         raise LoadError("model_load_failed", message)
     network = network_class(config)
-    window = check_keys(folder, network, options.ignored_settings)
+    read = check_keys(folder, network, options.ignored_settings)
+    window = read.window
     if window is not None and (options.n_ctx or 0) > window:
         reason = "lets every layer attend to the whole context, which would be another model"
         raise LoadError(
@@ -93,7 +96,8 @@ def check(command: Load) -> MlxChecked:
     if sharding is not None and sharding.kind == "tensor" and not hasattr(network, "shard"):
         reason = f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size keeps layers whole"
         raise refusal(sharding.kind, sharding.size, reason)
-    return MlxChecked(options, backend, folder, trained, n_ctx, sharding)
+    positions = wanted_positions(folder, read.unread, n_ctx, options.ignored_settings)
+    return MlxChecked(options, backend, folder, trained, n_ctx, sharding, positions)
 
 
 def open_model(
@@ -102,7 +106,7 @@ def open_model(
     """Loads the network, or this rank's part of it, and creates the slots' KV cache. Raises LoadError."""
     keep_weights_in_memory()
     dtype = computed_in(checked.options, checked.folder.config, checked.backend)
-    model = MlxModel(checked.folder, dtype, on_layer, part)
+    model = MlxModel(checked.folder, checked.positions, dtype, on_layer, part)
     return model, KVCache(model.windows, checked.options.slots, checked.n_ctx)
 
 

@@ -20,6 +20,7 @@ from exo.worker.runner_common.load_error import LoadError, from_library
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.model_folder import HfFolder, end_tokens, presented
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
+from exo.worker.runner_mlx.positions import Wanted, apply
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.pipeline import Body
 from exo.worker.runner_mlx.ranks.sharding import RankPart
@@ -94,13 +95,20 @@ class MlxModel:
     """
 
     def __init__(
-        self, folder: HfFolder, dtype: str | None, on_layer: Callable[[int, int], None], part: RankPart | None = None
+        self,
+        folder: HfFolder,
+        positions: Wanted | None,
+        dtype: str | None,
+        on_layer: Callable[[int, int], None],
+        part: RankPart | None = None,
     ) -> None:
         """Loads the weights. ``on_layer`` gets the layers loaded and the layers in all. Raises LoadError."""
         self._part = part
         try:
             with presented(folder, folder.config) as view:
                 network, config = mlx_lm.load_model(view, lazy=True)
+            if positions is not None:
+                apply(network, positions)
             self._network: _Network = network
             if dtype is not None:
                 self._network.set_dtype(cast(mx.Dtype, getattr(mx, dtype)))

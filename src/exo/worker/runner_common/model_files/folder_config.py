@@ -14,6 +14,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _BESIDE = ("rope_theta", "partial_rotary_factor")
 """Keys of ``rope_parameters`` that older configurations have at the top."""
 _RENAMED = {"su": "longrope"}
+_EXPERTS = ("num_experts", "num_local_experts")
+"""Two names of one setting. Transformers 5 writes the second for models whose older folders have the first."""
 
 
 def normalised(config: Mapping[str, JsonValue]) -> Json:
@@ -57,6 +59,8 @@ def layer_types(count: int, pattern: int) -> list[JsonValue]:
 
 def _both_forms(config: Mapping[str, JsonValue]) -> Json:
     found = dict(config)
+    if (experts := next((found[key] for key in _EXPERTS if key in found), None)) is not None:
+        found = dict.fromkeys(_EXPERTS, experts) | found
     if "sliding_window_pattern" not in found and (pattern := sliding_pattern(found)) is not None and pattern > 1:
         found["sliding_window_pattern"] = pattern
     rope = found.get("rope_scaling") or found.get("rope_parameters")

@@ -46,6 +46,12 @@ def test_a_nested_language_model_is_treated_alike() -> None:
     assert inner["rope_theta"] == 7.0
 
 
+def test_experts_have_two_names() -> None:
+    assert normalised({"num_local_experts": 8})["num_experts"] == 8
+    assert normalised({"num_experts": 8})["num_local_experts"] == 8
+    assert normalised({"num_experts": 8, "num_local_experts": 4}) == {"num_experts": 8, "num_local_experts": 4}
+
+
 @pytest.mark.parametrize(
     ("part", "name"),
     [
