@@ -133,7 +133,7 @@ def as_phi3(folder: Path) -> None:
 
 GATE_UP = ("mlp.gate_up", ("mlp.gate", "mlp.up"))
 TWICE: Json = {
-    "short_factor": [2.0] * 8, "long_factor": [9.0] * 8, "original_max_position_embeddings": 4096,
+    "short_factor": [*[2.0] * 8], "long_factor": [*[9.0] * 8], "original_max_position_embeddings": 4096,
 }  # fmt: skip
 """In the original context, which is the default one here, the same as linear scaling by 2."""
 
