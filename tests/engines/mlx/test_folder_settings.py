@@ -16,7 +16,7 @@ from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.loader import check
-from exo.worker.runner_mlx.positions import Rotation, Wanted, apply
+from exo.worker.runner_mlx.positions import Rotation, WantedPositions, apply
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_mlx
 from tests.support.tiny.shape import Architecture
@@ -159,7 +159,7 @@ def test_a_part_of_each_head_is_rotated_where_mlx_rotates_whole_heads() -> None:
     kind = import_module("mlx_lm.models.glm")
     network = kind.Model(kind.ModelArgs.from_dict(glm))
     half = Rotation(tuple(1e4 ** (-pair / 4) for pair in range(4)))
-    apply(network, Wanted(half, unread=False, refusal=LoadError("model_load_failed", "differs")))
+    apply(network, WantedPositions(half, unread=False, refusal=LoadError("model_load_failed", "differs")))
     turned = network.layers[0].self_attn.rope(mx.ones((1, 1, 1, 16)), offset=3)[0, 0, 0].tolist()
     expected = [
         each for angle in half.angles for each in (cos(3 * angle) - sin(3 * angle), sin(3 * angle) + cos(3 * angle))

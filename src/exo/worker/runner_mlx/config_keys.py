@@ -26,7 +26,7 @@ from exo.worker.runner_common.model_files.folder_config import (
     normalised,
 )
 from exo.worker.runner_common.model_files.model_folder import HfFolder
-from exo.worker.runner_mlx.positions import SETTINGS, Rotation, Wanted, rotation
+from exo.worker.runner_mlx.positions import SETTINGS, Rotation, WantedPositions, rotation
 
 _MODELS = "mlx_lm.models."
 _SHARED = ("base", "cache", "activations")
@@ -124,7 +124,9 @@ def check_keys(folder: HfFolder, network: type, ignored: Collection[str]) -> Rea
     return ReadKeys(window, unread)
 
 
-def wanted_positions(folder: HfFolder, unread: LoadError | None, n_ctx: int, ignored: Collection[str]) -> Wanted | None:
+def wanted_positions(
+    folder: HfFolder, unread: LoadError | None, n_ctx: int, ignored: Collection[str]
+) -> WantedPositions | None:
     """Returns the rotation that the network must have for contexts of ``n_ctx`` tokens.
 
     Returns None if its layers differ, if the type of embeddings is not known here, or if the model card leaves a
@@ -136,7 +138,7 @@ def wanted_positions(folder: HfFolder, unread: LoadError | None, n_ctx: int, ign
     sizes = language_config(folder.config)
     key = "rope_scaling" if sizes.get("rope_scaling") else _PART
     refusal = unread or _unread(key, sizes.get(key), folder)
-    return Wanted(found, unread is not None, refusal)
+    return WantedPositions(found, unread is not None, refusal)
 
 
 def _unread_window(sizes: Json, read: Collection[str]) -> int | None:

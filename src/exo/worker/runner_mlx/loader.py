@@ -29,7 +29,7 @@ from exo.worker.runner_mlx.model import (
     wait_for,
 )
 from exo.worker.runner_mlx.options import MlxOptions, read_options
-from exo.worker.runner_mlx.positions import Wanted
+from exo.worker.runner_mlx.positions import WantedPositions
 from exo.worker.runner_mlx.probe import ENGINE, engine_version
 from exo.worker.runner_mlx.ranks.ranks import Ranks
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, asked_for, refusal
@@ -50,7 +50,7 @@ class MlxChecked:
     """The trained context length in tokens, or less if mlx-lm computes only a shorter context correctly."""
     n_ctx: int
     sharding: Sharding | None
-    positions: Wanted | None
+    positions: WantedPositions | None
 
 
 @dataclass(frozen=True, slots=True)

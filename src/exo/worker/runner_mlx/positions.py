@@ -51,7 +51,7 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedPositions:
     """What a configuration asks for. ``unread`` says that mlx-lm's class does not read all of it."""
 
     rotation: Rotation
@@ -65,7 +65,7 @@ class _Rope(Protocol):
     def __call__(self, x: mx.array, offset: int) -> mx.array: ...
 
 
-class _Network(Protocol):
+class _ModuleTree(Protocol):
     def named_modules(self) -> list[tuple[str, MutableMapping[str, object]]]: ...
 
 
@@ -91,7 +91,7 @@ def rotation(sizes: Json, n_ctx: int) -> Rotation | None:
         return None  # the engine's own check names the value
 
 
-def apply(network: object, wanted: Wanted) -> None:
+def apply(network: object, wanted: WantedPositions) -> None:
     """Makes a network rotate as its configuration says. Raises LoadError if that cannot be done.
 
     A network with a matching module may have others: layers without scaling, or with a window.
@@ -192,7 +192,7 @@ def _yarn(plain: list[float], rope: Json, number: _Number) -> Rotation:
 
 def _ropes(network: object) -> Iterator[tuple[MutableMapping[str, object], str, _Rope]]:
     """Yields the modules that rotate, after the module and the name under which each is held."""
-    for _, module in cast(_Network, network).named_modules():
+    for _, module in cast(_ModuleTree, network).named_modules():
         for name, child in list(module.items()):
             if type(child).__name__.endswith("RoPE") and isinstance(_dims(child), int):
                 yield module, name, cast(_Rope, child)
