@@ -74,7 +74,7 @@ class CudaOptions(ModelFile):
     stream's first token on."""
     prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
     """RAM for prefixes that are no longer in a slot. 0 keeps none."""
-    swa_full: bool = True
+    swa_full: bool = False
     """Whether sliding-window layers keep the cells of the whole context instead of those in their window. It takes
     more memory, and every prefix of a prompt in a slot can then be used again without a checkpoint."""
     speculate: Speculate | None = None
