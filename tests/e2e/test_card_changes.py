@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 from pydantic import JsonValue
 
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
 
 LONG: dict[str, JsonValue] = {"step_seconds": 0.01, "n_ctx": 100_000}

@@ -10,7 +10,7 @@ import httpx
 from pydantic import JsonValue
 
 from tests.e2e.test_card_changes import card, disturbed, pid_of, rows, until
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.server import ServeProgram
 
 LIMIT = {"EXO_MEMORY_LIMIT": "300MB"}

@@ -12,7 +12,7 @@ from exo.api.llama_server import MAX_TEXT
 from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS, MAX_TOKENIZED, PART_TOKENS
 from tests.conftest import fake_card
 from tests.support.api_server import serve
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 
 POISON = "poison"
 

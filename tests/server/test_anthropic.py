@@ -25,7 +25,7 @@ from exo.chat.template.reshaping import short_id
 from exo.config import Access, ApiKey
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 

@@ -18,7 +18,8 @@ from tests.conftest import fake_card
 from tests.e2e.test_serve_engines import BACKENDS, write_twins
 from tests.server.test_failover import AS_MLX
 from tests.support.api_server import serve
-from tests.support.fake_runner import COMMAND, expected_text
+from tests.support.fake_model import expected_text
+from tests.support.fake_runner import COMMAND
 from tests.support.server import ServeProgram, environment, write_card
 
 CROWD = 8

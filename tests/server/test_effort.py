@@ -14,7 +14,7 @@ from exo.chat.template.reasoning import effort_variables, empty_reasoning
 from tests.chat.test_conversation import rendered
 from tests.conftest import fake_card
 from tests.support.api_server import serve
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.rendering import user
 
 SAY = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -11,16 +11,18 @@ from exo.cards.card import ModelCard
 from exo.worker.protocol.one_shot import Probe
 from tests.conftest import fake_card
 from tests.support.api_server import serve
-from tests.support.fake_runner import COMMAND, expected_text
+from tests.support.fake_model import expected_text
+from tests.support.fake_runner import COMMAND
 
 BODY = {"model": "fake/model", "prompt": "hi", "max_tokens": 20, "temperature": 0}
 
 PROBES_AS_MLX = f"""
-import runpy, sys
+import sys
+from tests.support import fake_runner
 if sys.argv[1:] == ["--probe"]:
     print({Probe(installed=True, engine="fake", version="1", backends=("MlxCpu",)).model_dump_json()!r})
 else:
-    runpy.run_path({COMMAND[-1]!r}, run_name="__main__")
+    fake_runner.main()
 """
 AS_MLX = (sys.executable, "-c", PROBES_AS_MLX)
 """The fake runner as runner mlx of this host."""

@@ -12,7 +12,7 @@ from exo.cards.card import ModelCard, SamplingDefaults
 from exo.chat.template.render_main import LIMITS
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 
 MODEL = "fake/model"
 USER_HI = [{"role": "user", "content": "hi"}]

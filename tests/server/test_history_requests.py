@@ -10,7 +10,7 @@ import pytest
 from exo.cards.card import SamplingDefaults
 from tests.conftest import fake_card
 from tests.support.api_server import serve
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.templates import FAMILIES
 
 MODEL = "fake/model"

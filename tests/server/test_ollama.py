@@ -18,7 +18,7 @@ from exo.api.ollama.models import OLLAMA_VERSION
 from exo.cards.card import ModelCard, SamplingDefaults
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 

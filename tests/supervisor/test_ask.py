@@ -28,7 +28,8 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.runner_process import Deadlines, RunnerError, RunnerProcess
-from tests.support.fake_runner import COMMAND, score_of, tokenize, vector_of
+from tests.support.fake_model import score_of, tokenize, vector_of
+from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask, names
 
 name = names()

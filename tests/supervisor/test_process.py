@@ -21,7 +21,7 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.supervisor.runner_process import RunnerError
 from exo.worker.supervisor.watchdog import Deadlines
-from tests.support.fake_runner import expected_text
+from tests.support.fake_model import expected_text
 from tests.support.program import ask
 from tests.support.runner_pool import pass_gate
 from tests.support.runner_process import (

@@ -22,7 +22,8 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.watchdog import Deadlines
-from tests.support.fake_runner import COMMAND, expected_text
+from tests.support.fake_model import expected_text
+from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask
 from tests.support.runner_process import (
     IDLE,
