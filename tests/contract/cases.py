@@ -1,7 +1,7 @@
 """Each runner as the contract starts it. A runner joins by one line in CASES."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,6 +153,15 @@ class Shared:
 
 def one(program: Program, request: Generate) -> Result:
     return program.generate(request)[0]
+
+
+def twins_choose(shared: Shared, requests: Sequence[Generate]) -> list[list[list[int]]]:
+    """The tokens of each request, from each runner that is there and has a model to sample from."""
+    found: list[list[list[int]]] = []
+    for case in (case for case in CASES.values() if case.samples and Path(case.command[0]).exists()):
+        again = [each.model_copy(update={"id": next(name)}) for each in requests]
+        found.append([result.tokens for result in shared.program(case).generate(*again)])
+    return found
 
 
 def long_prompt(tokens: int) -> list[int]:

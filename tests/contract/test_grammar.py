@@ -3,13 +3,12 @@
 import json
 import re
 import signal
-from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Grammar, SamplingParams
-from tests.contract.cases import CASES, REGEX, Shared, Start, constrained, goes_on_from_everywhere, one
+from tests.contract.cases import REGEX, Shared, Start, constrained, goes_on_from_everywhere, one, twins_choose
 from tests.support.program import Program, ask, names
 
 name = names()
@@ -118,10 +117,7 @@ def test_twins_choose_alike(shared: Shared) -> None:
     requests = free + [
         constrained(grammar, temperature=1.0, seed=seed) for seed in range(4) for grammar in (SCHEMA, REGEX, LARK)
     ]
-    tokens: list[list[list[int]]] = []
-    for case in (case for case in CASES.values() if case.samples and Path(case.command[0]).exists()):
-        again = [each.model_copy(update={"id": next(name)}) for each in requests]
-        tokens.append([result.tokens for result in shared.program(case).generate(*again)])
+    tokens = twins_choose(shared, requests)
     assert all(each == tokens[0] for each in tokens)
 
 

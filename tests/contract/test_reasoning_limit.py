@@ -1,12 +1,10 @@
 """A limit of the reasoning: the runner closes it there, and everything else is as without a limit."""
 
-from pathlib import Path
-
 import pytest
 
 from exo.chat.output.registry import output_format
 from exo.worker.protocol.commands import Generate, ReasoningLimit, SamplingParams
-from tests.contract.cases import CASES, REGEX, Start, goes_on_from_everywhere, one
+from tests.contract.cases import REGEX, Shared, goes_on_from_everywhere, one, twins_choose
 from tests.contract.test_grammar import WAYS_TO_CHOOSE
 from tests.support.program import Program, Result, ask, names
 
@@ -92,13 +90,8 @@ def test_limits_do_not_depend_on_company(sampling_program: Program) -> None:
     assert [result.tokens for result in together[: len(requests)]] == alone
 
 
-def test_twins_close_alike(folder: Path) -> None:
+def test_twins_close_alike(shared: Shared) -> None:
     ways = [SamplingParams.model_validate({"seed": seed, **way}) for seed, way in enumerate(WAYS_TO_CHOOSE)]
     requests = [thinking(10 + at, sampling=way) for at, way in enumerate(ways)]
-    tokens: list[list[list[int]]] = []
-    for kind in (name for name, case in CASES.items() if case.samples and Path(case.command[0]).exists()):
-        start = Start(CASES[kind], folder, [])
-        with start.bare() as program:
-            program.load(start.load_command(n_ctx=512))
-            tokens.append([result.tokens for result in program.generate(*requests)])
+    tokens = twins_choose(shared, requests)
     assert all(each == tokens[0] for each in tokens)
