@@ -324,7 +324,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         },
         "tool_choice: not accepted together with output_config.format",
     ),
-    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "the prompt has 5007 tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "prompt is too long: 5007 tokens > 4095 maximum"),
 ]
 
 

@@ -51,7 +51,7 @@ def test_tokens_are_told_whatever_the_model_is_for(
         ("/v1/embeddings", {"model": "embeds", "input": ["a", 3]}, "input.1"),
         ("/v1/embeddings", {"model": "embeds", "input": LONG}, "input"),
         ("/embedding", {"model": "embeds", "content": ["a", LONG]}, "content.1"),
-        ("/api/embed", {"model": "embeds", "input": ["a", LONG], "truncate": False}, "input.1"),
+        ("/api/embed", {"model": "embeds", "input": ["a", LONG], "truncate": False}, "in Ollama's words"),
         ("/v1/rerank", {"model": "ranks", "query": "q", "documents": ["a", LONG, "b"]}, "documents.1"),
         ("/v1/rerank", {"model": "ranks", "query": "q", "documents": ["a", ""]}, "documents.1"),
         ("/v1/completions", {"model": "writes", "prompt": ["a", LONG], "n": 2}, "prompt.1"),
@@ -70,7 +70,7 @@ def test_an_error_names_the_member_of_a_batch(
     message = error if isinstance(error, str) else error["message"]
     if not isinstance(error, str):
         assert error["param"] == param
-    if "." in param:
+    if "." in param and f"your {param} resulted in" not in message:
         assert message.startswith(f"{param}: ")
         assert not message.removeprefix(f"{param}: ").startswith(param.split(".")[0] + ":")
 

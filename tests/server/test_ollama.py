@@ -224,7 +224,9 @@ def test_reasoning(client: ollama.Client) -> None:
     reply = chat(client, "fake/tools", think=True, options=options)
     assert (reply.message.thinking, reply.message.content) == (thought, "")
     pieces = list(client.generate("fake/tools", "hi", think="low", options=options, stream=True))
-    assert "".join(piece.thinking or "" for piece in pieces) == thought
+    limited = "".join(piece.thinking or "" for piece in pieces)
+    assert limited
+    assert thought.startswith(limited)
     quiet = chat(client, "fake/tools", think=False, options=options)
     assert quiet.message.thinking is None
     assert quiet.message.content
