@@ -89,3 +89,31 @@ def test_an_end_of_generation_token_ends_by_stop_and_can_be_ignored(sampling_pro
     ignored = one(sampling_program, ask(next(name), logit_bias=bias, ignore_eos=True, max_tokens=5))
     assert ignored.finished.reason == "length"
     assert ended.tokens[0] not in ignored.tokens
+
+
+def test_nothing_ends_the_first_tokens(sampling_program: Program) -> None:
+    capabilities = sampling_program.capabilities
+    assert isinstance(capabilities, Capabilities)
+    ends = range(capabilities.vocabulary - 3, capabilities.vocabulary)
+    bias = {**dict.fromkeys(b"ab", 5_000.0), **dict.fromkeys(ends, 10_000.0)}
+    request = ask(next(name), seed=3, temperature=50.0, logit_bias=bias, ignore_eos=False, max_tokens=40)
+    for least in (1, 7):
+        longer = request.model_copy(update={"id": next(name), "min_tokens": least})
+        result = goes_on_from_everywhere(sampling_program, longer)
+        assert (result.finished.reason, len(result.tokens)) == ("stop", least + 1)
+        assert set(result.text) <= {"a", "b"}
+
+
+def test_a_stop_string_is_looked_for_in_the_text_after_the_first_tokens(sampling_program: Program) -> None:
+    request = ask(next(name), logit_bias={ord("a"): 10_000.0}, stop=["aa"], max_tokens=40)
+    assert one(sampling_program, request).text == ""
+    longer = request.model_copy(update={"id": next(name), "min_tokens": 7})
+    result = goes_on_from_everywhere(sampling_program, longer)
+    assert (result.text, result.finished.reason, result.finished.stop) == ("a" * 7, "stop", "aa")
+    assert len(result.tokens) == 9
+
+
+def test_more_first_tokens_than_tokens_are_refused(sampling_program: Program) -> None:
+    request = ask(next(name), max_tokens=4).model_copy(update={"min_tokens": 5})
+    failed = one(sampling_program, request).failed
+    assert (failed.code, failed.param) == ("invalid_request", "min_tokens")

@@ -293,6 +293,7 @@ class Generation:
                 sampling=SamplingParams.model_validate({**chosen, "seed": first_seed % _SEEDS}),
                 stop=request.stop,
                 max_tokens=request.max_tokens,
+                min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,
                 grammar=each.grammar,
                 reasoning=each.reasoning,

@@ -78,6 +78,7 @@ class GenerationRequest:
     """Choice i of a prompt is generated with ``seed + i``. None means a random seed."""
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
     constraint: OutputConstraint | None = None
     logprobs: int | None = None

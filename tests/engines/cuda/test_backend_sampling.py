@@ -78,7 +78,7 @@ def test_a_choice_is_that_from_the_whole_row_or_left_open(
     row[order.integers(0, size, 5)] = -np.inf
     best = handed_back(row, SIZES[0], order)
     params = SamplingParams(seed=seed, temperature=0.7 if k else 0.0, top_k=k, top_p=limits[0], min_p=limits[1])
-    sampler = Sampler(params, forbidden)
+    sampler = Sampler(params, forbidden, ends_at=10)
     found = best.choice(sampler, 9)
     if found is None:
         assert np.unique(row).size < size - 4

@@ -38,9 +38,9 @@ def logits(size: int, seed: int, spread: float = 3.0) -> Row:
 
 
 def sequence(
-    params: SamplingParams, *, prompt: Rows[int] = (0,), output: Rows[int] = (), forbidden: tuple[int, ...] = ()
+    params: SamplingParams, *, prompt: Rows[int] = (0,), output: Rows[int] = (), ends: tuple[int, ...] = ()
 ) -> MlxSequence:
-    return MlxSequence("any", [*prompt, *output], len(prompt), 10**6, params, forbidden)
+    return MlxSequence("any", [*prompt, *output], len(prompt), 10**6, params, ends, ends_at=50)
 
 
 def choose(
@@ -194,10 +194,11 @@ def test_logit_bias_forces_and_forbids() -> None:
         assert second != best
 
 
-def test_forbidden_tokens_are_never_chosen_even_if_biased() -> None:
+def test_tokens_that_end_are_not_chosen_before_their_time_even_if_biased() -> None:
     params = SamplingParams(seed=0, logit_bias={3: 1000.0})
-    one = sequence(params, forbidden=(0, 1, 2, 3, 4, 5, 6))
+    one = sequence(params, ends=(0, 1, 2, 3, 4, 5, 6))
     assert {choose([one], [np.zeros(8, np.float32)], position)[0] for position in range(50)} == {7}
+    assert {choose([one], [np.zeros(8, np.float32)], position)[0] for position in range(50, 60)} == {3}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

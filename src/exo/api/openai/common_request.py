@@ -26,7 +26,6 @@ UNSUPPORTED: Unsupported = {
     "functions": ([],),
     "length_penalty": (1,),
     "lora": ([],),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "n_probs": (0,),
     "prompt_logprobs": (False,),
@@ -177,7 +176,13 @@ class GenerationFields(RequestBody):
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )
-    ignore_eos: bool = Field(default=False, description="Continue after an end-of-generation token.")
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 31,
+        description="No end-of-generation token and no stop string ends the first tokens of the output, this many.",
+    )
+    ignore_eos: bool = Field(default=False, description="End-of-generation tokens are never chosen.")
     grammar: str | None = Field(
         default=None,
         min_length=1,
@@ -260,6 +265,7 @@ class GenerationFields(RequestBody):
             seed=self.seed,
             stop=tuple(self.stop),
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             constraint=next(iter(self.constraints), None),
             logprobs=logprobs,

@@ -34,7 +34,9 @@ class TextStream:
     ``finish`` has been called.
     """
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """In the text of the first ``min_tokens`` tokens, no stop string is looked for."""
+        self._unstopped = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = {each: each for each in stop}
         """Stop strings by the text that is searched for: themselves, or with marks of the control tokens in them."""
@@ -48,7 +50,11 @@ class TextStream:
     def take(self, token: int, vocabulary: Vocabulary, *, show_special: bool = False) -> str:
         """The text that a token releases. Control tokens are shown if ``show_special``, except at the end of a turn."""
         shown = vocabulary.piece_of if show_special else vocabulary.bytes_of
-        if data := b"" if vocabulary.is_eog(token) else shown(token):
+        data = b"" if vocabulary.is_eog(token) else shown(token)
+        if self._unstopped:
+            self._unstopped -= 1
+            return self._decoder.decode(data)
+        if data:
             return self.push(data)
         return self._push_control(vocabulary.piece_of(token).decode(errors="replace")) if self._stop else ""
 

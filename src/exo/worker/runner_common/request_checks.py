@@ -40,6 +40,8 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
         if len(prompt) > most:
             reason = f"with {request.prompt_logprobs}, a prompt may have at most {most} tokens (it has {len(prompt)})"
             return refused(request.id, "prompt_logprobs", reason)
+    if request.max_tokens is not None and request.min_tokens > request.max_tokens:
+        return refused(request.id, "min_tokens", f"{request.min_tokens} is more than max_tokens, {request.max_tokens}")
     if "" in request.stop:
         return refused(request.id, "stop", "a stop string is empty")
     if len(prompt) >= n_ctx:
@@ -148,7 +150,7 @@ def resume(request: Generate, n_prompt: int, n_limit: int, output: Vocabulary) -
 
     A request with ``max_tokens`` 0 has not ended: its prompt is still to be computed.
     """
-    text = TextStream(request.stop)
+    text = TextStream(request.stop, request.min_tokens)
     ended: FinishReason | None = None
     for token in request.delivered:
         text.take(token, output, show_special=request.show_special)

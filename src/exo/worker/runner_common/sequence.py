@@ -3,10 +3,14 @@
 from enum import Enum
 from typing import Protocol
 
+from exo.worker.protocol.commands import Generate
 from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.detokenizer import Vocabulary
 from exo.worker.runner_common.output_processor import Sampled, Scores
+
+NEVER = 1 << 62
+"""A position that no sequence reaches."""
 
 
 class Phase(Enum):
@@ -30,6 +34,11 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.DECODE: frozenset({Phase.DONE}),
     Phase.DONE: frozenset(),
 }
+
+
+def ends_at(request: Generate, n_prompt: int) -> int:
+    """Returns the position from which on a request's output may have an end-of-generation token."""
+    return NEVER if request.ignore_eos else n_prompt + request.min_tokens
 
 
 class GeneratingSequence(Protocol):

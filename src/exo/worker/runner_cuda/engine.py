@@ -1,7 +1,7 @@
 """The generate loop. One thread runs it; no other touches the llama.cpp context."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 from exo.worker.protocol.events import Failed, FinishReason
@@ -14,7 +14,7 @@ from exo.worker.runner_cuda.bindings import Logits
 from exo.worker.runner_cuda.loading.loader import Loaded
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.sampling.device_sampling import Best
-from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose, score
+from exo.worker.runner_cuda.sampling.sampler import Turn, choose, score
 from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence
 
@@ -229,13 +229,14 @@ def _choose(sequence: Sequence, row: Row) -> Reading[int | None]:
     GrammarError.
     """
     sampler, constraint = sequence.sampler, sequence.constraint
-    sampler.adjust(row)
-    turn = Turn(sampler, row, len(sequence.tokens))
+    position = len(sequence.tokens)
+    sampler.adjust(row, position)
+    turn = Turn(sampler, row, position)
     if constraint is None or not constraint.restricts():
         return (yield from _take(turn))
     if sampler.is_greedy and constraint.allows(token := (yield from _take(turn))):
         return token
-    turn.allowed = _allowed(constraint, sampler)
+    turn.allowed = _allowed(constraint, sampler.forbidden(position))
     return (yield from _take(turn)) if turn.allowed.any() else None
 
 
@@ -246,10 +247,10 @@ def _take(turn: Turn | Candidates) -> Reading[int]:
     return token
 
 
-def _allowed(constraint: Constraint, sampler: Sampler) -> Mask:
+def _allowed(constraint: Constraint, forbidden: Iterable[int]) -> Mask:
     """Returns the tokens that the constraint and the request allow. Raises GrammarError."""
     allowed = constraint.mask()
-    if sampler.forbidden:
+    if forbidden := list(forbidden):
         allowed = allowed.copy()
-        allowed[list(sampler.forbidden)] = False
+        allowed[forbidden] = False
     return allowed

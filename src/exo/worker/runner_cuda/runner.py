@@ -7,6 +7,7 @@ from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
 from exo.worker.runner_common.output_processor import Emitter
+from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_cuda.bindings import EngineError
 from exo.worker.runner_cuda.engine import CudaEngine
 from exo.worker.runner_cuda.loading.estimate import estimate
@@ -48,7 +49,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
 def _new_sequence(
     tokenizer: GgufTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
 ) -> Sequence:
-    sampler = Sampler(request.sampling, tokenizer.eog_tokens if request.ignore_eos else ())
+    sampler = Sampler(request.sampling, tokenizer.eog_tokens, ends_at(request, len(prompt)))
     sampler.accept_prompt(prompt)
     for token in request.delivered:
         sampler.accept(token)

@@ -161,7 +161,8 @@ class MlxEngine:
                 mask[:] = sequence.constraint.mask()
             except GrammarError as error:
                 self._fail(sequence, grammar_failure(sequence.id, error))
-            mask[list(sequence.forbidden)] = 0
+            if row.position + 1 < sequence.ends_at:
+                mask[list(sequence.ends)] = 0
             if not mask.any():
                 queued.matched.add(sequence.id)
         return mx.array(allowed).astype(mx.bool_)

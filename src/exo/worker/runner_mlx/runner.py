@@ -8,6 +8,7 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
+from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_mlx.engine import MlxEngine
 from exo.worker.runner_mlx.estimate import estimate
 from exo.worker.runner_mlx.loader import load
@@ -60,7 +61,8 @@ def _new_sequence(
         n_prompt=len(prompt),
         n_limit=n_limit,
         sampling=request.sampling,
-        forbidden=tokenizer.eog_tokens if request.ignore_eos else (),
+        ends=tokenizer.eog_tokens,
+        ends_at=ends_at(request, len(prompt)),
         constraint=constraint,
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,

@@ -29,6 +29,8 @@ class Kind(NamedTuple):
 
     penalised: bool
     biased: bool
+    ending: bool
+    """Whether some tokens are not chosen before a position."""
     greedy: bool
     top_k: int
     """0 for all tokens. It is part of the kind because it is the width of an array."""
@@ -43,7 +45,8 @@ def kind_of(sequence: MlxSequence, n_vocab: int) -> Kind:
     penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
     return Kind(
         penalised=penalised,
-        biased=bool(params.logit_bias or sequence.forbidden),
+        biased=bool(params.logit_bias),
+        ending=len(sequence.tokens) < sequence.ends_at,
         greedy=greedy,
         top_k=0 if greedy or params.top_k >= n_vocab else params.top_k,
         min_p=not greedy and params.min_p > 0,
@@ -91,6 +94,9 @@ class Group:
             self._start_history(sequences, n_vocab, unread)
         if kind.biased:
             self._bias = _bias(sequences, n_vocab)
+        if kind.ending:
+            self._ends = _count([sequence.ends for sequence in sequences], n_vocab) > 0
+            self._ends_at = [sequence.ends_at for sequence in sequences]
         if not kind.greedy:
             self._temperature = _column(max(params.temperature, SMALLEST) for params in self._params)
             self._min_p = _column(params.min_p for params in self._params)
@@ -103,6 +109,9 @@ class Group:
             logits = self._penalise(logits)
         if self._kind.biased:
             logits = logits + self._bias
+        if self._kind.ending:
+            early = [position < end for position, end in zip(positions, self._ends_at, strict=True)]
+            logits = mx.where(mx.array(early)[:, None] & self._ends, -mx.inf, logits)
         top = logits.max(axis=-1, keepdims=True)
         if self._kind.greedy:
             token = logits.argmax(axis=-1)
@@ -235,6 +244,4 @@ def _bias(sequences: Rows[MlxSequence], n_vocab: int) -> mx.array:
         if sequence.sampling.logit_bias:
             ids = mx.array(list(sequence.sampling.logit_bias))
             bias[row, ids] = mx.array(list(sequence.sampling.logit_bias.values()), mx.float32)
-        if sequence.forbidden:
-            bias[row, mx.array(list(sequence.forbidden))] = -mx.inf
     return bias

@@ -22,8 +22,9 @@ class MlxSequence:
     n_limit: int
     """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
     sampling: SamplingParams
-    forbidden: tuple[int, ...] = ()
-    """Token ids that are never chosen: those that end generation, under ``ignore_eos``."""
+    ends: tuple[int, ...] = ()
+    """Token ids that are not chosen before position ``ends_at``."""
+    ends_at: int = 0
     constraint: Constraint | None = None
     """The restriction of the next token; has seen the whole output."""
     logprobs: int | None = None

@@ -8,6 +8,7 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
+from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_vllm.engine import VllmEngine
 from exo.worker.runner_vllm.estimate import estimate
 from exo.worker.runner_vllm.loader import load
@@ -48,7 +49,8 @@ def _new_sequence(
         choice=Choice(
             sampling=request.sampling,
             n_prompt=len(prompt),
-            forbidden=tokenizer.eog_tokens if request.ignore_eos else (),
+            ends=tokenizer.eog_tokens,
+            ends_at=ends_at(request, len(prompt)),
             constraint=constraint,
         ),
         logprobs=request.logprobs,

@@ -125,24 +125,28 @@ class Chooser(interface.LogitsProcessor):
     def _alter(self, logits: Tensor, row: BatchRow) -> None:
         """Applies steps 0 to 2 of ``SamplingParams`` to one row, shape (vocabulary,), in place."""
         choice = row.choice
-        if choice.restricted and not self._mask(logits, choice):
+        if choice.restricted and not self._mask(logits, row):
             return
         if choice.penalised:
             self._penalise(logits, row)
-        if choice.sampling.logit_bias or choice.forbidden:
+        if choice.sampling.logit_bias:
             if row.bias is None:
                 row.bias = _bias(choice, logits)
             logits += row.bias
+        if row.position < choice.ends_at:
+            logits[list(choice.ends)] = -torch.inf
 
-    def _mask(self, logits: Tensor, choice: Choice) -> bool:
+    def _mask(self, logits: Tensor, row: BatchRow) -> bool:
         """Excludes the tokens that the constraint forbids. If it allows none, returns false and changes nothing."""
+        choice = row.choice
         assert choice.constraint is not None
         try:
             allowed = choice.constraint.mask().copy()
         except GrammarError as error:
             choice.wrong = str(error)
             return False
-        allowed[list(choice.forbidden)] = False
+        if row.position < choice.ends_at:
+            allowed[list(choice.ends)] = False
         choice.matched = not allowed.any()
         if not choice.matched:
             logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
@@ -178,7 +182,6 @@ def _bias(choice: Choice, logits: Tensor) -> Tensor:
     bias = np.zeros(logits.shape[0], np.float32)
     for token, value in choice.sampling.logit_bias.items():
         bias[token] = value
-    bias[list(choice.forbidden)] = -np.inf
     return torch.from_numpy(bias).to(logits.device)
 
 

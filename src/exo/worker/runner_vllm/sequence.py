@@ -17,8 +17,9 @@ class Choice:
     sampling: SamplingParams
     n_prompt: int
     """Tokens of the prompt. The tokens after it are output, of this runner or another."""
-    forbidden: tuple[int, ...] = ()
-    """Token ids that are never chosen: those that end generation, under ``ignore_eos``."""
+    ends: tuple[int, ...] = ()
+    """Token ids that are not chosen before position ``ends_at``."""
+    ends_at: int = 0
     constraint: Constraint | None = None
     """The restriction of the next token; has seen the whole output."""
     matched: bool = False
@@ -45,7 +46,7 @@ class Choice:
     @property
     def alters(self) -> bool:
         """Whether logits are changed before a token is chosen."""
-        return bool(self.penalised or self.sampling.logit_bias or self.forbidden or self.restricted)
+        return bool(self.penalised or self.sampling.logit_bias or self.ends_at > self.n_prompt or self.restricted)
 
 
 @dataclass(slots=True, eq=False)

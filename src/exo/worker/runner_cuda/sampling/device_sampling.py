@@ -49,8 +49,8 @@ class Best:
         least = self.logits.min()
         order = self.ids.argsort()
         ids, logits = self.ids[order], self.logits[order]
-        if sampler.forbidden:
-            left = (ids[:, None] != sampler.forbidden).all(axis=1)
+        if forbidden := sampler.forbidden(position):
+            left = (ids[:, None] != forbidden).all(axis=1)
             ids, logits = ids[left], logits[left]
         if not ids.size:
             return None
@@ -73,7 +73,7 @@ def needed(sequence: Sequence, tokens: int = 1) -> int:
     if penalised or scored or params.logit_bias or restricted:
         return 0
     k = 1 if sampler.is_greedy else params.top_k
-    return k + len(sampler.forbidden) + 1 if k else 0
+    return k + len(sampler.forbidden(len(sequence.tokens))) + 1 if k else 0
 
 
 @dataclass(slots=True)

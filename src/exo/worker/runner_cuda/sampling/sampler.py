@@ -34,18 +34,17 @@ class Sampler:
     """The sampling state of one sequence. ``seen`` and ``counts`` are kept only if a penalty needs them."""
 
     params: SamplingParams
-    forbidden: Sequence[int] = ()
-    """Token ids that are never chosen (end-of-generation ids under ``ignore_eos``)."""
+    ends: Sequence[int] = ()
+    """Token ids that are not chosen before position ``ends_at``."""
+    ends_at: int = 0
     seen: set[int] = field(default_factory=set[int])
     """Distinct tokens of prompt and output."""
     counts: dict[int, int] = field(default_factory=dict[int, int])
     """Occurrences in the output."""
     _bias_ids: Ids = field(init=False)
     _bias: Row = field(init=False)
-    _forbidden: Ids = field(init=False)
 
     def __post_init__(self) -> None:
-        self._forbidden = np.asarray(self.forbidden, np.intp)
         self._bias_ids = np.fromiter(self.params.logit_bias.keys(), np.intp)
         self._bias = np.fromiter(self.params.logit_bias.values(), np.float32)
 
@@ -75,7 +74,7 @@ class Sampler:
 
         ``allowed``, of the same shape, is false for tokens that the grammar excludes. Raises NotFinite.
         """
-        self.adjust(row)
+        self.adjust(row, position)
         [token] = choose([Turn(self, row, position, allowed)])
         if token is None:
             raise NotFinite
@@ -87,7 +86,11 @@ class Sampler:
         temperature = max(params.temperature, _COLDEST)
         return Candidates(ids, logits, temperature, params.min_p, params.top_p, key(params.seed, position))
 
-    def adjust(self, row: Row) -> None:
+    def forbidden(self, position: int) -> Sequence[int]:
+        """Returns the token ids that are not chosen at ``position``."""
+        return self.ends if position < self.ends_at else ()
+
+    def adjust(self, row: Row, position: int) -> None:
         """Applies penalties, bias and ``forbidden`` to the row in place. Only the tokens concerned are touched."""
         params = self.params
         if self.seen:
@@ -100,8 +103,8 @@ class Sampler:
             row[ids] -= params.presence_penalty + params.frequency_penalty * times
         if self._bias_ids.size:
             row[self._bias_ids] += self._bias
-        if self._forbidden.size:
-            row[self._forbidden] = -np.inf
+        if forbidden := self.forbidden(position):
+            row[list(forbidden)] = -np.inf
 
 
 @dataclass(slots=True)

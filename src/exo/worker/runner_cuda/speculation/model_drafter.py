@@ -117,8 +117,9 @@ class DraftModel:
         logits: Logits = self._context.logits(len(streams))
         turns: list[Turn] = []
         for stream, row in zip(streams, logits, strict=True):
-            stream.sampler.adjust(row)
-            turns.append(Turn(stream.sampler, row, len(self._held[stream.slot])))
+            position = len(self._held[stream.slot])
+            stream.sampler.adjust(row, position)
+            turns.append(Turn(stream.sampler, row, position))
         for draft, token in zip(drafts, choose(turns), strict=True):
             if token is None:
                 raise NotFinite

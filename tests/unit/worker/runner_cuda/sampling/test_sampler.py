@@ -73,7 +73,7 @@ def test_a_row_gets_the_same_token_in_any_company(step: list[tuple[SamplingParam
         sampler = Sampler(params)
         sampler.accept(4)
         turns.append(Turn(sampler, row.copy(), position, mask))
-        sampler.adjust(turns[-1].row)
+        sampler.adjust(turns[-1].row, position)
         left = turns[-1].row if mask is None else np.where(mask, turns[-1].row, -np.inf).astype(np.float32)
         finite = bool(np.isfinite(left.max()))
         try:
@@ -169,10 +169,11 @@ def test_logit_bias_forces_and_forbids() -> None:
     assert banned.choose(row.copy(), 0) != best
 
 
-def test_forbidden_tokens_are_never_chosen() -> None:
+def test_tokens_that_end_are_not_chosen_before_their_time() -> None:
     row = np.zeros(8, np.float32)
-    sampler = Sampler(SamplingParams(seed=0), forbidden=[0, 1, 2, 3, 4, 5, 6])
+    sampler = Sampler(SamplingParams(seed=0), ends=[0, 1, 2, 3, 4, 5, 6], ends_at=50)
     assert {sampler.choose(row.copy(), position) for position in range(50)} == {7}
+    assert {sampler.choose(row.copy(), position) for position in range(50, 100)} > {7}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
