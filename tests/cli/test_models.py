@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.edited_gguf import Edit, rewrite
 from tests.support.hub import REPO, Fault, LocalHub
 from tests.support.server import ServeProgram, environment, write_card
 from tests.support.terminal import CTRL_C, Terminal
@@ -190,3 +191,20 @@ def test_a_repository_becomes_a_card_and_is_shown(home: Path, hub: LocalHub) -> 
     assert "me/mine" in exo(home, "show", "mine").stdout
     assert exo(home, "show", "none").returncode == 3
     assert exo(home, "pull", "mine", hub=hub).returncode == 0
+
+
+def test_the_doctor_tells_of_models_that_are_broken_and_of_faults_in_others(home: Path) -> None:
+    write_gguf(home / "own.gguf", Shape())
+    rewrite(home / "own.gguf", home / "unnamed.gguf", Edit(keys={"tokenizer.ggml.pre": None}))
+    rewrite(home / "own.gguf", home / "broken.gguf", Edit(keys={"llama.block_count": 0}))
+    for name in ("unnamed", "broken"):
+        write_card(home, name, {"cuda": {"path": str(home / f"{name}.gguf")}})
+    found = json.loads(exo(home, "doctor", "--json").stdout)["models"]
+    assert [(each["model_id"], each["runner"]) for each in found] == [("test/broken", "cuda"), ("test/unnamed", "cuda")]
+    assert "block_count = 0" in found[0]["problem"]
+    assert found[1]["problem"] is None
+    assert "does not name its pre-tokenizer" in found[1]["notes"][0]
+    text = exo(home, "doctor").stdout
+    assert "\nmodel test/broken with cuda\n  problem " in text
+    assert "\nmodel test/unnamed with cuda\n  note    " in text
+    assert "test/own" not in text

@@ -59,6 +59,11 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama", Edit(keys={"tokenizer.ggml.pre": "chatglm-bpe"}), "tokenizer.ggml.pre: is 'chatglm-bpe'; accepted:"),
         ("llama", Edit(keys={"tokenizer.ggml.pre": None}), "tokenizer.ggml.pre: this metadata key is missing"),
         ("llama", Edit(keys={"tokenizer.ggml.merges": ["ab"]}), "tokenizer.ggml.merges: holds 'ab', expected two tok"),
+        (
+            "llama",
+            Edit(keys={"tokenizer.ggml.merges": ["a zz"]}),
+            "tokenizer.ggml.merges: 'a' and 'zz' need 'zz', which is no token",
+        ),
         ("llama", Edit(keys={"tokenizer.ggml.tokens": None}), "tokenizer.ggml.tokens: this metadata key is missing"),
         ("llama", Edit(keys={"tokenizer.ggml.token_type": [1]}), "tokenizer.ggml.token_type: is an array of 1, expec"),
         ("llama", Edit(keys={"tokenizer.ggml.token_type": [9] * 320}), "tokenizer.ggml.token_type: holds 9; accept"),

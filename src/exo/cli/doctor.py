@@ -1,4 +1,4 @@
-"""``exo doctor``: the machine, the engines that work on it, and the commands that repair the others."""
+"""``exo doctor``: the machine, its engines and models, and the commands that repair what does not work."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,11 @@ import anyio
 import typer
 
 from exo.cli.console import out, say, warn
+from exo.cli.local_models import catalogue_of, store_of
+from exo.cli.model_findings import as_text as model_text
+from exo.cli.model_findings import findings
 from exo.cli.options import AsJson
+from exo.config import Settings
 from exo.exit_code import ExitCode
 from exo.setup.cuda import Plugin, SelfTest, installed_plugin, self_test, set_up_cuda
 from exo.terminal import printable
@@ -26,18 +30,20 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Set up the CUDA plug-in first if a GPU is not used.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what this machine has, which engines work on it, and the commands that repair the others."""
+    """Show what this machine has, which engines work on it, and what is wrong with its models."""
     host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
     if fix and unused_gpus(host):
         warn(set_up_cuda())
         host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
     plugin = installed_plugin()
     tested = self_test() if "LlamaCppCuda" in host.probes["cuda"].backends else None
+    settings = Settings.load()
+    models = anyio.run(findings, catalogue_of(settings), store_of(settings), host, settings)
     if as_json:
         cuda = {"plugin": plugin and asdict(plugin), "self_test": tested and asdict(tested)}
-        out.print_json(json.dumps({**_as_json(host), "cuda": cuda}))
+        out.print_json(json.dumps({**_as_json(host), "cuda": cuda, "models": [each.model_dump() for each in models]}))
     else:
-        for line in (*as_text(host), *plugin_text(plugin, tested)):
+        for line in (*as_text(host), *plugin_text(plugin, tested), *model_text(models)):
             say(line)
     raise typer.Exit(ExitCode.OK if any(probe.backends for probe in host.probes.values()) else ExitCode.FAILED)
 

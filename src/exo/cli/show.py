@@ -84,7 +84,7 @@ def show(model: Card, models_dir: ModelsDir = None, as_json: AsJson = False) -> 
     catalogue = catalogue_of(settings)
     card, host = card_of(catalogue, model), anyio.run(probe_host)
     shown = show_model(card, catalogue, store_of(settings), host)
-    plans = {each.runner: anyio.run(_plan, each, card, host, settings) for each in shown.engines}
+    plans = {each.runner: anyio.run(memory_plan, each, card, host, settings) for each in shown.engines}
     engines = tuple(each.model_copy(update={"plan": plans[each.runner]}) for each in shown.engines)
     shown = shown.model_copy(update={"engines": engines})
     if as_json:
@@ -120,7 +120,7 @@ def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> EngineRow
     return EngineRow(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(files))
 
 
-async def _plan(engine: EngineRow, card: ModelCard, host: Host, settings: Settings) -> MemoryPlan | None:
+async def memory_plan(engine: EngineRow, card: ModelCard, host: Host, settings: Settings) -> MemoryPlan | None:
     """The decision of the server's memory budget with no other model loaded."""
     if engine.backend is None or engine.state != "present":
         return None

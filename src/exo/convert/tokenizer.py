@@ -4,7 +4,7 @@ SentencePiece merges the two neighbours whose concatenation is the token with th
 merges the pair that comes first in a list. The equivalent list has every split of a token into two, by falling score.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,6 +116,14 @@ class TokenizerData:
 def padding(number: int) -> str:
     """The text that llama.cpp's tools give an id without a token: a vocabulary may be smaller than its matrix."""
     return f"[PAD{number}]"
+
+
+def check_merges(where: str, merges: Iterable[Merge], tokens: Container[str]) -> None:
+    """Raises ConvertError for a merge of what is no token, or into what is none."""
+    for left, right in merges:
+        for token in (left, right, left + right):
+            if token not in tokens:
+                raise ConvertError(where, f"{left!r} and {right!r} need {token!r}, which is no token")
 
 
 def merges_of(tokens: Sequence[str], types: Sequence[TokenType], scores: Sequence[float]) -> list[Merge]:

@@ -23,6 +23,7 @@ from exo.convert.tokenizer import (
     PreTokenizer,
     TokenizerData,
     TokenType,
+    check_merges,
     padding,
     scores_of,
 )
@@ -111,10 +112,7 @@ def read_tokenizer(folder: HfFolder, config: Config) -> FolderTokenizer:
     is_sentencepiece = written.model.byte_fallback
     tokens, types, beyond = _tokens(written, config.vocab_size, is_sentencepiece)
     merges = [_pair(merge) for merge in written.model.merges]
-    for left, right in merges:
-        for token in (left, right, left + right):
-            if token not in written.model.vocab:
-                raise ConvertError(f"{_FILE}: merges", f"{left!r} and {right!r} need {token!r}, which is no token")
+    check_merges(f"{_FILE}: merges", merges, written.model.vocab)
     ids = {text: number for number, text in enumerate(tokens)}
     special = _special(options, written, config, ids)
     first, last = _added_ends(written.post_processor)

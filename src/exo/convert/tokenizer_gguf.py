@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from exo.convert.gguf_file import Metadata, MetadataReader
 from exo.convert.report import ConvertError
-from exo.convert.tokenizer import END_TEXTS, PRE_TOKENIZERS, Merge, PreTokenizer, TokenizerData, TokenType
+from exo.convert.tokenizer import END_TEXTS, PRE_TOKENIZERS, Merge, PreTokenizer, TokenizerData, TokenType, check_merges
 
 _ROLES = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -31,6 +31,7 @@ def read_tokenizer(fields: MetadataReader) -> TokenizerData:
     if kind == "gpt2":
         pre = _pre_tokenizer(fields)
         merges = tuple(_merge(text) for text in fields.texts("tokenizer.ggml.merges"))
+        check_merges("tokenizer.ggml.merges", merges, frozenset(tokens))
         scores: tuple[float, ...] = ()
         # llama.cpp ignores both for byte-level tokenizers.
         fields.ignore("tokenizer.ggml.scores", "tokenizer.ggml.add_space_prefix")
