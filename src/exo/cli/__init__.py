@@ -22,6 +22,7 @@ _COMMANDS = {
     "show": ("exo.cli.show:show", "Show a model's card, files and engines."),
     "add": ("exo.cli.add:add", "Write a model card for a repository on the hub."),
     "rm": ("exo.cli.rm:remove", "Delete a model's downloaded files."),
+    "launch": ("exo.cli.launch:launch", "Start a coding agent or chat UI with a model."),
     "ps": ("exo.cli.ps:ps", "Show the models that the running server has loaded."),
     "stop": ("exo.cli.stop:stop", "Unload a model from the running server."),
     "route": ("exo.cli.route:route", "Show which runner would serve a model here, and why."),

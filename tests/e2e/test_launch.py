@@ -1,0 +1,141 @@
+"""``exo launch`` with the real programs, as far as they are on this machine, against scripted models.
+
+A program that is not there is skipped by name. Each has a home of its own.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from exo.cli.launch_programs import PROGRAMS
+from tests.support.server import ServeProgram, write_card
+from tests.support.tiny import write_scripted
+
+CONTEXT = 200_000
+"""The twins' vocabulary is so small that a prompt has several times as many tokens as usual."""
+SAID = ("Hello", " from", " exo")
+DONE = ("The", " file", " is", " there")
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% set ends = {true: '\t', false: '\n'} %}"
+    "{% set answered = messages | selectattr('role', 'equalto', 'tool') | list | length > 0 %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ ends[answered] }}{% endif %}"
+)
+"""After the result of a call, the prompt ends in the way to which the twin replies with its second text."""
+
+
+OWN = {
+    "claude": (".claude/settings.json", '{"model": "opus"}'),
+    "codex": (".codex/config.toml", 'model = "other"\nmodel_provider = "oss"\n'),
+    "opencode": (".config/opencode/opencode.json", '{"model": "openai/other"}'),
+    "qwen": (".qwen/settings.json", '{"model": {"name": "other"}}'),
+    "cline": (".cline/data/settings/providers.json", '{"version": 1, "providers": {}}'),
+    "pi": (".pi/agent/settings.json", '{"defaultProvider": "openai", "defaultModel": "other"}'),
+    "aider": (".aider.conf.yml", "model: openai/other\n"),
+}
+"""A file of the user's that configures the program otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How a program answers one prompt and ends, and the call by which its model makes a file; empty if it has none."""
+
+    ask: tuple[str, ...]
+    tool: str = ""
+    arguments: str = ""
+
+
+TRIALS = {
+    "claude": Trial(("-p", "{}", "--allowedTools", "Bash"), "Bash", '{"command": "touch made", "description": "x"}'),
+    "codex": Trial(
+        ("exec", "--skip-git-repo-check", "--sandbox", "danger-full-access", "{}"),
+        "exec_command",
+        '{"cmd": "touch made"}',
+    ),
+    "opencode": Trial(("run", "{}"), "bash", '{"command": "touch made", "description": "x"}'),
+    "qwen": Trial(
+        ("--yolo", "-p", "{}"),
+        "run_shell_command",
+        '{"command": "touch made", "is_background": false}',
+    ),
+    "cline": Trial(("{}",), "run_commands", '{"commands": ["touch made"]}'),
+    "pi": Trial(("-p", "{}"), "bash", '{"command": "touch made"}'),
+    "aider": Trial(("--no-git", "--yes-always", "--no-check-update", "--analytics-disable", "--message", "{}")),
+}
+CALLERS = [name for name, trial in TRIALS.items() if trial.tool]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServeProgram]:
+    home = tmp_path_factory.mktemp("home")
+    scripts: dict[str, tuple[str, ...]] = {"talk": SAID}
+    for name in CALLERS:
+        trial = TRIALS[name]
+        call = f'{{"name": "{trial.tool}", "arguments": {trial.arguments}}}'
+        scripts[f"calls-{name}"] = ("<tool_call>\n", call, "\n</tool_call>")
+    for name, pieces in scripts.items():
+        write_scripted(home / f"{name}.gguf", pieces, DONE)
+        table: dict[str, JsonValue] = {
+            "path": str(home / f"{name}.gguf"),
+            "n_ctx": CONTEXT,
+            "slots": 1,
+            "chat_template": TEMPLATE,
+        }
+        write_card(home, name, {"cuda": table}, backends=["LlamaCppCpu"])
+    with ServeProgram(home) as server:
+        yield server
+
+
+def launched(server: ServeProgram, home: Path, *arguments: str) -> str:
+    """The output of ``exo launch`` in an empty directory and with an empty home."""
+    port = server.url.rpartition(":")[2]
+    known = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
+    (work := home / "work").mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "exo", "launch", "--port", port, *arguments],
+        env={**known, "HOME": str(home), "EXO_HOME": str(home / "exo"), "COLUMNS": "200", "NO_COLOR": "1"},
+        cwd=work,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def needs(name: str) -> None:
+    if shutil.which(PROGRAMS[name].command) is None:
+        pytest.skip(f"{PROGRAMS[name].title} is not on this machine ({PROGRAMS[name].install})")
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_program_answers_and_its_users_settings_stay(server: ServeProgram, tmp_path: Path, name: str) -> None:
+    needs(name)
+    path, text = OWN[name]
+    own = tmp_path / path
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text(text)
+    ask = [each.format("Say hello") for each in TRIALS[name].ask]
+    assert "".join(SAID) in launched(server, tmp_path, name, "--model", "talk", "--", *ask)
+    assert own.read_text() == text
+
+
+@pytest.mark.parametrize("name", CALLERS)
+def test_a_program_runs_the_call_of_its_model(server: ServeProgram, tmp_path: Path, name: str) -> None:
+    needs(name)
+    ask = [each.format("Make a file") for each in TRIALS[name].ask]
+    output = launched(server, tmp_path, name, "--model", f"calls-{name}", "--", *ask)
+    assert (tmp_path / "work" / "made").exists(), output
+    assert "".join(DONE) in output
