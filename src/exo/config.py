@@ -15,6 +15,15 @@ from exo.worker.protocol.runners import Prefer
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
+_OWN_VARIABLES = (
+    *("EXO_API_KEY", "EXO_AUTO_PULL", "EXO_CUDA_PLUGIN", "EXO_DEFAULT_MODELS_DIR", "EXO_DRAIN_TIMEOUT"),
+    *("EXO_EVICT_TIMEOUT", "EXO_HOME", "EXO_HOST", "EXO_IDLE_TIMEOUT", "EXO_LOAD_TIMEOUT", "EXO_MAX_QUEUE"),
+    *("EXO_MEMORY_LIMIT", "EXO_MIN_RESIDENCE", "EXO_MODELS_DIRS", "EXO_MODELS_READ_ONLY_DIRS", "EXO_OFFLINE"),
+    *("EXO_PORT", "EXO_PREFER", "EXO_STALL_TIMEOUT", "EXO_STRICT", "EXO_TTL", "EXO_URL"),
+)
+"""The variables that exo or its documentation uses."""
+_UPSTREAM_VARIABLES = ("ENABLE_DISAGGREGATION", "OVERRIDE_MEMORY_MB")
+"""Upstream's variables without "EXO_"."""
 _MIN_KEY_LENGTH = 8
 _KEY = re.compile(rf"(?:([A-Za-z0-9_.-]{{1,64}}):)?([!-9;-~]{{{_MIN_KEY_LENGTH},512}})")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,3})?) ?((?:[KMGT]i?)?B?)", re.IGNORECASE)
@@ -247,6 +256,12 @@ class Settings:
             speeds_file=state / "speeds.json",
             strict=strict or _flag("EXO_STRICT"),
         )
+
+
+def variables_without_effect() -> list[str]:
+    """The variables that are set for exo and that nothing here reads, such as upstream's for clusters."""
+    own = (name for name in os.environ if name.startswith("EXO_") and name not in _OWN_VARIABLES)
+    return sorted((*own, *(name for name in _UPSTREAM_VARIABLES if name in os.environ)))
 
 
 def cache_directory() -> Path:

@@ -36,6 +36,28 @@ def exo(
     )
 
 
+def test_exo_alone_serves_and_names_the_variables_that_have_no_effect_here(tmp_path: Path) -> None:
+    upstreams = {"EXO_MEMORY_THRESHOLD": "0.8", "OVERRIDE_MEMORY_MB": "1000", "EXO_PORT": "0"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "exo"],
+        env={**environment(tmp_path), **upstreams},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[4]
+        assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
+    finally:
+        server.terminate()
+        _, log = server.communicate(timeout=60)
+    warnings = [line for line in log.splitlines() if "no effect here" in line]
+    assert len(warnings) == 1
+    assert warnings[0].endswith(": EXO_MEMORY_THRESHOLD, OVERRIDE_MEMORY_MB")
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     write_home(tmp_path)

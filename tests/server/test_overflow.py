@@ -76,7 +76,7 @@ def test_anthropics_path_says_it_in_anthropics_words(http: httpx.Client, stream:
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
 def test_ollamas_paths_say_it_in_ollamas_words(http: httpx.Client, path: str, stream: bool) -> None:
     reply = http.post(path, json={"model": MODEL, "stream": stream, **BODIES[path]})
-    excess = N_PROMPT - CONTEXT + 1
+    excess = N_PROMPT - CONTEXT
     assert reply.status_code == 400
     assert reply.json() == {
         "error": f"prompt too long; exceeded max context length by {excess} tokens",
@@ -109,15 +109,15 @@ def test_a_prompt_too_large_to_tokenize_has_an_estimate(http: httpx.Client) -> N
 
 def test_official_clients_raise_their_own_exceptions(http: httpx.Client) -> None:
     base = str(http.base_url).rstrip("/")
-    with pytest.raises(openai.BadRequestError) as found:
-        openai.OpenAI(base_url=f"{base}/v1", api_key="unused").chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": LONG}], stream=True
-        )
-    assert found.value.code == "context_length_exceeded"
-    with pytest.raises(anthropic.BadRequestError, match=rf"prompt is too long: {N_PROMPT} tokens > \d+ maximum"):
-        anthropic.Anthropic(base_url=base, api_key="unused").messages.create(
-            model=MODEL, max_tokens=4, messages=[{"role": "user", "content": LONG}]
-        )
+    with openai.OpenAI(base_url=f"{base}/v1", api_key="unused") as client:
+        with pytest.raises(openai.BadRequestError) as found:
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": LONG}], stream=True)
+        assert found.value.code == "context_length_exceeded"
+    with (
+        anthropic.Anthropic(base_url=base, api_key="unused") as other,
+        pytest.raises(anthropic.BadRequestError, match=rf"prompt is too long: {N_PROMPT} tokens > \d+ maximum"),
+    ):
+        other.messages.create(model=MODEL, max_tokens=4, messages=[{"role": "user", "content": LONG}])
 
 
 @pytest.mark.parametrize("path", BODIES)

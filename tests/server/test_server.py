@@ -91,7 +91,7 @@ def test_a_card_that_nothing_here_can_serve(tmp_path: Path) -> None:
 def test_models(http: httpx.Client) -> None:
     model = http.get(f"/v1/models/{MODEL}").json()
     assert http.get("/v1/models").json() == {"object": "list", "data": [model]}
-    assert set(model) == {"id", "object", "created", "owned_by"}
+    assert {"id", "object", "created", "owned_by", "status", "meta"} <= set(model)
     assert http.get("/v1/models/fake%2Fmodel").json() == model
     missing = http.get("/v1/models/fake/modle")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")

@@ -1,10 +1,12 @@
 import os
+import re
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from exo.config import Access, ApiKey, Limits, Settings, SettingsError
+from exo.config import Access, ApiKey, Limits, Settings, SettingsError, variables_without_effect
+from tests import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -241,3 +243,10 @@ def test_measured_speeds_are_kept_in_the_state_directory(monkeypatch: pytest.Mon
     assert Settings.load().speeds_file == Path("/state/exo/speeds.json")
     monkeypatch.setenv("EXO_HOME", "/everything")
     assert Settings.load().speeds_file == Path("/everything/speeds.json")
+
+
+def test_every_variable_that_the_program_reads_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = (path.read_text() for path in (ROOT / "src" / "exo").rglob("*.py"))
+    for name in {name for text in sources for name in re.findall(r"\bEXO_[A-Z_]*[A-Z]\b", text)}:
+        monkeypatch.setenv(name, "x")
+    assert variables_without_effect() == []

@@ -12,11 +12,14 @@ from exo.api.anthropic.routes import anthropic_routes
 from exo.api.http.errors import install
 from exo.api.http.middleware import AccessControl, ForgivingPaths, WarningHeader
 from exo.api.http.openapi_schema import describe
+from exo.api.http.request_id import RequestIds
 from exo.api.llama_server import llama_routes
+from exo.api.llama_status import llama_status_routes
 from exo.api.ollama.embed import embed_routes
 from exo.api.ollama.models import model_routes
 from exo.api.ollama.routes import ollama_routes, root_routes
 from exo.api.openai.embeddings import embedding_routes
+from exo.api.openai.models import model_list_routes
 from exo.api.openai.responses.routes import responses_routes
 from exo.api.openai.routes import openai_routes
 from exo.config import Settings
@@ -37,9 +40,11 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
 
     app = FastAPI(title="exo", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.include_router(openai_routes(services))
+    app.include_router(model_list_routes(services))
     app.include_router(responses_routes(services))
     app.include_router(embedding_routes(services))
     app.include_router(llama_routes(services))
+    app.include_router(llama_status_routes(services))
     app.include_router(anthropic_routes(services))
     app.include_router(ollama_routes(services))
     app.include_router(embed_routes(services))
@@ -51,5 +56,6 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.add_middleware(WarningHeader, strict=settings.strict)
     app.add_middleware(ForgivingPaths)
     app.add_middleware(AccessControl, settings=settings)
+    app.add_middleware(RequestIds)
     describe(app)
     return app

@@ -238,7 +238,6 @@ def llama_routes(services: Services) -> APIRouter:
         return UnaryResponse(lambda: _prompt(services, body))
 
     @routes.post("/embedding", response_model=list[LlamaEmbedding], openapi_extra=json_body(LlamaEmbeddingRequest))
-    @routes.post("/embeddings", include_in_schema=False)
     async def embedding(request: Request) -> Response:
         """Makes vectors of texts."""
         body = await read_body(request, LlamaEmbeddingRequest)

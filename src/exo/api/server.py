@@ -16,9 +16,10 @@ from uvicorn.lifespan.on import LifespanOn
 from exo.api.app import create_app
 from exo.api.http.connection import BoundedConnection, connection_limit, limited_connection, raise_file_limit
 from exo.api.http.log import OneLineFormatter
+from exo.api.http.request_id import add_request_id
 from exo.api.http.tls import Handshake, TlsListener
 from exo.cards.catalogue import Catalogue
-from exo.config import Settings
+from exo.config import Settings, variables_without_effect
 from exo.serving.app_state import Services
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def serve_forever(
     """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineFormatter("%(levelname)s: %(message)s"))
+    handler.addFilter(add_request_id)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     if not (settings.is_local or settings.access.keys or settings.access.insecure):
@@ -85,6 +87,8 @@ def serve_forever(
             " EXO_API_KEY, or --insecure to let anyone in"
         )
     raise_file_limit()
+    if unused := variables_without_effect():
+        log.warning("these environment variables have no effect here: %s", ", ".join(unused))
     with ExitStack() as stack:
         sockets = [stack.enter_context(each) for each in listen_all(settings.host, settings.port)]
         services = Services(settings, catalogue, commands)

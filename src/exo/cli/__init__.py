@@ -74,19 +74,22 @@ class _CommandGroup(TyperGroup):
 app = typer.Typer(
     name="exo",
     cls=_CommandGroup,
-    help="One OpenAI-compatible endpoint over several local inference engines.",
+    help="One OpenAI-compatible endpoint over several local inference engines. Without a command: exo serve.",
     epilog=f"\b\nExit status of every command:\n{EXIT_CODES}\n\n"
     "exo --install-completion teaches your shell (bash, zsh, fish, PowerShell) the commands, options and model names.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-@app.callback()
-def _exo() -> None:
-    """Makes ``app`` a group although no command is registered."""
+@app.callback(invoke_without_command=True)
+def _exo(context: typer.Context) -> None:
+    """Serves if no command is given, as upstream's ``exo`` does."""
+    if context.invoked_subcommand is None:
+        command = _CommandTable()["serve"]
+        with command.make_context("serve", [], parent=context) as inner:
+            command.invoke(inner)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``exo list``: the models that have a model card, and which of their files are on disk."""
+"""``exo list``: the models that have a model card, those on disk first, and which of their files there are."""
 
 from collections.abc import Sequence
 
@@ -33,6 +33,7 @@ def list_models(models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
     settings = Settings.load(models_directory=models_dir)
     store = store_of(settings)
     rows = [_row(card, store) for card in catalogue_of(settings).cards.values()]
+    rows.sort(key=lambda row: not any(files.state == "present" for files in row.on_disk.values()))
     if as_json:
         out.print_json(to_json(rows).decode())
     else:

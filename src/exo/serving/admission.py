@@ -2,14 +2,14 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import final
 
 import anyio
 
-from exo.serving.errors import queue_full, shutting_down
+from exo.serving.errors import cancelled, queue_full, shutting_down
 
 
 @final
@@ -36,17 +36,18 @@ class Queues:
         return self._queues[model_id].held
 
     @contextmanager
-    def place(self, model_id: str, sequences: int) -> Generator["Place"]:
+    def place(self, model_id: str, sequences: int, names: Collection[str] = ()) -> Generator["Place"]:
         """Holds places for ``sequences`` in the queue of a model while the context lasts.
 
-        Raises ``ServingError``: ``queue_full`` if there are too few places, and ``shutdown`` if the server is stopping,
-        either on entry or on exit of a request that ``drain`` has cut off. A request that is larger than the whole
-        queue is admitted only when the queue is empty; otherwise it could never run.
+        Raises ``ServingError``: ``queue_full`` if there are too few places, ``cancelled`` on exit of a request that
+        ``cancel`` has ended by one of its ``names``, and ``shutdown`` if the server is stopping, either on entry or on
+        exit of a request that ``drain`` has cut off. A request that is larger than the whole queue is admitted only
+        when the queue is empty; otherwise it could never run.
         """
         if self._closed:
             raise shutting_down()
         queue = self._queues[model_id]
-        place = Place(queue, sequences, lambda: max(1, self._slots(model_id)))
+        place = Place(queue, sequences, lambda: max(1, self._slots(model_id)), names)
         if queue.held and queue.held + sequences > place.slots + queue.max_waiting:
             raise queue_full(model_id, queue.held)
         queue.add(place)
@@ -57,7 +58,15 @@ class Queues:
             queue.remove(place)
             self._left.set()
         if place.scope.cancelled_caught:
-            raise shutting_down()
+            raise cancelled() if place.cancelled else shutting_down()
+
+    def cancel(self, name: str) -> bool:
+        """Ends the requests with this name. Returns whether there is one."""
+        found = [place for queue in self._queues.values() for place in queue.places if name in place.names]
+        for place in found:
+            place.cancelled = True
+            place.scope.cancel()
+        return bool(found)
 
     def slots_changed(self, model_id: str) -> None:
         """Wakes the requests that watch their place in the queue of a model."""
@@ -87,8 +96,10 @@ class Queues:
 class Place:
     """One request in the queue of its model."""
 
-    def __init__(self, queue: "_Queue", sequences: int, slots: Callable[[], int]) -> None:
+    def __init__(self, queue: "_Queue", sequences: int, slots: Callable[[], int], names: Collection[str]) -> None:
         self.sequences = sequences
+        self.names = names
+        self.cancelled = False
         self.scope = anyio.CancelScope()
         self._queue = queue
         self._slots = slots

@@ -118,6 +118,11 @@ def shutting_down() -> ServingError:
     return ServingError("the server is shutting down", code="shutdown", retry_seconds=_RETRY_SECONDS)
 
 
+def cancelled() -> ServingError:
+    """Another request has cancelled this one."""
+    return ServingError("the request was cancelled", code="cancelled")
+
+
 def model_changed(model_id: str, why: str) -> ServingError:
     """A request whose runner died cannot continue, because its model is not the same any more."""
     message = (

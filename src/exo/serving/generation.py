@@ -26,6 +26,7 @@ from exo.serving.events import (
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.prompt_builder import PreparedPrompt, prepare
 from exo.serving.request import GenerationRequest, naming_tools, with_enforced_schemas
+from exo.serving.request_id import current_request
 from exo.serving.routing import RequestedModel
 from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.commands import Generate, SamplingParams
@@ -163,10 +164,11 @@ class Generation:
         The stream raises ``ServingError``, and so does the context: if the queue is full, and if the server stops.
         """
         request, model_id = self.request, self._model.card.model_id
+        names = (self.id, current_request.get())
         # A stop of the server cancels the scope of the place. It is open here, around the reader of the stream, because
         # a scope that is open while a generator yields would cancel its reader at the wrong place.
         with (
-            self._services.queues.place(model_id, self.n_choices) as self.place,
+            self._services.queues.place(model_id, self.n_choices, names) as self.place,
             Failover(self._services, self._model, request.needs, request.keep_seconds) as failover,
         ):
             async with aclosing(self._events(failover)) as batches:

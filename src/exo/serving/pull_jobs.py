@@ -1,7 +1,7 @@
 """Downloads of models: requests that need the same files share one."""
 
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from exo.serving.errors import RequestError, ServingError, shutting_down
 from exo.store.discover.description import Description
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source
-from exo.store.local import describe_on_disk
+from exo.store.local import describe_on_disk, is_on_disk
 from exo.store.progress import DownloadProgress
 from exo.store.store import OnDisk, Store
 
@@ -110,9 +110,15 @@ class Pulls:
         assert pulled is not None
         yield pulled
 
-    async def describe(self, card: ModelCard) -> Description | None:
-        """Describes the model from its files; None if they are not on disk."""
-        return await run_sync(describe_on_disk, card, self._store())
+    async def describe_all(self, cards: Sequence[ModelCard]) -> list[tuple[bool, Description | None]]:
+        """Whether each model is on disk, and its description from its files, if they have one."""
+
+        def look() -> list[tuple[bool, Description | None]]:
+            store = self._store()
+            there = [not self._provides_files or is_on_disk(card, store) for card in cards]
+            return [(here, describe_on_disk(card, store)) for card, here in zip(cards, there, strict=True)]
+
+        return await run_sync(look)
 
     async def _join(self, source: Source) -> AsyncGenerator[DownloadProgress | Pulled]:
         """Starts the download or joins it."""

@@ -1,5 +1,7 @@
 """Describes a model on disk before a runner has loaded it."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,19 +23,29 @@ def describe_on_disk(card: ModelCard, store: Store) -> Description | None:
 
     Reads up to several megabytes, but only once unless the file changes.
     """
-    for runner, spec in RUNNERS.items():
-        if not set(spec.backends) & set(card.backends):
-            continue
+    for found in _present(card, store):
         try:
-            found = store.on_disk(Source.of(card, runner))
-            if found.state != "present" or found.path is None:
-                continue
-            name = found.path / "config.json" if found.path.is_dir() else found.path
+            name = found / "config.json" if found.is_dir() else found
             state = name.stat()
-            return _described(found.path, state.st_mtime_ns, state.st_size)
-        except (PullError, HeaderError, DescriptionError, OSError):
+            return _described(found, state.st_mtime_ns, state.st_size)
+        except (HeaderError, DescriptionError, OSError):
             continue  # the runner reports the error when it loads the model
     return None
+
+
+def is_on_disk(card: ModelCard, store: Store) -> bool:
+    """Whether a runner's files are on disk."""
+    return any(True for _ in _present(card, store))
+
+
+def _present(card: ModelCard, store: Store) -> Iterator[Path]:
+    """What each runner that may serve the model would load, if that is on disk."""
+    for runner, spec in RUNNERS.items():
+        if set(spec.backends) & set(card.backends):
+            with suppress(PullError, OSError):  # the runner reports the error when it loads the model
+                found = store.on_disk(Source.of(card, runner))
+                if found.state == "present" and found.path is not None:
+                    yield found.path
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
@@ -12,9 +12,11 @@ from exo.api.admin.speeds import SpeedAtLoad, known_speeds
 from exo.api.http.body import RequestBody, read_body
 from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
+from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.errors import shutting_down
+from exo.serving.unary import Question, ask
 from exo.worker.router import LiveRunner
 
 
@@ -50,6 +52,28 @@ class UnloadRequest(RequestBody):
     refuses_unknown: ClassVar[bool] = True
 
     model: str = Field(min_length=1, max_length=300, description="A model id or alias.")
+
+
+class LoadRequest(RequestBody):
+    """The body of ``POST /v1/models/load``."""
+
+    refuses_unknown: ClassVar[bool] = True
+
+    model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
+
+
+class Loaded(BaseModel):
+    """The model is loaded."""
+
+    success: Literal[True] = True
+    model: str
+
+
+class Cancelled(BaseModel):
+    """A request has been cancelled. The names are upstream's."""
+
+    message: Literal["Command cancelled."] = "Command cancelled."
+    command_id: str
 
 
 class Unloaded(BaseModel):
@@ -103,6 +127,27 @@ def server_routes(services: Services) -> APIRouter:
             return Unloaded(model=body.model, unloaded=unloaded), {}
 
         return UnaryResponse(work)
+
+    @routes.post("/v1/models/load", response_model=Loaded, openapi_extra=json_body(LoadRequest))
+    async def load(request: Request) -> Response:
+        """Loads a model. The reply comes once it can answer."""
+        body = await read_body(request, LoadRequest)
+
+        async def work() -> tuple[BaseModel, Mapping[str, str]]:
+            model = services.routing.resolve(body.model)
+            answered = await ask(services, Question(model=model, needs=None, commands=[], params={}))
+            return Loaded(model=model.card.model_id), route_headers(answered.runner.route)
+
+        return UnaryResponse(work)
+
+    @routes.post("/v1/cancel/{name}")
+    async def cancel(
+        name: str = Path(description="The id of a reply, or the x-request-id of a request."),
+    ) -> Cancelled:
+        """Cancels a request that generates text. Its own client gets an error."""
+        if not services.queues.cancel(name):
+            raise ApiError(404, f"there is no running request {name[:200]!r}", code="not_found")
+        return Cancelled(command_id=name)
 
     @routes.get("/v1/route")
     async def route(

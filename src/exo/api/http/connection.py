@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from exo.api.http.errors import ErrorBody
+from exo.api.http.request_id import REQUEST_ID_HEADER, new_request_id
 
 HEAD_LIMIT = 64 << 10
 """Bytes of a request's line and headers."""
@@ -268,7 +269,8 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = error.openai()
-        headers = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items())
+        named = {REQUEST_ID_HEADER: new_request_id(), **error.headers}
+        headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
         self.loop.call_later(LINGER_SECONDS, self.transport.close)

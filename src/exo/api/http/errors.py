@@ -59,7 +59,7 @@ class ErrorBody:
         """``{"error": message}``."""
         message = self.message
         if self.overflow is not None:
-            excess = self.overflow.prompt_tokens - self.overflow.context_length + 1
+            excess = max(1, self.overflow.prompt_tokens - self.overflow.context_length)
             message = f"prompt too long; exceeded max context length by {excess} tokens"
         return to_json({"error": message, **self._sizes()})
 
@@ -128,6 +128,7 @@ INTERNAL_ERROR = ErrorBody(
 
 _STATUS: Mapping[str, int] = {
     "busy": 409,
+    "cancelled": 409,
     "denied": 403,
     "disk_full": 507,
     "engine_error": 500,

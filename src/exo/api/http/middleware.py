@@ -22,12 +22,14 @@ from exo.serving.warnings import RequestWarnings, collecting
 
 OPEN_PATHS = ("/health",)
 """These need no key, so that a process monitor needs none."""
-EXPOSED_HEADERS = "retry-after, request-id, x-exo-runner, x-exo-route, x-exo-warning"
+EXPOSED_HEADERS = "retry-after, request-id, x-request-id, x-exo-runner, x-exo-route, x-exo-warning"
 """The headers of a reply that a page of another origin may read."""
 WARNING_HEADER = "x-exo-warning"
 _PREFLIGHT_SECONDS = "600"
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{0,2000}")
 _SLASHES = re.compile(r"//+")
+_OLLAMA = re.compile(r"/ollama(/api)?(?=/(?:api|v1)/)")
+_WITHOUT_V1 = re.compile(r"(?=/(?:chat/completions|completions|embeddings|messages|models|responses)(?:/|$))")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?")
 
 
@@ -172,7 +174,7 @@ def _denied(status: int, message: str, code: str, headers: dict[str, str] | None
 class ForgivingPaths:
     """An ASGI application that normalises paths and methods before it passes requests to ``app``.
 
-    Slashes that are doubled or at the end of a path mean nothing. ``HEAD`` is answered as ``GET`` is; the server leaves
+    See ``route_path`` for paths. ``HEAD`` is answered as ``GET`` is; the server leaves
     the reply's body out.
     """
 
@@ -188,8 +190,11 @@ class ForgivingPaths:
 
 
 def route_path(path: str) -> str:
-    """The normalised path of a request."""
-    return _SLASHES.sub("/", path).rstrip("/") or "/"
+    """The normalised path of a request. OpenAI's paths need no "/v1", and upstream has Ollama's below "/ollama"."""
+    path = _SLASHES.sub("/", path).rstrip("/") or "/"
+    if path.startswith("/ollama/"):
+        path = _OLLAMA.sub("", path, count=1)
+    return _WITHOUT_V1.sub("/v1", path, count=1) if _WITHOUT_V1.match(path) else path
 
 
 @final

@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -12,21 +13,19 @@ from exo import __version__
 from exo.api.http.body import read_body
 from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
-from exo.api.ollama.request import OllamaShowRequest
-from exo.api.ollama.response import OllamaReply, now
+from exo.api.ollama.request import OllamaPullRequest, OllamaShowRequest
+from exo.api.ollama.response import OllamaDialect, OllamaReply, now
 from exo.api.ollama.routes import LATEST
 from exo.cards.card import ModelCard
-from exo.chat.output.registry import output_format
 from exo.serving.app_state import Services
-from exo.store.discover.description import Description
-from exo.worker.protocol.events import Capabilities
+from exo.serving.model_facts import ModelFacts, model_facts
 from exo.worker.supervisor.instance import InstanceReport
 
 OLLAMA_VERSION = "0.13.5"
 """This version of Ollama's API. Clients refuse a server that is older than they need."""
 CONTEXT_LENGTH = 4096
 """The reported context length if neither the model card nor a file states one."""
-_MISSING = ("/pull", "/push", "/create", "/copy", "/delete", "/blobs/{digest}")
+_MISSING = ("/push", "/create", "/copy", "/delete", "/blobs/{digest}")
 """Paths of Ollama that are not offered."""
 NEVER = "9999-12-31T23:59:59Z"
 """The expiry of a model that is not unloaded automatically."""
@@ -63,10 +62,12 @@ class OllamaModel(OllamaReply):
     size: int
     digest: str
     details: OllamaDetails
+    downloaded: bool
+    """Whether its files are on disk."""
 
 
 class OllamaModels(OllamaReply):
-    """The reply of ``/api/tags``."""
+    """The reply of ``/api/tags``, the models on disk first."""
 
     models: list[OllamaModel]
 
@@ -100,6 +101,12 @@ class OllamaLoadedModels(OllamaReply):
     models: list[OllamaLoaded]
 
 
+class OllamaPulled(OllamaReply):
+    """The reply of ``/api/pull``."""
+
+    status: Literal["success"] = "success"
+
+
 class OllamaVersion(OllamaReply):
     """The reply of ``/api/version``."""
 
@@ -112,8 +119,9 @@ def digest(card: ModelCard) -> str:
     return sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def listed(name: str, card: ModelCard, started: str) -> OllamaModel:
-    """A card in the list, under its model id or an alias."""
+def listed(name: str, facts: ModelFacts, started: str) -> OllamaModel:
+    """A model in the list, under its model id or an alias."""
+    card = facts.card
     return OllamaModel(
         name=name,
         model=name,
@@ -121,20 +129,19 @@ def listed(name: str, card: ModelCard, started: str) -> OllamaModel:
         size=card.storage_size.in_bytes,
         digest=digest(card),
         details=OllamaDetails.of(card),
+        downloaded=facts.on_disk,
     )
 
 
-def shown(card: ModelCard, loaded: Capabilities | None, files: Description | None, started: str) -> OllamaShown:
-    """The details of a card. ``loaded`` comes from a runner with the model, ``files`` from the model's files."""
-    template = loaded.chat_template if loaded is not None else files.chat_template if files is not None else None
-    known = [card.context_length, files.context_length if files else 0, loaded.context_length if loaded else 0]
-    context_length = next(filter(None, known), CONTEXT_LENGTH)
-    thinks = "thinking" in (*card.capabilities, *(files.capabilities if files is not None else ()))
+def shown(facts: ModelFacts, started: str) -> OllamaShown:
+    """The details of a model. Until it is loaded, its context may be shorter than told here."""
+    card, files = facts.card, facts.files
+    context_length = facts.context_length or facts.trained_length or CONTEXT_LENGTH
     return OllamaShown(
         details=OllamaDetails.of(card),
         model_info=_info(card, card.family or (files.architecture if files else "") or "model", context_length),
-        template=template or "",
-        capabilities=_capabilities(card, template, thinks=thinks, sees=loaded is not None and loaded.vision),
+        template=facts.template or "",
+        capabilities=facts.capabilities,
         modified_at=started,
     )
 
@@ -172,19 +179,6 @@ def _info(card: ModelCard, architecture: str, context_length: int) -> dict[str, 
     return {"general.architecture": architecture, **known}
 
 
-def _capabilities(card: ModelCard, template: str | None, *, thinks: bool, sees: bool) -> list[str]:
-    """Ollama's names of the capabilities."""
-    form = output_format(template, card.tool_format, card.reasoning_dialect)
-    has = {
-        "completion": "TextGeneration" in card.tasks,
-        "embedding": "TextEmbedding" in card.tasks,
-        "tools": form.known and form.write_calls is not None,
-        "thinking": thinks,
-        "vision": sees,
-    }
-    return [word for word, there in has.items() if there]
-
-
 def model_routes(services: Services) -> APIRouter:
     """Models, and errors for the operations of Ollama that are not offered."""
     routes = APIRouter(prefix="/api", tags=["Ollama"])
@@ -192,18 +186,20 @@ def model_routes(services: Services) -> APIRouter:
 
     @routes.get("/tags")
     async def tags() -> OllamaModels:
-        """Every model card, once under its id and once under each alias."""
+        """Every model card, once under its id and once under each alias; those on disk first."""
         catalogue = services.cards.known
         named = {name: card for name in (*catalogue.cards, *catalogue.aliases) if (card := catalogue.get(name))}
-        return OllamaModels(models=[listed(name, card, started) for name, card in named.items()])
+        facts = await model_facts(services, list(named.values()))
+        found = [listed(name, each, started) for name, each in zip(named, facts, strict=True)]
+        return OllamaModels(models=sorted(found, key=lambda each: not each.downloaded))
 
     @routes.post("/show", response_model=OllamaShown, openapi_extra=json_body(OllamaShowRequest))
     async def show(request: Request) -> OllamaShown:
         """The details of a model."""
         body = await read_body(request, OllamaShowRequest)
         card = services.routing.resolve(body.model or body.name, LATEST).card
-        live = [each.capabilities for each in services.pool.live() if each.model_id == card.model_id]
-        return shown(card, next(filter(None, live), None), await services.pulls.describe(card), started)
+        (facts,) = await model_facts(services, [card])
+        return shown(facts, started)
 
     @routes.get("/ps")
     async def ps() -> OllamaLoadedModels:
@@ -217,6 +213,19 @@ def model_routes(services: Services) -> APIRouter:
     async def version() -> OllamaVersion:
         """The version of Ollama's API and that of exo."""
         return OllamaVersion()
+
+    @routes.post("/pull", response_model=OllamaPulled, openapi_extra=json_body(OllamaPullRequest))
+    async def pull(request: Request) -> Response:
+        """Confirms that a model is on disk. Others are refused: ``/v1/models/pull`` downloads them."""
+        body = await read_body(request, OllamaPullRequest)
+        card = services.routing.resolve(body.model or body.name, LATEST).card
+        (facts,) = await model_facts(services, [card])
+        if not facts.on_disk:
+            message = f"{card.model_id} is not on disk; exo pull {card.model_id} or /v1/models/pull downloads it"
+            raise ApiError(501, message, code="not_implemented")
+        done = OllamaPulled().model_dump_json().encode()
+        media_type = OllamaDialect.media_type if body.stream else "application/json"
+        return Response(done + b"\n" if body.stream else done, media_type=media_type)
 
     async def missing(request: Request) -> Response:
         message = (

@@ -310,6 +310,22 @@ class OllamaEmbeddingsRequest(OllamaBody):
     options: EmbedOptions = Field(default=EmbedOptions(), description="Only num_ctx has an effect.")
 
 
+class OllamaPullRequest(RequestBody):
+    """The body of ``POST /api/pull``."""
+
+    ignored: ClassVar[Unsupported] = {"insecure": (False,), "password": ("",), "username": ("",)}
+
+    model: str = Field(default="", max_length=300, description="A model id or alias.")
+    name: str = Field(default="", max_length=300, description="Older name of model.")
+    stream: bool = Field(default=True, description="Reply in lines of JSON.")
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> "OllamaPullRequest":
+        if not self.model and not self.name:
+            raise missing("model")
+        return self
+
+
 class OllamaShowRequest(RequestBody):
     """The body of ``POST /api/show``."""
 

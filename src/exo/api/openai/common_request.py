@@ -61,6 +61,7 @@ IGNORED: Unsupported = {
     "timings_per_token": (False,),
     "top_n_sigma": (-1,),
     "typical_p": (1,),
+    "use_prefix_cache": (True,),
     "verbosity": ("medium",),
     "web_search_options": (),
     "xtc_probability": (0,),

@@ -63,22 +63,6 @@ class CompletionUsage(Reply):
         )
 
 
-class ListedModel(Reply):
-    """One available model."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-
-
-class ModelList(Reply):
-    """The reply of ``/v1/models``."""
-
-    object: Literal["list"] = "list"
-    data: list[ListedModel]
-
-
 def token_text(logprob: Logprob) -> str:
     r"""A token as text, or as ``bytes:\xe2\x80`` if it is not valid UTF-8 by itself, as OpenAI writes it."""
     raw = bytes(logprob.bytes)

@@ -1,0 +1,86 @@
+"""Facts about models for the lists and descriptions of all APIs, loaded or not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from exo.cards.card import ModelCard
+from exo.chat.output.registry import output_format
+from exo.serving.app_state import Services
+from exo.store.discover.description import Description
+from exo.worker.protocol.events import Capabilities
+from exo.worker.protocol.runners import RUNNERS
+from exo.worker.supervisor.state_machine import ENDINGS
+
+ModelState = Literal["loaded", "loading", "unloaded"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client may want to know of a model. ``loaded`` comes from a runner, ``files`` from the model's files."""
+
+    card: ModelCard
+    state: ModelState
+    on_disk: bool
+    loaded: Capabilities | None
+    files: Description | None
+    slots: int = 0
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of one request, prompt and output together; None until a runner has decided it."""
+        if self.loaded is not None:
+            return self.loaded.context_length
+        table = self.card.engines.get(_first_runner(self.card), {})
+        stated = table.get("n_ctx", table.get("max_model_len"))
+        return stated if isinstance(stated, int) and not isinstance(stated, bool) else None
+
+    @property
+    def trained_length(self) -> int | None:
+        """The tokens that the model was trained for, if known."""
+        return self.card.context_length or (self.files.context_length if self.files is not None else 0) or None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, if known."""
+        if self.loaded is not None:
+            return self.loaded.chat_template
+        return self.files.chat_template if self.files is not None else None
+
+    @property
+    def capabilities(self) -> list[str]:
+        """Ollama's names of the capabilities."""
+        card = self.card
+        form = output_format(self.template, card.tool_format, card.reasoning_dialect)
+        thinks = "thinking" in (*card.capabilities, *(self.files.capabilities if self.files is not None else ()))
+        has = {
+            "completion": "TextGeneration" in card.tasks,
+            "embedding": "TextEmbedding" in card.tasks,
+            "tools": form.known and form.write_calls is not None,
+            "thinking": thinks,
+            "vision": self.loaded is not None and self.loaded.vision,
+        }
+        return [word for word, there in has.items() if there]
+
+
+async def model_facts(services: Services, cards: Sequence[ModelCard]) -> list[ModelFacts]:
+    """The facts about these models, in the same order. Looks at their files."""
+    live = [each for each in services.pool.live() if each.state not in ENDINGS]
+    files = await services.pulls.describe_all(cards)
+    found: list[ModelFacts] = []
+    for card, (on_disk, described) in zip(cards, files, strict=True):
+        own = [each for each in live if each.model_id == card.model_id]
+        ready = [each.capabilities for each in own if each.capabilities is not None]
+        state: ModelState = "loaded" if ready else "loading" if own else "unloaded"
+        # A request may go to any of its runners.
+        loaded = min(ready, key=lambda each: each.context_length, default=None)
+        found.append(ModelFacts(card, state, on_disk or bool(own), loaded, described, sum(each.slots for each in own)))
+    return found
+
+
+def _first_runner(card: ModelCard) -> str:
+    """The runner that the card prefers."""
+    if card.runner != "auto":
+        return card.runner
+    served = {backend: name for name, spec in RUNNERS.items() for backend in spec.backends}
+    return next((served[backend] for backend in card.backends if backend in served), "")

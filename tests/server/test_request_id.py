@@ -1,0 +1,87 @@
+"""The id of a request: taken or made, in every reply, and in what the server logs about the request."""
+
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from exo.config import Access
+from tests.conftest import fake_card
+from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.server import ServeProgram, write_card
+
+MODEL = "fake/model"
+SHORT = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
+    card = fake_card(MODEL, chat_template=CHAT_TEMPLATE)
+    access = Access(cors_origins=("http://page.example",))
+    with (
+        serve(tmp_path_factory.mktemp("server"), card, access=access) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/completions", SHORT, 200),
+        ("POST", "/v1/completions", {**SHORT, "stream": True}, 200),
+        ("POST", "/v1/completions", {**SHORT, "model": "none"}, 404),
+        ("POST", "/v1/completions", {**SHORT, "top_p": 7}, 400),
+        ("POST", "/v1/messages", {"model": MODEL}, 400),
+        ("POST", "/api/generate", {"model": "none", "prompt": "hi"}, 404),
+        ("GET", "/health", None, 200),
+        ("GET", "/nothing", None, 404),
+    ],
+)
+def test_the_clients_id_is_in_every_reply(
+    http: httpx.Client, method: str, path: str, body: dict[str, object] | None, status: int
+) -> None:
+    reply = http.request(method, path, json=body, headers={"x-request-id": "client-7"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (status, "client-7")
+    ids = {http.request(method, path, json=body).headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+    assert "client-7" not in ids
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "two words", "caf\u00e9"])
+def test_an_id_that_is_not_short_and_printable_is_replaced(http: httpx.Client, given: str) -> None:
+    reply = http.get("/health", headers=[(b"x-request-id", given.encode())])
+    assert reply.headers["x-request-id"].startswith("req_")
+
+
+def test_denied_and_malformed_requests_have_one_too(http: httpx.Client) -> None:
+    denied = http.get("/health", headers={"host": "evil.example", "x-request-id": "mine"})
+    assert (denied.status_code, denied.headers["x-request-id"]) == (403, "mine")
+    host, port = http.base_url.host, http.base_url.port
+    assert port is not None
+    with socket.create_connection((host, port)) as raw:
+        raw.sendall(b"nonsense\r\n\r\n")
+        head = raw.makefile("rb").read()
+    assert head.startswith(b"HTTP/1.1 400")
+    assert b"\r\nx-request-id: req_" in head
+
+
+def test_clients_and_pages_can_read_it(http: httpx.Client) -> None:
+    own = {"x-request-id": "mine"}
+    with openai.OpenAI(base_url=f"{str(http.base_url).rstrip('/')}/v1", api_key="unused") as client:
+        raw = client.completions.with_raw_response.create(model=MODEL, prompt="hi", max_tokens=2, extra_headers=own)
+        assert raw.request_id == "mine"
+    page = http.get("/health", headers={"origin": "http://page.example"})
+    assert "x-request-id" in page.headers["access-control-expose-headers"]
+
+
+def test_the_log_names_the_request(tmp_path: Path) -> None:
+    write_card(tmp_path, "tiny", {"cuda": {}})
+    with ServeProgram(tmp_path) as server:
+        body = {"model": "tiny", "prompt": "hi", "temprature": 1}
+        server.client.post("/v1/completions", json=body, headers={"x-request-id": "seek-me"})
+        assert "temprature" in server.log.read_text()
+        assert "(request seek-me)" in server.log.read_text()
