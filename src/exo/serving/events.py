@@ -40,6 +40,8 @@ class Started:
     prompts: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=partial(SamplingParams, seed=0))
     """After the defaults of the model card."""
+    quantization: str = ""
+    """The card's name of the weights' number format."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,7 +219,8 @@ class Generation:
         sequences = self._sequences(runner.card, runner.capabilities, prepared)
         self._services.queues.slots_changed(runner.card.model_id)
         echoes = tuple([each.echo for each in prepared]) if request.echo else ()
-        started = Started(runner.card.model_id, runner.capabilities, echoes, sequences[0].sampling)
+        card = runner.card
+        started = Started(card.model_id, runner.capabilities, echoes, sequences[0].sampling, card.quantization)
         arrival = asyncio.Event()
         return started, [
             _RunningChoice(number, Replay(sequence), self._reader(number, prepared[number // request.n]), arrival)
@@ -319,4 +320,6 @@ def _total_usage(usages: Mapping[int, Usage], n: int) -> Usage:
         prompt_tokens=sum([usage.prompt_tokens for usage in prompts]),
         completion_tokens=sum([usage.completion_tokens for usage in usages.values()]),
         cached_tokens=sum([usage.cached_tokens for usage in prompts]),
+        drafted_tokens=sum([usage.drafted_tokens for usage in usages.values()]),
+        accepted_tokens=sum([usage.accepted_tokens for usage in usages.values()]),
     )

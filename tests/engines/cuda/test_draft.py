@@ -116,7 +116,8 @@ class Pair:
         assert drafting.text == without.text
         assert drafting.pieces == without.pieces
         assert drafting.logprobs == [] or len(drafting.logprobs) == len(without.tokens)
-        assert drafting.finished == without.finished
+        assert drafting.finished.reason == without.finished.reason
+        assert drafting.finished.usage.completion_tokens == without.finished.usage.completion_tokens
         assert messages[0] == len(without.tokens)
         if self.repeats and request.sampling.temperature < 0.5 and len(without.tokens) > 5:
             assert messages[1] < messages[0]

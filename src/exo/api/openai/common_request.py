@@ -58,7 +58,6 @@ IGNORED: Unsupported = {
     "return_progress": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "timings_per_token": (False,),
     "top_n_sigma": (-1,),
     "typical_p": (1,),
     "use_prefix_cache": (True,),
@@ -205,6 +204,9 @@ class GenerationFields(RequestBody):
         default=None, min_length=1, description="Older name of structured_outputs.grammar."
     )
     return_token_ids: bool = Field(default=False, description="Return the ids of the generated tokens.")
+    timings_per_token: bool = Field(
+        default=False, description="Add llama-server's timings to the reply, or to each chunk of a stream."
+    )
     n: int = Field(default=1, ge=1, le=16, description="Choices for each prompt.")
     stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
     stream_options: StreamOptions = Field(

@@ -54,6 +54,7 @@ class Completion(Reply):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: CompletionUsage
+    timings: dict[str, int | float] | None = Field(default=None, exclude_if=absent)
 
 
 @final
@@ -126,8 +127,9 @@ class CompletionDialect(ChunkWriter):
         include_usage: bool = False,
         logprobs: bool = False,
         token_ids: bool = False,
+        timings: bool = False,
     ) -> None:
-        super().__init__(reply_id, "text_completion", include_usage=include_usage)
+        super().__init__(reply_id, "text_completion", include_usage=include_usage, timings=timings)
         self._n = n
         self._logprobs = logprobs
         self._token_ids = token_ids
@@ -144,12 +146,15 @@ class CompletionDialect(ChunkWriter):
                 system_fingerprint=self.fingerprint,
                 choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
                 usage=CompletionUsage.of(usage),
+                timings=self.timings(choices, usage),
             )
             .model_dump_json()
             .encode()
         )
 
     def write(self, event: GenerationEvent) -> bytes:
+        if isinstance(event, ChoiceStarted | ChoiceDelta | ChoiceFinished):
+            self.meter(event)
         match event:
             case ChoiceDelta(choice):
                 text = _text(event.parts)

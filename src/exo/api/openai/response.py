@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
 from exo.api.http.response import Call, ReplyChoice
+from exo.api.openai.timings import Stopwatch
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.serving.events import (
     ChoiceDelta,
@@ -44,6 +45,14 @@ class PromptTokensDetails(Reply):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Reply):
+    """Output tokens that were reasoning, and guesses of a draft that were right or wrong."""
+
+    reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class CompletionUsage(Reply):
     """Tokens, as OpenAI counts them."""
 
@@ -51,15 +60,21 @@ class CompletionUsage(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
     @classmethod
-    def of(cls, usage: Usage) -> "CompletionUsage":
+    def of(cls, usage: Usage, reasoning_tokens: int = 0) -> "CompletionUsage":
         """The usage of a request."""
         return cls(
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=reasoning_tokens,
+                accepted_prediction_tokens=usage.accepted_tokens,
+                rejected_prediction_tokens=usage.drafted_tokens - usage.accepted_tokens,
+            ),
         )
 
 
@@ -77,7 +92,7 @@ class ChunkWriter:
 
     media_type = sse.MEDIA_TYPE
 
-    def __init__(self, reply_id: str, kind: str, *, include_usage: bool) -> None:
+    def __init__(self, reply_id: str, kind: str, *, include_usage: bool, timings: bool) -> None:
         self.id = reply_id
         self.created = int(time.time())
         self.model = ""
@@ -85,14 +100,20 @@ class ChunkWriter:
         self._kind = kind
         self._include_usage = include_usage
         self._head = b""
+        self._timings = timings
+        self._watch = Stopwatch()
+        self._usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self._reasoning_tokens = 0
         # If the usage is requested, all of OpenAI's chunks have the field; only in the last it is not null.
         self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
 
     def start(self, started: Started) -> None:
         """Sets the beginning of all chunks."""
         model = started.capabilities
-        # A seed's result depends on the engine and its version.
-        self.model, self.fingerprint = started.model_id, f"{model.engine}-{model.engine_version}"
+        # A seed's result depends on these.
+        parts = (model.engine, model.engine_version, started.quantization, model.kv_type and f"kv-{model.kv_type}")
+        self.model, self.fingerprint = started.model_id, "-".join(filter(None, parts))
+        self._watch = Stopwatch()
         common = {
             "id": self.id,
             "object": self._kind,
@@ -104,13 +125,34 @@ class ChunkWriter:
 
     def chunk(self, choice: bytes) -> bytes:
         """A chunk with one choice, which is a JSON object without its closing brace."""
-        return self._head + choice + self._tail
+        if not self._timings:
+            return self._head + choice + self._tail
+        usage = self._usage.model_copy(update={"completion_tokens": self._watch.tokens})
+        return self._head + choice + self._tail[:-3] + b',"timings":%b}\n\n' % to_json(self._watch.timings(usage))
+
+    def meter(self, event: ChoiceStarted | ChoiceDelta | ChoiceFinished) -> None:
+        """Counts the tokens of the reply. In a stream, the cached tokens are only known at the end."""
+        match event:
+            case ChoiceStarted():
+                self._usage = self._usage.model_copy(update={"prompt_tokens": event.prompt_tokens})
+            case ChoiceDelta():
+                self._watch.took(len(event.tokens))
+            case ChoiceFinished():
+                self._usage = event.usage
+                self._reasoning_tokens += event.reasoning_tokens
 
     def end(self, usage: Usage) -> bytes:
         """The end of a stream, with the usage if requested."""
         if not self._include_usage:
             return sse.DONE
-        return self._head + b'],"usage":' + CompletionUsage.of(usage).model_dump_json().encode() + b"}\n\n" + sse.DONE
+        told = CompletionUsage.of(usage, self._reasoning_tokens).model_dump_json().encode()
+        timings = b',"timings":' + to_json(self._watch.timings(usage)) if self._timings else b""
+        return self._head + b'],"usage":' + told + timings + b"}\n\n" + sse.DONE
+
+    def timings(self, choices: Sequence[ReplyChoice], usage: Usage) -> dict[str, int | float] | None:
+        """The timings of a whole reply, if requested."""
+        self._watch.first = min((choice.began for choice in choices if choice.began), default=0)
+        return self._watch.timings(usage) if self._timings else None
 
     def error(self, body: ErrorBody) -> bytes:
         """An error in the stream, which then has no "[DONE]"."""
@@ -187,6 +229,7 @@ class ChatCompletion(Reply):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: CompletionUsage
+    timings: dict[str, int | float] | None = Field(default=None, exclude_if=absent)
 
 
 def call_id(reply_id: str, choice: int, index: int) -> str:
@@ -213,9 +256,15 @@ class ChatDialect(ChunkWriter):
     """``/v1/chat/completions``."""
 
     def __init__(
-        self, reply_id: str, *, include_usage: bool = False, logprobs: bool = False, token_ids: bool = False
+        self,
+        reply_id: str,
+        *,
+        include_usage: bool = False,
+        logprobs: bool = False,
+        token_ids: bool = False,
+        timings: bool = False,
     ) -> None:
-        super().__init__(reply_id, "chat.completion.chunk", include_usage=include_usage)
+        super().__init__(reply_id, "chat.completion.chunk", include_usage=include_usage, timings=timings)
         self._logprobs = logprobs
         self._token_ids = token_ids
 
@@ -236,13 +285,16 @@ class ChatDialect(ChunkWriter):
                     )
                     for index, choice in enumerate(choices)
                 ],
-                usage=CompletionUsage.of(usage),
+                usage=CompletionUsage.of(usage, sum(choice.reasoning_tokens for choice in choices)),
+                timings=self.timings(choices, usage),
             )
             .model_dump_json()
             .encode()
         )
 
     def write(self, event: GenerationEvent) -> bytes:
+        if isinstance(event, ChoiceStarted | ChoiceDelta | ChoiceFinished):
+            self.meter(event)
         match event:
             case ChoiceDelta():
                 return self._delta_chunks(event)

@@ -31,6 +31,7 @@ def openai_routes(services: Services) -> APIRouter:
             include_usage=body.stream_options.include_usage,
             logprobs=body.logprobs,
             token_ids=body.return_token_ids,
+            timings=body.timings_per_token,
         )
         return GenerationResponse(generation, dialect, stream=body.stream)
 
@@ -46,6 +47,7 @@ def openai_routes(services: Services) -> APIRouter:
             include_usage=body.stream_options.include_usage,
             logprobs=body.logprobs is not None,
             token_ids=body.return_token_ids,
+            timings=body.timings_per_token,
         )
         return GenerationResponse(generation, dialect, stream=body.stream)
 

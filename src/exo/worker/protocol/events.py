@@ -26,6 +26,8 @@ class Capabilities(Message):
     rerank: bool = False
     vision: bool = False
     model_bytes: int = 0
+    kv_type: str = ""
+    """The number format of the KV cache, or those of keys and values; empty if it is the model's own."""
     chat_template: str | None = None
     """Jinja source, from the card or else from the model's file."""
     tool_template: str | None = None
@@ -160,11 +162,16 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Usage(Message):
-    """Counts of tokens. ``cached_tokens`` are those of the prompt that were not computed again."""
+    """Counts of tokens. ``cached_tokens`` are those of the prompt that were not computed again.
+
+    ``drafted_tokens`` are this runner's guesses of output tokens, of which ``accepted_tokens`` were right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Finished(Message):

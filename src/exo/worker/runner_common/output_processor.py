@@ -117,6 +117,8 @@ class StepDone:
     prompts: list[PromptScored] = field(default_factory=list[PromptScored])
     ended: list[tuple[str, FinishReason]] = field(default_factory=list[tuple[str, FinishReason]])
     """Sequences that ended without a new token."""
+    drafted: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
+    """Sequences with drafts, the tokens of the draft, and how many of them were right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,8 @@ class RequestOutput:
     n_cached: int = 0
     n_tokens: int = 0
     """Tokens generated, by this runner or before."""
+    n_drafted: int = 0
+    n_accepted: int = 0
 
     @property
     def n_prefill(self) -> int:
@@ -149,7 +153,13 @@ class RequestOutput:
     def usage(self) -> Usage:
         """Returns the token counts so far."""
         cached = min(self.n_cached, self.n_prompt)
-        return Usage(prompt_tokens=self.n_prompt, completion_tokens=self.n_tokens, cached_tokens=cached)
+        return Usage(
+            prompt_tokens=self.n_prompt,
+            completion_tokens=self.n_tokens,
+            cached_tokens=cached,
+            drafted_tokens=self.n_drafted,
+            accepted_tokens=self.n_accepted,
+        )
 
 
 @dataclass(slots=True)
@@ -258,6 +268,10 @@ class Emitter:
         for request, cached in step.cached:
             if request in self._outputs:
                 self._outputs[request].n_cached = cached
+        for request, drafted, accepted in step.drafted:
+            if request in self._outputs:
+                self._outputs[request].n_drafted += drafted
+                self._outputs[request].n_accepted += accepted
         messages: list[Message] = [
             PrefillProgress(id=request, processed=processed, total=self._outputs[request].n_prefill)
             for request, processed in step.processed

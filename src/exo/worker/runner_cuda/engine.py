@@ -133,7 +133,8 @@ class CudaEngine:
             readings, tokens = due, choose(turns)
         for chunk in step.chunks:
             if chunk.draft:
-                self._scheduler.verified(chunk)
+                accepted = self._scheduler.verified(chunk)
+                done.drafted.append((chunk.sequence.id, len(chunk.draft), accepted))
         self._scheduler.wipe([sequence.slot for sequence in spoilt])
         for sequence in again:
             self._sampling.read_whole(sequence)

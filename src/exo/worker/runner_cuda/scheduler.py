@@ -211,10 +211,10 @@ class Scheduler:
             if chunk.stop in (*sequence.marks, sequence.n_prefill) and len(slot.cached) == chunk.stop:
                 self._cache.checkpoint(slot)
 
-    def verified(self, chunk: Chunk) -> None:
+    def verified(self, chunk: Chunk) -> int:
         """Keeps the cells of the draft's correct guesses, once the sampled tokens are known, and drops the others.
 
-        A sequence may be done by then: its slot keeps the cells for later prompts.
+        A sequence may be done by then: its slot keeps the cells for later prompts. Returns the number of these guesses.
         """
         sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
         came = sequence.tokens[chunk.stop : chunk.stop + len(chunk.draft)]
@@ -225,6 +225,7 @@ class Scheduler:
         sequence.n_computed = chunk.stop + n_true
         slot.cached += came[:n_true]
         self._cache.drop_after(slot, sequence.n_computed)
+        return n_true
 
     def wipe(self, spoilt: Collection[int]) -> None:
         """Overwrites the cells of free slots that contain NaN or infinity."""

@@ -82,7 +82,8 @@ def test_a_chat_stream_with_usage_says_null_in_every_chunk_but_the_last() -> Non
     )
     assert dialect.write(Completed(USAGE)) == (
         CHAT_HEAD + b',"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,'
-        b'"prompt_tokens_details":{"cached_tokens":1}}}\n\ndata: [DONE]\n\n'
+        b'"prompt_tokens_details":{"cached_tokens":1},"completion_tokens_details":{"reasoning_tokens":0,'
+        b'"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}\n\ndata: [DONE]\n\n'
     )
 
 

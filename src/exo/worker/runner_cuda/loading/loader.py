@@ -151,6 +151,7 @@ def _capabilities(
         embeddings=embedder.pooling != "rank",
         rerank=embedder.pooling == "rank",
         model_bytes=model.size_bytes,
+        kv_type="/".join(dict.fromkeys((options.cache_type_k, options.cache_type_v))),
         chat_template=options.chat_template or model.chat_template() or model.chat_template(b"tool_use"),
         notes=quality_notes(model.metadata),
         tool_template=None if options.chat_template else model.chat_template(b"tool_use"),
