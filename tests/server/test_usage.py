@@ -96,3 +96,20 @@ def test_llama_cpp_counts_its_guesses_and_tells_the_type_of_its_kv_cache(tmp_pat
     right, wrong = details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
     assert right > 0  # the reply is in the prompt
     assert (timings["draft_n"], timings["draft_n_accepted"]) == (right + wrong, right)
+
+
+def test_the_chosen_token_is_among_the_top_ones(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 20, "logprobs": 1, "seed": 3}
+    found = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert top[token] == logprob
+    assert {len(top) for top in found["top_logprobs"]} == {1, 2}
+
+
+@pytest.mark.parametrize("form", [{"101": 100}, [[101, 100]], [[101, 100], [102, False]]])
+def test_a_bias_is_a_table_or_llama_servers_pairs(http: httpx.Client, form: object) -> None:
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 3}
+    reply = http.post("/v1/completions", json={**body, "logit_bias": form})
+    assert reply.status_code == 200, reply.text
+    wrong = http.post("/v1/completions", json={**body, "logit_bias": [["word", 1]]})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "invalid_value")

@@ -4,7 +4,7 @@ Values are not converted: a number in a string is not a number, and 1.0 is not a
 default.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
@@ -67,6 +67,7 @@ IGNORED: Unsupported = {
     "xtc_threshold": (0.1,),
 }
 """Fields of other servers that do not change the answer, and the values that need no warning."""
+_FORBIDDEN = -100
 _LEAST_TOP_P = 1e-6
 """Less than the probability of the most probable token of any vocabulary. A sum of 0 would keep no token."""
 
@@ -83,6 +84,14 @@ def _stops(value: JsonValue) -> JsonValue:
     """Returns a list without empty strings, which some clients send instead of leaving the field out."""
     values = [value] if isinstance(value, str) else value
     return [each for each in values if each != ""] if isinstance(values, list) else values
+
+
+def _pairs(value: JsonValue) -> JsonValue:
+    """A table of llama-server's pairs of token id and bias, in which false forbids a token."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return value
+    pairs = cast(list[tuple[JsonValue, JsonValue]], value)
+    return {str(token): _FORBIDDEN if bias is False else bias for token, bias in pairs}
 
 
 def _no_limit(value: JsonValue) -> JsonValue:
@@ -168,7 +177,7 @@ class GenerationFields(RequestBody):
     frequency_penalty: float = Field(
         default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
     )
-    logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few)] = Field(
+    logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few), BeforeValidator(_pairs)] = Field(
         default={}, description="Added to the logits of these token ids."
     )
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")

@@ -23,7 +23,7 @@ from exo.worker.protocol.events import Logprob, TokenLogprobs, Usage
 
 
 class CompletionLogprobs(Reply):
-    """Four lists of equal length, an entry for each token.
+    """Four lists of equal length, an entry for each token. ``top_logprobs`` includes the token itself, unless empty.
 
     ``text_offset`` is where the token begins in the choice's text, in characters. A control token takes none there.
     """
@@ -106,7 +106,8 @@ def _logprobs(items: Iterable[TokenLogprobs], offsets: list[int]) -> CompletionL
     for item in items:
         tokens.append(token_text(item.chosen))
         values.append(item.chosen.logprob)
-        top = {token_text(each): each.logprob for each in item.top if each.logprob is not None}
+        found = [*item.top, item.chosen] if item.top else []
+        top = {token_text(each): each.logprob for each in found if each.logprob is not None}
         tops.append(None if item.chosen.logprob is None else top)
     return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
 
