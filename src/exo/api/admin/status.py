@@ -62,14 +62,14 @@ class LoadRequest(RequestBody):
     model: str = Field(min_length=1, max_length=300, description="A model id or alias, optionally with @runner.")
 
 
-class Loaded(BaseModel):
+class ModelLoaded(BaseModel):
     """The model is loaded."""
 
     success: Literal[True] = True
     model: str
 
 
-class Cancelled(BaseModel):
+class RequestCancelled(BaseModel):
     """A request has been cancelled. The names are upstream's."""
 
     message: Literal["Command cancelled."] = "Command cancelled."
@@ -128,7 +128,7 @@ def server_routes(services: Services) -> APIRouter:
 
         return UnaryResponse(work)
 
-    @routes.post("/v1/models/load", response_model=Loaded, openapi_extra=json_body(LoadRequest))
+    @routes.post("/v1/models/load", response_model=ModelLoaded, openapi_extra=json_body(LoadRequest))
     async def load(request: Request) -> Response:
         """Loads a model. The reply comes once it can answer."""
         body = await read_body(request, LoadRequest)
@@ -136,18 +136,18 @@ def server_routes(services: Services) -> APIRouter:
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             model = services.routing.resolve(body.model)
             answered = await ask(services, Question(model=model, needs=None, commands=[], params={}))
-            return Loaded(model=model.card.model_id), route_headers(answered.runner.route)
+            return ModelLoaded(model=model.card.model_id), route_headers(answered.runner.route)
 
         return UnaryResponse(work)
 
     @routes.post("/v1/cancel/{name}")
     async def cancel(
         name: str = Path(description="The id of a reply, or the x-request-id of a request."),
-    ) -> Cancelled:
+    ) -> RequestCancelled:
         """Cancels a request that generates text. Its own client gets an error."""
         if not services.queues.cancel(name):
             raise ApiError(404, f"there is no running request {name[:200]!r}", code="not_found")
-        return Cancelled(command_id=name)
+        return RequestCancelled(command_id=name)
 
     @routes.get("/v1/route")
     async def route(
