@@ -60,7 +60,8 @@ class ErrorBody:
         message = self.message
         if self.overflow is not None:
             excess = max(1, self.overflow.prompt_tokens - self.overflow.context_length)
-            message = f"prompt too long; exceeded max context length by {excess} tokens"
+            member = f"{self.param}: " if self.param and "." in self.param else ""  # one of several texts
+            message = f"{member}prompt too long; exceeded max context length by {excess} tokens"
         return to_json({"error": message, **self._sizes()})
 
     def _sizes(self) -> dict[str, int]:
