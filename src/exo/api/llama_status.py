@@ -23,7 +23,7 @@ class Modalities(BaseModel):
     audio: bool = False
 
 
-class Properties(BaseModel):
+class ModelProperties(BaseModel):
     """The reply of ``/props``."""
 
     default_generation_settings: GenerationSettings
@@ -50,11 +50,11 @@ def llama_status_routes(services: Services) -> APIRouter:
     routes = APIRouter(tags=["llama-server"])
 
     @routes.get("/props")
-    async def props(model: str = _MODEL) -> Properties:
+    async def props(model: str = _MODEL) -> ModelProperties:
         """The properties of a model. Does not load it."""
         (facts,) = await model_facts(services, [services.routing.resolve(model).card])
         loaded = facts.loaded
-        return Properties(
+        return ModelProperties(
             default_generation_settings=GenerationSettings(n_ctx=facts.context_length or 0),
             total_slots=facts.slots,
             model_alias=facts.card.model_id,
