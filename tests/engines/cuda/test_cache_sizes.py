@@ -116,3 +116,16 @@ def test_small_windows_leave_room_for_a_longer_context(tmp_path: Path) -> None:
         longest.append(max(int(str(each.settings["n_ctx"])) for each in choices if each.host <= 200 << 20))
     full, windows = longest
     assert windows > 1.4 * full
+
+
+def test_the_free_memory_decides_the_size_of_the_prefix_cache_and_the_least_is_worth_unloading_others(
+    tmp_path: Path,
+) -> None:
+    path = CASES[0].write(tmp_path)
+    found = estimate(Estimate(load=load(path, n_ctx=1024, prefix_cache_bytes=None)))
+    sizes = [int(str(each.settings["prefix_cache_bytes"])) for each in found.choices]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[found.enough] == 256 << 20
+    assert all(size <= 4 << 30 for size in sizes)
+    none = planned(load(path, n_ctx=1024))
+    assert [each.later_host - none.later_host for each in found.choices] == sizes

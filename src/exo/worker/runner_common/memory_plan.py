@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from pydantic import JsonValue
 
@@ -58,6 +59,8 @@ class Open:
     """The output counts as one more layer."""
     tensor_splits: tuple[tuple[float, ...], ...] = ()
     """Those that the devices may have, the one for whose sake others are unloaded last; empty if the card says it."""
+    prefix_caches: tuple[int, ...] = ()
+    """Bytes of host memory for prefixes, the size for whose sake others are unloaded last. Empty: the card says it."""
     devices: tuple[tuple[str, ...], ...] = ()
     """Others that the model could be loaded on, if the card said so."""
 
@@ -71,7 +74,7 @@ def estimated(plan: Plan, left: Open, size: Size, cache_types: Sequence[str] = (
     plans = list(_plans(plan, left))
     usual = min(USUAL, left.trained)
     enough = next((at for at, each in enumerate(plans) if each.n_ctx <= usual), 0) if left.n_ctx else 0
-    enough += max(0, len(left.tensor_splits) - 1)
+    enough += max(1, len(left.tensor_splits)) * max(1, len(left.prefix_caches)) - 1
     return Estimated(
         choices=tuple(_choice(_chosen(each, left), size(each)) for each in plans),
         enough=enough,
@@ -93,9 +96,9 @@ def cells(n_ctx: int) -> int:
 
 
 def _plans(plan: Plan, left: Open) -> Iterator[Plan]:
-    for each in _sizes(plan, left):
-        for tensor_split in left.tensor_splits or [plan.tensor_split]:
-            yield replace(each, tensor_split=tensor_split)
+    caches, splits = left.prefix_caches or [plan.prefix_cache_bytes], left.tensor_splits or [plan.tensor_split]
+    for each, size, split in product(_sizes(plan, left), caches, splits):
+        yield replace(each, prefix_cache_bytes=size, tensor_split=split)
 
 
 def _sizes(plan: Plan, left: Open) -> Iterator[Plan]:
@@ -117,6 +120,8 @@ def _chosen(plan: Plan, left: Open) -> dict[str, JsonValue]:
         values["n_ctx"] = plan.n_ctx
     if left.n_gpu_layers:
         values["n_gpu_layers"] = plan.n_gpu_layers
+    if left.prefix_caches:
+        values["prefix_cache_bytes"] = plan.prefix_cache_bytes
     if left.tensor_splits:
         values["tensor_split"] = list(plan.tensor_split or ())
     return values

@@ -74,6 +74,7 @@ def estimate(command: Estimate) -> Estimated:
         trained=model.trained,
         layers=len(model.layers) + 1,
         tensor_splits=splits,
+        prefix_caches=() if options.prefix_cache_bytes is not None else options.prefix_caches,
         devices=elsewhere(options, devices, present),
     )
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
@@ -82,7 +83,7 @@ def estimate(command: Estimate) -> Estimated:
         n_ctx=n_ctx,
         slots=options.slots,
         n_gpu_layers=wanted if on_gpu else None,
-        prefix_cache_bytes=options.prefix_cache_bytes,
+        prefix_cache_bytes=options.prefix_caches[-1],
         devices=tuple(each.name for each in devices),
         tensor_split=splits[-1] if splits else options.tensor_split,
     )

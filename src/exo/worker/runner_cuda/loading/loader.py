@@ -115,7 +115,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     names = tuple(device.name for device in devices) or (CPU,)
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
-    cache = PrefixCache(context, options.prefix_cache_bytes)
+    cache = PrefixCache(context, options.prefix_caches[0])
     speculate = options.speculation if model.can_cut else "off"
     # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
     speculation = Speculation(speculate, min(options.slots + SCORED_ROWS, sizes.alone), draft)

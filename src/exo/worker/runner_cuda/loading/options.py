@@ -17,6 +17,10 @@ Speculate = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=16)]
 
 CPU = "CPU"
 """The value in ``devices`` for using no device."""
+PREFIX_CACHE = 4 << 30, 1 << 30, 256 << 20
+"""The sizes of the prefix cache in RAM, in bytes, if the model card does not say one."""
+PREFIX_CACHE_SHARE = 1 / 8
+"""The share of this machine's RAM that it takes at most, unless it has the smallest size."""
 UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
 
 
@@ -72,8 +76,9 @@ class CudaOptions(ModelFile):
     """The longest time between two tokens of a stream while prompts are computed, in milliseconds. The default is 100
     on a GPU and 260 on a CPU. The smallest chunk of a prompt (64 tokens) may take longer. It holds from the first
     stream's first token on."""
-    prefix_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """RAM for prefixes that are no longer in a slot. 0 keeps none."""
+    prefix_cache_bytes: int | None = Field(default=None, ge=0)
+    """RAM for prefixes that are no longer in a slot, and for checkpoints of layers that forget. 0 keeps none. The
+    default is the largest of ``PREFIX_CACHE`` that fits the memory."""
     swa_full: bool = False
     """Whether sliding-window layers keep the cells of the whole context instead of those in their window. It takes
     more memory, and every prefix of a prompt in a slot can then be used again without a checkpoint."""
@@ -116,6 +121,15 @@ class CudaOptions(ModelFile):
     setting, or else "mean"."""
     embedding_ctx: int | None = Field(default=None, ge=32, le=1 << 20)
     """The longest text to embed. The default is the context of a slot, or an encoder's trained length, up to 2,048."""
+
+    @property
+    def prefix_caches(self) -> tuple[int, ...]:
+        """``prefix_cache_bytes``, or the sizes among which the free memory decides, largest first."""
+        if self.prefix_cache_bytes is not None:
+            return (self.prefix_cache_bytes,)
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        least = PREFIX_CACHE[-1]
+        return tuple(size for size in PREFIX_CACHE if size == least or size <= ram * PREFIX_CACHE_SHARE)
 
     @property
     def speculation(self) -> Speculate:
