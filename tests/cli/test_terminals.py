@@ -1,5 +1,7 @@
 """Commands whose streams, locale or arguments are not as usual."""
 
+import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from exo.cli import COMMANDS as COMMAND_NAMES
 from tests import ROOT
 from tests.support.server import environment, without_vllm, write_card
 from tests.support.tiny import write_scripted
@@ -31,14 +34,69 @@ def exo(
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"], ["show", "long"]])
+@pytest.mark.parametrize("arguments", [["list", "--json"], ["--help"]])
 def test_a_full_disk_behind_standard_output_is_told_in_one_line(home: Path, arguments: list[str]) -> None:
     status, _, error = exo(home, *arguments, shell="> /dev/full")
     assert (status, error) == (1, b"exo: standard output cannot be written: No space left on device\n")
     assert exo(home, *arguments, shell="> /dev/full 2> /dev/full")[0] == 1
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+COMMANDS: dict[str, tuple[int, bool, list[str]]] = {
+    "serve": (1, False, ["--port", "{taken}"]),
+    "run": (3, False, ["nosuch", "hi"]),
+    "chat": (0, True, ["long"]),
+    "pull": (1, False, ["long"]),
+    "list": (0, True, []),
+    "show": (0, True, ["long"]),
+    "add": (4, False, ["org/model"]),
+    "rm": (3, False, ["long"]),
+    "ps": (4, False, ["--port", "9"]),
+    "stop": (4, False, ["long", "--port", "9"]),
+    "route": (0, True, ["long"]),
+    "doctor": (0, True, []),
+    "setup": (2, False, ["nothing"]),
+    "service": (2, False, ["nothing"]),
+    "convert": (1, False, ["nosuch.gguf", "{home}/out"]),
+    "compare": (1, False, ["long", "--engines", "cuda,cuda"]),
+    "bench": (4, False, ["http://127.0.0.1:9", "--model", "long"]),
+}
+"""Of each command: its exit status with these arguments, and whether it writes standard output before it ends."""
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_every_command_is_tried() -> None:
+    assert COMMANDS.keys() == set(COMMAND_NAMES)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_needs_its_streams_or_a_locale(home: Path, command: str) -> None:
+    status, prints, arguments = COMMANDS[command]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = [command, *(word.format(taken=port, home=home) for word in arguments)]
+        assert exo(home, *words, shell="<&- >&-", **ASCII)[0] == status
+        full, _, error = exo(home, *words, shell="> /dev/full", **ASCII)
+        assert full == (1 if prints else status)
+        assert error.endswith(b"exo: standard output cannot be written: No space left on device\n") == prints
+        assert exo(home, *words, shell="2> /dev/full", **ASCII)[0] == status
+
+
+def test_an_answer_comes_although_standard_error_is_full(home: Path) -> None:
+    write_scripted(home / "scripted.gguf", ["xyz"])
+    table: dict[str, JsonValue] = {"path": str(home / "scripted.gguf"), "n_ctx": 512, "threads": 1}
+    write_card(home, "scripted", {"cuda": table}, backends=["LlamaCppCpu"])
+    (home / "exo_log").write_text("")  # so that something has to be said
+    assert exo(home, "run", "scripted", "hi", shell="2> /dev/full")[:2] == (0, b"xyz\n")
+
+
+def test_every_engine_is_probed_in_a_locale_of_ascii(home: Path) -> None:
+    usual, ascii_only = (json.loads(exo(home, "doctor", "--json", **more)[1])["runners"] for more in ({}, ASCII))
+    assert {name: each["installed"] for name, each in usual.items()} == {
+        name: each["installed"] for name, each in ascii_only.items()
+    }
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_harm_no_command_and_no_probe(home: Path, closed: str) -> None:
     status, output, _ = exo(home, "doctor", shell=closed, python=without_vllm(home))
     assert status == 0

@@ -309,4 +309,4 @@ async def test_no_runner_outlives_a_cancelled_server(tmp_path: Path) -> None:
 
 
 def test_runners_are_started_as_modules() -> None:
-    assert runner_commands()["cuda"] == (sys.executable, "-m", "exo.worker.runner_cuda")
+    assert runner_commands()["cuda"] == (sys.executable, "-X", "utf8", "-m", "exo.worker.runner_cuda")

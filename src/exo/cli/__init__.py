@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 
 from exo.exit_code import EXIT_CODES, ExitCode
 
-_COMMANDS = {
+COMMANDS = {
     "serve": ("exo.cli.serve:serve", "Serve models on one OpenAI-compatible endpoint."),
     "run": ("exo.cli.run:run", "Answer one prompt."),
     "chat": ("exo.cli.chat.command:chat", "Talk with a model at the terminal."),
@@ -36,7 +37,7 @@ _COMMANDS = {
 """The module and function of each command, and its line in ``exo --help``."""
 
 
-_STDOUT = 1
+_STDOUT, _STDERR = 1, 2
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,7 +45,7 @@ class _CommandTable(Mapping[str, Any]):
     """Makes a command of its function when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 -- typer does not export the type
-        module, _, function = _COMMANDS[name][0].partition(":")
+        module, _, function = COMMANDS[name][0].partition(":")
         from exo.cli.command import as_command
 
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -52,10 +53,10 @@ class _CommandTable(Mapping[str, Any]):
         return typer.main.get_command(single)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_COMMANDS)
+        return iter(COMMANDS)
 
     def __len__(self) -> int:
-        return len(_COMMANDS)
+        return len(COMMANDS)
 
 
 class _CommandGroup(TyperGroup):
@@ -64,11 +65,11 @@ class _CommandGroup(TyperGroup):
         self.commands: Any = _CommandTable()
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
 app = typer.Typer(
@@ -112,15 +113,30 @@ def main() -> None:
         sys.exit(f"exo: standard output cannot be written: {error.strerror}")
 
 
+class _Unchecked(io.FileIO):
+    """A file whose data is lost where it cannot be written, as on a full disk or a terminal that was closed."""
+
+    def write(self, data: Any, /) -> int:  # noqa: ANN401 -- any buffer
+        with suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 def _repair_streams() -> None:
-    """Opens the standard streams that are closed, and has a question mark written for what the locale cannot."""
+    """Opens the standard streams that are closed, and has a question mark written for what the locale cannot.
+
+    A message on standard error that cannot be written does not end a command.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:  # the next file to be opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or os.fdopen(0)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    output = sys.stdout
+    if isinstance(output, io.TextIOWrapper):
+        output.reconfigure(errors="replace")
+    encoding = sys.stderr.encoding if sys.stderr else None
+    unchecked = io.BufferedWriter(_Unchecked(_STDERR, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(unchecked, encoding, errors="replace", line_buffering=True)

@@ -47,8 +47,8 @@ class RunnerSpec:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The command line that starts it."""
-        return (self.interpreter, "-m", self.module)
+        """The command line that starts it. In any locale, its libraries read and write UTF-8."""
+        return (self.interpreter, "-X", "utf8", "-m", self.module)
 
 
 RUNNERS: dict[str, RunnerSpec] = {

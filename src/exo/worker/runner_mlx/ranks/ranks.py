@@ -151,7 +151,7 @@ def _environment(variables: Mapping[str, str]) -> Generator[None]:
 
 
 def _start(by: str, environment: Mapping[str, str]) -> Process:
-    command = [sys.executable, "-m", "exo.worker.runner_mlx.ranks.rank_main", by]
+    command = [sys.executable, "-X", "utf8", "-m", "exo.worker.runner_mlx.ranks.rank_main", by]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, env={**os.environ, **environment})
 
