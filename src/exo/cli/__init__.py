@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from exo.cli.completion import complete_in_bash, is_bash
 from exo.exit_code import EXIT_CODES, ExitCode
 
 COMMANDS = {
@@ -103,7 +104,10 @@ def main() -> None:
         sys.exit(ExitCode.USAGE)
     try:
         try:
-            app()
+            if is_bash():
+                complete_in_bash(app)
+            else:
+                app()
         finally:
             sys.stdout.flush()
     except OSError as error:
