@@ -35,7 +35,7 @@ TEMPLATE = (
 
 
 OWN = {
-    "claude": (".claude/settings.json", '{"model": "opus"}'),
+    "claude": (".claude/settings.json", '{"model": "haiku"}'),
     "codex": (".codex/config.toml", 'model = "other"\nmodel_provider = "oss"\n'),
     "opencode": (".config/opencode/opencode.json", '{"model": "openai/other"}'),
     "qwen": (".qwen/settings.json", '{"model": {"name": "other"}}'),
