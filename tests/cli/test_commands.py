@@ -274,8 +274,9 @@ def test_a_bad_setting_is_named(home: Path) -> None:
     assert "'http'" in done.stderr
 
 
-def test_localhost_is_both_loopback_addresses(tmp_path: Path) -> None:
-    with ServeProgram(tmp_path, "--host", "localhost") as server:
+@pytest.mark.parametrize("host", ["localhost", "::"])
+def test_one_server_listens_on_ipv4_and_ipv6(tmp_path: Path, host: str) -> None:
+    with ServeProgram(tmp_path, "--host", host, "--insecure") as server:
         port = httpx.URL(server.url).port
         for address in ("127.0.0.1", "[::1]"):
             assert httpx.get(f"http://{address}:{port}/health").json() == {"status": "ok"}

@@ -33,10 +33,14 @@ class ListenError(Exception):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Bound before anything is started, so that a port in use costs nothing. Raises ListenError."""
+    """A listening socket. Bound before anything is started, so that a port in use costs nothing. Raises ListenError.
+
+    ``::`` is every address of this machine, those of IPv4 included.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             reason = f"port {port} on {host} is in use; stop what is using it or give another with --port"
