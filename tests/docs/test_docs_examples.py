@@ -56,6 +56,10 @@ PRINTS: dict[tuple[str, str], str] = {
     ("POST /v1/completions", "python"): r"^\['.*'\] \[None, -",
     ("POST /v1/embeddings", "bash"): r'"index":1,"embedding":\[-?[0-9]',
     ("POST /v1/embeddings", "python"): r"^64 [1-9]",
+    (
+        "GET /props and GET /slots",
+        "bash",
+    ): r'"total_slots":[1-9].*\[\{"id":0,"id_task":|"n_ctx":[1-9].*"is_processing":false',
     ("POST /embedding", "bash"): r'\[\{"index":0,"embedding":\[\[-?[0-9]',
     ("POST /v1/responses", "bash"): r'"object":"response".*"type":"output_text"',
     ("POST /v1/responses", "python"): r"(completed|incomplete)\n$",

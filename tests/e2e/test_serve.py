@@ -142,7 +142,7 @@ def test_a_broken_card_is_reported_and_the_others_load(server: ServeProgram) -> 
 def test_a_prompt_longer_than_the_context_is_the_clients_error(server: ServeProgram) -> None:
     reply = server.complete("good", prompt=[65] * 2048)
     assert (reply.status_code, error_of(reply)["code"]) == (400, "context_length_exceeded")
-    assert "2047" in error_of(reply)["message"]
+    assert "maximum context length is 2048 tokens" in error_of(reply)["message"]
     assert server.complete("good", prompt=[65] * 2047).json()["usage"]["completion_tokens"] == 1
 
 
