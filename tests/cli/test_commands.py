@@ -113,7 +113,11 @@ def test_help_tells_what_an_exit_status_means_and_how_the_shell_completes(home: 
 
 def test_the_shell_completes_commands_and_models(home: Path) -> None:
     def complete(*words: str) -> list[str]:
-        variables = {"_EXO_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        variables = {
+            "_EXO_COMPLETE": "complete_bash",
+            "COMP_WORDS": "\n".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
         command = [Path(sys.executable).with_name("exo")]
         done = subprocess.run(
             command, env={**environment(home), **variables}, capture_output=True, text=True, check=True

@@ -113,7 +113,8 @@ def test_a_killed_runner_is_shown_with_its_signal_until_another_works_and_counte
         assert row["last_failure"] is None
         shown = json.loads(ps(server, "--json").stdout)
         (same,) = shown["data"]
-        moving = {key: same[key] for key in ("tokens_per_second", "cpu")}
+        measured = ("memory_reserved", "memory_measured", "device_memory_measured")
+        moving = {key: same[key] for key in ("tokens_per_second", "cpu", *measured)}
         assert shown == {"object": "list", "data": [{**row, **moving}], "notices": []}
 
         runner.send_signal(signal.SIGKILL)

@@ -54,6 +54,7 @@ COMMANDS: dict[str, tuple[int, bool, list[str]]] = {
     "stop": (4, False, ["long", "--port", "9"]),
     "route": (0, True, ["long"]),
     "doctor": (0, True, []),
+    "launch": (2, False, ["nothing"]),
     "setup": (2, False, ["nothing"]),
     "service": (2, False, ["nothing"]),
     "convert": (1, False, ["nosuch.gguf", "{home}/out"]),

@@ -108,10 +108,11 @@ def test_a_home_that_may_not_be_written_serves_its_models(folder: Path, home: Pa
             assert reply.status_code == 200, reply.text
     assert set(home.rglob("*")) - before == {home / "serve.log"}
     warnings = [line for line in (home / "serve.log").read_text().splitlines() if "cannot be written" in line]
-    assert warnings == [
+    (warning,) = warnings
+    assert warning.startswith(
         f"WARNING: {home}/exo_log/runner_log cannot be written (Permission denied);"
         " the logs of the runners go to standard error"
-    ]
+    )
     status, _, error = stranger.exo(home, "pull", "tiny", HF_ENDPOINT=hub.url)
     assert (status, error.splitlines()[1:]) == (1, [f"exo: {home}/models: Permission denied"])
 

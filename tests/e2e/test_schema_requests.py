@@ -68,7 +68,7 @@ def check(status: int, content: bytes) -> None:
         error = json.loads(text)["error"]
         assert error if isinstance(error, str) else error["message"]
         return
-    lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith(("data: ", "{"))]
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith(("data: ", "{", "["))]
     if text.startswith(("data: ", ": ")) and "event: " not in text:
         assert lines.pop() == "[DONE]"
     assert lines

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests import ROOT
+from tests.support.server import environment
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as other users")
 
@@ -38,7 +39,7 @@ class User:
         """Starts ``exo`` with these arguments."""
         return subprocess.Popen(
             [self.python, "-m", "exo", *arguments],
-            env={**os.environ, "EXO_HOME": str(home), "COLUMNS": "200", **variables},
+            env={**environment(home), **variables},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
