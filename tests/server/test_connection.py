@@ -329,6 +329,13 @@ def test_a_refusal_waits_for_the_reply_before_it(
         assert said[0][1].endswith(b"data: [DONE]\n\n")
 
 
+def test_a_large_head_is_refused_although_it_comes_with_the_request_before_it(tmp_path: Path) -> None:
+    with serve(tmp_path, fake_card(MODEL)) as url:
+        head, body = request("/v1/completions", json.dumps(SLOW).encode())
+        said = replies(httpx.URL(url), head + body + POST + b"x: " + b"a" * 100_000)
+        assert [status for status, _ in said] == [200, 431], said
+
+
 def test_a_client_that_leaves_ends_the_request_before_the_one_it_has_pipelined(tmp_path: Path) -> None:
     with serve(tmp_path, fake_card(MODEL, step_seconds=0.02, n_ctx=100_000)) as url:
 

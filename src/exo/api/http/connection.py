@@ -63,6 +63,10 @@ _UNKNOWN_CODING = ErrorBody(
 )
 
 
+_SLICE = HEAD_LIMIT // 4
+"""Bytes that the parser gets at once. A head may exceed its limit by as much."""
+
+
 class _RefusedError(Exception):
     """Raised in a callback of the parser, which then stops."""
 
@@ -133,8 +137,12 @@ class BoundedConnection(HttpToolsProtocol):
             _abandon(self._answering)
 
     def data_received(self, data: bytes) -> None:
-        if self._refusal is not None:
-            return
+        # The parser does not tell where a request ends in a slice; the bytes behind it there are not counted.
+        for start in range(0, len(data), _SLICE):
+            if self._refusal is None:
+                self._take(data[start : start + _SLICE])
+
+    def _take(self, data: bytes) -> None:
         if self._reading != "nothing":
             self._unset_keepalive_if_required()
         self._received += len(data)
