@@ -52,7 +52,7 @@ class Usage(BaseModel):
 
 
 class Event(BaseModel):
-    """What is read of a streamed event. Both servers send more."""
+    """The fields of a streamed event that the measurement reads."""
 
     choices: tuple[Choice, ...] = ()
     usage: Usage | None = None

@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[int, bool, list[str]]] = {
     "compare": (1, False, ["long", "--engines", "cuda,cuda"]),
     "bench": (4, False, ["http://127.0.0.1:9", "--model", "long"]),
 }
-"""Of each command: its exit status with these arguments, and whether it writes standard output before it ends."""
+"""For each command: the exit status with these arguments, and whether the command writes to standard output."""
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with the models on this machine, or makes their output worse, for ``exo doctor``."""
+"""Lists faults of the models on this machine, and notes on the quality of their output, for ``exo doctor``."""
 
 from collections.abc import Iterator
 

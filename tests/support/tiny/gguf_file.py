@@ -11,12 +11,12 @@ from tests.support.tiny.shape import Dtype, Shape
 from tests.support.tiny.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, Tokenizer
 from tests.support.tiny.weights import Tensor, make_weights
 
-_GLOBAL_NAMES = {
+GLOBAL_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -108,16 +108,16 @@ def _stored_dtype(shape: Shape, name: str, tensor: Tensor) -> Dtype:
     """Embedding and output stay F16: their large channel 0 would leave its block of Q8_0 or Q4_0 no resolution."""
     if tensor.ndim == 1:
         return "F32"
-    return "F16" if shape.quantised and name in _GLOBAL_NAMES else shape.dtype
+    return "F16" if shape.quantised and name in GLOBAL_NAMES else shape.dtype
 
 
 def _gguf_name(shape: Shape, name: str) -> str:
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
+    if name in GLOBAL_NAMES:
+        return GLOBAL_NAMES[name]
     _, _, layer, module = name.split(".", 3)
     module, kind = module.rsplit(".", 1)
     norms = _GEMMA_NORMS if shape.architecture == "gemma3" else _FEED_FORWARD_NORMS
-    return f"blk.{layer}.{(_BLOCK_NAMES | norms)[module]}.{kind}"
+    return f"blk.{layer}.{(BLOCK_NAMES | norms)[module]}.{kind}"
 
 
 def _convert(shape: Shape, name: str, tensor: Tensor) -> Tensor:

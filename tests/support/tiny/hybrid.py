@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tests.support.tiny.gguf_file import add_tokenizer
+from tests.support.tiny.gguf_file import BLOCK_NAMES, GLOBAL_NAMES, add_tokenizer
 from tests.support.tiny.shape import Shape
 from tests.support.tiny.tokenizer import Tokenizer
 from tests.support.tiny.weights import make_weights
@@ -13,24 +13,8 @@ from tests.support.tiny.weights import make_weights
 _SHAPE = Shape(architecture="qwen3", layers=4)
 """The shape of the layers with attention, whose parts LFM2 has too."""
 _KERNEL = 4
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_GLOBAL_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "token_embd_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+_NAMES = {**BLOCK_NAMES, "post_attention_layernorm": "ffn_norm"}
+_GLOBAL_NAMES = {**GLOBAL_NAMES, "model.norm.weight": "token_embd_norm.weight"}
 
 
 def write_hybrid(path: Path, window: int | None = None) -> None:
