@@ -12,8 +12,8 @@ import httpx
 import psutil
 
 from exo.chat.output.events import Content
-from exo.cli.answer_stream import answer
-from exo.cli.http_client import ask, server_client
+from exo.cli.chat.answer_stream import answer
+from exo.cli.server.http_client import ask, server_client
 from exo.config import Settings
 from exo.exit_code import CommandError
 

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from exo.api.admin.runners import DeviceMemory, Instance, InstanceList, LastFailure
-from exo.cli.ps import show
+from exo.cli.server.ps import show
 from exo.worker.protocol.cores import physical_cores, shares
 from exo.worker.protocol.events import CpuUse
 from tests.support.server import ServeProgram, environment, write_card

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
-from exo.cli.show import ShownModel, render, show_model
+from exo.cli.models.show import ShownModel, render, show_model
 from exo.store.store import Store
 from exo.worker.host import Host
 from exo.worker.protocol.one_shot import Probe

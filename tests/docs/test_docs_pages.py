@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from exo.cards.card import ModelCard, SamplingValues, ToolFormat
 from exo.cli import app
 from exo.worker.runner_cuda.loading.options import CudaOptions, DraftOptions
-from exo.worker.runner_mlx.options import MlxOptions
+from exo.worker.runner_mlx.loading.options import MlxOptions
 from exo.worker.runner_vllm.options import VllmOptions
 from tests import ROOT
 

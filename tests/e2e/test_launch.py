@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from exo.cli.launch_programs import PROGRAMS
+from exo.cli.launch.programs import PROGRAMS
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import write_scripted
 

@@ -6,7 +6,7 @@ import pytest
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
-from exo.cli.show import EngineRow, show_model
+from exo.cli.models.show import EngineRow, show_model
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store

@@ -7,7 +7,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from exo.cli.doctor import as_text
+from exo.cli.doctor.command import as_text
 from exo.worker.host import Host, NvidiaDevice, unused_gpus, with_engine_names
 from exo.worker.protocol.one_shot import Device, Probe
 from exo.worker.protocol.runners import RUNNERS

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from exo.api.admin.runners import InstanceList
 from exo.cards.card import ModelCard
-from exo.cli.ps import show
+from exo.cli.server.ps import show
 from exo.worker.host import updated
 from exo.worker.protocol.one_shot import Probe
 from exo.worker.supervisor.host_memory import usable_memory

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from exo.cli.console import err, out
-from exo.cli.local_models import card_of, catalogue_of
+from exo.cli.models.local_models import card_of, catalogue_of
 from exo.cli.options import AsJson, Card, ModelsDir
 from exo.compare.plot import draw
 from exo.compare.prompts import PROMPTS, read_prompts

@@ -8,7 +8,7 @@ import typer
 
 from exo.api.admin.speeds import SpeedAtLoad, known_speeds
 from exo.cli.console import out, say
-from exo.cli.local_models import catalogue_of
+from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import AsJson, Model, ModelsDir
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode

@@ -9,8 +9,8 @@ import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Estimate, Load
-from exo.worker.runner_mlx.estimate import estimate
-from exo.worker.runner_mlx.loader import check, open_model
+from exo.worker.runner_mlx.loading.estimate import estimate
+from exo.worker.runner_mlx.loading.loader import check, open_model
 from exo.worker.runner_mlx.model import mlx_lm, wait_for
 from tests.support.tiny import Shape, write_mlx
 

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnkn
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_mlx.loader import check
-from exo.worker.runner_mlx.positions import Rotation, WantedPositions, apply
+from exo.worker.runner_mlx.loading.loader import check
+from exo.worker.runner_mlx.loading.positions import Rotation, WantedPositions, apply
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_mlx
 from tests.support.tiny.shape import Architecture

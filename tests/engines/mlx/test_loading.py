@@ -13,7 +13,7 @@ from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.model_folder import find_folder, read_folder
-from exo.worker.runner_mlx.options import read_options
+from exo.worker.runner_mlx.loading.options import read_options
 from exo.worker.runner_mlx.probe import probe
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_mlx

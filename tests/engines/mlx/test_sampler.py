@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK
-from exo.worker.runner_mlx.sampler import FAILED, MlxSampler
+from exo.worker.runner_mlx.sampling.sampler import FAILED, MlxSampler
 from exo.worker.runner_mlx.sequence import MlxSequence
 from tests.support.definition import by_definition
 

@@ -23,10 +23,10 @@ from exo.worker.protocol.commands import (
 )
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_mlx.estimate import estimate
 from exo.worker.runner_mlx.kv_cache import LayerCache
-from exo.worker.runner_mlx.loader import check
-from exo.worker.runner_mlx.options import read_options
+from exo.worker.runner_mlx.loading.estimate import estimate
+from exo.worker.runner_mlx.loading.loader import check
+from exo.worker.runner_mlx.loading.options import read_options
 from exo.worker.runner_mlx.ranks.pipeline import Layer, chained
 from tests.contract import test_commands as commands_contract
 from tests.contract import test_generation as generation_contract

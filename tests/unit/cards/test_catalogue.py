@@ -7,7 +7,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import BrokenCard, Catalogue
 from exo.worker.runner_cuda.loading import options as cuda_options
-from exo.worker.runner_mlx import options as mlx_options
+from exo.worker.runner_mlx.loading import options as mlx_options
 from tests.support.model_cards import write
 
 DEMO = "google/gemma-3-270m"

@@ -9,15 +9,15 @@ import typer
 from pydantic import JsonValue
 
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.cli.answer_stream import CallId, Note, answer
+from exo.cli.chat.answer_stream import CallId, Note, answer
 from exo.cli.chat.input import ChatInput
 from exo.cli.chat.screen import AnswerScreen
 from exo.cli.chat.settings import ChatSettings
 from exo.cli.console import err, out, warn
-from exo.cli.embedded_server import some_server
-from exo.cli.http_client import ask
-from exo.cli.local_models import catalogue_of
+from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import Model, ModelsDir, SamplingOptions, ServerOptions
+from exo.cli.server.embedded_server import some_server
+from exo.cli.server.http_client import ask
 from exo.exit_code import CommandError
 
 HELP = '''\

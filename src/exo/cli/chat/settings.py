@@ -7,7 +7,7 @@ from typing import cast, final
 
 from pydantic import JsonValue, ValidationError
 
-from exo.cli.run import read_text
+from exo.cli.chat.run import read_text
 from exo.exit_code import CommandError
 
 SETTINGS: Mapping[str, str] = {

@@ -11,10 +11,10 @@ from exo.worker.runner_common.grammar.guided_decoding import GrammarError, gramm
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
 from exo.worker.runner_common.sequence import Phase, append, not_finite
 from exo.worker.runner_mlx.inflight_step import InflightStep, inputs
-from exo.worker.runner_mlx.loader import MlxLoaded
-from exo.worker.runner_mlx.logprobs import ROWS_AT_ONCE, score
+from exo.worker.runner_mlx.loading.loader import MlxLoaded
 from exo.worker.runner_mlx.model import queue
-from exo.worker.runner_mlx.sampler import FAILED, MlxSampler
+from exo.worker.runner_mlx.sampling.logprobs import ROWS_AT_ONCE, score
+from exo.worker.runner_mlx.sampling.sampler import FAILED, MlxSampler
 from exo.worker.runner_mlx.scheduler import DecodeRow, MlxScheduler, MlxStep, PromptChunk
 from exo.worker.runner_mlx.sequence import MlxSequence
 

@@ -6,9 +6,9 @@ from typing import cast
 import mlx.core as mx
 
 from exo.worker.runner_common.output_processor import Scores
-from exo.worker.runner_mlx.logprobs import ScoreArrays
 from exo.worker.runner_mlx.model import wait_for
-from exo.worker.runner_mlx.sampler import FAILED
+from exo.worker.runner_mlx.sampling.logprobs import ScoreArrays
+from exo.worker.runner_mlx.sampling.sampler import FAILED
 from exo.worker.runner_mlx.scheduler import DecodeRow, MlxStep
 from exo.worker.runner_mlx.sequence import MlxSequence
 

@@ -20,7 +20,7 @@ from exo.worker.runner_common.load_error import LoadError, from_library
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.model_folder import HfFolder, end_tokens, presented
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
-from exo.worker.runner_mlx.positions import WantedPositions, apply
+from exo.worker.runner_mlx.loading.positions import WantedPositions, apply
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.pipeline import Body
 from exo.worker.runner_mlx.ranks.sharding import RankPart

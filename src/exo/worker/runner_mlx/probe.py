@@ -16,7 +16,7 @@ def probe() -> Probe:
     """Whether MLX and mlx-lm are installed and load, and which card backends they serve here."""
     try:
         found_version = engine_version()
-        from exo.worker.runner_mlx.devices import backends, device
+        from exo.worker.runner_mlx.loading.devices import backends, device
     except (PackageNotFoundError, ImportError, OSError) as error:
         note = f"MLX does not load: {error}"
         return Probe(installed=False, engine=ENGINE, notes=(note,), remedy="pip install 'exo[mlx]'")

@@ -10,8 +10,8 @@ from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_mlx.engine import MlxEngine
-from exo.worker.runner_mlx.estimate import estimate
-from exo.worker.runner_mlx.loader import load
+from exo.worker.runner_mlx.loading.estimate import estimate
+from exo.worker.runner_mlx.loading.loader import load
 from exo.worker.runner_mlx.model import ran_out_of_memory
 from exo.worker.runner_mlx.sequence import MlxSequence
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score, log_softmax
-from exo.worker.runner_mlx.loader import MlxLoaded, load
+from exo.worker.runner_mlx.loading.loader import MlxLoaded, load
 
 
 def score(protocol: BinaryIO) -> int:

@@ -8,7 +8,7 @@ import mlx.core as mx
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.kv_cache import KVCache
-from exo.worker.runner_mlx.loader import check, open_model
+from exo.worker.runner_mlx.loading.loader import check, open_model
 from exo.worker.runner_mlx.model import MlxModel
 from exo.worker.runner_mlx.ranks.messages import PLANS, Clear, Pass, TextPass
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Transport, join

@@ -21,7 +21,7 @@ import mlx.core as mx
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.wire import encode, exit_now
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_mlx.devices import Backend
+from exo.worker.runner_mlx.loading.devices import Backend
 from exo.worker.runner_mlx.ranks.messages import Plan
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, join, transport
 

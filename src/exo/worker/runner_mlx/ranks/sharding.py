@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
-from exo.worker.runner_mlx.devices import Backend
-from exo.worker.runner_mlx.options import MlxOptions
+from exo.worker.runner_mlx.loading.devices import Backend
+from exo.worker.runner_mlx.loading.options import MlxOptions
 from exo.worker.runner_mlx.ranks.messages import Plan
 from exo.worker.runner_mlx.ranks.pipeline import Body, Sending, chained, take_layers
 

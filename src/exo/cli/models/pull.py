@@ -7,7 +7,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 
 from exo.cards.card import ModelCard
 from exo.cli.console import err, say, warn
-from exo.cli.local_models import card_of, catalogue_of, check_runner, runners_of, store_of
+from exo.cli.models.local_models import card_of, catalogue_of, check_runner, runners_of, store_of
 from exo.cli.options import Model, ModelsDir, Quant, Runner
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode

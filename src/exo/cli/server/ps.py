@@ -10,8 +10,8 @@ from rich.table import Table
 
 from exo.api.admin.runners import Instance, InstanceList
 from exo.cli.console import out
-from exo.cli.http_client import ask, foreign, server_client
 from exo.cli.options import AsJson, ServerOptions
+from exo.cli.server.http_client import ask, foreign, server_client
 from exo.terminal import printable
 
 TOLD_DELAY, TOLD_SLOWDOWN = 0.1, 1.3

@@ -6,7 +6,7 @@ import anyio
 from pydantic import BaseModel, ConfigDict
 
 from exo.cards.catalogue import Catalogue
-from exo.cli.show import EngineRow, memory_plan, show_model
+from exo.cli.models.show import EngineRow, memory_plan, show_model
 from exo.config import Settings
 from exo.store.store import Store
 from exo.worker.host import Host

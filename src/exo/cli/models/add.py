@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from exo.cli.console import err, out, say
-from exo.cli.local_models import catalogue_of
+from exo.cli.models.local_models import catalogue_of
+from exo.cli.models.pull import pull_failure
 from exo.cli.options import AsJson
-from exo.cli.pull import pull_failure
 from exo.config import Settings
 from exo.exit_code import CommandError
 from exo.store.discover.add import AddError, as_text

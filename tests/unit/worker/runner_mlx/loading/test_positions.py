@@ -3,7 +3,7 @@
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_mlx.positions import rotation
+from exo.worker.runner_mlx.loading.positions import rotation
 
 Json = dict[str, JsonValue]
 SIZES: Json = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096}

@@ -3,8 +3,8 @@
 import json
 
 from exo.cli.console import out, say
-from exo.cli.http_client import ask, server_client
 from exo.cli.options import AsJson, Model, ServerOptions
+from exo.cli.server.http_client import ask, server_client
 
 
 def stop(model: Model, *, server: ServerOptions, as_json: AsJson = False) -> None:

@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from exo.chat.output.events import Content, Reasoning
-from exo.cli.answer_stream import Note, answer
+from exo.cli.chat.answer_stream import Note, answer
 from exo.cli.console import err, out
-from exo.cli.embedded_server import some_server
-from exo.cli.local_models import catalogue_of
+from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import Model, ModelsDir, SamplingOptions, ServerOptions
+from exo.cli.server.embedded_server import some_server
 from exo.exit_code import CommandError, ExitCode
 from exo.terminal import printable
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
 from exo.cli.console import out
-from exo.cli.local_models import FileState, card_of, catalogue_of, store_of
+from exo.cli.models.local_models import FileState, card_of, catalogue_of, store_of
 from exo.cli.options import AsJson, Card, ModelsDir
 from exo.config import Settings
 from exo.store.errors import PullError

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from exo.cards.card import ModelCard
 from exo.cli.console import out
-from exo.cli.local_models import FileState, catalogue_of, kept, runners_of, store_of
+from exo.cli.models.local_models import FileState, catalogue_of, kept, runners_of, store_of
 from exo.cli.options import AsJson, ModelsDir
 from exo.config import Settings
 from exo.store.store import Store

@@ -8,9 +8,9 @@ import typer
 
 from exo.cards.card import ModelCard
 from exo.cli.console import say, warn
-from exo.cli.http_client import ask, is_up, server_client
-from exo.cli.local_models import Kept, card_of, catalogue_of, check_runner, kept, runners_of, store_of
+from exo.cli.models.local_models import Kept, card_of, catalogue_of, check_runner, kept, runners_of, store_of
 from exo.cli.options import Card, ModelsDir, Quant, Runner, ServerOptions
+from exo.cli.server.http_client import ask, is_up, server_client
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.errors import PullError

@@ -16,7 +16,7 @@ from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
-from exo.worker.runner_mlx.loader import MlxChecked, check, computed_in
+from exo.worker.runner_mlx.loading.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.model import cached_elements
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
 from exo.worker.runner_mlx.ranks.sharding import Sharding

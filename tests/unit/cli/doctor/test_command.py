@@ -1,6 +1,6 @@
 """What ``exo doctor`` says of NVIDIA GPUs."""
 
-from exo.cli.doctor import as_text, plugin_text
+from exo.cli.doctor.command import as_text, plugin_text
 from exo.setup.cuda import PREBUILT, SelfTest
 from exo.worker.host import GpuProcess, Host, NvidiaDevice
 

@@ -26,7 +26,7 @@ from exo.worker.runner_common.model_files.folder_config import (
     normalised,
 )
 from exo.worker.runner_common.model_files.model_folder import HfFolder
-from exo.worker.runner_mlx.positions import SETTINGS, Rotation, WantedPositions, rotation
+from exo.worker.runner_mlx.loading.positions import SETTINGS, Rotation, WantedPositions, rotation
 
 _MODELS = "mlx_lm.models."
 _SHARED = ("base", "cache", "activations")

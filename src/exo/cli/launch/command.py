@@ -18,11 +18,11 @@ from pydantic import BaseModel, ValidationError
 
 from exo.api.admin.runners import Instance, InstanceList
 from exo.cli.console import err, say, warn
-from exo.cli.embedded_server import some_server
-from exo.cli.http_client import ask, foreign, server_client
-from exo.cli.launch_programs import PROGRAMS, Program, Target
-from exo.cli.local_models import catalogue_of
+from exo.cli.launch.programs import PROGRAMS, Program, Target
+from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import ModelsDir, ServerOptions, complete_model
+from exo.cli.server.embedded_server import some_server
+from exo.cli.server.http_client import ask, foreign, server_client
 from exo.exit_code import CommandError, ExitCode
 
 _NAMES = ", ".join(PROGRAMS)

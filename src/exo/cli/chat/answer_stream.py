@@ -9,7 +9,7 @@ from typing import Any, final
 import httpx
 
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.cli.http_client import foreign, refusal, told
+from exo.cli.server.http_client import foreign, refusal, told
 from exo.exit_code import CommandError
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from exo.cli.http_client import is_up, server_client
+from exo.cli.server.http_client import is_up, server_client
 from exo.config import Access, ApiKey, Settings
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import typer
 
 from exo.api.server import ListenError, serve_forever
 from exo.cli.console import say
-from exo.cli.local_models import catalogue_of
+from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import ModelsDir, ServerOptions
 from exo.config import Limits, Settings
 from exo.exit_code import CommandError

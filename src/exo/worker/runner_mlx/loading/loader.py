@@ -14,10 +14,12 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder, tell_ignored
-from exo.worker.runner_mlx.config_keys import check_keys, wanted_positions
-from exo.worker.runner_mlx.devices import Backend, device, use_backend
 from exo.worker.runner_mlx.embedding import MlxEmbedder
 from exo.worker.runner_mlx.kv_cache import KVCache
+from exo.worker.runner_mlx.loading.config_keys import check_keys, wanted_positions
+from exo.worker.runner_mlx.loading.devices import Backend, device, use_backend
+from exo.worker.runner_mlx.loading.options import MlxOptions, read_options
+from exo.worker.runner_mlx.loading.positions import WantedPositions
 from exo.worker.runner_mlx.model import (
     BROKEN_MODEL,
     ONE_SEQUENCE,
@@ -28,8 +30,6 @@ from exo.worker.runner_mlx.model import (
     open_tokenizer,
     wait_for,
 )
-from exo.worker.runner_mlx.options import MlxOptions, read_options
-from exo.worker.runner_mlx.positions import WantedPositions
 from exo.worker.runner_mlx.probe import ENGINE, engine_version
 from exo.worker.runner_mlx.ranks.ranks import Ranks
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, asked_for, refusal

@@ -9,9 +9,9 @@ import anyio
 import typer
 
 from exo.cli.console import out, say, warn
-from exo.cli.local_models import catalogue_of, store_of
-from exo.cli.model_findings import as_text as model_text
-from exo.cli.model_findings import findings
+from exo.cli.doctor.model_findings import as_text as model_text
+from exo.cli.doctor.model_findings import findings
+from exo.cli.models.local_models import catalogue_of, store_of
 from exo.cli.options import AsJson
 from exo.config import Settings
 from exo.exit_code import ExitCode
