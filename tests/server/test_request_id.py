@@ -7,11 +7,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import JsonValue
 
 from exo.config import Access
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 from tests.support.server import ServeProgram, write_card
+from tests.support.tiny import Shape, write_gguf
 
 MODEL = "fake/model"
 SHORT = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
@@ -85,3 +87,20 @@ def test_the_log_names_the_request(tmp_path: Path) -> None:
         server.client.post("/v1/completions", json=body, headers={"x-request-id": "seek-me"})
         assert "temprature" in server.log.read_text()
         assert "(request seek-me)" in server.log.read_text()
+
+
+def test_the_log_says_where_a_prompt_departs_from_one_that_it_mostly_repeats(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", Shape())
+    table: dict[str, JsonValue] = {"path": str(tmp_path / "tiny.gguf"), "threads": 1, "n_ctx": 4096, "slots": 1}
+    write_card(tmp_path, "tiny", {"cuda": table}, backends=["LlamaCppCpu"])
+    rest = [97 + at * at % 23 for at in range(1, 1500)]
+    with ServeProgram(tmp_path) as server:
+        for name, day in (("monday", 70), ("tuesday", 71), ("wednesday", 72)):
+            prompt = [*range(40, 60), day, *rest]
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+            usage = server.client.post("/v1/completions", json=body, headers={"x-request-id": name}).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] in (0, 20)
+        told = [line for line in server.log.read_text().splitlines() if "differs from a cached one" in line]
+    assert len(told) == 1
+    assert "test/tiny: the prompt of request tuesday" in told[0]
+    assert "at token 21 of 1,520" in told[0]

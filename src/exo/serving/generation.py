@@ -1,6 +1,7 @@
 """One request to generate text, in no API's form, from its place in the queue to its last token."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -43,6 +44,8 @@ from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS
 from exo.worker.supervisor.replay import Replay, ReplayBudget
 from exo.worker.supervisor.runner_process import RunnerError
 from exo.worker.supervisor.state_machine import RequestEvents
+
+log = logging.getLogger(__name__)
 
 _SEEDS = 1 << 64
 
@@ -259,8 +262,18 @@ class Generation:
                         self._count(new)
                         choice.take(new, batch)
                 case PrefillProgress():
+                    if event.diverged_at is not None:
+                        self._log_divergence(event.diverged_at, event)
                     choice.take(event, batch)
         return None
+
+    def _log_divergence(self, at: int, event: PrefillProgress) -> None:
+        model, request = self._model.card.model_id, current_request.get() or self.id
+        log.info(
+            "%s: the prompt of request %s differs from a cached one at token %s of %s; what follows is largely the same"
+            " but is computed again, because the prefix cache reuses nothing after the first difference",
+            model, request, f"{at + 1:,}", f"{event.total:,}",
+        )  # fmt: skip
 
     def _count(self, prompt: PromptLogprobs) -> None:
         """Raises ``ServingError`` if the reply would become too large."""

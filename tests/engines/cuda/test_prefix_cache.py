@@ -220,6 +220,37 @@ def test_the_memory_for_prefixes_is_bounded_and_the_latest_are_kept() -> None:
     assert slots.started() == {late.id: 399}
 
 
+def test_a_difference_that_is_followed_by_the_same_tokens_is_told_once() -> None:
+    """In whatever place the earlier prompt is: in the slot, or in the host's memory."""
+    for others in (), (5000, 9000):
+        slots = Slots(1, capacity=CAPACITY)
+        slots.ran([*prompt(0, 37), 7, *prompt(100, 1500)])
+        for first in others:
+            slots.ran(prompt(first, 400))
+        changed = slots.add([*prompt(0, 37), 8, 9, *prompt(100, 1500)])
+        assert slots.step().diverged == [(changed.id, 37)]
+        slots.scheduler.remove(changed.id)
+        slots.add([*prompt(0, 37), 10, *prompt(100, 1500)])
+        assert slots.step().diverged == []
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        prompt(0, 700),
+        prompt(0, 400) + prompt(20_000, 600),
+        prompt(20_000, 30) + prompt(100, 300),
+        prompt(20_000, 1000),
+    ],
+    ids=["more of the same", "another end", "little is the same", "nothing is the same"],
+)
+def test_other_prompts_do_not_diverge(new: list[int]) -> None:
+    slots = Slots(1)
+    slots.ran(prompt(0, 600))
+    slots.add(new)
+    assert slots.step().diverged == []
+
+
 FORGETFUL = pytest.mark.parametrize(("window", "cuts"), [(16, True), (None, False)], ids=["window", "recurrent"])
 """Models with sliding-window layers, and with recurrent layers."""
 

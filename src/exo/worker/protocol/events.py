@@ -113,6 +113,9 @@ class PrefillProgress(Message):
     id: str
     processed: int
     total: int
+    diverged_at: int | None = None
+    """The index of the first token that differs from a cached prompt, if much of what follows is the same as there but
+    has to be computed again. Each index is told once."""
 
 
 class Logprob(Message):

@@ -119,6 +119,8 @@ class StepDone:
     """Sequences that ended without a new token."""
     drafted: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
     """Sequences with drafts, the tokens of the draft, and how many of them were right."""
+    diverged: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    """Sequences whose prompts repeat a cached one after a difference, and the place of the difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,11 @@ class Emitter:
                 self._outputs[request].n_drafted += drafted
                 self._outputs[request].n_accepted += accepted
         messages: list[Message] = [
+            PrefillProgress(id=request, processed=output.n_cached, total=output.n_prefill, diverged_at=at)
+            for request, at in step.diverged
+            if (output := self._outputs.get(request)) is not None
+        ]
+        messages += [
             PrefillProgress(id=request, processed=processed, total=self._outputs[request].n_prefill)
             for request, processed in step.processed
             if request in self._outputs

@@ -70,7 +70,7 @@ class CudaEngine:
             self._threads.computed(step.n_rows, seconds, prefills=step.prefills, exact=exact)
             self._scheduler.computed(step, seconds)
             processed = [(c.sequence.id, c.stop) for c in step.chunks if c.stop <= c.sequence.n_prefill]
-            done = StepDone(step.started, processed)
+            done = StepDone(step.started, processed, diverged=step.diverged)
             if n_outputs:
                 self._read(step, self._context.logits(n_outputs), done)
             self._steps += 1

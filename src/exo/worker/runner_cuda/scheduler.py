@@ -76,6 +76,8 @@ class Step:
     started: list[tuple[str, int]]
     """The sequences that have entered a slot, by id, each with the number of its tokens found in the cache."""
     prefills: bool = False
+    diverged: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    """Those among ``started`` whose prompts repeat a cached one after a difference, and the place of the difference."""
 
     @property
     def n_rows(self) -> int:
@@ -163,7 +165,8 @@ class Scheduler:
 
     def plan(self) -> Step:
         """Returns the next step, without chunks if there is nothing to compute."""
-        started = self._admit()
+        diverged: list[tuple[str, int]] = []
+        started = self._admit(diverged)
         due = [slot.sequence for slot in self.slots if slot.sequence is not None and slot.sequence.n_missing == 1]
         self._chunk = self._beside if due else self._pace.tokens_in(ALONE_SECONDS, self._beside, self._alone)
         if not due:
@@ -178,12 +181,12 @@ class Scheduler:
             self._served.update(chunk.sequence.id for chunk in chunks)
             # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else.
             chunks.sort(key=lambda chunk: chunk.sequence.slot)
-            return Step(chunks, started, prefills=True)
+            return Step(chunks, started, prefills=True, diverged=diverged)
         drafts = [list[int]() for _ in due] if self._prefilling else self._speculation.drafts(due)
         chunks = [Chunk(s, s.n_computed, len(s.tokens), draft) for s, draft in zip(due, drafts, strict=True)]
         self._left = self._pace.prompt_tokens(len(due), self._least, self._budget)
         self._served.clear()
-        return Step(chunks, started, prefills=False)
+        return Step(chunks, started, prefills=False, diverged=diverged)
 
     def computed(self, step: Step, seconds: float) -> None:
         """Records that ``step`` is in the KV cache, and the time it took."""
@@ -240,9 +243,10 @@ class Scheduler:
         del slot.cached[sequence.n_computed :]
         self._cache.drop_after(slot, sequence.n_computed)
 
-    def _admit(self) -> list[tuple[str, int]]:
+    def _admit(self, diverged: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """Moves waiting sequences to free slots, in order of arrival. Returns them with their cached tokens.
 
+        Adds to ``diverged`` those of which ``Step.diverged`` tells.
         A sequence stays in the queue while another one is computing the prefix that both need.
         """
         started: list[tuple[str, int]] = []
@@ -262,6 +266,8 @@ class Scheduler:
             slot.entered = self._entered
             self.waiting.remove(sequence)
             sequence.slot = slot.id
+            if (at := self._cache.new_divergence(sequence, found)) is not None:
+                diverged.append((sequence.id, at))
             sequence.n_computed = self._cache.enter(slot, sequence, found)
             sequence.marks = self._marks(sequence)
             sequence.move(Phase.PREFILL)

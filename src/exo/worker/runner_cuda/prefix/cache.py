@@ -9,6 +9,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Protocol
 
+from exo.worker.runner_cuda.prefix.divergence import divergence
 from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sequence import Sequence
@@ -21,6 +22,8 @@ WORTH_SAVING = 256
 """A slot's state is saved before it is overwritten if at least this many of its tokens are cached nowhere else."""
 WORTH_WAITING = 64
 """A request waits for another slot's prefill if that is about to compute at least this many tokens of its prompt."""
+MAX_TOLD = 1000
+"""The most divergences that are told of one model."""
 WORTH_MARKING = 32
 """A checkpoint is kept if it is at least this many tokens after the one before it."""
 
@@ -115,6 +118,7 @@ class PrefixCache:
         self._host = HostTier(capacity)
         self._tree: PrefixTree[Slot | Saved] = PrefixTree()
         self._copying = False  # a copy or a wipe is due with the next decode
+        self._told: set[int] = set()  # divergences, by place
 
     @property
     def n_bytes(self) -> int:
@@ -153,6 +157,20 @@ class PrefixCache:
                 key=lambda each: (each.promised, each.length, isinstance(each.holder, Slot)),
             )
         return best if best is not None and best.promised else None
+
+    def new_divergence(self, sequence: Sequence, found: Found | None) -> int | None:
+        """Returns where a prompt departs from a cached one whose rest it mostly repeats, which is computed again.
+
+        Each place is returned once, since it is the same in every request of a client. ``found`` is the usable prefix.
+        """
+        if sequence.prompt_logprobs is not None:
+            return None
+        cached = [holder.tokens for holder in self._tree.holders()]
+        at = divergence(sequence.tokens, cached, found.length if found is not None else 0)
+        if at is None or at in self._told or len(self._told) == MAX_TOLD:
+            return None
+        self._told.add(at)
+        return at
 
     def is_awaited(self, found: Found) -> bool:
         """Whether the request should wait for the sequence that is computing the rest of the prefix."""

@@ -49,6 +49,10 @@ class PrefixTree(Generic[Holder]):
         if not path:
             self._paths.pop(holder, None)
 
+    def holders(self) -> list[Holder]:
+        """Returns those with at least one block."""
+        return list(self._paths)
+
     def matches(self, tokens: Sequence[int]) -> Iterator[tuple[int, frozenset[Holder]]]:
         """Yields prefix lengths of ``tokens`` in whole blocks, longest first, each with its holders."""
         nodes: list[_Node[Holder]] = []
