@@ -331,6 +331,18 @@ def test_a_long_prefix_outlasts_many_short_ones() -> None:
     assert slots.started() == {back.id: 1999}
 
 
+def test_a_long_state_is_not_copied_for_the_few_tokens_that_a_changed_tail_loses() -> None:
+    slots = Slots(1, capacity=CAPACITY)
+    slots.ran(prompt(0, 6400), n_output=1)
+    few = slots.add(prompt(0, 6100) + prompt(9000, 20))
+    assert slots.started() == {few.id: 6100}
+    assert slots.cache.n_bytes == 0
+    slots.scheduler.remove(few.id)
+    slots.add(prompt(0, 5000) + prompt(9500, 20))
+    slots.step()
+    assert slots.cache.n_bytes > 0
+
+
 def test_a_prompt_that_is_to_be_scored_is_computed_anew() -> None:
     slots = Slots(2)
     slots.ran(prompt(0, 100))

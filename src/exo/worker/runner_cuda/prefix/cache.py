@@ -20,6 +20,9 @@ WORTH_COPYING = 1 / 512
 cells. Computing a token takes about a thousand times as long as copying a cell, on CPUs and GPUs alike."""
 WORTH_SAVING = 256
 """A slot's state is saved before it is overwritten if at least this many of its tokens are cached nowhere else."""
+SHARE_WORTH_SAVING = 1 / 16
+"""The same as a share of the slot's tokens. All of them are saved, which delays the next request's first token; an
+agent that drops its last turn's reasoning never comes back to the few that are lost."""
 WORTH_WAITING = 64
 """A request waits for another slot's prefill if that is about to compute at least this many tokens of its prompt."""
 MAX_TOLD = 1000
@@ -279,7 +282,7 @@ class PrefixCache:
         """Replaces the slot's cells with the found ones. Returns the prefix to which they are to be cut."""
         source = found.holder
         if isinstance(source, Saved):
-            if len(source.cached) - found.length < WORTH_SAVING:
+            if len(source.cached) - found.length < _worth_saving(source.cached):
                 self._drop(source)
             else:
                 self._host.used(source)
@@ -306,7 +309,7 @@ class PrefixCache:
         """Saves the slot's state if many of its tokens are neither among the ``n_kept`` first nor cached elsewhere."""
         usable = self._host.usable(slot.cached)
         n_safe = max(n_kept, self._held_elsewhere(slot, usable))
-        if self._host.capacity == 0 or len(slot.cached) - n_safe < WORTH_SAVING:
+        if self._host.capacity == 0 or len(slot.cached) - n_safe < _worth_saving(slot.cached):
             return
         state = self._cells.save(slot.id, self._host.capacity)
         if not state.size:
@@ -341,3 +344,8 @@ class PrefixCache:
     def _untree(self, dropped: list[Saved]) -> None:
         for saved in dropped:
             self._tree.cut(saved, 0)
+
+
+def _worth_saving(tokens: Tokens[int]) -> float:
+    """Returns how many of a state's tokens must be cached nowhere else for the state to be worth keeping."""
+    return max(WORTH_SAVING, len(tokens) * SHARE_WORTH_SAVING)
