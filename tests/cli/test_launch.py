@@ -110,7 +110,7 @@ def test_a_context_that_is_too_small_is_said_before_and_after(home: Path, server
         ("cline", ('"contextWindow": 2048', "--data-dir", "'a b'")),
         ("pi", ('"contextWindow": 2048', "--extension", "'a b'")),
         ("aider", ('"max_input_tokens": 2048', "--model openai/talk", "'a b'")),
-        ("open-webui", ("export DEFAULT_MODELS=talk", "\nopen-webui serve 'a b'")),
+        ("open-webui", ("export DEFAULT_MODELS=test/talk", "\nopen-webui serve 'a b'")),
     ],
 )
 def test_what_a_program_is_told_can_be_printed(

@@ -3,14 +3,20 @@
 A program that is not there is skipped by name. Each has a home of its own.
 """
 
+import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import JsonValue
 
@@ -141,3 +147,52 @@ def test_a_program_runs_the_call_of_its_model(server: ServeProgram, tmp_path: Pa
     output = launched(server, tmp_path, name, "--model", f"calls-{name}", "--", *ask)
     assert (tmp_path / "work" / "made").exists(), output
     assert "".join(DONE) in output
+
+
+def test_open_webui_chats_with_the_model_that_it_offers_first(server: ServeProgram, tmp_path: Path) -> None:
+    needs("open-webui")
+    own = server.url.rpartition(":")[2]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    known = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
+    offline = {"OFFLINE_MODE": "true", "RAG_EMBEDDING_ENGINE": "openai", "WEBUI_SECRET_KEY": "0" * 32}
+    (data := tmp_path / "data").mkdir()
+    command = [sys.executable, "-m", "exo", "launch", "--port", own, "open-webui", "--model", "talk", "--"]
+    with (log := tmp_path / "log").open("wb") as output:
+        program = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**known, **offline, "HOME": str(tmp_path), "EXO_HOME": str(tmp_path / "exo"), "DATA_DIR": str(data)},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            wait_until_up(client, program, log)
+            person = {"name": "a", "email": "a@example.com", "password": "correct horse"}
+            token = client.post("/api/v1/auths/signup", json=person).json()["token"]
+            client.headers["authorization"] = f"Bearer {token}"
+            listed = [each["id"] for each in client.get("/api/models").json()["data"]]
+            first = client.get("/api/config").json()["default_models"]
+            assert first in listed
+            body = {"model": first, "messages": [{"role": "user", "content": "Say hello"}]}
+            whole = client.post("/api/chat/completions", json={**body, "stream": False}).json()
+            assert whole["choices"][0]["message"]["content"] == "".join(SAID)
+            with client.stream("POST", "/api/chat/completions", json={**body, "stream": True}) as reply:
+                chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+            assert [each["choices"][0]["delta"].get("content") for each in chunks][1:-1] == list(SAID)
+    finally:
+        os.killpg(program.pid, signal.SIGTERM)
+        program.wait(60)
+
+
+def wait_until_up(client: httpx.Client, program: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        assert program.poll() is None, log.read_text()
+        with suppress(httpx.HTTPError):
+            if client.get("/health").status_code == 200:
+                return
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())

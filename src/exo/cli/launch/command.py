@@ -108,7 +108,7 @@ def _target(client: httpx.Client, model: str | None, folder: Path) -> Target:
     if not lengths:
         raise CommandError(f"{name} was unloaded again before its context length was known; try again")
     key = client.headers.get("authorization", "Bearer unused").removeprefix("Bearer ")
-    return Target(str(client.base_url).rstrip("/"), key, name, min(lengths), folder)
+    return Target(str(client.base_url).rstrip("/"), key, name, model_id, min(lengths), folder)
 
 
 def _only_model(client: httpx.Client) -> str:

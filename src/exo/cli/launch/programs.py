@@ -23,6 +23,9 @@ class Target:
     url: str
     key: str
     model: str
+    """As the user has named it."""
+    model_id: str
+    """As the server's list of models names it."""
     context: int
     folder: Path
     """The temporary folder for the program's configuration."""
@@ -169,7 +172,7 @@ def _open_webui_environment(target: Target) -> Mapping[str, str]:
         "OPENAI_API_BASE_URL": target.openai,
         "OPENAI_API_KEY": target.key,
         "ENABLE_OLLAMA_API": "false",
-        "DEFAULT_MODELS": target.model,
+        "DEFAULT_MODELS": target.model_id,  # it accepts only names that it has found in the list
         "ENABLE_PERSISTENT_CONFIG": "false",
     }
 
