@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from exo.api.http.middleware import WARNING_HEADER
-from exo.config import Settings, SettingsError
+from exo.config import Settings
+from exo.config_values import SettingsError
 from exo.serving.warnings import MAX_WARNINGS
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve

@@ -6,7 +6,8 @@ import sys
 import psutil
 import pytest
 
-from exo.config import Limits, SettingsError
+from exo.config import Limits
+from exo.config_values import SettingsError
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.protocol.one_shot import Device, Probe
 from exo.worker.supervisor.host_memory import capacity, memory_of

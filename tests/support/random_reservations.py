@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget, Reservation
+from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.reservation import Reservation
 
 CAPACITY = Memory(100, {"CUDA0": 50, "CUDA1": 30})
 

@@ -5,7 +5,8 @@ from typing import NoReturn
 
 import pytest
 
-from exo.config import Access, ApiKey, Limits, Settings, SettingsError, variables_without_effect
+from exo.config import Access, ApiKey, Limits, Settings, variables_without_effect
+from exo.config_values import SettingsError
 from tests import ROOT
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from exo.config import HubAccess, Settings, SettingsError
+from exo.config import HubAccess, Settings
+from exo.config_values import SettingsError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import typer
 from pydantic import JsonValue
 
 from exo.cards.catalogue import Catalogue
-from exo.config import Access, Settings, SettingsError
+from exo.config import Access, Settings
+from exo.config_values import SettingsError
 from exo.worker.protocol.runners import RUNNERS
 
 

@@ -13,7 +13,8 @@ from exo.serving.warnings import warn
 from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import Need
 from exo.worker.runner_common.grammar.grammar_errors import named
-from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
+from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, enforced, guided
+from exo.worker.runner_common.grammar.schema_keywords import SchemaError
 
 GrammarSyntax = Literal["json_schema", "regex", "lark", "gbnf"]
 

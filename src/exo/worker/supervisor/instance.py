@@ -16,7 +16,7 @@ from exo.worker.protocol.events import (
 from exo.worker.router import LiveRunner
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import Reservation
+from exo.worker.supervisor.reservation import Reservation
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.state_machine import ENDINGS
 

@@ -10,13 +10,14 @@ RAM and each device have an account of their own. Three invariants hold:
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, final
+from dataclasses import dataclass
+from typing import final
 
 from pydantic_core import to_json
 
 from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
+from exo.worker.supervisor.reservation import Reservation
 
 ALTERNATING_SECONDS = 60.0
 """A model that is requested so soon after its eviction alternates with another one. Both then stay for a while."""
@@ -58,75 +59,6 @@ class MemoryActions:
     """End these: nobody uses them. Each is named once."""
     displace: tuple[str, ...] = ()
     """End these although they are in use: others have waited for the drain limit. Each is named once."""
-
-
-State = Literal["asking", "waiting", "loading", "loaded"]
-_TRANSITIONS: dict[State, tuple[State, ...]] = {
-    "asking": ("waiting", "loading"),  # loads at once, without an estimate, if nothing is counted
-    "waiting": ("loading",),
-    "loading": ("loaded",),
-    "loaded": (),
-}
-"""A reservation awaits its estimate, then its memory, then the end of the load. It may be released at any time."""
-
-
-@dataclass(slots=True)
-class Reservation:
-    """One runner's share of the budget. Times are on the caller's clock, in seconds."""
-
-    name: str
-    pinned: bool
-    keep: float
-    """Time that the model stays loaded without being used; infinity for ever."""
-    last_used: float
-    state: State = "asking"
-    kind: str = ""
-    """The same for all runners of one model."""
-    users: int = 0
-    dismissed: bool = False
-    """It ends when it is idle, even if no other needs its memory."""
-    evicting: float | None = None
-    """Since when others have waited for its memory. ``settle`` decides anew each time whether they still do."""
-    stays_until: float = -math.inf
-    """It is not evicted before then."""
-    returning: bool = False
-    """Its model was evicted a moment ago, so it stays for a while once it has loaded."""
-    abandoned: bool = False
-    """Its requests left before it got its memory."""
-    ending: bool = False
-    """It has been told to end."""
-    estimated: Estimated | None = None
-    reserved: Memory = field(default_factory=Memory)
-    later: Memory = field(default_factory=Memory)
-    """The part of ``reserved`` that is allocated with the first request, not by loading."""
-    measured: Memory | None = None
-    """The last measurement."""
-
-    @property
-    def leaving(self) -> bool:
-        """Whether it takes no new requests."""
-        return self.dismissed or self.evicting is not None or self.ending
-
-    @property
-    def idle(self) -> bool:
-        """Whether it may be ended at once."""
-        return self.users == 0 and (self.state == "loaded" or (self.state == "waiting" and self.abandoned))
-
-    @property
-    def drains(self) -> bool:
-        """Whether its requests would keep others waiting."""
-        return self.state == "loaded" and self.users > 0 and not self.ending
-
-    @property
-    def expires(self) -> float:
-        """The time at which it is unloaded because it is unused; infinity if it stays."""
-        return self.last_used + self.keep if self.idle and not self.leaving else math.inf
-
-    def time_left(self, now: float) -> float | None:
-        """Seconds until it is unloaded if nobody uses it from now on; None for never."""
-        if self.keep == math.inf:
-            return None
-        return max(0.0, self.expires - now) if self.idle and not self.leaving else self.keep
 
 
 @final
@@ -189,26 +121,21 @@ class MemoryBudget:
         )
         self._reservations[name] = Reservation(name, pinned, keep, now, kind=kind, returning=returning)
 
-    def _change_state(self, reservation: Reservation, state: State) -> None:
-        """The only writer of the state."""
-        assert state in _TRANSITIONS[reservation.state], f"{reservation.name}: {reservation.state} to {state}"
-        reservation.state = state
-
     def estimate(self, name: str, estimated: Estimated) -> None:
         """A runner has sent its estimate; it joins the queue for memory."""
         reservation = self._reservations[name]
-        self._change_state(reservation, "waiting")
+        reservation.change_state("waiting")
         reservation.estimated = estimated
         self._queue.append(reservation)
 
     def load(self, name: str) -> None:
         """A runner loads without an estimate."""
-        self._change_state(self._reservations[name], "loading")
+        self._reservations[name].change_state("loading")
 
     def loaded(self, name: str, now: float) -> None:
         """A runner has loaded its model."""
         reservation = self._reservations[name]
-        self._change_state(reservation, "loaded")
+        reservation.change_state("loaded")
         reservation.last_used = now
         if reservation.returning:
             reservation.stays_until = now + self._residence
@@ -317,7 +244,7 @@ class MemoryBudget:
 
     def _grant(self, waiter: Reservation, option: LoadOption) -> None:
         self._queue.remove(waiter)
-        self._change_state(waiter, "loading")
+        waiter.change_state("loading")
         waiter.reserved = self.need(option)
         waiter.later = Memory(option.later_host, self._devices(option.later_devices, option.later_device))
 

@@ -21,7 +21,8 @@ from exo.worker.protocol.commands import Grammar
 from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.grammar.grammar_errors import explain
 from exo.worker.runner_common.grammar.grammar_sandbox import LIMITS, GrammarSandbox, GuidanceVocabulary
-from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, SchemaError, enforced, guided
+from exo.worker.runner_common.grammar.json_schema import LONGEST_SOURCE, enforced, guided
+from exo.worker.runner_common.grammar.schema_keywords import SchemaError
 
 Mask = npt.NDArray[np.bool_]
 

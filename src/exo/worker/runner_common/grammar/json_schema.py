@@ -4,16 +4,23 @@ Annotations are dropped. A keyword that restricts values is rewritten to keyword
 name. ``uniqueItems``, overlapping ``oneOf``, unknown formats and a few more are not enforced, with a note for each.
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import cast
 
 from pydantic import JsonValue
 
+from exo.worker.runner_common.grammar.schema_keywords import (
+    BOUNDS,
+    SHOWN,
+    SchemaError,
+    check_values,
+    drop_idle,
+    path_of,
+    replace_unevaluated,
+    rewrite_exclusive,
+)
 from exo.worker.runner_common.grammar.schema_overlap import Schema, disjoint, resolve, target_of, type_of
 from exo.worker.runner_common.grammar.schema_pattern import without_look_ahead
 
@@ -21,7 +28,6 @@ FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"},
 )
 """Formats that grammars enforce."""
-TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 
 # Keywords by what they hold: schemas by name, one schema, schemas in a list, or values.
 _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
@@ -32,10 +38,6 @@ _EXCLUDING_NULL = {"type", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"}
 _OF_ONE = ("additionalProperties", "items", "additionalItems")
 _OF_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 _OF_VALUES = ("const", "enum", "default", "example", "examples")
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-# Keywords with schemas that see the same value, so that what they evaluate is not "unevaluated" next to them.
-_EVALUATING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "contains", "dependentSchemas", "$dynamicRef"}
 _UNENFORCEABLE = (
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames"),
     *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
@@ -44,27 +46,14 @@ _UNENFORCEABLE = (
 _NOTES = {"title", "description", "default", "example", "examples", "deprecated", "$comment", "readOnly", "writeOnly"}
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0[4-7])/schema#?")
 _NEWER_DRAFT = re.compile(r"https?://json-schema\.org/draft/20(19-09|20-12)/schema#?")
-_STEP = 1e-6
-_SHOWN = 100
 _MOST_ARRANGED = 4
 _MOST_SCHEMAS = 50_000
 _LARGEST_BOUND = 1e18
-
-
 LONGEST_SOURCE = 1 << 20
 """Characters of a grammar."""
 WHITESPACE = r"[ \t\n]{0,20}"
 """White space between the parts of JSON, unless the schema defines it. If it were unlimited, some models would write
 it without end."""
-
-
-class SchemaError(Exception):
-    """A schema cannot be enforced. The message begins with ``where``, the path of the keyword at fault."""
-
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(": ".join(filter(None, (where, reason))))
-        self.where = where
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +115,19 @@ class _Rewriting:
         nullable = made.pop("nullable", False) is True
         if (negated := made.get("not")) is True or negated == {}:
             return False
-        _check(made, where)
-        _unevaluated(made)
-        _drop_idle(made)
+        check_values(made, where)
+        replace_unevaluated(made)
+        drop_idle(made)
         self._draft(made)
         self._annotations(made, where)
         self._pattern(made, where)
         self._one_of(made, where)
         self._property_names(made, where)
         self._bounds(made, where)
-        _exclude(made)
+        rewrite_exclusive(made)
         for keyword in _UNENFORCEABLE:
             if keyword in made:
-                raise SchemaError(_at(where, keyword), "this keyword cannot be enforced here")
+                raise SchemaError(path_of(where, keyword), "this keyword cannot be enforced here")
         self._inner(made, where)
         return _or_null(made) if nullable else made
 
@@ -159,13 +148,13 @@ class _Rewriting:
         for key in _OF_SCHEMAS:
             if isinstance(named := made.get(key), dict):
                 step = self._definition if key in _DEFINITIONS else self.schema
-                made[key] = {name: step(each, _at(where, key, name)) for name, each in named.items()}
+                made[key] = {name: step(each, path_of(where, key, name)) for name, each in named.items()}
         for key in _OF_ONE:
             if key in made:
-                made[key] = self.schema(made[key], _at(where, key))
+                made[key] = self.schema(made[key], path_of(where, key))
         for key in _OF_LISTS:
             if isinstance(listed := made.get(key), list):
-                made[key] = [self.schema(each, _at(where, key, str(at))) for at, each in enumerate(listed)]
+                made[key] = [self.schema(each, path_of(where, key, str(index))) for index, each in enumerate(listed)]
 
     def _definition(self, value: JsonValue, where: str) -> JsonValue:
         """Rewrites a definition. ``check_references`` refuses one that cannot be enforced, but only if it is used."""
@@ -199,34 +188,34 @@ class _Rewriting:
     def _annotations(self, made: Schema, where: str) -> None:
         if (name := made.get("format")) is not None and name not in FORMATS:
             del made["format"]
-            self._note(_at(where, "format"), f"{str(name)[:_SHOWN]!r} is not enforced, since the format is unknown")
+            self._note(path_of(where, "format"), f"{str(name)[:SHOWN]!r} is not enforced, since the format is unknown")
         if made.pop("uniqueItems", False) is not False and made.get("maxItems", 2) not in (0, 1):
             arrays = _arrangements(made, resolve(made.get("items"), self.root))
             if arrays is None:
-                self._note(_at(where, "uniqueItems"), "is not enforced")
+                self._note(path_of(where, "uniqueItems"), "is not enforced")
             else:
                 made["enum"] = arrays
         if "required" in made and not isinstance(made["required"], list):
             del made["required"]
-            self._note(_at(where, "required"), "is not enforced, since it is not a list of names")
+            self._note(path_of(where, "required"), "is not enforced, since it is not a list of names")
 
     def _bounds(self, made: Schema, where: str) -> None:
-        for key in _BOUNDS:
+        for key in BOUNDS:
             if isinstance(bound := made.get(key), int | float) and abs(bound) >= _LARGEST_BOUND:
                 del made[key]
-                self._note(_at(where, key), f"is not enforced: grammars support bounds up to {_LARGEST_BOUND:g}")
+                self._note(path_of(where, key), f"is not enforced: grammars support bounds up to {_LARGEST_BOUND:g}")
 
     def _pattern(self, made: Schema, where: str) -> None:
         pattern = made.get("pattern")
         if pattern is None:
             return
-        place = _at(where, "pattern")
+        place = path_of(where, "pattern")
         if not isinstance(pattern, str):
             raise SchemaError(place, "must be a string")
         patterns = without_look_ahead(pattern)
         if patterns is None:
             if made.get("format") not in FORMATS:
-                reason = f"{pattern[:_SHOWN]!r} has look-around, a back-reference or a word boundary that"
+                reason = f"{pattern[:SHOWN]!r} has look-around, a back-reference or a word boundary that"
                 raise SchemaError(place, f"{reason} cannot be enforced")
             del made["pattern"]
             self._note(place, f"is not enforced, since it has look-around; the format {made['format']!r} is")
@@ -239,7 +228,7 @@ class _Rewriting:
     def _one_of(self, made: Schema, where: str) -> None:
         choices = made.get("oneOf")
         if isinstance(choices, list) and not disjoint(choices, self.root):
-            self._note(_at(where, "oneOf"), "is enforced as anyOf, since a value may match several of its schemas")
+            self._note(path_of(where, "oneOf"), "is enforced as anyOf, since a value may match several of its schemas")
 
     def _property_names(self, made: Schema, where: str) -> None:
         """Rewrites ``propertyNames`` to ``properties`` or ``patternProperties``, if they leave room for it."""
@@ -252,7 +241,7 @@ class _Rewriting:
             return
         names = {key: each for key, each in names.items() if key not in {*_NOTES, "type", "$schema"}}
         if (name := names.pop("format", None)) is not None:
-            self._note(_at(where, "propertyNames", "format"), f"{str(name)[:_SHOWN]!r} is not enforced")
+            self._note(path_of(where, "propertyNames", "format"), f"{str(name)[:SHOWN]!r} is not enforced")
         if not names:
             del made["propertyNames"]
             return
@@ -271,10 +260,6 @@ class _Rewriting:
             return
         made["additionalProperties"] = False
         del made["propertyNames"]
-
-
-def _at(*parts: str) -> str:
-    return ".".join(filter(None, parts))
 
 
 def _parts(schema: Schema) -> Iterator[JsonValue]:
@@ -328,92 +313,3 @@ def _arrangements(made: Schema, items: JsonValue) -> list[JsonValue] | None:
         return None
     lengths = range(least, min(most, len(values)) + 1)
     return [list(each) for length in lengths for each in permutations(values, length)] or None
-
-
-def _check(made: Schema, where: str) -> None:
-    """Raises ``SchemaError`` for a keyword with an invalid value. Converts whole numbers to integers."""
-    kinds = made.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in TYPES:
-            reason = f"{str(kind)[:_SHOWN]!r} is not a type; accepted are {', '.join(TYPES)}"
-            raise SchemaError(_at(where, "type"), reason)
-    for key in _COUNTS:
-        number = made.get(key, 0)
-        if not _is_count(number):
-            raise SchemaError(_at(where, key), f"must be a whole number, 0 or more (got {json.dumps(number)[:_SHOWN]})")
-        if key in made:
-            made[key] = int(cast(float, number))
-    for key in _BOUNDS:
-        if not isinstance(made.get(key, 1), int | float):
-            raise SchemaError(_at(where, key), f"must be a number (got {json.dumps(made[key])[:_SHOWN]})")
-    if (factor := made.get("multipleOf", 1)) is True or not isinstance(factor, int | float) or factor <= 0:
-        raise SchemaError(_at(where, "multipleOf"), f"must be above 0 (got {json.dumps(factor)[:_SHOWN]})")
-    for key in ("anyOf", "oneOf", "enum"):
-        if made.get(key) == []:
-            raise SchemaError(_at(where, key), "is empty, so nothing matches it")
-
-
-def _is_count(number: JsonValue) -> bool:
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        return False
-    return number >= 0 and number == int(number)
-
-
-def _drop_idle(made: Schema) -> None:
-    """Drops keywords with values that restrict nothing."""
-    idle: Mapping[str, Callable[[JsonValue], bool]] = {
-        "not": lambda value: value is False or value == {"not": {}},
-        "dependencies": lambda value: value == {},
-        "dependentRequired": lambda value: isinstance(value, dict) and not any(value.values()),
-        "dependentSchemas": lambda value: value == {},
-        "unevaluatedProperties": lambda value: value is True or value == {},
-        "unevaluatedItems": lambda value: value is True or value == {},
-        "contains": lambda _: made.get("minContains") == 0 and "maxContains" not in made,
-    }
-    for key, restricts_nothing in idle.items():
-        if key in made and restricts_nothing(made[key]):
-            del made[key]
-    if "if" not in made or not made.keys() & {"then", "else"}:
-        for key in ("if", "then", "else"):
-            made.pop(key, None)
-    if "contains" not in made:
-        for key in ("minContains", "maxContains"):
-            made.pop(key, None)
-
-
-def _unevaluated(made: Schema) -> None:
-    """Rewrites "unevaluated" keywords to "additional" ones. They are the same unless other schemas see the value."""
-    if made.keys() & _EVALUATING:
-        return
-    for unevaluated, additional in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
-        if unevaluated in made:
-            made.setdefault(additional, made.pop(unevaluated))
-            made.pop(unevaluated, None)
-
-
-def _exclude(made: Schema) -> None:
-    """Rewrites draft 4's flags to bounds, and moves some exclusive bounds by a small step.
-
-    llguidance lets {"exclusiveMinimum": 3, "maximum": 3.5} allow 3.
-    """
-    for excluded, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(flag := made.get(excluded), bool):
-            del made[excluded]
-            if flag and bound in made:
-                made[excluded] = made.pop(bound)
-    for excluded, limits, end in (
-        ("exclusiveMinimum", ("maximum", "exclusiveMaximum"), math.inf),
-        ("exclusiveMaximum", ("minimum", "exclusiveMinimum"), -math.inf),
-    ):
-        bound = _numeric(made.get(excluded))
-        other = _numeric(next((made[limit] for limit in limits if limit in made), None))
-        if bound is not None and other is not None and bound == round(bound) and 0 < abs(other - bound) < 1:
-            step = bound + (other - bound) * _STEP
-            made[excluded] = step if step != bound else math.nextafter(bound, end)
-
-
-def _numeric(value: JsonValue) -> float | None:
-    """Returns a number that floats can tell from its neighbours less than 1 away, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 1 << 53 else None

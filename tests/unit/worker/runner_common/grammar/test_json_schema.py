@@ -3,7 +3,8 @@
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_common.grammar.json_schema import SchemaError, enforced
+from exo.worker.runner_common.grammar.json_schema import enforced
+from exo.worker.runner_common.grammar.schema_keywords import SchemaError
 
 Schema = dict[str, JsonValue]
 
