@@ -13,6 +13,7 @@ from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
 from tests.support import fake_runner
 from tests.support.program import Program, Result, ask, names, runner_command
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
 Table = dict[str, JsonValue]
@@ -82,6 +83,7 @@ CASES = {
     "cuda": Case(
         tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table, free_threads={"threads": None}
     ),
+    "rpc": Case(llama_command("LlamaCppCuda"), "LlamaCppCuda", gguf_table),
     "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
     "vllm": Case(
         RUNNERS["vllm"].command,

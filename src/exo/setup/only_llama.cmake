@@ -21,3 +21,16 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     install(FILES "${LIBGOMP}" DESTINATION "${SKBUILD_PLATLIB_DIR}/llama_cpp/lib" RENAME libgomp.so.1)
   endif()
 endif()
+
+# The RPC back end is a plug-in in the wheel, for tests: nothing loads it unless EXO_TEST_RPC_SERVERS is set. It takes 4
+# CPU seconds of 200 to compile, and 190 kB.
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND NOT GGML_RPC)
+  set(RPC "${CMAKE_CURRENT_SOURCE_DIR}/ggml/src/ggml-rpc")
+  add_library(exo-rpc MODULE "${RPC}/ggml-rpc.cpp" "${RPC}/transport.cpp")
+  target_compile_features(exo-rpc PRIVATE cxx_std_17)
+  target_compile_definitions(exo-rpc PRIVATE GGML_BACKEND_DL GGML_BACKEND_BUILD GGML_BACKEND_SHARED)
+  target_include_directories(exo-rpc PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/ggml/src")
+  target_link_libraries(exo-rpc PRIVATE ggml-base)
+  set_target_properties(exo-rpc PROPERTIES OUTPUT_NAME ggml-rpc INSTALL_RPATH "$ORIGIN")
+  install(TARGETS exo-rpc LIBRARY DESTINATION "${SKBUILD_PLATLIB_DIR}/llama_cpp/lib")
+endif()

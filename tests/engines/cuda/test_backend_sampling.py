@@ -34,6 +34,7 @@ from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.program import Program, Result, ask, names, runner_command
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_scripted
 from tests.support.tiny.encoder import Encoder
 
@@ -46,8 +47,8 @@ WORDS = re.findall(" [a-z]+", " the old man and his dog went over a hill to see 
 SAID = [*range(256, 256 + len(WORDS)), ord("\n")]
 
 
-def command(path: Path, **table: JsonValue) -> Load:
-    return Load(model_id="test/tiny", backend="LlamaCppCpu", table={**EXACT, "path": str(path), **table})
+def command(path: Path, backend: str = "LlamaCppCpu", **table: JsonValue) -> Load:
+    return Load(model_id="test/tiny", backend=backend, table={**EXACT, "path": str(path), **table})
 
 
 # --- what is chosen from what is handed back ---
@@ -231,19 +232,23 @@ class Pair:
         return on
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "scripted", "drafting"])
+@pytest.fixture(
+    scope="module", params=["llama", "gemma3", "scripted", "drafting", "llama on devices", "drafting on devices"]
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """ "scripted" computes the same logit for nearly all tokens, so that equals are at every border."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     table: dict[str, JsonValue] = {"slots": 3}
-    if request.param in ("scripted", "drafting"):
+    kind, _, on_devices = request.param.partition(" ")
+    if kind in ("scripted", "drafting"):
         write_scripted(path, WORDS)
-        table["speculate"] = 6 if request.param == "drafting" else "off"
+        table["speculate"] = 6 if kind == "drafting" else "off"
     else:
-        write_gguf(path, Shape(architecture=request.param))
-    with Program(COMMAND) as on, Program(COMMAND) as off:
-        on.load(command(path, backend_sampling="on", **table))
-        off.load(command(path, backend_sampling="off", **table))
+        write_gguf(path, Shape(architecture=kind))
+    backend = "LlamaCppCuda" if on_devices else "LlamaCppCpu"
+    with Program(llama_command(backend)) as on, Program(llama_command(backend)) as off:
+        on.load(command(path, backend, backend_sampling="on", **table))
+        off.load(command(path, backend, backend_sampling="off", **table))
         yield Pair((on, off))
 
 

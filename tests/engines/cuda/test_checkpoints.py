@@ -4,13 +4,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.runners import RUNNERS
-from tests.support.program import Program, ask, names, runner_command
+from tests.support.program import Program, ask, names
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.hybrid import write_hybrid
 from tests.support.tiny.tokenizer import END_OF_TURN, Tokenizer
@@ -32,11 +33,11 @@ def start() -> Iterator[Callable[..., Program]]:
     """Starts a runner with a model; rounding is as small as llama.cpp allows, and the cells of a window few."""
     with ExitStack() as stack:
 
-        def start(path: Path, **more: JsonValue) -> Program:
+        def start(path: Path, backend: str = "LlamaCppCpu", **more: JsonValue) -> Program:
             table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 2048}
-            program = stack.enter_context(Program(runner_command(RUNNERS["cuda"].module)))
+            program = stack.enter_context(Program(llama_command(backend)))
             table |= {"path": str(path), "n_ubatch": 32, "slots": 2}
-            program.load(Load(model_id="test/tiny", backend="LlamaCppCpu", table={**table, **more}))
+            program.load(Load(model_id="test/tiny", backend=backend, table={**table, **more}))
             return program
 
         yield start
@@ -83,12 +84,16 @@ class Conversation:
 
 
 @pytest.mark.parametrize(
-    ("model", "settings"),
-    [*((model, {}) for model in MODELS), *((f"window of {size}", {"speculate": 4, "slots": 3}) for size in (8, 24))],
-    ids=[*MODELS, "window of 8, guessing", "window of 24, guessing"],
+    ("model", "conversations", "settings"),
+    [
+        *((model, CONVERSATIONS, {}) for model in MODELS),
+        *((f"window of {size}", CONVERSATIONS, {"speculate": 4, "slots": 3}) for size in (8, 24)),
+        *((model, 3, {"backend": "LlamaCppCuda"}) for model in ("window of 8", "recurrent")),
+    ],
+    ids=[*MODELS, "window of 8, guessing", "window of 24, guessing", "window on devices", "recurrent on devices"],
 )
 def test_random_conversations_have_the_tokens_of_full_caches_and_of_cold_runs(
-    model: str, settings: dict[str, JsonValue], tmp_path: Path, start: Callable[..., Program]
+    model: str, conversations: int, settings: dict[str, Any], tmp_path: Path, start: Callable[..., Program]
 ) -> None:
     """With side prompts and cancelled requests between, and little RAM for what is in no slot any more."""
     MODELS[model](tmp_path / "tiny.gguf")
@@ -96,7 +101,7 @@ def test_random_conversations_have_the_tokens_of_full_caches_and_of_cold_runs(
     full = start(tmp_path / "tiny.gguf", swa_full=True)
     small = start(tmp_path / "tiny.gguf", swa_full=False, prefix_cache_bytes=8 << 20, **settings)
     computed = {"cold": 0, "full": 0, "small": 0}
-    for seed in range(CONVERSATIONS):
+    for seed in range(conversations):
         conversation = Conversation(seed)
         for turn in range(3):
             prompt, side = conversation.prompt[:1500], [*conversation.messages[0], 33 + seed, 34 + turn]

@@ -13,6 +13,7 @@ from exo.worker.protocol.events import Deltas, Event
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
 from tests.support.program import Program, Result, ask, runner_command
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_scripted
 
 
@@ -124,20 +125,22 @@ class Pair:
         return drafting
 
 
-@pytest.fixture(scope="module", params=["repeating", "llama", "gemma3"])
+@pytest.fixture(scope="module", params=["repeating", "llama", "gemma3", "repeating on devices"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    if request.param == "repeating":
+    kind, _, on_devices = request.param.partition(" ")
+    if kind == "repeating":
         write_scripted(path, WORDS)
     else:
-        write_gguf(path, Shape(architecture=request.param))
+        write_gguf(path, Shape(architecture=kind))
     table: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
-    command = runner_command(RUNNERS["cuda"].module)
+    backend = "LlamaCppCuda" if on_devices else "LlamaCppCpu"
+    command = llama_command(backend)
     with Counting(command) as without, Counting(command) as drafting:
         for program, speculate in ((without, "off"), (drafting, 6)):
             options: dict[str, JsonValue] = {**table, "path": str(path), "n_ctx": 512, "speculate": speculate}
-            program.load(Load(model_id="test/tiny", backend="LlamaCppCpu", table=options))
-        yield Pair([without, drafting], request.param == "repeating")
+            program.load(Load(model_id="test/tiny", backend=backend, table=options))
+        yield Pair([without, drafting], kind == "repeating")
 
 
 def test_greedy_output_does_not_change(pair: Pair) -> None:

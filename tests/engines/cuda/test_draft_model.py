@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import JsonValue
@@ -18,15 +19,16 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.estimate import estimate
 from tests.engines.cuda.test_draft import Counting
 from tests.support.program import Program, Result, ask, runner_command
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_scripted
 
 PROMPTS = ("once upon a time", "the old man and his dog", "numbers: one two three")
 FLOAT32: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 
 
-def load(path: Path, **table: JsonValue) -> Load:
+def load(path: Path, backend: str = "LlamaCppCpu", **table: JsonValue) -> Load:
     options: dict[str, JsonValue] = {**FLOAT32, "path": str(path), "n_ctx": 512, "slots": 3, "n_ubatch": 64, **table}
-    return Load(model_id="test/tiny", backend="LlamaCppCpu", table=options)
+    return Load(model_id="test/tiny", backend=backend, table=options)
 
 
 @dataclass(slots=True)
@@ -57,16 +59,18 @@ class Trio:
         return results[0], messages
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "gemma3", "llama on devices"])
 def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     folder = tmp_path_factory.mktemp("models")
-    write_gguf(folder / "model.gguf", Shape(architecture=request.param))
+    architecture, _, on_devices = request.param.partition(" ")
+    write_gguf(folder / "model.gguf", Shape(architecture))
     write_gguf(folder / "other.gguf", Shape(architecture="llama", seed=5, layers=1))
-    command = runner_command(RUNNERS["cuda"].module)
+    backend = "LlamaCppCuda" if on_devices else "LlamaCppCpu"
+    command = llama_command(backend)
     with Counting(command) as off, Counting(command) as good, Counting(command) as bad:
-        off.load(load(folder / "model.gguf"))
-        good.load(load(folder / "model.gguf", speculate=6, draft={"path": str(folder / "model.gguf")}))
-        bad.load(load(folder / "model.gguf", speculate=6, draft={"path": str(folder / "other.gguf")}))
+        off.load(load(folder / "model.gguf", backend))
+        good.load(load(folder / "model.gguf", backend, speculate=6, draft={"path": str(folder / "model.gguf")}))
+        bad.load(load(folder / "model.gguf", backend, speculate=6, draft={"path": str(folder / "other.gguf")}))
         yield Trio(off, good, bad)
 
 
@@ -183,7 +187,7 @@ def test_the_ledger_counts_a_draft_model(tmp_path: Path) -> None:
     write_gguf(model, Shape())
     write_gguf(draft, Shape(layers=3, seed=5))
 
-    def parts(**table: JsonValue) -> dict[str, int]:
+    def parts(**table: Any) -> dict[str, int]:  # noqa: ANN401 -- of a model card
         return dict(estimate(Estimate(load=load(model, **table))).choices[0].parts)
 
     without, beside = parts(), parts(draft={"path": str(draft)})

@@ -107,7 +107,9 @@ from exo.worker.runner_cuda import self_test
 ggml = llama_cpp.llama_cpp._lib
 ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
 handle = ggml.ggml_backend_dev_get(ctypes.c_size_t(0))
-gpus = [Gpu("CPU", handle, False), Gpu("CUDA0", handle, False)]
+class Elsewhere(Gpu):
+    buffers = "CUDA0"
+gpus = [Gpu("CPU", handle, False), Elsewhere("CUDA0", handle, False)]
 failures = [each.failure for each in self_test.prove(gpus)]
 self_test.BOUND = -1.0
 print(json.dumps([*failures, self_test.prove(gpus)[0].failure]))

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load, SamplingParams
-from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
@@ -18,7 +17,8 @@ from exo.worker.runner_cuda.scheduler import Scheduler, Step
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
-from tests.support.program import Program, ask, runner_command
+from tests.support.program import Program, ask
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf
 
 CAPACITY = 1 << 20
@@ -451,17 +451,25 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
 # --- with llama.cpp ---
 
 
-@pytest.fixture(params=["llama", "gemma3"])
+@pytest.fixture(params=["llama", "gemma3", "gemma3 on devices"])
 def load(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Load]:
     """A tiny float32 model, also one with a sliding window, and a context that rounds as little as llama.cpp can."""
-    write_gguf(tmp_path / "tiny.gguf", Shape(architecture=request.param))
+    architecture, _, on_devices = request.param.partition(" ")
+    backend = "LlamaCppCuda" if on_devices else "LlamaCppCpu"
+    write_gguf(tmp_path / "tiny.gguf", Shape(architecture))
     table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 2048}
 
     def load(**more: JsonValue) -> Load:
         path = str(tmp_path / "tiny.gguf")
-        return Load(model_id="test/tiny", backend="LlamaCppCpu", table={"path": path, **table, **more})
+        return Load(model_id="test/tiny", backend=backend, table={"path": path, **table, **more})
 
     return load
+
+
+def start(command: Load) -> Program:
+    program = Program(llama_command(command.backend))
+    program.load(command)
+    return program
 
 
 def words(seed: int, length: int) -> list[int]:
@@ -483,14 +491,12 @@ def generated(program: Program, *prompts: list[int], n_cached: list[int] | None 
 def test_text_is_the_same_with_and_without_a_prefix_taken_from_a_busy_slot(load: Callable[..., Load]) -> None:
     stem = words(1, 400)
     prompts = [stem + words(seed, 20 + seed) for seed in (2, 3, 4)]
-    with Program(runner_command(RUNNERS["cuda"].module)) as program:
-        program.load(load(slots=1, prefix_cache_bytes=0))
+    with start(load(slots=1, prefix_cache_bytes=0)) as program:
         expected: list[list[int]] = []
         for each in prompts:
             expected += generated(program, each, n_cached=[0])
             generated(program, words(50, 30), n_cached=[0])
-    with Program(runner_command(RUNNERS["cuda"].module)) as program:
-        program.load(load(slots=4))
+    with start(load(slots=4)) as program:
         program.send(ask("running", [*stem, 5], max_tokens=1500))
         program.until(lambda: "running" in program.results and len(program.results["running"].tokens) > 2)
         for each, alone in zip(prompts, expected, strict=True):
@@ -499,13 +505,11 @@ def test_text_is_the_same_with_and_without_a_prefix_taken_from_a_busy_slot(load:
 
 
 def test_text_is_the_same_with_and_without_a_prefix_that_was_in_the_hosts_memory(load: Callable[..., Load]) -> None:
-    with Program(runner_command(RUNNERS["cuda"].module)) as program:
-        program.load(load(slots=1))
+    with start(load(slots=1)) as program:
         first, other = words(1, 500), words(2, 600)
         (answer,) = generated(program, first, n_cached=[0])
         generated(program, other, n_cached=[0])
         conversation = first + answer + words(3, 30)
         (restored,) = generated(program, conversation, n_cached=[len(first + answer) - 1])
-    with Program(runner_command(RUNNERS["cuda"].module)) as program:
-        program.load(load(slots=1, prefix_cache_bytes=0))
+    with start(load(slots=1, prefix_cache_bytes=0)) as program:
         assert generated(program, conversation, n_cached=[0]) == [restored]

@@ -21,6 +21,7 @@ LIBRARY, DESCRIPTION, BASE = "libggml-cuda.so", "plugin.json", "libggml-base.so"
 OLDEST_DRIVERS = {12: "525", 13: "580"}
 """The first driver that runs a major release of CUDA."""
 REMEDY = "exo setup cuda"
+RPC_LIBRARY = "libggml-rpc.so"
 
 
 class PluginError(Exception):
@@ -110,9 +111,14 @@ def read_plugin(folder: Path) -> Plugin | None:
     return plugin
 
 
+def rpc_servers() -> tuple[str, ...]:
+    """EXO_TEST_RPC_SERVERS: addresses of llama.cpp's RPC servers, whose devices take the place of CUDA's in tests."""
+    return tuple(filter(None, os.environ.get("EXO_TEST_RPC_SERVERS", "").split(",")))
+
+
 @cache
 def load_plugin() -> None:
-    """Adds CUDA's devices to those of the loaded ggml, which knows none so far. Raises PluginError.
+    """Adds CUDA's devices, or those of ``rpc_servers``, to those of the loaded ggml. Raises PluginError.
 
     These checks precede any code of the plug-in: the release of the bindings that it was proved
     with, that it will share the loaded libggml-base, and that everything it links to is found. ``ggml_backend_load``
@@ -121,7 +127,11 @@ def load_plugin() -> None:
     import llama_cpp
     from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
 
+    ggml.ggml_backend_load.argtypes, ggml.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
     ggml.ggml_backend_reg_by_name.argtypes, ggml.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    if servers := rpc_servers():
+        _load_rpc(ggml, Path(llama_cpp.__file__).parent / "lib" / RPC_LIBRARY, servers)
+        return
     if ggml.ggml_backend_reg_by_name(b"CUDA"):  # a wheel that was built with it
         return
     folder = plugin_folder()
@@ -141,9 +151,27 @@ def load_plugin() -> None:
         ctypes.CDLL(str(file), mode=os.RTLD_NOW)
     except OSError as error:
         raise PluginError(str(error)) from error
-    ggml.ggml_backend_load.argtypes, ggml.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
-    if not ggml.ggml_backend_load(os.fsencode(file)):
+    _load(ggml, file)
+
+
+def _load(ggml: ctypes.CDLL, file: Path) -> int:
+    """Returns ggml's handle of the back end. Raises PluginError."""
+    registry = ggml.ggml_backend_load(os.fsencode(file))
+    if not registry:
         raise PluginError(f"ggml refuses {file}: it is made for another version of ggml's back end interface")
+    return registry
+
+
+def _load_rpc(ggml: ctypes.CDLL, file: Path, servers: Iterable[str]) -> None:
+    if not file.exists():
+        raise PluginError(f"there is no {file}; make llama builds it")
+    address, text = ctypes.c_void_p, ctypes.c_char_p
+    find, register = ggml.ggml_backend_reg_get_proc_address, ggml.ggml_backend_register
+    find.argtypes, find.restype = [address, text], address
+    register.argtypes, register.restype = [address], None
+    add_server = ctypes.CFUNCTYPE(address, text)(find(_load(ggml, file), b"ggml_backend_rpc_add_server"))
+    for each in servers:
+        register(add_server(each.encode()))
 
 
 def needed_libraries(major: int) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def _prove(path: Path, device: Gpu, expected: Logits, layers: float) -> Proof:
     began, share, difference, failure = time.monotonic(), 0.0, None, ""
     try:
         found, mib = _log_probabilities(path, (device,))
-        share = sum(size for name, size in mib.items() if f"{name}_".startswith(f"{device.name}_")) / layers
+        share = sum(size for name, size in mib.items() if f"{name}_".startswith(f"{device.buffers}_")) / layers
         difference = float(np.abs(found - expected).max())
         if share < ON_DEVICE:
             failure = f"only {share:.0%} of the layers' bytes are on it; llama.cpp has put them on {', '.join(mib)}"

@@ -15,7 +15,7 @@ from exo.worker.supervisor.memory import Memory
 
 _MARGIN, _LARGEST_MARGIN = 0.1, 4 << 30
 """The part of the RAM left to everything else: a share, and a limit in bytes."""
-_METAL = "MlxMetal"
+_METAL, _LLAMA_CUDA = "MlxMetal", "LlamaCppCuda"
 _CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """The files with a container's memory limit, in versions 2 and 1 of control groups."""
 
@@ -23,15 +23,20 @@ _CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memor
 def capacity(host: Host, limit: int | None = None) -> Memory:
     """The memory that all runners together may take. ``limit`` is bytes of RAM; the default is all but a margin.
 
-    For an NVIDIA device it is the memory that was free when the host was probed. Metal shares the RAM, and MLX states
-    how much of it the GPU may use. The first device comes first.
+    For an NVIDIA device it is the memory that was free when the host was probed, by the driver or, if that does not
+    list the device, by llama.cpp. Metal shares the RAM, and MLX states how much of it the GPU may use. The first device
+    comes first.
     """
     total = min(host.memory_total, _container_limit() or host.memory_total)
     ram = total - min(int(total * _MARGIN), _LARGEST_MARGIN) if limit is None else limit
     nvidia = sorted((each for each in host.nvidia_devices if each.id), key=lambda each: (len(each.id), each.id))
-    metal = [each for probe in host.probes.values() for each in probe.devices if each.backend == _METAL]
-    devices = {each.id: each.memory_free for each in nvidia} | {each.name: each.memory_total for each in metal}
-    return Memory(ram, devices)
+    engines = [each for probe in host.probes.values() for each in probe.devices]
+    devices = {each.id: each.memory_free for each in nvidia}
+    for each in engines:
+        if each.backend == _LLAMA_CUDA:
+            devices.setdefault(each.name, each.memory_free)
+    metal = {each.name: each.memory_total for each in engines if each.backend == _METAL}
+    return Memory(ram, devices | metal)
 
 
 def _container_limit() -> int | None:

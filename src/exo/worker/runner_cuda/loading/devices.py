@@ -33,6 +33,8 @@ def probe() -> Probe:
     if "LlamaCppCuda" in found.backends:
         return found
     try:
+        if plugin.rpc_servers():
+            return probe_plugin()
         present = driver()
         if present is None or not present.capabilities:
             what = "no NVIDIA driver" if present is None else "an NVIDIA driver and no GPU"
@@ -99,6 +101,12 @@ class Gpu:
     splits_rows: bool
     """Whether a matrix can be split by rows between this device and others."""
 
+    @property
+    def buffers(self) -> str:
+        """The name with which llama.cpp's log begins those of its buffers."""
+        lib = _library()
+        return lib.ggml_backend_buft_name(lib.ggml_backend_dev_buffer_type(self.handle)).decode()
+
     def memory(self) -> tuple[int, int]:
         """Returns free and total bytes. It starts CUDA on the device, which then keeps several hundred megabytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -115,7 +123,7 @@ def gpus() -> tuple[Gpu, ...]:
     lib = _library()
     found: list[Gpu] = []
     for handle in _handles(lib):
-        if _is_cuda(lib, handle):
+        if _is_gpu(lib, handle):
             registry = lib.ggml_backend_dev_backend_reg(handle)
             splits_rows = bool(lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_split_buffer_type"))
             found.append(Gpu(lib.ggml_backend_dev_name(handle).decode(), handle, splits_rows))
@@ -133,7 +141,7 @@ def ggml_devices() -> tuple[Device, ...]:
             Device(
                 name=lib.ggml_backend_dev_name(handle).decode(),
                 description=lib.ggml_backend_dev_description(handle).decode(),
-                backend="LlamaCppCuda" if _is_cuda(lib, handle) else "LlamaCppCpu",
+                backend="LlamaCppCuda" if _is_gpu(lib, handle) else "LlamaCppCpu",
                 memory_total=about.memory_total,
                 memory_free=about.memory_free,
                 address=(about.device_id or b"").decode(),
@@ -163,9 +171,9 @@ def _handles(lib: ctypes.CDLL) -> list[int]:
     return [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
 
 
-def _is_cuda(lib: ctypes.CDLL, handle: int) -> bool:
+def _is_gpu(lib: ctypes.CDLL, handle: int) -> bool:
     registry = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(handle)).decode()
-    return lib.ggml_backend_dev_type(handle) in (_GPU, _INTEGRATED_GPU) and registry == "CUDA"
+    return lib.ggml_backend_dev_type(handle) in (_GPU, _INTEGRATED_GPU) and registry in ("CUDA", "RPC")
 
 
 def _library() -> ctypes.CDLL:
@@ -180,8 +188,10 @@ def _library() -> ctypes.CDLL:
         ("ggml_backend_dev_description", [handle], text),
         ("ggml_backend_dev_type", [handle], ctypes.c_int),
         ("ggml_backend_dev_backend_reg", [handle], handle),
+        ("ggml_backend_dev_buffer_type", [handle], handle),
         ("ggml_backend_dev_memory", [handle, ctypes.POINTER(size), ctypes.POINTER(size)], None),
         ("ggml_backend_dev_get_props", [handle, ctypes.POINTER(_Properties)], None),
+        ("ggml_backend_buft_name", [handle], text),
         ("ggml_backend_reg_name", [handle], text),
         ("ggml_backend_reg_get_proc_address", [handle, text], handle),
     ):
