@@ -7,14 +7,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
-from exo.worker.runner_common.main import run
-from exo.worker.runner_common.output_processor import Emitter
-from exo.worker.runner_cuda.loading.devices import probe, probe_plugin
 from exo.worker.runner_cuda.loading.huge_pages import restart_with_huge_pages
-from exo.worker.runner_cuda.plugin import PluginError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported below, after the restart, so that they are imported once
     from exo.worker.runner_common.front_end import FrontEnd
+    from exo.worker.runner_common.output_processor import Emitter
     from exo.worker.runner_cuda.sequence import Sequence
 
 SPIN_COUNT = "1000"
@@ -31,6 +28,9 @@ def main() -> None:
     # A debugger that ggml starts at a failed assertion takes seconds and buries the assertion under its backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     if sys.argv[1:] == ["--probe-plugin"]:
+        from exo.worker.runner_cuda.loading.devices import probe_plugin
+        from exo.worker.runner_cuda.plugin import PluginError
+
         try:
             print(probe_plugin().model_dump_json())
         except PluginError as error:
@@ -45,10 +45,13 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         restart_with_huge_pages()
         sys.setswitchinterval(SWITCH_SECONDS)
+    from exo.worker.runner_common.main import run
+    from exo.worker.runner_cuda.loading.devices import probe
+
     run(probe, _front_end, _score)
 
 
-def _front_end(emitter: Emitter) -> "FrontEnd[Sequence]":
+def _front_end(emitter: "Emitter") -> "FrontEnd[Sequence]":
     from exo.worker.runner_cuda.runner import front_end
 
     return front_end(emitter)
