@@ -88,7 +88,8 @@ def at(server: ServeProgram) -> tuple[str, str]:
     [
         (["--help"], ["rich.markdown", "pydantic", "httpx", "anyio", "fastapi"]),
         (["list"], ["fastapi", "uvicorn", "jinja2", "llguidance"]),
-        (["ps"], ["uvicorn", "huggingface_hub", "jinja2", "llguidance"]),
+        (["ps"], ["uvicorn", "huggingface_hub", "jinja2", "llguidance", "exo.worker.supervisor"]),
+        (["serve", "--help"], ["huggingface_hub", "httpx"]),
     ],
 )
 def test_a_command_imports_no_engine_and_nothing_else_that_it_has_no_use_for(

@@ -10,7 +10,7 @@ from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
 from exo.config import HubAccess
 from exo.store.discover.add import AddError, add, as_text
-from exo.store.discover.inspection import HEADER_LIMIT
+from exo.store.discover.description import HEADER_LIMIT
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.hub import Hub

@@ -6,8 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from exo.cards.card import ModelCard
-from exo.store.discover.description import Description, DescriptionError, from_folder, from_gguf
-from exo.store.discover.inspection import HEADER_LIMIT
+from exo.store.discover.description import HEADER_LIMIT, Description, DescriptionError, from_folder, from_gguf
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store

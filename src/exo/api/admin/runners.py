@@ -1,12 +1,14 @@
 """The state of runners in the form of the API: identity, load, memory and failures."""
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel
 
 from exo.worker.protocol.events import CpuUse, ErrorCode, RunnerState
-from exo.worker.supervisor.instance import InstanceReport
+
+if TYPE_CHECKING:  # exo ps has no use for the supervisor
+    from exo.worker.supervisor.instance import InstanceReport
 
 
 class LastFailure(BaseModel):
@@ -80,7 +82,7 @@ class Instance(BaseModel):
     """The time until this runner may be started with this model again; 0 if it runs or may be started now."""
 
     @classmethod
-    def of(cls, report: InstanceReport, *, outdated: bool = False) -> Self:
+    def of(cls, report: "InstanceReport", *, outdated: bool = False) -> Self:
         """The form of the API."""
         now, failed = report.now, report.last_failure
         model = now.capabilities
@@ -119,7 +121,7 @@ class Instance(BaseModel):
         )
 
 
-def _device_memory(report: InstanceReport) -> Iterator[DeviceMemory]:
+def _device_memory(report: "InstanceReport") -> Iterator[DeviceMemory]:
     reserved, measured = report.reserved.devices, report.measured and report.measured.devices
     for name in dict.fromkeys((*reserved, *(measured or ()))):
         has = None if measured is None else measured.get(name, 0)

@@ -13,6 +13,8 @@ from exo.worker.runner_common.model_files.folder_templates import chat_templates
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_common.model_files.header_source import HeaderError
 
+HEADER_LIMIT = 64 << 20
+"""Bytes of metadata; a vocabulary of 262,144 tokens takes about 10 MB."""
 _POOLING_NONE, _POOLING_RANK = 0, 4
 """llama.cpp's pooling types of models that generate and of rerankers. The others make one vector of a text."""
 _REASONING_MARKS = ("</think>", "[/THINK]", "<|channel|>")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import JsonValue
 
-from exo.store.discover.description import Description, DescriptionError, from_folder, from_gguf
+from exo.store.discover.description import HEADER_LIMIT, Description, DescriptionError, from_folder, from_gguf
 from exo.store.discover.remote_bytes import indexed, small_file, start_of
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, quantisations, select
@@ -16,8 +16,6 @@ from exo.worker.runner_common.model_files.gguf import read_gguf
 from exo.worker.runner_common.model_files.header_source import HeaderError
 
 DEFAULT_QUANT = "Q4_K_M"
-HEADER_LIMIT = 64 << 20
-"""Bytes of metadata; a vocabulary of 262,144 tokens takes about 10 MB."""
 _SENTENCE_TRANSFORMER = "modules.json"
 """A file that only text embedding models have."""
 _BACKENDS = ("MlxMetal", "Vllm", "MlxCuda", "MlxCpu")
