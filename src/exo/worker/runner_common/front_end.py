@@ -33,6 +33,7 @@ from exo.worker.protocol.events import (
     Status,
 )
 from exo.worker.protocol.wire import exit_now
+from exo.worker.runner_common.collection import collect_as_usual
 from exo.worker.runner_common.commands import Commands, SequenceT, TextJob
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
@@ -257,6 +258,7 @@ class FrontEnd(Generic[SequenceT]):
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- a library may raise anything
             self._fail(self._cannot_load(error))
             return
+        collect_as_usual()
         try:
             self._emitter.vocabulary = engine.tokenizer
             self._emitter.stop_engine = lambda request: engine.commands.put(Cancel(id=request))

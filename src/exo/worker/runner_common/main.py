@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from exo.worker.protocol.events import Status
 from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.wire import exit_now, read_commands, take_protocol_stream
+from exo.worker.runner_common.collection import collect_rarely
 from exo.worker.runner_common.output_processor import Emitter
 
 if TYPE_CHECKING:  # it imports llguidance and NumPy, which would delay a probe and the first status
@@ -25,6 +26,7 @@ def run(
     the protocol stream, and ``front_end`` after the server has been told that the runner lives. The process ends at
     once when standard input closes, since no server is left then.
     """
+    collect_rarely()
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return
