@@ -78,8 +78,11 @@ CASES = (
     Case("hybrid-with-a-layer-ahead", "qwen35", 9, {**LINEAR, "nextn_predict_layers": 1}),
     Case("hybrid-by-heads", "lfm2", 6, {**SHORT, "attention.sliding_window": 0}),
     Case("hybrid-with-windows", "lfm2", 6, SHORT, WINDOWS),
+    Case("hybrid-by-interval-guessing", "qwen35", 8, LINEAR, {"speculate": 6}),
+    Case("hybrid-by-heads-guessing", "lfm2", 6, {**SHORT, "attention.sliding_window": 0}, {"speculate": "auto"}),
     Case("both-in-each-layer", "falcon-h1", 3, LINEAR),
     Case("recurrent", "mamba2", 3, {**LINEAR, "attention.head_count": 0, "attention.head_count_kv": 0}),
+    Case("both-in-each-layer-without-rollback", "falcon-h1", 3, LINEAR, {"speculate": 4}),
 )
 
 

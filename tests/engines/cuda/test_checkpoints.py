@@ -26,6 +26,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "recurrent": write_hybrid,
     "recurrent with a window of 16": lambda path: write_hybrid(path, 16),
 }
+GUESSING = "window of 8", "window of 24", "recurrent", "recurrent with a window of 16"
 
 
 @pytest.fixture
@@ -87,10 +88,10 @@ class Conversation:
     ("model", "conversations", "settings"),
     [
         *((model, CONVERSATIONS, {}) for model in MODELS),
-        *((f"window of {size}", CONVERSATIONS, {"speculate": 4, "slots": 3}) for size in (8, 24)),
+        *((model, CONVERSATIONS, {"speculate": 4, "slots": 3}) for model in GUESSING),
         *((model, 3, {"backend": "LlamaCppCuda"}) for model in ("window of 8", "recurrent")),
     ],
-    ids=[*MODELS, "window of 8, guessing", "window of 24, guessing", "window on devices", "recurrent on devices"],
+    ids=[*MODELS, *(f"{model}, guessing" for model in GUESSING), "window on devices", "recurrent on devices"],
 )
 def test_random_conversations_have_the_tokens_of_full_caches_and_of_cold_runs(
     model: str, conversations: int, settings: dict[str, Any], tmp_path: Path, start: Callable[..., Program]
@@ -129,6 +130,35 @@ def test_random_conversations_have_the_tokens_of_full_caches_and_of_cold_runs(
             conversation.replied(expected)
     assert computed["small"] < computed["cold"] / 2
     assert computed["small"] < 1.25 * computed["full"]
+
+
+@pytest.mark.parametrize("model", ["recurrent", "recurrent with a window of 16"])
+def test_right_guesses_save_steps_and_wrong_ones_are_rolled_back(
+    model: str, tmp_path: Path, start: Callable[..., Program]
+) -> None:
+    """The texts consist of three letters, so that guesses from earlier text abound."""
+    MODELS[model](tmp_path / "tiny.gguf")
+    usual, guessing = start(tmp_path / "tiny.gguf"), start(tmp_path / "tiny.gguf", speculate=4)
+    bias = {97: 30.0, 98: 30.0, 99: 30.0, END: 29.0}
+    accepted = drafted = 0
+    for seed in range(12):
+        prompt = message(random.Random(seed), 100)
+        first = ask(
+            f"first {seed}", prompt, seed=seed, temperature=1, max_tokens=300, ignore_eos=False, logit_bias=bias
+        )
+        (expected,) = usual.generate(first)
+        (result,) = guessing.generate(first)
+        assert result.tokens == expected.tokens
+        accepted += result.finished.usage.accepted_tokens
+        drafted += result.finished.usage.drafted_tokens
+        # Two that continue the text at once: one of them takes a copy of a state that may have been rolled back.
+        together = [
+            ask(f"{name} {seed}", [*prompt, *result.tokens, 97 + at], seed=at, max_tokens=20, logit_bias=bias)
+            for at, name in enumerate(("second", "third"))
+        ]
+        continued = guessing.generate(*together)
+        assert [each.tokens for each in continued] == [usual.generate(each)[0].tokens for each in together]
+    assert 0 < accepted < drafted
 
 
 @pytest.mark.parametrize("model", ["full", "window of 24", "recurrent"])

@@ -188,6 +188,7 @@ class Context:
         params.n_outputs_max = rows.outputs
         params.n_outputs_max_per_seq = rows.reduced
         params.kv_unified = False
+        params.n_rs_seq = 0 if model.can_cut else options.rollback
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
             raise _load_error("llama.cpp could not make a context", log)
@@ -203,10 +204,15 @@ class Context:
         self.can_cut = model.can_cut
         self.forgets = not model.can_cut or model.window > 0
         """Whether some layers keep only a window of cells or a recurrent state, also in a saved state."""
+        self.rollback = sys.maxsize if model.can_cut else llama_cpp.llama_n_rs_seq(handle)
+        """The most tokens of the last step that can be removed from a slot."""
+        self._rolled_back = set[int]()  # slots whose recurrent state is an earlier one until their next decode
 
     def decode(self, n_rows: int) -> None:
         """Computes the batch's first ``n_rows`` and waits for the end. Raises EngineError: the context is unusable."""
         self.batch.struct.n_tokens = n_rows
+        if self._rolled_back:
+            self._rolled_back.difference_update(self.batch.slots[:n_rows].tolist())
         code = llama_cpp.llama_decode(self.handle, self.batch.struct)
         if code != 0:
             raise EngineError(f"llama_decode returned {code} for a batch of {n_rows} rows")
@@ -245,7 +251,15 @@ class Context:
 
     def trim(self, slot: int, length: int) -> bool:
         """Keeps the first ``length`` cells of a slot. Returns false if this model's cache cannot be cut there."""
-        return self._memory is not None and llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
+        if self._memory is None:
+            return False
+        goes_back = not self.can_cut and length <= llama_cpp.llama_memory_seq_pos_max(self._memory, slot)
+        trimmed = llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
+        if goes_back and trimmed:
+            self._rolled_back.add(slot)
+        if not length:
+            self._rolled_back.discard(slot)
+        return trimmed
 
     def copy(self, source: int, target: int) -> None:
         """Copies all cells of one slot to another. A split cache cannot copy fewer.
@@ -254,7 +268,12 @@ class Context:
         other means than a decode, the new content is copied.
         """
         assert self._memory is not None
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        if target in self._rolled_back:
+            self.trim(target, 0)
+        if source in self._rolled_back:  # llama.cpp would copy the state before the rollback
+            self.restore(target, self.save(source, sys.maxsize))
+        else:
+            llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def wipe(self, slot: int, sound: int | None) -> None:
         """Empties a slot and overwrites its cells with those of the slot ``sound``, with the next decode.
@@ -306,6 +325,7 @@ class Context:
         if state.size:
             array = (ctypes.c_uint8 * state.size).from_buffer(state.data)
             if llama_cpp.llama_state_seq_set_data_ext(self.handle, array, state.size, *part) == state.size:
+                self._rolled_back.discard(slot)
                 return True
         self.trim(slot, 0)
         return False

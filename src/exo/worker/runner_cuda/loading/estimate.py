@@ -146,7 +146,7 @@ class _GgufSizes:
         """Reads the sizes from the headers of a model's files. The first one has the metadata."""
         header, tensors = headers[0], [tensor for each in headers for tensor in each.tensors]
         arch = header.text("general.architecture")
-        caches = layer_caches(header, equal_values=options.flash_attn == "off")
+        caches = layer_caches(header, equal_values=options.flash_attn == "off", rollback=options.rollback)
         layers = [_LayerSizes(each) for each in caches]
         embedding = rest = 0
         for tensor in tensors:

@@ -21,6 +21,11 @@ _BY_HEADS = frozenset({
 """A layer without KV heads is recurrent."""
 _BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "qwen4exp": 4, "minimax-01": 8}
 """Every n-th layer has attention, unless the file says otherwise; the others are recurrent."""
+_ROLLS_BACK = frozenset({
+    "kimi-k3", "qwen35", "qwen35moe", "qwen4exp", "glm5-next", "nemotron_h", "nemotron_h_moe", "lfm2", "lfm2moe",
+    "bailingmoe3",
+})  # fmt: skip
+"""Recurrent layers that can return to the states before the last tokens (``llm_arch_supports_rs_rollback``)."""
 _GEMMA3N_OWN = 20
 """The layers of gemma3n that have keys and values of their own; later ones use those of an earlier layer."""
 _RECURRENT_SCALAR = 4
@@ -51,9 +56,10 @@ class CachedLayer:
         return min(cells(n_ctx), cells(n_windows * self.window + n_ubatch))
 
 
-def layer_caches(header: GgufHeader, *, equal_values: bool) -> list[CachedLayer]:
+def layer_caches(header: GgufHeader, *, equal_values: bool, rollback: int = 0) -> list[CachedLayer]:
     """Reads what each of a model's layers keeps. With ``equal_values``, values take as much in each layer.
 
+    Where the engine can, it keeps the recurrent states before the last ``rollback`` tokens, too.
     Indexes of sparse attention (DeepSeek 3.2 and its relatives) are not counted.
     """
     arch = header.text("general.architecture")
@@ -73,7 +79,7 @@ def layer_caches(header: GgufHeader, *, equal_values: bool) -> list[CachedLayer]
     length, length_of_values = number("attention.key_length", width), number("attention.value_length", width)
     # Compressed keys contain the values.
     compressed = number("attention.key_length_mla") > 0 and number("attention.value_length_mla") > 0
-    state = _state(header, arch, heads[0], length)
+    state = _state(header, arch, heads[0], length) * (1 + rollback if arch in _ROLLS_BACK else 1)
     found = list[CachedLayer]()
     for layer in range(n_layers):
         windowed = windows[layer] is not None

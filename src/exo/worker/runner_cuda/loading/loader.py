@@ -116,9 +116,10 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     cache = PrefixCache(context, options.prefix_caches[0])
-    speculate = options.speculation if model.can_cut else "off"
+    speculate = options.speculation if context.rollback else "off"
     # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
-    speculation = Speculation(speculate, min(options.slots + SCORED_ROWS, sizes.alone), draft)
+    n_outputs = min(options.slots + SCORED_ROWS, sizes.alone)
+    speculation = Speculation(speculate, n_outputs, draft, context.rollback)
     enough = budget if on_gpu else CPU_ENOUGH
     scheduler = Scheduler(
         options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation, sizes.alone
@@ -263,7 +264,7 @@ def _load_draft(
         return None
     own = draft_options(options, draft)
     with _about(draft):
-        if not (context.generates and target.can_cut):
+        if not (context.generates and context.rollback):
             raise LoadError("model_load_failed", "the model's cache cannot drop tokens, so it cannot verify guesses")
         model = Model(path, own, devices[:1] if draft.n_gpu_layers else (), lambda _: None, log)
         check_vocabulary(model, target)

@@ -21,6 +21,8 @@ PREFIX_CACHE = 4 << 30, 1 << 30, 256 << 20
 """The sizes of the prefix cache in RAM, in bytes, if the model card does not say one."""
 PREFIX_CACHE_SHARE = 1 / 8
 """The share of this machine's RAM that it takes at most, unless it has the smallest size."""
+AUTO_ROLLBACK = 4
+"""See ``CudaOptions.rollback``."""
 UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
 
 
@@ -135,6 +137,16 @@ class CudaOptions(ModelFile):
     def speculation(self) -> Speculate:
         """``speculate``, or its default."""
         return self.speculate or ("off" if self.draft is None else "auto")
+
+    @property
+    def rollback(self) -> int:
+        """The most guesses that are verified at a time with layers that have a recurrent state.
+
+        Each one takes the memory of another state, which can be a hundred MB.
+        """
+        if self.speculation == "off":
+            return 0
+        return AUTO_ROLLBACK if self.speculation == "auto" else self.speculation
 
     @field_validator("n_ctx", "n_gpu_layers", mode="before")
     @classmethod

@@ -212,10 +212,12 @@ class PrefixCache:
     def drop_after(self, slot: Slot, length: int) -> None:
         """Drops the slot's cells from index ``length`` on, and records the sequence's tokens.
 
-        ``length`` must be within the slot's last micro-batch: windows reach back from there.
+        ``length`` must be within the slot's last step: windows reach back from there, and so does the rollback of a
+        recurrent state.
         """
-        assert length >= self._cells.least(slot.id)
-        self._cells.trim(slot.id, length)
+        assert not self._cells.can_cut or length >= self._cells.least(slot.id)
+        trimmed = self._cells.trim(slot.id, length)
+        assert trimmed
         self.promise(slot)
 
     def leave(self, slot: Slot) -> None:

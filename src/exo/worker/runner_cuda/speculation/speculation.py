@@ -78,11 +78,14 @@ class Speculation:
     llama.cpp computes the rows of several sequences together only as far as each has the same number.
     """
 
-    def __init__(self, speculate: Speculate, n_rows: int = 0, model: Guesser | None = None) -> None:
-        """``n_rows`` is the most rows of a step that may give logits."""
+    def __init__(
+        self, speculate: Speculate, n_rows: int = 0, model: Guesser | None = None, longest: int = LONGEST
+    ) -> None:
+        """``n_rows`` is the most rows of a step that may give logits, ``longest`` the most tokens of a draft."""
         self._speculate: Speculate = speculate
         self._seconds = StepTimes()
         self._n_rows = n_rows
+        self._longest = min(longest, LONGEST)
         self._model = model
         self._source: Source = "lookup"  # the source of the last drafts
 
@@ -92,7 +95,7 @@ class Speculation:
         if self._speculate == "off" or not streams:
             return none
         drafters = [_following(stream) for stream in streams]
-        most = min(self._n_rows // len(streams) - 1, LONGEST, *(s.n_limit - len(s.tokens) - 1 for s in streams))
+        most = min(self._n_rows // len(streams) - 1, self._longest, *(s.n_limit - len(s.tokens) - 1 for s in streams))
         self._source, size = self._choose(streams, drafters, most)
         if self._model is not None and self._source == "model" and size:
             return self._model.draft(streams, size) if self._model.catch_up(streams) else none
