@@ -54,6 +54,17 @@ def answer(program: Program, prompt: list[int], seed: int, length: int = 10) -> 
     return result.tokens, result.finished.usage.cached_tokens
 
 
+def killed(program: Program, prompt: list[int], seed: int, other: Program) -> list[int]:
+    """The tokens that follow if the runner is killed after the first of them and the other one goes on."""
+    request = ask(next(names()), prompt, max_tokens=10, temperature=seed % 2, seed=seed)
+    program.send(request)
+    program.until(lambda: request.id in program.results and len(program.results[request.id].tokens) > 0)
+    program.process.kill()
+    delivered = program.results[request.id].tokens
+    (result,) = other.generate(request.model_copy(update={"delivered": tuple(delivered)}))
+    return [*delivered, *result.tokens]
+
+
 class Conversation:
     """The messages of a user and a model, of which a client resends all or some, and changes some."""
 
@@ -96,11 +107,12 @@ class Conversation:
 def test_random_conversations_have_the_tokens_of_full_caches_and_of_cold_runs(
     model: str, conversations: int, settings: dict[str, Any], tmp_path: Path, start: Callable[..., Program]
 ) -> None:
-    """With side prompts and cancelled requests between, and little RAM for what is in no slot any more."""
+    """With side prompts, cancelled requests and kills between, and little RAM for what is in no slot any more."""
     MODELS[model](tmp_path / "tiny.gguf")
     cold = start(tmp_path / "tiny.gguf", swa_full=True, slots=1, prefix_cache_bytes=0)
     full = start(tmp_path / "tiny.gguf", swa_full=True)
-    small = start(tmp_path / "tiny.gguf", swa_full=False, prefix_cache_bytes=8 << 20, **settings)
+    settings = {"swa_full": False, "prefix_cache_bytes": 8 << 20, **settings}
+    small = start(tmp_path / "tiny.gguf", **settings)
     computed = {"cold": 0, "full": 0, "small": 0}
     for seed in range(conversations):
         conversation = Conversation(seed)
@@ -114,6 +126,10 @@ def test_random_conversations_have_the_tokens_of_full_caches_and_of_cold_runs(
                 for program in full, small:
                     program.send(ask(cancelled, [*prompt[: seed * 20], 40, 41], max_tokens=500))
                     program.cancel(cancelled)
+            elif turn == 1 and seed % 9 == 2:
+                other = start(tmp_path / "tiny.gguf", **settings)
+                assert killed(small, prompt, seed, other) == expected
+                small = other
             together = next(names())
             if turn % 2:
                 for program in full, small:
