@@ -209,6 +209,8 @@ class Settings:
     """How to choose between runners that have loaded the same model, unless its card decides; None: by its order."""
     speeds_file: Path | None = None
     """Measured speeds of the runners; None keeps none."""
+    prefix_directory: Path | None = None
+    """Computed prefixes of prompts; None keeps none. Prompts are secret, so each user has a directory."""
     strict: bool = False
     """Whether the server refuses unknown request fields instead of warning about them."""
 
@@ -262,6 +264,7 @@ class Settings:
             history_file=data / "chat_history",
             prefer=value_of("--prefer", prefer, "EXO_PREFER", _prefer, None),
             speeds_file=state / "speeds.json",
+            prefix_directory=cache_directory() / f"prefix_cache-{os.geteuid()}",
             strict=strict or is_set("EXO_STRICT"),
         )
 

@@ -114,7 +114,7 @@ def test_a_killed_runner_is_shown_with_its_signal_until_another_works_and_counte
         shown = json.loads(ps(server, "--json").stdout)
         (same,) = shown["data"]
         measured = ("memory_reserved", "memory_measured", "device_memory_measured")
-        moving = {key: same[key] for key in ("tokens_per_second", "cpu", *measured)}
+        moving = {key: same[key] for key in ("tokens_per_second", "cpu", "prefixes", *measured)}
         assert shown == {"object": "list", "data": [{**row, **moving}], "notices": []}
 
         runner.send_signal(signal.SIGKILL)

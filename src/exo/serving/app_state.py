@@ -55,6 +55,7 @@ class Services:
             Deadlines.of_load(limits.load_seconds),
             keep_seconds=limits.keep_seconds,
             on_measured=self._measured,
+            prefix_directory=settings.prefix_directory,
             residence_seconds=limits.residence_seconds,
             evict_seconds=limits.evict_seconds,
         )

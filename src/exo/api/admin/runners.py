@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel
 
-from exo.worker.protocol.events import CpuUse, ErrorCode, RunnerState
+from exo.worker.protocol.events import CpuUse, ErrorCode, PrefixUse, RunnerState
 
 if TYPE_CHECKING:  # exo ps has no use for the supervisor
     from exo.worker.supervisor.instance import InstanceReport
@@ -63,6 +63,8 @@ class Instance(BaseModel):
     """The recent rate of generation of all sequences together."""
     cpu: CpuUse | None = None
     """Its use of the CPU; null if it does not compute there or does not report it."""
+    prefixes: PrefixUse | None = None
+    """Its prompts and the prefixes found for them; null if it does not report that."""
     memory_reserved: int
     """The reservation of RAM, in bytes. The next field is that of all devices together."""
     device_memory_reserved: int
@@ -109,6 +111,7 @@ class Instance(BaseModel):
             else None,
             tokens_per_second=round(report.tokens_per_second, 2),
             cpu=report.cpu,
+            prefixes=report.prefixes,
             memory_reserved=report.reserved.host,
             device_memory_reserved=report.reserved.device,
             memory_measured=report.measured.host if report.measured else None,

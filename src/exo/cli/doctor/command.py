@@ -11,7 +11,7 @@ import typer
 from exo.cli.console import out, say, warn
 from exo.cli.doctor.model_findings import as_text as model_text
 from exo.cli.doctor.model_findings import findings
-from exo.cli.models.local_models import catalogue_of, store_of
+from exo.cli.models.local_models import catalogue_of, size_of_prefixes, store_of
 from exo.cli.options import AsJson
 from exo.config import Settings
 from exo.exit_code import ExitCode
@@ -41,9 +41,12 @@ def doctor(
     models = anyio.run(findings, catalogue_of(settings), store_of(settings), host, settings)
     if as_json:
         cuda = {"plugin": plugin and asdict(plugin), "self_test": tested and asdict(tested)}
-        out.print_json(json.dumps({**_as_json(host), "cuda": cuda, "models": [each.model_dump() for each in models]}))
+        prefixes = size_of_prefixes(settings.prefix_directory)
+        more = {"cuda": cuda, "models": [each.model_dump() for each in models], "prefix_bytes": prefixes}
+        out.print_json(json.dumps({**_as_json(host), **more}))
     else:
-        for line in (*as_text(host), *plugin_text(plugin, tested), *model_text(models)):
+        texts = *as_text(host), *plugin_text(plugin, tested), *model_text(models), *prefix_text(settings)
+        for line in texts:
             say(line)
     raise typer.Exit(ExitCode.OK if any(probe.backends for probe in host.probes.values()) else ExitCode.FAILED)
 
@@ -111,6 +114,14 @@ def plugin_text(plugin: Plugin | None, tested: SelfTest | None) -> Iterator[str]
             yield f"  proved  {each['device']}: all layers of a tiny model on it, {least}, in {each['seconds']:.1f} s"
     if tested.failure:
         yield f"  failed  {tested.failure}"
+
+
+def prefix_text(settings: Settings) -> Iterator[str]:
+    """The size of the computed prompts on disk, if they take 1 GiB or more."""
+    if (size := size_of_prefixes(settings.prefix_directory)) >= 1 << 30:
+        yield ""
+        yield f"computed prompts take {_gib(size)} in {settings.prefix_directory}"
+        yield "  repair  `exo rm MODEL` deletes those of a model; prefix_disk_bytes in a model card limits them"
 
 
 def _cpu() -> Iterator[str]:

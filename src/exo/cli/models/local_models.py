@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
@@ -82,6 +84,15 @@ def card_of(catalogue: Catalogue, name: str) -> ModelCard:
 
 def store_of(settings: Settings) -> Store:
     return Store(settings.models_directories, settings.read_only_directories)
+
+
+def size_of_prefixes(folder: Path | None) -> int:
+    """The bytes that computed prefixes of prompts take in a folder; 0 if it is not there."""
+    size = 0
+    for path in folder.rglob("*") if folder is not None else ():
+        with suppress(OSError):  # a runner may delete it
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def check_runner(runner: str | None) -> None:

@@ -1,19 +1,31 @@
 """``exo rm``: deletes the downloaded files of a model, unless a server has it loaded."""
 
 import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from exo.cards.card import ModelCard
 from exo.cli.console import say, warn
-from exo.cli.models.local_models import Kept, card_of, catalogue_of, check_runner, kept, runners_of, store_of
+from exo.cli.models.local_models import (
+    Kept,
+    card_of,
+    catalogue_of,
+    check_runner,
+    kept,
+    runners_of,
+    size_of_prefixes,
+    store_of,
+)
 from exo.cli.options import Card, ModelsDir, Quant, Runner, ServerOptions
 from exo.cli.server.http_client import ask, is_up, server_client
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.errors import PullError
+from exo.store.folder import folder_name
 from exo.store.store import Store
 
 
@@ -26,22 +38,43 @@ def remove(
     models_dir: ModelsDir = None,
     server: ServerOptions,
 ) -> None:
-    """Delete the downloaded files of a model. Its model card stays, and so do files that exo did not download."""
+    """Delete the downloaded files of a model, and its computed prompts.
+
+    Its model card stays, and so do files that exo did not download.
+    """
     check_runner(runner)
     settings = server.settings(models_dir)
     card = card_of(catalogue_of(settings), model)
     store = store_of(settings)
-    wanted = _wanted(store, card, [runner] if runner else runners_of(card), quant)
-    _check_use(settings, card, {each.source.runner for each in wanted})
+    prefixes = _prefixes_of(settings, card) if runner in (None, "cuda") else None
+    try:
+        wanted = _wanted(store, card, [runner] if runner else runners_of(card), quant)
+    except CommandError:
+        if prefixes is None:
+            raise
+        wanted = []
+    _check_use(settings, card, {each.source.runner for each in wanted} | ({"cuda"} if prefixes else set()))
     for each in wanted:
         say(f"{each.source.runner}: {each.found.path}, {each.found.bytes:,} bytes")
+    if prefixes is not None:
+        say(f"cuda: {prefixes}, {size_of_prefixes(prefixes):,} bytes of computed prompts")
     if not yes and not typer.confirm("delete this?", err=True):
         raise CommandError("nothing is deleted")
+    if prefixes is not None:
+        shutil.rmtree(prefixes, ignore_errors=True)
     try:
         removed = [store.remove(each.source) for each in wanted]
     except PullError as error:
         raise CommandError(str(error), ExitCode.NOT_FOUND if error.code == "not_found" else ExitCode.FAILED) from error
-    say(f"deleted {sum(len(each.files) for each in removed)} files, {sum(each.bytes for each in removed):,} bytes")
+    if removed:
+        say(f"deleted {sum(len(each.files) for each in removed)} files, {sum(each.bytes for each in removed):,} bytes")
+
+
+def _prefixes_of(settings: Settings, card: ModelCard) -> Path | None:
+    """The folder of the model's computed prompts; None if there are none."""
+    directory = settings.prefix_directory
+    folder = None if directory is None else directory / folder_name(card.model_id)
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _wanted(store: Store, card: ModelCard, runners: Sequence[str], quant: str | None) -> list[Kept]:

@@ -59,7 +59,7 @@ def show(instances: InstanceList, console: Console) -> None:
             str(each.deaths),
         )
     console.print(table, markup=False, highlight=False)
-    for line in (*_notes(instances), *_cpu_use(instances), *_failures(instances, now)):
+    for line in (*_notes(instances), *_cpu_use(instances), *_prefixes(instances), *_failures(instances, now)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -94,6 +94,18 @@ def _cpu_use(instances: InstanceList) -> Iterator[str]:
             yield f"its threads wait {cpu.delay:.0%} of the time for a core"
         if cpu.slowdown >= TOLD_SLOWDOWN and each.active:
             yield f"CPU is shared: steps take {cpu.slowdown:.1f} times as long as when quiet"
+
+
+def _prefixes(instances: InstanceList) -> Iterator[str]:
+    """Where prompts have found prefixes, and the memory and disk that these take."""
+    for each in instances.data:
+        if (use := each.prefixes) is None or not use.prompts:
+            continue
+        found = f"{use.from_slots} in a slot, {use.from_ram} in RAM, {use.from_disk} on disk"
+        kept = f"RAM has {use.ram_bytes / 1e9:.2f} GB, the disk {use.disk_bytes / 1e9:.2f} GB"
+        yield ""
+        yield f"{each.model}@{each.runner}: of {use.prompts} prompts, prefixes were found: {found}"
+        yield f"{use.tokens:,} tokens were not computed again; {kept}"
 
 
 def _failures(instances: InstanceList, now: float) -> Iterator[str]:

@@ -86,6 +86,8 @@ class Load(Message):
     backend: str
     table: Mapping[str, JsonValue] = {}
     directories: tuple[str, ...] = ()
+    prefixes: str = ""
+    """The directory for computed prefixes of prompts that are to outlast the runner. Empty: they need not."""
     tasks: tuple[str, ...] = ()
     """The card's tasks, such as "TextEmbedding", for an engine that must know them to load. Empty: generation."""
 

@@ -268,6 +268,22 @@ class CpuUse(Message):
     """A step's duration, as a multiple of that on a quiet machine."""
 
 
+class PrefixUse(Message):
+    """The prompts that a runner has begun, and the prefixes that it had from earlier ones."""
+
+    prompts: int = Field(ge=0)
+    from_slots: int = Field(ge=0)
+    """The number of prompts with a prefix in a slot; the next two are those with one in RAM and on disk."""
+    from_ram: int = Field(ge=0)
+    from_disk: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    """Tokens that were not computed again."""
+    ram_bytes: int = Field(ge=0)
+    """RAM that prefixes take which are in no slot. Checkpoints are included."""
+    disk_bytes: int = Field(ge=0)
+    """Disk that prefixes of this model with these settings take."""
+
+
 class Heartbeat(Message):
     """Sent about once a second. ``steps`` counts the loop's steps: if it stands still in a busy runner, that is stuck.
 
@@ -284,6 +300,8 @@ class Heartbeat(Message):
     bytes_read: int = 0
     cpu: CpuUse | None = None
     """None from a runner that does not compute on the CPU, or cannot measure it."""
+    prefixes: PrefixUse | None = None
+    """None from a runner that does not count this."""
 
 
 Event = Annotated[

@@ -68,11 +68,14 @@ class Commands(Generic[SequenceT]):
         """Queues a command; never blocks."""
         self._queue.put(command)
 
-    def handle(self, *, wait: bool) -> bool:
-        """Handles all queued commands, and waits for the first one if ``wait``. False after ``Shutdown``."""
+    def handle(self, *, wait: bool, seconds: float | None = None) -> bool:
+        """Handles all queued commands. False after ``Shutdown``.
+
+        With ``wait``, waits for the first one, at most ``seconds`` long if that is given.
+        """
         while True:
             try:
-                command = self._queue.get(block=wait)
+                command = self._queue.get(block=wait, timeout=seconds)
             except Empty:
                 return True
             wait = False

@@ -30,6 +30,7 @@ from exo.worker.protocol.events import (
     CpuUse,
     Estimated,
     Failed,
+    PrefixUse,
     Status,
 )
 from exo.worker.protocol.wire import exit_now
@@ -78,6 +79,8 @@ class LoadedEngine(Generic[SequenceT]):
     """The reason why the model generates no text, after "model: "; empty if it does."""
     cpu_use: Callable[[], CpuUse | None] = lambda: None
     """Returns how the engine uses the CPU, if it measures that. Called from any thread."""
+    prefix_use: Callable[[], PrefixUse | None] = lambda: None
+    """Returns what prompts have found in the prefix cache, if the engine counts that. Called from any thread."""
 
 
 class FrontEnd(Generic[SequenceT]):
@@ -264,6 +267,7 @@ class FrontEnd(Generic[SequenceT]):
             self._emitter.stop_engine = lambda request: engine.commands.put(Cancel(id=request))
             self._emitter.counts = engine.counts
             self._emitter.cpu_use = engine.cpu_use
+            self._emitter.prefix_use = engine.prefix_use
             self._engine = engine
             self._emitter.put(Status(state="Ready", capabilities=engine.capabilities))
             engine.run()

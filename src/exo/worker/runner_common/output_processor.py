@@ -22,6 +22,7 @@ from exo.worker.protocol.events import (
     Heartbeat,
     Logprob,
     PrefillProgress,
+    PrefixUse,
     PromptLogprobs,
     Ranked,
     Status,
@@ -175,6 +176,7 @@ class Emitter:
     counts: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
     """Returns the steps so far, the requests in work and those that wait."""
     cpu_use: Callable[[], CpuUse | None] = lambda: None
+    prefix_use: Callable[[], PrefixUse | None] = lambda: None
     _queue: SimpleQueue[Item | None] = field(default_factory=SimpleQueue[Item | None])
     _outputs: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
     _leaving: bool = False
@@ -211,7 +213,8 @@ class Emitter:
     def _heartbeat(self) -> Heartbeat:
         steps, active, waiting = self.counts()
         if self._ready:
-            return Heartbeat(steps=steps, active=active, waiting=waiting, cpu=self.cpu_use())
+            own = self.cpu_use(), self.prefix_use()
+            return Heartbeat(steps=steps, active=active, waiting=waiting, cpu=own[0], prefixes=own[1])
         cpu_seconds, bytes_read = effort()
         return Heartbeat(steps=steps, active=active, waiting=waiting, cpu_seconds=cpu_seconds, bytes_read=bytes_read)
 

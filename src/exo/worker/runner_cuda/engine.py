@@ -18,6 +18,13 @@ from exo.worker.runner_cuda.sampling.sampler import Turn, choose, score
 from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence
 
+IDLE_SECONDS = 1.0
+"""The time without work after which a prefix is written to disk. Agents call most tools in less."""
+POLL_SECONDS = 0.002
+"""The time between two looks at a file that is being read, while there is nothing else to compute."""
+WRITE_SECONDS = 4.0
+"""The time for writing prefixes when the runner is shut down. The server ends it after five."""
+
 T = TypeVar("T")
 Reading = Generator[Turn | Candidates, int | None, T]
 """Yields turns, gets their tokens (None if the row's logits are not finite) and returns a ``T``."""
@@ -53,12 +60,22 @@ class CudaEngine:
         return self._steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
 
     def run(self) -> None:
-        """Computes steps until the commands say ``Shutdown``. Raises EngineError."""
-        while self.commands.handle(wait=not self._scheduler and not self._embedder):
+        """Computes steps until the commands say ``Shutdown``. Raises EngineError.
+
+        Prefixes are written to disk when there has been nothing to do for a moment, since that begins with a copy.
+        """
+        unwritten = True
+        while self.commands.handle(wait=self._is_idle(), seconds=IDLE_SECONDS if unwritten else None):
+            if self._is_idle():
+                unwritten = self._scheduler.write_one()
+                continue
+            unwritten = True
             if self._embedder:
                 self._embed()
             step = self._scheduler.plan()
             if not step.chunks:
+                if self._scheduler:
+                    time.sleep(POLL_SECONDS)
                 continue
             n_outputs = self._fill(step)
             self._sampling.prepare(step)
@@ -76,6 +93,10 @@ class CudaEngine:
             self._steps += 1
             self._emitter.put(done)
             self._scheduler.take_checkpoints(step)
+        self._scheduler.write_all(WRITE_SECONDS)
+
+    def _is_idle(self) -> bool:
+        return not self._scheduler and not self._embedder
 
     def _embed(self) -> None:
         """Computes one batch of texts; streams and texts take turns."""

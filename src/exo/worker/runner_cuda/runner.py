@@ -43,6 +43,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
         counts=engine.counts,
         no_generation="" if loaded.context.generates else "it is an encoder, which makes vectors of texts only",
         cpu_use=loaded.threads.use,
+        prefix_use=loaded.prefixes.use,
     )
 
 

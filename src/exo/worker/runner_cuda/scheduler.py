@@ -236,6 +236,18 @@ class Scheduler:
         sound = next((slot for slot in self.slots if slot.id not in spoilt), None)
         self._cache.wipe([self.slots[index] for index in spoilt], sound)
 
+    def write_one(self) -> bool:
+        """Has a prefix written to disk while nothing is computed. Returns whether there may be another one."""
+        return self._cache.write_one(self._latest())
+
+    def write_all(self, seconds: float) -> None:
+        """Writes what is not on disk yet, for at most ``seconds``."""
+        self._cache.write_all(self._latest(), seconds)
+
+    def _latest(self) -> list[Slot]:
+        """The slots, the one used last first."""
+        return sorted(self.slots, key=lambda slot: slot.entered, reverse=True)
+
     def again(self, sequence: Sequence) -> None:
         """Has the last known token of a sequence computed once more."""
         slot = self.slots[sequence.slot]
@@ -247,12 +259,14 @@ class Scheduler:
         """Moves waiting sequences to free slots, in order of arrival. Returns them with their cached tokens.
 
         Adds to ``diverged`` those of which ``Step.diverged`` tells.
-        A sequence stays in the queue while another one is computing the prefix that both need.
+        A sequence stays in the queue while another one is computing the prefix that both need, or a file is read.
         """
         started: list[tuple[str, int]] = []
         for sequence in tuple(islice(self.waiting, len(self.slots))):
             if self.n_active == len(self.slots):
                 break
+            if self._cache.awaits_disk(sequence):
+                continue
             found = self._cache.find(sequence)
             if found is not None and self._cache.is_awaited(found):
                 self._await(found)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.sequence import Phase
+from exo.worker.runner_cuda.prefix.disk_tier import FileReading, StoredPrefix
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, Drafter, Rate
 
@@ -38,6 +39,12 @@ class Sequence:
     """The positions of control tokens in the prompt, between which messages are, in ascending order."""
     marks: list[int] = field(default_factory=list[int])
     """The lengths at which prefill stops for a checkpoint, in ascending order."""
+    looked: bool = False
+    """Whether the disk has been searched for a longer prefix than the slots and RAM have."""
+    stored: StoredPrefix | None = None
+    """The file to read before the sequence enters a slot."""
+    reading: FileReading | None = None
+    """The reading of that file, once it has begun."""
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_computed: int = 0

@@ -48,6 +48,10 @@ class Pace:
         share = (n_rows - low) / (high - low)
         return self._decoding[low] + share * (self._decoding[high] - self._decoding[low])
 
+    def prompt_seconds(self, n_tokens: int) -> float:
+        """Returns how long so many prompt tokens take; 0 before any measurement."""
+        return n_tokens * self._prompt_seconds / self._prompt_tokens if self._prompt_tokens else 0.0
+
     def tokens_in(self, seconds: float, least: int, most: int) -> int:
         """Returns how many prompt tokens take ``seconds``, from ``least`` to ``most``; ``most`` if unmeasured."""
         if not self._prompt_seconds:

@@ -11,6 +11,7 @@ from exo.worker.protocol.events import (
     CpuUse,
     Failed,
     LoadOption,
+    PrefixUse,
     Status,
 )
 from exo.worker.router import LiveRunner
@@ -51,6 +52,7 @@ class InstanceReport:
     """Seconds until this runner may be started again with this model; 0 if it runs or may be started now."""
     tokens_per_second: float
     cpu: CpuUse | None
+    prefixes: PrefixUse | None
     reserved: Memory
     """Empty until it may load."""
     measured: Memory | None
@@ -127,6 +129,7 @@ class RunnerInstance:
             pause=breaker.pause(now),
             tokens_per_second=self.process.rate.per_second(now),
             cpu=self.process.cpu,
+            prefixes=self.process.prefixes,
             reserved=Memory() if reservation is None else reservation.reserved,
             measured=None if reservation is None else reservation.measured,
             pinned=reservation is not None and reservation.pinned,

@@ -60,10 +60,13 @@ class RunnerPool:
         keep_seconds: float = math.inf,
         on_measured: OnMeasured = lambda _card, _runner, _measurement: None,
         *,
+        prefix_directory: Path | None = None,
         residence_seconds: float = 0.0,
         evict_seconds: float = math.inf,
     ) -> None:
         """``models_directories`` are passed to the runners. ``commands``, by runner name, default to the real runners.
+
+        Runners may keep computed prefixes in ``prefix_directory``.
 
         ``keep_seconds``: how long an unused model stays loaded, unless its card sets that. ``residence_seconds``: how
         long a model stays loaded that alternates with another one. ``evict_seconds``: how long a runner's requests may
@@ -71,6 +74,7 @@ class RunnerPool:
         """
         self._models_directories = tuple(str(directory) for directory in models_directories)
         self._log_directory = log_directory
+        self._prefixes = "" if prefix_directory is None else str(prefix_directory)
         self._commands = runner_commands() if commands is None else commands
         self._deadlines = deadlines
         self._keep_seconds = keep_seconds
@@ -245,6 +249,7 @@ class RunnerPool:
             backend=route.backend,
             table=card.engines.get(route.runner, {}),
             directories=self._models_directories,
+            prefixes=self._prefixes,
             tasks=card.tasks,
         )
         instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time())

@@ -33,6 +33,7 @@ from exo.worker.protocol.events import (
     Failed,
     Finished,
     LoadOption,
+    PrefixUse,
     Ranked,
     Status,
     Tokenized,
@@ -166,6 +167,11 @@ class RunnerProcess:
     def cpu(self) -> CpuUse | None:
         """Its use of the CPU, if it reports that."""
         return self._machine.cpu
+
+    @property
+    def prefixes(self) -> PrefixUse | None:
+        """What prompts have found in its prefix cache, if it reports that."""
+        return self._machine.prefixes
 
     @property
     def computes_on_cpu(self) -> bool:

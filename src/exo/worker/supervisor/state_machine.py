@@ -20,6 +20,7 @@ from exo.worker.protocol.events import (
     Finished,
     Heartbeat,
     PrefillProgress,
+    PrefixUse,
     PromptLogprobs,
     Ranked,
     RunnerState,
@@ -175,7 +176,8 @@ class RunnerStateMachine:
         self.capabilities: Capabilities | None = None
         self.failure: Failed | None = None  # the runner's own report of why it failed
         self.requests: dict[str, Recipient] = {}  # those without a terminal event, by id
-        self.cpu: CpuUse | None = None  # from the last heartbeat
+        self.cpu: CpuUse | None = None  # this and the next from the last heartbeat
+        self.prefixes: PrefixUse | None = None
         self.produced_output = asyncio.Event()  # set by the first token, vector or score, which proves that it works
         self._step_seconds = step_seconds
         self._steps = (-1, 0.0)  # the last count of steps, and when it last changed
@@ -260,7 +262,7 @@ class RunnerStateMachine:
 
         ``self.requests`` counts as work: a runner that lost a request reports neither active nor waiting sequences.
         """
-        self.cpu = beat.cpu
+        self.cpu, self.prefixes = beat.cpu, beat.prefixes
         steps, since = self._steps
         now = time.monotonic()
         if beat.steps != steps or not (beat.active or beat.waiting or self.requests):

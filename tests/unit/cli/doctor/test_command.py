@@ -1,6 +1,10 @@
 """What ``exo doctor`` says of NVIDIA GPUs."""
 
-from exo.cli.doctor.command import as_text, plugin_text
+from dataclasses import replace
+from pathlib import Path
+
+from exo.cli.doctor.command import as_text, plugin_text, prefix_text
+from exo.config import Settings
 from exo.setup.cuda import PREBUILT, SelfTest
 from exo.worker.host import GpuProcess, Host, NvidiaDevice
 
@@ -39,3 +43,12 @@ def test_the_plug_in_is_shown_with_its_code_and_what_was_proved() -> None:
     assert "CUDA0: all layers of a tiny model on it, log-probabilities within 0.0021 nats" in shown
     assert "CUDA1: all layers" not in shown
     assert "  failed  CUDA1: only 0%" in shown
+
+
+def test_computed_prompts_are_named_when_they_take_much_disk(tmp_path: Path) -> None:
+    settings = replace(Settings.load(), prefix_directory=tmp_path / "prefixes")
+    assert list(prefix_text(settings)) == []
+    (tmp_path / "prefixes" / "model" / "key").mkdir(parents=True)
+    with (tmp_path / "prefixes" / "model" / "key" / "one.prefix").open("wb") as file:
+        file.truncate(5 * GIB)
+    assert f"computed prompts take 5.0 GiB in {tmp_path}/prefixes" in prefix_text(settings)

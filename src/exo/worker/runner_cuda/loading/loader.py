@@ -20,6 +20,7 @@ from exo.worker.runner_cuda.loading.devices import ENGINE, Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
+from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
 from exo.worker.runner_cuda.loading.threads import Threads
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.device_chains import Chains
@@ -53,6 +54,7 @@ class Loaded:
     framing: Framing
     capabilities: Capabilities
     scheduler: Scheduler
+    prefixes: PrefixCache
     chunk: int
     draft: DraftModel | None
     sampling: BackendSampling
@@ -115,18 +117,18 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     names = tuple(device.name for device in devices) or (CPU,)
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
-    cache = PrefixCache(context, options.prefix_caches[0])
+    pace = Pace(max_itl_ms / 1000)
+    disk = None if score else open_disk_tier(command, options, path, model, context, pace)
+    cache = PrefixCache(context, options.prefix_caches[0], disk)
     speculate = options.speculation if context.rollback else "off"
     # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
     n_outputs = min(options.slots + SCORED_ROWS, sizes.alone)
     speculation = Speculation(speculate, n_outputs, draft, context.rollback)
     enough = budget if on_gpu else CPU_ENOUGH
-    scheduler = Scheduler(
-        options.slots, budget, chunk, enough, Pace(max_itl_ms / 1000), cache, speculation, sizes.alone
-    )
+    scheduler = Scheduler(options.slots, budget, chunk, enough, pace, cache, speculation, sizes.alone)
     framing = Framing(model, tokenizer)
     return Loaded(
-        model, context, embedder, tokenizer, framing, capabilities, scheduler, chunk, draft, sampling, threads
+        model, context, embedder, tokenizer, framing, capabilities, scheduler, cache, chunk, draft, sampling, threads
     )
 
 

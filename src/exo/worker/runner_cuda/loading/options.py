@@ -81,6 +81,9 @@ class CudaOptions(ModelFile):
     prefix_cache_bytes: int | None = Field(default=None, ge=0)
     """RAM for prefixes that are no longer in a slot, and for checkpoints of layers that forget. 0 keeps none. The
     default is the largest of ``PREFIX_CACHE`` that fits the memory."""
+    prefix_disk_bytes: int | None = Field(default=None, ge=0)
+    """Disk for prefixes, of all models together when this one writes. 0 writes and reads none. The default is 8 GiB, or
+    a tenth of the free disk if that is less."""
     swa_full: bool = False
     """Whether sliding-window layers keep the cells of the whole context instead of those in their window. It takes
     more memory, and every prefix of a prompt in a slot can then be used again without a checkpoint."""

@@ -1,14 +1,18 @@
-"""The prefix cache: prefixes in the slots, busy or free, and states in RAM.
+"""The prefix cache: prefixes in the slots, busy or free, states in RAM, and files.
 
 Layers with a sliding window or a recurrent state forget: a slot's cells alone then allow only some of its prefixes.
 Others need a checkpoint of these layers; the cells of the remaining layers are in the slot.
 """
 
-from collections.abc import Collection
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from exo.worker.protocol.events import PrefixUse
+from exo.worker.runner_cuda.prefix.disk_tier import DiskTier, FileReading
 from exo.worker.runner_cuda.prefix.divergence import divergence
 from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
@@ -103,6 +107,7 @@ class Found:
     """The checkpoint that ``length`` needs."""
 
 
+Place = Literal["slot", "ram", "disk"]
 Reach = tuple[int, Checkpoint | None]
 """The length of a usable prefix, and the checkpoint that it needs."""
 
@@ -115,13 +120,19 @@ class PrefixCache:
     allow it, as ``Cells.least`` says.
     """
 
-    def __init__(self, cells: Cells, capacity: int) -> None:
+    def __init__(self, cells: Cells, capacity: int, disk: DiskTier | None = None) -> None:
         """``capacity`` is the RAM for saved states and checkpoints, in bytes; 0 keeps none."""
         self._cells = cells
         self._host = HostTier(capacity)
+        self._disk = disk
         self._tree: PrefixTree[Slot | Saved] = PrefixTree()
         self._copying = False  # a copy or a wipe is due with the next decode
         self._told: set[int] = set()  # divergences, by place
+        self._copied = 0  # bytes of the slot's copy that is being written to disk
+        self._reading: FileReading | None = None
+        self._fresh: set[Saved] = set()  # read from disk and not used yet
+        self._hits: Counter[Place] = Counter()
+        self._n_prompts = self._n_reused = 0
 
     @property
     def n_bytes(self) -> int:
@@ -137,6 +148,19 @@ class PrefixCache:
     def takes_checkpoints(self) -> bool:
         """Whether ``checkpoint`` has an effect."""
         return self._cells.forgets and self._host.capacity > 0
+
+    def use(self) -> PrefixUse:
+        """Returns what prompts have found so far. Safe in any thread."""
+        hits = self._hits
+        return PrefixUse(
+            prompts=self._n_prompts,
+            from_slots=hits["slot"],
+            from_ram=hits["ram"],
+            from_disk=hits["disk"],
+            tokens=self._n_reused,
+            ram_bytes=self._host.n_bytes,
+            disk_bytes=self._disk.n_bytes if self._disk is not None else 0,
+        )
 
     def find(self, sequence: Sequence) -> Found | None:
         """Returns the longest prefix of a sequence that is cached or about to be, of at least one block.
@@ -193,12 +217,19 @@ class PrefixCache:
         if sequence.prompt_logprobs is None:
             usable = () if self._copying else self._host.usable(sequence.tokens)
             reach = self._reach(slot, min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1), usable)
+        place: Place = "slot"
         worth = max(BLOCK, int(self._cells.n_ctx * WORTH_COPYING))
         if found is None or found.holder is slot or found.length < reach[0] + worth:
             self._keep(slot, reach[0])
         else:
+            if isinstance(found.holder, Saved):
+                place = "disk" if found.holder in self._fresh else "ram"
+                self._fresh.discard(found.holder)
             reach = self._fetch(slot, found)
         length = self._cut(slot, *reach)
+        self._n_prompts += 1
+        self._n_reused += length
+        self._hits[place] += length > 0
         del slot.cached[length:]
         self._tree.cut(slot, length)
         slot.sequence = sequence
@@ -247,6 +278,51 @@ class PrefixCache:
             slot.cached.clear()
             self._cells.wipe(slot.id, None if sound is None else sound.id)
             self._copying = sound is not None
+
+    def awaits_disk(self, sequence: Sequence) -> bool:
+        """Whether a request should wait until a file is in RAM. Begins to read the file if none is being read."""
+        disk = self._disk
+        if disk is None or sequence.prompt_logprobs is not None:
+            return False
+        self._settle_disk()
+        if not sequence.looked:
+            sequence.looked = True
+            length, stored = disk.longest(sequence.tokens[:-1], self._host.capacity)
+            found = self.find(sequence) if stored is not None else None
+            if stored is not None and disk.is_worth(stored, length - (found.promised if found is not None else 0)):
+                sequence.stored = stored
+        if (stored := sequence.stored) is None:
+            return False
+        if self._reading is None and sequence.reading is None:
+            self._untree(self._host.make_room(stored.n_bytes))
+            self._untree(self._host.lend(stored.n_bytes))
+            self._reading = disk.read(stored)
+        if self._reading is not None and self._reading.stored is stored:
+            sequence.reading = self._reading
+        return sequence.reading in (None, self._reading)
+
+    def write_one(self, slots: Iterable[Slot], *, last: bool = False) -> bool:
+        """Has one prefix written to disk that has grown since it was. Returns whether there may be another one.
+
+        States in RAM come first: they make room for the copy of a slot. ``last``: even if it has grown little.
+        """
+        disk = self._disk
+        if disk is None:
+            return False
+        self._settle_disk()
+        if disk.is_writing:
+            return True
+        for holder in (*reversed(list(self._host.saved())), *slots):
+            if disk.is_due(holder.cached, last=last) and (saved := self._copy_of(holder)) is not None:
+                self._write(saved)
+                return True
+        return self._reading is not None and not last
+
+    def write_all(self, slots: Iterable[Slot], seconds: float) -> None:
+        """Writes what is not on disk yet, for at most ``seconds``."""
+        until = time.monotonic() + seconds
+        while self._disk is not None and self._disk.wait(until) and self.write_one(slots, last=True):
+            pass
 
     def decoded(self) -> None:
         """Records a decode, with which pending copies have taken effect."""
@@ -314,15 +390,66 @@ class PrefixCache:
         if self._host.capacity == 0 or len(slot.cached) - n_safe < _worth_saving(slot.cached):
             return
         state = self._cells.save(slot.id, self._host.capacity)
-        if not state.size:
-            return
+        if state.size:
+            saved = self._saved(slot, state)
+            self._put(saved, usable)
+            if self._disk is not None and not self._disk.is_writing and self._disk.is_due(saved.cached):
+                self._write(saved)
+
+    def _saved(self, slot: Slot, state: State) -> Saved:
         least = self._cells.least_saved(len(slot.cached)) if self._cells.forgets else 0
-        saved = Saved(slot.cached.copy(), least, state)
+        return Saved(slot.cached.copy(), least, state)
+
+    def _put(self, saved: Saved, usable: Tokens[Usable]) -> None:
+        """Keeps a saved state in RAM instead of those of its prefixes."""
         for other in [each for each in self._host.saved() if each.cached == saved.cached[: len(each.cached)]]:
             if self._reach(saved, len(other.cached), usable)[0] == len(other.cached):
                 self._drop(other)
         if self._add(saved):
             self._tree.put(saved, saved.cached)
+
+    def _settle_disk(self) -> None:
+        """Frees what has been written, and puts the content of a file that has been read into RAM."""
+        if self._copied and self._disk is not None and not self._disk.is_writing:
+            self._host.take_back(self._copied)
+            self._copied = 0
+        if self._reading is None or not self._reading.is_over():
+            return
+        self._host.take_back(self._reading.stored.n_bytes)
+        content, self._reading = self._reading.content(), None
+        if content is None:
+            return
+        saved, checkpoints = content
+        known = {len(each.checkpoint.tokens) for each in self._host.usable(saved.cached)}
+        for each in checkpoints:
+            if len(each.tokens) not in known:
+                self._add(each)
+        self._put(saved, self._host.usable(saved.cached))
+        self._fresh.add(saved)
+
+    def _copy_of(self, holder: Slot | Saved) -> Saved | None:
+        """Returns what is to be written; None if there is no RAM for a copy of a slot."""
+        if isinstance(holder, Saved):
+            return holder
+        state = self._cells.save(holder.id, self._host.room_for_copies())
+        if not state.size:
+            return None
+        self._untree(self._host.lend(state.nbytes))
+        self._copied = state.nbytes
+        return self._saved(holder, state)
+
+    def _write(self, saved: Saved) -> None:
+        """Has a saved state written to disk, with the last checkpoints that take no more than it does."""
+        assert self._disk is not None
+        usable = self._host.usable(saved.cached)
+        found = [each.checkpoint for each in usable if each.most == len(each.checkpoint.tokens)]
+        chosen: list[Checkpoint] = []
+        left = min(saved.state.nbytes, self._host.capacity - saved.n_bytes)
+        for each in sorted(found, key=lambda each: len(each.tokens), reverse=True):
+            if (left := left - each.n_bytes) < 0:
+                break
+            chosen.append(each)
+        self._disk.write(saved, chosen)
 
     def _held_elsewhere(self, slot: Slot, usable: Tokens[Usable]) -> int:
         """Returns how many leading tokens of the slot are cached in another place, in whole blocks."""
@@ -346,6 +473,7 @@ class PrefixCache:
     def _untree(self, dropped: list[Saved]) -> None:
         for saved in dropped:
             self._tree.cut(saved, 0)
+            self._fresh.discard(saved)
 
 
 def _worth_saving(tokens: Tokens[int]) -> float:

@@ -76,6 +76,7 @@ class HostTier:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.n_bytes = 0
+        self.lent = 0  # the part of ``n_bytes`` for states on their way to or from the disk
         self._kept: dict[Saved | Checkpoint, None] = {}  # least recently used first
 
     def saved(self) -> Iterator[Saved]:
@@ -88,7 +89,7 @@ class HostTier:
         if not checkpoints:
             return []
         wanted = packed(tokens)
-        found = (Usable(each.least, _common(each.tokens, wanted), each) for each in checkpoints)
+        found = (Usable(each.least, common_length(each.tokens, wanted), each) for each in checkpoints)
         return [each for each in found if each.most >= each.least]
 
     def add(self, entry: Saved | Checkpoint) -> list[Saved] | None:
@@ -110,6 +111,28 @@ class HostTier:
             if isinstance(victim, Saved):
                 dropped.append(victim)
         return dropped
+
+    def room_for_copies(self) -> int:
+        """Returns the bytes that a copy may take: all but those of checkpoints, which the slots need."""
+        kept = sum(each.n_bytes for each in self._kept if isinstance(each, Checkpoint))
+        return max(0, self.capacity - self.lent - kept)
+
+    def lend(self, n_bytes: int) -> list[Saved]:
+        """Counts ``n_bytes`` for a copy, for which saved slots are dropped, oldest first. Returns these."""
+        dropped: list[Saved] = []
+        for each in list(self.saved()):
+            if self.n_bytes + n_bytes <= self.capacity:
+                break
+            self.drop(each)
+            dropped.append(each)
+        self.n_bytes += n_bytes
+        self.lent += n_bytes
+        return dropped
+
+    def take_back(self, n_bytes: int) -> None:
+        """Ends what ``lend`` has begun."""
+        self.n_bytes -= n_bytes
+        self.lent -= n_bytes
 
     def used(self, entry: Saved | Checkpoint) -> None:
         """Makes an entry the one used last."""
@@ -134,10 +157,10 @@ class HostTier:
             return len(entry.cached)
         length = len(entry.tokens)
         others = [each.tokens for each in self._kept if isinstance(each, Checkpoint) and len(each.tokens) < length]
-        return length - max((len(each) for each in others if _common(each, entry.tokens) == len(each)), default=0)
+        return length - max((len(each) for each in others if common_length(each, entry.tokens) == len(each)), default=0)
 
 
-def _common(first: Packed, second: Packed) -> int:
+def common_length(first: Packed, second: Packed) -> int:
     """Returns the length of the common prefix."""
     length = min(len(first), len(second))
     differs = first[:length] != second[:length]

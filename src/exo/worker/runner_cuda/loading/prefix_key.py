@@ -1,0 +1,56 @@
+"""Opens the disk tier of the prefix cache, for one model with one set of settings."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from exo.worker.protocol.commands import Load
+from exo.worker.runner_common.model_files.gguf import split_parts
+from exo.worker.runner_cuda.bindings import Context, Model, engine_version
+from exo.worker.runner_cuda.loading.options import CudaOptions
+from exo.worker.runner_cuda.prefix.disk_tier import DiskTier
+from exo.worker.runner_cuda.step_time import Pace
+
+_WITHOUT_EFFECT = {
+    *("path", "repo", "file", "mmproj", "n_gpu_layers", "n_ctx", "slots", "n_batch", "n_ubatch", "max_itl_ms"),
+    *("prefix_cache_bytes", "prefix_disk_bytes", "speculate", "draft", "backend_sampling", "threads", "threads_batch"),
+    *("devices", "split_mode", "tensor_split", "main_gpu", "chat_template", "pooling", "embedding_ctx"),
+}
+"""The options that change nothing in a state but its rounding. Every other one is part of the key, also one that is
+added later, such as an adapter or a setting of the positions."""
+_SAMPLES, _SAMPLE = 64, 1 << 16
+"""The places at which a file is read to recognise it, and the bytes read at each."""
+
+
+def open_disk_tier(
+    command: Load, options: CudaOptions, path: Path, model: Model, context: Context, pace: Pace
+) -> DiskTier | None:
+    """Returns None if prefixes are not kept on disk."""
+    if not (command.prefixes and options.prefix_disk_bytes != 0 and options.prefix_caches[0] and context.generates):
+        return None
+    trained = model.metadata("{arch}.rope.scaling.original_context_length") or model.n_ctx_train
+    key: dict[str, JsonValue] = {
+        "files": [_identity(part) for part in split_parts(path)],
+        "engine": engine_version(),
+        "backend": command.backend,
+        # Some models rotate positions differently if the context is longer than what they were first trained for.
+        "long": context.n_ctx > int(trained),
+        # Recurrent states that can be rolled back may have another layout.
+        "rollback": 0 if model.can_cut else context.rollback,
+        **options.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+    }
+    limit = options.prefix_disk_bytes
+    return DiskTier(Path(command.prefixes), command.model_id, key, limit, pace.prompt_seconds)
+
+
+def _identity(path: Path) -> list[JsonValue]:
+    """Identifies a file by size, time and samples: hashing all of it would take longer than loading it."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        for number in range(_SAMPLES):
+            file.seek(max(0, status.st_size - _SAMPLE) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
