@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ needs_vllm = pytest.mark.skipif(
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     """The server's event loop."""
     return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A FIFO: a model with this ``load_gate`` loads until the file is opened for writing."""
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    return path
 
 
 def fake_card(model_id: str = "fake/model", **table: JsonValue) -> ModelCard:

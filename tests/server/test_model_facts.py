@@ -1,7 +1,6 @@
 """What clients learn of models before they send a request: lists, properties, slots, and paths of other servers."""
 
 import json
-import os
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,9 +180,7 @@ def wait_until_idle(http: httpx.Client) -> None:
         time.sleep(0.01)
 
 
-def test_a_model_is_loaded_by_request_and_shows_that_it_is_loading(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+def test_a_model_is_loaded_by_request_and_shows_that_it_is_loading(tmp_path: Path, gate: Path) -> None:
     with serve(tmp_path, fake_card(LOADED, load_gate=str(gate))) as url, httpx.Client(base_url=url, timeout=60) as http:
         assert http.get(f"/models/{LOADED}").json()["status"]["value"] == "unloaded"
         with ThreadPoolExecutor(1) as threads:

@@ -1,6 +1,5 @@
 """A prompt that is longer than the context: each API's error in the words by which agents recognise it."""
 
-import os
 import re
 import threading
 from collections.abc import Generator
@@ -122,12 +121,10 @@ def test_official_clients_raise_their_own_exceptions(http: httpx.Client) -> None
 
 @pytest.mark.parametrize("path", BODIES)
 def test_a_long_stream_is_refused_before_a_200_although_its_model_is_still_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, gate: Path
 ) -> None:
     monkeypatch.setattr("exo.api.http.response.GRACE_SECONDS", 0)
     monkeypatch.setattr("exo.api.http.response.SHORT_REQUEST", 80)
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
     card = fake_card(MODEL, chat_template=CHAT_TEMPLATE, n_ctx=CONTEXT, load_gate=str(gate))
     with serve(tmp_path, card) as url, httpx.Client(base_url=url, timeout=60) as http:
         opening = threading.Timer(0.3, lambda: gate.open("wb").close())

@@ -1,7 +1,6 @@
 """Queues: how many requests a model takes, what those that wait are told, and that every place is given back."""
 
 import json
-import os
 import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -30,14 +29,6 @@ MODEL = "fake/model"
 SHORT = {"model": MODEL, "prompt": "hi", "max_tokens": 3}
 ENDLESS = {"model": MODEL, "prompt": "hi", "ignore_eos": True}
 ONE_SLOT = {"slots": 1, "n_ctx": 1_000_000_000, "step_seconds": 0.001}
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """A model with this ``load_gate`` loads until the file is opened for writing."""
-    path = tmp_path / "gate"
-    os.mkfifo(path)
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What the server says about itself, and how it begins and ends."""
 
-import os
 import socket
 from collections.abc import Generator
 from pathlib import Path
@@ -35,9 +34,7 @@ def test_health_is_the_process_and_ready_a_model(http: httpx.Client) -> None:
     assert (after.status_code, after.json()) == (200, {"status": "ready", "models": [MODEL], "notices": []})
 
 
-def test_ready_tells_what_is_loading_and_what_could_not(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+def test_ready_tells_what_is_loading_and_what_could_not(tmp_path: Path, gate: Path) -> None:
     card = fake_card(MODEL, chat_template=CHAT_TEMPLATE, load_gate=str(gate))
     with serve(tmp_path, card, load=[MODEL, "fake/none"]) as url, httpx.Client(base_url=url, timeout=60) as http:
         assert http.get("/v1/route", params={"model": MODEL}).status_code == 200  # so the host has been probed

@@ -1,7 +1,6 @@
 """Streams that wait, fail or lose their client; and requests whose client leaves."""
 
 import json
-import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +15,6 @@ from tests.support.api_server import serve
 MODEL = "fake/model"
 ENDLESS = {"model": MODEL, "prompt": "hi", "ignore_eos": True}
 SHORT = {"model": MODEL, "prompt": "hi", "max_tokens": 3}
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """A model with this ``load_gate`` loads until ``open_gate`` is called."""
-    path = tmp_path / "gate"
-    os.mkfifo(path)
-    return path
 
 
 def open_gate(gate: Path) -> None:

@@ -44,18 +44,6 @@ from tests.support.runner_process import (
     started,
 )
 
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    """The two loops handle subprocesses differently, and the server may run on either."""
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "logs" / "runner.log"
-
-
 # --- death ---
 
 
@@ -268,9 +256,7 @@ async def test_close_sends_sigterm_before_sigkill(log: Path) -> None:
     assert lines_of(log) == ["took SIGTERM"]
 
 
-async def test_close_ends_a_runner_that_loads(log: Path, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+async def test_close_ends_a_runner_that_loads(log: Path, gate: Path) -> None:
     async with started(log, load_gate=str(gate)) as process:
         while process.status.state != "Loading":
             await process.status_after(process.status)
@@ -343,10 +329,8 @@ def lives(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("busy", ["loading", "generating"])
 async def test_no_runner_outlives_a_server_that_is_killed(
-    log: Path, tmp_path: Path, busy: str, anyio_backend: tuple[str, dict[str, bool]]
+    log: Path, gate: Path, busy: str, anyio_backend: tuple[str, dict[str, bool]]
 ) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
     loop = "uvloop" if anyio_backend[1]["use_uvloop"] else "asyncio"
     command = (*script(SERVER), str(log), str(gate) if busy == "loading" else "", loop)
     with anyio.fail_after(DEADLINE_SECONDS):

@@ -1,6 +1,5 @@
 """Real processes and real signals throughout; the fake runner where no other program is named."""
 
-import os
 import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -41,18 +40,6 @@ from tests.support.runner_process import (
     text_of,
 )
 
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    """The two loops handle subprocesses differently, and the server may run on either."""
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "logs" / "runner.log"
-
-
 # --- loading ---
 
 
@@ -77,9 +64,7 @@ async def test_logprobs_come_with_the_events(log: Path) -> None:
     assert all(len(event.logprobs[0].top) == 2 for event in received if isinstance(event, Delta))
 
 
-async def test_any_number_of_watchers_see_the_progress(log: Path, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+async def test_any_number_of_watchers_see_the_progress(log: Path, gate: Path) -> None:
     seen: dict[int, list[Status]] = {0: [], 1: []}
     at_gate = anyio.Event()
 
@@ -101,9 +86,7 @@ async def test_any_number_of_watchers_see_the_progress(log: Path, tmp_path: Path
         assert {status.state for status in statuses} <= {"Idle", "Loading", "Loaded"}
 
 
-async def test_a_watcher_may_give_up_a_wait_and_go_on(log: Path, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+async def test_a_watcher_may_give_up_a_wait_and_go_on(log: Path, gate: Path) -> None:
     async with started(log, load_gate=str(gate), load_steps=1) as process:
         progress = process.loading()
         while (await anext(progress)).state != "Loading":
