@@ -5,6 +5,7 @@ CUDA_ARCHS ?=
 SETUP = $(PYTHON) scripts/setup_env.py --cuda $(CUDA) --cuda-archs "$(CUDA_ARCHS)"
 BIN = .venv/bin
 # In the order of the folders. Otherwise files with the fewest tests, which are often the slowest, would come last.
+# Three files at once on two cores, because tests wait for a quarter of their time: for deadlines, watchdogs, processes.
 DIST = --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-fast check demo-model llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs wheels setup setup-dev setup-clients setup-peers setup-vllm clean
@@ -13,7 +14,7 @@ run: setup demo-model  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
 test: setup-clients demo-model  ## all tests; those of vLLM run where make setup-vllm has made its environment
-	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) $(DIST)
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),3) $(DIST)
 
 test-fast: setup-dev  ## the unit tests: one module at a time, no process started
 	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) $(DIST) tests/unit

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from tests.support.server import ServeProgram, write_card
+from tests.support.server import ServeProgram, long_story, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
 LIMIT = 4 << 30
@@ -19,13 +19,7 @@ HUGE: dict[str, JsonValue] = {"n_ctx": 1 << 17, "slots": 4}
 """8 GiB of it, of which the first piece alone is beyond the limit."""
 FLAT: dict[str, JsonValue] = {"threads": 1, "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
 TOKENS = 1500
-BODY: dict[str, object] = {
-    "prompt": "once upon a time",
-    "max_tokens": TOKENS,
-    "ignore_eos": True,
-    "temperature": 0.9,
-    "seed": 5,
-}
+BODY = long_story(TOKENS)
 
 
 @pytest.fixture(scope="module")

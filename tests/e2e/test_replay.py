@@ -10,17 +10,11 @@ import httpx
 import pytest
 from pydantic import JsonValue
 
-from tests.support.server import ServeProgram, write_card
+from tests.support.server import ServeProgram, long_story, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
-TOKENS = 1500
-BODY: dict[str, object] = {
-    "prompt": "once upon a time",
-    "max_tokens": TOKENS,
-    "ignore_eos": True,
-    "temperature": 0.9,
-    "seed": 5,
-}
+TOKENS = 900
+BODY = long_story(TOKENS)
 
 
 @pytest.fixture(scope="module", params=["cuda", "mlx"])
@@ -131,7 +125,7 @@ def test_a_chat_goes_on_through_three_deaths(server: ServeProgram) -> None:
     body: dict[str, object] = {**BODY, "messages": [{"role": "user", "content": "hello"}]}
     del body["prompt"]
     undisturbed = texts_of(streamed(server, "/v1/chat/completions", body, 0, lambda: None))
-    for at in (2, 30, 300):
+    for at in (2, 30, 200):
         chunks = streamed(server, "/v1/chat/completions", body, at, lambda: send_signal(server, signal.SIGKILL))
         assert texts_of(chunks) == undisturbed
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from tests.support.server import ServeProgram, write_card
+from tests.support.server import ServeProgram, long_story, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
 BACKENDS: list[JsonValue] = ["LlamaCppCpu", "MlxCpu"]
@@ -87,13 +87,7 @@ def test_seeds_hold_within_a_batch(server: ServeProgram) -> None:
 # --- one engine keeps dying ---
 
 TOKENS = 1200
-BODY: dict[str, object] = {
-    "prompt": "once upon a time",
-    "max_tokens": TOKENS,
-    "ignore_eos": True,
-    "temperature": 0.9,
-    "seed": 5,
-}
+BODY = long_story(TOKENS)
 
 
 @contextmanager

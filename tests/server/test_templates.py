@@ -21,6 +21,7 @@ def chat(url: str, model: str) -> httpx.Response:
 
 def test_slow_templates_hold_up_no_other_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [fake_card("fake/slow", chat_template=SLOW), fake_card("fake/quick", chat_template=CHAT_TEMPLATE)]
+    monkeypatch.setattr(sandbox_pool, "PROCESSES", 2)
     with serve(tmp_path, *cards) as url, ThreadPoolExecutor() as pool:
         assert chat(url, "fake/quick").status_code == 200
         load = {"model": "fake/slow", "prompt": "x", "max_tokens": 1}

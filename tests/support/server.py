@@ -46,6 +46,11 @@ def _toml(value: JsonValue) -> str:
     return json.dumps(value)
 
 
+def long_story(tokens: int) -> dict[str, object]:
+    """A request for text that is sampled, the same for every engine, and never ends early."""
+    return {"prompt": "once upon a time", "max_tokens": tokens, "ignore_eos": True, "temperature": 0.9, "seed": 5}
+
+
 def inherited() -> dict[str, str]:
     """The environment without the variables that the MLX runner's code sets, which some tests import."""
     return {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
