@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, long_story, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.twins import write_twins
 
 LIMIT = 4 << 30
 """Bytes of address space for each process that the server starts."""
@@ -25,13 +26,11 @@ BODY = long_story(TOKENS)
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
     home = tmp_path_factory.mktemp("home")
-    write_gguf(home / "tiny.gguf", Shape())
-    write_mlx(home / "tiny", Shape())
+    tables = write_twins(home, slots=2)
     write_gguf(home / "wide.gguf", WIDE)
     write_mlx(home / "wide", WIDE)
-    fits: dict[str, JsonValue] = {"n_ctx": 2048, "slots": 2}
-    write_card(home, "cuda", {"cuda": {"path": str(home / "tiny.gguf"), **FLAT, **fits}})
-    write_card(home, "mlx", {"mlx": {"path": str(home / "tiny"), "dtype": "float32", **fits}}, backends=["MlxCpu"])
+    write_card(home, "cuda", {"cuda": tables["cuda"]})
+    write_card(home, "mlx", {"mlx": tables["mlx"]}, backends=["MlxCpu"])
     write_card(home, "huge", {"cuda": {"path": str(home / "wide.gguf"), **FLAT, **HUGE}})
     write_card(home, "huge-mlx", {"mlx": {"path": str(home / "wide"), "dtype": "float32", **HUGE}}, backends=["MlxCpu"])
     with ServeProgram(home) as server:

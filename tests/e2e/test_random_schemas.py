@@ -10,22 +10,16 @@ from pydantic import JsonValue
 from bench.grammar import ask_all
 from tests.support.random_schemas import fate, random_schema
 from tests.support.server import ServeProgram, write_card
-from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny import Shape
 from tests.support.tiny.tool_template import TEMPLATE
+from tests.support.twins import BACKENDS, write_twins
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServeProgram]:
     home = tmp_path_factory.mktemp("home")
-    shape = Shape(scale=0.5)
-    write_gguf(home / "tiny.gguf", shape)
-    write_mlx(home / "tiny", shape)
-    size: dict[str, JsonValue] = {"n_ctx": 1024, "slots": 8, "chat_template": TEMPLATE}
-    tables: dict[str, dict[str, JsonValue]] = {
-        "cuda": {"path": str(home / "tiny.gguf"), "threads": 1, **size},
-        "mlx": {"path": str(home / "tiny"), "dtype": "float32", **size},
-    }
-    write_card(home, "tiny", tables, backends=["LlamaCppCpu", "MlxCpu"])
+    tables = write_twins(home, Shape(scale=0.5), n_ctx=1024, slots=8, chat_template=TEMPLATE)
+    write_card(home, "tiny", tables, backends=BACKENDS)
     with ServeProgram(home) as server:
         yield server
 

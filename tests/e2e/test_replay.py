@@ -11,7 +11,7 @@ import pytest
 from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, long_story, write_card
-from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.twins import BACKENDS, write_twins
 
 TOKENS = 900
 BODY = long_story(TOKENS)
@@ -21,15 +21,7 @@ BODY = long_story(TOKENS)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
     """A model that only one engine may serve, in float32."""
     home = tmp_path_factory.mktemp("home")
-    write_gguf(home / "tiny.gguf", Shape())
-    write_mlx(home / "tiny", Shape())
-    exact: dict[str, JsonValue] = {"n_ctx": 2048, "slots": 4}
-    flat: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
-    tables: dict[str, dict[str, JsonValue]] = {
-        "cuda": {"path": str(home / "tiny.gguf"), **flat, **exact},
-        "mlx": {"path": str(home / "tiny"), "dtype": "float32", **exact},
-    }
-    write_card(home, "tiny", tables, backends=["LlamaCppCpu", "MlxCpu"], runner=request.param)
+    write_card(home, "tiny", write_twins(home), backends=BACKENDS, runner=request.param)
     with ServeProgram(home) as program:
         yield program
 

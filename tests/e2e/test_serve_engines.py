@@ -9,24 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
-from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, long_story, write_card
-from tests.support.tiny import Shape, write_gguf, write_mlx
-
-BACKENDS: list[JsonValue] = ["LlamaCppCpu", "MlxCpu"]
-
-
-def write_twins(home: Path) -> dict[str, dict[str, JsonValue]]:
-    """The same weights for both engines, computed in float32; the engine tables of their card."""
-    write_gguf(home / "twin.gguf", Shape())
-    write_mlx(home / "twin", Shape())
-    exact = {"n_ctx": 2048, "slots": 4}
-    flat = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
-    return {
-        "cuda": {"path": str(home / "twin.gguf"), "threads": 1, **flat, **exact},
-        "mlx": {"path": str(home / "twin"), "dtype": "float32", **exact},
-    }
+from tests.support.twins import BACKENDS, write_twins
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam
 from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.shared_params import ResponseFormatJSONSchema
-from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, write_card
-from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny import Shape
 from tests.support.tiny.tool_template import TEMPLATE
+from tests.support.twins import BACKENDS, write_twins
 
 RUNNERS = ("cuda", "mlx")
 SCHEMA: dict[str, Any] = {
@@ -41,16 +41,7 @@ HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServeProgram]:
     home = tmp_path_factory.mktemp("home")
-    shape = Shape(scale=0.5)
-    write_gguf(home / "tiny.gguf", shape)
-    write_mlx(home / "tiny", shape)
-    size: dict[str, JsonValue] = {"n_ctx": 2048, "slots": 4, "chat_template": TEMPLATE}
-    flat: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
-    tables: dict[str, dict[str, JsonValue]] = {
-        "cuda": {"path": str(home / "tiny.gguf"), **flat, **size},
-        "mlx": {"path": str(home / "tiny"), "dtype": "float32", **size},
-    }
-    write_card(home, "tiny", tables, backends=["LlamaCppCpu", "MlxCpu"])
+    write_card(home, "tiny", write_twins(home, Shape(scale=0.5), chat_template=TEMPLATE), backends=BACKENDS)
     with ServeProgram(home) as server:
         yield server
 

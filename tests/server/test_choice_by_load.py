@@ -15,12 +15,12 @@ import httpx
 from exo.cards.card import ModelCard
 from exo.worker.protocol.runners import Prefer
 from tests.conftest import fake_card
-from tests.e2e.test_serve_engines import BACKENDS, write_twins
 from tests.server.test_failover import AS_MLX
 from tests.support.api_server import serve
 from tests.support.fake_model import expected_text
 from tests.support.fake_runner import COMMAND
 from tests.support.server import ServeProgram, environment, write_card
+from tests.support.twins import BACKENDS, write_twins
 
 CROWD = 8
 TOKENS = 20

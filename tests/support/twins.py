@@ -10,6 +10,21 @@ from tests.support.program import Program, runner_command
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.shape import Architecture
 
+BACKENDS: list[JsonValue] = ["LlamaCppCpu", "MlxCpu"]
+
+
+def write_twins(home: Path, shape: Shape | None = None, **settings: JsonValue) -> dict[str, dict[str, JsonValue]]:
+    """The same weights for both engines, computed in float32. Returns the engine tables of their card."""
+    shape = shape or Shape()
+    write_gguf(home / "twin.gguf", shape)
+    write_mlx(home / "twin", shape)
+    sizes: dict[str, JsonValue] = {"n_ctx": 2048, "slots": 4, **settings}
+    flat: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+    return {
+        "cuda": {"path": str(home / "twin.gguf"), **flat, **sizes},
+        "mlx": {"path": str(home / "twin"), "dtype": "float32", **sizes},
+    }
+
 
 class Models:
     """Twins, each written once."""
