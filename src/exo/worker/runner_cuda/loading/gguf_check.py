@@ -7,6 +7,7 @@ answers with the ``error``, which is empty if the file is sound. The other files
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 
 from exo.worker.runner_common.load_error import LoadError
@@ -39,7 +40,23 @@ _SHOWN = 80
 
 
 def check_header(path: Path) -> None:
-    """Checks a file, and the other files of a split model, in the sandbox. Raises LoadError."""
+    """Checks a file, and the other files of a split model, in the sandbox. Raises LoadError.
+
+    Sound files are checked again only if they have changed, since a load follows an estimate.
+    """
+    _check_in_sandbox(path, tuple(map(_state, split_parts(path))))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:  # the check reports it
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _check_in_sandbox(path: Path, _states: tuple[tuple[int, ...], ...]) -> None:
     try:
         with Sandbox("exo.worker.runner_cuda.loading.gguf_check", _LIMITS) as sandbox:
             error = sandbox.ask({"path": str(path)})["error"]
