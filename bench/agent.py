@@ -2,7 +2,9 @@
 
 ``python -m bench.agent [--tokens N] [--pairs N] [--only exo]`` asks the demo model in two slots and prints, for each of
 five steps, the prompt tokens computed and the time to the first token: a cold prompt, its tail changed, a turn of some
-290 new tokens, the same prompt after three side prompts, and with the last reply changed after three more.
+290 new tokens, the same prompt after three side prompts, and with the last reply changed after three more. With
+``--turns N``, a cold prompt and N turns, each of which drops the first half of the last reply, as templates drop
+reasoning.
 """
 
 import argparse
@@ -31,9 +33,10 @@ _LIMIT_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's reply, the prompt tokens that were not cached, and the milliseconds to the first token."""
+    """One request's reply, its prompt tokens, those that were not cached, and the milliseconds to the first token."""
 
     text: str
+    prompt: int
     computed: int
     first_ms: float
 
@@ -68,7 +71,7 @@ def ask(server: Server, prompt: str) -> Answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    began, first, text, computed = time.perf_counter(), 0.0, "", 0
+    began, first, text, length, computed = time.perf_counter(), 0.0, "", 0, 0
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=600) as reply:
         reply.raise_for_status()
         for line in reply.iter_lines():
@@ -80,8 +83,9 @@ def ask(server: Server, prompt: str) -> Answer:
                 first = 1000 * (time.perf_counter() - began)
             text += piece
             if event.usage is not None:
-                computed = event.usage.prompt_tokens - event.usage.prompt_tokens_details.cached_tokens
-    return Answer(text, computed, first)
+                length = event.usage.prompt_tokens
+                computed = length - event.usage.prompt_tokens_details.cached_tokens
+    return Answer(text, length, computed, first)
 
 
 def words(dice: random.Random, count: int) -> str:
@@ -97,12 +101,28 @@ def conversation(server: Server, tokens: int, seed: int) -> Iterator[tuple[str, 
     prompt = f"{seed}{stem}{other}"
     answer = ask(server, prompt)
     yield "tail changed", answer
-    turn = "\n\nUser:" + words(dice, TURN_WORDS) + "\n\nAssistant:"
+    turn = _turn(dice)
     yield "a turn later", ask(server, prompt + answer.text + turn)
     _side_prompts(server, dice)
     yield "back after side prompts", ask(server, prompt + answer.text + turn)
     _side_prompts(server, dice)
     yield "back with another reply", ask(server, prompt + words(dice, REPLY_TOKENS) + turn)
+
+
+def long_conversation(server: Server, tokens: int, turns: int, seed: int) -> Iterator[tuple[str, Answer]]:
+    """Yields the cold prompt's answer and one for each turn."""
+    dice = random.Random(seed)
+    prompt = f"{seed}{words(dice, tokens)}"
+    answer = ask(server, prompt)
+    yield "cold", answer
+    for turn in range(2, turns + 2):
+        prompt += answer.text[len(answer.text) // 2 :] + _turn(dice)
+        answer = ask(server, prompt)
+        yield f"turn {turn}", answer
+
+
+def _turn(dice: random.Random) -> str:
+    return "\n\nUser:" + words(dice, TURN_WORDS) + "\n\nAssistant:"
 
 
 def _side_prompts(server: Server, dice: random.Random) -> None:
@@ -119,9 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.agent", description=__doc__)
     parser.add_argument("--tokens", type=int, default=4000, help="of the first prompt, about")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=0, help="measure that many turns instead of the five steps")
     parser.add_argument("--only", choices=["exo"], help="without llama-server")
     arguments = parser.parse_args()
-    context = -(-(arguments.tokens + 1024) // 1024) * 1024
+    context = -(-(arguments.tokens + 1024 + arguments.turns * (TURN_WORDS + REPLY_TOKENS)) // 1024) * 1024
     if arguments.only is None:
         set_up_peers()
     end_within(_LIMIT_SECONDS)
@@ -132,11 +153,17 @@ def main() -> None:
         found: dict[tuple[str, str], list[Answer]] = {}
         for pair in range(arguments.pairs):
             for server in servers if pair % 2 else servers[::-1]:
-                for step, answer in conversation(server, arguments.tokens, pair):
+                steps = (
+                    long_conversation(server, arguments.tokens, arguments.turns, pair)
+                    if arguments.turns
+                    else conversation(server, arguments.tokens, pair)
+                )
+                for step, answer in steps:
                     found.setdefault((step, server.name), []).append(answer)
         for (step, name), answers in found.items():
-            computed, first = median(each.computed for each in answers), median(each.first_ms for each in answers)
-            print(f"{step:<26} {name:<14} {computed:7.0f} tokens computed, first {first:8.0f} ms")
+            length, computed = median(each.prompt for each in answers), median(each.computed for each in answers)
+            first = median(each.first_ms for each in answers)
+            print(f"{step:<26} {name:<14} {computed:7.0f} of {length:7.0f} tokens computed, first {first:8.0f} ms")
         for server, process in zip(servers, started, strict=True):
             print(f"{server.name:<14} {_resident(psutil.Process(process.pid)):,} MiB resident at the end")
 
