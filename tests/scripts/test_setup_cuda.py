@@ -1,12 +1,14 @@
-"""``exo setup cuda`` with stand-ins for the driver; nothing is downloaded, except by the last test."""
+"""``exo setup cuda`` with stand-ins for the driver; nothing is downloaded, except by the last tests."""
 
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.support.nvidia_driver import StandIn, exo, install_driver, needs_gcc
 from tests.support.server import without_vllm
 
@@ -109,3 +111,19 @@ def test_a_driver_is_enough_for_a_plug_in_that_loads(tmp_path: Path, driver: Sta
     assert "the driver gives CUDA no device" in exo("doctor", env=env).stdout
     again = exo("setup", "cuda", env=env)
     assert again.stdout == f"the CUDA plug-in is set up: package {package}\n"
+
+
+@downloads
+def test_a_fresh_clone_on_a_machine_with_a_driver_gets_the_plug_in(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    env = {
+        name: value for name, value in install_driver(tmp_path / "driver", StandIn()).items() if name != "PYTHONPATH"
+    }
+    done = subprocess.run(["make", "llama"], cwd=clone, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "driver 580.95.05 for CUDA 13.0; compute capability 8.9" in done.stdout
+    assert "the CUDA plug-in is set up: package @node-llama-cpp/linux-x64-cuda@3.22.1" in done.stdout
+    doctor = [clone / ".venv" / "bin" / "exo", "doctor"]
+    shown = subprocess.run(doctor, env=env, capture_output=True, text=True, check=False).stdout
+    assert "the driver gives CUDA no device" in shown

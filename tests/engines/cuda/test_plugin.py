@@ -81,6 +81,24 @@ def test_a_plug_in_of_another_interface_is_refused_by_ggml(tmp_path: Path) -> No
     assert "ggml refuses" in note(tmp_path, env)[0]
 
 
+@pytest.mark.parametrize("capability", [(8, 9), (14, 0)])
+def test_a_driver_and_a_gpu_newer_than_the_plug_in_do_not_keep_it_from_being_tried(
+    tmp_path: Path, capability: tuple[int, int]
+) -> None:
+    """It has PTX, which the driver compiles for a GPU that has come later."""
+    newer = install_driver(tmp_path / "driver", StandIn("650.10", 14010, capability))
+    env = {**newer, **install_plugin(tmp_path / "plugin", OLD_INTERFACE)}
+    assert "ggml refuses" in note(tmp_path, env)[0]
+
+
+def test_a_gpu_newer_than_a_plug_in_without_ptx_is_named(tmp_path: Path) -> None:
+    newer = install_driver(tmp_path / "driver", StandIn("650.10", 14010, (14, 0)))
+    env = {**newer, **install_plugin(tmp_path / "plugin", CRASHES, replace(FITTING, ptx=()))}
+    told, remedy = note(tmp_path, env)
+    assert told.endswith("does not fit: it has no machine code for compute capability 14.0")
+    assert remedy == "exo setup cuda"
+
+
 def test_a_plug_in_for_other_bindings_is_not_loaded(tmp_path: Path) -> None:
     other = replace(FITTING, bindings="0.3.35")
     env = {**install_driver(tmp_path / "driver", StandIn()), **install_plugin(tmp_path / "plugin", CRASHES, other)}
