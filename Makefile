@@ -47,10 +47,10 @@ bench-peers: setup-peers demo-model  ## exo beside llama-server, llama-cpp-pytho
 bench-server: setup-dev  ## what the server path costs, with the fake runner; PAIRS=5
 	$(BIN)/python -m bench.server_path --pairs $(or $(PAIRS),5)
 
-gpu-archive:  ## pack the sources and wheels for a machine with a GPU and no network; ARGS="--python 3.12"
-	$(PYTHON) scripts/gpu_archive.py $(ARGS)
+gpu-archive: setup  ## compile and pack for a machine with a GPU and no network; ARGS="--archs 90-real --python 3.12"
+	$(BIN)/python scripts/gpu_archive.py $(ARGS)
 
-gpu-check:  ## on such a machine: build, test, measure, see docs/gpu.md; ARGS="--stages build,contract"
+gpu-check:  ## on such a machine: test, measure, see docs/gpu.md; ARGS="--stages self-test,contract"
 	PYTHON=$(PYTHON) scripts/gpu_check $(ARGS)
 
 wheels: setup  ## build/wheels/exo-*.whl, tried in an empty environment: llama.cpp, the demo model, an answer

@@ -1,63 +1,68 @@
-"""Makes build/gpu-archive.tar.xz: what ``scripts/gpu_check`` needs on a machine that can fetch nothing.
+"""Makes build/gpu-archive.tar.xz: what ``scripts/gpu_check`` needs on a machine that can fetch and compile nothing.
 
-It holds the pinned llama.cpp, trimmed to a CPU and CUDA build of its libraries, llama-bench, llama-batched-bench and
-llama-server; llama-cpp-python's modules; and wheels of what the llama.cpp runner, the server, the benchmark and the
-contract tests import. exo itself is not in it: the check runs from a checkout. Standard library only.
+It holds the CUDA plug-in, llama.cpp's libraries, llama-server and llama-batched-bench, compiled here; the modules of
+llama-cpp-python; and wheels of what the llama.cpp runner, the server, the benchmark and the contract tests import. exo
+itself is not in it: the check runs from a checkout.
 """
 
 import argparse
+import importlib.util
+import os
 import re
-import subprocess
+import shutil
 import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from exo.config import cache_directory
+from exo.setup.cuda import compiled_plugin
+from exo.setup.steps import SetupError, run, run_build, step
+from exo.setup.toolkit import llama_source
+from exo.worker.runner_cuda.plugin import DESCRIPTION, LIBRARY
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
-
-from exo.setup.llama import LLAMA  # noqa: E402
-
 ARCHIVE = ROOT / "build" / "gpu-archive.tar.xz"
-LIMIT_MIB = 60
-PYTHONS = ("3.11", "3.12")
+LIMIT_MIB = 58
+"""A machine that takes 64 MiB of files also gets the checkout, which has less than 6."""
+PYTHON, ARCHITECTURES = "3.12", "90-real"
 
 # Nothing that runs on llama.cpp alone imports these: MLX, and what tokenises and converts for it.
 LEFT_OUT = {"mlx", "mlx-cpu", "mlx-lm", "transformers", "tokenizers", "sentencepiece", "protobuf", "regex", "hf-xet"}
-TESTS = {"pytest", "iniconfig", "pluggy", "hypothesis", "sortedcontainers"}
+TESTS = {"pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "hypothesis", "sortedcontainers"}
 
-VENDORED = PurePosixPath("vendor/llama.cpp")
-KEPT_FOLDERS = {"cmake", "common", "ggml", "include", "licenses", "src", "tools", "vendor"}
-KEPT_BACKENDS = {"ggml-cpu", "ggml-cuda"}
-KEPT_FILES = {"CMakeLists.txt", "LICENSE", "scripts/ui-assets.cmake"}
-KEPT_SUFFIXES = {".c", ".cpp", ".cu", ".cuh", ".cmake", ".h", ".hpp", ".in"}
+TARGETS = ("llama", "llama-server", "llama-batched-bench")
+SWITCHES = (
+    # For the instruction sets of x86-64-v3, which processors beside such GPUs have.
+    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=OFF", "-DGGML_CCACHE=OFF", "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
+    "-DLLAMA_OPENSSL=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
+    *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP", "UI")),
+)  # fmt: skip
 
 
 def main() -> None:
-    """Downloads what is missing, packs, says how large it is; fails beyond the limit."""
+    """Compiles and downloads what is missing, packs, says how large it is; fails beyond the limit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", action="append", help=f"wheels for this version, repeatable; {', '.join(PYTHONS)}")
+    parser.add_argument("--python", default=PYTHON, help=f"the version that the wheels are for; default {PYTHON}")
+    parser.add_argument("--archs", default=ARCHITECTURES, help=f"GPUs, such as 89-real; default {ARCHITECTURES}")
     parser.add_argument("--output", type=Path, default=ARCHIVE)
-    parser.add_argument("--limit-mib", type=float, default=LIMIT_MIB)
     options = parser.parse_args()
-    pythons = tuple(options.python or PYTHONS)
-    for python in pythons:
-        if not re.fullmatch(r"3\.1[1-9]", python):
-            sys.exit(f"--python: must be like 3.12, at least 3.11 (got {python!r})")
-    downloads = ROOT / "build" / "gpu-downloads"
-    sources = download_sources(downloads)
-    wheels = [download_wheels(downloads, python) for python in pythons]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    count = pack(options.output, sources, wheels)
+    if not re.fullmatch(r"3\.1[1-9]", options.python):
+        sys.exit(f"--python: must be like 3.12, at least 3.11 (got {options.python!r})")
+    try:
+        wheels = download_wheels(ROOT / "build" / "gpu-downloads", options.python)
+        programs, plugin = compiled_programs(ROOT / "build" / "gpu-programs"), compiled_plugin(options.archs)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        count = pack(options.output, [*wheels, *modules(), *programs, *plugin_files(plugin)])
+    except SetupError as error:
+        sys.exit(str(error))
     size = options.output.stat().st_size / (1 << 20)
-    print(f"{options.output}: {size:.1f} MiB, {count} files, wheels for Python {' and '.join(pythons)}")
-    if size >= options.limit_mib:
-        sys.exit(
-            f"the archive must have less than {options.limit_mib:g} MiB; with --python 3.12 alone it has fewer wheels"
-        )
+    print(f"{options.output}: {size:.1f} MiB, {count} files, for Python {options.python} and {options.archs}")
+    if size >= LIMIT_MIB:
+        sys.exit(f"the archive must have less than {LIMIT_MIB} MiB")
 
 
 def pinned(name: str) -> dict[str, str]:
@@ -73,51 +78,24 @@ def requirements() -> list[str]:
     return sorted([*runtime, *tests, f"pip=={version('pip')}"])
 
 
-def wanted(path: str) -> bool:
-    """Whether a file of llama-cpp-python's source package, by its path in there, goes into the archive."""
-    inside = PurePosixPath(path)
-    if inside.parts[0] == "llama_cpp":
-        return inside.suffix == ".py" and "server" not in inside.parts
-    if path == "LICENSE.md":
-        return True
-    if not inside.is_relative_to(VENDORED):
-        return False
-    inside = inside.relative_to(VENDORED)
-    if str(inside) in KEPT_FILES:
-        return True
-    if inside.parts[0] not in KEPT_FOLDERS:
-        return False
-    if inside.parts[:2] == ("tools", "ui"):
-        return len(inside.parts) == 3 and (inside.suffix == ".in" or inside.name == "CMakeLists.txt")
-    if inside.parts[:2] == ("ggml", "src") and len(inside.parts) > 3 and inside.parts[2] not in KEPT_BACKENDS:
-        return False
-    return inside.suffix in KEPT_SUFFIXES or inside.name in ("CMakeLists.txt", "LICENSE")
+Member = tuple[str, Path]
+"""A name in the archive, and the file."""
 
 
-def download_sources(folder: Path) -> Path:
-    """The source package of the pinned bindings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name, _, version = LLAMA.partition("==")
-    file = folder / f"{name.replace('-', '_')}-{version}.tar.gz"
-    if not file.exists():
-        pip("download", "--no-deps", "--no-binary", name, "-d", folder, LLAMA)
-    return file
-
-
-def download_wheels(folder: Path, python: str) -> Path:
-    """A folder with the wheels for a version of Python on x86-64 Linux with glibc 2.34 or newer."""
+def download_wheels(folder: Path, python: str) -> Iterator[Member]:
+    """The wheels for a version of Python on x86-64 Linux with glibc 2.34 or newer. Raises SetupError."""
     wheels = folder / f"wheels-{python}"
     wheels.mkdir(parents=True, exist_ok=True)
     tags = [f"manylinux_2_{minor}_x86_64" for minor in range(34, 16, -1)]
     tags += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     platforms = [word for tag in tags for word in ("--platform", tag)]
     target = ["--python-version", python, "--implementation", "cp", *platforms]
-    pip("download", "--quiet", "--no-deps", "--only-binary=:all:", *target, "-d", wheels, *requirements())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    run([*pip, "--only-binary=:all:", *target, "-d", wheels, *requirements()])
     pins = {normal(line) for line in requirements()}
     for wheel in wheels.glob("*.whl"):
-        if normal("==".join(wheel.name.split("-")[:2])) not in pins:
-            wheel.unlink()  # of an earlier pin
-    return wheels
+        if normal("==".join(wheel.name.split("-")[:2])) in pins:
+            yield f"wheels/{wheel.name}", wheel
 
 
 def normal(pin: str) -> str:
@@ -125,53 +103,78 @@ def normal(pin: str) -> str:
     return re.sub(r"[-_.]+", "-", pin).lower()
 
 
-def pip(*arguments: str | Path) -> None:
-    """Runs this Python's pip; its failure ends this program."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    if code := subprocess.run(command, check=False).returncode:
-        sys.exit(code)
+def modules() -> Iterator[Member]:
+    """The modules of this environment's bindings."""
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None, "make setup has installed them"
+    assert spec.origin is not None
+    for file in Path(spec.origin).parent.glob("*.py"):
+        yield f"llama_cpp/{file.name}", file
 
 
-def pack(output: Path, sources: Path, wheels: Iterable[Path]) -> int:
+def compiled_programs(folder: Path) -> Iterator[Member]:
+    """llama.cpp's programs and libraries for the CPU, which load the plug-in. Raises SetupError."""
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    if cmake is None:
+        raise SetupError("there is no cmake in PATH (on Debian or Ubuntu: apt install cmake)")
+    folder.mkdir(parents=True, exist_ok=True)
+    source, log = llama_source(cache_directory() / "cuda"), folder / "build.log"
+    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+    with step(f"building llama-server and llama-batched-bench (minutes on two cores); log: {log}"):
+        run_build([cmake, "-S", source, "-B", folder, *ninja, *SWITCHES], log, {})
+        jobs = str(len(os.sched_getaffinity(0)))
+        run_build([cmake, "--build", folder, "--parallel", jobs, "--target", *TARGETS], log, {})
+    for file in (folder / "bin").iterdir():
+        # A library by the name that the others look for: with its major version, if it has one.
+        if (
+            file.name in TARGETS
+            or re.search(r"\.so\.\d+$", file.name)
+            or (file.suffix == ".so" and not file.is_symlink())
+        ):
+            yield f"bin/{file.name}", file
+
+
+def plugin_files(folder: Path) -> Iterator[Member]:
+    for name in (LIBRARY, DESCRIPTION):
+        yield f"plugin/{name}", folder / name
+
+
+def pack(output: Path, members: Iterable[Member]) -> int:
     """Writes the archive; the same input gives the same bytes. Returns the number of files."""
+    files = sorted(members)
     with tempfile.TemporaryDirectory() as folder:
-        files = sorted([*unpack_sources(sources, Path(folder)), *stored_wheels(wheels, Path(folder))])
         unfinished = output.with_suffix(".part")
-        # The dictionary of this preset, 64 MiB, reaches from one version's NumPy to the next one's.
         with tarfile.open(unfinished, "w:xz", preset=9) as archive:
-            for name in files:
+            for name, file in files:
+                smaller = prepared(file, Path(folder))
                 entry = tarfile.TarInfo(name)
-                entry.size = (Path(folder) / name).stat().st_size
-                with (Path(folder) / name).open("rb") as file:
-                    archive.addfile(entry, file)
+                entry.size, entry.mode = smaller.stat().st_size, 0o755 if name.startswith("bin/") else 0o644
+                with smaller.open("rb") as content:
+                    archive.addfile(entry, content)
         unfinished.rename(output)
     return len(files)
 
 
-def unpack_sources(sources: Path, folder: Path) -> Iterator[str]:
-    """The wanted files of the source package, below ``llama-cpp-python/``; their names."""
-    with tarfile.open(sources) as package:
-        for member in package:
-            inside = member.name.partition("/")[2]
-            file = package.extractfile(member) if member.isfile() and wanted(inside) else None
-            if file is not None:
-                name = f"llama-cpp-python/{inside}"
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(file.read())
-                yield name
+def prepared(file: Path, folder: Path) -> Path:
+    """A copy that takes less room in the archive: a wheel without its own compression, a program without symbols."""
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    if file.suffix == ".whl":
+        return stored(file, folder / file.name)
+    if start == b"\x7fELF":
+        run(["strip", "-o", folder / file.name, file])
+        return folder / file.name
+    return file
 
 
-def stored_wheels(wheels: Iterable[Path], folder: Path) -> Iterator[str]:
-    """The wheels, their files not compressed one by one, so that xz finds what they have in common; their names."""
-    (folder / "wheels").mkdir()
-    unlike = {wheel.name: wheel for each in wheels for wheel in sorted(each.glob("*.whl"))}
-    for name, wheel in unlike.items():
-        with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(folder / "wheels" / name, "w") as stored:
-            for item in packed.infolist():
-                entry = zipfile.ZipInfo(item.filename)
-                entry.external_attr = item.external_attr
-                stored.writestr(entry, packed.read(item))
-        yield f"wheels/{name}"
+def stored(wheel: Path, target: Path) -> Path:
+    """The wheel with its files not compressed one by one, so that xz finds what they have in common."""
+    with zipfile.ZipFile(wheel) as packed, zipfile.ZipFile(target, "w") as written:
+        for item in packed.infolist():
+            entry = zipfile.ZipInfo(item.filename)
+            entry.external_attr = item.external_attr
+            written.writestr(entry, packed.read(item))
+    return target
 
 
 if __name__ == "__main__":

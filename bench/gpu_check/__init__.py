@@ -1,5 +1,5 @@
-"""``scripts/gpu_check``: builds llama.cpp for the GPU from an archive, and tests and measures exo on it.
+"""``scripts/gpu_check``: tests and measures exo on a GPU, with programs that were compiled elsewhere.
 
-``__main__``, ``options``, ``record``, ``toolchain`` and ``build`` run before anything is installed and use the standard
-library only. ``stages`` and its imports run in the environment that they make.
+``__main__``, ``options``, ``record`` and ``prepare`` run before anything is installed and use the standard library
+only. ``stages`` and its imports run in the environment that they make.
 """

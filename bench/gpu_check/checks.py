@@ -1,5 +1,6 @@
-"""Checks on the GPU: the contract tests, agreement with the CPU, and whether layers are where they should be."""
+"""Checks on the GPU: self-test, contract tests, agreement with the CPU, and where layers and memory are."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from bench.gpu_check.record import CheckError, Step, run
 from exo.compare.comparison import Comparison
 from exo.compare.engine import ComparedEngine
 from exo.compare.run import CompareOptions, Subject, examine
-from exo.worker.protocol.commands import Load
+from exo.setup.cuda import self_test
+from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.host_probe import probe_host
@@ -25,7 +27,7 @@ from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_gguf
-from tests.support.tiny.shape import ARCHITECTURES, Architecture
+from tests.support.tiny.shape import ARCHITECTURES
 
 _CONTRACT = ROOT / "tests" / "contract"
 _BACKEND_VARIABLE = "EXO_TEST_LLAMA_BACKEND"
@@ -34,6 +36,18 @@ _MAX_ABS = 0.05
 """Nats. A GPU multiplies float32 matrices of small batches with factors rounded to 10 bits (TF32). That changes a logit
 of these models, whose standard deviation is 4, by a few thousandths; an arithmetic error changes it by whole nats."""
 _KL_MEAN = 1e-4
+_TEST_PROCESSES = 8
+TWO_DEVICES = ("env", "GGML_CUDA_DEVICES=2")
+"""What precedes a command whose CUDA shows the first GPU as two."""
+_Table = Mapping[str, JsonValue]
+_EXACT: _Table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
+_FLASH: _Table = {"cache_type_k": "f16", "cache_type_v": "f16", "flash_attn": "on"}
+"""For a split by tensor, which needs flash attention, which has no float32 KV cache."""
+_BY_LAYER: _Table = {"split_mode": "layer", "tensor_split": [1, 1]}
+_BY_TENSOR: _Table = {"split_mode": "tensor"}
+_SHARED = Shape("llama", layers=6, heads=4, kv_heads=4, head_dim=64)
+"""Layers and heads for two devices. Flash attention knows heads of this size."""
+_ESTIMATE_SLACK = 1.1
 _TOP1 = 0.98
 _MODULE = RUNNERS["cuda"].module
 _ALL_LAYERS_SHARE = 0.85
@@ -43,17 +57,38 @@ _NO_LAYER_SHARE = 0.15
 
 
 def steps(options: Options) -> list[Step]:
-    """A step for the contract tests, one per architecture, and one for the offload of layers."""
-    return [
+    """The self-test, the contract tests, a parity step per architecture, offload, and two devices made of one GPU."""
+    model = models(options)[0]
+    checks = [
         Step("contract", "contract", partial(_test, options), 60),
-        *(Step(f"parity {each}", "parity", partial(_compare, options, each), 20) for each in ARCHITECTURES),
-        Step("offload", "offload", partial(_check_offload, options, models(options)[0]), 30),
+        *(
+            Step(f"parity {each}", "parity", partial(_compare, options, Shape(each), _EXACT, None), 15)
+            for each in ARCHITECTURES
+        ),
+        Step("offload", "offload", partial(_check_offload, options, model), 30),
     ]
+    if options.cpu:  # it has no self-test, and llama.cpp makes no two devices of it
+        return checks
+    splits = [
+        Step(f"two devices, by {name}", "devices", partial(_compare, options, _SHARED, table, split), 15)
+        for name, table, split in (("layer", _EXACT, _BY_LAYER), ("tensor", _FLASH, _BY_TENSOR))
+    ]
+    budget = Step("two devices, memory", "devices", partial(_check_budget, options, model), 20)
+    return [Step("self-test", "self-test", lambda _: _prove()), *checks, *splits, budget]
+
+
+def _prove() -> Mapping[str, Any]:
+    tested = self_test()
+    facts = {"proofs": list(tested.proofs)}
+    if tested.failure:
+        raise CheckError(tested.failure, facts)
+    return facts
 
 
 def _test(options: Options, deadline: float) -> Mapping[str, Any]:
     command = [options.python, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda", "--rootdir", ROOT]
-    said = run([*command, _CONTRACT], options.logs / "contract.log", deadline, {_BACKEND_VARIABLE: options.backend})
+    command += ["--numprocesses", str(min(_TEST_PROCESSES, os.cpu_count() or 1)), _CONTRACT]
+    said = run(command, options.logs / "contract.log", deadline, {_BACKEND_VARIABLE: options.backend})
     return {"backend": options.backend, "tests": counted(said)}
 
 
@@ -66,16 +101,16 @@ def counted(said: str) -> dict[str, int]:
     return counts
 
 
-def _compare(options: Options, architecture: Architecture, deadline: float) -> Mapping[str, Any]:
-    path = options.work / "models" / f"twin-{architecture}.gguf"
+def _compare(options: Options, shape: Shape, table: _Table, split: _Table | None, deadline: float) -> Mapping[str, Any]:
+    """Compares with the CPU; with ``split``, a GPU that is shown as two devices."""
+    path = options.work / "models" / f"twin-{shape.architecture}-{shape.head_dim}.gguf"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf(path, Shape(architecture))
-    exact: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "slots": 1}
-    table: dict[str, JsonValue] = {"path": str(path), **exact}
-    command = runner_commands()["cuda"]
-    on_cpu = Load(model_id="test/twin", backend="LlamaCppCpu", table={**table, "threads": 1})
-    checked = Load(model_id="test/twin", backend=options.backend, table={**table, "threads": 2})
-    engines = ComparedEngine("CPU", tuple(command), on_cpu), ComparedEngine("checked", tuple(command), checked)
+    write_gguf(path, shape)
+    command, prefix = tuple(runner_commands()["cuda"]), () if split is None else TWO_DEVICES
+    own: dict[str, JsonValue] = {"path": str(path), "slots": 1, **table}
+    on_cpu = Load(model_id="test/twin", backend="LlamaCppCpu", table={**own, "threads": 1})
+    checked = Load(model_id="test/twin", backend=options.backend, table={**own, "threads": 2, **(split or {})})
+    engines = ComparedEngine("CPU", command, on_cpu), ComparedEngine("checked", (*prefix, *command), checked)
 
     async def compare() -> Comparison:
         with anyio.fail_after(deadline - time.monotonic()):
@@ -123,16 +158,33 @@ def _check_offload(options: Options, model: Model, _deadline: float) -> Mapping[
     return facts
 
 
-def _load(backend: str, table: dict[str, Any]) -> dict[str, Any]:
-    """The GPU memory that a load takes in bytes, and the devices that the runner names."""
+def _check_budget(options: Options, model: Model, _deadline: float) -> Mapping[str, Any]:
+    """Whether the memory that is reserved for a model on two devices suffices. Raises CheckError."""
+    table = {"path": str(file_of(options, model)), "n_ctx": 512, "slots": 2, **_BY_LAYER}
+    facts = _load(options.backend, table, TWO_DEVICES)
+    estimated = sum(facts["estimated_bytes"].values())
+    if len(facts["devices"]) != 2 or set(facts["estimated_bytes"]) != set(facts["devices"]):
+        raise CheckError(f"the estimate is for {facts['estimated_bytes']}, the runner uses {facts['devices']}", facts)
+    if not options.small and facts["taken_bytes"] > _ESTIMATE_SLACK * estimated:
+        raise CheckError(f"{estimated} bytes are reserved, and {facts['taken_bytes']} were taken", facts)
+    return facts
+
+
+def _load(backend: str, table: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The GPU memory in bytes that a load should take and takes, and the devices that the runner names."""
+    load = Load(model_id="test/offload", backend=backend, table=table)
     before = _free()
-    with Program(runner_command(_MODULE)) as program:
-        capabilities = program.load(Load(model_id="test/offload", backend=backend, table=table))
+    with Program([*prefix, *runner_command(_MODULE)]) as program:
+        program.send(Estimate(load=load))
+        program.until(lambda: program.estimated is not None)
+        assert program.estimated is not None
+        capabilities = program.load(load)
         (result,) = program.generate(ask("offload"))
         taken = before - _free()
         said = {
             "devices": list(capabilities.devices),
             "model_bytes": capabilities.model_bytes,
+            "estimated_bytes": dict(program.estimated.choices[0].devices),
             "taken_bytes": taken,
             "tokens": len(result.tokens),
         }

@@ -1,6 +1,7 @@
 """Writes models of real shapes with random weights. Quantised blocks are drawn in their stored form."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -22,18 +23,19 @@ _DEVIATION = {"Q8_0": 256 / math.sqrt(12), "Q4_0": 16 / math.sqrt(12)}
 """The standard deviation of a block's uniformly drawn integers. A weight is an integer times the block's scale."""
 
 
+_WRITING = threading.Lock()
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     name: str
     shape: Shape
-    context: int = 1024
 
 
 _LLAMA_8B = {"vocabulary": 128_256, "hidden": 4096, "feed_forward": 14_336, "layers": 32, "heads": 32, "kv_heads": 8}
 _GEMMA_1B = {"vocabulary": 262_144, "hidden": 1152, "feed_forward": 6912, "layers": 26, "heads": 4, "kv_heads": 1}
 MODELS = (
-    Model("8b-q8_0", Shape("llama", head_dim=128, context_length=8192, dtype="Q8_0", **_LLAMA_8B)),
-    Model("8b-q4_0", Shape("llama", head_dim=128, context_length=8192, dtype="Q4_0", **_LLAMA_8B)),
+    Model("8b-q4_0", Shape("llama", head_dim=128, context_length=32_768, dtype="Q4_0", **_LLAMA_8B)),
     Model(
         "1b-262144-tokens",
         Shape("gemma3", head_dim=256, context_length=8192, dtype="Q8_0", sliding_window=512, **_GEMMA_1B),
@@ -41,7 +43,6 @@ MODELS = (
 )
 """The sizes of Llama 3.1 8B and of Gemma 3 1B."""
 SMALL_MODELS = (
-    Model("small-q8_0", Shape("llama", vocabulary=2048, hidden=256, feed_forward=512, head_dim=64, dtype="Q8_0")),
     Model("small-q4_0", Shape("llama", vocabulary=2048, hidden=256, feed_forward=512, head_dim=64, dtype="Q4_0")),
     Model("small-gemma", Shape("gemma3", vocabulary=8192, hidden=256, feed_forward=512, head_dim=64, dtype="Q8_0")),
 )
@@ -52,13 +53,14 @@ def models(options: Options) -> tuple[Model, ...]:
 
 
 def file_of(options: Options, model: Model) -> Path:
-    """The model's file. The first call writes it."""
+    """The model's file. The first call writes it; one from another thread waits for it."""
     path = options.work / "models" / f"{model.name}.gguf"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        write_random(unfinished, model.shape)
-        unfinished.rename(path)
+    with _WRITING:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".part")
+            write_random(unfinished, model.shape)
+            unfinished.rename(path)
     return path
 
 

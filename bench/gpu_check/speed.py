@@ -1,12 +1,14 @@
-"""Measures exo, a tuned llama-server of the same build, and llama.cpp's own benchmarks on the same files."""
+"""Measures exo, a tuned llama-server of the same build, and llama.cpp's own benchmark on the same files."""
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, JsonValue, TypeAdapter
+from pydantic import JsonValue
 
 from bench.gpu_check.models import Model, file_of, models
 from bench.gpu_check.options import Options
@@ -16,73 +18,85 @@ from bench.servers import Server, exo_server, free_address
 from exo.bench.options import BenchOptions
 from exo.bench.run import run_bench
 from exo.exit_code import CommandError
+from exo.worker.runner_cuda.plugin import LIBRARY, read_plugin
 from tests.support.server import write_card
 
-CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-SMALL_CONCURRENCY = (1, 2)
-LLAMA_SERVER, BACKEND_SAMPLING = "llama-server", "llama-server -bs"
-SERVERS = ("exo", LLAMA_SERVER, BACKEND_SAMPLING)
-SETTINGS = {"exo, sampling on": "on"}
-"""exo with ``backend_sampling``, which is off by default; for the model with the largest vocabulary."""
-_LOAD_SECONDS, _STEP_SECONDS, _LEAST_SECONDS = 120.0, 150.0, 75.0
+EXO, LLAMA_SERVER, BATCHED_BENCH = "exo", "llama-server", "llama-batched-bench"
+_LOAD_SECONDS, _STEP_SECONDS, _LEAST_SECONDS = 60.0, 45.0, 15.0
 _CARD = "gpu-check"
-PROMPT_TOKENS, OUTPUT_TOKENS = 128, 128
 
 
-class _Rate(BaseModel):
-    """The format of llama-bench: one test, prefill or decode."""
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests that both servers get. The largest number of ``streams`` is also the number of slots."""
 
-    n_prompt: int
-    n_gen: int
-    avg_ts: float
-    stddev_ts: float
+    stage: str
+    model: Model
+    streams: tuple[int, ...]
+    prompt_words: int
+    prompt_tokens: int
+    """About; for llama-batched-bench."""
+    output_tokens: int
+    context: int
+    """Tokens of a slot."""
+    requests: int | None = None
+    """Of each number of streams; None: at least eight, and two of each stream."""
+    sample_on_device: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.model.name}"
+
+    @property
+    def slots(self) -> int:
+        return max(self.streams)
 
 
-_RATES: TypeAdapter[list[_Rate]] = TypeAdapter(list[_Rate])
+def workloads(options: Options) -> list[Workload]:
+    """The loads in the order in which they are measured."""
+    chat = [Workload("sweep", each, (1, 8, 32, 64), 40, 138, 128, 1024) for each in models(options)]
+    widest = max(chat, key=lambda each: each.model.shape.vocabulary)
+    agent = Workload("agent", chat[0].model, (1, 4), 4630, 16_000, 256, 16_896, requests=4)
+    every = [*chat, replace(widest, stage="sampling", sample_on_device=True), agent]
+    if options.small:
+        every = [replace(each, streams=(1, 2), output_tokens=16, context=1024) for each in every]
+        every[-1] = replace(every[-1], prompt_words=200, prompt_tokens=736)
+    return every
 
 
 def steps(options: Options) -> list[Step]:
-    """Every server on every model, exo with other settings, then llama.cpp's benchmarks."""
-    widest = max(models(options), key=lambda model: model.shape.vocabulary)
-    pairs = [(model, server) for model in models(options) for server in SERVERS]
-    sweeps = [
-        Step(name_of(model, server), "sweep", partial(_sweep, options, model, server), _LEAST_SECONDS)
-        for model, server in (*pairs, *((widest, setting) for setting in SETTINGS))
-    ]
-    programs = {"llama_bench": _llama_bench, "batched_bench": _batched_bench}
-    return sweeps + [
-        Step(f"{name} {model.name}", "ceiling", partial(program, options, model), 20)
-        for model in models(options)
-        for name, program in programs.items()
-    ]
+    """Each load on exo, on llama-server and, unless only the sampling differs, in llama.cpp's benchmark."""
+    found: list[Step] = []
+    for load in workloads(options):
+        measured: dict[str, Callable[[float], Mapping[str, Any]]] = {
+            EXO: partial(_serve, options, load, EXO),
+            LLAMA_SERVER: partial(_serve, options, load, LLAMA_SERVER),
+        }
+        if not load.sample_on_device:
+            measured[BATCHED_BENCH] = partial(_batched_bench, options, load)
+        found += [Step(name_of(load, each), load.stage, run, _LEAST_SECONDS) for each, run in measured.items()]
+    return found
 
 
-def name_of(model: Model, server: str) -> str:
-    return f"sweep {model.name} {server}"
+def name_of(load: Workload, program: str) -> str:
+    return f"{load.name} {program}"
 
 
-def concurrency(options: Options) -> tuple[int, ...]:
-    """Requests in flight, one load per number. The last is also the number of slots."""
-    return SMALL_CONCURRENCY if options.small else CONCURRENCY
-
-
-def _sweep(options: Options, model: Model, name: str, deadline: float) -> Mapping[str, Any]:
-    server = _llama_server(options, model, name)
-    if name == "exo" or name in SETTINGS:
-        server = _exo(options, model, SETTINGS.get(name, "off"))
-    loads = concurrency(options)
+def _serve(options: Options, load: Workload, name: str, deadline: float) -> Mapping[str, Any]:
+    server = (_exo if name == EXO else _llama_server)(options, load)
     options.logs.mkdir(parents=True, exist_ok=True)
     try:
-        with server.running(options.logs / f"{name_of(model, name)}.log"):
+        with server.running(options.logs / f"{name_of(load, name)}.log"):
             _load(server, deadline)
             left = min(_STEP_SECONDS, deadline - time.monotonic())
             asked = BenchOptions(
                 url=server.url,
                 model=server.model,
-                concurrency=loads,
-                prompt_words=40,
-                output_tokens=16 if options.small else 128,
-                time_limit=max(1.0, left / len(loads)),
+                concurrency=load.streams,
+                prompt_words=load.prompt_words,
+                output_tokens=load.output_tokens,
+                requests=load.requests,
+                time_limit=max(1.0, left / len(load.streams)),
                 **SAMPLED,
             )
             report = run_bench(asked)
@@ -107,43 +121,49 @@ def _load(server: Server, deadline: float) -> None:
         raise CheckError(f"{server.name} gives no first token: {answer.status_code} {answer.text[-1000:]}")
 
 
-def _exo(options: Options, model: Model, sampling: str) -> Server:
-    home = options.work / "exo" / model.name
-    slots = max(concurrency(options))
-    table: dict[str, JsonValue] = {"path": str(file_of(options, model)), "slots": slots, "n_ctx": model.context}
-    table |= {"flash_attn": "on", "backend_sampling": sampling}
+def _exo(options: Options, load: Workload) -> Server:
+    home = options.work / "exo" / load.name
+    table: dict[str, JsonValue] = {"path": str(file_of(options, load.model)), "slots": load.slots}
+    table |= {"n_ctx": load.context, "flash_attn": "on", "backend_sampling": "on" if load.sample_on_device else "off"}
     write_card(home, _CARD, {"cuda": table}, backends=[options.backend])
     return exo_server(home, f"{_CARD}@cuda", ready="/health")
 
 
-def _llama_server(options: Options, model: Model, name: str) -> Server:
+def _llama_server(options: Options, load: Workload) -> Server:
     """With a split KV cache and flash attention as in exo; its defaults would favour exo."""
-    slots = max(concurrency(options))
     url, port = free_address()
-    command = [str(options.tools / "llama-server"), "-m", str(file_of(options, model)), "--port", port, "--no-ui"]
-    command += ["-np", str(slots), "-no-kvu", "-c", str(slots * model.context), "-fa", "on"]
-    command += ["-ngl", "0" if options.cpu else "99", *(["-bs"] if name == BACKEND_SAMPLING else [])]
-    return Server("llama-server", "", command, url, model.name, "/health")
+    command = [str(options.programs / "llama-server"), "-m", str(file_of(options, load.model)), "--port", port]
+    command += ["--no-ui", "-np", str(load.slots), "-no-kvu", "-c", str(load.slots * load.context), "-fa", "on"]
+    command += [*_layers(options), *(["-bs"] if load.sample_on_device else [])]
+    return Server(LLAMA_SERVER, "", command, url, load.model.name, "/health", environment=_environment(options))
 
 
-def _llama_bench(options: Options, model: Model, deadline: float) -> Mapping[str, Any]:
-    """Prefill of 512 tokens and decode of 128 with one sequence, in tokens per second."""
-    command = [options.tools / "llama-bench", "-m", file_of(options, model), "-o", "json", "-fa", "1"]
-    command += ["-p", "64" if options.small else "512", "-n", "16" if options.small else "128", *_layers(options)]
-    rates = _RATES.validate_json(run(command, options.logs / f"llama-bench {model.name}.log", deadline))
-    return {"rates": [rate.model_dump() for rate in rates]}
-
-
-def _batched_bench(options: Options, model: Model, deadline: float) -> Mapping[str, Any]:
-    """The seconds of prefill and decode at every batch size of the sweep."""
-    loads = concurrency(options)
-    prompt, output = (32, 16) if options.small else (PROMPT_TOKENS, OUTPUT_TOKENS)
-    command = [options.tools / "llama-batched-bench", "-m", file_of(options, model), "-no-kvu", "-fa", "on"]
-    command += ["-npp", str(prompt), "-ntg", str(output), "-npl", ",".join(map(str, loads)), *_layers(options)]
-    command += ["-c", str(max(loads) * (prompt + output)), "--output-format", "jsonl"]
-    said = run(command, options.logs / f"llama-batched-bench {model.name}.log", deadline)
-    return {"batches": [read_line(line).model_dump() for line in said.splitlines() if line.startswith("{")]}
+def _batched_bench(options: Options, load: Workload, deadline: float) -> Mapping[str, Any]:
+    """The seconds of prefill and decode with every number of streams. Raises CheckError if one is missing."""
+    command = [options.programs / BATCHED_BENCH, "-m", file_of(options, load.model), "-no-kvu", "-fa", "on"]
+    command += ["-npp", str(load.prompt_tokens), "-ntg", str(load.output_tokens), "--output-format", "jsonl"]
+    # It may end before it has written its last line, so the last line repeats the first.
+    sizes = (*load.streams, load.streams[0])
+    command += ["-npl", ",".join(map(str, sizes)), "-c", str(load.slots * load.context), *_layers(options)]
+    deadline = min(deadline, time.monotonic() + _STEP_SECONDS)
+    said = run(command, options.logs / f"{name_of(load, BATCHED_BENCH)}.log", deadline, _environment(options))
+    batches = [read_line(line) for line in said.splitlines() if line.startswith("{")][: len(load.streams)]
+    facts = {"batches": [batch.model_dump() for batch in batches]}
+    if [batch.streams for batch in batches] != list(load.streams):
+        raise CheckError(f"{BATCHED_BENCH} has not measured all of {load.streams}", facts)
+    return facts
 
 
 def _layers(options: Options) -> list[str]:
-    return ["-ngl", "0" if options.cpu else "99"]
+    """A device that there is not is an error; without a name, llama.cpp would use the CPU."""
+    return ["-ngl", "0"] if options.cpu else ["-ngl", "99", "-dev", "CUDA0"]
+
+
+def _environment(options: Options) -> Mapping[str, str]:
+    """The variables by which llama.cpp's programs find the plug-in and CUDA's libraries."""
+    if options.cpu:
+        return {}
+    plugin = read_plugin(options.plugin)
+    assert plugin is not None, "the step plug-in has described it"
+    folders = os.pathsep.join([*plugin.libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    return {"GGML_BACKEND_PATH": str(options.plugin / LIBRARY), "LD_LIBRARY_PATH": folders}

@@ -1,4 +1,4 @@
-"""What of ``scripts/gpu_check`` holds without a card: calls, steps, verdicts, models, the report."""
+"""What of ``scripts/gpu_check`` holds without a GPU: calls, the plug-in, steps, verdicts, models, the report."""
 
 import io
 import json
@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,45 +17,87 @@ from rich.console import Console
 from bench.gpu_check import report
 from bench.gpu_check.checks import counted, verdict
 from bench.gpu_check.models import SMALL_MODELS, Model, write_random
-from bench.gpu_check.options import ROOT, Options, parse
+from bench.gpu_check.options import ROOT, parse
+from bench.gpu_check.prepare import cuda_libraries
 from bench.gpu_check.record import CheckError, Record, Step, find, perform
-from bench.gpu_check.speed import SERVERS, name_of
 from exo.bench.options import BenchOptions
 from exo.bench.report import Distribution, LoadResult, Report, Requests, Stage, Tokens
 from exo.worker.protocol.commands import Load
+from exo.worker.runner_cuda.plugin import DESCRIPTION, LIBRARY, Plugin
+from tests.support.nvidia_driver import CRASHES, StandIn, compiled, install_driver, needs_gcc
 from tests.support.program import Program, ask, runner_command
 
 # --- calls ---
 
 
-def gpu_check(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def gpu_check(work: Path, *arguments: str, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
     command = [ROOT / "scripts" / "gpu_check", "--work", work, *arguments]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, check=False)
 
 
 def test_an_unknown_stage_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path, "--stages", "build,paint")
+    done = gpu_check(tmp_path, "--stages", "parity,paint")
     assert done.returncode == 2
-    assert "must be some of build,contract,parity,offload,sweep,ceiling (got 'paint')" in done.stderr
+    assert "some of self-test,contract,parity,offload,devices,sweep,sampling,agent (got 'paint')" in done.stderr
 
 
 def test_a_missing_archive_is_named_with_what_makes_it(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path / "work", "--cpu", "--archive", str(tmp_path / "none"), "--stages", "build")
+    done = gpu_check(tmp_path / "work", "--cpu", "--archive", str(tmp_path / "none"))
     assert done.returncode == 1
     assert "make gpu-archive" in done.stderr
-
-
-def test_a_later_stage_needs_the_build(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path / "work", "--cpu", "--stages", "contract")
-    assert done.returncode == 1
-    assert "run the stage build first" in done.stderr
 
 
 def test_the_checkout_stays_as_it_is() -> None:
     done = gpu_check(ROOT / "build" / "work")
     assert done.returncode == 2
     assert "must be outside the checkout" in done.stderr
+
+
+# --- the plug-in ---
+
+
+def archive_with_plugin(folder: Path) -> Path:
+    """An archive with a plug-in for compute capability 9.0 that was compiled with CUDA 13.2."""
+    folder.mkdir()
+    compiled(folder, LIBRARY, CRASHES)
+    Plugin("built", "0.3.36", (13, 2), ("90",), (), ("/somewhere/else",)).write(folder)
+    with tarfile.open(folder / "archive.tar.xz", "w:xz") as archive:
+        for name in (LIBRARY, DESCRIPTION):
+            archive.add(folder / name, f"plugin/{name}")
+    return folder / "archive.tar.xz"
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        (None, "there is no NVIDIA driver with a GPU here; --cpu --small tries the script without one"),
+        (StandIn(status=18, error="Driver/library version mismatch"), "reboot after an update of the driver"),
+        (StandIn("570.1", 12080, (9, 0)), "driver 570.1 supports CUDA 12.8, and CUDA 13 needs driver 580 or newer"),
+        (StandIn(), "no machine code for compute capability 8.9; make gpu-archive ARGS='--archs 89-real'"),
+    ],
+)
+def test_a_machine_that_cannot_run_the_plug_in_is_told_before_anything_is_installed(
+    tmp_path: Path, driver: StandIn | None, said: str
+) -> None:
+    archive = archive_with_plugin(tmp_path / "archive")
+    done = gpu_check(tmp_path / "work", "--archive", str(archive), env=install_driver(tmp_path / "driver", driver))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not (tmp_path / "work" / "venv").exists()
+
+
+def test_cudas_libraries_are_found_among_the_packages_of_a_python_in_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    for name in ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13"):
+        (folder / name).touch()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert cuda_libraries(13) == (str(folder),)
+    with pytest.raises(CheckError, match=r"there is no libcudart\.so\.99: not in the Python packages"):
+        cuda_libraries(99)
 
 
 # --- steps ---
@@ -107,7 +151,7 @@ def loads(every: int, half: int, nothing: int) -> dict[str, dict[str, object]]:
     }
 
 
-def test_offload_is_believed_where_the_cards_memory_shows_it(tmp_path: Path) -> None:
+def test_offload_is_believed_where_the_gpus_memory_shows_it(tmp_path: Path) -> None:
     options = parse(["--work", str(tmp_path)])
     assert verdict(loads(95, 48, 1), options) == ""
 
@@ -125,7 +169,7 @@ def test_offload_that_did_not_happen_is_found(every: int, half: int, nothing: in
     assert said in verdict(loads(every, half, nothing), parse(["--work", str(tmp_path)]))
 
 
-def test_a_runner_that_names_no_card_is_found(tmp_path: Path) -> None:
+def test_a_runner_that_names_no_gpu_is_found(tmp_path: Path) -> None:
     found = loads(95, 48, 1)
     found["all"]["devices"] = ["CPU"]
     assert "the runner names ['CPU']" in verdict(found, parse(["--work", str(tmp_path)]))
@@ -173,48 +217,46 @@ def stage(streams: int, rate: float) -> Stage:
     )
 
 
-def sweep_record(server: str, *rates: float) -> Record:
+def record(program: str, *rates: float) -> Record:
     asked = BenchOptions(url="http://127.0.0.1:1", model="m", concurrency=(1, 2))
     stages = tuple(stage(streams, rate) for streams, rate in zip((1, 2), rates, strict=True))
     found = Report(date="2026", exo_version="0", client="c", options=asked, stages=stages)
-    name = name_of(SMALL_MODELS[0], server)
-    return Record(name, "sweep", "passed", 9, facts={"report": found.model_dump(mode="json")})
+    facts = {"report": found.model_dump(mode="json")}
+    return Record(f"sweep small-q4_0 {program}", "sweep", "passed", 9, facts=facts)
 
 
-def recorded(options: Options) -> dict[str, Record]:
+def recorded() -> dict[str, Record]:
     batch = {"streams": 2, "prompt_tokens": 32, "output_tokens": 16, "prefill_seconds": 0.1, "decode_seconds": 0.3}
-    tools = {"cuda": {"gpu": {"name": "NVIDIA H200", "driver": "580"}}, "cpu": False, "small": True}
+    proof = {"device": "CUDA0", "difference": 0.001}
     records = [
-        Record("tools", "build", "passed", 1, facts=tools),
+        Record("self-test", "self-test", "passed", 1, facts={"proofs": [proof]}),
         Record("contract", "contract", "failed", 2, "pytest ended with 1"),
-        sweep_record(SERVERS[0], 100, 200),
-        sweep_record(SERVERS[1], 80, 250),
-        sweep_record(SERVERS[2], 125, 160),
-        sweep_record("exo, sampling on", 130, 260),
-        Record("batched_bench small-q8_0", "ceiling", "passed", 3, facts={"batches": [batch]}),
+        record("exo", 100, 200),
+        record("llama-server", 80, 250),
+        Record("sweep small-q4_0 llama-batched-bench", "sweep", "passed", 3, facts={"batches": [batch]}),
     ]
-    assert options.small
     return {record.step: record for record in records}
 
 
-def test_the_table_has_every_load_beside_its_peers_and_its_ceiling(tmp_path: Path) -> None:
+def test_the_table_has_every_load_beside_its_peer_and_its_ceiling(tmp_path: Path) -> None:
     options = parse(["--work", str(tmp_path), "--small"])
-    assert list(report.rows(options, recorded(options))) == [
-        ("small-q8_0", "1", "100.0 (12)", "80.0 (12)", "125.0 (12)", "0.80", "-", "130.0 (12)"),
-        ("small-q8_0", "2", "200.0 (12)", "250.0 (12)", "160.0 (12)", "0.80", "80.0", "260.0 (12)"),
+    assert list(report.rows(options, recorded())) == [
+        ("sweep small-q4_0", "1", "100.0 (12)", "80.0 (12)", "1.25", "-"),
+        ("sweep small-q4_0", "2", "200.0 (12)", "250.0 (12)", "0.80", "80.0"),
     ]
     shown = Console(width=200, record=True, file=io.StringIO())
-    report.show(options, recorded(options), shown)
+    report.show(options, recorded(), shown)
     text = shown.export_text()
+    assert "CUDA0: 1.0e-03 nats" in text
     assert "pytest ended with 1" in text
     assert "100.0 (12)" in text
 
 
-def test_the_json_file_names_the_card_and_holds_every_step(tmp_path: Path) -> None:
+def test_the_json_file_names_the_machine_and_holds_every_step(tmp_path: Path) -> None:
     options = parse(["--work", str(tmp_path), "--small", "--out", str(tmp_path / "out")])
-    records = recorded(options)
-    written = json.loads(report.write(options, records).read_text())
-    assert written["gpu"]["name"] == "NVIDIA H200"
+    report.write(options, report.machine(), recorded())
+    written = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert written["host"]["cpu_count"] == os.cpu_count()
     assert written["backend"] == "LlamaCppCuda"
-    assert [step["state"] for step in written["steps"]] == ["passed", "failed", *["passed"] * 5]
-    assert written["steps"][2]["facts"] == records[name_of(SMALL_MODELS[0], "exo")].facts
+    assert [step["state"] for step in written["steps"]] == ["passed", "failed", *["passed"] * 3]
+    assert written["steps"][2]["facts"] == recorded()["sweep small-q4_0 exo"].facts

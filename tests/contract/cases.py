@@ -20,7 +20,7 @@ Table = dict[str, JsonValue]
 
 
 LLAMA_BACKEND = os.environ.get("EXO_TEST_LLAMA_BACKEND", "LlamaCppCpu")
-"""Of the llama.cpp runner: LlamaCppCuda where there is a card, as ``scripts/gpu_check`` says."""
+"""The llama.cpp runner's: ``scripts/gpu_check`` sets it to LlamaCppCuda on a machine with a GPU."""
 
 
 TWIN = Shape(head_dim=64)

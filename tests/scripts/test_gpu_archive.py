@@ -1,7 +1,9 @@
 """What ``make gpu-archive`` packs, and how."""
 
 import importlib.util
-import io
+import json
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from bench.gpu_check.options import ROOT
+from tests.support.nvidia_driver import compiled, needs_gcc
 
 
 @pytest.fixture(scope="module")
@@ -22,79 +25,47 @@ def archive() -> ModuleType:
     return module
 
 
-LLAMA = "vendor/llama.cpp/"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "llama_cpp/llama_cpp.py",
-        LLAMA + "CMakeLists.txt",
-        LLAMA + "LICENSE",
-        LLAMA + "cmake/llama-config.cmake.in",
-        LLAMA + "ggml/src/ggml.c",
-        LLAMA + "ggml/src/ggml-cuda/template-instances/mmq-instance-q4_0.cu",
-        LLAMA + "ggml/src/ggml-cpu/ggml-cpu.cpp",
-        LLAMA + "ggml/include/ggml-vulkan.h",
-        LLAMA + "scripts/ui-assets.cmake",
-        LLAMA + "tools/ui/CMakeLists.txt",
-        LLAMA + "tools/ui/ui.h.in",
-        LLAMA + "tools/server/server.cpp",
-        LLAMA + "vendor/cpp-httplib/httplib.h",
-    ],
-)
-def test_the_archive_has_what_the_build_reads(archive: ModuleType, path: str) -> None:
-    assert archive.wanted(path)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "llama_cpp/server/app.py",
-        "docs/index.md",
-        "examples/server/server.py",
-        LLAMA + "models/ggml-vocab-bert-bge.gguf",
-        LLAMA + "docs/build.md",
-        LLAMA + "tests/test-backend-ops.cpp",
-        LLAMA + "ggml/src/ggml-vulkan/ggml-vulkan.cpp",
-        LLAMA + "ggml/src/ggml-metal/CMakeLists.txt",
-        LLAMA + "tools/ui/src/lib/index.ts",
-        LLAMA + "tools/mtmd/test-1.jpeg",
-        LLAMA + "gguf-py/gguf/constants.py",
-    ],
-)
-def test_the_archive_has_no_other_back_ends_models_or_documents(archive: ModuleType, path: str) -> None:
-    assert not archive.wanted(path)
-
-
 def test_packages_are_pinned_and_none_is_for_another_engine(archive: ModuleType) -> None:
     pins = archive.requirements()
     names = {pin.split("==")[0].lower() for pin in pins}
     assert all("==" in pin for pin in pins)
-    assert {"pydantic", "numpy", "llguidance", "gguf", "pytest", "pip"} <= names
+    assert {"pydantic", "numpy", "llguidance", "gguf", "pytest", "pytest-xdist", "execnet", "pip"} <= names
     assert not {name for name in names if name.startswith(("mlx", "torch", "transformers", "llama"))}
 
 
-def test_the_same_input_gives_the_same_archive_with_wheels_that_still_open(archive: ModuleType, tmp_path: Path) -> None:
-    sources = tmp_path / "llama_cpp_python-1.tar.gz"
-    with tarfile.open(sources, "w:gz") as package:
-        for name in ("llama_cpp/__init__.py", LLAMA + "CMakeLists.txt", LLAMA + "docs/a.md"):
-            entry = tarfile.TarInfo(f"llama_cpp_python-1/{name}")
-            entry.size = 2
-            package.addfile(entry, io.BytesIO(b"1\n"))
-    wheels = tmp_path / "wheels-3.12"
-    wheels.mkdir()
-    with zipfile.ZipFile(wheels / "some-1-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr("some.py", "x = 1\n" * 1000)
+def test_the_modules_of_the_bindings_are_packed_without_their_server_and_libraries(archive: ModuleType) -> None:
+    names = {name for name, _ in archive.modules()}
+    assert {"llama_cpp/__init__.py", "llama_cpp/llama_cpp.py", "llama_cpp/_ggml.py"} <= names
+    assert all(name.count("/") == 1 and name.endswith(".py") for name in names)
+
+
+@needs_gcc
+def test_the_same_input_gives_the_same_archive_whose_wheels_open_and_programs_run(
+    archive: ModuleType, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "some-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("some.py", "x = 1\n" * 1000)
+    (tmp_path / "plugin.json").write_text(json.dumps({"bindings": "1"}))
+    program = tmp_path / "llama-server"
+    shutil.copy(shutil.which("true") or "", program)
+    compiled(tmp_path, "libllama.so.0", "int answer(void) { return 42; }\n")
+    members = [
+        ("wheels/some-1-py3-none-any.whl", wheel),
+        ("plugin/plugin.json", tmp_path / "plugin.json"),
+        ("bin/llama-server", program),
+        ("bin/libllama.so.0", tmp_path / "libllama.so.0"),
+    ]
     outputs = [tmp_path / "one.tar.xz", tmp_path / "two.tar.xz"]
-    assert [archive.pack(output, sources, [wheels]) for output in outputs] == [3, 3]
+    assert [archive.pack(output, given) for output, given in zip(outputs, (members, members[::-1]), strict=True)] == [
+        4,
+        4,
+    ]
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    unpacked = tmp_path / "unpacked"
     with tarfile.open(outputs[0]) as packed:
-        assert packed.getnames() == [
-            "llama-cpp-python/llama_cpp/__init__.py",
-            f"llama-cpp-python/{LLAMA}CMakeLists.txt",
-            "wheels/some-1-py3-none-any.whl",
-        ]
-        packed.extractall(tmp_path / "unpacked", filter="data")
-    with zipfile.ZipFile(tmp_path / "unpacked" / "wheels" / "some-1-py3-none-any.whl") as wheel:
-        assert wheel.read("some.py") == b"x = 1\n" * 1000
+        packed.extractall(unpacked, filter="data")
+    with zipfile.ZipFile(unpacked / "wheels" / wheel.name) as opened:
+        assert opened.read("some.py") == b"x = 1\n" * 1000
+    assert (unpacked / "plugin" / "plugin.json").read_text() == '{"bindings": "1"}'
+    assert subprocess.run([unpacked / "bin" / "llama-server"], check=False).returncode == 0

