@@ -7,18 +7,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from exo.worker.protocol.events import Status
-from exo.worker.protocol.one_shot import Probe
-from exo.worker.protocol.wire import exit_now, read_commands, take_protocol_stream
 from exo.worker.runner_common.collection import collect_rarely
-from exo.worker.runner_common.output_processor import Emitter
 
-if TYPE_CHECKING:  # it imports llguidance and NumPy, which would delay a probe and the first status
+if TYPE_CHECKING:  # a probe needs none of the protocol, and the first status neither llguidance nor NumPy
+    from exo.worker.protocol.one_shot import Probe
     from exo.worker.runner_common.front_end import FrontEnd
+    from exo.worker.runner_common.output_processor import Emitter
 
 
 def run(
-    probe: Callable[[], Probe], front_end: "Callable[[Emitter], FrontEnd[Any]]", score: Callable[[BinaryIO], int]
+    probe: "Callable[[], Probe]", front_end: "Callable[[Emitter], FrontEnd[Any]]", score: Callable[[BinaryIO], int]
 ) -> None:
     """Runs the program. Returns only after ``--probe``.
 
@@ -30,6 +28,10 @@ def run(
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return
+    from exo.worker.protocol.events import Status
+    from exo.worker.protocol.wire import exit_now, read_commands, take_protocol_stream
+    from exo.worker.runner_common.output_processor import Emitter
+
     protocol = take_protocol_stream()
     if sys.argv[1:] == ["--score"]:
         exit_now(score(protocol))
@@ -44,5 +46,7 @@ def run(
 
 def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     """Ends the process after an unexpected exception in any thread; the server handles the pending requests."""
+    from exo.worker.protocol.wire import exit_now
+
     traceback.print_exception(kind, error, trace)
     exit_now(1)

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, BinaryIO
 
 from exo.worker.runner_common.main import run
-from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_mlx.probe import probe
 
 if TYPE_CHECKING:
     from exo.worker.runner_common.front_end import FrontEnd
+    from exo.worker.runner_common.output_processor import Emitter
     from exo.worker.runner_mlx.sequence import MlxSequence
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     run(probe, _front_end, _score)
 
 
-def _front_end(emitter: Emitter) -> "FrontEnd[MlxSequence]":
+def _front_end(emitter: "Emitter") -> "FrontEnd[MlxSequence]":
     from exo.worker.runner_mlx.runner import front_end
 
     return front_end(emitter)

@@ -7,14 +7,13 @@ also imports vLLM, which takes ten seconds, and exits with status 1 if that fail
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
-from exo.worker.protocol.wire import encode, exit_now, take_protocol_stream
 from exo.worker.runner_common.main import run
-from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_vllm.probe import probe, try_engine
 from exo.worker.runner_vllm.switches import set_defaults
 
 if TYPE_CHECKING:
     from exo.worker.runner_common.front_end import FrontEnd
+    from exo.worker.runner_common.output_processor import Emitter
     from exo.worker.runner_vllm.sequence import VllmSequence
 
 
@@ -22,6 +21,8 @@ def main() -> None:
     """Runs the program. It sets environment variables here, so importing the runner sets none."""
     set_defaults()
     if sys.argv[1:] == ["--probe", "--try"]:
+        from exo.worker.protocol.wire import encode, exit_now, take_protocol_stream
+
         protocol = take_protocol_stream()
         found = try_engine(probe())
         protocol.write(encode(found))
@@ -29,7 +30,7 @@ def main() -> None:
     run(probe, _front_end, _score)
 
 
-def _front_end(emitter: Emitter) -> "FrontEnd[VllmSequence]":
+def _front_end(emitter: "Emitter") -> "FrontEnd[VllmSequence]":
     from exo.worker.runner_vllm.runner import front_end
 
     return front_end(emitter)
