@@ -221,3 +221,19 @@ def test_a_folder_that_cannot_be_written_is_told_once(
         time.sleep(1.5)
     assert program.shutdown() == 0
     assert capfd.readouterr().err.count("prefixes are not kept on disk") == 1
+
+
+def test_a_folder_of_another_user_is_neither_read_nor_written(
+    plain: Path, tmp_path: Path, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a folder to another user")
+    first = start(plain)
+    stored(first, tmp_path, message(0, 1500))
+    os.chown(tmp_path / "prefixes", 4901, 4901)
+    second = start(plain)
+    assert answer(second, message(0, 1500))[1] == 0
+    answer(second, message(1, 1500))
+    assert second.shutdown() == 0
+    assert len(files(tmp_path)) == 1
+    assert "cannot be read or belongs to another user" in capfd.readouterr().err

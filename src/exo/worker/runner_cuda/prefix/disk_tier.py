@@ -126,6 +126,8 @@ class DiskTier:
         self._reader = ThreadPoolExecutor(1, "prefix-reader")
         self._write: Future[None] | None = None
         self._failed = not self._is_own()
+        if self._failed:
+            _say(f"prefixes are not kept on disk: {directory} cannot be read or belongs to another user")
         self._tried: deque[Packed] = deque(maxlen=_REMEMBERED)
 
     @property
@@ -212,7 +214,12 @@ class DiskTier:
 
     def _is_own(self) -> bool:
         """Whether no other user can put files there. A directory of a group's may hold those of several users."""
-        return not self._directory.exists() or self._directory.stat().st_uid == os.geteuid()
+        try:
+            return self._directory.stat().st_uid == os.geteuid()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def _add(self, path: Path) -> None:
         try:
