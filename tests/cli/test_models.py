@@ -16,7 +16,7 @@ from tests.support.edited_gguf import Edit, rewrite
 from tests.support.hub import REPO, Fault, LocalHub
 from tests.support.server import ServeProgram, environment, write_card
 from tests.support.terminal import CTRL_C, Terminal
-from tests.support.tiny import Shape, write_gguf
+from tests.support.tiny import Shape, write_gguf, write_mlx
 
 Q4, Q8 = "big-Q4_K_M.gguf", "big-Q8_0.gguf"
 CONTENT = random.Random(6).randbytes(1 << 20)
@@ -208,3 +208,26 @@ def test_the_doctor_tells_of_models_that_are_broken_and_of_faults_in_others(home
     assert "\nmodel test/broken with cuda\n  problem " in text
     assert "\nmodel test/unnamed with cuda\n  note    " in text
     assert "test/own" not in text
+
+
+def test_the_doctor_tells_of_folders_with_code_and_of_incomplete_files(home: Path, hub: LocalHub) -> None:
+    for name in ("coded", "sound", "lacking"):
+        write_mlx(home / name, Shape())
+        write_card(home, name, {"mlx": {"path": str(home / name)}}, backends=["MlxCpu"])
+    config = json.loads((home / "coded" / "config.json").read_text())
+    (home / "coded" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "a.B"}}))
+    index = {"weight_map": {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "other.safetensors"}}
+    (home / "lacking" / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.state.faults.append(Fault("stall", at=300_000))
+    with Terminal(home, "pull", "big", HF_ENDPOINT=hub.url) as terminal:
+        assert hub.state.stalled.wait(60)
+        terminal.wait_for("2[0-9]%")
+        terminal.keys(CTRL_C)
+        assert terminal.end() == 130
+        hub.state.go_on.set()
+    text = exo(home, "doctor").stdout
+    assert "\nmodel test/coded with mlx\n  note    the folder names code of its own (auto_map), which is not run" in text
+    assert "test/sound" not in text
+    assert "\nmodel test/lacking with mlx\n  problem " in text
+    assert "\nmodel test/big with cuda\n  problem its files are incomplete, 0 of 1 MB are at " in text
+    assert "exo pull continues the download" in text

@@ -1,4 +1,4 @@
-"""An ``exo`` command in a terminal of its own, as its user sees it."""
+"""An ``exo`` command, or another program, in a terminal of its own, as its user sees it."""
 
 import fcntl
 import os
@@ -24,15 +24,16 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>]|[\x01\x
 class Terminal:
     """Keeps the output without colours and cursor movements."""
 
-    def __init__(self, home: Path, *arguments: str, **variables: str) -> None:
+    def __init__(
+        self, home: Path, *arguments: str, program: tuple[str, ...] = (sys.executable, "-m", "exo"), **variables: str
+    ) -> None:
         self.shown = ""
         self._mark = 0
         self._raw = b""
         self.master, inner = pty.openpty()
         termios.tcsetwinsize(inner, (30, 200))
-        command = [sys.executable, "-m", "exo", *arguments]
         self.process = subprocess.Popen(
-            command,
+            [*program, *arguments],
             env={**environment(home), "TERM": "xterm", **variables},
             stdin=inner,
             stdout=inner,
