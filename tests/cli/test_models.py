@@ -226,7 +226,9 @@ def test_the_doctor_tells_of_folders_with_code_and_of_incomplete_files(home: Pat
         assert terminal.end() == 130
         hub.state.go_on.set()
     text = exo(home, "doctor").stdout
-    assert "\nmodel test/coded with mlx\n  note    the folder names code of its own (auto_map), which is not run" in text
+    assert (
+        "\nmodel test/coded with mlx\n  note    the folder names code of its own (auto_map), which is not run" in text
+    )
     assert "test/sound" not in text
     assert "\nmodel test/lacking with mlx\n  problem " in text
     assert "\nmodel test/big with cuda\n  problem its files are incomplete, 0 of 1 MB are at " in text

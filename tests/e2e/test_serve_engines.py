@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.support.server import ServeProgram, long_story, write_card
+from tests.support.tiny import Shape
 from tests.support.twins import BACKENDS, write_twins
 
 
@@ -39,6 +40,26 @@ def test_the_request_or_the_card_chooses_the_engine_and_the_text_is_the_same(ser
     refused = server.complete("for-mlx@cuda")
     assert refused.status_code == 400
     assert "runner mlx" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("model", ["twin@cuda", "twin@mlx"])
+def test_neither_an_end_token_nor_a_stop_string_ends_the_first_tokens(server: ServeProgram, model: str) -> None:
+    def ended(**body: object) -> tuple[str, int, str]:
+        """The text, the number of tokens and the finish reason."""
+        reply = server.complete(model, **{"max_tokens": 20, "temperature": 0, **body}).json()
+        choice = reply["choices"][0]
+        return choice["text"], reply["usage"]["completion_tokens"], choice["finish_reason"]
+
+    ends = {str(token): 100 for token in range(Shape().vocabulary - 3, Shape().vocabulary)}
+    assert ended(logit_bias=ends) == ("", 1, "stop")
+    _, tokens, reason = ended(logit_bias=ends, min_tokens=7)
+    assert (tokens, reason) == (8, "stop")
+    assert ended(logit_bias=ends, ignore_eos=True)[1:] == (20, "length")
+    x = {str(ord("x")): 100}
+    assert ended(logit_bias=x, stop="xx") == ("", 2, "stop")
+    assert ended(logit_bias=x, stop="xx", min_tokens=7) == ("x" * 7, 9, "stop")
+    refused = server.complete(model, max_tokens=4, min_tokens=5)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "min_tokens")
 
 
 def test_a_list_of_prompts_gets_a_choice_for_each(server: ServeProgram) -> None:

@@ -78,6 +78,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers if devices else 0
         params.split_mode = SPLIT_MODES[options.split_mode if devices else "none"]
+        params.use_extra_bufts = not options.exact  # repacked weights have other kernels from four rows on
         if not devices:  # memory-mapped files cannot use huge pages
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
 
@@ -394,7 +395,7 @@ def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
     params.swa_full = options.swa_full
     params.n_threads = options.threads or 1
     params.n_threads_batch = options.threads_batch or params.n_threads
-    params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
+    params.flash_attn_type = FLASH_ATTENTION["on" if options.exact else options.flash_attn]
     params.type_k = CACHE_TYPES[options.cache_type_k]
     params.type_v = CACHE_TYPES[options.cache_type_v]
     params.no_perf = True

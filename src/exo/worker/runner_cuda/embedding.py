@@ -104,7 +104,7 @@ class Embedder:
         narrow = max(32, LOGITS_BYTES // (4 * model.n_vocab))
         self._n_rows = min(self.longest, self.chunk, narrow) if self.causal else self.longest
         has_state = llama_cpp.llama_model_is_recurrent(model.handle) or llama_cpp.llama_model_is_hybrid(model.handle)
-        self._n_texts = 1 if has_state else min(MOST_TEXTS, self._n_rows)
+        self._n_texts = 1 if has_state or options.exact else min(MOST_TEXTS, self._n_rows)
 
     def __bool__(self) -> bool:
         return bool(self.waiting) or self._texts is not None

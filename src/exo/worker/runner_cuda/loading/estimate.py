@@ -275,7 +275,8 @@ class _GgufSizes:
         chunk = chunks(options, on_gpu=bool(plan.n_gpu_layers)).beside
         longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
         rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
-        n_texts = 1 if any(layer.cache.state for layer in self.layers) else min(MOST_TEXTS, rows)
+        alone = self.options.exact or any(layer.cache.state for layer in self.layers)
+        n_texts = 1 if alone else min(MOST_TEXTS, rows)
         return [
             self._cache("embedding", plan, where, 1, self._n_cells(longest, rows, n_texts), later=True),
             self._graph("embedding", where, rows, rows, longest),

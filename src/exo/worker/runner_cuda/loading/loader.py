@@ -17,6 +17,7 @@ from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_ve
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import Framing
 from exo.worker.runner_cuda.loading.devices import ENGINE, Gpu, gpus
+from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
@@ -79,6 +80,8 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     check_header(path)
     check_architecture(options, lambda: read_headers(path)[0])
     on_gpu = bool(devices)
+    if options.exact:
+        use_one_kernel(devices)
     report(Status(state="Loading"))
     last = -1
 
@@ -107,6 +110,8 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     if embedder.pooling == "rank" and not _has_tensor(path, RANKING_HEADS):
         raise LoadError("model_load_failed", f'{path} has no ranking head, which pooling "rank" needs')
     _warm_up(context, embedder, score)
+    if options.exact and context.generates:
+        check_exact(context, rows.graph)
     on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
     chains = Chains(context)
     given = (context, chains, options)

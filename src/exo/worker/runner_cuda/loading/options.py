@@ -107,6 +107,11 @@ class CudaOptions(ModelFile):
     threads_batch: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads for prompts and for several sequences at a time. The default is ``threads`` if that is given, or else
     the number that is measured to be fastest, hyperthreads included."""
+    exact: bool = False
+    """Whether the results of a model on the CPU must not depend on other requests, the cuts of prompts or the prefix
+    cache, to the last bit. Every row of a matrix product is then computed by the same kernel, however many rows there
+    are, which makes long prompts slower. The default of both cache types is then "bf16": with "f16" or "f32" for both,
+    flash attention has kernels of its own for a single sequence and for 64 rows and more."""
     flash_attn: Literal["auto", "on", "off"] = "auto"
     cache_type_k: CacheType = "f16"
     cache_type_v: CacheType = "f16"
@@ -150,6 +155,23 @@ class CudaOptions(ModelFile):
         if self.speculation == "off":
             return 0
         return AUTO_ROLLBACK if self.speculation == "auto" else self.speculation
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exact_has_cache_types(cls, table: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return {"cache_type_k": "bf16", "cache_type_v": "bf16", **table} if table.get("exact") is True else table
+
+    @model_validator(mode="after")
+    def _exact_attention_has_one_kernel(self) -> Self:
+        if not self.exact:
+            return self
+        if self.flash_attn == "off":
+            raise ValueError('exact needs flash_attn, which is "off"')
+        if self.cache_type_k == self.cache_type_v and self.cache_type_k in ("f32", "f16"):
+            raise ValueError(
+                f'exact needs other cache types than "{self.cache_type_k}" for both: the default is "bf16"'
+            )
+        return self
 
     @field_validator("n_ctx", "n_gpu_layers", mode="before")
     @classmethod
