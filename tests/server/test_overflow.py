@@ -99,6 +99,7 @@ def test_a_text_to_embed_that_is_too_long(http: httpx.Client) -> None:
     assert (card_limit.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "input.1")
     assert error["n_prompt_tokens"] == len(LONG)
     assert "maximum context length" in error["message"]
+    assert "output" not in error["message"]
 
 
 def test_a_prompt_too_large_to_tokenize_has_an_estimate(http: httpx.Client) -> None:

@@ -84,9 +84,11 @@ def from_failed(
 
 def _overflow_message(overflow: Overflow, param: str | None) -> str:
     """Agents shorten a conversation if they read these words, which are OpenAI's."""
+    fits = overflow.prompt_tokens <= overflow.context_length
     return (
         f"This model's maximum context length is {overflow.context_length} tokens. However, your {param} resulted in "
-        f"{overflow.prompt_tokens} tokens. Please reduce the length of the {param}; the output needs tokens as well."
+        f"{overflow.prompt_tokens} tokens. Please reduce the length of the {param}"
+        f"{'; the output needs tokens as well' if fits else ''}."
     )
 
 

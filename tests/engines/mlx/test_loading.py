@@ -171,6 +171,10 @@ FAILING: dict[str, tuple[Break, str]] = {
         lambda folder: edit(folder / "config.json", max_position_embeddings="4096"),
         "config.json is refused by transformers",
     ),
+    "more layers than any network has": (
+        lambda folder: edit(folder / "config.json", num_hidden_layers=10**9),
+        "config.json has num_hidden_layers = 1000000000, expected a whole number from 1 to 10000",
+    ),
     "padding empty": (lambda folder: edit(folder / "config.json", pad_token_id=""), "'pad_token_id'"),
     "quantisation without sizes": (lambda folder: edit(folder / "config.json", quantization={}), "'group_size'"),
     "a package missing": (lambda folder: edit(folder / "config.json", model_type="olmo"), "SystemExit"),

@@ -4,6 +4,7 @@ Transformers 5 keeps the settings of rotary embeddings in ``rope_parameters``, f
 layer. Older versions, MLX and most of its models have ``rope_theta``, ``rope_scaling`` and others beside them.
 """
 
+import math
 from collections.abc import Mapping
 
 from pydantic import JsonValue
@@ -16,6 +17,37 @@ _BESIDE = ("rope_theta", "partial_rotary_factor")
 _RENAMED = {"su": "longrope"}
 _EXPERTS = ("num_experts", "num_local_experts")
 """Two names of one setting. Transformers 5 writes the second for models whose older folders have the first."""
+
+_COUNTS = {
+    "num_hidden_layers": (1, 10_000), "hidden_size": (1, 1 << 24), "vocab_size": (1, 1 << 28),
+    "num_attention_heads": (0, 1 << 16), "num_key_value_heads": (0, 1 << 16), "head_dim": (0, 1 << 16),
+}  # fmt: skip
+"""The least and the most that these can be, which any network keeps."""
+_CONSTANTS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+_OBJECTS = ("rope_scaling", "rope_parameters", "text_config", "quantization", "quantization_config")
+
+
+def wrong_setting(config: Mapping[str, JsonValue]) -> str | None:
+    """Returns a setting that no network can have, such as ``head_dim = '64', expected …``, if there is one.
+
+    Lists, which have a value for each layer, and null are left to the library that knows the architecture.
+    """
+    for key in _OBJECTS:
+        if not isinstance(config.get(key), dict | None):
+            return f"{key} = {config[key]!r}, expected an object"
+    found = language_config(dict(config))
+    for key, (least, most) in _COUNTS.items():
+        value = found.get(key)
+        number = value if isinstance(value, int) and not isinstance(value, bool) else -1
+        by_layer = isinstance(value, list) and key != "num_hidden_layers"
+        if value is not None and not by_layer and not least <= number <= most:
+            return f"{key} = {value!r}, expected a whole number from {least} to {most}"
+    for key in _CONSTANTS:
+        value = found.get(key)
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+        if value is not None and not 0 <= number < math.inf:
+            return f"{key} = {value!r}, expected a number from 0 on"
+    return None
 
 
 def normalised(config: Mapping[str, JsonValue]) -> Json:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationEr
 
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.file_kind import what_it_is
-from exo.worker.runner_common.model_files.folder_config import Json, normalised
+from exo.worker.runner_common.model_files.folder_config import Json, normalised, wrong_setting
 from exo.worker.runner_common.model_files.folder_templates import chat_templates
 from exo.worker.runner_common.model_files.folder_weights import INDEX, SUFFIX, choose_weights, names_in_index
 from exo.worker.runner_common.model_files.header_source import HeaderError
@@ -104,13 +104,16 @@ def read_folder(path: Path) -> HfFolder:
     if "model_file" in written:
         reason = "which asks to run code from the folder; that is never done"
         raise _broken(f"{path / 'config.json'} has model_file, {reason}")
+    config = normalised(written)
+    if (wrong := wrong_setting(config)) is not None:
+        raise _broken(f"{path / 'config.json'} has {wrong}")
     names, ignored = _weights(path)
     weights = tuple(path / name for name in names)
     names_code = "auto_map" in written or "auto_map" in read_optional(path, "tokenizer_config.json")
     templates = _templates(path)
     tensors = _tensors(weights)
     _require_tokenizer(path)
-    return HfFolder(path, written, normalised(written), weights, tensors, ignored, templates, names_code)
+    return HfFolder(path, written, config, weights, tensors, ignored, templates, names_code)
 
 
 def end_tokens(folder: Path, value: JsonValue) -> list[int]:

@@ -3,7 +3,12 @@
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_common.model_files.folder_config import inexpressible, normalised, sliding_pattern
+from exo.worker.runner_common.model_files.folder_config import (
+    inexpressible,
+    normalised,
+    sliding_pattern,
+    wrong_setting,
+)
 
 Json = dict[str, JsonValue]
 LLAMA3: Json = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -67,3 +72,31 @@ def test_the_order_of_layers_tells_the_pattern_of_windows() -> None:
     assert normalised({"layer_types": [SLIDING, SLIDING, FULL, SLIDING]})["sliding_window_pattern"] == 3
     assert sliding_pattern({"layer_types": [SLIDING, FULL, FULL]}) is None
     assert "sliding_window_pattern" not in normalised({"layer_types": [FULL, FULL]})
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        ({"num_hidden_layers": [2]}, "num_hidden_layers = [2], expected a whole number from 1 to 10000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, expected"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0, expected"),
+        ({"num_attention_heads": 4.0}, "num_attention_heads = 4.0, expected a whole number"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads = -1, expected"),
+        ({"hidden_size": True}, "hidden_size = True, expected"),
+        ({"text_config": {"vocab_size": "320"}}, "vocab_size = '320', expected"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5', expected a number from 0 on"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta = inf, expected a number"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan, expected"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear', expected an object"),
+        ({"quantization": 4}, "quantization = 4, expected an object"),
+    ],
+)
+def test_a_setting_that_no_network_can_have_is_named(config: Json, wrong: str) -> None:
+    found = wrong_setting(normalised(config))
+    assert found is not None
+    assert found.startswith(wrong)
+
+
+def test_what_real_folders_have_is_left_to_the_library() -> None:
+    by_layer: Json = {"num_key_value_heads": [2, 4], "num_attention_heads": [4, 8], "head_dim": None}
+    assert wrong_setting(normalised({**by_layer, "rope_scaling": None, "num_hidden_layers": 2})) is None
