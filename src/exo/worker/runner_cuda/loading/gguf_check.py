@@ -23,6 +23,7 @@ _MOST = {"embedding_length": 1 << 20, "feed_forward_length": 1 << 24, "expert_co
 }
 """The largest values with which llama.cpp does not abort its process, by key without the architecture's name."""
 _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.group_norm_epsilon")
+_ROPE_BASES = ("rope.freq_base", "rope.freq_base_swa")
 _ROPE_SCALINGS = ("", "none", "linear", "yarn", "longrope")
 _OTHER_TYPES = {
     "adapter": "an adapter (LoRA) of another model: merge it into that model, and serve the result",
@@ -127,6 +128,10 @@ def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
         value = header.value(f"{arch}.{key}")
         if value is not None and not (isinstance(value, float) and 0 < value < math.inf):
             raise HeaderError(f"has {arch}.{key} = {value}, expected a positive number")
+    for key in _ROPE_BASES:  # with others, every logit is NaN
+        value = header.value(f"{arch}.{key}")
+        if value is not None and not (isinstance(value, float) and 0 <= value < math.inf):
+            raise HeaderError(f"has {arch}.{key} = {value}, expected a number from 0 on")
     experts, groups, groups_used = (number(f"expert_{key}") for key in ("count", "group_count", "group_used_count"))
     used = max(header.per_layer(f"{arch}.expert_used_count", layers, 0))
     heads = header.per_layer(f"{arch}.attention.head_count", layers, 0)

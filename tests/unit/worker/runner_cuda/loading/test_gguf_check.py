@@ -147,6 +147,8 @@ REFUSED: dict[str, tuple[Mapping[str, MetadataValue | None], str]] = {
     "epsilon 0": ({EPSILON: 0.0}, f"{EPSILON} = 0.0, expected a positive number"),
     "epsilon below 0": ({EPSILON: -1e-5}, "expected a positive number"),
     "epsilon not a number": ({EPSILON: float("nan")}, f"{EPSILON} = nan"),
+    "rotation with a negative base": ({"llama.rope.freq_base": -1.0}, "rope.freq_base = -1.0, expected a number"),
+    "rotation with no base": ({"llama.rope.freq_base": float("nan")}, "rope.freq_base = nan"),
     "more experts used": (
         {"llama.expert_count": 2, "llama.expert_used_count": 3},
         "expert_used_count = 3, which is more than the 2 experts",
