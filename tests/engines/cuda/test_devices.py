@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import Estimate, Load
+from exo.worker.protocol.commands import Embed, Estimate, Load
 from exo.worker.protocol.events import LoadOption
 from exo.worker.runner_cuda.loading.estimate import DEVICE_CONTEXT
 from tests.support.program import Program, ask
 from tests.support.rpc_devices import RpcDevice, llama_command, rpc_devices
 from tests.support.tiny import Shape, write_gguf
+from tests.support.tiny.shape import Architecture
 
 GIB, MIB = 1 << 30, 1 << 20
+SPARE = 12 * MIB
 EXACT: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "threads": 1, "n_ctx": 512, "slots": 4}
 
 
@@ -96,6 +98,42 @@ def test_the_self_test_proves_each_device(devices: list[RpcDevice]) -> None:
     proofs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert [(each["device"], each["failure"]) for each in proofs] == [("RPC0", ""), ("RPC1", "")]
     assert min(each["on_device"] for each in proofs) > 0.95
+
+
+MEASURED: tuple[tuple[Architecture, dict[str, Any]], ...] = (
+    ("gemma3", {}),
+    ("gemma3", {"n_gpu_layers": 5}),
+    ("llama", {"tensor_split": [3, 1], "backend_sampling": "on"}),
+    ("llama", {"split_mode": "tensor"}),
+    ("llama", {"devices": ["RPC1"], "flash_attn": "off"}),
+)
+
+
+@pytest.mark.parametrize(("architecture", "table"), MEASURED)
+def test_the_estimate_for_each_device_is_what_is_allocated_there(
+    tmp_path: Path, devices: list[RpcDevice], architecture: Architecture, table: dict[str, Any]
+) -> None:
+    """After loading, and with the buffers of all kinds of requests."""
+    path = tmp_path / "wide.gguf"
+    wide = Shape(
+        architecture, layers=8, hidden=256, feed_forward=1408, heads=8, kv_heads=8, head_dim=64, sliding_window=512
+    )
+    write_gguf(path, wide)
+    command = load(path, n_ctx=4096, slots=2, cache_type_k="f16", cache_type_v="f16", **table)
+    for each in devices:
+        each.wait_until_empty()
+    with start() as program:
+        plan = planned(program, command)
+        program.load(command.model_copy(update={"table": {**command.table, **plan.settings}}))
+        loaded = [each.used() for each in devices]
+        program.generate(ask("scored", max_tokens=1).model_copy(update={"prompt_logprobs": 1}))
+        program.generate(Embed(id="text", prompt=(5, 6, 7)))
+        used = [each.used() for each in devices]
+    for at, name in enumerate(("RPC0", "RPC1")):
+        total = plan.devices.get(name, DEVICE_CONTEXT) - DEVICE_CONTEXT
+        at_first = total - plan.later_devices.get(name, 0)
+        for estimated, allocated in ((at_first, loaded[at]), (total, used[at])):
+            assert 0.97 * allocated - MIB <= estimated <= 1.03 * allocated + SPARE, (name, plan.parts)
 
 
 def planned(program: Program, command: Load) -> LoadOption:

@@ -201,7 +201,7 @@ class _GgufSizes:
             Part("outputs", plan.slots * row),
             Part("prompt log-probabilities", SCORED_ROWS * row, later=True),
             Part("prefix cache", plan.prefix_cache_bytes, later=True),
-            self._compute(plan, where, n_ubatch),
+            *self._compute(plan, where, n_ubatch),
             *self._texts(plan, where),
         ]
 
@@ -243,31 +243,39 @@ class _GgufSizes:
         kinds = (plan.cache_type, plan.cache_type) if plan.cache_type is not None else types
         return _bytes(kinds[0], cache.keys) + _bytes(kinds[1], cache.values)
 
-    def _compute(self, plan: Plan, where: _Where, n_ubatch: int) -> Part:
-        """Returns the memory of the graph of a step."""
+    def _compute(self, plan: Plan, where: _Where, n_ubatch: int) -> list[Part]:
+        """Returns the memory of the graph of a step, which a device allocates with the context."""
         n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
-        return self._graph("compute", where, n_ubatch, n_outputs, plan.n_ctx)
+        return self._graph("compute", where, n_ubatch, n_outputs, self._n_cells(plan.n_ctx, n_ubatch), later=False)
 
     def _may_reduce(self, where: _Where) -> bool:
         """Whether backend sampling may be used, whose graph has the logits twice."""
         wanted = self.options.backend_sampling
         return wanted == "on" or (wanted == "auto" and all(where) and self.options.split_mode != "tensor")
 
-    def _graph(self, name: str, where: _Where, rows: int, n_outputs: int, n_ctx: int) -> Part:
-        """Returns the memory of a graph's buffer: the logits or one layer's activations, and the inputs.
+    def _graph(
+        self, name: str, where: _Where, rows: int, n_outputs: int, n_cells: Sequence[int], *, later: bool = True
+    ) -> list[Part]:
+        """Returns the memory of a graph's buffers: the logits or one layer's activations, and the inputs.
 
-        Only the devices with the output compute logits.
+        Only the devices with the output compute logits. Inputs are in RAM as well, where pages are taken when they are
+        first used. ``later``: the devices' buffers are allocated by a request.
         """
-        inputs, activations = self._attention(rows, n_ctx), self._activations(rows)
-        largest = max(4 * n_outputs * self.vocabulary, activations)
+        activations, logits = self._activations(rows), 4 * n_outputs * self.vocabulary
         devices = _devices(where)
+        masks, scores = self._attention(rows, n_cells, [True] * len(self.layers))
         if not devices:
-            return Part(name, largest + inputs, later=True)
-        if len(devices) > 1 and all(where) and self.options.split_mode == "layer":
-            inputs = _COPIES * (inputs + 4 * rows * self.hidden)
-        ending = where[-1]
-        sizes = {each: inputs + (largest if each in ending else activations) for each in devices}
-        return Part(name, later=True, devices=sizes)
+            return [Part(name, max(activations, logits) + masks + scores, later=True)]
+        copies = _COPIES if len(devices) > 1 and all(where) and self.options.split_mode == "layer" else 1
+        embedded = 4 * rows * self.hidden
+        host = copies * (masks + embedded) + (0 if all(where) else activations + scores)
+        sizes = dict[str, int]()
+        for device in devices:
+            *layers, ending = [device in shares for shares in where]
+            masks, scores = self._attention(rows, n_cells, layers)
+            computed = max(any(layers) * activations, ending * logits)
+            sizes[device] = copies * (masks + embedded) + scores + computed
+        return [Part(name, host, later=True), Part(name, later=later, devices=sizes)]
 
     def _texts(self, plan: Plan, where: _Where) -> list[Part]:
         """Returns the memory of the context for embeddings; see ``runner_cuda/embedding.py``."""
@@ -277,19 +285,25 @@ class _GgufSizes:
         rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
         alone = self.options.exact or any(layer.cache.state for layer in self.layers)
         n_texts = 1 if alone else min(MOST_TEXTS, rows)
+        n_cells = self._n_cells(longest, rows, n_texts)
         return [
-            self._cache("embedding", plan, where, 1, self._n_cells(longest, rows, n_texts), later=True),
-            self._graph("embedding", where, rows, rows, longest),
+            self._cache("embedding", plan, where, 1, n_cells, later=True),
+            *self._graph("embedding", where, rows, rows, n_cells),
             Part("embedding", 4 * rows * self.vocabulary, later=True),  # llama.cpp computes logits of every row
         ]
 
     def _activations(self, rows: int) -> int:
         return 4 * rows * (4 * self.hidden + 3 * self.feed_forward)
 
-    def _attention(self, rows: int, n_ctx: int) -> int:
-        """Returns the bytes of the mask and, without flash attention, of every head's scores."""
-        scores = 4 * self.heads if self.options.flash_attn == "off" else 0
-        return rows * cells(n_ctx) * (6 + scores)
+    def _attention(self, rows: int, n_cells: Sequence[int], here: Sequence[bool]) -> tuple[int, int]:
+        """Returns the bytes of the masks and of every head's scores, which flash attention does not keep.
+
+        Layers with a window have a mask of their own. ``here`` says which layers count.
+        """
+        layers = zip(self.layers, n_cells, here, strict=False)
+        kinds = {layer.cache.window: count for layer, count, counts in layers if counts and layer.cache.keys}
+        masks, largest = rows * sum(kinds.values()), rows * max(kinds.values(), default=0)
+        return (4 * masks, 4 * self.heads * largest) if self.options.flash_attn == "off" else (2 * masks, 0)
 
 
 def _devices(where: _Where) -> tuple[str, ...]:
