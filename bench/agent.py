@@ -8,20 +8,22 @@ reasoning.
 """
 
 import argparse
+import asyncio
 import random
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import httpx
 import psutil
-from pydantic import BaseModel
+from pydantic_core import to_json
 
-from bench.servers import Server, demo_server, end_within, llama_server, set_up_peers
+from bench.servers import MeasuredServer, demo_server, end_within, llama_server, set_up_peers
+from bench.streams import client_of
+from exo.bench.client import Exchange
+from exo.bench.reading import StreamedReply, read
 
 SLOTS = 2
 REPLY_TOKENS, TURN_WORDS, SIDE_WORDS = 48, 280, 400
@@ -41,28 +43,8 @@ class Answer:
     first_ms: float
 
 
-class Choice(BaseModel):
-    text: str = ""
-
-
-class Details(BaseModel):
-    cached_tokens: int = 0
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    prompt_tokens_details: Details = Details()
-
-
-class Event(BaseModel):
-    """The fields of a streamed event that the measurement reads."""
-
-    choices: tuple[Choice, ...] = ()
-    usage: Usage | None = None
-
-
-def ask(server: Server, prompt: str) -> Answer:
-    """Streams a completion."""
+def ask(server: MeasuredServer, prompt: str) -> Answer:
+    """Streams a completion. Exits unless the reply is complete."""
     body = {
         "model": server.model,
         "prompt": prompt,
@@ -71,21 +53,15 @@ def ask(server: Server, prompt: str) -> Answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    began, first, text, length, computed = time.perf_counter(), 0.0, "", 0, 0
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=600) as reply:
-        reply.raise_for_status()
-        for line in reply.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = Event.model_validate_json(line.removeprefix("data: "))
-            piece = "".join(choice.text for choice in event.choices)
-            if piece and not first:
-                first = 1000 * (time.perf_counter() - began)
-            text += piece
-            if event.usage is not None:
-                length = event.usage.prompt_tokens
-                computed = length - event.usage.prompt_tokens_details.cached_tokens
-    return Answer(text, length, computed, first)
+    exchange, reply = Exchange(to_json(body)), StreamedReply()
+    asyncio.run(client_of(server.url).send(exchange))
+    for moment, data in exchange.pieces:
+        reply.feed(moment, data)
+    outcome = read(exchange)
+    if outcome.fault is not None:
+        raise SystemExit(f"{server.name}: {outcome.fault.message}")
+    length = outcome.prompt_tokens
+    return Answer(reply.text, length, length - (outcome.cached_tokens or 0), 1000 * outcome.ttft)
 
 
 def words(dice: random.Random, count: int) -> str:
@@ -93,7 +69,7 @@ def words(dice: random.Random, count: int) -> str:
     return "".join(" " + dice.choice(WORDS) for _ in range(count))
 
 
-def conversation(server: Server, tokens: int, seed: int) -> Iterator[tuple[str, Answer]]:
+def conversation(server: MeasuredServer, tokens: int, seed: int) -> Iterator[tuple[str, Answer]]:
     """Yields each step's name and answer. Equal arguments send equal prompts."""
     dice = random.Random(seed)
     stem, tail, other = (words(dice, count) for count in (int(tokens * (1 - TAIL)), *[int(tokens * TAIL)] * 2))
@@ -109,7 +85,7 @@ def conversation(server: Server, tokens: int, seed: int) -> Iterator[tuple[str, 
     yield "back with another reply", ask(server, prompt + words(dice, REPLY_TOKENS) + turn)
 
 
-def long_conversation(server: Server, tokens: int, turns: int, seed: int) -> Iterator[tuple[str, Answer]]:
+def long_conversation(server: MeasuredServer, tokens: int, turns: int, seed: int) -> Iterator[tuple[str, Answer]]:
     """Yields the cold prompt's answer and one for each turn."""
     dice = random.Random(seed)
     prompt = f"{seed}{words(dice, tokens)}"
@@ -125,7 +101,7 @@ def _turn(dice: random.Random) -> str:
     return "\n\nUser:" + words(dice, TURN_WORDS) + "\n\nAssistant:"
 
 
-def _side_prompts(server: Server, dice: random.Random) -> None:
+def _side_prompts(server: MeasuredServer, dice: random.Random) -> None:
     for _ in range(3):
         ask(server, f"{dice.random()}{words(dice, SIDE_WORDS)}")
 

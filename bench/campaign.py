@@ -13,8 +13,8 @@ from typing import Literal
 
 import psutil
 
-from bench.streams import Asked, Burst, WatchedStream, client_of, text_of
-from bench.target import STREAMS, Target
+from bench.streams import Burst, ExpectedReply, WatchedStream, client_of, text_of
+from bench.target import STREAMS, FaultTarget
 from tests.support.server import ServeProgram
 
 Kind = Literal["kill", "early kill", "stop", "flood"]
@@ -45,7 +45,7 @@ def plan(kills: int, stops: int, floods: int, dice: random.Random) -> list[Kind]
 
 
 @dataclass(slots=True)
-class Fault:
+class InjectedFault:
     """A death of the runner at ``died``. ``seconds`` later a stream had its next token.
 
     ``in_flight`` streams had received some of their tokens.
@@ -59,10 +59,10 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Outcome:
+class CampaignOutcome:
     undisturbed: list[WatchedStream] = field(default_factory=list[WatchedStream])
     streams: list[WatchedStream] = field(default_factory=list[WatchedStream])
-    faults: list[Fault] = field(default_factory=list[Fault])
+    faults: list[InjectedFault] = field(default_factory=list[InjectedFault])
     flood: Burst = field(default_factory=Burst)
     declined: Counter[int] = field(default_factory=Counter[int])
     """Streams that were told to come again before they began, by status."""
@@ -75,9 +75,9 @@ class Campaign:
     """The faults of ``kinds`` on a server that runs ``target``. ``load_seconds`` is the time of a load."""
 
     def __init__(
-        self, server: ServeProgram, target: Target, kinds: Sequence[Kind], dice: random.Random, load_seconds: float
+        self, server: ServeProgram, target: FaultTarget, kinds: Sequence[Kind], dice: random.Random, load_seconds: float
     ) -> None:
-        self.outcome = Outcome()
+        self.outcome = CampaignOutcome()
         self._server = server
         self._client = client_of(server.url)
         self._target = target
@@ -89,7 +89,7 @@ class Campaign:
         self._token = asyncio.Event()
         """Set when a token has come since the last death."""
         self._any_token = asyncio.Event()
-        self._flood_request = Asked(target.body(0), _FLOOD_TOKENS)
+        self._flood_request = ExpectedReply(target.body(0), _FLOOD_TOKENS)
 
     async def undisturbed(self) -> None:
         """Runs the streams without faults, for comparison. Raises SystemExit if one fails."""
@@ -161,7 +161,7 @@ class Campaign:
         for stream in cut:
             stream.cut(died)
         self._token.clear()
-        self.outcome.faults.append(Fault(kind, died, len(cut)))
+        self.outcome.faults.append(InjectedFault(kind, died, len(cut)))
 
     def _in_flight(self) -> list[WatchedStream]:
         return [stream for stream in self._running.values() if stream.in_flight]

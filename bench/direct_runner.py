@@ -25,7 +25,7 @@ from exo.worker.protocol.wire import decode_event, encode
 
 
 @dataclass(slots=True)
-class Stream:
+class TimedTokens:
     """When a request was sent, and when each of its tokens was read, in seconds."""
 
     sent: float
@@ -57,7 +57,7 @@ class DirectRunner:
         self._process.kill()
         self._process.communicate()
 
-    def generate(self, prompt: str, tokens: int) -> Stream:
+    def generate(self, prompt: str, tokens: int) -> TimedTokens:
         """Runs a request of ``tokens`` tokens to its end."""
         self._requests += 1
         request = Generate(
@@ -67,7 +67,7 @@ class DirectRunner:
             max_tokens=tokens,
             ignore_eos=True,
         )
-        stream = Stream(time.perf_counter())
+        stream = TimedTokens(time.perf_counter())
         self._send(request)
         while not isinstance(event := self._read(), Finished):
             if isinstance(event, Deltas):

@@ -6,10 +6,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.campaign import Outcome
+from bench.campaign import CampaignOutcome
 from bench.streams import WatchedStream
-from bench.target import Target
-from bench.texts import Alignment, Continuation, Judge, NearTie, Text, align, first_difference
+from bench.target import FaultTarget
+from bench.texts import Alignment, Continuation, Judge, NearTie, UnexpectedText, align, first_difference
 
 RECOVERY_SECONDS = 1.5
 """The promised median time from a death to the next token, beyond the time that the model takes to load."""
@@ -54,7 +54,7 @@ class Streams(_Figures):
     """The number of deaths between two tokens of a stream."""
 
     @classmethod
-    def of(cls, outcome: Outcome, *, exact: bool) -> Self:
+    def of(cls, outcome: CampaignOutcome, *, exact: bool) -> Self:
         """Compares every stream with the undisturbed one of the same number.
 
         If texts may differ (not ``exact``), lost and doubled tokens are found by their number only; ``texts`` judges
@@ -92,7 +92,7 @@ class Deaths(_Figures):
     """A stopped runner is noticed only after a while."""
 
     @classmethod
-    def of(cls, outcome: Outcome) -> Self:
+    def of(cls, outcome: CampaignOutcome) -> Self:
         kinds = [fault.kind for fault in outcome.faults]
         times: Mapping[bool, list[float]] = {True: [], False: []}
         for fault in outcome.faults:
@@ -119,7 +119,7 @@ class Floods(_Figures):
     refused: Spread | None
 
     @classmethod
-    def of(cls, outcome: Outcome, bursts: int) -> Self:
+    def of(cls, outcome: CampaignOutcome, bursts: int) -> Self:
         burst = outcome.flood
         return cls(
             bursts=bursts,
@@ -130,7 +130,7 @@ class Floods(_Figures):
         )
 
 
-class Server(_Figures):
+class ServerFacts(_Figures):
     """The server process: resident memory in bytes, and its state after it was told to stop."""
 
     memory_before: int
@@ -149,7 +149,7 @@ class Choices(_Figures):
     near_ties: tuple[NearTie, ...] = ()
 
 
-class Report(_Figures):
+class FaultReport(_Figures):
     """One campaign. The times of a runner's start and load are those of the median start."""
 
     target: str
@@ -163,7 +163,7 @@ class Report(_Figures):
     streams: Streams
     deaths: Deaths
     floods: Floods
-    server: Server
+    server: ServerFacts
     choices: Choices
 
     @property
@@ -206,13 +206,15 @@ def _alignment(expected: WatchedStream, got: WatchedStream, *, exact: bool) -> A
     return Alignment(lost=max(0, -surplus), doubled=max(0, surplus))
 
 
-def different(outcome: Outcome) -> list[WatchedStream]:
+def different(outcome: CampaignOutcome) -> list[WatchedStream]:
     """The complete streams whose tokens or text differ from the undisturbed run."""
     expected = {each.number: (each.ids, each.reply.text) for each in outcome.undisturbed}
     return [each for each in outcome.streams if each.done and (each.ids, each.reply.text) != expected[each.number]]
 
 
-def differing_texts(target: Target, outcome: Outcome, asked: Sequence[Continuation]) -> list[Text]:
+def differing_texts(
+    target: FaultTarget, outcome: CampaignOutcome, asked: Sequence[Continuation]
+) -> list[UnexpectedText]:
     """The distinct outputs that differ, with the expected tokens."""
     expected = {each.number: each.ids for each in outcome.undisturbed}
     found: dict[tuple[int, tuple[int, ...]], dict[int, tuple[int, Judge]]] = {}
@@ -225,10 +227,10 @@ def differing_texts(target: Target, outcome: Outcome, asked: Sequence[Continuati
         if (difference := each.difference()) is not None:
             at, token = difference
             found[each.stream.number, tuple(each.stream.ids)].setdefault(at, (token, "continuation"))
-    return [Text(number, target.ids(number), output, others) for (number, output), others in found.items()]
+    return [UnexpectedText(number, target.ids(number), output, others) for (number, output), others in found.items()]
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: FaultReport) -> Iterator[str]:
     yield f"== {report.target} model on runner {report.runner}, seed {report.seed}: {report.seconds:.0f} s of faults"
     for name, value in (*_streams(report), *_deaths(report), *_server(report)):
         yield f"{name:<24}{value}"
@@ -241,7 +243,7 @@ def promise_lines(promises: Mapping[str, bool]) -> list[str]:
     return [f"{'kept' if kept else 'BROKEN':<8}{text}" for text, kept in promises.items()]
 
 
-def _streams(report: Report) -> Iterator[tuple[str, str]]:
+def _streams(report: FaultReport) -> Iterator[tuple[str, str]]:
     found = report.streams
     same = found.whole - found.different
     yield "streams", f"{found.whole} whole, {found.lost} lost; begun later as told: {_counts(found.declined)}"
@@ -251,7 +253,7 @@ def _streams(report: Report) -> Iterator[tuple[str, str]]:
     yield "usage", f"{found.usage_wrong} wrong"
 
 
-def _deaths(report: Report) -> Iterator[tuple[str, str]]:
+def _deaths(report: FaultReport) -> Iterator[tuple[str, str]]:
     found = report.deaths
     early = f"({found.early_kills} of them while a runner was loading)"
     yield "deaths", f"{found.kills} kills {early}, {found.stops} stops; {report.streams.cuts} cuts of streams"
@@ -263,7 +265,7 @@ def _deaths(report: Report) -> Iterator[tuple[str, str]]:
     yield "stop to next token", _seconds(found.after_stop, report.load_seconds)
 
 
-def _server(report: Report) -> Iterator[tuple[str, str]]:
+def _server(report: FaultReport) -> Iterator[tuple[str, str]]:
     floods, server = report.floods, report.server
     if floods.bursts:
         yield "floods", f"{floods.bursts}: by status {_counts(floods.statuses)}; {floods.wrong} wrong answers"
@@ -273,7 +275,7 @@ def _server(report: Report) -> Iterator[tuple[str, str]]:
     yield "told to stop", f"exit status {server.exit_status}, {server.children_after_exit} children left"
 
 
-def _choices(report: Report) -> Iterator[str]:
+def _choices(report: FaultReport) -> Iterator[str]:
     found = report.choices
     same = f"{found.continuations_same} of {found.continuations} are what came"
     yield f"{'continuations':<24}{same}, for each cut of a text that differs"

@@ -19,10 +19,20 @@ import psutil
 from pydantic import TypeAdapter
 
 from bench.campaign import MAX_QUEUE, Campaign, plan
-from bench.fault_report import Choices, Deaths, Floods, Report, Server, Streams, different, differing_texts, lines
+from bench.fault_report import (
+    Choices,
+    Deaths,
+    FaultReport,
+    Floods,
+    ServerFacts,
+    Streams,
+    different,
+    differing_texts,
+    lines,
+)
 from bench.servers import end_within
 from bench.streams import client_of
-from bench.target import LoadTime, Target, demo, load_time, tiny
+from bench.target import FaultTarget, LoadTime, demo, load_time, tiny
 from bench.texts import continuations, judge_all
 from tests.support.server import ServeProgram
 
@@ -52,7 +62,7 @@ class Options:
         return sum(seconds * counts[name] for name, seconds in _SECONDS_EACH.items())
 
 
-def run(options: Options, home: Path) -> Report:
+def run(options: Options, home: Path) -> FaultReport:
     """Runs one campaign on a server of its own with its files in ``home``."""
     _note(f"{options.model} model on runner {options.runner}")
     target = asyncio.run(tiny(home, options.runner) if options.model == "tiny" else demo())
@@ -81,10 +91,10 @@ def run(options: Options, home: Path) -> Report:
 
 
 def _report(
-    options: Options, target: Target, load: LoadTime, campaign: Campaign, server: Server, choices: Choices
-) -> Report:
+    options: Options, target: FaultTarget, load: LoadTime, campaign: Campaign, server: ServerFacts, choices: Choices
+) -> FaultReport:
     outcome = campaign.outcome
-    return Report(
+    return FaultReport(
         target=target.name,
         runner=target.engine.name,
         seed=options.seed,
@@ -109,13 +119,13 @@ def _memory(server: ServeProgram) -> int:
     return psutil.Process(server.process.pid).memory_info().rss
 
 
-def _end(server: ServeProgram, before: int, after: int) -> Server:
+def _end(server: ServeProgram, before: int, after: int) -> ServerFacts:
     """Stops the server as an operator would."""
     children, runners = server.children(), len(server.runners())
     server.process.send_signal(signal.SIGTERM)
     status = server.process.wait(60)
     left = psutil.wait_procs(children, timeout=5)[1]
-    return Server(
+    return ServerFacts(
         memory_before=before,
         memory_after=after,
         extra_runners=runners - 1,
@@ -147,14 +157,14 @@ def main() -> None:
     chosen = _chosen(arguments)
     if not chosen:
         parser.error("--model demo: only with --runner cuda")
-    reports: list[Report] = []
+    reports: list[FaultReport] = []
     for options in chosen:
         end_within(options.limit + _LAST_SECONDS)
         with tempfile.TemporaryDirectory() as home:
             reports.append(run(options, Path(home)))
         print(*lines(reports[-1]), "", sep="\n", flush=True)
         if arguments.json is not None:
-            arguments.json.write_bytes(TypeAdapter(list[Report]).dump_json(reports, indent=2))
+            arguments.json.write_bytes(TypeAdapter(list[FaultReport]).dump_json(reports, indent=2))
     sys.exit(0 if all(report.kept() for report in reports) else 1)
 
 

@@ -20,7 +20,7 @@ import psutil
 
 from bench.fault_report import Spread, promise_lines
 from bench.servers import end_within
-from bench.streams import Asked, Burst, WatchedStream, client_of, text_of
+from bench.streams import Burst, ExpectedReply, WatchedStream, client_of, text_of
 from bench.target import tiny
 from exo.bench.client import Client
 from tests.support.server import ServeProgram, write_card
@@ -41,7 +41,7 @@ Body = Callable[[int], dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FloodResult:
     """The streams without and with the flood, the replies to the flood, and the server's memory in bytes."""
 
     seconds: float
@@ -78,7 +78,7 @@ def gaps(found: list[WatchedStream]) -> list[float]:
     return [two - one for each in found for one, two in pairwise(each.reply.times)]
 
 
-async def flood(client: Client, asked: Asked, seconds: float, burst: Burst) -> None:
+async def flood(client: Client, asked: ExpectedReply, seconds: float, burst: Burst) -> None:
     """Sends ``RATE`` requests per second, whatever becomes of them. Returns after the last reply."""
     began = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
@@ -87,20 +87,20 @@ async def flood(client: Client, asked: Asked, seconds: float, burst: Burst) -> N
             tasks.create_task(burst.ask(client, asked))
 
 
-async def measure(client: Client, body: Body, seconds: float, server: psutil.Process) -> Found:
+async def measure(client: Client, body: Body, seconds: float, server: psutil.Process) -> FloodResult:
     """Runs the same streams twice, the second time during the flood."""
     step = statistics.mean(gaps(await streams(client, body, _CALIBRATION_TOKENS)))
-    asked = Asked(body(0), max(1, round(REQUEST_SECONDS / step)))
-    asked = Asked(asked.body, asked.tokens, await text_of(client, asked))
+    asked = ExpectedReply(body(0), max(1, round(REQUEST_SECONDS / step)))
+    asked = ExpectedReply(asked.body, asked.tokens, await text_of(client, asked))
     tokens = min(int(seconds / step), N_CTX - 256)
     await flood(client, asked, _WARM_UP_SECONDS, Burst())
     before = server.memory_info().rss
     quiet, burst = await streams(client, body, tokens), Burst()
     loud, _ = await asyncio.gather(streams(client, body, tokens), flood(client, asked, seconds, burst))
-    return Found(seconds, quiet, loud, burst, before, server.memory_info().rss)
+    return FloodResult(seconds, quiet, loud, burst, before, server.memory_info().rss)
 
 
-def show(found: Found) -> None:
+def show(found: FloodResult) -> None:
     statuses = found.burst.statuses
     print(f"{sum(statuses.values())} requests in {found.seconds:g} s: {dict(statuses)}")
     refused = Spread.of(found.burst.refused_seconds)

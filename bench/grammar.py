@@ -76,7 +76,7 @@ def cost(url: str, model: str, pairs: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SchemaOutcome:
     """The result for the schema of ``seed``. ``text`` is the reply, or the reason of the refusal."""
 
     seed: int
@@ -86,7 +86,7 @@ class Outcome:
     tokens: int = 0
 
 
-def ask(client: httpx.Client, model: str, tokens: int, seed: int) -> Outcome:
+def ask(client: httpx.Client, model: str, tokens: int, seed: int) -> SchemaOutcome:
     """Requests one reply. Raises ``httpx.HTTPStatusError`` for every failure but a refusal of the schema."""
     schema = random_schema(seed)
     body = {
@@ -101,20 +101,20 @@ def ask(client: httpx.Client, model: str, tokens: int, seed: int) -> Outcome:
     if reply.status_code == 400:
         error = reply.json()["error"]
         assert error["param"] == "response_format.json_schema.schema", error
-        return Outcome(seed, schema, "refused", error["message"].partition(": ")[2])
+        return SchemaOutcome(seed, schema, "refused", error["message"].partition(": ")[2])
     made = reply.raise_for_status().json()
     (choice,) = made["choices"]
     text: str = choice["message"]["content"]
     became = fate(schema, choice["finish_reason"], text)
-    return Outcome(seed, schema, became, text, made["usage"]["completion_tokens"])
+    return SchemaOutcome(seed, schema, became, text, made["usage"]["completion_tokens"])
 
 
-def ask_all(url: str, model: str, seeds: Sequence[int], tokens: int) -> list[Outcome]:
+def ask_all(url: str, model: str, seeds: Sequence[int], tokens: int) -> list[SchemaOutcome]:
     with httpx.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(STREAMS) as pool:
         return list(pool.map(partial(ask, client, model, tokens), seeds))
 
 
-def report(outcomes: Sequence[Outcome]) -> None:
+def report(outcomes: Sequence[SchemaOutcome]) -> None:
     count = Counter(each.fate for each in outcomes)
     tokens = sum(each.tokens for each in outcomes)
     print(f"{len(outcomes)} schemas, {tokens} tokens: {count['valid']} finished and valid,", end=" ")

@@ -26,7 +26,7 @@ from bench.peers import ask
 from bench.servers import (
     DEMO_CARD,
     ROOT,
-    Server,
+    MeasuredServer,
     commit,
     demo_model,
     demo_server,
@@ -85,7 +85,7 @@ class Busy:
             process.wait()
 
 
-def busy_turns(exo: Server, llama: Server, pair: int) -> Iterator[tuple[str, int, Stage]]:
+def busy_turns(exo: MeasuredServer, llama: MeasuredServer, pair: int) -> Iterator[tuple[str, int, Stage]]:
     """One pair's turns on a quiet and on a busy machine: name, streams, results.
 
     llama-server beside a process of another session is measured in the first pair only.
@@ -108,7 +108,7 @@ def busy_turns(exo: Server, llama: Server, pair: int) -> Iterator[tuple[str, int
             yield name, streams, stage
 
 
-def busy_rows(exo: Server, llama: Server, pairs: int) -> Iterator[Row]:
+def busy_rows(exo: MeasuredServer, llama: MeasuredServer, pairs: int) -> Iterator[Row]:
     """Output rates and worst gaps beside another process."""
     rates: dict[tuple[str, int], list[float]] = {}
     gaps: dict[tuple[str, int], list[float]] = {}
@@ -210,7 +210,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def _two_model_server(home: Path) -> Server:
+def _two_model_server(home: Path) -> MeasuredServer:
     folder = home / "two-models"
     cards = folder / "custom_model_cards"
     if not cards.exists():

@@ -126,7 +126,7 @@ class Contender(_Finding):
     flags: str
 
 
-class Turn(_Finding):
+class ServerTurn(_Finding):
     pair: int
     scenario: str
     server: str
@@ -148,14 +148,14 @@ class PeerFindings(_Finding):
     host: HostFacts
     pairs: int
     contenders: tuple[Contender, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[ServerTurn, ...]
     ceilings: tuple[CeilingTurn, ...]
 
     def stages(self, scenario: str, server: str) -> list[Stage]:
         return [turn.stage for turn in self.turns if turn.scenario == scenario and turn.server == server]
 
 
-class Comparison(_Finding):
+class PeerComparison(_Finding):
     """One figure of two servers. ``better`` is the ratio in each pair, above 1 where exo is better."""
 
     name: str
@@ -169,7 +169,7 @@ class Comparison(_Finding):
         return f"{median(self.ours):.1f} {self.unit}", f"{median(self.theirs):.1f} {self.unit}", ratio
 
 
-def comparisons(ours: list[Stage], theirs: list[Stage]) -> Iterator[Comparison]:
+def comparisons(ours: list[Stage], theirs: list[Stage]) -> Iterator[PeerComparison]:
     """The comparable figures of one scenario's stages, pair by pair."""
     if all(stage.long_prompt for stage in (*ours, *theirs)):
         yield _of("the others' p99 inter-token latency meanwhile", "ms", ours, theirs, _p99_meanwhile, higher=False)
@@ -180,23 +180,23 @@ def comparisons(ours: list[Stage], theirs: list[Stage]) -> Iterator[Comparison]:
     yield _of("p99 inter-token latency", "ms", ours, theirs, _itl, higher=False)
 
 
-def against_ceiling(stages: list[Stage], batches: list[Ceiling]) -> Comparison:
+def against_ceiling(stages: list[Stage], batches: list[Ceiling]) -> PeerComparison:
     """The time that the ceilings predict for the same work, divided by the time that it took."""
     ours = [stage.seconds for stage in stages]
     theirs = [
         batch.seconds * stage.requests.whole / batch.streams for stage, batch in zip(stages, batches, strict=True)
     ]
     better = [predicted / took for predicted, took in zip(theirs, ours, strict=True)]
-    return Comparison(name="time", unit="s", ours=tuple(ours), theirs=tuple(theirs), better=tuple(better))
+    return PeerComparison(name="time", unit="s", ours=tuple(ours), theirs=tuple(theirs), better=tuple(better))
 
 
 def _of(
     name: str, unit: str, ours: list[Stage], theirs: list[Stage], figure: Callable[[Stage], float], *, higher: bool
-) -> Comparison:
+) -> PeerComparison:
     mine, others = [figure(stage) for stage in ours], [figure(stage) for stage in theirs]
     pairs = zip(mine, others, strict=True)
     better = [_ratio(our, their) if higher else _ratio(their, our) for our, their in pairs]
-    return Comparison(name=name, unit=unit, ours=tuple(mine), theirs=tuple(others), better=tuple(better))
+    return PeerComparison(name=name, unit=unit, ours=tuple(mine), theirs=tuple(others), better=tuple(better))
 
 
 def _ratio(above: float, below: float) -> float:
@@ -275,7 +275,7 @@ def _lines(findings: PeerFindings) -> Iterator[str]:
     yield f"Every number of every turn is in [{DATA}]({DATA})."
 
 
-def _row(scenario: str, peer: str, each: Comparison) -> str:
+def _row(scenario: str, peer: str, each: PeerComparison) -> str:
     ours, theirs, better = each.words()
     return f"| {scenario} | {each.name} | {ours} | {peer} | {theirs} | {better} |"
 

@@ -17,10 +17,10 @@ from zlib import crc32
 import anyio
 
 from bench import peer_report
-from bench.peer_report import DEMO, TINY, TWIN, CeilingTurn, Contender, PeerFindings, Scenario, Turn, ceiling
+from bench.peer_report import DEMO, TINY, TWIN, CeilingTurn, Contender, PeerFindings, Scenario, ServerTurn, ceiling
 from bench.servers import (
     ROOT,
-    Server,
+    MeasuredServer,
     bindings_server,
     commit,
     demo_server,
@@ -41,7 +41,7 @@ CEILING_STREAMS = (1, 4, 8, 16)
 _LIMIT_SECONDS = 3 * 3600.0
 
 
-def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
+def ask(server: MeasuredServer, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
     """One turn. Each pair has its own prompts, so that none is in a cache. Exits unless every reply is complete."""
     options = BenchOptions(
         url=server.url,
@@ -57,13 +57,15 @@ def ask(server: Server, scenario: Scenario, pair: int, *, tiny: bool) -> Stage:
     return stage
 
 
-def take_turns(servers: Mapping[str, Server], scenarios: Sequence[Scenario], pair: int, *, tiny: bool) -> list[Turn]:
+def take_turns(
+    servers: Mapping[str, MeasuredServer], scenarios: Sequence[Scenario], pair: int, *, tiny: bool
+) -> list[ServerTurn]:
     """One pair of every scenario: exo first, then each peer."""
-    turns: list[Turn] = []
+    turns: list[ServerTurn] = []
     for scenario in scenarios:
         for server in (servers[name] for name in (scenario.us, *scenario.peers)):
             stage = ask(server, scenario, pair, tiny=tiny)
-            turns.append(Turn(pair=pair, scenario=scenario.name, server=server.name, stage=stage))
+            turns.append(ServerTurn(pair=pair, scenario=scenario.name, server=server.name, stage=stage))
             print(f"pair {pair}  {scenario.name:<40} {server.name:<18} {_figures(stage)}", flush=True)
     return turns
 
@@ -78,7 +80,7 @@ def _figures(stage: Stage) -> str:
 
 def run(pairs: int, home: Path, architecture: Architecture, only: str, *, tiny: bool) -> PeerFindings:
     """The demo model's servers together, then the tiny model's."""
-    turns: list[Turn] = []
+    turns: list[ServerTurn] = []
     ceilings: list[CeilingTurn] = []
     demo = (
         demo_server(home / "exo"),
@@ -112,7 +114,7 @@ def run(pairs: int, home: Path, architecture: Architecture, only: str, *, tiny: 
 
 
 @contextmanager
-def _running(servers: Sequence[Server], home: Path) -> Generator[Mapping[str, Server]]:
+def _running(servers: Sequence[MeasuredServer], home: Path) -> Generator[Mapping[str, MeasuredServer]]:
     with ExitStack() as running:
         for server in servers:
             running.enter_context(server.running(home / f"{server.name}.log"))

@@ -24,7 +24,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from bench.direct_runner import DirectRunner
-from bench.servers import Server, free_address
+from bench.servers import MeasuredServer, free_address
 from exo.bench.options import BenchOptions
 from exo.bench.prompts import Prompts
 from exo.bench.report import Stage
@@ -49,7 +49,7 @@ _CHUNK = (
 """A chunk as long as those of exo."""
 
 
-class Wanted(BaseModel):
+class BareRequest(BaseModel):
     """The field of a completion request that the bare server reads."""
 
     max_tokens: int
@@ -64,7 +64,7 @@ def serve_bare(port: int) -> None:
         return {"status": "ok"}
 
     @app.post("/v1/completions")
-    async def complete(wanted: Wanted) -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
+    async def complete(wanted: BareRequest) -> StreamingResponse:  # pyright: ignore[reportUnusedFunction]
         async def chunks() -> AsyncIterator[bytes]:
             for _ in range(wanted.max_tokens):
                 yield _CHUNK
@@ -158,7 +158,7 @@ def measure(pairs: int) -> dict[str, list[float]]:
         served, server = program.url, psutil.Process(program.process.pid)
         bare, port = free_address()
         command = [sys.executable, "-m", "bench.server_path", "--bare", port]
-        open_.enter_context(Server("bare", "", command, bare, "", "/health").running(home / "bare.log"))
+        open_.enter_context(MeasuredServer("bare", "", command, bare, "", "/health").running(home / "bare.log"))
         runner = open_.enter_context(
             DirectRunner(COMMAND, Load(model_id="test/fake", backend="LlamaCppCpu", table={"slots": CONNECTIONS}))
         )

@@ -32,7 +32,7 @@ _START_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class MeasuredServer:
     """A server: its command, its address, and the requests that it gets."""
 
     name: str
@@ -99,7 +99,7 @@ def demo_model() -> Path:
     return file if file.exists() else sys.exit("the demo model is not on disk; `make demo-model` fetches it")
 
 
-def demo_server(home: Path, lines: Sequence[str] = (), name: str = "exo") -> Server:
+def demo_server(home: Path, lines: Sequence[str] = (), name: str = "exo") -> MeasuredServer:
     """``exo serve`` with its data in ``home`` and the demo model's card, in which ``lines`` replace their keys."""
     if lines:
         keys = tuple(line.partition(" ")[0] + " " for line in lines)
@@ -113,10 +113,10 @@ def demo_server(home: Path, lines: Sequence[str] = (), name: str = "exo") -> Ser
     return replace(server, card=", ".join(lines))
 
 
-def exo_server(home: Path, model: str, *arguments: str, name: str = "exo", ready: str = "/ready") -> Server:
+def exo_server(home: Path, model: str, *arguments: str, name: str = "exo", ready: str = "/ready") -> MeasuredServer:
     url, port = free_address()
     command = [sys.executable, "-m", "exo", "serve", "--port", port, *arguments]
-    return Server(name, exo.__version__, command, url, model, ready, environment={"EXO_HOME": str(home)})
+    return MeasuredServer(name, exo.__version__, command, url, model, ready, environment={"EXO_HOME": str(home)})
 
 
 def llama_binary(name: str) -> Path:
@@ -130,31 +130,31 @@ def llama_flags(slots: int = SLOTS, context: int = CONTEXT) -> list[str]:
     return ["-t", str(THREADS), "-tb", str(THREADS), "-c", str(slots * context), "-no-kvu"]
 
 
-def llama_server(slots: int = SLOTS, context: int = CONTEXT) -> Server:
+def llama_server(slots: int = SLOTS, context: int = CONTEXT) -> MeasuredServer:
     """llama.cpp's server with its defaults otherwise."""
     url, port = free_address()
     command = [str(llama_binary("llama-server")), "-m", str(demo_model()), "--port", port]
     command += [*llama_flags(slots, context), "-np", str(slots), "--no-webui"]
-    return Server("llama-server", LLAMA_SERVER.replace("==", " "), command, url, "demo", "/health")
+    return MeasuredServer("llama-server", LLAMA_SERVER.replace("==", " "), command, url, "demo", "/health")
 
 
-def bindings_server() -> Server:
+def bindings_server() -> MeasuredServer:
     """llama-cpp-python's server. It has one sequence, and queues requests instead of dropping one for the next."""
     url, port = free_address()
     command = [str(PEERS / "bin" / "python"), "-m", "llama_cpp.server", "--model", str(demo_model()), "--port", port]
     command += ["--n_ctx", str(CONTEXT), "--n_threads", str(THREADS), "--n_threads_batch", str(THREADS)]
     command += ["--flash_attn", "true", "--logits_all", "false", "--interrupt_requests", "false", "--verbose", "false"]
-    return Server("llama-cpp-python", version("llama-cpp-python"), command, url, "demo", "/v1/models")
+    return MeasuredServer("llama-cpp-python", version("llama-cpp-python"), command, url, "demo", "/v1/models")
 
 
-def mlx_servers(home: Path, folder: Path) -> tuple[Server, Server]:
+def mlx_servers(home: Path, folder: Path) -> tuple[MeasuredServer, MeasuredServer]:
     """The MLX runner of exo, and mlx_lm.server, with the tiny model in ``folder``."""
     table: dict[str, JsonValue] = {"path": str(folder), "slots": 8}
     write_card(home / "exo-mlx", "twin", {"mlx": table}, runner="mlx", backends=["MlxMetal", "MlxCuda", "MlxCpu"])
     ours = exo_server(home / "exo-mlx", "test/twin", "--load", "test/twin", name="exo on MLX")
     url, port = free_address()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", port]
-    theirs = Server("mlx_lm.server", version("mlx-lm"), command, url, str(folder), "/health")
+    theirs = MeasuredServer("mlx_lm.server", version("mlx-lm"), command, url, str(folder), "/health")
     return replace(ours, extra={"logit_bias": _NO_END}), replace(theirs, extra={"logit_bias": _NO_END})
 
 

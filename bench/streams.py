@@ -97,7 +97,7 @@ class WatchedStream:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ExpectedReply:
     """A request for ``tokens`` tokens, and its expected text, or None if that may vary."""
 
     body: Mapping[str, object]
@@ -121,7 +121,7 @@ class Burst:
         """The number of requests that were neither served nor told to come again."""
         return sum(count for status, count in self.statuses.items() if status not in (200, 429, 503))
 
-    async def ask(self, client: Client, asked: Asked) -> None:
+    async def ask(self, client: Client, asked: ExpectedReply) -> None:
         """Sends one request. Errors of the server are counted, not raised."""
         stream = WatchedStream(0, asked.tokens)
         await stream.read(client, asked.body)
@@ -141,7 +141,7 @@ def client_of(url: str) -> Client:
     return Client(BenchOptions(url=url, model="any"))
 
 
-async def text_of(client: Client, asked: Asked) -> str:
+async def text_of(client: Client, asked: ExpectedReply) -> str:
     """The text that such a request gets without faults."""
     stream = WatchedStream(0, asked.tokens)
     await stream.read(client, asked.body)

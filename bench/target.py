@@ -43,7 +43,7 @@ class LoadTime:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FaultTarget:
     """A model that ``exo serve`` with ``arguments`` can serve, and the ``STREAMS`` streams that run on it."""
 
     name: Literal["tiny", "demo"]
@@ -74,7 +74,7 @@ class Target:
         return prompt
 
 
-async def tiny(home: Path, runner: str, n_ctx: int = 2048) -> Target:
+async def tiny(home: Path, runner: str, n_ctx: int = 2048) -> FaultTarget:
     """Random weights in float32, so that rounding has no effect; sampled, so that texts do not repeat themselves."""
     shape = Shape(context_length=n_ctx)
     size: dict[str, JsonValue] = {"n_ctx": n_ctx, "slots": STREAMS}
@@ -88,10 +88,10 @@ async def tiny(home: Path, runner: str, n_ctx: int = 2048) -> Target:
     write_card(home, "tiny", {runner: table}, backends=["LlamaCppCpu", "MlxCpu"], runner=runner)
     engine = await _engine(Catalogue.load(home / "custom_model_cards"), "test/tiny", runner)
     prompts = tuple(f"story {number}" for number in range(STREAMS))
-    return Target("tiny", engine, prompts, 1500, {"temperature": 0.9}, longest_pause=0.6, exact=True)
+    return FaultTarget("tiny", engine, prompts, 1500, {"temperature": 0.9}, longest_pause=0.6, exact=True)
 
 
-async def demo(tokens: int = 96) -> Target:
+async def demo(tokens: int = 96) -> FaultTarget:
     """The demo model as ``make run`` serves it on llama.cpp: quantised, so rounding may change greedy choices."""
     models = Settings.load().models_directory
     if not (models / "google--gemma-3-270m").is_dir():
@@ -100,7 +100,7 @@ async def demo(tokens: int = 96) -> Target:
     with tempfile.TemporaryDirectory() as directory:
         prompts = (await score(engine, _STORIES, Path(directory))).tokens
     sampling, arguments = {"temperature": 0}, ("--models-dir", str(models))
-    return Target("demo", engine, prompts, tokens, sampling, longest_pause=4.0, exact=False, arguments=arguments)
+    return FaultTarget("demo", engine, prompts, tokens, sampling, longest_pause=4.0, exact=False, arguments=arguments)
 
 
 async def _engine(catalogue: Catalogue, model_id: str, runner: str, *directories: str) -> ComparedEngine:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from bench.streams import WatchedStream
-from bench.target import STREAMS, Target
+from bench.target import STREAMS, FaultTarget
 from exo.bench.client import Client
 from exo.compare.engine import ComparedEngine
 from exo.worker.runner_cuda.loading.loader import Loaded, load
@@ -127,7 +127,7 @@ class Continuation:
         return None if at is None or at >= len(self.ids) else (self.start + at, self.ids[at])
 
 
-async def continuations(client: Client, target: Target, streams: Sequence[WatchedStream]) -> list[Continuation]:
+async def continuations(client: Client, target: FaultTarget, streams: Sequence[WatchedStream]) -> list[Continuation]:
     """One for each cut of ``streams`` after the first token. The prompts are token ids."""
     turns = asyncio.Semaphore(STREAMS)
 
@@ -151,7 +151,7 @@ def _spans(stream: WatchedStream) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class UnexpectedText:
     """An unexpected output of a stream. ``others`` are the expected tokens by position."""
 
     stream: int
@@ -160,7 +160,7 @@ class Text:
     others: Mapping[int, tuple[int, Judge]]
 
 
-def judge_all(engine: ComparedEngine, texts: Sequence[Text]) -> list[NearTie]:
+def judge_all(engine: ComparedEngine, texts: Sequence[UnexpectedText]) -> list[NearTie]:
     """Every choice in these texts for which another token was expected. Loads the model in this process.
 
     Raises the runner's LoadError and EngineError.
@@ -175,7 +175,7 @@ def judge_all(engine: ComparedEngine, texts: Sequence[Text]) -> list[NearTie]:
         loaded.free()
 
 
-def _judge(loaded: Loaded, text: Text) -> list[NearTie]:
+def _judge(loaded: Loaded, text: UnexpectedText) -> list[NearTie]:
     """Judges the expected differences, and positions where the model, reading token by token, prefers another token.
 
     The latter reveal a token that was lost or doubled inside an output: the next token is then no greedy choice.

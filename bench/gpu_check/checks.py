@@ -12,9 +12,9 @@ from typing import Any
 import anyio
 from pydantic import JsonValue
 
-from bench.gpu_check.models import Model, file_of, models
+from bench.gpu_check.models import CheckedModel, file_of, models
 from bench.gpu_check.options import ROOT, Options
-from bench.gpu_check.record import CheckError, Step, run
+from bench.gpu_check.record import CheckError, CheckStep, run
 from exo.compare.comparison import Comparison
 from exo.compare.engine import ComparedEngine
 from exo.compare.run import CompareOptions, Subject, examine
@@ -56,25 +56,25 @@ _NO_LAYER_SHARE = 0.15
 """The largest share with no layer there. A process that only queries the GPU takes some of its memory."""
 
 
-def steps(options: Options) -> list[Step]:
+def steps(options: Options) -> list[CheckStep]:
     """The self-test, the contract tests, a parity step per architecture, offload, and two devices made of one GPU."""
     model = models(options)[0]
     checks = [
-        Step("contract", "contract", partial(_test, options), 60),
+        CheckStep("contract", "contract", partial(_test, options), 60),
         *(
-            Step(f"parity {each}", "parity", partial(_compare, options, Shape(each), _EXACT, None), 15)
+            CheckStep(f"parity {each}", "parity", partial(_compare, options, Shape(each), _EXACT, None), 15)
             for each in ARCHITECTURES
         ),
-        Step("offload", "offload", partial(_check_offload, options, model), 30),
+        CheckStep("offload", "offload", partial(_check_offload, options, model), 30),
     ]
     if options.cpu:  # it has no self-test, and llama.cpp makes no two devices of it
         return checks
     splits = [
-        Step(f"two devices, by {name}", "devices", partial(_compare, options, _SHARED, table, split), 15)
+        CheckStep(f"two devices, by {name}", "devices", partial(_compare, options, _SHARED, table, split), 15)
         for name, table, split in (("layer", _EXACT, _BY_LAYER), ("tensor", _FLASH, _BY_TENSOR))
     ]
-    budget = Step("two devices, memory", "devices", partial(_check_budget, options, model), 20)
-    return [Step("self-test", "self-test", lambda _: _prove()), *checks, *splits, budget]
+    budget = CheckStep("two devices, memory", "devices", partial(_check_budget, options, model), 20)
+    return [CheckStep("self-test", "self-test", lambda _: _prove()), *checks, *splits, budget]
 
 
 def _prove() -> Mapping[str, Any]:
@@ -146,7 +146,7 @@ def _judged(found: Comparison) -> Mapping[str, Any]:
     return facts
 
 
-def _check_offload(options: Options, model: Model, _deadline: float) -> Mapping[str, Any]:
+def _check_offload(options: Options, model: CheckedModel, _deadline: float) -> Mapping[str, Any]:
     path = str(file_of(options, model))
     layers = {"all": -1, "half": model.shape.layer_count // 2, "none": 0}
     found: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def _check_offload(options: Options, model: Model, _deadline: float) -> Mapping[
     return facts
 
 
-def _check_budget(options: Options, model: Model, _deadline: float) -> Mapping[str, Any]:
+def _check_budget(options: Options, model: CheckedModel, _deadline: float) -> Mapping[str, Any]:
     """Whether the memory that is reserved for a model on two devices suffices. Raises CheckError."""
     table = {"path": str(file_of(options, model)), "n_ctx": 512, "slots": 2, **_BY_LAYER}
     facts = _load(options.backend, table, TWO_DEVICES)

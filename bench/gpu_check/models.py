@@ -27,7 +27,7 @@ _WRITING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class CheckedModel:
     name: str
     shape: Shape
 
@@ -35,24 +35,28 @@ class Model:
 _LLAMA_8B = {"vocabulary": 128_256, "hidden": 4096, "feed_forward": 14_336, "layers": 32, "heads": 32, "kv_heads": 8}
 _GEMMA_1B = {"vocabulary": 262_144, "hidden": 1152, "feed_forward": 6912, "layers": 26, "heads": 4, "kv_heads": 1}
 MODELS = (
-    Model("8b-q4_0", Shape("llama", head_dim=128, context_length=32_768, dtype="Q4_0", **_LLAMA_8B)),
-    Model(
+    CheckedModel("8b-q4_0", Shape("llama", head_dim=128, context_length=32_768, dtype="Q4_0", **_LLAMA_8B)),
+    CheckedModel(
         "1b-262144-tokens",
         Shape("gemma3", head_dim=256, context_length=8192, dtype="Q8_0", sliding_window=512, **_GEMMA_1B),
     ),
 )
 """The sizes of Llama 3.1 8B and of Gemma 3 1B."""
 SMALL_MODELS = (
-    Model("small-q4_0", Shape("llama", vocabulary=2048, hidden=256, feed_forward=512, head_dim=64, dtype="Q4_0")),
-    Model("small-gemma", Shape("gemma3", vocabulary=8192, hidden=256, feed_forward=512, head_dim=64, dtype="Q8_0")),
+    CheckedModel(
+        "small-q4_0", Shape("llama", vocabulary=2048, hidden=256, feed_forward=512, head_dim=64, dtype="Q4_0")
+    ),
+    CheckedModel(
+        "small-gemma", Shape("gemma3", vocabulary=8192, hidden=256, feed_forward=512, head_dim=64, dtype="Q8_0")
+    ),
 )
 
 
-def models(options: Options) -> tuple[Model, ...]:
+def models(options: Options) -> tuple[CheckedModel, ...]:
     return SMALL_MODELS if options.small else MODELS
 
 
-def file_of(options: Options, model: Model) -> Path:
+def file_of(options: Options, model: CheckedModel) -> Path:
     """The model's file. The first call writes it; one from another thread waits for it."""
     path = options.work / "models" / f"{model.name}.gguf"
     with _WRITING:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.options import ROOT, Options
-from bench.gpu_check.record import CheckError, Step, run
+from bench.gpu_check.record import CheckError, CheckStep, run
 from exo.worker.protocol.nvidia_driver import DriverError, driver
 from exo.worker.runner_cuda.plugin import BASE, LIBRARY, needed_libraries, read_plugin
 
@@ -25,11 +25,11 @@ TOOLKITS = ("/usr/local/cuda/lib64", "/opt/cuda/lib64")
 _INSTALL_SECONDS = 120.0
 
 
-def steps(options: Options) -> list[Step]:
+def steps(options: Options) -> list[CheckStep]:
     """The steps in order. Each needs those before it."""
-    unpack = Step("unpack", STAGE, lambda _: _unpack(options))
-    plugin = Step("plug-in", STAGE, lambda _: _fit_plugin(options))
-    environment = Step("environment", STAGE, partial(_make_environment, options))
+    unpack = CheckStep("unpack", STAGE, lambda _: _unpack(options))
+    plugin = CheckStep("plug-in", STAGE, lambda _: _fit_plugin(options))
+    environment = CheckStep("environment", STAGE, partial(_make_environment, options))
     return [unpack, environment] if options.cpu else [unpack, plugin, environment]
 
 

@@ -36,7 +36,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CheckStep:
     """A step: ``run`` gets a deadline, and returns facts or raises CheckError."""
 
     name: str
@@ -46,7 +46,7 @@ class Step:
     """With less time the step does not begin."""
 
 
-def perform(step: Step, folder: Path, deadline: float) -> Record:
+def perform(step: CheckStep, folder: Path, deadline: float) -> Record:
     """Runs a step unless an earlier call did, and records its result. ``deadline`` is by ``time.monotonic``."""
     before = find(folder, step.name)
     if before is not None and before.state == "passed":

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 from pydantic import JsonValue
 
-from bench.gpu_check.models import Model, file_of, models
+from bench.gpu_check.models import CheckedModel, file_of, models
 from bench.gpu_check.options import Options
-from bench.gpu_check.record import CheckError, Step, run
+from bench.gpu_check.record import CheckError, CheckStep, run
 from bench.peer_report import SAMPLED, read_line
-from bench.servers import Server, exo_server, free_address
+from bench.servers import MeasuredServer, exo_server, free_address
 from exo.bench.options import BenchOptions
 from exo.bench.run import run_bench
 from exo.exit_code import CommandError
@@ -31,7 +31,7 @@ class Workload:
     """Requests that both servers get. The largest number of ``streams`` is also the number of slots."""
 
     stage: str
-    model: Model
+    model: CheckedModel
     streams: tuple[int, ...]
     prompt_words: int
     prompt_tokens: int
@@ -64,9 +64,9 @@ def workloads(options: Options) -> list[Workload]:
     return every
 
 
-def steps(options: Options) -> list[Step]:
+def steps(options: Options) -> list[CheckStep]:
     """Each load on exo, on llama-server and, unless only the sampling differs, in llama.cpp's benchmark."""
-    found: list[Step] = []
+    found: list[CheckStep] = []
     for load in workloads(options):
         measured: dict[str, Callable[[float], Mapping[str, Any]]] = {
             EXO: partial(_serve, options, load, EXO),
@@ -74,7 +74,7 @@ def steps(options: Options) -> list[Step]:
         }
         if not load.sample_on_device:
             measured[BATCHED_BENCH] = partial(_batched_bench, options, load)
-        found += [Step(name_of(load, each), load.stage, run, _LEAST_SECONDS) for each, run in measured.items()]
+        found += [CheckStep(name_of(load, each), load.stage, run, _LEAST_SECONDS) for each, run in measured.items()]
     return found
 
 
@@ -109,7 +109,7 @@ def _serve(options: Options, load: Workload, name: str, deadline: float) -> Mapp
     return facts
 
 
-def _load(server: Server, deadline: float) -> None:
+def _load(server: MeasuredServer, deadline: float) -> None:
     """Requests a first token, for which exo loads the model. Raises CheckError."""
     asked = {"model": server.model, "prompt": "one", "max_tokens": 1}
     limit = max(1.0, min(_LOAD_SECONDS, deadline - time.monotonic()))
@@ -121,7 +121,7 @@ def _load(server: Server, deadline: float) -> None:
         raise CheckError(f"{server.name} gives no first token: {answer.status_code} {answer.text[-1000:]}")
 
 
-def _exo(options: Options, load: Workload) -> Server:
+def _exo(options: Options, load: Workload) -> MeasuredServer:
     home = options.work / "exo" / load.name
     table: dict[str, JsonValue] = {"path": str(file_of(options, load.model)), "slots": load.slots}
     table |= {"n_ctx": load.context, "flash_attn": "on", "backend_sampling": "on" if load.sample_on_device else "off"}
@@ -129,13 +129,13 @@ def _exo(options: Options, load: Workload) -> Server:
     return exo_server(home, f"{_CARD}@cuda", ready="/health")
 
 
-def _llama_server(options: Options, load: Workload) -> Server:
+def _llama_server(options: Options, load: Workload) -> MeasuredServer:
     """With a split KV cache and flash attention as in exo; its defaults would favour exo."""
     url, port = free_address()
     command = [str(options.programs / "llama-server"), "-m", str(file_of(options, load.model)), "--port", port]
     command += ["--no-ui", "-np", str(load.slots), "-no-kvu", "-c", str(load.slots * load.context), "-fa", "on"]
     command += [*_layers(options), *(["-bs"] if load.sample_on_device else [])]
-    return Server(LLAMA_SERVER, "", command, url, load.model.name, "/health", environment=_environment(options))
+    return MeasuredServer(LLAMA_SERVER, "", command, url, load.model.name, "/health", environment=_environment(options))
 
 
 def _batched_bench(options: Options, load: Workload, deadline: float) -> Mapping[str, Any]:

@@ -11,10 +11,10 @@ from rich.console import Console
 from bench.gpu_check import checks, prepare, report, speed
 from bench.gpu_check.models import file_of, models
 from bench.gpu_check.options import Options, parse
-from bench.gpu_check.record import Record, Step, find, perform
+from bench.gpu_check.record import CheckStep, Record, find, perform
 
 
-def steps(options: Options) -> list[Step]:
+def steps(options: Options) -> list[CheckStep]:
     """The steps of all stages, in order."""
     return [*checks.steps(options), *speed.steps(options)]
 

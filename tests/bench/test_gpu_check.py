@@ -16,10 +16,10 @@ from rich.console import Console
 
 from bench.gpu_check import report
 from bench.gpu_check.checks import counted, verdict
-from bench.gpu_check.models import SMALL_MODELS, Model, write_random
+from bench.gpu_check.models import SMALL_MODELS, CheckedModel, write_random
 from bench.gpu_check.options import ROOT, parse
 from bench.gpu_check.prepare import cuda_libraries
-from bench.gpu_check.record import CheckError, Record, Step, find, perform
+from bench.gpu_check.record import CheckError, CheckStep, Record, find, perform
 from exo.bench.options import BenchOptions
 from exo.bench.report import Distribution, LoadResult, Report, Requests, Stage, Tokens
 from exo.worker.protocol.commands import Load
@@ -113,21 +113,21 @@ def surprising(_: float) -> dict[str, int]:
 
 def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
-    assert perform(Step("a", "parity", failing), tmp_path, deadline).facts == {"seen": 1}
-    assert perform(Step("a", "parity", lambda _: {"seen": 2}), tmp_path, deadline).state == "passed"
-    assert perform(Step("a", "parity", failing), tmp_path, deadline).facts == {"seen": 2}
+    assert perform(CheckStep("a", "parity", failing), tmp_path, deadline).facts == {"seen": 1}
+    assert perform(CheckStep("a", "parity", lambda _: {"seen": 2}), tmp_path, deadline).state == "passed"
+    assert perform(CheckStep("a", "parity", failing), tmp_path, deadline).facts == {"seen": 2}
     kept = find(tmp_path, "a")
     assert kept is not None
     assert (kept.state, kept.message, kept.facts) == ("passed", "", {"seen": 2})
 
 
 def test_what_nobody_expected_is_a_failure_of_its_step(tmp_path: Path) -> None:
-    record = perform(Step("b", "parity", surprising), tmp_path, time.monotonic() + 60)
+    record = perform(CheckStep("b", "parity", surprising), tmp_path, time.monotonic() + 60)
     assert (record.state, record.message) == ("failed", "ZeroDivisionError: by zero")
 
 
 def test_a_step_is_not_begun_with_too_little_time(tmp_path: Path) -> None:
-    record = perform(Step("c", "sweep", failing, least_seconds=30), tmp_path, time.monotonic() + 20)
+    record = perform(CheckStep("c", "sweep", failing, least_seconds=30), tmp_path, time.monotonic() + 20)
     assert record.state == "not run"
 
 
@@ -179,7 +179,9 @@ def test_a_runner_that_names_no_gpu_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=lambda model: model.name)
-def test_a_model_of_random_blocks_loads_and_its_logits_are_finite_and_unlike(model: Model, tmp_path: Path) -> None:
+def test_a_model_of_random_blocks_loads_and_its_logits_are_finite_and_unlike(
+    model: CheckedModel, tmp_path: Path
+) -> None:
     path = tmp_path / "model.gguf"
     write_random(path, model.shape)
     table = {"path": str(path), "threads": 1, "n_ctx": 256, "slots": 1}

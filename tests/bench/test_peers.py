@@ -14,7 +14,7 @@ from bench.peer_report import (
     CeilingTurn,
     Contender,
     PeerFindings,
-    Turn,
+    ServerTurn,
     against_ceiling,
     comparisons,
     read_line,
@@ -74,7 +74,7 @@ def test_every_scenario_is_a_load_that_can_be_asked_for() -> None:
 
 def test_the_page_tells_every_scenario_and_its_data_gives_it_again(tmp_path: Path) -> None:
     turns = [
-        Turn(
+        ServerTurn(
             pair=0,
             scenario=scenario.name,
             server=server,

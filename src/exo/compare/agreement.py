@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from exo.compare.comparison import MODES, Difference, Mode, TokenAgreement
 from exo.compare.engine import ComparedEngine
-from exo.compare.generation import Generated, Wanted
+from exo.compare.generation import Continuations, Generated
 from exo.compare.scoring import Scoring, Tokens, score
 
 NEAR_TIE = 0.1
@@ -52,7 +52,7 @@ def agreement(mode: Mode, reference: Generated, other: Generated, differences: S
 
 
 async def judge(
-    engine: ComparedEngine, wanted: Wanted, reference: Generated, found: Sequence[Parting]
+    engine: ComparedEngine, wanted: Continuations, reference: Generated, found: Sequence[Parting]
 ) -> dict[Parting, Difference]:
     """How far the reference ``engine`` was from choosing each other token. Raises CompareError."""
     ends: dict[tuple[Mode, int], int] = {}
@@ -70,7 +70,7 @@ async def judge(
         return {each: _judge(each, scoring, index[each.mode, each.prompt], wanted) for each in found}
 
 
-def _judge(parting: Parting, scoring: Scoring, index: int, wanted: Wanted) -> Difference:
+def _judge(parting: Parting, scoring: Scoring, index: int, wanted: Continuations) -> Difference:
     """``scoring`` has, at ``index``, the prompt and at least the reference's tokens before this one."""
     from exo.compare.divergence import greedy_margin, row_after, seeded_margin
 

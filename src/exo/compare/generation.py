@@ -32,7 +32,7 @@ Texts = Mapping[Mode, tuple[Tokens, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Continuations:
     """Prompts to continue by ``tokens`` each. The first has ``seed``, each next one a seed that is one more."""
 
     prompts: tuple[Tokens, ...]
@@ -78,7 +78,7 @@ class _Run:
 
 
 async def generate(
-    engine: ComparedEngine, wanted: Wanted, reference: Generated | None, log: Path, note: Callable[[str], None]
+    engine: ComparedEngine, wanted: Continuations, reference: Generated | None, log: Path, note: Callable[[str], None]
 ) -> Generated:
     """Loads the model and continues every prompt, first greedily, then with a seed, one at a time.
 
@@ -107,7 +107,7 @@ class _Session:
     """A loaded engine. Its methods raise RunnerError."""
 
     process: RunnerProcess
-    wanted: Wanted
+    wanted: Continuations
     note: Callable[[str], None]
 
     async def generate(self, tasks: TaskGroup, reference: Generated | None) -> Generated:

@@ -26,7 +26,7 @@ from exo.compare.comparison import (
     TokenisationDifference,
 )
 from exo.compare.engine import ComparedEngine, choose_engine, engine_names
-from exo.compare.generation import Generated, Wanted, generate
+from exo.compare.generation import Continuations, Generated, generate
 from exo.compare.prompts import PROMPTS
 from exo.compare.scoring import Scoring, score, score_same
 from exo.config import Settings
@@ -97,7 +97,7 @@ async def examine(
     reading = await _read(engines, options.prompts, note)
     for scoring in reading.scorings:
         _check_room(scoring, options.tokens)
-    wanted = Wanted(reading.scorings[0].tokens, options.tokens, options.seed)
+    wanted = Continuations(reading.scorings[0].tokens, options.tokens, options.seed)
     label = subject.card.model_id.replace("/", "--")
     logs = [log_directory / f"{label}@{engine.name}-compare.log" for engine in engines]
     generated = await _generate(engines, wanted, logs, note)
@@ -190,7 +190,7 @@ def _check_room(scoring: Scoring, tokens: int) -> None:
 
 
 async def _generate(
-    engines: Sequence[ComparedEngine], wanted: Wanted, logs: Sequence[Path], note: Note
+    engines: Sequence[ComparedEngine], wanted: Continuations, logs: Sequence[Path], note: Note
 ) -> list[Generated]:
     reference: Generated | None = None
     found: list[Generated] = []
@@ -201,7 +201,7 @@ async def _generate(
 
 
 async def _agreements(
-    engine: ComparedEngine, wanted: Wanted, generated: Sequence[Generated], note: Note
+    engine: ComparedEngine, wanted: Continuations, generated: Sequence[Generated], note: Note
 ) -> list[dict[Mode, TokenAgreement]]:
     """The agreement of each other engine with the first one, ``engine``, which judges the differences."""
     reference, *others = generated

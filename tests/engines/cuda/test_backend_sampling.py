@@ -456,7 +456,7 @@ def test_a_token_computed_once_more_is_the_last_one_and_its_cell_is_dropped(n_tr
         stream.tokens += chunk.draft[:n_true]
         if chunk.draft:
             scheduler.verified(chunk)
-        scheduler.again(stream)
+        scheduler.recompute_last(stream)
         assert cells.held == [slot.cached for slot in scheduler.slots]
         assert stream.n_computed == len(stream.tokens) - 1
     assert len(stream.tokens) == 24 + 2 * n_true

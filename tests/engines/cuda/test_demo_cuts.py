@@ -6,7 +6,7 @@ import pytest
 
 from exo.config import Settings
 from exo.worker.protocol.commands import Load
-from exo.worker.runner_cuda.scheduler import LEAST
+from exo.worker.runner_cuda.scheduler import MIN_CHUNK
 from tests.support.program import Program, Result, ask, runner_command
 
 PROMPT = " ".join(f"{number} squared is {number * number}." for number in range(40))
@@ -28,7 +28,7 @@ def first_scores(beside: bool, chunk: int) -> tuple[list[int], Result]:
     return cuts, result
 
 
-@pytest.mark.parametrize("chunk", [2 * LEAST, 4 * LEAST])
+@pytest.mark.parametrize("chunk", [2 * MIN_CHUNK, 4 * MIN_CHUNK])
 def test_a_prompt_beside_a_stream_is_cut_more_often_and_gives_the_same_to_the_last_bit(chunk: int) -> None:
     cuts, alone = first_scores(beside=False, chunk=chunk)
     more_cuts, beside = first_scores(beside=True, chunk=chunk)

@@ -39,7 +39,7 @@ from exo.worker.runner_common.commands import Commands, SequenceT, TextJob
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_error import LoadError, from_library
-from exo.worker.runner_common.output_processor import Accepted, Asked, Emitter, Refused
+from exo.worker.runner_common.output_processor import Accepted, Emitter, Refused, TextAccepted
 from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from exo.worker.runner_common.request_checks import (
     input_refusal,
@@ -201,7 +201,7 @@ class FrontEnd(Generic[SequenceT]):
         if wrong := input_refusal(request, tokens, engine.capabilities, engine.longest_text):
             self._emitter.put(Refused(wrong))
             return
-        self._emitter.put(Asked(request.id, len(tokens)))
+        self._emitter.put(TextAccepted(request.id, len(tokens)))
         engine.commands.put(TextJob(request.id, tokens, "vector" if isinstance(request, Embed) else "score"))
 
     # --- the thread that compiles grammars: a slow grammar holds up no other request ---

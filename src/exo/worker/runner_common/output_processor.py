@@ -71,7 +71,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TextAccepted:
     """A request for a vector or a score is valid and queued."""
 
     id: str
@@ -131,7 +131,7 @@ class Cancelled:
     id: str
 
 
-Item = Accepted | Asked | Refused | StepDone | Cancelled | Message
+Item = Accepted | TextAccepted | Refused | StepDone | Cancelled | Message
 
 
 @dataclass(slots=True)
@@ -236,7 +236,7 @@ class Emitter:
         match item:
             case Accepted():
                 return self._begin(item)
-            case Asked():
+            case TextAccepted():
                 return self._open(item.id, RequestOutput(TextStream(()), item.n_prompt))
             case StepDone():
                 return self._step(item)

@@ -17,7 +17,7 @@ from exo.worker.runner_cuda.bindings import Model
 from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
 
-class Framing:
+class EmbeddingInput:
     """Makes the token ids of whole texts. Safe to call from any thread."""
 
     def __init__(self, model: Model, tokenizer: GgufTokenizer) -> None:

@@ -159,7 +159,7 @@ class CudaEngine:
         self._scheduler.wipe([sequence.slot for sequence in spoilt])
         for sequence in again:
             self._sampling.read_whole(sequence)
-            self._scheduler.again(sequence)
+            self._scheduler.recompute_last(sequence)
 
     def _go_on(
         self, sequence: Sequence, reading: Reading[None], token: int | None, spoilt: list[Sequence]

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from exo.worker.runner_common.sequence import Phase
-from exo.worker.runner_cuda.prefix.cache import Found, PrefixCache
+from exo.worker.runner_cuda.prefix.cache import CachedPrefix, PrefixCache
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
 from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step_time import Pace
 
-LEAST = 64
+MIN_CHUNK = 64
 """The minimum chunk length, also of a prompt's last chunk. A shorter prompt is one chunk. Flash attention uses another
 kernel below 64 rows, so a shorter chunk would change the results."""
-GROUP = 8
+CHUNK_MULTIPLE = 8
 """The length of every chunk but the last is a multiple of this, because a matrix product takes rows in groups of four.
 On a CPU, the cuts then do not change a bit of the results; other cuts moved logits of a Q4_K_M model by up to 4.6."""
 ALONE_SECONDS = 1.5
@@ -25,7 +25,8 @@ SPACING = 4096
 """The most prompt tokens between two checkpoints of a model that needs them."""
 TAIL = 504
 """The distance of a checkpoint from the prompt's end if it is unknown where the last message starts. The rest, with
-what ``GROUP`` may add, is one full step of the default size: another stop would make the first token 7 % later."""
+what ``CHUNK_MULTIPLE`` may add, is one full step of the default size: another stop would make the first token 7 %
+later."""
 SCORED_ROWS = 32
 """The most rows of a step that give prompt log-probabilities. Each takes the memory of a row of logits."""
 
@@ -123,7 +124,7 @@ class Scheduler:
         self._budget = budget
         self._beside, self._alone = min(chunk, budget), min(alone or chunk, budget)
         self._chunk = self._alone  # the most tokens of one prompt in the next step
-        self._least = min(LEAST, self._beside)
+        self._least = min(MIN_CHUNK, self._beside)
         self._enough = min(enough, budget)
         self._pace = pace
         self._cache = cache
@@ -248,7 +249,7 @@ class Scheduler:
         """The slots, the one used last first."""
         return sorted(self.slots, key=lambda slot: slot.entered, reverse=True)
 
-    def again(self, sequence: Sequence) -> None:
+    def recompute_last(self, sequence: Sequence) -> None:
         """Has the last known token of a sequence computed once more."""
         slot = self.slots[sequence.slot]
         sequence.n_computed = len(sequence.tokens) - 1
@@ -294,7 +295,7 @@ class Scheduler:
 
         These are the last message's start, or ``TAIL`` before the end if no message starts are known; one in every
         ``SPACING`` tokens, if possible where a message starts; and, if the cells cannot be cut by a single token, a
-        place just before the end. No stop changes a result; see ``GROUP``.
+        place just before the end. No stop changes a result; see ``CHUNK_MULTIPLE``.
         """
         if not self._cache.takes_checkpoints or sequence.prompt_logprobs is not None:
             return []
@@ -310,23 +311,23 @@ class Scheduler:
             wanted.append(starts[before - 1] if near else at)
             at = wanted[-1] + SPACING
         marks: list[int] = []
-        for stop in sorted(start + (each - start) // GROUP * GROUP for each in wanted):
+        for stop in sorted(start + (each - start) // CHUNK_MULTIPLE * CHUNK_MULTIPLE for each in wanted):
             if stop - (marks[-1] if marks else start) >= self._least:
                 marks.append(stop)
         return marks
 
-    def _await(self, found: Found) -> None:
+    def _await(self, found: CachedPrefix) -> None:
         """Has a sequence stop for a checkpoint at the end of the prefix that another one waits for."""
         sequence = found.holder.sequence if isinstance(found.holder, Slot) else None
         if sequence is None or not self._cache.takes_checkpoints:
             return
         start = sequence.n_computed
-        stop = start + (found.promised - start) // GROUP * GROUP
+        stop = start + (found.promised - start) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
         if self._least <= stop - start and stop <= sequence.n_prefill - self._least:
             others = [mark for mark in sequence.marks if abs(mark - stop) >= self._least]
             sequence.marks = sorted([*others, stop])
 
-    def _choose_slot(self, found: Found | None) -> Slot:
+    def _choose_slot(self, found: CachedPrefix | None) -> Slot:
         """Returns a free slot with as many busy neighbours as possible: each gap splits every batch once more.
 
         Among equals, the slot with the found prefix is preferred, if the prefix is most of its content, then the slot
@@ -370,8 +371,8 @@ class Scheduler:
         """Returns where a prompt's next chunk ends, which is its start if the rest of the budget is too small.
 
         It ends at the prompt's next mark at the latest. Unless log-probabilities are wanted, neither the chunk nor the
-        rest of the prompt becomes shorter than ``LEAST``: a rest that is too short to be cut may exceed the budget by
-        up to ``LEAST`` tokens.
+        rest of the prompt becomes shorter than ``MIN_CHUNK``: a rest that is too short to be cut may exceed the budget
+        by up to ``MIN_CHUNK`` tokens.
         """
         start = sequence.n_computed
         end = next((mark for mark in sequence.marks if mark > start), len(sequence.tokens))
@@ -387,4 +388,4 @@ class Scheduler:
         if missing < 2 * self._least <= self._chunk:
             return end
         size = min(size, max(missing - self._least, self._least))
-        return start + max(size // GROUP * GROUP, self._least)
+        return start + max(size // CHUNK_MULTIPLE * CHUNK_MULTIPLE, self._least)

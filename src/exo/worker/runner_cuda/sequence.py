@@ -6,7 +6,7 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.disk_tier import FileReading, StoredPrefix
 from exo.worker.runner_cuda.sampling.sampler import Sampler
-from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, Drafter, Rate
+from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, AcceptanceRate, Drafter
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +33,7 @@ class Sequence:
     """Whether the number of threads must not change its rounding."""
     drafter: Drafter | None = None
     """Made when it is first asked for a draft."""
-    draft_rate: Rate = field(default_factory=lambda: Rate(HOPE, 4.0))
+    draft_rate: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(HOPE, 4.0))
     """How often a draft model's guesses were right."""
     boundaries: list[int] = field(default_factory=list[int])
     """The positions of control tokens in the prompt, between which messages are, in ascending order."""

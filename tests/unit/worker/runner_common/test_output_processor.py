@@ -28,7 +28,6 @@ from exo.worker.runner_common.output_processor import (
     LEAST_LOGPROB,
     PART_DELTAS,
     Accepted,
-    Asked,
     Cancelled,
     Emitter,
     Item,
@@ -36,6 +35,7 @@ from exo.worker.runner_common.output_processor import (
     Sampled,
     Scores,
     StepDone,
+    TextAccepted,
 )
 from exo.worker.runner_common.request_checks import resume
 from tests.support.bytes_vocabulary import CONTROL, END, BytesVocabulary
@@ -213,7 +213,7 @@ def test_a_prompt_s_log_probabilities_come_in_parts_that_follow_each_other() -> 
 
 def test_a_vector_ends_its_request() -> None:
     embedded = Embedded(id="a", vector=(0.5,), usage=Usage(prompt_tokens=PROMPT, completion_tokens=0))
-    events = written(Asked("a", PROMPT), embedded)
+    events = written(TextAccepted("a", PROMPT), embedded)
     assert events[1:] == [PrefillProgress(id="a", processed=0, total=PROMPT), embedded, Status(state="Ready")]
 
 

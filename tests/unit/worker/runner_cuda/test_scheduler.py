@@ -4,7 +4,7 @@ from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.sampler import Sampler
-from exo.worker.runner_cuda.scheduler import GROUP, LEAST, SCORED_ROWS, Scheduler, Step
+from exo.worker.runner_cuda.scheduler import CHUNK_MULTIPLE, MIN_CHUNK, SCORED_ROWS, Scheduler, Step
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
@@ -94,15 +94,17 @@ def test_prompts_of_a_few_tokens_share_a_step() -> None:
     assert rows(advance(target)) == dict.fromkeys("abc", (0, 12))
 
 
-@pytest.mark.parametrize("length", [1, LEAST - 1, LEAST + 3, 2 * LEAST - 1, 2 * LEAST + 1, 5 * LEAST + 18])
-@pytest.mark.parametrize("affordable", [LEAST // 2, LEAST, LEAST + 13, 2 * LEAST])
+@pytest.mark.parametrize(
+    "length", [1, MIN_CHUNK - 1, MIN_CHUNK + 3, 2 * MIN_CHUNK - 1, 2 * MIN_CHUNK + 1, 5 * MIN_CHUNK + 18]
+)
+@pytest.mark.parametrize("affordable", [MIN_CHUNK // 2, MIN_CHUNK, MIN_CHUNK + 13, 2 * MIN_CHUNK])
 def test_every_chunk_of_a_prompt_is_computed_by_the_same_means_wherever_it_is_cut(length: int, affordable: int) -> None:
-    target = scheduler(5, 4 * LEAST, 2 * LEAST, bound=float(affordable))
+    target = scheduler(5, 4 * MIN_CHUNK, 2 * MIN_CHUNK, bound=float(affordable))
     target.add(sequence("stream", [1]))
     advance(target)
     target.add(sequence("x", list(range(length))))
     for name in "pqr":
-        target.add(sequence(name, [ord(name), *range(LEAST // 2)]))
+        target.add(sequence(name, [ord(name), *range(MIN_CHUNK // 2)]))
     sizes: list[int] = []
     while sum(sizes) < length:
         step = target.plan()
@@ -110,20 +112,20 @@ def test_every_chunk_of_a_prompt_is_computed_by_the_same_means_wherever_it_is_cu
         for due in sampling(step):
             due.tokens.append(1)
         sizes += [stop - start for name, (start, stop) in rows(step).items() if name == "x"]
-    assert all(size >= LEAST for size in sizes) or sizes == [length]
-    assert all(size % GROUP == 0 for size in sizes[:-1])
+    assert all(size >= MIN_CHUNK for size in sizes) or sizes == [length]
+    assert all(size % CHUNK_MULTIPLE == 0 for size in sizes[:-1])
 
 
 def test_a_long_prompt_delays_running_streams_by_no_more_than_the_bound_and_gets_what_it_leaves() -> None:
     """On a machine where 8 decoding rows take 80 ms and a prompt token 3 ms, as a 270M model on two cores."""
-    for bound, expected in ((0.3, 72), (0.5, 136), (0.01, LEAST)):
-        target = scheduler(9, 8 * LEAST, 8 * LEAST, bound=bound)
+    for bound, expected in ((0.3, 72), (0.5, 136), (0.01, MIN_CHUNK)):
+        target = scheduler(9, 8 * MIN_CHUNK, 8 * MIN_CHUNK, bound=bound)
         for name in "abcdefgh":
             target.add(sequence(name, [ord(name)]))
         sizes: list[int] = []
         for number in range(200):
             if number == 5:
-                target.add(sequence("long", list(range(20 * LEAST))))
+                target.add(sequence("long", list(range(20 * MIN_CHUNK))))
             step = target.plan()
             seconds = 0.003 * step.n_rows if step.prefills else 0.01 * step.n_rows
             target.computed(step, seconds)
@@ -131,8 +133,8 @@ def test_a_long_prompt_delays_running_streams_by_no_more_than_the_bound_and_gets
                 due.tokens.append(1)
             if step.prefills:
                 sizes.append(step.n_rows)
-                assert seconds <= max(bound, 0.003 * LEAST)
-        assert sum(sizes) == 20 * LEAST
+                assert seconds <= max(bound, 0.003 * MIN_CHUNK)
+        assert sum(sizes) == 20 * MIN_CHUNK
         assert sizes[1:-2] == [expected] * len(sizes[1:-2])  # having learnt the pace
 
 

@@ -15,7 +15,7 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.gguf import quality_notes
 from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
-from exo.worker.runner_cuda.embedding_input import Framing
+from exo.worker.runner_cuda.embedding_input import EmbeddingInput
 from exo.worker.runner_cuda.loading.devices import ENGINE, Gpu, gpus
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
@@ -52,7 +52,7 @@ class Loaded:
     context: Context
     embedder: Embedder
     tokenizer: GgufTokenizer
-    framing: Framing
+    embedding_input: EmbeddingInput
     capabilities: Capabilities
     scheduler: Scheduler
     prefixes: PrefixCache
@@ -131,9 +131,20 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     speculation = Speculation(speculate, n_outputs, draft, context.rollback)
     enough = budget if on_gpu else CPU_ENOUGH
     scheduler = Scheduler(options.slots, budget, chunk, enough, pace, cache, speculation, sizes.alone)
-    framing = Framing(model, tokenizer)
+    embedding_input = EmbeddingInput(model, tokenizer)
     return Loaded(
-        model, context, embedder, tokenizer, framing, capabilities, scheduler, cache, chunk, draft, sampling, threads
+        model,
+        context,
+        embedder,
+        tokenizer,
+        embedding_input,
+        capabilities,
+        scheduler,
+        cache,
+        chunk,
+        draft,
+        sampling,
+        threads,
     )
 
 

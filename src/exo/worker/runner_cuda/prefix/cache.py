@@ -97,7 +97,7 @@ class Cells(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CachedPrefix:
     """A cached prefix: ``length`` tokens now, ``promised`` once the holder's sequence is computed."""
 
     holder: Slot | Saved
@@ -162,7 +162,7 @@ class PrefixCache:
             disk_bytes=self._disk.n_bytes if self._disk is not None else 0,
         )
 
-    def find(self, sequence: Sequence) -> Found | None:
+    def find(self, sequence: Sequence) -> CachedPrefix | None:
         """Returns the longest prefix of a sequence that is cached or about to be, of at least one block.
 
         The last token is always computed, because the first new token is sampled from its logits. With prompt
@@ -172,7 +172,7 @@ class PrefixCache:
             return None
         tokens = sequence.tokens
         usable = self._host.usable(tokens)
-        best: Found | None = None
+        best: CachedPrefix | None = None
         seen: set[Slot | Saved] = set()
         for depth, holders in self._tree.matches(tokens):
             if best is not None and best.promised >= depth + BLOCK - 1:
@@ -185,7 +185,7 @@ class PrefixCache:
             )
         return best if best is not None and best.promised else None
 
-    def new_divergence(self, sequence: Sequence, found: Found | None) -> int | None:
+    def new_divergence(self, sequence: Sequence, found: CachedPrefix | None) -> int | None:
         """Returns where a prompt departs from a cached one whose rest it mostly repeats, which is computed again.
 
         Each place is returned once, since it is the same in every request of a client. ``found`` is the usable prefix.
@@ -199,11 +199,11 @@ class PrefixCache:
         self._told.add(at)
         return at
 
-    def is_awaited(self, found: Found) -> bool:
+    def is_awaited(self, found: CachedPrefix) -> bool:
         """Whether the request should wait for the sequence that is computing the rest of the prefix."""
         return found.promised - found.length >= WORTH_WAITING
 
-    def needs_decode(self, found: Found) -> bool:
+    def needs_decode(self, found: CachedPrefix) -> bool:
         """Whether the prefix can be used only after a decode.
 
         A pending copy takes effect with the next decode. It would overwrite a state restored before it, or copy that
@@ -211,7 +211,7 @@ class PrefixCache:
         """
         return self._copying and (isinstance(found.holder, Saved) or found.checkpoint is not None)
 
-    def enter(self, slot: Slot, sequence: Sequence, found: Found | None) -> int:
+    def enter(self, slot: Slot, sequence: Sequence, found: CachedPrefix | None) -> int:
         """Gives a free slot to a sequence, with the found prefix in it. Returns the number of cached tokens."""
         reach: Reach = 0, None
         if sequence.prompt_logprobs is None:
@@ -328,7 +328,7 @@ class PrefixCache:
         """Records a decode, with which pending copies have taken effect."""
         self._copying = False
 
-    def _found(self, holder: Slot | Saved, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> Found:
+    def _found(self, holder: Slot | Saved, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> CachedPrefix:
         common = depth
         for mine, theirs in zip(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK], strict=False):
             if mine != theirs:
@@ -336,7 +336,7 @@ class PrefixCache:
             common += 1
         common = min(common, len(prompt) - 1)
         length, checkpoint = self._reach(holder, min(common, len(holder.cached)), usable)
-        return Found(holder, length, common if common > len(holder.cached) else length, checkpoint)
+        return CachedPrefix(holder, length, common if common > len(holder.cached) else length, checkpoint)
 
     def _reach(self, holder: Slot | Saved, length: int, usable: Tokens[Usable]) -> Reach:
         """Returns the longest prefix of at most ``length`` tokens to which the holder's cells can be cut."""
@@ -356,7 +356,7 @@ class PrefixCache:
         self._cells.trim(slot.id, 0)
         return 0
 
-    def _fetch(self, slot: Slot, found: Found) -> Reach:
+    def _fetch(self, slot: Slot, found: CachedPrefix) -> Reach:
         """Replaces the slot's cells with the found ones. Returns the prefix to which they are to be cut."""
         source = found.holder
         if isinstance(source, Saved):

@@ -18,7 +18,7 @@ Ids = npt.NDArray[np.intp]
 Weights = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-LEAST = np.finfo(np.float32).min
+LOWEST_LOGIT = np.finfo(np.float32).min
 """A smaller logit marks a token that is excluded."""
 
 
@@ -72,7 +72,7 @@ def top_k(row: Row, k: int) -> Ids:
     depth = 1 << isqrt(row.size // k).bit_length() >> 1
     if depth < 2:
         largest(row)
-        (ids,) = (row >= LEAST).nonzero()
+        (ids,) = (row >= LOWEST_LOGIT).nonzero()
     else:
         width = row.size // depth
         groups, rest = row[: depth * width].reshape(depth, width), row[depth * width :]
@@ -83,7 +83,7 @@ def top_k(row: Row, k: int) -> Ids:
             best = np.append(best, rest)
         largest(best)
         # If fewer than k groups have a token that is not excluded, all such tokens are candidates.
-        bound = max(best[0], LEAST)
+        bound = max(best[0], LOWEST_LOGIT)
         (reaching,) = (maxima >= bound).nonzero()
         members, places = (groups[:, reaching] >= bound).nonzero()
         ids = members * width + reaching[places]

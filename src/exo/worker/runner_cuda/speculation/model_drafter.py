@@ -11,7 +11,7 @@ from exo.worker.runner_cuda.bindings import Context, Logits, Model
 from exo.worker.runner_cuda.loading.threads import Threads
 from exo.worker.runner_cuda.sampling.candidates import NotFinite
 from exo.worker.runner_cuda.sampling.sampler import Turn, choose
-from exo.worker.runner_cuda.scheduler import LEAST
+from exo.worker.runner_cuda.scheduler import MIN_CHUNK
 from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
@@ -52,7 +52,8 @@ class DraftModel:
         lacking = [(stream, self._aligned(stream)) for stream in streams]
         behind = [(stream, start) for stream, start in lacking if len(stream.tokens) - start > LITTLE]
         for stream, start in islice(behind, 1):
-            stop = min(len(stream.tokens) - 1, start + (self._chunk if len(streams) == 1 else min(self._chunk, LEAST)))
+            chunk = self._chunk if len(streams) == 1 else min(self._chunk, MIN_CHUNK)
+            stop = min(len(stream.tokens) - 1, start + chunk)
             self._fill(0, stream, start, stream.tokens[start:stop])
             self._context.decode(stop - start)
             self._held[stream.slot] += stream.tokens[start:stop]

@@ -18,7 +18,7 @@ HOPE = 0.75
 """The initial rate of a draft model's right guesses."""
 
 
-class Rate:
+class AcceptanceRate:
     """The share of recent guesses that were right."""
 
     def __init__(self, hope: float, tries: float) -> None:
@@ -49,7 +49,7 @@ class Drafter:
 
     def __init__(self, n_prompt: int) -> None:
         """The rate counts guesses from the token after the prompt on."""
-        self.rate = Rate(0.0, 1.0)
+        self.rate = AcceptanceRate(0.0, 1.0)
         self._n_prompt = n_prompt
         self._n_followed = 0
         self._followed_by: dict[tuple[int, ...], int] = {}  # by n-gram: the index of the token after its last place
