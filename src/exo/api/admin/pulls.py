@@ -3,13 +3,14 @@
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import ClassVar, Literal, Self, final
 
 import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
@@ -22,7 +23,7 @@ from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError
 from exo.serving.pull_jobs import Pulled, from_pull_error
 from exo.store.errors import PullError
-from exo.store.progress import DownloadProgress, Step
+from exo.store.progress import DownloadProgress
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +47,6 @@ class PullRequest(RequestBody):
         default=None, min_length=1, max_length=40, description="A quantisation other than the card's, such as Q4_K_M."
     )
     stream: bool = Field(default=True, description="Send the progress; otherwise the reply comes at the end.")
-
-
-class PullProgress(BaseModel):
-    """One event of a stream. Sizes are bytes; ``done`` and ``total`` count all files, ``rate`` is bytes a second."""
-
-    step: Step
-    file: str
-    file_done: int
-    file_total: int
-    done: int
-    total: int
-    rate: float
-    seconds_left: float | None
-    note: str
-    """The reason for a pause, if known."""
-
-    @classmethod
-    def of(cls, progress: DownloadProgress) -> Self:
-        """The form of the API."""
-        return cls(**asdict(progress))
 
 
 class PullDone(BaseModel):
@@ -159,8 +140,8 @@ class _PullStream(Response):
             with self._services.queues.place(_PATH, 1):
                 async with aclosing(self._steps) as steps:
                     async for step in steps:
-                        body = PullDone.of(step) if isinstance(step, Pulled) else PullProgress.of(step)
-                        await self._write(send, sse.event(body.model_dump_json().encode()))
+                        body = PullDone.of(step) if isinstance(step, Pulled) else step
+                        await self._write(send, sse.event(to_json(body)))
         except ServingError as error:
             return error_body(error)
         except Exception:

@@ -120,20 +120,12 @@ def _text(parts: Iterable[Part]) -> str:
 class CompletionDialect(ChunkWriter):
     """``/v1/completions``. ``n`` is the number of choices of each prompt."""
 
-    def __init__(
-        self,
-        reply_id: str,
-        *,
-        n: int = 1,
-        include_usage: bool = False,
-        logprobs: bool = False,
-        token_ids: bool = False,
-        timings: bool = False,
-    ) -> None:
-        super().__init__(reply_id, "text_completion", include_usage=include_usage, timings=timings)
+    kind = "text_completion"
+
+    def __init__(self, reply_id: str, *, n: int = 1, **options: bool) -> None:
+        """``options`` are those of ``ChunkWriter``."""
+        super().__init__(reply_id, **options)
         self._n = n
-        self._logprobs = logprobs
-        self._token_ids = token_ids
         self._echoes: tuple[str, ...] = ()
         self._control: frozenset[int] = frozenset()
         self._offsets: dict[int, _Offsets] = {}

@@ -6,7 +6,7 @@ Chunks are joined from bytes, because a server may write thousands per second.
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
@@ -91,13 +91,23 @@ class ChunkWriter:
     """Writes chunks, which have the same beginning and end throughout a stream."""
 
     media_type = sse.MEDIA_TYPE
+    kind: ClassVar[str]
 
-    def __init__(self, reply_id: str, kind: str, *, include_usage: bool, timings: bool) -> None:
+    def __init__(
+        self,
+        reply_id: str,
+        *,
+        include_usage: bool = False,
+        logprobs: bool = False,
+        token_ids: bool = False,
+        timings: bool = False,
+    ) -> None:
         self.id = reply_id
         self.created = int(time.time())
         self.model = ""
         self.fingerprint = ""
-        self._kind = kind
+        self._logprobs = logprobs
+        self._token_ids = token_ids
         self._include_usage = include_usage
         self._head = b""
         self._timings = timings
@@ -116,7 +126,7 @@ class ChunkWriter:
         self._watch = Stopwatch()
         common = {
             "id": self.id,
-            "object": self._kind,
+            "object": self.kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
@@ -255,18 +265,7 @@ def choice_logprobs(items: Sequence[TokenLogprobs]) -> ChoiceLogprobs:
 class ChatDialect(ChunkWriter):
     """``/v1/chat/completions``."""
 
-    def __init__(
-        self,
-        reply_id: str,
-        *,
-        include_usage: bool = False,
-        logprobs: bool = False,
-        token_ids: bool = False,
-        timings: bool = False,
-    ) -> None:
-        super().__init__(reply_id, "chat.completion.chunk", include_usage=include_usage, timings=timings)
-        self._logprobs = logprobs
-        self._token_ids = token_ids
+    kind = "chat.completion.chunk"
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
         return (

@@ -1,5 +1,6 @@
 """The part of a sequence's life that is the same in every engine: its phases, and the effect of a new token."""
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -39,6 +40,12 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
 def ends_at(request: Generate, n_prompt: int) -> int:
     """Returns the position from which on a request's output may have an end-of-generation token."""
     return NEVER if request.ignore_eos else n_prompt + request.min_tokens
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns how many leading tokens two texts share."""
+    differences = (at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return next(differences, min(len(one), len(other)))
 
 
 class GeneratingSequence(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from exo.worker.runner_common.sequence import Phase
+from exo.worker.runner_common.sequence import Phase, common_prefix
 from exo.worker.runner_cuda.prefix.cache import CachedPrefix, PrefixCache
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
@@ -223,9 +223,7 @@ class Scheduler:
         """
         sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
         came = sequence.tokens[chunk.stop : chunk.stop + len(chunk.draft)]
-        n_true = next(
-            (at for at, pair in enumerate(zip(came, chunk.draft, strict=False)) if pair[0] != pair[1]), len(came)
-        )
+        n_true = common_prefix(came, chunk.draft)
         self._speculation.verified(sequence, n_true, missed=n_true < len(came))
         sequence.n_computed = chunk.stop + n_true
         slot.cached += came[:n_true]

@@ -1,6 +1,5 @@
 """A slot of the context: one llama.cpp sequence id with its own part of the split KV cache."""
 
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from exo.worker.runner_cuda.sequence import Sequence
@@ -20,12 +19,3 @@ class Slot:
     def tokens(self) -> list[int]:
         """The tokens that are cached or will be, as far as known."""
         return self.cached if self.sequence is None else self.sequence.tokens
-
-    def common_prefix(self, tokens: Tokens[int]) -> int:
-        """Returns how many leading ``tokens`` are cached here."""
-        length = 0
-        for mine, theirs in zip(self.cached, tokens, strict=False):
-            if mine != theirs:
-                break
-            length += 1
-        return length

@@ -4,12 +4,26 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from exo.worker.runner_common.sequence import Phase
+from exo.worker.runner_common.sequence import Phase, common_prefix
 from exo.worker.runner_mlx.sequence import MlxSequence
-from exo.worker.runner_mlx.slot import MlxSlot
 
 WORTH_REUSING = 16
 """A cached prefix of this many tokens is preferred to the lowest free slot. Nearly all prompts share a few tokens."""
+
+
+@dataclass(slots=True)
+class MlxSlot:
+    """A slot for one sequence: one row of the KV cache.
+
+    ``cached`` are the tokens with usable cells, which stay after a sequence leaves, for later prompts.
+    ``n_written`` is the number of cells written since they were last cleared. Both are valid only while the slot is
+    free.
+    """
+
+    id: int
+    cached: list[int] = field(default_factory=list[int])
+    n_written: int = 0
+    sequence: MlxSequence | None = None
 
 
 @dataclass(slots=True)
@@ -181,4 +195,4 @@ def _reusable(slot: MlxSlot, sequence: MlxSequence) -> int:
     """
     if sequence.prompt_logprobs is not None:
         return 0
-    return min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1)
+    return min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from exo.worker.protocol.events import PrefixUse
+from exo.worker.runner_common.sequence import common_prefix
 from exo.worker.runner_cuda.prefix.disk_tier import DiskTier, FileReading
 from exo.worker.runner_cuda.prefix.divergence import divergence
 from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
@@ -216,7 +217,8 @@ class PrefixCache:
         reach: Reach = 0, None
         if sequence.prompt_logprobs is None:
             usable = () if self._copying else self._host.usable(sequence.tokens)
-            reach = self._reach(slot, min(slot.common_prefix(sequence.tokens), len(sequence.tokens) - 1), usable)
+            own = min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)
+            reach = self._reach(slot, own, usable)
         place: Place = "slot"
         worth = max(BLOCK, int(self._cells.n_ctx * WORTH_COPYING))
         if found is None or found.holder is slot or found.length < reach[0] + worth:
@@ -329,11 +331,7 @@ class PrefixCache:
         self._copying = False
 
     def _found(self, holder: Slot | Saved, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> CachedPrefix:
-        common = depth
-        for mine, theirs in zip(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK], strict=False):
-            if mine != theirs:
-                break
-            common += 1
+        common = depth + common_prefix(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK])
         common = min(common, len(prompt) - 1)
         length, checkpoint = self._reach(holder, min(common, len(holder.cached)), usable)
         return CachedPrefix(holder, length, common if common > len(holder.cached) else length, checkpoint)
