@@ -17,7 +17,7 @@ from exo.api.anthropic.blocks import (
 )
 from exo.api.anthropic.history import readable
 from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
-from exo.api.openai.chat_request import MAX_TOOLS, Parameters, ToolName
+from exo.api.openai.chat_request import MAX_TOOLS, Parameters, ToolName, check_tool_names
 from exo.api.openai.common_request import NoLimit, Stops, TopK, TopP
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint
@@ -180,16 +180,7 @@ class CountTokensRequest(RequestBody):
 
     @model_validator(mode="after")
     def _a_choice_of_tools(self) -> "CountTokensRequest":
-        names = [tool.name for tool in self.own_tools]
-        if len(set(names)) < len(names):
-            raise invalid("two tools have the same name", "tools")
-        if self.tool_choice is None:
-            return self
-        if self.tool_choice.name is not None and self.tool_choice.name not in names:
-            known = ", ".join(names) or "none"
-            raise invalid(f"there is no such tool; given are {known}", "tool_choice.name")
-        if self.tool_choice.type == "any" and not names:
-            raise invalid("there are no tools to choose from", "tool_choice")
+        check_tool_names([tool.name for tool in self.own_tools], self._choice, "tool_choice.name")
         return self
 
     def conversation(self) -> Conversation:

@@ -11,9 +11,8 @@ from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
-from exo.api.ollama.request import OllamaEmbeddingsRequest, OllamaEmbedRequest
+from exo.api.ollama.request import LATEST, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama.response import OllamaReply
-from exo.api.ollama.routes import LATEST
 from exo.api.openai.embeddings import embed_commands, shortened
 from exo.serving.app_state import Services
 from exo.serving.unary import Answered, Question, ask

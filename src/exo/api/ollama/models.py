@@ -13,9 +13,8 @@ from exo import __version__
 from exo.api.http.body import read_body
 from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
-from exo.api.ollama.request import OllamaPullRequest, OllamaShowRequest
+from exo.api.ollama.request import LATEST, OllamaPullRequest, OllamaShowRequest
 from exo.api.ollama.response import OllamaDialect, OllamaReply, now
-from exo.api.ollama.routes import LATEST
 from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
 from exo.serving.model_facts import ModelFacts, model_facts

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, JsonValue
 
 from exo.api.http.body import RequestBody, Unsupported
-from exo.api.openai.common_request import Stops, TopK, TopP
+from exo.api.openai.common_request import FrequencyPenalty, MinP, PresencePenalty, Seed, Stops, TopK, TopP
 
 _NEUTRAL: Unsupported = {
     "embedding_only": (False,),
@@ -60,17 +60,13 @@ class OllamaOptions(LoadOptions):
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 always takes the most probable token.")
     top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="Drop tokens below this fraction of the largest probability."
-    )
+    min_p: MinP = 0.0
     repeat_penalty: float = Field(
         default=1.0, ge=0.01, le=100, description="1 is none. Over all tokens so far: repeat_last_n is -1."
     )
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
-    frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
-    )
-    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
+    presence_penalty: PresencePenalty = 0.0
+    frequency_penalty: FrequencyPenalty = 0.0
+    seed: Seed = None
     stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
 
     def sampling(self) -> dict[str, float]:

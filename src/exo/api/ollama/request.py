@@ -3,20 +3,22 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.ollama.options import EmbedOptions, OllamaOptions
-from exo.api.openai.chat_request import MAX_TOOLS, MaxReasoningTokens, ToolDefinition, ToolName
-from exo.api.openai.embeddings import MAX_INPUTS
+from exo.api.openai.chat_request import MAX_TOOLS, MaxReasoningTokens, ToolDefinition, ToolName, check_tool_names
+from exo.api.openai.common_request import MAX_INPUTS
 from exo.api.openai.messages import UNSEEN
 from exo.chat.template.reshaping import short_id
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
+LATEST = ":latest"
+"""Ollama's clients add this tag to the name of a model."""
 _DURATION = re.compile(r"[+-]?([0-9]{1,12}(\.[0-9]{0,12})?(ns|us|µs|ms|s|m|h))+")
 _SECONDS_ALONE = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,12})?")
 _LONGEST = 1e9
@@ -225,9 +227,7 @@ class OllamaChatRequest(OllamaGeneration):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "OllamaChatRequest":
-        names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise invalid("two tools have the same name", "tools")
+        check_tool_names([tool.function.name for tool in self.tools])
         return self
 
     def conversation(self) -> Conversation:
@@ -264,12 +264,9 @@ class OllamaGenerateRequest(OllamaGeneration):
 
     @model_validator(mode="after")
     def _raw_is_raw(self) -> "OllamaGenerateRequest":
-        if self.raw and self.system:
-            raise invalid("not accepted where raw is true", "system")
-        if self.raw and self.think is not None:
-            raise invalid("not accepted where raw is true", "think")
-        if self.raw and self.max_reasoning_tokens is not None:
-            raise invalid("not accepted where raw is true", "max_reasoning_tokens")
+        for name in ("system", "think", "max_reasoning_tokens") if self.raw else ():
+            if getattr(self, name) not in ("", None):
+                raise invalid("not accepted where raw is true", name)
         return self
 
     def content(self) -> Prompt:
@@ -278,12 +275,8 @@ class OllamaGenerateRequest(OllamaGeneration):
             return self.prompt
         system: list[dict[str, JsonValue]] = [{"role": "system", "content": self.system}] if self.system else []
         messages = (*system, {"role": "user", "content": self.prompt})
-        return Conversation(
-            messages=messages,
-            effort=self.effort,
-            effort_param="think",
-            reasoning_tokens=self.max_reasoning_tokens,
-        )
+        limit = self.max_reasoning_tokens
+        return Conversation(messages=messages, effort=self.effort, effort_param="think", reasoning_tokens=limit)
 
 
 class OllamaEmbedRequest(OllamaBody):
@@ -310,36 +303,33 @@ class OllamaEmbeddingsRequest(OllamaBody):
     options: EmbedOptions = Field(default=EmbedOptions(), description="Only num_ctx has an effect.")
 
 
-class OllamaPullRequest(RequestBody):
+class OllamaModelName(RequestBody):
+    """Common fields of requests about a model, of which one is required."""
+
+    model: str = Field(default="", max_length=300, description="A model id or alias.")
+    name: str = Field(default="", max_length=300, description="Older name of model.")
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> Self:
+        if not self.model and not self.name:
+            raise missing("model")
+        return self
+
+
+class OllamaPullRequest(OllamaModelName):
     """The body of ``POST /api/pull``."""
 
     ignored: ClassVar[Unsupported] = {"insecure": (False,), "password": ("",), "username": ("",)}
 
-    model: str = Field(default="", max_length=300, description="A model id or alias.")
-    name: str = Field(default="", max_length=300, description="Older name of model.")
     stream: bool = Field(default=True, description="Reply in lines of JSON.")
 
-    @model_validator(mode="after")
-    def _names_a_model(self) -> "OllamaPullRequest":
-        if not self.model and not self.name:
-            raise missing("model")
-        return self
 
-
-class OllamaShowRequest(RequestBody):
+class OllamaShowRequest(OllamaModelName):
     """The body of ``POST /api/show``."""
 
     ignored: ClassVar[Unsupported] = {"options": ({},), "system": ("",), "template": ("",)}
 
-    model: str = Field(default="", max_length=300, description="A model id or alias.")
-    name: str = Field(default="", max_length=300, description="Older name of model.")
     verbose: bool = Field(default=False, description="Has no effect: all information is always returned.")
-
-    @model_validator(mode="after")
-    def _names_a_model(self) -> "OllamaShowRequest":
-        if not self.model and not self.name:
-            raise missing("model")
-        return self
 
 
 def _told(messages: Sequence[OllamaMessage]) -> tuple[dict[str, JsonValue], ...]:

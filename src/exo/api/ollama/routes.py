@@ -12,16 +12,13 @@ from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
 from exo.api.http.response import GenerationResponse, route_headers
 from exo.api.http.unary_response import UnaryResponse
-from exo.api.ollama.request import OllamaChatRequest, OllamaGenerateRequest, OllamaGeneration
+from exo.api.ollama.request import LATEST, OllamaChatRequest, OllamaGenerateRequest, OllamaGeneration
 from exo.api.ollama.response import OllamaChatResponse, OllamaDialect, OllamaGenerateResponse, loaded
 from exo.serving.app_state import Services
 from exo.serving.generation import Generation
 from exo.serving.request import GenerationRequest
 from exo.serving.unary import Question, ask
 from exo.serving.warnings import warn_of_context
-
-LATEST = ":latest"
-"""Ollama's clients add this tag to the name of a model."""
 
 
 def ollama_routes(services: Services) -> APIRouter:

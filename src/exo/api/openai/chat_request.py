@@ -1,5 +1,6 @@
 """OpenAI's chat requests: messages, tools and the format of the reply."""
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
@@ -143,6 +144,19 @@ def _tool(value: JsonValue) -> ToolDefinition | VendorTool:
     return ToolDefinition.model_validate(value)
 
 
+def check_tool_names(names: Sequence[str], choice: ToolChoice = "auto", name_field: str = "") -> None:
+    """Raises an error for names that are not unique, and for a choice of a tool that is not there.
+
+    ``name_field`` is the field of the chosen name.
+    """
+    if len(set(names)) < len(names):
+        raise invalid("two tools have the same name", "tools")
+    if isinstance(choice, NamedChoice) and choice.name not in names:
+        raise invalid(f"there is no such tool; given are {', '.join(names) or 'none'}", name_field)
+    if choice == "required" and not names:
+        raise invalid("there are no tools to choose from", "tool_choice")
+
+
 def _by_type(value: JsonValue) -> JsonValue:
     """Refuses wrong types here, because a union would report one error for each of its types."""
     if isinstance(value, dict) and value.get("type") in (*_CHOICES, "any"):
@@ -243,14 +257,7 @@ class ChatCompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _a_choice_of_tools(self) -> "ChatCompletionRequest":
-        names = [tool.function.name for tool in self.functions]
-        if len(set(names)) < len(names):
-            raise invalid("two tools have the same name", "tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            known = ", ".join(names) or "none"
-            raise invalid(f"there is no such tool; given are {known}", "tool_choice.function.name")
-        if self.tool_choice == "required" and not names:
-            raise invalid("there are no tools to choose from", "tool_choice")
+        check_tool_names([tool.function.name for tool in self.functions], self.choice, "tool_choice.function.name")
         if self.choice not in ("auto", "none"):
             if other := super().constraints:
                 raise invalid(f"not accepted together with {other[0].param}", "tool_choice")

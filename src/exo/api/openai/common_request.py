@@ -18,6 +18,8 @@ from exo.worker.protocol.messages import MAX_LOGPROBS
 _SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
 MAX_CHOICES = 1024
 """The maximum of prompts times ``n``."""
+MAX_INPUTS = 2048
+"""The maximum of texts to embed."""
 UNSUPPORTED: Unsupported = {
     "add_special_tokens": (False,),
     "audio": (),
@@ -78,6 +80,12 @@ TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(shar
 """0, like every value below the probability of the most probable token, keeps that token alone."""
 TopK = Annotated[int, Field(ge=-1, le=1 << 31), AfterValidator(lambda count: max(count, 0))]
 """-1 means all tokens, as in vLLM and others."""
+MinP = Annotated[float, Field(ge=0, le=1, description="Drop tokens below this fraction of the largest probability.")]
+PresencePenalty = Annotated[float, Field(ge=-2, le=2, description="Against tokens already in the reply.")]
+FrequencyPenalty = Annotated[
+    float, Field(ge=-2, le=2, description="The same, multiplied by the number of occurrences.")
+]
+Seed = Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")]
 
 
 def _stops(value: JsonValue) -> JsonValue:
@@ -166,21 +174,17 @@ class GenerationFields(RequestBody):
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most probable token.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
     top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="Drop tokens below this fraction of the largest probability."
-    )
+    min_p: MinP = 0.0
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="1 is none.")
     repeat_penalty: float | None = Field(
         default=None, ge=0.01, le=100, description="llama-server's name of repetition_penalty."
     )
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
-    frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
-    )
+    presence_penalty: PresencePenalty = 0.0
+    frequency_penalty: FrequencyPenalty = 0.0
     logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few), BeforeValidator(_pairs)] = Field(
         default={}, description="Added to the logits of these token ids."
     )
-    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")
+    seed: Seed = None
     stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."

@@ -15,16 +15,13 @@ from exo.api.http.body import MODEL, RequestBody, honoured, read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
-from exo.api.openai.common_request import Prompt, prompts
+from exo.api.openai.common_request import MAX_INPUTS, Prompt, prompts
 from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError
 from exo.serving.unary import Question, ask
 from exo.worker.protocol.commands import Embed, Text
 from exo.worker.protocol.events import Embedded
-
-MAX_INPUTS = 2048
-
 
 Inputs = Annotated[
     list[Prompt],

@@ -20,6 +20,17 @@ _FIELD_LENGTH = 200
 _ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 
+class ProtocolError(Exception):
+    """The child sent something that the protocol does not allow, and can no longer be trusted.
+
+    ``request`` is the id of the request that it answered, if known.
+    """
+
+    def __init__(self, message: str, request: str | None = None) -> None:
+        super().__init__(message)
+        self.request = request
+
+
 def encode(message: Message) -> bytes:
     """The message as one line. A byte of a path that is not UTF-8 becomes a question mark."""
     try:

@@ -4,25 +4,22 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 from exo.worker.runner_common.collection import collect_rarely
 
-if TYPE_CHECKING:  # a probe needs none of the protocol, and the first status neither llguidance nor NumPy
+if TYPE_CHECKING:  # a probe needs none of the protocol
     from exo.worker.protocol.one_shot import Probe
-    from exo.worker.runner_common.front_end import FrontEnd
-    from exo.worker.runner_common.output_processor import Emitter
 
 
-def run(
-    probe: "Callable[[], Probe]", front_end: "Callable[[Emitter], FrontEnd[Any]]", score: Callable[[BinaryIO], int]
-) -> None:
-    """Runs the program. Returns only after ``--probe``.
+def run(package: str, probe: "Callable[[], Probe]") -> None:
+    """Runs the program of a runner's package. Returns only after ``--probe``.
 
-    ``front_end`` and ``score`` import the engine's library. They are called when the library can no longer print into
-    the protocol stream, and ``front_end`` after the server has been told that the runner lives. The process ends at
-    once when standard input closes, since no server is left then.
+    The package's modules ``runner`` (``front_end``) and ``score`` import the engine's library. They are imported when
+    the library can no longer print into the protocol stream, and ``runner`` after the server has been told that the
+    runner lives. The process ends at once when standard input closes, since no server is left then.
     """
     collect_rarely()
     if sys.argv[1:] == ["--probe"]:
@@ -34,13 +31,13 @@ def run(
 
     protocol = take_protocol_stream()
     if sys.argv[1:] == ["--score"]:
-        exit_now(score(protocol))
+        exit_now(import_module(f"{package}.score").score(protocol))
     threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
     sys.excepthook = _die
     emitter = Emitter(protocol)
     emitter.start()
     emitter.put(Status(state="Idle"))
-    front_end(emitter).serve(read_commands(sys.stdin.buffer))
+    import_module(f"{package}.runner").front_end(emitter).serve(read_commands(sys.stdin.buffer))
     exit_now(0)
 
 

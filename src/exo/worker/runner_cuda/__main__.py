@@ -5,14 +5,8 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING, BinaryIO
 
 from exo.worker.runner_cuda.loading.huge_pages import restart_with_huge_pages
-
-if TYPE_CHECKING:  # imported below, after the restart, so that they are imported once
-    from exo.worker.runner_common.front_end import FrontEnd
-    from exo.worker.runner_common.output_processor import Emitter
-    from exo.worker.runner_cuda.sequence import Sequence
 
 SPIN_COUNT = "1000"
 """How often a thread of llama.cpp's checks for the others before it sleeps (GCC's OpenMP): some microseconds. A thread
@@ -45,22 +39,10 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         restart_with_huge_pages()
         sys.setswitchinterval(SWITCH_SECONDS)
-    from exo.worker.runner_common.main import run
+    from exo.worker.runner_common.main import run  # after the restart, so that it is imported once
     from exo.worker.runner_cuda.loading.devices import probe
 
-    run(probe, _front_end, _score)
-
-
-def _front_end(emitter: "Emitter") -> "FrontEnd[Sequence]":
-    from exo.worker.runner_cuda.runner import front_end
-
-    return front_end(emitter)
-
-
-def _score(protocol: BinaryIO) -> int:
-    from exo.worker.runner_cuda.score import score
-
-    return score(protocol)
+    run("exo.worker.runner_cuda", probe)
 
 
 if __name__ == "__main__":

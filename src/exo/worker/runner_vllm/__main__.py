@@ -5,16 +5,10 @@ also imports vLLM, which takes ten seconds, and exits with status 1 if that fail
 """
 
 import sys
-from typing import TYPE_CHECKING, BinaryIO
 
 from exo.worker.runner_common.main import run
 from exo.worker.runner_vllm.probe import probe, try_engine
 from exo.worker.runner_vllm.switches import set_defaults
-
-if TYPE_CHECKING:
-    from exo.worker.runner_common.front_end import FrontEnd
-    from exo.worker.runner_common.output_processor import Emitter
-    from exo.worker.runner_vllm.sequence import VllmSequence
 
 
 def main() -> None:
@@ -27,19 +21,7 @@ def main() -> None:
         found = try_engine(probe())
         protocol.write(encode(found))
         exit_now(0 if found.installed else 1)
-    run(probe, _front_end, _score)
-
-
-def _front_end(emitter: "Emitter") -> "FrontEnd[VllmSequence]":
-    from exo.worker.runner_vllm.runner import front_end
-
-    return front_end(emitter)
-
-
-def _score(protocol: BinaryIO) -> int:
-    from exo.worker.runner_vllm.score import score
-
-    return score(protocol)
+    run("exo.worker.runner_vllm", probe)
 
 
 # vLLM starts further processes by importing this file again if a model is spread over several devices.

@@ -22,7 +22,7 @@ from exo.worker.protocol.commands import (
 )
 from exo.worker.protocol.events import Event, Failed
 from exo.worker.protocol.messages import LINE_BYTES
-from exo.worker.protocol.wire import decode_event, describe, encode, named_request
+from exo.worker.protocol.wire import ProtocolError, decode_event, describe, encode, named_request
 from exo.worker.supervisor.crash_report import StderrLog
 
 log = logging.getLogger(__name__)
@@ -37,17 +37,6 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 _LARGE = 1 << 14
 """Characters or token ids from which a prompt is worth a moment's wait for other sequences with the same one."""
-
-
-class ProtocolError(Exception):
-    """The child sent something that the protocol does not allow, and can no longer be trusted.
-
-    ``request`` is the id of the request that it answered, if known.
-    """
-
-    def __init__(self, message: str, request: str | None = None) -> None:
-        super().__init__(message)
-        self.request = request
 
 
 @final

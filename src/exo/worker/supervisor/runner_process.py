@@ -38,7 +38,8 @@ from exo.worker.protocol.events import (
     Status,
     Tokenized,
 )
-from exo.worker.supervisor.child_process import ChildProcess, Outbox, ProtocolError, spawn
+from exo.worker.protocol.wire import ProtocolError
+from exo.worker.supervisor.child_process import ChildProcess, Outbox, spawn
 from exo.worker.supervisor.crash_report import StderrLog, diagnose
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer, TokenRate
 from exo.worker.supervisor.state_machine import (

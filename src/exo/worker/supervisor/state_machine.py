@@ -27,7 +27,7 @@ from exo.worker.protocol.events import (
     Status,
     Tokenized,
 )
-from exo.worker.supervisor.child_process import ProtocolError
+from exo.worker.protocol.wire import ProtocolError
 
 ENDINGS: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
 _TRANSITIONS: dict[RunnerState, tuple[RunnerState, ...]] = {

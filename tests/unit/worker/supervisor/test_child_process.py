@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from exo.worker.protocol.events import Event, Heartbeat, Status
 from exo.worker.protocol.messages import LINE_BYTES
-from exo.worker.protocol.wire import encode
-from exo.worker.supervisor.child_process import EventLines, ProtocolError
+from exo.worker.protocol.wire import ProtocolError, encode
+from exo.worker.supervisor.child_process import EventLines
 
 EVENTS = [Status(state="Idle"), Status(state="Loading"), Heartbeat(steps=1, active=0, waiting=0)]
 STREAM = b"".join(map(encode, EVENTS))

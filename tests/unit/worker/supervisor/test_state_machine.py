@@ -17,7 +17,7 @@ from exo.worker.protocol.events import (
     Tokenized,
     Usage,
 )
-from exo.worker.supervisor.child_process import ProtocolError
+from exo.worker.protocol.wire import ProtocolError
 from exo.worker.supervisor.state_machine import PendingReply, RequestEvents, RunnerStateMachine
 
 CAPABILITIES = Capabilities(engine="x", engine_version="1", backend="x", context_length=9, slots=1, vocabulary=9)

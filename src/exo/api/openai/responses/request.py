@@ -8,7 +8,7 @@ from pydantic_core import to_json
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
 from exo.api.openai.chat_request import MAX_TOOLS, Effort, MaxReasoningTokens
-from exo.api.openai.common_request import NoLimit, TopP
+from exo.api.openai.common_request import FrequencyPenalty, NoLimit, PresencePenalty, TopP
 from exo.api.openai.responses.input import Input
 from exo.api.openai.responses.tools import (
     AllowedTools,
@@ -109,10 +109,8 @@ class ResponsesRequest(RequestBody):
     stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most probable token.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Against tokens already in the reply.")
-    frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="The same, multiplied by the number of occurrences."
-    )
+    presence_penalty: PresencePenalty = 0.0
+    frequency_penalty: FrequencyPenalty = 0.0
     max_output_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )
