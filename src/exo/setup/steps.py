@@ -1,5 +1,6 @@
 """Functions that all setups use: progress, programs, wheels, the cache. They need the standard library only."""
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -110,3 +111,8 @@ def finished(folder: Path) -> bool:
 def finish(folder: Path) -> None:
     """Marks a folder's content as whole, so that a step that was interrupted is done again."""
     (folder / ".finished").touch()
+
+
+def digest(*parts: str) -> str:
+    """A short hash of a step's inputs."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -126,7 +126,10 @@ def build_plugin(toolkit: Toolkit, architectures: str, cache: Path, folder: Path
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None:
         raise SetupError("there is no cmake in PATH (on Debian or Ubuntu: apt install cmake)")
-    jobs = max(1, min(len(os.sched_getaffinity(0)), _memory() // _COMPILER_BYTES))
+    jobs = max(
+        1,
+        min(len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _COMPILER_BYTES),
+    )
     minutes = CPU_MINUTES * len({*machine_code, *ptx}) / jobs
     objects, log = folder / "build", folder / "build.log"
     objects.mkdir(parents=True, exist_ok=True)
@@ -168,19 +171,8 @@ def llama_source(cache: Path) -> Path:
     if not finished(folder):
         with step("fetching the source of llama.cpp (download of 70 MB)"), tempfile.TemporaryDirectory() as target:
             name = "llama-cpp-python"
-            run(
-                [
-                    *pip_command(),
-                    "download",
-                    "-q",
-                    "--no-deps",
-                    "--no-binary",
-                    name,
-                    "-d",
-                    target,
-                    f"{name}=={BINDINGS}",
-                ]
-            )
+            options = ("-q", "--no-deps", "--no-binary", name, "-d", target)
+            run([*pip_command(), "download", *options, f"{name}=={BINDINGS}"])
             with tarfile.open(next(Path(target).glob("*.tar.gz"))) as archive:
                 members = [each for each in archive if each.name.startswith(f"{inside}/")]
                 archive.extractall(folder, members, filter="data")
@@ -195,7 +187,3 @@ def _driver_stub(folder: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc") or "cc"
     _output([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source])
     return library
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,8 +5,7 @@ import venv
 from pathlib import Path
 
 import exo
-from exo.setup.llama import digest
-from exo.setup.steps import SetupError, has_gpu, run, say, step
+from exo.setup.steps import SetupError, digest, has_gpu, run, say, step
 from exo.worker.protocol.runners import RUNNERS
 
 _VERSION = "0.32.0"

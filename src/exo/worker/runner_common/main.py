@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # a probe needs none of the protocol
 def run(package: str, probe: "Callable[[], Probe]") -> None:
     """Runs the program of a runner's package. Returns only after ``--probe``.
 
-    The package's modules ``runner`` (``front_end``) and ``score`` import the engine's library. They are imported when
-    the library can no longer print into the protocol stream, and ``runner`` after the server has been told that the
-    runner lives. The process ends at once when standard input closes, since no server is left then.
+    The package's modules ``runner`` (``front_end``) and ``score`` (``open_reader``) import the engine's library. They
+    are imported when the library can no longer print into the protocol stream, and ``runner`` after the server has been
+    told that the runner lives. The process ends at once when standard input closes, since no server is left then.
     """
     collect_rarely()
     if sys.argv[1:] == ["--probe"]:
@@ -31,7 +31,9 @@ def run(package: str, probe: "Callable[[], Probe]") -> None:
 
     protocol = take_protocol_stream()
     if sys.argv[1:] == ["--score"]:
-        exit_now(import_module(f"{package}.score").score(protocol))
+        from exo.worker.runner_common.scoring import answer_score
+
+        exit_now(answer_score(protocol, import_module(f"{package}.score").open_reader))
     threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
     sys.excepthook = _die
     emitter = Emitter(protocol)

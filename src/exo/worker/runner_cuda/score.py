@@ -1,22 +1,17 @@
 """``--score``: reads given texts through the same weights, context and tokenizer as the generate loop."""
 
 from functools import partial
-from typing import BinaryIO
 
 import numpy as np
 
 from exo.worker.protocol.commands import Load
-from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score, log_softmax
+from exo.worker.runner_common.scoring import LogProbabilities, TextReader, log_softmax
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.loader import Loaded, load, read_options
 
 
-def score(protocol: BinaryIO) -> int:
-    """Answers the ``Score`` on standard input; returns the exit status."""
-    return answer_score(protocol, _open)
-
-
-def _open(command: Load) -> TextReader:
+def open_reader(command: Load) -> TextReader:
+    """Loads the model. Raises LoadError."""
     loaded = load(command, lambda _: None, score=True)
     options = read_options(command)
     settings = {

@@ -1,22 +1,17 @@
 """``--score``: reads given texts through the same weights, cache and tokenizer as the generate loop."""
 
 from functools import partial
-from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from exo.worker.protocol.commands import Load
-from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score, log_softmax
+from exo.worker.runner_common.scoring import LogProbabilities, TextReader, log_softmax
 from exo.worker.runner_mlx.loading.loader import MlxLoaded, load
 
 
-def score(protocol: BinaryIO) -> int:
-    """Answers the ``Score`` on standard input; returns the exit status."""
-    return answer_score(protocol, _open)
-
-
-def _open(command: Load) -> TextReader:
+def open_reader(command: Load) -> TextReader:
+    """Loads the model. Raises LoadError."""
     loaded = load(command, lambda _: None)
     longest = loaded.capabilities.context_length
     return TextReader(

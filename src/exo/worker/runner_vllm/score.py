@@ -1,13 +1,12 @@
 """``--score``: reads given texts through the same weights, cache and tokenizer as the generate loop."""
 
 from functools import partial
-from typing import BinaryIO
 
 import numpy as np
 
 from exo.worker.protocol.commands import Load, SamplingParams
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.scoring import LogProbabilities, TextReader, answer_score
+from exo.worker.runner_common.scoring import LogProbabilities, TextReader
 from exo.worker.runner_vllm.loader import VllmLoaded, load
 from exo.worker.runner_vllm.sequence import Choice, VllmSequence
 
@@ -16,13 +15,8 @@ _BEHIND = 2
 generated."""
 
 
-def score(protocol: BinaryIO) -> int:
-    """Answers the ``Score`` on standard input; returns the exit status."""
-    return answer_score(protocol, _open)
-
-
-def _open(command: Load) -> TextReader:
-    """Raises LoadError."""
+def open_reader(command: Load) -> TextReader:
+    """Loads the model. Raises LoadError."""
     loaded = load(command, lambda _: None)
     if not loaded.capabilities.logprobs:
         message = "this model is loaded to make vectors of texts, and gives no next token a probability"
