@@ -15,13 +15,7 @@ from exo.compare.comparison import MODES, CompareError, MemoryUse, Mode, Speed
 from exo.compare.engine import ComparedEngine
 from exo.compare.scoring import Tokens
 from exo.worker.protocol.commands import Generate, SamplingParams
-from exo.worker.protocol.events import (
-    Delta,
-    Failed,
-    Finished,
-    PrefillProgress,
-    PromptLogprobs,
-)
+from exo.worker.protocol.events import Delta, Failed, Finished, PrefillProgress, PromptLogprobs
 from exo.worker.supervisor.host_probe import query_nvml
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 
