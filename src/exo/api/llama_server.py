@@ -18,7 +18,7 @@ from exo.api.openai.embeddings import EmbeddingUsage, Inputs, embed_commands
 from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.prompt_builder import render
-from exo.serving.unary import Question, ask
+from exo.serving.unary import ask
 from exo.worker.protocol.commands import Rank, Text, Tokenize
 from exo.worker.protocol.events import Embedded, Ranked, Tokenized
 from exo.worker.protocol.messages import MAX_TOKENIZED
@@ -140,8 +140,7 @@ def _piece(raw: tuple[int, ...]) -> str | list[int]:
 async def _tokenized(
     services: Services, model: str, command: Tokenize, field: str
 ) -> tuple[Tokenized, Mapping[str, str]]:
-    question = Question(model=services.routing.resolve(model), needs=None, commands=[command], params={"prompt": field})
-    answered = await ask(services, question)
+    answered = await ask(services, services.routing.resolve(model), [command], params={"prompt": field})
     (answer,) = answered.answers
     assert isinstance(answer, Tokenized)
     return answer, route_headers(answered.runner.route)
@@ -173,22 +172,15 @@ async def _text(services: Services, body: DetokenizeRequest) -> tuple[BaseModel,
 
 
 async def _prompt(services: Services, body: ChatCompletionRequest) -> tuple[BaseModel, Mapping[str, str]]:
-    answered = await ask(
-        services, Question(model=services.routing.resolve(body.model), needs=None, commands=[], params={})
-    )
+    answered = await ask(services, services.routing.resolve(body.model))
     texts = await render(services, answered.runner, body.conversation(), "messages")
     return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
 
 
 async def _embeddings(services: Services, body: LlamaEmbeddingRequest) -> tuple[BaseModel, Mapping[str, str]]:
     field, inputs = ("input", body.input) if body.content is None else ("content", body.content)
-    question = Question(
-        model=services.routing.resolve(body.model),
-        needs={"embeddings": "model"},
-        commands=embed_commands(inputs or []),
-        params={"prompt": field},
-    )
-    answered = await ask(services, question)
+    model, commands = services.routing.resolve(body.model), embed_commands(inputs or [])
+    answered = await ask(services, model, commands, needs={"embeddings": "model"}, params={"prompt": field})
     vectors = [list(answer.vector) for answer in answered.answers if isinstance(answer, Embedded)]
     reply = [LlamaEmbedding(index=at, embedding=[vector]) for at, vector in enumerate(vectors)]
     return RootModel(reply), route_headers(answered.runner.route)
@@ -199,13 +191,8 @@ async def _ranking(services: Services, body: RerankRequest) -> tuple[BaseModel, 
     commands = [
         Rank(id=f"rank-{ids}-{at}", query=body.query, document=document) for at, document in enumerate(body.documents)
     ]
-    question = Question(
-        model=services.routing.resolve(body.model),
-        needs={"rerank": "model"},
-        commands=commands,
-        params={"document": "documents"},
-    )
-    answered = await ask(services, question)
+    model, params = services.routing.resolve(body.model), {"document": "documents"}
+    answered = await ask(services, model, commands, needs={"rerank": "model"}, params=params)
     ranked = [answer for answer in answered.answers if isinstance(answer, Ranked)]
     results = [RerankResult(index=at, relevance_score=each.score) for at, each in enumerate(ranked)]
     results.sort(key=lambda each: (-each.relevance_score, each.index))

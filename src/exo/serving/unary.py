@@ -1,6 +1,6 @@
 """Requests with one answer: a runner executes some commands at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -19,19 +19,6 @@ Command = Embed | Rank | Tokenize
 Answer = Embedded | Ranked | Tokenized
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """Commands for one model. ``params`` maps the protocol's fields to the client's where their names differ."""
-
-    model: RequestedModel
-    needs: Mapping[Need, str] | None
-    """See ``Routing.choose``."""
-    commands: Sequence[Command]
-    params: Mapping[str, str]
-    keep_seconds: float | None = None
-    """How long the model stays loaded afterwards without being used; None changes nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Answered:
     """The answers in the order of the commands, and the runner that was found last."""
@@ -40,36 +27,48 @@ class Answered:
     answers: list[Answer]
 
 
-async def ask(services: Services, question: Question) -> Answered:
-    """Has a runner execute all commands at once. The first failure ends the others. Raises ``ServingError``."""
-    model_id = question.model.card.model_id
+async def ask(
+    services: Services,
+    model: RequestedModel,
+    commands: Sequence[Command] = (),
+    *,
+    needs: Mapping[Need, str] | None = None,
+    params: Mapping[str, str] = {},
+    keep_seconds: float | None = None,
+) -> Answered:
+    """Has a runner execute all commands at once. The first failure ends the others. Raises ``ServingError``.
+
+    ``needs`` is as in ``Routing.choose``. ``params`` maps the protocol's fields to the client's where their names
+    differ. ``keep_seconds`` is how long the model stays loaded afterwards without being used; None changes nothing.
+    """
+
+    def failed(error: RunnerError, member: int | None = None) -> ServingError:
+        return from_failed(error.failed, params=params, retry_seconds=error.retry_seconds, member=member)
+
     with (
-        services.queues.place(model_id, len(question.commands)),
-        Failover(services, question.model, question.needs, question.keep_seconds) as failover,
+        services.queues.place(model.card.model_id, len(commands)),
+        Failover(services, model, needs, keep_seconds) as failover,
     ):
         try:
             await failover.acquire(ReplayBudget())
-            services.queues.slots_changed(model_id)
-            answers = await _execute(failover, question)
+            services.queues.slots_changed(model.card.model_id)
+            answers = await _execute(failover, commands, failed)
             return Answered(failover.runner, answers)
         except RunnerError as error:
-            raise _failed(question, error, None) from None
+            raise failed(error) from None
 
 
-def _failed(question: Question, error: RunnerError, member: int | None) -> ServingError:
-    return from_failed(error.failed, params=question.params, retry_seconds=error.retry_seconds, member=member)
-
-
-async def _execute(failover: Failover, question: Question) -> list[Answer]:
+async def _execute(
+    failover: Failover, commands: Sequence[Command], failed: Callable[[RunnerError, int | None], ServingError]
+) -> list[Answer]:
     answers: dict[int, Answer] = {}
     failures: list[ServingError] = []
-    commands = question.commands
 
     async def execute(at: int, command: Command) -> None:
         try:
             answers[at] = await failover.ask(command)
         except RunnerError as error:
-            failures.append(_failed(question, error, at if len(commands) > 1 else None))
+            failures.append(failed(error, at if len(commands) > 1 else None))
             tasks.cancel_scope.cancel()
         except ServingError as error:
             failures.append(error)

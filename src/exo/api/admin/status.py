@@ -16,7 +16,7 @@ from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.errors import shutting_down
-from exo.serving.unary import Question, ask
+from exo.serving.unary import ask
 from exo.worker.router import LiveRunner
 
 
@@ -135,7 +135,7 @@ def server_routes(services: Services) -> APIRouter:
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
             model = services.routing.resolve(body.model)
-            answered = await ask(services, Question(model=model, needs=None, commands=[], params={}))
+            answered = await ask(services, model)
             return ModelLoaded(model=model.card.model_id), route_headers(answered.runner.route)
 
         return UnaryResponse(work)

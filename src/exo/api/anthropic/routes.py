@@ -5,7 +5,6 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 from exo.api.anthropic.request import CountTokensRequest, MessagesRequest
 from exo.api.anthropic.response import AnthropicReplyMessage, MessagesDialect, TokenCount
@@ -17,7 +16,7 @@ from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.generation import Generation
 from exo.serving.prompt_builder import render
-from exo.serving.unary import Question, ask
+from exo.serving.unary import ask
 from exo.worker.protocol.commands import Tokenize
 from exo.worker.protocol.events import Tokenized
 
@@ -27,10 +26,10 @@ _PARAMS = {"prompt": "messages"}
 async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCount, Mapping[str, str]]:
     """Raises ``ServingError``."""
     model = services.routing.resolve(body.model)
-    loaded = await ask(services, Question(model=model, needs=None, commands=[], params=_PARAMS))
+    loaded = await ask(services, model, params=_PARAMS)
     prompt = await render(services, loaded.runner, body.conversation(), "messages")
     command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
-    answered = await ask(services, Question(model=model, needs=None, commands=[command], params=_PARAMS))
+    answered = await ask(services, model, [command], params=_PARAMS)
     (answer,) = answered.answers
     assert isinstance(answer, Tokenized)
     return TokenCount(input_tokens=len(answer.tokens)), route_headers(answered.runner.route)
@@ -54,10 +53,6 @@ def anthropic_routes(services: Services) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         """Counts the tokens of a message's prompt."""
         body = await read_body(request, CountTokensRequest)
-
-        async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            return await _count(services, body)
-
-        return UnaryResponse(work)
+        return UnaryResponse(lambda: _count(services, body))
 
     return routes

@@ -15,7 +15,7 @@ from exo.api.ollama.request import LATEST, OllamaEmbeddingsRequest, OllamaEmbedR
 from exo.api.ollama.response import OllamaReply
 from exo.api.openai.embeddings import embed_commands, shortened
 from exo.serving.app_state import Services
-from exo.serving.unary import Answered, Question, ask
+from exo.serving.unary import Answered, ask
 from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.events import Embedded
 
@@ -42,14 +42,14 @@ def embed_routes(services: Services) -> APIRouter:
     async def vectors(
         body: OllamaEmbedRequest | OllamaEmbeddingsRequest, texts: list[str], field: str
     ) -> tuple[Answered, list[Embedded]]:
-        question = Question(
-            model=services.routing.resolve(body.model, LATEST),
-            keep_seconds=body.keep_seconds,
+        answered = await ask(
+            services,
+            services.routing.resolve(body.model, LATEST),
+            embed_commands(list[str | list[int]](texts), truncate=body.truncate),
             needs={"embeddings": "model"},
-            commands=embed_commands(list[str | list[int]](texts), truncate=body.truncate),
             params={"prompt": field},
+            keep_seconds=body.keep_seconds,
         )
-        answered = await ask(services, question)
         warn_of_context("options.num_ctx", body.options.num_ctx or 0, answered.runner.capabilities.context_length)
         return answered, [answer for answer in answered.answers if isinstance(answer, Embedded)]
 

@@ -17,7 +17,7 @@ from exo.api.ollama.response import OllamaChatResponse, OllamaDialect, OllamaGen
 from exo.serving.app_state import Services
 from exo.serving.generation import Generation
 from exo.serving.request import GenerationRequest
-from exo.serving.unary import Question, ask
+from exo.serving.unary import ask
 from exo.serving.warnings import warn_of_context
 
 
@@ -37,8 +37,7 @@ def ollama_routes(services: Services) -> APIRouter:
                 model_id, _ = await services.models.unload(services.routing.parse(body.model, LATEST).name)
                 return loaded(model_id, chat=chat, reason="unload"), {}
             model = services.routing.resolve(body.model, LATEST)
-            question = Question(model=model, needs=None, commands=[], params={}, keep_seconds=body.keep_seconds)
-            answered = await ask(services, question)
+            answered = await ask(services, model, keep_seconds=body.keep_seconds)
             runner = answered.runner
             warn_of_context("options.num_ctx", body.options.num_ctx or 0, runner.capabilities.context_length)
             return loaded(runner.card.model_id, chat=chat), route_headers(runner.route)

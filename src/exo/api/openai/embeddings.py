@@ -19,7 +19,7 @@ from exo.api.openai.common_request import MAX_INPUTS, Prompt, prompts
 from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError
-from exo.serving.unary import Question, ask
+from exo.serving.unary import ask
 from exo.worker.protocol.commands import Embed, Text
 from exo.worker.protocol.events import Embedded
 
@@ -109,14 +109,8 @@ def embedding_routes(services: Services) -> APIRouter:
         body = await read_body(request, EmbeddingRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            commands = embed_commands(body.input)
-            question = Question(
-                model=services.routing.resolve(body.model),
-                needs={"embeddings": "model"},
-                commands=commands,
-                params={"prompt": "input"},
-            )
-            answered = await ask(services, question)
+            model, commands = services.routing.resolve(body.model), embed_commands(body.input)
+            answered = await ask(services, model, commands, needs={"embeddings": "model"}, params={"prompt": "input"})
             as_floats = body.encoding_format == "float"
             data: list[Embedding] = []
             tokens = 0
