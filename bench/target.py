@@ -14,8 +14,8 @@ from exo.cards.catalogue import Catalogue
 from exo.compare.engine import ComparedEngine, choose_engine
 from exo.compare.scoring import score
 from exo.config import Settings
+from exo.worker.protocol.runners import runner_commands
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.pool import runner_commands
 from tests.support.server import write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 

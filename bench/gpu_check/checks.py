@@ -21,9 +21,8 @@ from exo.compare.run import CompareOptions, Subject, examine
 from exo.setup.cuda import self_test
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.one_shot import Probe
-from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.runners import RUNNERS, runner_commands
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.pool import runner_commands
 from tests.conftest import fake_card
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_gguf

@@ -21,7 +21,7 @@ from exo.exit_code import CommandError
 from exo.plot import check_plot
 from exo.worker.host import Host
 from exo.worker.protocol.commands import Load
-from exo.worker.supervisor.pool import runner_commands
+from exo.worker.protocol.runners import runner_commands
 from tests.conftest import fake_card
 from tests.support.server import write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx

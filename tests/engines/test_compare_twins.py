@@ -10,7 +10,7 @@ from exo.compare.engine import ComparedEngine
 from exo.compare.run import CompareOptions, Subject, examine
 from exo.worker.host import Host
 from exo.worker.protocol.commands import Load
-from exo.worker.supervisor.pool import runner_commands
+from exo.worker.protocol.runners import runner_commands
 from tests.conftest import fake_card, needs_vllm
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.shape import ARCHITECTURES, Architecture

@@ -12,10 +12,11 @@ import pytest
 from exo.cards.card import ModelCard
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import Failed, Status
+from exo.worker.protocol.runners import runner_commands
 from exo.worker.protocol.wire import encode
 from exo.worker.router import LiveRunner, Route
 from exo.worker.supervisor.circuit_breaker import FAILURES_TO_AVOID
-from exo.worker.supervisor.pool import RunnerPool, runner_commands
+from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from tests.conftest import fake_card
 from tests.support.fake_runner import COMMAND

@@ -31,9 +31,9 @@ from exo.compare.prompts import PROMPTS
 from exo.compare.scoring import Scoring, score, score_same
 from exo.config import Settings
 from exo.worker.host import Host
+from exo.worker.protocol.runners import runner_commands
 from exo.worker.router import model_not_found
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.pool import runner_commands
 
 Note = Callable[[str], None]
 

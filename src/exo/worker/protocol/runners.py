@@ -69,3 +69,8 @@ RUNNERS: dict[str, RunnerSpec] = {
         setup="exo setup vllm",
     ),
 }
+
+
+def runner_commands() -> dict[str, tuple[str, ...]]:
+    """The command that starts each runner, by runner name."""
+    return {name: spec.command for name, spec in RUNNERS.items()}

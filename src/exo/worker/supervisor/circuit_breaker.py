@@ -1,8 +1,10 @@
 """Counts a runner's failures with a model, and derives when it may start again and when another is preferred."""
 
+import math
 from dataclasses import dataclass
 
 from exo.worker.protocol.events import Failed
+from exo.worker.supervisor.runner_process import RunnerError
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
@@ -48,6 +50,15 @@ class CircuitBreaker:
     def pause(self, now: float) -> float:
         """Seconds until the next process may start; 0 if it may now."""
         return max(0.0, self._paused_until - now)
+
+    def check_pause(self, model_id: str, runner: str, now: float) -> None:
+        """Raises ``RunnerError`` with the last failure if the next process may not start yet."""
+        if (seconds := self.pause(now)) and self.last is not None:
+            message = (
+                f"runner {runner} failed {self.failures} times in a row with {model_id} and is started again in "
+                f"{math.ceil(seconds)} s; the last failure: {self.last.message}"
+            )
+            raise RunnerError(Failed(code=self.last.code, message=message), seconds)
 
     def avoided(self, now: float) -> bool:
         """Whether another runner should serve the model, if there is one."""

@@ -22,7 +22,7 @@ from exo.cards.card import ModelCard
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.cores import physical_cores, shares
 from exo.worker.protocol.events import Estimated, Failed, LoadOption
-from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.runners import runner_commands
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
@@ -40,11 +40,6 @@ OnMeasured = Callable[[ModelCard, str, Measurement], None]
 
 _MEASURE_SECONDS = 5.0
 """Time between two measurements of the runners' memory."""
-
-
-def runner_commands() -> dict[str, tuple[str, ...]]:
-    """The command that starts each runner, by runner name."""
-    return {name: spec.command for name, spec in RUNNERS.items()}
 
 
 @final
@@ -117,11 +112,12 @@ class RunnerPool:
         if self._closed:
             raise RunnerError(Failed(code="shutdown", message="the server is shutting down"))
         settings = settings_digest(card, route.runner)
-        usable = [each for each in self._of(card.model_id, route.runner) if self._takes_requests(each)]
+        usable = [each for each in self._usable() if (each.model_id, each.runner) == (card.model_id, route.runner)]
         current = [each for each in usable if each.settings == settings]
         wished = [each for each in current if each.id == route.instance]
         if (instance := next(iter(wished or current), None)) is None:
-            self._check_pause((card.model_id, route.runner, settings))
+            kind = card.model_id, route.runner, settings
+            self._breakers[kind].check_pause(card.model_id, route.runner, anyio.current_time())
             instance = self._start(route, card, settings)
             for each in usable:
                 log.info("%s: the model card has changed; %s ends after its requests", card.model_id, each.id)
@@ -191,7 +187,7 @@ class RunnerPool:
 
     def live(self) -> tuple[LiveRunner, ...]:
         """The runners that load or serve."""
-        return tuple(each.describe() for each in self._instances.values() if self._takes_requests(each))
+        return tuple(each.describe() for each in self._usable())
 
     def slots(self, model_id: str) -> int:
         """The number of sequences of a model that its runners serve at once; 0 if none has loaded."""
@@ -201,10 +197,8 @@ class RunnerPool:
         """The live runners that this version of the card started, for the router."""
         return tuple(
             each.describe()
-            for each in self._instances.values()
-            if each.model_id == card.model_id
-            and self._takes_requests(each)
-            and each.settings == settings_digest(card, each.runner)
+            for each in self._usable()
+            if each.model_id == card.model_id and each.settings == settings_digest(card, each.runner)
         )
 
     def reports(self) -> tuple[InstanceReport, ...]:
@@ -230,17 +224,6 @@ class RunnerPool:
         for each in self._instances.values():
             each.process.kill()
 
-    def _check_pause(self, kind: Kind) -> None:
-        model_id, runner, _ = kind
-        breaker = self._breakers[kind]
-        seconds = breaker.pause(anyio.current_time())
-        if seconds and breaker.last is not None:
-            message = (
-                f"runner {runner} failed {breaker.failures} times in a row with {model_id} and is started again in "
-                f"{math.ceil(seconds)} s; the last failure: {breaker.last.message}"
-            )
-            raise RunnerError(Failed(code=breaker.last.code, message=message), seconds)
-
     def _start(self, route: Route, card: ModelCard, settings: str) -> RunnerInstance:
         names = (f"{card.model_id.replace('/', '--')}@{route.runner}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
@@ -263,7 +246,7 @@ class RunnerPool:
             RequestTimer(self._in_flight, partial(self._on_measured, card, route.runner)),
             self._share_cores,
         )
-        others = list(self._of(card.model_id, route.runner))
+        others = [each for each in self._instances.values() if each.kind[:2] == (card.model_id, route.runner)]
         # Where memory is counted, an instance with other settings may run beside this one if there is room for both.
         predecessors = [each.process for each in others if each.settings == settings or not counted]
         self._instances[name] = instance
@@ -305,7 +288,7 @@ class RunnerPool:
 
     def _cancel_successors(self) -> None:
         """Ends processes that wait for a predecessor's end when the predecessor stays; it gets their requests back."""
-        staying = {each.kind for each in self._instances.values() if self._takes_requests(each) and each.process.began}
+        staying = {each.kind for each in self._usable() if each.process.began}
         for each in self._instances.values():
             if each.kind in staying and not each.process.began:
                 each.process.displace("its model stays loaded in another process")
@@ -372,9 +355,12 @@ class RunnerPool:
         devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
         self._budget.capacity = Memory(capacity.host, devices)
 
-    def _takes_requests(self, instance: RunnerInstance) -> bool:
-        reservation = self._budget.reservation(instance.id)
-        return instance.usable and reservation is not None and not reservation.leaving
+    def _usable(self) -> Iterator[RunnerInstance]:
+        """The instances that take requests."""
+        for each in self._instances.values():
+            reservation = self._budget.reservation(each.id)
+            if each.usable and reservation is not None and not reservation.leaving:
+                yield each
 
     async def _close(self, instance: RunnerInstance) -> None:
         try:
@@ -419,6 +405,3 @@ class RunnerPool:
             del self._instances[instance.id]
             self._budget.release(instance.id)
             self._settle()
-
-    def _of(self, model_id: str, runner: str) -> Iterator[RunnerInstance]:
-        return (each for each in self._instances.values() if (each.model_id, each.runner) == (model_id, runner))
