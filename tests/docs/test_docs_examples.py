@@ -21,6 +21,7 @@ from tests import ROOT
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.encoder import Encoder
+from tests.support.tiny.filling import write_filling
 from tests.support.tiny.tool_template import TEMPLATE
 
 DOCUMENT = (ROOT / "docs" / "api.md").read_text()
@@ -77,6 +78,8 @@ PRINTS: dict[tuple[str, str], str] = {
     ("POST /api/embed", "python"): r"^16\n$",
     ("GET /api/tags and POST /api/show", "bash"): r'"name":"test/tiny".*"capabilities":\["completion"',
     ("GET /api/tags and POST /api/show", "python"): r"'test/tiny'.*\n\['completion'",
+    ("POST /completion", "bash"): r'"content":"[^"].*"stop_type":"(eos|limit)".*"completion_probabilities":\[\{"id":',
+    ("POST /infill", "bash"): r'"content":"[^"].*"tokens_evaluated":[1-9]',
     ("POST /tokenize and POST /detokenize", "bash"): r'"piece":"O.*\{"content":"On"\}',
     ("POST /apply-template", "bash"): r"user\\nhi",
     ("POST /v1/rerank", "bash"): r'"results":\[\{"index":[01],"relevance_score":-?[0-9.e-]+\}\]',
@@ -95,6 +98,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServeProgram]:
     cuda: dict[str, JsonValue] = {**table, "chat_template": TEMPLATE}
     write_card(home, "tiny", {"cuda": cuda}, backends=["LlamaCppCpu"], aliases=["gemma-3-270m"])
     ranker: dict[str, JsonValue] = {"path": str(home / "ranker.gguf"), "threads": 1}
+    write_filling(home / "coder.gguf")
+    coder: dict[str, JsonValue] = {"path": str(home / "coder.gguf"), "threads": 1}
+    write_card(home, "coder", {"cuda": coder}, backends=["LlamaCppCpu"], aliases=["my-coder"])
     write_card(
         home,
         "ranker",

@@ -140,7 +140,6 @@ def test_vllms_older_names_of_grammars_bind_the_reply(fields: dict[str, object],
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stop_token_ids": [1]}, "stop_token_ids: not supported"),
         ({"n_probs": 3}, "n_probs: not supported"),
         ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format.schema: not accepted where type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: this field is required"),

@@ -388,7 +388,7 @@ def test_faults_are_named_in_ollamas_envelope(url: str, fields: dict[str, Any], 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "x", "suffix": "y"}, "suffix: not supported"),
+        ({"prompt": "x", "suffix": "y"}, "suffix: fake/model cannot fill in"),
         ({"prompt": "x", "template": "y"}, "template: not supported"),
         ({"prompt": "x", "context": [1]}, "context: not supported"),
         ({"prompt": "x", "images": ["eA=="]}, "images: not supported"),

@@ -454,7 +454,7 @@ class FakeRunner:
         return Delta(id=request.id, tokens=(token,), text=text, logprobs=logprobs)
 
     def reason(self, sequence: FakeSequence, token: int) -> FinishReason | None:
-        if token == EOS or sequence.text.stopped_by is not None:
+        if token == EOS or sequence.text.stopped:
             return "stop"
         if sequence.constraint is not None and sequence.constraint.finished:
             return "stop"

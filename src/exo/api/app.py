@@ -13,6 +13,7 @@ from exo.api.http.errors import install
 from exo.api.http.middleware import AccessControl, ForgivingPaths, WarningHeader
 from exo.api.http.openapi_schema import describe
 from exo.api.http.request_id import RequestIds
+from exo.api.llama_completion import llama_completion_routes
 from exo.api.llama_server import llama_routes
 from exo.api.llama_status import llama_status_routes
 from exo.api.ollama.embed import embed_routes
@@ -44,6 +45,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(responses_routes(services))
     app.include_router(embedding_routes(services))
     app.include_router(llama_routes(services))
+    app.include_router(llama_completion_routes(services))
     app.include_router(llama_status_routes(services))
     app.include_router(anthropic_routes(services))
     app.include_router(ollama_routes(services))

@@ -285,7 +285,12 @@ class Generation:
     def _failed(self, error: RunnerError, prompt: int | None = None) -> ServingError:
         """A runner's failure with the client's names of the fields. ``prompt`` is the index of the one at fault."""
         request = self.request
-        names = {**request.needs, "prompt": request.prompt_field, "prompt_logprobs": "logprobs"}
+        names = {
+            **request.needs,
+            "prompt": request.prompt_field,
+            "prompt_logprobs": "logprobs",
+            "stop_tokens": "stop_token_ids",
+        }
         failed, member = naming_tools(error.failed, request), prompt if len(request.prompts) > 1 else None
         return from_failed(failed, params=names, retry_seconds=error.retry_seconds, member=member)
 
@@ -308,6 +313,7 @@ class Generation:
                 prompt=each.prompt,
                 sampling=SamplingParams.model_validate({**chosen, "seed": first_seed % _SEEDS}),
                 stop=request.stop,
+                stop_tokens=request.stop_tokens,
                 max_tokens=request.max_tokens,
                 min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,

@@ -24,7 +24,7 @@ from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.reasoning_limit import reasoning_limit
-from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
+from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Grammar, ReasoningLimit, Text, Tokenize
 from exo.worker.protocol.events import Capabilities, Failed, Tokenized
@@ -72,11 +72,16 @@ async def prepare(services: Services, failover: Failover, request: GenerationReq
             _check_length(len(prompt), runner.capabilities)
             grammar = await _grammar(services, request.constraint)
             return PreparedPrompt((Text(text=prompt, special=True),), prompt, grammar)
+        case Infill():
+            texts = _infill(prompt, runner)
+            _check_length(sum(len(text.text) for text in texts), runner.capabilities)
+            return PreparedPrompt(texts, grammar=await _grammar(services, request.constraint))
         case _:
-            _check_tokens(prompt, runner.capabilities, request.prompt_field)
+            tokens = await _tokens(failover, prompt)
+            _check_tokens(tokens, runner.capabilities, request.prompt_field)
             grammar = await _grammar(services, request.constraint)
-            echo = await _text(failover, prompt) if request.echo else ""
-            return PreparedPrompt(prompt, echo, grammar)
+            echo = await _text(failover, tokens) if request.echo else ""
+            return PreparedPrompt(tokens, echo, grammar)
 
 
 async def _conversation(
@@ -161,6 +166,42 @@ def _check_tokens(prompt: tuple[int, ...], model: Capabilities, param: str) -> N
     if max(prompt) >= model.vocabulary:
         accepted = f"token ids of this model are 0 to {model.vocabulary - 1}"
         raise RequestError(f"{param}: {accepted} (got {max(prompt)})", code="invalid_value", param=param)
+
+
+def _infill(prompt: Infill, runner: LoadedRunner) -> tuple[Text, ...]:
+    """The prompt in the order prefix, suffix, middle. Raises ``ServingError`` if the model lacks a token for it."""
+    fim = runner.capabilities.fim
+    needed = {"fim_pre": fim.prefix, "fim_suf": fim.suffix, "fim_mid": fim.middle}
+    if lacking := [name for name, text in needed.items() if not text]:
+        message = (
+            f"{prompt.suffix_param}: {runner.card.model_id} cannot fill in the middle of a text: its vocabulary has no"
+            f" control token for {', '.join(lacking)}; code models such as Qwen2.5-Coder have them"
+        )
+        raise RequestError(message, code="unsupported_parameter", param=prompt.suffix_param)
+    parts: list[tuple[str, bool]] = []
+    if prompt.files and fim.repository:
+        parts += [(fim.repository, True), ("repository\n", False)]
+    for name, text in prompt.files:
+        parts += [(fim.file, True), (f"{name}\n{text}", False)] if fim.file else [(f"\n# {name}\n{text}", False)]
+    if prompt.files and fim.file:
+        parts += [(fim.file, True), ("this file\n", False)]
+    parts += [(fim.prefix, True), (prompt.prefix, False), (fim.suffix, True), (prompt.suffix, False)]
+    parts += [(fim.middle, True), (prompt.beginning, False)]
+    return tuple(Text(text=text, special=special) for text, special in parts if text)
+
+
+async def _tokens(failover: Failover, prompt: tuple[int | str, ...]) -> tuple[int, ...]:
+    """Token ids, with those of the texts among them."""
+    tokens: list[int] = []
+    for at, part in enumerate(prompt):
+        if isinstance(part, int):
+            tokens.append(part)
+        elif part:
+            text = (Text(text=part, special=True),)
+            found = await failover.ask(Tokenize(id=f"part-{uuid4().hex}", prompt=text, add_bos=at == 0))
+            assert isinstance(found, Tokenized)
+            tokens += found.tokens
+    return tuple(tokens)
 
 
 async def _text(failover: Failover, tokens: tuple[int, ...]) -> str:

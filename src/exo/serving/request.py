@@ -61,7 +61,21 @@ class Conversation:
         return self.choice == "required" or isinstance(self.choice, NamedChoice)
 
 
-Prompt = Conversation | str | tuple[int, ...]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infill:
+    """A text whose middle is to be filled in, by a model that has control tokens for that."""
+
+    prefix: str
+    suffix: str
+    beginning: str = ""
+    """The middle begins with this."""
+    files: tuple[tuple[str, str], ...] = ()
+    """Other files of the same repository: names and texts."""
+    suffix_param: str = "suffix"
+
+
+Prompt = Conversation | Infill | str | tuple[int | str, ...]
+"""In a text, control tokens are special. Token ids may be mixed with texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +92,7 @@ class GenerationRequest:
     seed: int | None = None
     """Choice i of a prompt is generated with ``seed + i``. None means a random seed."""
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False

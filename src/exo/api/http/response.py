@@ -75,6 +75,8 @@ class ReplyChoice:
     began: int = 0
     """The time of the first token, by ``time.monotonic_ns``; 0 if there is none."""
     reasoning_tokens: int = 0
+    usage: Usage | None = None
+    """Set at the end."""
 
     def add(self, event: ChoicePrompt | ChoiceDelta | ChoiceFinished) -> None:
         """Takes the next event of the choice."""
@@ -99,7 +101,7 @@ class ReplyChoice:
             self.logprobs += event.logprobs
         else:
             self.reason, self.stop = event.reason, event.stop
-            self.reasoning_tokens = event.reasoning_tokens
+            self.reasoning_tokens, self.usage = event.reasoning_tokens, event.usage
             self._withdraw()
 
     def _withdraw(self) -> None:

@@ -14,7 +14,7 @@ from exo.api.openai.chat_request import MAX_TOOLS, MaxReasoningTokens, ToolDefin
 from exo.api.openai.common_request import MAX_INPUTS
 from exo.api.openai.messages import UNSEEN
 from exo.chat.template.reshaping import short_id
-from exo.serving.request import Conversation, GenerationRequest, OutputConstraint, Prompt
+from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
 LATEST = ":latest"
@@ -253,7 +253,6 @@ class OllamaGenerateRequest(OllamaGeneration):
         "height": (),
         "images": ([],),
         "steps": (),
-        "suffix": ("",),
         "template": ("",),
         "width": (),
     }
@@ -261,6 +260,9 @@ class OllamaGenerateRequest(OllamaGeneration):
     prompt: str = Field(default="", description="The user's message; with raw, the complete prompt.")
     system: str = Field(default="", description="A system message before the prompt.")
     raw: bool = Field(default=False, description="Use the prompt without the model's chat template.")
+    suffix: str = Field(
+        default="", description="Fill in the text between the prompt and this, without the chat template."
+    )
 
     @model_validator(mode="after")
     def _raw_is_raw(self) -> "OllamaGenerateRequest":
@@ -271,6 +273,8 @@ class OllamaGenerateRequest(OllamaGeneration):
 
     def content(self) -> Prompt:
         """The prompt in no API's form."""
+        if self.suffix:
+            return Infill(prefix=self.prompt, suffix=self.suffix)
         if self.raw:
             return self.prompt
         system: list[dict[str, JsonValue]] = [{"role": "system", "content": self.system}] if self.system else []

@@ -194,7 +194,7 @@ class ReasoningSwitch(RequestBody):
 class ChatCompletionRequest(GenerationFields):
     """The body of ``POST /v1/chat/completions``."""
 
-    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, "echo": (False,)}
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, "echo": (False,), "suffix": ("",)}
 
     messages: ChatMessages = Field(min_length=1, max_length=10_000, description="The conversation.")
     max_completion_tokens: Annotated[int | None, NoLimit] = Field(

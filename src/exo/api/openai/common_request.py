@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_va
 from pydantic_core import to_json
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
-from exo.serving.request import GenerationRequest, OutputConstraint
+from exo.serving.request import GenerationRequest, Infill, OutputConstraint
 from exo.serving.request import Prompt as AnyPrompt
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.messages import MAX_LOGPROBS
@@ -33,8 +33,6 @@ UNSUPPORTED: Unsupported = {
     "prompt_logprobs": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "suffix": ("",),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -74,6 +72,7 @@ _LEAST_TOP_P = 1e-6
 """Less than the probability of the most probable token of any vocabulary. A sum of 0 would keep no token."""
 
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, _LEAST_TOP_P))]
@@ -186,6 +185,9 @@ class GenerationFields(RequestBody):
     )
     seed: Seed = None
     stop: Stops = Field(default=[], description="A string or up to 16 strings that end the reply.")
+    stop_token_ids: list[TokenId] = Field(
+        default=[], max_length=1024, description="Further tokens that end the reply, of which they are no part."
+    )
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )
@@ -193,7 +195,7 @@ class GenerationFields(RequestBody):
         default=0,
         ge=0,
         le=1 << 31,
-        description="No end-of-generation token and no stop string ends the first tokens of the output, this many.",
+        description="Nothing but a limit or a grammar ends the output within its first tokens, this many.",
     )
     ignore_eos: bool = Field(default=False, description="End-of-generation tokens are never chosen.")
     grammar: str | None = Field(
@@ -280,6 +282,7 @@ class GenerationFields(RequestBody):
             logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
             seed=self.seed,
             stop=tuple(self.stop),
+            stop_tokens=tuple(self.stop_token_ids),
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
@@ -309,9 +312,6 @@ def _is_token_id(value: JsonValue) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-
-
 Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
 
 
@@ -326,6 +326,9 @@ class CompletionRequest(GenerationFields):
         description="Null or -1: until the context is full. 0, with echo: only the prompt.",
     )
     echo: bool = Field(default=False, description="Begin the text with the prompt.")
+    suffix: str = Field(
+        default="", description="Fill in the text between the prompt and this; the model must have tokens for that."
+    )
     logprobs: int | None = Field(
         default=None,
         ge=0,
@@ -347,9 +350,18 @@ class CompletionRequest(GenerationFields):
     def _something_to_reply(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise invalid("0 is only accepted together with echo", "max_tokens")
+        if self.suffix and self.echo:
+            raise invalid("not accepted together with echo", "suffix")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise invalid("only accepted where the prompt is text", "suffix")
         return self
 
     def request(self) -> GenerationRequest:
         """The request in no API's form."""
-        prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt)
+        prompts = tuple(map(self._told, self.prompt))
         return self.generation_request(prompts, "prompt", self.max_tokens, self.logprobs, echo=self.echo)
+
+    def _told(self, prompt: str | list[int]) -> AnyPrompt:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        return Infill(prefix=prompt, suffix=self.suffix) if self.suffix else prompt

@@ -119,13 +119,15 @@ class Generate(Message):
     prompt: Prompt
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    """Further tokens that end the output, as stop strings do. They add nothing to the text."""
     max_tokens: int | None = Field(default=None, ge=0)
     """None: until the context is full. 0: only the prompt is computed."""
     ignore_eos: bool = False
     """End-of-generation tokens are never chosen."""
     min_tokens: int = Field(default=0, ge=0)
-    """End-of-generation tokens are not chosen for the first tokens of the output, as many as these, and stop strings
-    are not looked for in their text. A grammar whose match is complete ends it earlier."""
+    """End-of-generation tokens are not chosen for the first tokens of the output, as many as these, and neither stop
+    strings nor stop tokens end it there. A grammar whose match is complete ends it earlier."""
     grammar: Grammar | None = None
     reasoning: ReasoningLimit | None = None
     """The grammar, if any, takes precedence over it."""

@@ -8,6 +8,18 @@ from pydantic import AfterValidator, Field, JsonValue, TypeAdapter
 from exo.worker.protocol.messages import Message
 
 
+class FimTokens(Message):
+    """Texts of the control tokens for filling in the middle of a text; empty where a model has none."""
+
+    prefix: str = ""
+    suffix: str = ""
+    middle: str = ""
+    repository: str = ""
+    """Precedes the name of a repository, before further files."""
+    file: str = ""
+    """Precedes each further file."""
+
+
 class Capabilities(Message):
     """The abilities of this runner with this model."""
 
@@ -40,6 +52,7 @@ class Capabilities(Message):
     """Texts that tokenize to control tokens in ``special`` stretches."""
     special_ids: tuple[int, ...] = ()
     """Their token ids, in the same order."""
+    fim: FimTokens = FimTokens()
 
     def template(self, *, tools: bool) -> str | None:
         """The chat template of a request with or without tools."""

@@ -1,7 +1,7 @@
 """Token bytes to text that may be shown: incremental UTF-8 and stop strings held back across token borders."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 _FIRST_MARK = 0xDC00
@@ -25,7 +25,7 @@ class Vocabulary(Protocol):
 
 
 class TextStream:
-    """Turns the tokens of one sequence into text, ending at the first stop string.
+    """Turns the tokens of one sequence into text, ending at the first stop string or stop token.
 
     A stop string may name control tokens, which are not part of the text: one that is generated matches its name.
 
@@ -34,8 +34,9 @@ class TextStream:
     ``finish`` has been called.
     """
 
-    def __init__(self, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        """In the text of the first ``min_tokens`` tokens, no stop string is looked for."""
+    def __init__(self, stop: Sequence[str] = (), min_tokens: int = 0, stop_tokens: Iterable[int] = ()) -> None:
+        """The first ``min_tokens`` tokens are no stop tokens, and no stop string is looked for in their text."""
+        self._stop_tokens = frozenset(stop_tokens)
         self._unstopped = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = {each: each for each in stop}
@@ -46,6 +47,13 @@ class TextStream:
         """Characters in which the beginning of a stop string may end."""
         self._held = ""
         self.stopped_by: str | None = None
+        """The stop string that has matched."""
+        self._met_token = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string or a stop token has come."""
+        return self._met_token or self.stopped_by is not None
 
     def take(self, token: int, vocabulary: Vocabulary, *, show_special: bool = False) -> str:
         """The text that a token releases. Control tokens are shown if ``show_special``, except at the end of a turn."""
@@ -54,6 +62,9 @@ class TextStream:
         if self._unstopped:
             self._unstopped -= 1
             return self._decoder.decode(data)
+        if token in self._stop_tokens:
+            self._met_token = True
+            return ""
         if data:
             return self.push(data)
         return self._push_control(vocabulary.piece_of(token).decode(errors="replace")) if self._stop else ""

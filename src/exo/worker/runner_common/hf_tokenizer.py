@@ -13,6 +13,7 @@ from exo.worker.protocol.commands import (
     Rank,
     Text,
 )
+from exo.worker.runner_common.fim import fim_tokens
 from exo.worker.runner_common.tokenizer import PromptEncoder
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -72,6 +73,7 @@ class TransformersTokenizer:
             added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }
         """The ids of the control tokens by their text."""
+        self.fim = fim_tokens([added.content for added in tokenizer.added_tokens_decoder.values()])
         self._control = frozenset(self.special.values())
         self._pieces = _pieces_of_all(tokenizer)
 

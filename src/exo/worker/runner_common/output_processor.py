@@ -298,7 +298,7 @@ class Emitter:
                 continue
             output.n_tokens += 1
             deltas.append(self._delta(sampled, output))
-            if output.text.stopped_by is not None:
+            if output.text.stopped:
                 if sampled.reason is None:
                     self.stop_engine(sampled.id)
                 ends += self._finish(sampled.id, "stop")
@@ -342,7 +342,8 @@ class Emitter:
         stop = output.text.stopped_by
         usage = output.usage()
         return self._end(
-            request, Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop)
+            request,
+            Finished(id=request, reason="stop" if output.text.stopped else reason, usage=usage, text=text, stop=stop),
         )
 
     def _refuse(self, failure: Failed) -> list[Message]:

@@ -31,7 +31,12 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
     """
     if not prompt:
         return refused(request.id, "prompt", "it is empty; at least one token is needed")
-    tokens = {"prompt": prompt, "logit_bias": request.sampling.logit_bias, "delivered": request.delivered}
+    tokens = {
+        "prompt": prompt,
+        "logit_bias": request.sampling.logit_bias,
+        "delivered": request.delivered,
+        "stop_tokens": request.stop_tokens,
+    }
     for param, ids in tokens.items():
         if wrong := _unknown(ids, vocabulary):
             return refused(request.id, param, wrong)
@@ -150,13 +155,13 @@ def resume(request: Generate, n_prompt: int, n_limit: int, output: Vocabulary) -
 
     A request with ``max_tokens`` 0 has not ended: its prompt is still to be computed.
     """
-    text = TextStream(request.stop, request.min_tokens)
+    text = TextStream(request.stop, request.min_tokens, request.stop_tokens)
     ended: FinishReason | None = None
     for token in request.delivered:
         text.take(token, output, show_special=request.show_special)
         if output.is_eog(token):
             ended = "stop"
-    if text.stopped_by is not None:
+    if text.stopped:
         ended = "stop"
     elif ended is None and request.delivered and n_prompt + len(request.delivered) >= n_limit:
         ended = "length"

@@ -6,6 +6,7 @@ from functools import cached_property
 import llama_cpp
 
 from exo.worker.protocol.commands import Prompt
+from exo.worker.protocol.events import FimTokens
 from exo.worker.runner_common.tokenizer import PromptEncoder
 from exo.worker.runner_cuda.bindings import Model
 
@@ -84,6 +85,18 @@ class GgufTokenizer:
             if llama_cpp.llama_vocab_get_attr(self._vocab, token) & wanted:
                 special[llama_cpp.llama_vocab_get_text(self._vocab, token).decode(errors="replace")] = token
         return special
+
+    def fim(self) -> FimTokens:
+        """Returns the texts of the tokens that the file names, or that llama.cpp recognises, for filling in."""
+        finders = {
+            "prefix": llama_cpp.llama_vocab_fim_pre,
+            "suffix": llama_cpp.llama_vocab_fim_suf,
+            "middle": llama_cpp.llama_vocab_fim_mid,
+            "repository": llama_cpp.llama_vocab_fim_rep,
+            "file": llama_cpp.llama_vocab_fim_sep,
+        }
+        ids = {name: int(find(self._vocab)) for name, find in finders.items()}  # pyright: ignore[reportArgumentType]
+        return FimTokens(**{name: self.text_of(token) for name, token in ids.items()})
 
     def text_of(self, token: int) -> str:
         """Returns a token's text, control tokens included; empty for an id that the model does not have."""

@@ -92,6 +92,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
         eos_token=tokenizer.eos_text,
         special_tokens=tuple(tokenizer.special),
         special_ids=tuple(tokenizer.special.values()),
+        fim=tokenizer.fim,
     )
     used = quantisation(options, config) or "none"
     computed = {"computed in": core.dtype, "prompt chunk": str(purpose.chunk), "quantisation": used}

@@ -178,6 +178,7 @@ def _capabilities(
         eos_token=tokenizer.text_of(tokenizer.eos),
         special_tokens=tuple(tokenizer.special),
         special_ids=tuple(tokenizer.special.values()),
+        fim=tokenizer.fim(),
     )
 
 

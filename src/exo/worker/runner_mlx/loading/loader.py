@@ -151,6 +151,7 @@ def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
         eos_token=tokenizer.eos_text,
         special_tokens=tuple(tokenizer.special),
         special_ids=tuple(tokenizer.special.values()),
+        fim=tokenizer.fim,
     )
     settings = {
         "quantisation": _quantisation(checked.folder.config),
