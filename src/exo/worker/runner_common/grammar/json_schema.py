@@ -11,6 +11,7 @@ from itertools import permutations
 
 from pydantic import JsonValue
 
+from exo.worker.runner_common.grammar.schema_conditions import rewrite_conditions
 from exo.worker.runner_common.grammar.schema_keywords import (
     BOUNDS,
     SHOWN,
@@ -118,6 +119,7 @@ class _Rewriting:
         check_values(made, where)
         replace_unevaluated(made)
         drop_idle(made)
+        rewrite_conditions(made)
         self._draft(made)
         self._annotations(made, where)
         self._pattern(made, where)

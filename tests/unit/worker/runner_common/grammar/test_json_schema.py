@@ -12,10 +12,12 @@ Schema = dict[str, JsonValue]
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
-        ({"properties": {"a": {"not": {"type": "string"}}}}, "properties.a.not: this keyword cannot be enforced here"),
-        ({"if": {"type": "string"}, "then": {"minLength": 2}}, "if: this keyword"),
+        ({"properties": {"a": {"not": {"minLength": 2}}}}, "properties.a.not: this keyword cannot be enforced here"),
+        ({"properties": {"a": {"not": {"type": "integer"}}}}, "properties.a.not: this keyword cannot be enforced here"),
+        ({"if": {"pattern": "^a"}, "then": {"minLength": 2}}, "if: this keyword"),
+        ({"if": {"properties": {"a": {"const": 1}}}, "then": {"required": ["b"]}}, "if: this keyword"),
         ({"items": {"contains": {"const": 1}}}, "items.contains: this keyword"),
-        ({"dependentRequired": {"a": ["b"]}}, "dependentRequired: this keyword"),
+        ({"dependentRequired": {str(at): ["b"] for at in range(7)}}, "dependentRequired: this keyword"),
         ({"properties": {"a": {"type": "any"}}}, "properties.a.type: 'any' is not a type; accepted are null, boolean"),
         ({"type": "array", "minItems": -1}, "minItems: must be a whole number, 0 or more (got -1)"),
         ({"type": "string", "pattern": r"^a(?=b)"}, "pattern: '^a(?=b)' has look-around"),
