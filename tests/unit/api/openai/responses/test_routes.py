@@ -17,6 +17,7 @@ from exo.api.openai.responses.routes import ResponsesDialect, responses_request
 from exo.api.openai.responses.store import ResponseStore, StoredResponse
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Started
+from exo.serving.request import Conversation
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.events import (
     Capabilities,
@@ -301,7 +302,7 @@ def test_items_as_messages(items: JsonValue, messages: list[JsonValue]) -> None:
 def test_instructions_come_first_and_only_this_time() -> None:
     body = request(instructions="Be brief.")
     conversation = responses_request(body, told(given(body))).prompts[0]
-    assert not isinstance(conversation, str | tuple)
+    assert isinstance(conversation, Conversation)
     assert conversation.messages == ({"role": "system", "content": "Be brief."}, USER)
     store = ResponseStore()
     stream(store, instructions="Be brief.").whole([ReplyChoice(content="x")], USAGE)
