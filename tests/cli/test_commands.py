@@ -233,7 +233,9 @@ def test_show_tells_the_context_and_memory_that_a_model_would_use(home: Path, mo
     (engine,) = json.loads(exo(home, "show", "auto", "--json").stdout)["engines"]
     assert engine["plan"]["settings"]["n_ctx"] == Shape().context_length
     assert engine["plan"]["memory"]["memory"] > (home / "tiny.gguf").stat().st_size
-    assert f"{Shape().context_length:,} tokens per slot" in exo(home, "show", "auto").stdout
+    assert engine["plan"]["context_length"] == engine["plan"]["trained_length"] == Shape().context_length
+    assert engine["plan"]["limit"] == "the trained length"
+    assert f"{Shape().context_length:,} tokens: the trained length" in exo(home, "show", "auto").stdout
     monkeypatch.setenv("EXO_MEMORY_LIMIT", "100KB")
     (refused,) = json.loads(exo(home, "show", "auto", "--json").stdout)["engines"]
     assert "memory" in refused["plan"]["problem"]

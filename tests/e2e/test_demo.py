@@ -59,7 +59,7 @@ def test_sixteen_streams_all_finish_with_exact_usage(server: ServeProgram) -> No
 
 
 def test_a_client_that_leaves_during_a_long_prompt_leaves_nothing_running(server: ServeProgram, tmp_path: Path) -> None:
-    """The prompt needs seconds here; all sixteen slots are given back, so that sixteen others find room at once."""
+    """The prompt needs seconds here; all slots are given back, so that others find room at once."""
     prompt = "word " * 2000
     for _ in range(2):
         for number in range(8):

@@ -110,7 +110,7 @@ def test_window_layers_take_the_whole_context_in_mlx_and_vllm(tmp_path: Path, ru
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
 def test_the_cache_types_are_counted(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, "cuda", Shape("llama", heads=4, kv_heads=4, head_dim=64))
-    compare(Case("cuda", load("cuda", path, slots=16, cache_type_k=kind, cache_type_v=kind), 300))
+    compare(Case("cuda", load("cuda", path, n_ctx=4096, slots=16, cache_type_k=kind, cache_type_v=kind), 300))
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +139,9 @@ def test_the_demo_models_estimate_is_what_its_process_has(demo: Path, backend_sa
 def test_the_prefix_cache_is_counted_but_not_taken_by_loading(tmp_path: Path) -> None:
     path = write(tmp_path, "cuda", Shape("llama"))
     with start("cuda") as program:
-        (without,) = choices(program, load("cuda", path))
+        (without,) = choices(program, load("cuda", path, n_ctx=4096, slots=4))
     with start("cuda") as program:
-        (choice,) = choices(program, load("cuda", path, prefix_cache_bytes=100_000_000))
+        (choice,) = choices(program, load("cuda", path, n_ctx=4096, slots=4, prefix_cache_bytes=100_000_000))
     assert choice.host - without.host == choice.later_host - without.later_host == 100_000_000
 
 
@@ -185,6 +185,19 @@ def test_a_table_with_auto_loads_without_an_estimate_too(tmp_path: Path, runner:
     path = write(tmp_path, runner, Shape("qwen2"))
     with start(runner) as program:
         assert program.load(load(runner, path, n_ctx="auto", slots=1)).context_length == 4096
+
+
+def test_a_card_without_a_context_gets_a_long_one_that_takes_what_was_counted(tmp_path: Path) -> None:
+    """The process is that of a model trained for more than a CPU gives by default."""
+    shape = Shape("llama", layers=1, heads=2, kv_heads=1, head_dim=32, context_length=65536)
+    command = load("cuda", write(tmp_path, "cuda", shape))
+    with start("cuda") as program:
+        choice = choices(program, command)[0]
+        assert (choice.settings["n_ctx"], choice.settings["slots"]) == (32768, 4)
+        capabilities = program.load(command)
+        assert (capabilities.context_length, capabilities.slots) == (32768, 4)
+    filled = command.model_copy(update={"table": {**command.table, **choice.settings}})
+    compare(Case("cuda", filled, 32760))
 
 
 @pytest.mark.parametrize("runner", ["cuda", "mlx"])

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.fake_runner import PROCESS_BYTES
 
 MODEL = "fake/model"
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
@@ -55,10 +56,15 @@ def test_the_route_can_be_asked_for_without_running_anything(http: httpx.Client)
         "reason": "card prefers LlamaCppCpu, which is available",
         "speeds": [],
     }
-    assert http.get("/v1/route", params={"model": MODEL}).json() == report
+    assert http.get("/v1/route", params={"model": MODEL, "plan": False}).json() == {**report, "plan": None}
+    told = http.get("/v1/route", params={"model": MODEL}).json()
+    assert told["plan"]["memory"] == {"memory": PROCESS_BYTES}
+    assert told == {**report, "plan": told["plan"]}
     assert http.get("/ready").status_code == 503
     http.post("/v1/chat/completions", json=ASK)
     assert http.get("/v1/route", params={"model": MODEL}).json()["instance"] is not None
+    (instance,) = http.get("/v1/instances").json()["data"]
+    assert instance["plan"] == http.get("/v1/route", params={"model": MODEL}).json()["plan"] == told["plan"]
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(path: Path, **table: JsonValue) -> Estimated:
-    table = {"path": str(path), "threads": 1, "n_ctx": 1024, "slots": 2, "prefix_cache_bytes": 0, **table}
+    given = {"path": str(path), "threads": 1, "n_ctx": 1024, "slots": 2, "prefix_cache_bytes": 0}
+    stated = {"n_gpu_layers": -1, "split_mode": "layer"}
+    table = {key: value for key, value in {**given, **stated, **table}.items() if value is not None}
     return estimates.estimate(Estimate(load=Load(model_id="test/wide", backend="LlamaCppCuda", table=table)))
 
 
@@ -249,8 +251,8 @@ def test_by_tensor_each_card_has_its_share_and_a_copy_of_what_cannot_be_shared(m
 def test_what_the_card_leaves_open_is_divided_by_what_is_free_and_others_go_for_all_there_is(model: Path) -> None:
     estimated = ask(model)
     assert [each.settings for each in estimated.choices] == [
-        {"tensor_split": [0.75, 0.25]},
-        {"tensor_split": [0.5, 0.5]},
+        {"devices": ["CUDA0", "CUDA1"], "tensor_split": [0.75, 0.25]},
+        {"devices": ["CUDA0", "CUDA1"], "tensor_split": [0.5, 0.5]},
     ]
     assert estimated.enough == 1
     for each in estimated.choices:
@@ -264,7 +266,33 @@ def test_an_open_context_and_open_layers_are_tried_with_each_way_to_divide_them(
     assert settings[estimated.enough] == (7, [0.5, 0.5])
     assert set(estimated.choices[-1].devices.values()) == {estimates.DEVICE_CONTEXT}
     usual = ask(model, n_ctx="auto").choices
-    assert all(each.settings.keys() == {"n_ctx", "tensor_split"} for each in usual)
+    assert all(each.settings.keys() == {"n_ctx", "devices", "tensor_split"} for each in usual)
+
+
+def test_a_card_that_says_nothing_of_devices_goes_on_one_of_them_the_emptiest_first(model: Path) -> None:
+    estimated = ask(model, split_mode=None, n_gpu_layers=None)
+    assert [each.settings["devices"] for each in estimated.choices[:4]] == [
+        ["CUDA0"],
+        ["CUDA1"],
+        ["CUDA0", "CUDA1"],
+        ["CUDA0", "CUDA1"],
+    ]
+    assert (estimated.enough, estimated.as_good) == (0, 3)
+    first = estimated.choices[0]
+    assert first.devices == only(model, devices=["CUDA0"]).devices
+    assert first.layout is not None
+    assert (first.layout.layers, first.layout.context_length, first.layout.slots) == ({"CUDA0": LAYERS + 1}, 1024, 2)
+    fewer = next(each for each in estimated.choices if each.settings["n_gpu_layers"] == 5)
+    assert fewer.layout is not None
+    assert sum(count for place, count in fewer.layout.layers.items() if place != "RAM") == 5
+
+
+def test_on_a_device_a_context_that_nobody_sets_is_the_trained_one(model: Path) -> None:
+    estimated = ask(model, n_ctx=None, slots=None, devices=["CUDA0"], n_gpu_layers=None)
+    first = estimated.choices[0]
+    assert first.settings == {"n_ctx": WIDE.context_length, "slots": 4, "n_gpu_layers": LAYERS + 1}
+    assert estimated.trained == WIDE.context_length
+    assert estimated.longest_because == ""
 
 
 def test_other_devices_are_a_remedy(model: Path) -> None:

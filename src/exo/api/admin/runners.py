@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import BaseModel
 
 from exo.worker.protocol.events import CpuUse, ErrorCode, PrefixUse, RunnerState
+from exo.worker.supervisor.placement_plan import PlacementPlan
 
-if TYPE_CHECKING:  # exo ps has no use for the supervisor
+if TYPE_CHECKING:  # exo ps has no use for the rest of the supervisor
     from exo.worker.supervisor.instance import InstanceReport
 
 
@@ -73,6 +74,8 @@ class Instance(BaseModel):
     device_memory_measured: int | None
     device_memory: list[DeviceMemory]
     """Reservation and use of each device."""
+    plan: PlacementPlan | None = None
+    """How it is loaded; null before that is decided."""
     pinned: bool
     """Whether it stays loaded until it is unloaded by hand."""
     expires_seconds: float | None
@@ -117,6 +120,7 @@ class Instance(BaseModel):
             memory_measured=report.measured.host if report.measured else None,
             device_memory_measured=report.measured.device if report.measured else None,
             device_memory=list(_device_memory(report)),
+            plan=report.plan,
             pinned=report.pinned,
             expires_seconds=None if report.time_left is None else round(report.time_left, 3),
             outdated=outdated,

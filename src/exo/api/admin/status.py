@@ -18,6 +18,7 @@ from exo.serving.app_state import Services
 from exo.serving.errors import shutting_down
 from exo.serving.unary import ask
 from exo.worker.router import LiveRunner
+from exo.worker.supervisor.placement_plan import PlacementPlan
 
 
 class Health(BaseModel):
@@ -44,6 +45,8 @@ class RouteReport(BaseModel):
     backend: str
     reason: str
     speeds: list[SpeedAtLoad]
+    plan: PlacementPlan | None = None
+    """How it is loaded, or would be with no other model loaded; null if its files are not here or nobody asked."""
 
 
 class UnloadRequest(RequestBody):
@@ -152,6 +155,7 @@ def server_routes(services: Services) -> APIRouter:
     @routes.get("/v1/route")
     async def route(
         model: str = Query(min_length=1, max_length=300, description="A model id or alias, optionally with @runner."),
+        plan: bool = Query(default=True, description="Whether to plan context and memory, which takes a second."),
     ) -> RouteReport:
         """The runner that would serve the model, and the reason. A refusal is the error that a request would get."""
         requested = services.routing.resolve(model)
@@ -163,6 +167,7 @@ def server_routes(services: Services) -> APIRouter:
             backend=chosen.backend,
             reason=chosen.reason,
             speeds=known_speeds(services.speeds, requested.card),
+            plan=await services.pool.plan(chosen, requested.card) if plan else None,
         )
 
     return routes

@@ -66,7 +66,8 @@ class Chat:
     def begin(self) -> None:
         """Prints the model and its runner. Raises CommandError if there is none."""
         with err.status("starting"):
-            route = json.loads(ask(self._client, "/v1/route", params={"model": self._model}, seconds=None))
+            question = {"model": self._model, "plan": "false"}
+            route = json.loads(ask(self._client, "/v1/route", params=question, seconds=None))
         _say(f"{route['model']} on runner {route['runner']}; /help lists the commands, Ctrl-D ends the chat")
 
     def run(self) -> None:

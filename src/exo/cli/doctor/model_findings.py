@@ -6,7 +6,7 @@ import anyio
 from pydantic import BaseModel, ConfigDict
 
 from exo.cards.catalogue import Catalogue
-from exo.cli.models.show import EngineRow, memory_plan, show_model
+from exo.cli.models.show import EngineRow, placement_plan, show_model
 from exo.config import Settings
 from exo.store.store import Store
 from exo.worker.host import Host
@@ -35,7 +35,7 @@ async def findings(catalogue: Catalogue, store: Store, host: Host, settings: Set
 
     async def ask(model_id: str, engine: EngineRow) -> None:
         async with limit:
-            plan = await memory_plan(engine, catalogue.cards[model_id], host, settings)
+            plan = await placement_plan(engine, catalogue.cards[model_id], host, settings)
         if plan is not None and (plan.problem or plan.notes):
             found[model_id, engine.runner] = ModelFinding(
                 model_id=model_id, runner=engine.runner, problem=plan.problem, notes=plan.notes

@@ -1,12 +1,9 @@
 """``exo show``: a model's card, its files, the engines that could serve it here, and the memory that it would take."""
 
-import subprocess
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import anyio
-from anyio.streams.buffered import BufferedByteReceiveStream
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,32 +18,16 @@ from exo.store.errors import PullError
 from exo.store.file_selection import Source
 from exo.store.store import Store
 from exo.worker.host import Host
-from exo.worker.protocol.commands import Estimate, Load
-from exo.worker.protocol.events import Estimated, Failed
+from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
-from exo.worker.protocol.wire import decode_event, encode
 from exo.worker.router import Refusal, Route, route
+from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.placement_plan import PlacementPlan
 
-_ESTIMATE_SECONDS = 30.0
-_LONGEST_LINE = 8 << 20
-
-
-class MemoryPlan(BaseModel):
-    """How a runner would load the model if no other model is loaded. Sizes are bytes."""
-
-    model_config = ConfigDict(frozen=True)
-
-    settings: Mapping[str, JsonValue] = {}
-    """Values for the keys that the model card leaves to exo, such as ``n_ctx``."""
-    memory: Mapping[str, int] = {}
-    """By place: "memory" is RAM, the others are devices."""
-    problem: str | None = None
-    """Why the model cannot be loaded."""
-    notes: tuple[str, ...] = ()
-    """Notes about the model's files, such as a fault that makes the output worse."""
+_SHOWN = ("n_ctx", "max_model_len", "slots", "n_gpu_layers", "cache_type_k", "cache_type_v")
+"""Settings that have a row of their own."""
 
 
 class EngineRow(FileState):
@@ -59,7 +40,7 @@ class EngineRow(FileState):
     """The router's reason for or against it."""
     draft: FileState | None = None
     """The files of the draft model, if the card has one."""
-    plan: MemoryPlan | None = None
+    plan: PlacementPlan | None = None
     """None if the files are not on disk or the runner gives no estimate."""
 
 
@@ -84,7 +65,7 @@ def show(model: Card, models_dir: ModelsDir = None, as_json: AsJson = False) -> 
     catalogue = catalogue_of(settings)
     card, host = card_of(catalogue, model), anyio.run(probe_host)
     shown = show_model(card, catalogue, store_of(settings), host)
-    plans = {each.runner: anyio.run(memory_plan, each, card, host, settings) for each in shown.engines}
+    plans = {each.runner: anyio.run(placement_plan, each, card, host, settings) for each in shown.engines}
     engines = tuple(each.model_copy(update={"plan": plans[each.runner]}) for each in shown.engines)
     shown = shown.model_copy(update={"engines": engines})
     if as_json:
@@ -120,8 +101,8 @@ def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> EngineRow
     return EngineRow(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(files))
 
 
-async def memory_plan(engine: EngineRow, card: ModelCard, host: Host, settings: Settings) -> MemoryPlan | None:
-    """The decision of the server's memory budget with no other model loaded."""
+async def placement_plan(engine: EngineRow, card: ModelCard, host: Host, settings: Settings) -> PlacementPlan | None:
+    """How the server would load the model with no other model loaded; None for one that is not on disk."""
     if engine.backend is None or engine.state != "present":
         return None
     load = Load(
@@ -131,39 +112,8 @@ async def memory_plan(engine: EngineRow, card: ModelCard, host: Host, settings: 
         directories=tuple(map(str, settings.models_directories)),
         tasks=card.tasks,
     )
-    answer = await _estimate(RUNNERS[engine.runner].command, load)
-    if isinstance(answer, Failed):
-        return MemoryPlan(problem=answer.message)
-    if answer is None:
-        return None
-    budget = MemoryBudget(capacity(host, settings.limits.memory))
-    budget.enter(engine.runner, now := time.monotonic())
-    budget.estimate(engine.runner, answer)
-    decided = budget.settle(now)
-    if (refusal := decided.refused.get(engine.runner)) is not None:
-        return MemoryPlan(problem=refusal.message(card.model_id, engine.runner))
-    option = decided.granted[engine.runner]
-    return MemoryPlan(settings=option.settings, memory=budget.need(option).by_account(), notes=answer.notes)
-
-
-async def _estimate(command: tuple[str, ...], load: Load) -> Estimated | Failed | None:
-    """The runner's answer; None if there is none in time."""
-    with anyio.move_on_after(_ESTIMATE_SECONDS):
-        async with await anyio.open_process(command, stderr=subprocess.DEVNULL) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            lines = BufferedByteReceiveStream(process.stdout)
-            try:
-                await process.stdin.send(encode(Estimate(load=load)))
-                while True:
-                    event = decode_event(await lines.receive_until(b"\n", _LONGEST_LINE))
-                    if isinstance(event, Estimated | Failed):
-                        return event
-            except (anyio.BrokenResourceError, anyio.IncompleteRead):
-                return None  # the runner has ended
-            finally:
-                process.terminate()
-    return None
+    here = capacity(host, settings.limits.memory)
+    return await dry_run(RUNNERS[engine.runner].command, load, engine.runner, here)
 
 
 def render(shown: ShownModel, console: Console) -> None:
@@ -214,13 +164,18 @@ def _engine_rows(engine: EngineRow) -> Iterator[tuple[str, str]]:
         yield from _plan_rows(engine.plan)
 
 
-def _plan_rows(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
+def _plan_rows(plan: PlacementPlan) -> Iterator[tuple[str, str]]:
     if plan.problem is not None:
         yield "memory", plan.problem
         return
-    chosen = dict(plan.settings)
-    if (n_ctx := chosen.pop("n_ctx", None)) is not None:
-        yield "context", f"{n_ctx:,} tokens per slot, as much as fits"
+    if plan.context_length:
+        trained = f" of {plan.trained_length:,}" if plan.context_length < plan.trained_length else ""
+        yield "context", f"{plan.context_length:,}{trained} tokens{f': {plan.limit}' if plan.limit else ''}"
+        kind = f", KV cache {plan.kv_type}" if plan.kv_type else ""
+        yield "slots", f"{plan.slots}{kind}"
+    if plan.layers and (len(plan.layers) > 1 or "RAM" not in plan.layers):
+        yield "layers", ", ".join(f"{count} on {place}" for place, count in plan.layers.items())
+    chosen = {key: value for key, value in plan.settings.items() if key not in _SHOWN}
     if chosen:
         yield "settings", ", ".join(f"{key} {value}" for key, value in chosen.items())
     places = ((name.replace("memory", "RAM"), _gb(size)) for name, size in plan.memory.items())

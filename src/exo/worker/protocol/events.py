@@ -59,6 +59,20 @@ class Capabilities(Message):
         return self.tool_template or self.chat_template if tools else self.chat_template
 
 
+class Layout(Message):
+    """How a model is laid out if it is loaded in one way. Lengths and batches are in tokens."""
+
+    context_length: int = Field(ge=1)
+    """The most tokens of one sequence, prompt and output together."""
+    slots: int = Field(ge=1)
+    kv_type: str = ""
+    """See ``Capabilities.kv_type``."""
+    layers: Mapping[str, int] = {}
+    """The number of layers in each place, "RAM" or a device; empty if the runner has one place only."""
+    batch: int = 0
+    """The most prompt tokens of a step; 0 if the runner does not say."""
+
+
 class LoadOption(Message):
     """One way to load a model, and the bytes that it takes after the model has worked with a full context.
 
@@ -82,6 +96,7 @@ class LoadOption(Message):
     """The same part of ``devices``."""
     parts: Mapping[str, int] = {}
     """Bytes by purpose, such as "weights" and "KV cache"."""
+    layout: Layout | None = None
 
 
 class Estimated(Message):
@@ -89,11 +104,20 @@ class Estimated(Message):
 
     type: Literal["estimated"] = "estimated"
     choices: tuple[LoadOption, ...] = Field(min_length=1)
-    """The best option first. There is only one unless the card has "auto" somewhere."""
+    """The best option first. There is only one if the card leaves nothing open."""
     enough: int = Field(default=0, ge=0)
     """The index of the option that justifies unloading other models. Better ones are for free memory only."""
+    as_good: int = Field(default=0, ge=0)
+    """The number of options behind ``enough`` that are as good: free memory is used for them, too, before others are
+    unloaded."""
     remedies: tuple[LoadOption, ...] = ()
     """Other settings that take less memory. For each setting, the smallest change comes first."""
+    longer: tuple[LoadOption, ...] = ()
+    """Contexts with a smaller type of KV cache, the longest first, which the user may prefer."""
+    trained: int = Field(default=0, ge=0)
+    """Tokens of context that the model was trained for; 0 if the runner does not say."""
+    longest_because: str = ""
+    """Why the first option has less context than the model was trained for, if memory is not the reason."""
     notes: tuple[str, ...] = ()
     """See ``Capabilities.notes``."""
 

@@ -1,18 +1,27 @@
-"""From what parts of a model take, by its settings, to the ways in which it may be loaded. Pure; runners use it."""
+"""From what parts of a model take, by its settings, to the ways in which it may be loaded. Runners use it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+import psutil
 from pydantic import JsonValue
 
-from exo.worker.protocol.events import Estimated, LoadOption
+from exo.worker.protocol.commands import Load
+from exo.worker.protocol.events import Estimated, Layout, LoadOption
+from exo.worker.runner_common.hf_embedding import LONGEST
 
 SHORTEST = 512
-"""Tokens of context that "auto" goes down to, as far as the model was trained for more."""
-USUAL = 4096
-"""Tokens of context for whose sake others are unloaded, and layers kept off the device."""
+"""Tokens of context that an open context goes down to, as far as the model was trained for more."""
+USABLE = 32_768
+"""Tokens of context for whose sake slots are given up, others are unloaded, and layers are kept off the device."""
+LONG = 131_072
+"""Tokens of context beyond which a second slot is worth more, and a second device is not."""
+CACHE = "KV cache"
+"""The name of the part that holds the slots' keys and values."""
 _CELLS = 256
+_SPARSE = 5
+"""Every fifth length, about half of the one before it, is tried with each number of layers on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,17 @@ class Part:
 
 
 Size = Callable[[Plan], Sequence[Part]]
+Describe = Callable[[Plan], Layout]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevices:
+    """Devices that a whole model may go on, and their proportions; see ``Plan``."""
+
+    names: tuple[str, ...]
+    tensor_split: tuple[float, ...] | None = None
+    passing: bool = False
+    """Whether the proportions are those of the memory that is free now, for which no other model is unloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +72,98 @@ class Open:
     """The settings that the model card leaves open, and their ranges."""
 
     n_ctx: bool = False
+    slots: bool = False
+    """Whether there may be fewer slots than the plan has."""
     n_gpu_layers: bool = False
-    trained: int = USUAL
+    small_cache: str | None = None
+    """A smaller type of keys and values that the model card allows."""
+    trained: int = USABLE
     """Tokens of context that the model was trained for."""
+    longest: int | None = None
+    """The most tokens of an open context; None: as many as the model was trained for."""
+    longest_because: str = ""
+    """Why ``longest`` is less than the trained length, in words."""
     layers: int = 0
     """The output counts as one more layer."""
-    tensor_splits: tuple[tuple[float, ...], ...] = ()
-    """Those that the devices may have, the one for whose sake others are unloaded last; empty if the card says it."""
+    placements: tuple[tuple[OnDevices, ...], ...] = ()
+    """Devices that the model may go on: groups of equally good ones, the best group first. Empty: the card says it."""
+    longest_divided: int | None = None
+    """The most tokens of an open context on more than one device."""
     prefix_caches: tuple[int, ...] = ()
     """Bytes of host memory for prefixes, the size for whose sake others are unloaded last. Empty: the card says it."""
+    most_cache: int | None = None
+    """Bytes that the KV cache takes at most while there is a smaller choice."""
     devices: tuple[tuple[str, ...], ...] = ()
     """Others that the model could be loaded on, if the card said so."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """The contexts to choose from, the longest first, if the card leaves it open."""
+        longest = min(self.trained, self.longest or self.trained)
+        starts = [longest, *(each for each in (LONG, USABLE) if each < longest)]
+        ends = [*(each + 1 for each in starts[1:]), min(SHORTEST, longest)]
+        return [length for start, end in zip(starts, ends, strict=True) for length in steps(start, end)]
 
-def estimated(plan: Plan, left: Open, size: Size, cache_types: Sequence[str] = ()) -> Estimated:
-    """All choices that the model card leaves open, and plans that take less. ``plan`` has a value for each open choice.
 
-    Long contexts come before usual ones, those before fewer layers on the device, and short contexts come last.
+def estimated(
+    plan: Plan, left: Open, size: Size, cache_types: Sequence[str] = (), describe: Describe | None = None
+) -> Estimated:
+    """All choices that the model card leaves open, and plans that take less. ``plan`` has a value for each open choice,
+    the largest one of those that may be reduced.
+
+    A longer context comes before more slots, as long as there is one slot, or two beyond ``LONG``. At ``USABLE`` tokens
+    in one slot the smaller type of the KV cache comes next, then fewer layers on the device, then shorter contexts.
     ``cache_types`` are those that are smaller than the card's, the largest first.
     """
-    plans = list(_plans(plan, left))
-    usual = min(USUAL, left.trained)
-    enough = next((at for at, each in enumerate(plans) if each.n_ctx <= usual), 0) if left.n_ctx else 0
-    enough += max(1, len(left.tensor_splits)) * max(1, len(left.prefix_caches)) - 1
+    describe = describe or _layout
+    good = list(_whole(plan, left))
+    sized = [(each, size(each)) for each in (*good, *_reduced(plan, left))]
+    bounded = [each for each in sized if left.most_cache is None or _cache(each[1]) <= left.most_cache] or sized[-1:]
+    enough, as_good = _enough([each for each, _ in bounded if each in good], left)
+    last = bounded[-1][0]
     return Estimated(
-        choices=tuple(_choice(_chosen(each, left), size(each)) for each in plans),
+        choices=tuple(_choice(_chosen(each, left), parts, describe(each)) for each, parts in bounded),
         enough=enough,
-        remedies=tuple(_choice(settings, size(each)) for settings, each in _remedies(plans[-1], left, cache_types)),
+        as_good=as_good,
+        remedies=tuple(
+            _choice(settings, size(each), describe(each)) for settings, each in _remedies(last, left, cache_types)
+        ),
+        longer=tuple(
+            _choice(settings, size(each), describe(each)) for settings, each in _longer(plan, left, cache_types[:1])
+        ),
+        trained=left.trained,
+        longest_because=left.longest_because,
     )
+
+
+def default_longest(tasks: Sequence[str], *, in_ram: bool) -> tuple[int | None, str]:
+    """Returns the most tokens of a context that nobody sets, and why; None for as many as the model was trained for.
+
+    ``tasks`` are the model card's. ``in_ram``: the KV cache is in RAM, which everything else on the machine needs too.
+    """
+    if tasks and "TextGeneration" not in tasks:
+        return LONGEST, "the most of a text to embed"
+    return (USABLE, 'the default in RAM; n_ctx = "auto" takes as much as fits') if in_ram else (None, "")
+
+
+def most_cache_in_ram(weights: int) -> int:
+    """Returns the bytes that a KV cache in RAM takes at most by default: half of what the weights leave of all RAM."""
+    return max(0, psutil.virtual_memory().total - weights) // 2
+
+
+def completed(command: Load, found: Estimated, devices: Mapping[str, int]) -> Load:
+    """Returns the command with the best choice that fits the free memory, for a load that nobody has reserved it for.
+
+    ``devices`` are free bytes by device. If nothing fits, it is the choice that takes least.
+    """
+    room = psutil.virtual_memory().available, next(iter(devices.values()), 0)
+
+    def fits(option: LoadOption) -> bool:
+        named = all(size <= devices.get(name, 0) for name, size in option.devices.items())
+        return named and option.host <= room[0] and option.device <= room[1]
+
+    option = next(filter(fits, found.choices), found.choices[-1])
+    return command.model_copy(update={"table": {**command.table, **option.settings}})
 
 
 def steps(longest: int, shortest: int) -> list[int]:
@@ -95,36 +179,92 @@ def cells(n_ctx: int) -> int:
     return -(-n_ctx // _CELLS) * _CELLS
 
 
-def _plans(plan: Plan, left: Open) -> Iterator[Plan]:
-    caches, splits = left.prefix_caches or [plan.prefix_cache_bytes], left.tensor_splits or [plan.tensor_split]
-    for each, size, split in product(_sizes(plan, left), caches, splits):
-        yield replace(each, prefix_cache_bytes=size, tensor_split=split)
+def _whole(plan: Plan, left: Open) -> Iterator[Plan]:
+    """Plans with a context of ``USABLE`` tokens or more, and all layers on the device."""
+    for n_ctx in [each for each in _lengths(plan, left) if each >= USABLE] or _lengths(plan, left)[:1]:
+        for group in _groups(plan, left):
+            if left.n_ctx and len(group[0].names) > 1 and n_ctx > (left.longest_divided or n_ctx):
+                continue
+            for slots in _slots(plan, left, least=2 if left.n_ctx and n_ctx > LONG else 1):
+                yield from _variants(replace(plan, n_ctx=n_ctx, slots=slots), left, group)
 
 
-def _sizes(plan: Plan, left: Open) -> Iterator[Plan]:
-    lengths = steps(left.trained, min(SHORTEST, left.trained)) if left.n_ctx else [plan.n_ctx]
-    long = [length for length in lengths if length > USUAL]
-    short = [length for length in lengths if length <= USUAL] or long[-1:]
-    layers = [*range(left.layers, -1, -1)] if left.n_gpu_layers else [plan.n_gpu_layers]
-    for n_ctx in long:
-        yield replace(plan, n_ctx=n_ctx, n_gpu_layers=layers[0])
-    for n_gpu_layers in layers:
-        yield replace(plan, n_ctx=short[0], n_gpu_layers=n_gpu_layers)
-    for n_ctx in short[1:]:
-        yield replace(plan, n_ctx=n_ctx, n_gpu_layers=layers[-1])
+def _reduced(plan: Plan, left: Open) -> Iterator[Plan]:
+    """Plans with what a user notices: a smaller type of the cache, fewer layers on the device, a short context."""
+    lengths, groups = _lengths(plan, left), _groups(plan, left)
+    usable = min(lengths[0], max(USABLE, lengths[-1]))
+    least = replace(plan, n_ctx=usable, slots=min(_slots(plan, left)), cache_type=left.small_cache or plan.cache_type)
+    if left.small_cache is not None:
+        for group in groups:
+            yield from _variants(least, left, group)
+    fewer = range(left.layers - 1, -1, -1) if left.n_gpu_layers else ()
+    for n_gpu_layers in fewer:
+        yield from _variants(replace(least, n_gpu_layers=n_gpu_layers), left, groups[-1])
+    short = [each for each in lengths if each < usable]
+    for n_ctx, n_gpu_layers in product(short[:: _SPARSE if fewer else 1], (plan.n_gpu_layers, *fewer)):
+        layers = replace(least, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers)
+        for group in groups if n_gpu_layers == plan.n_gpu_layers else groups[-1:]:
+            yield from _variants(layers, left, group)
+
+
+def _lengths(plan: Plan, left: Open) -> list[int]:
+    return left.lengths if left.n_ctx else [plan.n_ctx]
+
+
+def _slots(plan: Plan, left: Open, least: int = 1) -> Sequence[int]:
+    return range(plan.slots, min(least, plan.slots) - 1, -1) if left.slots else (plan.slots,)
+
+
+def _groups(plan: Plan, left: Open) -> Sequence[Sequence[OnDevices]]:
+    return left.placements or ((OnDevices(plan.devices, plan.tensor_split),),)
+
+
+def _variants(plan: Plan, left: Open, group: Sequence[OnDevices]) -> Iterator[Plan]:
+    for prefixes, place in product(left.prefix_caches or (plan.prefix_cache_bytes,), group):
+        yield replace(plan, prefix_cache_bytes=prefixes, devices=place.names, tensor_split=place.tensor_split)
+
+
+def _enough(good: Sequence[Plan], left: Open) -> tuple[int, int]:
+    """Returns the index of the first plan that justifies unloading others, and the number of good ones behind it."""
+    if not good:
+        return 0, 0
+    passing = [(each.names, each.tensor_split) for group in left.placements for each in group if each.passing]
+    least = good[-1]
+    for index, each in enumerate(good):
+        same = (each.n_ctx, each.slots, each.prefix_cache_bytes) == (least.n_ctx, least.slots, least.prefix_cache_bytes)
+        if same and (each.devices, each.tensor_split) not in passing:
+            return index, len(good) - 1 - index
+    return len(good) - 1, 0
 
 
 def _chosen(plan: Plan, left: Open) -> dict[str, JsonValue]:
     values: dict[str, JsonValue] = {}
     if left.n_ctx:
         values["n_ctx"] = plan.n_ctx
+    if left.slots:
+        values["slots"] = plan.slots
     if left.n_gpu_layers:
         values["n_gpu_layers"] = plan.n_gpu_layers
+    if left.small_cache is not None and plan.cache_type is not None:
+        values |= {"cache_type_k": plan.cache_type, "cache_type_v": plan.cache_type}
     if left.prefix_caches:
         values["prefix_cache_bytes"] = plan.prefix_cache_bytes
-    if left.tensor_splits:
-        values["tensor_split"] = list(plan.tensor_split or ())
+    if left.placements:
+        values["devices"] = list(plan.devices)
+        if plan.tensor_split is not None:
+            values["tensor_split"] = list(plan.tensor_split)
     return values
+
+
+def _longer(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tuple[dict[str, JsonValue], Plan]]:
+    """Contexts that another type of the KV cache may make room for, the longest first, in as few slots as may be."""
+    if not left.n_ctx or left.small_cache is not None:
+        return
+    for kind, n_ctx, group in product(cache_types, left.lengths, _groups(plan, left)):
+        slots = min(_slots(plan, left, least=2 if n_ctx > LONG else 1))
+        other = replace(plan, n_ctx=n_ctx, slots=slots, cache_type=kind)
+        for each in _variants(other, left, group):
+            yield {"n_ctx": n_ctx, "cache_type_k": kind, "cache_type_v": kind}, each
 
 
 def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tuple[dict[str, JsonValue], Plan]]:
@@ -155,11 +295,12 @@ def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tu
             yield smallest, replace(plan, n_ctx=least, slots=1, prefix_cache_bytes=0)
 
 
-def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part]) -> LoadOption:
+def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part], layout: Layout) -> LoadOption:
     later = [part for part in parts if part.later]
     names = dict.fromkeys(part.name for part in parts)
     return LoadOption(
         settings=settings,
+        layout=layout,
         host=sum(part.host for part in parts),
         device=sum(part.device for part in parts),
         devices=_by_device(parts),
@@ -168,6 +309,14 @@ def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part]) -> LoadOpt
         later_devices=_by_device(later),
         parts={name: sum(_size(part) for part in parts if part.name == name) for name in names},
     )
+
+
+def _layout(plan: Plan) -> Layout:
+    return Layout(context_length=plan.n_ctx, slots=plan.slots)
+
+
+def _cache(parts: Sequence[Part]) -> int:
+    return sum(_size(part) for part in parts if part.name == CACHE)
 
 
 def _by_device(parts: Sequence[Part]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_cuda.bindings import EngineError
 from exo.worker.runner_cuda.engine import CudaEngine
-from exo.worker.runner_cuda.loading.estimate import estimate
+from exo.worker.runner_cuda.loading.estimate import estimate, with_choice
 from exo.worker.runner_cuda.loading.loader import load
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.sequence import Sequence
@@ -24,7 +24,7 @@ def front_end(emitter: Emitter) -> FrontEnd[Sequence]:
 
 def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
     """Raises LoadError."""
-    loaded = load(command, emitter.put)
+    loaded = load(with_choice(command), emitter.put)
     engine = CudaEngine(loaded, emitter)
 
     def run() -> None:

@@ -7,12 +7,13 @@ import numpy as np
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, log_softmax
 from exo.worker.runner_cuda.bindings import Context
+from exo.worker.runner_cuda.loading.estimate import with_choice
 from exo.worker.runner_cuda.loading.loader import Loaded, load, read_options
 
 
 def open_reader(command: Load) -> TextReader:
     """Loads the model. Raises LoadError."""
-    loaded = load(command, lambda _: None, score=True)
+    loaded = load(with_choice(command), lambda _: None, score=True)
     options = read_options(command)
     settings = {
         "flash attention": options.flash_attn,

@@ -10,7 +10,7 @@ from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_mlx.engine import MlxEngine
-from exo.worker.runner_mlx.loading.estimate import estimate
+from exo.worker.runner_mlx.loading.estimate import estimate, with_choice
 from exo.worker.runner_mlx.loading.loader import load
 from exo.worker.runner_mlx.model import ran_out_of_memory
 from exo.worker.runner_mlx.sequence import MlxSequence
@@ -26,7 +26,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[MlxSequence]:
 
     Raises LoadError.
     """
-    loaded = load(command, emitter.put)
+    loaded = load(with_choice(command), emitter.put)
     engine, ranks = MlxEngine(loaded, emitter), loaded.ranks
 
     def run() -> None:

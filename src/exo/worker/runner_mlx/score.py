@@ -7,12 +7,13 @@ import numpy as np
 
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, log_softmax
+from exo.worker.runner_mlx.loading.estimate import with_choice
 from exo.worker.runner_mlx.loading.loader import MlxLoaded, load
 
 
 def open_reader(command: Load) -> TextReader:
     """Loads the model. Raises LoadError."""
-    loaded = load(command, lambda _: None)
+    loaded = load(with_choice(command), lambda _: None)
     longest = loaded.capabilities.context_length
     return TextReader(
         loaded.tokenizer, loaded.capabilities, loaded.settings, longest, partial(_log_probabilities, loaded)

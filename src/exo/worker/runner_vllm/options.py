@@ -28,12 +28,14 @@ class VllmOptions(FolderOptions):
     max_model_len: int | None = Field(
         default=None, ge=256, le=1 << 24, validation_alias=AliasChoices("max_model_len", "n_ctx")
     )
-    """The context length of each sequence, also accepted as ``n_ctx``, its name in other tables. The default is the
-    trained length, at most 4,096, or 2,048 for embeddings; "auto" is as much of the trained length as fits the
-    memory."""
+    """The context length of each sequence, also accepted as ``n_ctx``, its name in other tables. "auto" is as much of
+    the trained length as fits the memory. That is also the default, up to 32,768 on a CPU or with
+    gpu_memory_utilization, and 2,048 for embeddings."""
     slots: int = Field(default=4, ge=1, le=1024)
-    """Sequences generated at the same time. Without gpu_memory_utilization the KV cache holds ``slots`` times
-    ``max_model_len``."""
+    """Sequences generated at the same time."""
+    contexts: int | None = Field(default=None, ge=1, le=1024)
+    """The number of whole contexts, each ``max_model_len``, that the KV cache holds; all sequences share it. The
+    default is as many as fit, up to ``slots``. With gpu_memory_utilization it has no effect."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1, strict=False)
     """The share of each GPU's memory that vLLM takes. The KV cache gets the rest of it."""
     max_num_batched_tokens: int | None = Field(default=None, ge=32, le=1 << 20)

@@ -10,7 +10,7 @@ from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_vllm.engine import VllmEngine
-from exo.worker.runner_vllm.estimate import estimate
+from exo.worker.runner_vllm.estimate import estimate, with_choice
 from exo.worker.runner_vllm.loader import load
 from exo.worker.runner_vllm.options import ran_out_of_memory
 from exo.worker.runner_vllm.sequence import Choice, VllmSequence
@@ -23,7 +23,7 @@ def front_end(emitter: Emitter) -> FrontEnd[VllmSequence]:
 
 def _load(command: Load, emitter: Emitter) -> LoadedEngine[VllmSequence]:
     """Raises LoadError."""
-    loaded = load(command, emitter.put)
+    loaded = load(with_choice(command), emitter.put)
     engine = VllmEngine(loaded.core, loaded.tokenizer, emitter)
     return LoadedEngine(
         tokenizer=loaded.tokenizer,

@@ -7,6 +7,7 @@ import numpy as np
 from exo.worker.protocol.commands import Load, SamplingParams
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader
+from exo.worker.runner_vllm.estimate import with_choice
 from exo.worker.runner_vllm.loader import VllmLoaded, load
 from exo.worker.runner_vllm.sequence import Choice, VllmSequence
 
@@ -17,7 +18,7 @@ generated."""
 
 def open_reader(command: Load) -> TextReader:
     """Loads the model. Raises LoadError."""
-    loaded = load(command, lambda _: None)
+    loaded = load(with_choice(command), lambda _: None)
     if not loaded.capabilities.logprobs:
         message = "this model is loaded to make vectors of texts, and gives no next token a probability"
         raise LoadError("model_load_failed", message)

@@ -1,9 +1,9 @@
 """Reads the sizes of a model and its KV cache from its folder's config.json."""
 
+from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_vllm.options import VllmOptions
 
-DEFAULT_CONTEXT = 4096
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 _SPARE_BLOCKS = 2
 """vLLM keeps one block for itself."""
@@ -18,7 +18,7 @@ def number(config: Json, key: str, default: int) -> int:
 
 def trained_context(config: Json) -> int:
     """Returns the trained context length, in tokens."""
-    return number(config, "max_position_embeddings", DEFAULT_CONTEXT)
+    return number(config, "max_position_embeddings", USABLE)
 
 
 def layer_count(config: Json) -> int:
@@ -41,6 +41,6 @@ def bytes_of_token(config: Json, options: VllmOptions) -> int:
 
 
 def cache_bytes(config: Json, options: VllmOptions, n_ctx: int) -> int:
-    """Returns the bytes of the KV cache in one process: its share of every slot's whole context."""
-    blocks = options.slots * -(-n_ctx // _LARGEST_BLOCK) + _SPARE_BLOCKS
+    """Returns the bytes of the KV cache in one process: its share of the whole contexts."""
+    blocks = (options.contexts or options.slots) * -(-n_ctx // _LARGEST_BLOCK) + _SPARE_BLOCKS
     return -(-blocks * _LARGEST_BLOCK * bytes_of_token(config, options) // options.processes)

@@ -17,6 +17,7 @@ from exo.worker.protocol.events import (
 from exo.worker.router import LiveRunner
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.reservation import Reservation
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.state_machine import ENDINGS
@@ -57,6 +58,7 @@ class InstanceReport:
     """Empty until it may load."""
     measured: Memory | None
     """None until it has loaded."""
+    plan: PlacementPlan | None
     pinned: bool
     time_left: float | None
     """Seconds until it is unloaded if nobody uses it from now on; None for never."""
@@ -81,6 +83,8 @@ class RunnerInstance:
     process: RunnerProcess = field(init=False)
     decision: asyncio.Future[LoadOption | RunnerError] = field(default_factory=asyncio.Future[LoadOption | RunnerError])
     """The memory budget's decision: what it may load, or why it may not."""
+    plan: PlacementPlan | None = None
+    """How it is loaded; None before the decision, and where memory is not counted."""
 
     @property
     def model_id(self) -> str:
@@ -132,6 +136,7 @@ class RunnerInstance:
             prefixes=self.process.prefixes,
             reserved=Memory() if reservation is None else reservation.reserved,
             measured=None if reservation is None else reservation.measured,
+            plan=self.plan,
             pinned=reservation is not None and reservation.pinned,
             time_left=None if reservation is None else reservation.time_left(now),
         )

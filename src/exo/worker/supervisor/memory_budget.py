@@ -249,11 +249,12 @@ class MemoryBudget:
         waiter.later = Memory(option.later_host, self._devices(option.later_devices, option.later_device))
 
     def _fitting(self, estimated: Estimated, ahead: Memory) -> LoadOption | None:
-        """The best option down to ``enough`` that fits into the free memory, less the memory of earlier waiters."""
+        """The best option down to those as good as ``enough`` that fits into the free memory, less ``ahead``."""
         if self.capacity is None:
             return estimated.choices[0]
         room = self.free - ahead
-        return next((each for each in estimated.choices[: estimated.enough + 1] if self.need(each).fits(room)), None)
+        least = estimated.enough + estimated.as_good
+        return next((each for each in estimated.choices[: least + 1] if self.need(each).fits(room)), None)
 
     def _attainable(self, estimated: Estimated) -> LoadOption | None:
         """The best option from ``enough`` on that would fit without all unpinned runners."""

@@ -26,10 +26,12 @@ from exo.worker.protocol.runners import runner_commands
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
+from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.host_memory import memory_of, usable_memory
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
@@ -80,6 +82,7 @@ class RunnerPool:
         self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and runner
         self._device_names: tuple[str, ...] = ()
         self._n_cores = physical_cores()
+        self._planning = anyio.Lock()  # one process at a time
         self._in_flight = RequestCount()  # the requests of all runners
         self._tasks: TaskGroup  # these two exist once the context is entered
         self._background: anyio.CancelScope
@@ -201,6 +204,19 @@ class RunnerPool:
             if each.model_id == card.model_id and each.settings == settings_digest(card, each.runner)
         )
 
+    async def plan(self, route: Route, card: ModelCard) -> PlacementPlan | None:
+        """How the route's instance is loaded or, if it has none, how the model would be loaded with no other one.
+
+        None where memory is not counted, and without the model's files.
+        """
+        if (instance := self._instances.get(route.instance or "")) is not None:
+            return instance.plan
+        if self._budget.capacity is None or self._closed:
+            return None
+        load = self._load_command(route, card)
+        async with self._planning:
+            return await dry_run(self._commands[route.runner], load, route.runner, self._budget.capacity)
+
     def reports(self) -> tuple[InstanceReport, ...]:
         """Every instance, and the last failed one of each model and runner that has not worked since."""
         there = {(each.model_id, each.runner) for each in self._instances.values()}
@@ -227,14 +243,7 @@ class RunnerPool:
     def _start(self, route: Route, card: ModelCard, settings: str) -> RunnerInstance:
         names = (f"{card.model_id.replace('/', '--')}@{route.runner}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
-        load = Load(
-            model_id=card.model_id,
-            backend=route.backend,
-            table=card.engines.get(route.runner, {}),
-            directories=self._models_directories,
-            prefixes=self._prefixes,
-            tasks=card.tasks,
-        )
+        load = self._load_command(route, card)
         instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time())
         counted = self._budget.capacity is not None
         instance.process = RunnerProcess(
@@ -258,6 +267,16 @@ class RunnerPool:
         self._tasks.start_soon(self._run, instance, predecessors)
         return instance
 
+    def _load_command(self, route: Route, card: ModelCard) -> Load:
+        return Load(
+            model_id=card.model_id,
+            backend=route.backend,
+            table=card.engines.get(route.runner, {}),
+            directories=self._models_directories,
+            prefixes=self._prefixes,
+            tasks=card.tasks,
+        )
+
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> LoadOption:
         """See ``runner_process.Admit``."""
         await self._measure_devices()
@@ -266,6 +285,10 @@ class RunnerPool:
         decision = await asyncio.shield(instance.decision)  # if the process dies meanwhile, the budget may still decide
         if isinstance(decision, RunnerError):
             raise decision
+        room = None if self._budget.capacity is None else self._budget.free + self._budget.need(decision)
+        instance.plan = plan = PlacementPlan.of(estimated, decision, self._budget, room)
+        if plan.context_length:
+            log.info("%s: %d slots of %d tokens (%s)", instance.id, plan.slots, plan.context_length, plan.limit)
         return decision
 
     def _settle(self) -> None:

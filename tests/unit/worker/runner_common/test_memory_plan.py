@@ -1,8 +1,21 @@
 """Which ways to load a model there are, from what its parts take. Pure."""
 
+from dataclasses import replace
 from itertools import pairwise
 
-from exo.worker.runner_common.memory_plan import SHORTEST, USUAL, Open, Part, Plan, cells, estimated, steps
+from exo.worker.protocol.events import Estimated, LoadOption
+from exo.worker.runner_common.memory_plan import (
+    LONG,
+    SHORTEST,
+    USABLE,
+    OnDevices,
+    Open,
+    Part,
+    Plan,
+    cells,
+    estimated,
+    steps,
+)
 
 WEIGHTS = 1000
 
@@ -44,13 +57,17 @@ def test_fewer_layers_on_the_device_are_a_remedy_that_costs_memory_of_the_proces
     assert [each.device for each in estimate.remedies] == [203, 103, 3]
 
 
-def test_an_open_context_is_at_most_what_the_model_was_trained_for_and_others_go_for_the_usual_one() -> None:
-    estimate = estimated(Plan(USUAL, 1), Open(n_ctx=True, trained=32768), size)
-    lengths = [each.settings["n_ctx"] for each in estimate.choices]
-    assert lengths[0] == 32768
-    assert lengths[-1] == SHORTEST
-    assert lengths == sorted(lengths, key=lambda length: -int(str(length)))
-    assert lengths[estimate.enough] == next(length for length in lengths if int(str(length)) <= USUAL)
+def fitting(estimate: Estimated, memory: int) -> LoadOption:
+    """The best option for so many bytes of RAM, with devices that hold anything."""
+    return next(each for each in estimate.choices if each.host <= memory)
+
+
+def test_an_open_context_is_at_most_what_the_model_was_trained_for_and_others_go_for_a_usable_one() -> None:
+    estimate = estimated(Plan(65536, 1), Open(n_ctx=True, trained=65536), size)
+    lengths = [int(str(each.settings["n_ctx"])) for each in estimate.choices]
+    assert (lengths[0], lengths[-1]) == (65536, SHORTEST)
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[estimate.enough] == USABLE
     assert [each.host for each in estimate.choices] == sorted((each.host for each in estimate.choices), reverse=True)
 
 
@@ -59,15 +76,95 @@ def test_a_model_trained_for_less_has_no_longer_context() -> None:
     assert [each.settings for each in estimate.choices] == [{"n_ctx": 300}]
 
 
-def test_layers_leave_the_device_once_the_context_is_no_longer_than_usual() -> None:
-    left = Open(n_ctx=True, n_gpu_layers=True, trained=8192, layers=2)
-    estimate = estimated(Plan(USUAL, 1, n_gpu_layers=2), left, size)
+def test_a_long_context_comes_before_a_second_slot_and_a_very_long_one_after_it() -> None:
+    estimate = estimated(Plan(4 * LONG, 4), Open(n_ctx=True, slots=True, trained=4 * LONG), size)
+    found = [
+        (int(str(option.settings["n_ctx"])), option.settings["slots"])
+        for cells_free in (USABLE // 2, USABLE, 3 * USABLE, LONG, 2 * LONG, 4 * LONG, 16 * LONG)
+        for option in [fitting(estimate, WEIGHTS + 7 + cells_free)]
+    ]
+    (tiny, one), usable, (middle, single), *long = found
+    assert (one, single) == (1, 1)
+    assert tiny < USABLE < middle < LONG
+    assert usable == (USABLE, 1)
+    first, second, (longer, slots), most = long
+    assert (first, second, slots, most) == ((LONG, 1), (LONG, 2), 2, (4 * LONG, 4))
+    assert LONG < longer <= 2 * LONG
+    settings = estimate.choices[estimate.enough].settings
+    assert (settings["n_ctx"], settings["slots"]) == (USABLE, 1)
+
+
+def test_more_memory_never_gives_less_context() -> None:
+    left = Open(n_ctx=True, slots=True, small_cache="q8_0", trained=4 * LONG)
+    estimate = estimated(Plan(4 * LONG, 4, cache_type="f16"), left, quantised)
+    contexts = [
+        int(str(fitting(estimate, memory).settings["n_ctx"])) for memory in range(WEIGHTS + 1000, 20 * LONG, 4999)
+    ]
+    assert contexts == sorted(contexts)
+    assert USABLE in contexts
+
+
+def quantised(plan: Plan) -> list[Part]:
+    return size(replace(plan, cache_type=None) if plan.cache_type == "f16" else plan)
+
+
+def test_a_smaller_type_of_the_cache_is_used_for_a_usable_context_only_where_the_card_allows_it() -> None:
+    memory = WEIGHTS + 7 + USABLE // 2
+    given = Plan(65536, 1, cache_type="f16")
+    estimate = estimated(given, Open(n_ctx=True, small_cache="q8_0", trained=65536), quantised)
+    assert fitting(estimate, memory).settings == {"n_ctx": USABLE, "cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+    assert fitting(estimate, WEIGHTS + 7 + USABLE).settings["cache_type_k"] == "f16"
+    without = estimated(given, Open(n_ctx=True, trained=65536), quantised, ["q8_0"])
+    assert int(str(fitting(without, memory).settings["n_ctx"])) < USABLE
+    longer = next(each for each in without.longer if each.host <= memory)
+    assert longer.settings == {"n_ctx": USABLE, "cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+
+
+def test_layers_leave_the_device_once_there_is_no_room_for_a_usable_context() -> None:
+    left = Open(n_ctx=True, n_gpu_layers=True, trained=2 * USABLE, layers=2)
+    estimate = estimated(Plan(2 * USABLE, 1, n_gpu_layers=2), left, size)
     settings = [(each.settings["n_ctx"], each.settings["n_gpu_layers"]) for each in estimate.choices]
-    usual = estimate.enough
-    assert settings[0] == (8192, 2)
-    context = settings[usual][0]
-    assert settings[usual : usual + 3] == [(context, 2), (context, 1), (context, 0)]
-    assert all(layers == 0 for _, layers in settings[usual + 3 :])
+    usable = estimate.enough
+    assert settings[0] == (2 * USABLE, 2)
+    assert settings[usable : usable + 3] == [(USABLE, 2), (USABLE, 1), (USABLE, 0)]
+    assert all(int(str(n_ctx)) < USABLE for n_ctx, _ in settings[usable + 3 :])
+
+
+ONE, OTHER, BOTH = OnDevices(("A",)), OnDevices(("B",)), OnDevices(("A", "B"), (1, 1))
+
+
+def test_one_device_comes_before_several_and_free_memory_on_any_before_unloading_others() -> None:
+    left = Open(n_ctx=True, slots=True, trained=USABLE, placements=((ONE, OTHER), (BOTH,)))
+    estimate = estimated(Plan(USABLE, 2), left, size)
+    good = estimate.choices[: estimate.enough + estimate.as_good + 1]
+    assert [(each.settings["devices"], each.settings["slots"]) for each in good] == [
+        (["A"], 2),
+        (["B"], 2),
+        (["A"], 1),
+        (["B"], 1),
+        (["A", "B"], 2),
+        (["A", "B"], 1),
+    ]
+    assert estimate.choices[estimate.enough].settings["devices"] == ["A"]
+
+
+def test_a_very_long_context_does_not_take_a_second_device_by_itself() -> None:
+    left = Open(n_ctx=True, trained=2 * LONG, placements=((ONE, OTHER), (BOTH,)), longest_divided=LONG)
+    estimate = estimated(Plan(2 * LONG, 1), left, size)
+    longest = {
+        len(names): max(
+            int(str(each.settings["n_ctx"])) for each in estimate.choices if each.settings["devices"] == names
+        )
+        for names in (["A"], ["A", "B"])
+    }
+    assert longest == {1: 2 * LONG, 2: LONG}
+
+
+def test_the_cache_takes_no_more_than_its_bound_while_there_is_a_smaller_choice() -> None:
+    bounded = estimated(Plan(USABLE, 4), Open(n_ctx=True, slots=True, trained=USABLE, most_cache=70_000), size)
+    assert (bounded.choices[0].settings["n_ctx"], bounded.choices[0].settings["slots"]) == (USABLE, 2)
+    none = estimated(Plan(USABLE, 4), Open(n_ctx=True, slots=True, trained=USABLE, most_cache=0), size)
+    assert [each.settings for each in none.choices] == [{"n_ctx": SHORTEST, "slots": 1}]
 
 
 def test_steps_are_about_an_eighth_and_end_in_whole_blocks() -> None:

@@ -9,33 +9,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.commands import Estimate, Load
-from exo.worker.protocol.events import Estimated
-from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
+from exo.worker.protocol.events import Estimated, Layout
+from exo.worker.runner_common.memory_plan import (
+    CACHE,
+    LONG,
+    USABLE,
+    Open,
+    Part,
+    Plan,
+    cells,
+    completed,
+    default_longest,
+    estimated,
+    most_cache_in_ram,
+)
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
-from exo.worker.runner_cuda.loading.devices import gpus
+from exo.worker.runner_cuda.loading.devices import Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
-from exo.worker.runner_cuda.loading.loader import (
-    DEFAULT_CONTEXT,
-    chunks,
-    draft_file,
-    draft_options,
-    read_options,
-)
-from exo.worker.runner_cuda.loading.options import CudaOptions, find_model
+from exo.worker.runner_cuda.loading.loader import chunks, draft_file, draft_options, read_options
+from exo.worker.runner_cuda.loading.options import AUTO, CudaOptions, find_model
 from exo.worker.runner_cuda.loading.placement import (
     Placement,
     check_architecture,
     chosen,
     elsewhere,
+    placements,
     shared_out,
     tensor_splits,
 )
 from exo.worker.runner_cuda.scheduler import SCORED_ROWS
 
-_PROCESS = 70_000_000
+_PROCESS = 73_000_000
 """Bytes of RAM for the interpreter and libraries."""
 _DRIVER = 350_000_000
 """Bytes of RAM that CUDA adds."""
@@ -45,10 +52,14 @@ _COPIES = 4
 """Copies of a graph's inputs if several devices form a pipeline (GGML_SCHED_MAX_COPIES)."""
 _OUTPUT_COPIES = 4
 """The size of the output buffers with backend sampling, as a multiple of the logits."""
+_CELL, _USED_CELL = 48, 120
+"""Bytes of RAM by which llama.cpp and the loop know a cell of the KV cache, and those that a token in it adds."""
 _TOKEN = 150
 """Bytes of RAM for each token of the vocabulary."""
 _REPACKED = (2, 12, 20, 39)
 """ggml's types of matrices that the CPU keeps a second time, rearranged for its instructions."""
+RAM = "RAM"
+"""The name of the processors' memory in a layout."""
 _Where = Sequence[Mapping[str, float]]
 """See ``Placement.layers``."""
 _OF_DRAFT = ("vocabulary", "weights", "KV cache", "outputs", "compute")
@@ -66,34 +77,79 @@ def estimate(command: Estimate) -> Estimated:
     check_header(path)
     headers = read_headers(path)
     check_architecture(options, lambda: headers[0])
-    model = _GgufSizes.of(headers, options)
-    splits = tensor_splits(options, devices)
-    left = Open(
-        n_ctx=load.table.get("n_ctx") == "auto",
-        n_gpu_layers=on_gpu and load.table.get("n_gpu_layers") == "auto",
-        trained=model.trained,
-        layers=len(model.layers) + 1,
-        tensor_splits=splits,
-        prefix_caches=() if options.prefix_cache_bytes is not None else options.prefix_caches,
-        devices=elsewhere(options, devices, present),
-    )
+    draft = _draft(load, options)
+    found = plans(load, options, _GgufSizes.of(headers, options), draft, devices, present)
+    return found.model_copy(update={"notes": quality_notes(headers[0].text)})
+
+
+def with_choice(command: Load) -> Load:
+    """Returns the command with values for the settings that decide most of the memory, if its table leaves them open.
+
+    A server that counts memory has put them there. Raises LoadError as loading would.
+    """
+    if all(isinstance(command.table.get(key), int) for key in ("n_ctx", "slots")):
+        return command
+    found = estimate(Estimate(load=command))
+    free = {each.name: each.memory()[0] for each in gpus()} if command.backend == "LlamaCppCuda" else {}
+    return completed(command, found, free)
+
+
+def plans(
+    load: Load,
+    options: CudaOptions,
+    model: "_GgufSizes",
+    draft: "_GgufSizes | None",
+    devices: Sequence[Gpu],
+    present: Sequence[Gpu],
+) -> Estimated:
+    """Returns the ways to load a model, with the memory of each. Pure, apart from the devices' memory.
+
+    ``devices`` are those that the card allows out of those ``present``.
+    """
+    on_gpu, table = load.backend == "LlamaCppCuda", load.table
+    left = _open(load, options, model, devices, present)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
-    n_ctx = options.n_ctx or min(model.trained, DEFAULT_CONTEXT)
+    small = table.get("cache_type_k") == AUTO
+    splits = tensor_splits(options, devices)
     plan = Plan(
-        n_ctx=n_ctx,
+        n_ctx=options.n_ctx or left.lengths[0],
         slots=options.slots,
         n_gpu_layers=wanted if on_gpu else None,
+        cache_type=options.cache_type_k if small else None,
         prefix_cache_bytes=options.prefix_caches[-1],
         devices=tuple(each.name for each in devices),
         tensor_split=splits[-1] if splits else options.tensor_split,
     )
-    draft = _draft(load, options)
 
     def size(plan: Plan) -> list[Part]:
         return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
 
-    found = estimated(plan, left, size, _smaller_caches(options))
-    return found.model_copy(update={"notes": quality_notes(headers[0].text)})
+    return estimated(plan, left, size, _smaller_caches(options), model.layout)
+
+
+def _open(
+    load: Load, options: CudaOptions, model: "_GgufSizes", devices: Sequence[Gpu], present: Sequence[Gpu]
+) -> Open:
+    table = load.table
+    n_ctx, slots = table.get("n_ctx") in (None, AUTO), table.get("slots") is None
+    longest, because = default_longest(load.tasks, in_ram=not devices) if table.get("n_ctx") is None else (None, "")
+    bounded = not devices and (n_ctx or slots) and table.get("n_ctx") != AUTO
+    ways = placements(options, devices, stated=table.get("devices") is not None or table.get("split_mode") is not None)
+    return Open(
+        n_ctx=n_ctx,
+        slots=slots,
+        n_gpu_layers=bool(devices) and table.get("n_gpu_layers") in (None, AUTO),
+        small_cache=_SMALLER_CACHES[0] if table.get("cache_type_k") == AUTO else None,
+        trained=model.trained,
+        longest=longest,
+        longest_because=because,
+        layers=len(model.layers) + 1,
+        placements=ways,
+        longest_divided=LONG if table.get("n_ctx") is None else None,
+        prefix_caches=() if options.prefix_cache_bytes is not None else options.prefix_caches,
+        most_cache=most_cache_in_ram(model.weights) if bounded else None,
+        devices=() if len(ways) > 1 else elsewhere(options, devices, present),
+    )
 
 
 def _draft(load: Load, options: CudaOptions) -> "_GgufSizes | None":
@@ -138,7 +194,10 @@ class _GgufSizes:
     vocabulary: int
     trained: int
     hidden: int
+    wide: int
+    """The elements of a token that a layer computes with: hidden ones, all heads' keys, or a recurrent layer's."""
     feed_forward: int
+    """The elements of a token in a layer's feed-forward network, those of all its experts together."""
     heads: int
 
     @classmethod
@@ -161,6 +220,7 @@ class _GgufSizes:
             else:
                 rest += tensor.size
         hidden = header.integer(f"{arch}.embedding_length", 1)
+        heads = max(header.per_layer(f"{arch}.attention.head_count", len(layers), 1))
         return cls(
             options=options,
             layers=layers,
@@ -168,10 +228,28 @@ class _GgufSizes:
             rest=rest,
             tied=not any(tensor.name == "output.weight" for tensor in tensors),
             vocabulary=header.array_length("tokenizer.ggml.tokens"),
-            trained=header.integer(f"{arch}.context_length", DEFAULT_CONTEXT),
+            trained=header.integer(f"{arch}.context_length", USABLE),
             hidden=hidden,
-            feed_forward=max(header.per_layer(f"{arch}.feed_forward_length", len(layers), 4 * hidden)),
-            heads=max(header.per_layer(f"{arch}.attention.head_count", len(layers), 1)),
+            wide=_wide(header, arch, hidden, heads),
+            feed_forward=_feed_forward(header, arch, len(layers), hidden),
+            heads=heads,
+        )
+
+    @property
+    def weights(self) -> int:
+        """The bytes of weights in RAM if all of them are there."""
+        return self.embedding + self.rest + sum(each.weights + each.repacked for each in self.layers)
+
+    def layout(self, plan: Plan) -> Layout:
+        """Returns where a plan puts the layers, the output counted as one, and what it makes of the context."""
+        places = [RAM if not shares else " and ".join(shares) for shares in self._where(plan)]
+        kinds = (plan.cache_type,) * 2 if plan.cache_type else (self.options.cache_type_k, self.options.cache_type_v)
+        return Layout(
+            context_length=plan.n_ctx,
+            slots=plan.slots,
+            kv_type="/".join(dict.fromkeys(kinds)),
+            layers={place: places.count(place) for place in dict.fromkeys(places)},
+            batch=chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).budget,
         )
 
     def size(self, plan: Plan) -> list[Part]:
@@ -187,23 +265,27 @@ class _GgufSizes:
 
     def _parts(self, plan: Plan, n_ubatch: int) -> list[Part]:
         """Returns the memory of each part for steps of up to ``n_ubatch`` rows in one graph."""
-        n_device, on_gpu = plan.n_gpu_layers or 0, plan.n_gpu_layers is not None
-        shares = plan.tensor_split or (1.0,) * len(plan.devices)
-        placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
-        where = placement.layers(len(self.layers), n_device)
+        on_gpu, where = plan.n_gpu_layers is not None, self._where(plan)
         started = dict.fromkeys(plan.devices, DEVICE_CONTEXT)
         row = 4 * self.vocabulary * (_OUTPUT_COPIES if self._may_reduce(where) else 1)
         return [
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
             self._weights(where),
-            self._cache("KV cache", plan, where, plan.slots, self._n_cells(plan.n_ctx, n_ubatch)),
+            self._cache(CACHE, plan, where, plan.slots, self._n_cells(plan.n_ctx, n_ubatch)),
+            Part("cells", plan.slots * cells(plan.n_ctx) * _CELL),
+            Part("cells", plan.slots * cells(plan.n_ctx) * _USED_CELL, later=True),
             Part("outputs", plan.slots * row),
             Part("prompt log-probabilities", SCORED_ROWS * row, later=True),
             Part("prefix cache", plan.prefix_cache_bytes, later=True),
             *self._compute(plan, where, n_ubatch),
             *self._texts(plan, where),
         ]
+
+    def _where(self, plan: Plan) -> _Where:
+        shares = plan.tensor_split or (1.0,) * len(plan.devices)
+        placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
+        return placement.layers(len(self.layers), plan.n_gpu_layers or 0)
 
     def _weights(self, where: _Where) -> Part:
         *of_layers, behind = where
@@ -293,7 +375,7 @@ class _GgufSizes:
         ]
 
     def _activations(self, rows: int) -> int:
-        return 4 * rows * (4 * self.hidden + 3 * self.feed_forward)
+        return 4 * rows * (4 * self.wide + 3 * self.feed_forward)
 
     def _attention(self, rows: int, n_cells: Sequence[int], here: Sequence[bool]) -> tuple[int, int]:
         """Returns the bytes of the masks and of every head's scores, which flash attention does not keep.
@@ -304,6 +386,18 @@ class _GgufSizes:
         kinds = {layer.cache.window: count for layer, count, counts in layers if counts and layer.cache.keys}
         masks, largest = rows * sum(kinds.values()), rows * max(kinds.values(), default=0)
         return (4 * masks, 4 * self.heads * largest) if self.options.flash_attn == "off" else (2 * masks, 0)
+
+
+def _wide(header: GgufHeader, arch: str, hidden: int, heads: int) -> int:
+    keys = heads * header.integer(f"{arch}.attention.key_length", 0)
+    groups = header.integer(f"{arch}.ssm.group_count", 0) * header.integer(f"{arch}.ssm.state_size", 0)
+    return max(hidden, keys, header.integer(f"{arch}.ssm.inner_size", 0) + 2 * groups)
+
+
+def _feed_forward(header: GgufHeader, arch: str, n_layers: int, hidden: int) -> int:
+    dense = max(header.per_layer(f"{arch}.feed_forward_length", n_layers, 4 * hidden))
+    used = header.integer(f"{arch}.expert_used_count", 0) + header.integer(f"{arch}.expert_shared_count", 0)
+    return max(dense, used * header.integer(f"{arch}.expert_feed_forward_length", 0))
 
 
 def _devices(where: _Where) -> tuple[str, ...]:

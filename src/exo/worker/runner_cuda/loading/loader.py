@@ -12,6 +12,7 @@ from exo.worker.protocol.cores import physical_cores, usable_cpus
 from exo.worker.protocol.events import Capabilities, Status
 from exo.worker.protocol.wire import describe
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import quality_notes
 from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
@@ -33,7 +34,6 @@ from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step_time import Pace
 from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
-DEFAULT_CONTEXT = 4096
 CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
 """The most prompt tokens on a CPU: of one prompt beside streams, of one prompt alone, and of all prompts between two
 decode steps. Steps are short, so that a cancelled prompt ends soon."""
@@ -96,7 +96,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
     sizes = chunks(options, on_gpu=on_gpu)
     chunk, budget = sizes.beside, sizes.budget
-    n_ctx = options.n_ctx or min(model.n_ctx_train, DEFAULT_CONTEXT)
+    n_ctx = options.n_ctx or min(model.n_ctx_train, USABLE)
     try:
         outputs = budget if score else options.slots + SCORED_ROWS
         reduced = 1 if options.speculation == "off" else 1 + LONGEST

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.model_name import stays_inside
@@ -15,6 +15,8 @@ Pooling = Literal["mean", "cls", "last", "rank"]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Speculate = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=16)]
 
+AUTO = "auto"
+"""The value of a key that leaves the setting to exo."""
 CPU = "CPU"
 """The value in ``devices`` for using no device."""
 PREFIX_CACHE = 4 << 30, 1 << 30, 256 << 20
@@ -23,6 +25,8 @@ PREFIX_CACHE_SHARE = 1 / 8
 """The share of this machine's RAM that it takes at most, unless it has the smallest size."""
 AUTO_ROLLBACK = 4
 """See ``CudaOptions.rollback``."""
+_OPEN = ("n_ctx", "n_gpu_layers", "cache_type_k", "cache_type_v")
+"""The keys that may be "auto"."""
 UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
 
 
@@ -63,12 +67,14 @@ class CudaOptions(ModelFile):
     mmproj: str | None = None
     """The projector for images, which is pulled with the model. This runner reads only text and does not load it."""
     n_gpu_layers: int = Field(default=-1, ge=-1)
-    """Layers on the GPU. -1 is all of them, "auto" as many as fit the memory."""
+    """Layers on the GPU. -1 is all of them. The default is "auto": all of them if they fit with a context of 32,768
+    tokens, or else as many as do."""
     n_ctx: int | None = Field(default=None, ge=256, le=1 << 24)
-    """The context length of each slot. The default is the trained length, at most 4,096; "auto" is as much of the
-    trained length as fits the memory."""
+    """The context length of each slot. "auto" is as much of the trained length as fits the memory. That is also the
+    default, up to 32,768 tokens on a CPU and 131,072 on several GPUs."""
     slots: int = Field(default=4, ge=1, le=256)
-    """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``."""
+    """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``. The default is as many as fit
+    the memory with the longest context, up to 4."""
     n_batch: int | None = Field(default=None, ge=32, le=1 << 16)
     """The most prompt tokens, of all prompts together, between two tokens of the running streams. The default is 2,048
     on a GPU and 768 on a CPU. ``max_itl_ms`` may lower it."""
@@ -114,6 +120,8 @@ class CudaOptions(ModelFile):
     flash attention has kernels of its own for a single sequence and for 64 rows and more."""
     flash_attn: Literal["auto", "on", "off"] = "auto"
     cache_type_k: CacheType = "f16"
+    """The type of keys. "auto" here and for the values is "q8_0" where only that makes room for 32,768 tokens, and else
+    "f16"."""
     cache_type_v: CacheType = "f16"
     devices: tuple[str, ...] | None = Field(default=None, strict=False, min_length=1)
     """The devices to use, by name, such as "CUDA1", in this order. The default is all GPUs; ["CPU"] uses none."""
@@ -173,11 +181,16 @@ class CudaOptions(ModelFile):
             )
         return self
 
-    @field_validator("n_ctx", "n_gpu_layers", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _auto_is_usual(cls, value: JsonValue, info: ValidationInfo) -> JsonValue:
-        """Replaces "auto" by the default. A server that counts memory has put a number there."""
-        return (-1 if info.field_name == "n_gpu_layers" else None) if value == "auto" else value
+    def _auto_is_usual(cls, table: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """Leaves out keys that are "auto" and so have their default; ``estimate`` gives the values to choose from."""
+        types = [table.get(key) == AUTO for key in ("cache_type_k", "cache_type_v")]
+        if any(types) and not all(types):
+            raise ValueError(f'cache_type_k and cache_type_v must both be "{AUTO}" or neither')
+        if any(types) and (table.get("flash_attn") == "off" or table.get("split_mode") == "tensor"):
+            raise ValueError(f'cache_type_k and cache_type_v cannot be "{AUTO}" without quantised types')
+        return {key: value for key, value in table.items() if key not in _OPEN or value != AUTO}
 
     @field_validator("devices")
     @classmethod

@@ -12,6 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.memory_plan import OnDevices
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions
@@ -81,6 +82,21 @@ def tensor_splits(options: CudaOptions, devices: Sequence[Gpu]) -> tuple[tuple[f
     memory = [each.memory() for each in devices]
     both = (_shares([free for free, _ in memory]), _shares([total for _, total in memory]))
     return tuple(dict.fromkeys(both))
+
+
+def placements(options: CudaOptions, devices: Sequence[Gpu], *, stated: bool) -> tuple[tuple[OnDevices, ...], ...]:
+    """Returns the devices that the whole model may go on, the best first: one of them, the emptiest, or all of them.
+
+    With ``stated`` the card says how the devices are used, so that only the proportions are open; if those are stated
+    as well, nothing is. One device has nothing to choose.
+    """
+    splits = tensor_splits(options, devices)
+    names = tuple(each.name for each in devices)
+    divided = tuple(OnDevices(names, each, passing=each is not splits[-1]) for each in splits)
+    if not divided:
+        return ()
+    emptiest = sorted(devices, key=lambda each: -each.memory()[0])
+    return (divided,) if stated else (tuple(OnDevices((each.name,)) for each in emptiest), divided)
 
 
 def _shares(sizes: Sequence[int]) -> tuple[float, ...]:

@@ -10,12 +10,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.commands import Estimate
+from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated
 from exo.worker.runner_common.hf_embedding import LONGEST
-from exo.worker.runner_common.memory_plan import Open, Part, Plan, cells, estimated
+from exo.worker.runner_common.memory_plan import (
+    CACHE,
+    Open,
+    Part,
+    Plan,
+    cells,
+    completed,
+    default_longest,
+    estimated,
+    most_cache_in_ram,
+)
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
+from exo.worker.runner_mlx.loading.devices import device, use_backend
 from exo.worker.runner_mlx.loading.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.model import cached_elements
 from exo.worker.runner_mlx.ranks.pipeline import own_layers
@@ -35,11 +46,34 @@ _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "float16": 2, "bfloat16": 2, "float32"
 
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would, for a missing or broken folder or wrong settings."""
-    checked = check(command.load)
+    checked, table = check(command.load), command.load.table
     model = _MlxSizes.of(checked)
-    left = Open(n_ctx=command.load.table.get("n_ctx") == "auto", trained=checked.trained)
-    found = estimated(Plan(checked.n_ctx, checked.options.slots), left, model.size)
+    n_ctx, slots = table.get("n_ctx") in (None, "auto"), table.get("slots") is None
+    in_ram = checked.backend != "MlxCuda" and table.get("n_ctx") is None
+    longest, because = default_longest(command.load.tasks, in_ram=in_ram)
+    left = Open(
+        n_ctx=n_ctx,
+        slots=slots,
+        trained=checked.trained,
+        longest=longest if table.get("n_ctx") is None else None,
+        longest_because=because,
+        most_cache=most_cache_in_ram(sum(model.weights)) if in_ram and (n_ctx or slots) else None,
+    )
+    plan = Plan(left.lengths[0] if n_ctx else checked.n_ctx, checked.options.slots)
+    found = estimated(plan, left, model.size)
     return found.model_copy(update={"notes": checked.folder.notes})
+
+
+def with_choice(command: Load) -> Load:
+    """Returns the command with context and slots that fit what is free, if its table leaves them open.
+
+    A server that counts memory has put them there. Raises LoadError as loading would.
+    """
+    if all(isinstance(command.table.get(key), int) for key in ("n_ctx", "slots")):
+        return command
+    found = estimate(Estimate(load=command))
+    backend = use_backend(command.backend)
+    return completed(command, found, {} if backend == "MlxCpu" else {backend: device(backend).memory_total})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +120,7 @@ class _MlxSizes:
             replace(process, host=process.host + _PROCESS * ranks),
             Part("tokenizer", int(self.tokenizer * _TOKENIZER)),
             self._part("weights", self.weights),
-            self._part("KV cache", [plan.slots * cells(plan.n_ctx) * token for token in tokens]),
+            self._part(CACHE, [plan.slots * cells(plan.n_ctx) * token for token in tokens]),
             self._part("compute", [_WORKSPACE + logits] * ranks, later=True),
             self._part("embedding", [cells(longest) * token for token in tokens], later=True),
         ]

@@ -11,6 +11,7 @@ from exo.worker.protocol.events import Capabilities, Status
 from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder, tell_ignored
@@ -34,7 +35,6 @@ from exo.worker.runner_mlx.probe import ENGINE, engine_version
 from exo.worker.runner_mlx.ranks.ranks import Ranks
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Sharding, asked_for, refusal
 
-DEFAULT_CONTEXT = 4096
 CPU_CHUNK, GPU_CHUNK = 32, 512
 """Prompt tokens per step. Larger chunks are no faster on a CPU, and a cancelled one must end soon."""
 
@@ -77,7 +77,9 @@ def check(command: Load) -> MlxChecked:
     backend = use_backend(command.backend)
     folder = read_folder(find_folder(options, command.model_id, command.directories))
     config = folder.config
-    if config["model_type"] in ONE_SEQUENCE and options.slots > 1:
+    if config["model_type"] in ONE_SEQUENCE and command.table.get("slots") is None:
+        options = options.model_copy(update={"slots": 1})
+    elif config["model_type"] in ONE_SEQUENCE and options.slots > 1:
         message = f"mlx-lm computes {config['model_type']} only for one sequence at a time: [mlx] needs slots = 1"
         raise LoadError("model_load_failed", message)
     network = network_class(config)
@@ -91,7 +93,7 @@ def check(command: Load) -> MlxChecked:
             f"[mlx] n_ctx may be at most {window}, or ignored_settings = ['sliding_window']",
         )
     trained = trained_context(config) if window is None else min(trained_context(config), window)
-    n_ctx = options.n_ctx or min(trained, DEFAULT_CONTEXT)
+    n_ctx = options.n_ctx or min(trained, USABLE)
     sharding = asked_for(options, config, backend)
     if sharding is not None and sharding.kind == "tensor" and not hasattr(network, "shard"):
         reason = f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size keeps layers whole"
@@ -198,7 +200,7 @@ def trained_context(config: Json) -> int:
         length = place.get("max_position_embeddings")
         if isinstance(length, int):
             return length
-    return DEFAULT_CONTEXT
+    return USABLE
 
 
 def _warm_up(model: MlxModel, cache: KVCache, folder: Path, n_slots: int, ranks: Ranks | None) -> int:

@@ -1,0 +1,57 @@
+"""Asks a runner how it would load a model, without loading it."""
+
+import subprocess
+import time
+from collections.abc import Sequence
+
+import anyio
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from exo.worker.protocol.commands import Estimate, Load
+from exo.worker.protocol.events import Estimated, Failed
+from exo.worker.protocol.wire import decode_event, encode
+from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.placement_plan import PlacementPlan
+
+_ESTIMATE_SECONDS = 30.0
+_LONGEST_LINE = 8 << 20
+
+
+async def dry_run(command: Sequence[str], load: Load, runner: str, capacity: Memory) -> PlacementPlan | None:
+    """Asks a new process of a runner how it would load a model if no other model were loaded.
+
+    ``runner`` is its name. Returns None without an answer or without the model's files.
+    """
+    answer = await _estimate(command, load)
+    if isinstance(answer, Failed) and answer.code != "model_not_found":
+        return PlacementPlan(problem=answer.message)
+    if not isinstance(answer, Estimated):
+        return None
+    budget = MemoryBudget(capacity)
+    budget.enter(runner, now := time.monotonic())
+    budget.estimate(runner, answer)
+    decided = budget.settle(now)
+    if (refusal := decided.refused.get(runner)) is not None:
+        return PlacementPlan(problem=refusal.message(load.model_id, runner))
+    return PlacementPlan.of(answer, decided.granted[runner], budget, capacity)
+
+
+async def _estimate(command: Sequence[str], load: Load) -> Estimated | Failed | None:
+    """The runner's answer; None if there is none in time."""
+    with anyio.move_on_after(_ESTIMATE_SECONDS):
+        async with await anyio.open_process(command, stderr=subprocess.DEVNULL) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            lines = BufferedByteReceiveStream(process.stdout)
+            try:
+                await process.stdin.send(encode(Estimate(load=load)))
+                while True:
+                    event = decode_event(await lines.receive_until(b"\n", _LONGEST_LINE))
+                    if isinstance(event, Estimated | Failed):
+                        return event
+            except (anyio.BrokenResourceError, anyio.IncompleteRead):
+                return None  # the runner has ended
+            finally:
+                process.terminate()
+    return None

@@ -1,0 +1,73 @@
+"""How a model is loaded, or would be, and what limits it: in numbers for programs and in words for the user."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from exo.worker.protocol.events import Estimated, LoadOption
+from exo.worker.supervisor.memory import HOST, Memory
+
+if TYPE_CHECKING:  # exo ps has no use for it
+    from exo.worker.supervisor.memory_budget import MemoryBudget
+
+
+class PlacementPlan(BaseModel):
+    """How a runner loads a model. Lengths are in tokens, sizes in bytes; 0 and "" where the runner does not say."""
+
+    model_config = ConfigDict(frozen=True)
+
+    context_length: int = 0
+    """The most tokens of one request, prompt and output together, in each of ``slots``."""
+    trained_length: int = 0
+    slots: int = 0
+    kv_type: str = ""
+    """The number format of the KV cache."""
+    layers: Mapping[str, int] = {}
+    """The number of layers in each place, "RAM" or a device. The output counts as one."""
+    batch: int = 0
+    """The most prompt tokens of a step."""
+    settings: Mapping[str, JsonValue] = {}
+    """Values for the keys that the model card leaves to exo, such as ``n_ctx``."""
+    memory: Mapping[str, int] = {}
+    """By place: "memory" is RAM, the others are devices."""
+    limit: str = ""
+    """Why the context is not longer."""
+    problem: str | None = None
+    """Why the model cannot be loaded."""
+    notes: tuple[str, ...] = ()
+    """Notes about the model's files, such as a fault that makes the output worse."""
+
+    @classmethod
+    def of(cls, estimated: Estimated, option: LoadOption, budget: "MemoryBudget", room: Memory | None) -> Self:
+        """The plan for an option that was chosen where ``room`` was free; None where memory is not counted."""
+        memory = budget.need(option).by_account()
+        plan = cls(settings=option.settings, memory=memory, notes=estimated.notes, trained_length=estimated.trained)
+        if (layout := option.layout) is None:
+            return plan
+        limit = _limit(estimated, option, layout.context_length, budget, room)
+        return plan.model_copy(update={**dict(layout), "limit": limit})
+
+
+def _limit(
+    estimated: Estimated, option: LoadOption, context_length: int, budget: "MemoryBudget", room: Memory | None
+) -> str:
+    if estimated.trained and context_length >= estimated.trained:
+        return "the trained length"
+    if not any(key in option.settings for key in ("n_ctx", "max_model_len")):
+        return "set by the model card"
+    before = estimated.choices[: estimated.choices.index(option)]
+    longer = [each for each in before if each.layout is not None and each.layout.context_length > context_length]
+    if not longer or room is None:
+        return estimated.longest_because
+    short = [name for name, _, _ in budget.need(longer[-1]).beyond(room)]
+    full = " and ".join("the memory" if name == HOST else name for name in short)
+    reason = f"{full} {'are' if len(short) > 1 else 'is'} full" if short else estimated.longest_because
+    return "; ".join(filter(None, (reason, _with_smaller_cache(estimated.longer, context_length, budget, room))))
+
+
+def _with_smaller_cache(longer: Sequence[LoadOption], context_length: int, budget: "MemoryBudget", room: Memory) -> str:
+    for each in longer:
+        if each.layout is not None and each.layout.context_length > context_length and budget.need(each).fits(room):
+            return f'with "{each.layout.kv_type}" for cache_type_k and cache_type_v {each.layout.context_length:,}'
+    return ""
