@@ -186,7 +186,7 @@ def test_what_mlx_lm_cannot_load_fails_the_runner_with_its_reason(tmp_path: Path
     write_mlx(tmp_path, Shape())
     spoil, words = FAILING[case]
     spoil(tmp_path)
-    failure = failure_of({"path": str(tmp_path)})
+    failure = failure_of({"path": str(tmp_path), "slots": 2})
     assert failure.code == "model_load_failed"
     assert words in failure.message
 
