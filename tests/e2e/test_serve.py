@@ -37,6 +37,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
     (home / "picture.gguf").write_bytes(b"\x89PNG\r\n" + bytes(1000))
     for name in ("good", "truncated", "header-only", "picture", "missing"):
         write_card(home, name, {"cuda": {**TABLE, "path": str(home / f"{name}.gguf")}})
+    engines: dict[str, dict[str, JsonValue]] = {
+        "cuda": {**TABLE, "path": str(home / "picture.gguf")},
+        "mlx": {"repo": "someone/folder"},
+    }
+    write_card(home, "picture-or-folder", engines, backends=["LlamaCppCpu", "MlxCpu"])
     write_card(home, "misspelt", {"cuda": {**TABLE, "path": str(good), "n_gpu_layer": 3}})
     write_card(home, "lonely", {"cuda": {**TABLE, "path": str(good)}}, backends=["LlamaCppCuda"])
     write_card(home, "broken", {"cuda": {"path": str(good)}}, n_layers="many")
@@ -107,6 +112,7 @@ def test_the_same_seed_gives_the_same_text_in_a_crowd(server: ServeProgram) -> N
         ("truncated", 503, "model_load_failed", "truncated.gguf"),
         ("header-only", 503, "model_load_failed", "header-only.gguf"),
         ("picture", 503, "model_load_failed", "not a GGUF"),
+        ("picture-or-folder", 503, "model_load_failed", "not a GGUF"),
         ("misspelt", 400, "model_misconfigured", "n_gpu_layer"),
     ],
 )

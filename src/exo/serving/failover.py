@@ -11,7 +11,7 @@ import anyio
 
 from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
-from exo.serving.errors import model_changed, unknown_model
+from exo.serving.errors import ServingError, model_changed, unknown_model
 from exo.serving.events import Loading, Routed
 from exo.serving.pull_jobs import pull_note
 from exo.serving.routing import RequestedModel
@@ -89,6 +89,7 @@ class Failover:
         """
         services, pool = self._services, self._services.pool
         unable: set[str] = set()
+        failed: list[Failed] = []  # the reasons of these runners
         for attempt in count():
             if attempt or self._first is not None:
                 self._look_at_card_again()
@@ -112,6 +113,11 @@ class Failover:
                         yield Loading(f"{status.state.lower()}{layers}")
                 self.runner = LoadedRunner(route, card, process, await process.ready())
                 self._tell_notes()
+            except ServingError:
+                # That another engine's files are missing does not explain why this model's own cannot be loaded.
+                for reason in (*failed, *pool.avoided(card).values()):
+                    raise RunnerError(reason) from None
+                raise
             except RunnerError as error:
                 if process is not None and process.displaced:
                     continue
@@ -122,6 +128,7 @@ class Failover:
                 elif error.failed.code != "runner_died":
                     # This runner would fail in the same way again; another engine may not.
                     unable.add(route.runner)
+                    failed.append(error.failed)
                     other = await services.routing.choose(self._model, self._needs)
                     if other.runner in unable:
                         raise

@@ -178,15 +178,17 @@ class RunnerPool:
                 tasks.start_soon(each.process.close)
         return len(leaving)
 
-    def avoided(self, card: ModelCard) -> frozenset[str]:
-        """The names of the runners that keep failing with this version of the card."""
+    def avoided(self, card: ModelCard) -> dict[str, Failed]:
+        """The runners that keep failing with this version of the card, by name, and their last failures."""
         now = anyio.current_time()
-        failing = [
-            kind
+        failing = {
+            kind: each.last
             for kind, each in self._breakers.items()
-            if kind[0] == card.model_id and each.failures and each.avoided(now)
-        ]
-        return frozenset(runner for _, runner, settings in failing if settings == settings_digest(card, runner))
+            if kind[0] == card.model_id and each.failures and each.last is not None and each.avoided(now)
+        }
+        return {
+            runner: last for (_, runner, settings), last in failing.items() if settings == settings_digest(card, runner)
+        }
 
     def live(self) -> tuple[LiveRunner, ...]:
         """The runners that load or serve."""
