@@ -21,7 +21,7 @@ COMPILER_WHEELS = tuple(
     f"{name}==13.2.86" for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl")
 )
 """There is no such set for CUDA 12, whose package of nvcc has no nvcc."""
-CPU_MINUTES = 80
+CPU_MINUTES = 40
 """The CPU time of compiling for one architecture."""
 _COMPILER_BYTES = 3 << 30
 """The memory that one nvcc process may take."""
