@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exo.worker.runner_cuda.prefix.cache import State
+from exo.worker.runner_cuda.prefix.host_tier import State
 from exo.worker.runner_cuda.scheduler import Step
 
 MISSING = -1
@@ -17,7 +17,7 @@ NAN = -2
 
 @dataclass(slots=True)
 class RecordedCells:
-    """Implements ``prefix.cache.Cells``.
+    """Implements ``prefix.cells.Cells``.
 
     ``window`` is the number of tokens that half of the layers see, the last one included; None is all. These layers
     lose every cell that no token after a step sees, except the last ``spare`` ones.
