@@ -100,14 +100,19 @@ def demo_model() -> Path:
 
 
 def demo_server(home: Path, lines: Sequence[str] = (), name: str = "exo") -> MeasuredServer:
-    """``exo serve`` with its data in ``home`` and the demo model's card, in which ``lines`` replace their keys."""
-    if lines:
-        keys = tuple(line.partition(" ")[0] + " " for line in lines)
-        kept = [line for line in DEMO_CARD.read_text().splitlines() if not line.startswith(keys)]
-        at = kept.index("[cuda]") + 1
-        cards = home / "custom_model_cards"
-        cards.mkdir(parents=True)
-        (cards / "gemma-3-270m.toml").write_text("\n".join([*kept[:at], *lines, *kept[at:]]) + "\n")
+    """``exo serve`` with its data in ``home`` and the demo model's card, in which ``lines`` replace their keys.
+
+    Without other ``lines``, it has as many slots of the same context as ``llama_server``.
+    """
+    usual = (f"n_ctx = {CONTEXT}", f"slots = {SLOTS}")
+    given = tuple(line.partition(" ")[0] + " " for line in lines)
+    lines = (*lines, *(line for line in usual if not line.startswith(given)))
+    keys = tuple(line.partition(" ")[0] + " " for line in lines)
+    kept = [line for line in DEMO_CARD.read_text().splitlines() if not line.startswith(keys)]
+    at = kept.index("[cuda]") + 1
+    cards = home / "custom_model_cards"
+    cards.mkdir(parents=True, exist_ok=True)
+    (cards / "gemma-3-270m.toml").write_text("\n".join([*kept[:at], *lines, *kept[at:]]) + "\n")
     models = ("--models-dir", str(Settings.load().models_directory))
     server = exo_server(home, "gemma-3-270m@cuda", *models, "--load", "gemma-3-270m", name=name)
     return replace(server, card=", ".join(lines))
