@@ -22,10 +22,12 @@ MAX_INPUTS = 2048
 """The maximum of texts to embed."""
 UNSUPPORTED: Unsupported = {
     "add_special_tokens": (False,),
+    "allowed_token_ids": ([],),
     "audio": (),
     "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "lora": ([],),
     "modalities": (["text"],),
@@ -40,7 +42,6 @@ UNSUPPORTED: Unsupported = {
 OF_CHAT: Unsupported = {"response_format": ({"type": "text"},), "tools": ([],)}
 """Fields of chat completions that change the answer. Completions do not have them."""
 IGNORED: Unsupported = {
-    "allowed_token_ids": ([],),
     "cache_prompt": (True,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
