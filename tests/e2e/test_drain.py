@@ -39,7 +39,9 @@ def stream(server: ServeProgram, **body: object) -> Generator[Iterator[str]]:
 
 def wait_until_draining(server: ServeProgram) -> None:
     """Returns when the signal has been taken."""
+    deadline = time.monotonic() + 30
     while server.client.get("/ready").status_code == 200:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exo.worker.runner_common.sandbox import SandboxLimits, serve
 
-LIMITS = SandboxLimits(seconds=1, address_space=512 << 20)
+LIMITS = SandboxLimits(seconds=1, address_space=512 << 20, cpu_seconds=0.5)
 
 
 def answer(setup: dict[str, str], line: bytes) -> dict[str, str]:
@@ -17,6 +17,9 @@ def answer(setup: dict[str, str], line: bytes) -> dict[str, str]:
     match request["do"]:
         case "hang":
             signal.pause()
+        case "compute":
+            while True:
+                pass
         case "wait":
             Path(request["fifo"]).open("wb").close()  # waits for a reader
             signal.pause()

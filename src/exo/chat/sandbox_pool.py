@@ -8,7 +8,6 @@ from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from exo.worker.runner_common.sandbox import (
-    ENDED,
     START_SECONDS,
     SandboxError,
     SandboxLimits,
@@ -57,8 +56,9 @@ class SandboxProcess:
                 await self.aclose()
                 raise SandboxError(f"gave an answer of more than {self._limits.answer_bytes} bytes") from None
             except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError):
+                process = self._process
                 await self.aclose()
-                raise SandboxError(ENDED) from None
+                raise self._limits.error(process.returncode if process is not None else None) from None
             except BaseException:
                 await self.aclose()  # the next request must not get this one's answer
                 raise

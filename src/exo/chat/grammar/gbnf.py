@@ -12,7 +12,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from exo.chat.sandbox_pool import SandboxPool
 from exo.worker.runner_common.sandbox import SandboxError, SandboxLimits, serve
 
-_LIMITS = SandboxLimits(seconds=1, address_space=512 << 20, answer_bytes=64 << 20)
+_LIMITS = SandboxLimits(seconds=10, address_space=512 << 20, answer_bytes=64 << 20, cpu_seconds=1)
 
 _QUOTED = re.compile(r'#[^\r\n]*|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]', re.DOTALL)
 """Comments, literals and character classes."""

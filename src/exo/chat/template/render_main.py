@@ -25,7 +25,7 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 _OUTPUT_LIMIT = 4 << 20
 """Characters a rendered prompt may have."""
 # JSON takes up to twelve bytes for a character.
-LIMITS = SandboxLimits(seconds=5, address_space=512 << 20, answer_bytes=12 * _OUTPUT_LIMIT + 1024)
+LIMITS = SandboxLimits(seconds=30, address_space=512 << 20, answer_bytes=12 * _OUTPUT_LIMIT + 1024, cpu_seconds=5)
 
 _TEMPLATE_FAULTS = (
     TemplateError,

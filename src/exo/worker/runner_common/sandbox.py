@@ -7,7 +7,8 @@ be stopped. A process can. A sandbox program is a module that calls ``serve`` wh
 1. gets none of its owner's environment and does not share the terminal's signals;
 2. reads its setup from the first line and answers ``{}`` when it is ready, because starting on a busy machine is slow
    and must not count as slow work;
-3. then has ``seconds`` for each answer, may map ``address_space`` bytes of memory, and writes no file.
+3. then has ``cpu_seconds`` of computing and ``seconds`` of time for each answer, may map ``address_space`` bytes of
+   memory, and writes no file. The work is limited by computing, because everything takes longer on a busy machine.
 """
 
 import json
@@ -36,11 +37,16 @@ class SandboxError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SandboxLimits:
-    """Limits of a sandbox. ``seconds`` of wall time and ``answer_bytes`` are for one answer."""
+    """Limits of a sandbox. ``cpu_seconds``, ``seconds`` of wall time and ``answer_bytes`` are for one answer."""
 
     seconds: float
     address_space: int
     answer_bytes: int = 1 << 20
+    cpu_seconds: float | None = None
+
+    def error(self, exit_code: int | None) -> SandboxError:
+        """The error of a program that has ended instead of answering."""
+        return SandboxError(f"took longer than {self.cpu_seconds:g} s" if exit_code == -signal.SIGPROF else ENDED)
 
 
 def command(module: str) -> list[str]:
@@ -89,7 +95,7 @@ class Sandbox:
             return self._read(self._limits.seconds)
         except BrokenPipeError:
             self.close()
-            raise SandboxError(ENDED) from None
+            raise self._limits.error(self._process.returncode) from None
         except BaseException:
             self.close()  # the next request must not get this one's answer
             raise
@@ -123,7 +129,7 @@ class Sandbox:
             if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise SandboxError(f"took longer than {seconds:g} s")
             if not (piece := os.read(output, 1 << 16)):
-                raise SandboxError(ENDED)
+                raise self._limits.error(self._process.wait())
             answer += piece
             if len(answer) > self._limits.answer_bytes:
                 raise SandboxError(f"gave an answer of more than {self._limits.answer_bytes} bytes")
@@ -142,10 +148,12 @@ def serve(prepare: Callable[[bytes], Callable[[bytes], Answer]], limits: Sandbox
     answer = prepare(sys.stdin.buffer.readline())
     _send({})
     for request in sys.stdin.buffer:
-        # Unhandled, SIGALRM ends the process even inside one endless C call, and even if its owner is gone. The owner's
-        # own deadline comes first, so that its error names the time.
+        # Unhandled, SIGALRM and SIGPROF end the process even inside one endless C call, and even if its owner is gone.
+        # The owner's own deadline comes before SIGALRM, so that its error names the time.
         signal.setitimer(signal.ITIMER_REAL, limits.seconds + 1)
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds or 0)
         reply = answer(request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(reply)
 

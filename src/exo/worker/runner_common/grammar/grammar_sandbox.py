@@ -14,7 +14,7 @@ from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimit
 
 LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False)
 """Limits of a grammar, in the runner too: 15 ms a token and 100 MB. Limits not named here are llguidance's own."""
-_SANDBOX = SandboxLimits(seconds=0.8, address_space=1 << 30)
+_SANDBOX = SandboxLimits(seconds=10, address_space=1 << 30, cpu_seconds=0.8)
 
 
 class GuidanceVocabulary:
