@@ -88,7 +88,7 @@ def at(server: ServeProgram) -> tuple[str, str]:
     [
         (["--help"], ["rich.markdown", "pydantic", "httpx", "anyio", "fastapi"]),
         (["list"], ["fastapi", "uvicorn", "jinja2", "llguidance"]),
-        (["ps"], ["uvicorn", "huggingface_hub", "jinja2", "llguidance", "exo.worker.supervisor"]),
+        (["ps"], ["uvicorn", "huggingface_hub", "jinja2", "llguidance", "exo.worker.supervisor.pool"]),
         (["serve", "--help"], ["huggingface_hub", "httpx"]),
     ],
 )

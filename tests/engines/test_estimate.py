@@ -66,8 +66,8 @@ def prompt(length: int, first: int) -> list[int]:
 
 def compare(case: Case) -> None:
     with start(case.runner) as program:
-        (choice,) = choices(program, case.load)
-        capabilities = program.load(case.load)
+        choice = choices(program, case.load)[0]
+        capabilities = program.load(case.load.model_copy(update={"table": {**case.load.table, **choice.settings}}))
         process = psutil.Process(program.process.pid)
         at_first = process.memory_info().rss
         lengths = [case.longest, *[40] * (capabilities.slots - 1)]

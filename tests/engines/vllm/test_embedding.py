@@ -77,8 +77,9 @@ def test_the_vectors_are_those_of_the_other_runners_and_take_the_memory_that_was
     mlx = Load(model_id="t", backend="MlxCpu", table={"path": str(folder), "pooling": pooling, "dtype": "float32"})
     command = load_command(folder, *TASKS, pooling=pooling, **table)
     with Program(VLLM.command) as program:
-        (choice,) = choices(program, command)
-        longest = program.load(command).context_length
+        choice = choices(program, command)[0]
+        chosen = command.model_copy(update={"table": {**command.table, **choice.settings}})
+        longest = program.load(chosen).context_length
         ours = vectors(program, *TEXTS)
         program.generate(*(Embed(id=next(name), prompt=tuple(prompt(longest, first))) for first in range(4)))
         runner = psutil.Process(program.process.pid)

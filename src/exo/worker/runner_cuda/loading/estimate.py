@@ -30,7 +30,7 @@ from exo.worker.runner_cuda.loading.devices import Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
 from exo.worker.runner_cuda.loading.loader import chunks, draft_file, draft_options, read_options
-from exo.worker.runner_cuda.loading.options import AUTO, CudaOptions, find_model
+from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions, find_model
 from exo.worker.runner_cuda.loading.placement import (
     Placement,
     check_architecture,
@@ -140,7 +140,7 @@ def _open(
         slots=slots,
         n_gpu_layers=bool(devices) and table.get("n_gpu_layers") in (None, AUTO),
         small_cache=_SMALLER_CACHES[0] if table.get("cache_type_k") == AUTO else None,
-        trained=model.trained,
+        trained=max(model.trained, SHORTEST_CONTEXT),
         longest=longest,
         longest_because=because,
         layers=len(model.layers) + 1,

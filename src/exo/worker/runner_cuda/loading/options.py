@@ -19,6 +19,8 @@ AUTO = "auto"
 """The value of a key that leaves the setting to exo."""
 CPU = "CPU"
 """The value in ``devices`` for using no device."""
+SHORTEST_CONTEXT = 256
+"""llama.cpp makes no shorter one, also for a model that was trained for less."""
 PREFIX_CACHE = 4 << 30, 1 << 30, 256 << 20
 """The sizes of the prefix cache in RAM, in bytes, if the model card does not say one."""
 PREFIX_CACHE_SHARE = 1 / 8
@@ -69,7 +71,7 @@ class CudaOptions(ModelFile):
     n_gpu_layers: int = Field(default=-1, ge=-1)
     """Layers on the GPU. -1 is all of them. The default is "auto": all of them if they fit with a context of 32,768
     tokens, or else as many as do."""
-    n_ctx: int | None = Field(default=None, ge=256, le=1 << 24)
+    n_ctx: int | None = Field(default=None, ge=SHORTEST_CONTEXT, le=1 << 24)
     """The context length of each slot. "auto" is as much of the trained length as fits the memory. That is also the
     default, up to 32,768 tokens on a CPU and 131,072 on several GPUs."""
     slots: int = Field(default=4, ge=1, le=256)
