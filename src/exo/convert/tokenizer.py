@@ -119,7 +119,7 @@ def padding(number: int) -> str:
 
 
 def check_merges(where: str, merges: Iterable[Merge], tokens: Container[str]) -> None:
-    """Raises ConvertError for a merge of what is no token, or into what is none."""
+    """Raises ConvertError for a merge whose parts or whose result are no tokens."""
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in tokens:

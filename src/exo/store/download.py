@@ -10,7 +10,7 @@ huggingface_hub 2.4.0 and hf_xet 1.8.0 did with the faults of ``tests/support/hu
   cancelled.
 - ``http_get`` appends to a bad part, and a response that is longer than the file.
 - The streams of hf_xet can begin at any byte, but cannot be cancelled: ``cancel`` raises an error while another thread
-  reads, and a reader whose server stalls waits for more than 45 seconds after ``abort``. So files come over HTTP.
+  reads, and a reader whose server stalls waits more than 45 seconds after ``abort``. Files therefore come over HTTP.
 """
 
 import errno

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def share(created: Path | int, directory: Path) -> None:
-    """Lets the group do what the owner may do with what was created in ``directory``, if a group shares that.
+    """Gives the group the owner's permissions for a new file or folder in ``directory``, if a group shares that.
 
     The umask of most systems would deny that. Raises OSError.
     """

@@ -23,9 +23,9 @@ class Target:
     url: str
     key: str
     model: str
-    """As the user has named it."""
+    """The name that the user gave."""
     model_id: str
-    """As the server's list of models names it."""
+    """The name in the server's list of models."""
     context: int
     folder: Path
     """The temporary folder for the program's configuration."""

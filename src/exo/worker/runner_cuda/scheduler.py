@@ -240,7 +240,7 @@ class Scheduler:
         return self._cache.write_one(self._latest())
 
     def write_all(self, seconds: float) -> None:
-        """Writes what is not on disk yet, for at most ``seconds``."""
+        """Writes the prefixes that are not on disk yet, for at most ``seconds``."""
         self._cache.write_all(self._latest(), seconds)
 
     def _latest(self) -> list[Slot]:

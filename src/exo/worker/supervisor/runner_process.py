@@ -171,7 +171,7 @@ class RunnerProcess:
 
     @property
     def prefixes(self) -> PrefixUse | None:
-        """What prompts have found in its prefix cache, if it reports that."""
+        """The hits of prompts in its prefix cache, if it reports them."""
         return self._machine.prefixes
 
     @property

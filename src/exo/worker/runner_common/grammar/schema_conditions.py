@@ -7,7 +7,7 @@ from pydantic import JsonValue
 from exo.worker.runner_common.grammar.schema_overlap import Schema
 
 _MOST_CONDITIONS = 6
-"""Of one schema. A grammar has an alternative for each combination of their outcomes."""
+"""The most conditions of one schema. A grammar has an alternative for each combination of their outcomes."""
 _OTHER_TYPES = ("null", "boolean", "object", "array", "number", "string")
 _NOTES = {"title", "description", "$comment", "default", "examples"}
 

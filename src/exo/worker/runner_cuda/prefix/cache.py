@@ -261,7 +261,7 @@ class PrefixCache:
         return self._reading is not None and not last
 
     def write_all(self, slots: Iterable[Slot], seconds: float) -> None:
-        """Writes what is not on disk yet, for at most ``seconds``."""
+        """Writes the prefixes that are not on disk yet, for at most ``seconds``."""
         until = time.monotonic() + seconds
         while self._disk is not None and self._disk.wait(until) and self.write_one(slots, last=True):
             pass
@@ -347,7 +347,7 @@ class PrefixCache:
             self._tree.put(saved, saved.cached)
 
     def _settle_disk(self) -> None:
-        """Frees what has been written, and puts the content of a file that has been read into RAM."""
+        """Frees a copy that has been written, and puts the content of a file that has been read into RAM."""
         if self._copied and self._disk is not None and not self._disk.is_writing:
             self._host.take_back(self._copied)
             self._copied = 0
@@ -366,7 +366,7 @@ class PrefixCache:
         self._fresh.add(saved)
 
     def _copy_of(self, holder: Slot | Saved) -> Saved | None:
-        """Returns what is to be written; None if there is no RAM for a copy of a slot."""
+        """Returns the state to write; None if there is no RAM for a copy of a slot."""
         if isinstance(holder, Saved):
             return holder
         state = self._cells.save(holder.id, self._host.room_for_copies())
