@@ -40,7 +40,7 @@ class Workload:
     context: int
     """Tokens of a slot."""
     requests: int | None = None
-    """Of each number of streams; None: at least eight, and two of each stream."""
+    """The requests for each number of streams; None: two for each stream, and at least eight."""
     sample_on_device: bool = False
 
     @property

@@ -1,7 +1,7 @@
 """Devices that llama.cpp takes for GPUs: RPC servers on this machine, each with a stated amount of memory.
 
-As a program, ``python -m tests.support.rpc_devices BYTES[,BYTES...] COMMAND...``, it replaces itself with a runner that
-has such devices for itself: RPC0, RPC1 and so on, which serve the backend LlamaCppCuda.
+``python -m tests.support.rpc_devices BYTES[,BYTES...] COMMAND...`` starts devices and replaces itself with a runner,
+which alone has them. They are named RPC0, RPC1 and so on, and serve the backend LlamaCppCuda.
 """
 
 import hashlib

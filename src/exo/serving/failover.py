@@ -115,8 +115,9 @@ class Failover:
                 self._tell_notes()
             except ServingError:
                 # That another engine's files are missing does not explain why this model's own cannot be loaded.
-                for reason in (*failed, *pool.avoided(card).values()):
-                    raise RunnerError(reason) from None
+                reasons = [*failed, *pool.avoided(card).values()]
+                if reasons:
+                    raise RunnerError(reasons[0]) from None
                 raise
             except RunnerError as error:
                 if process is not None and process.displaced:

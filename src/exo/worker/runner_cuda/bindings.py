@@ -266,13 +266,14 @@ class Context:
         """Copies all cells of one slot to another. A split cache cannot copy fewer.
 
         llama.cpp copies with the next decode, before it computes. If the source's cells are overwritten before that by
-        other means than a decode, the new content is copied.
+        other means than a decode, the new content is copied. Raises EngineError.
         """
         assert self._memory is not None
         if target in self._rolled_back:
             self.trim(target, 0)
         if source in self._rolled_back:  # llama.cpp would copy the state before the rollback
-            self.restore(target, self.save(source, sys.maxsize))
+            if not self.restore(target, self.save(source, sys.maxsize)):
+                raise EngineError(f"the state of slot {source} could not be copied")
         else:
             llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 

@@ -181,13 +181,11 @@ class RunnerPool:
     def avoided(self, card: ModelCard) -> dict[str, Failed]:
         """The runners that keep failing with this version of the card, by name, and their last failures."""
         now = anyio.current_time()
-        failing = {
-            kind: each.last
-            for kind, each in self._breakers.items()
-            if kind[0] == card.model_id and each.failures and each.last is not None and each.avoided(now)
-        }
         return {
-            runner: last for (_, runner, settings), last in failing.items() if settings == settings_digest(card, runner)
+            runner: each.last
+            for (model_id, runner, settings), each in self._breakers.items()
+            if model_id == card.model_id and each.failures and each.last is not None and each.avoided(now)
+            if settings == settings_digest(card, runner)
         }
 
     def live(self) -> tuple[LiveRunner, ...]:
