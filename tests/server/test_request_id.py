@@ -1,6 +1,9 @@
 """The id of a request: taken or made, in every reply, and in what the server logs about the request."""
 
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from pydantic import JsonValue
 from exo.config import Access
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
-from tests.support.server import ServeProgram, write_card
+from tests.support.server import DEADLINE_SECONDS, ServeProgram, environment, write_card
 from tests.support.tiny import Shape, write_gguf
 
 MODEL = "fake/model"
@@ -80,6 +83,11 @@ def test_clients_and_pages_can_read_it(http: httpx.Client) -> None:
     assert "x-request-id" in page.headers["access-control-expose-headers"]
 
 
+def ps(server: ServeProgram, home: Path) -> str:
+    command = [sys.executable, "-m", "exo", "ps", "--port", str(httpx.URL(server.url).port)]
+    return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=True).stdout
+
+
 def test_the_log_names_the_request(tmp_path: Path) -> None:
     write_card(tmp_path, "tiny", {"cuda": {}})
     with ServeProgram(tmp_path) as server:
@@ -101,6 +109,9 @@ def test_the_log_says_where_a_prompt_departs_from_one_that_it_mostly_repeats(tmp
             usage = server.client.post("/v1/completions", json=body, headers={"x-request-id": name}).json()["usage"]
             assert usage["prompt_tokens_details"]["cached_tokens"] in (0, 20)
         told = [line for line in server.log.read_text().splitlines() if "differs from a cached one" in line]
+        end = time.monotonic() + DEADLINE_SECONDS
+        while "differs at token 21 and is the same later" not in ps(server, tmp_path):  # a heartbeat tells it
+            assert time.monotonic() < end
     assert len(told) == 1
     assert "test/tiny: the prompt of request tuesday" in told[0]
     assert "at token 21 of 1,520" in told[0]

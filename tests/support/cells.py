@@ -1,10 +1,12 @@
 """Cells that hold token ids, so that tests see the contents of each slot. Copies wait for a decode, as in llama.cpp."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from exo.worker.runner_cuda.prefix.host_tier import State
+from exo.worker.runner_cuda.prefix.moved import Move
 from exo.worker.runner_cuda.scheduler import Step
 
 MISSING = -1
@@ -32,6 +34,8 @@ class RecordedCells:
     held: list[list[int]] = field(init=False)
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Source and target of all copies."""
+    aside: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """Tokens that wait for a place in the slot, by position."""
     restored: int = 0
     rewound: int = 0
     _contents: list[list[int]] = field(init=False)
@@ -104,6 +108,22 @@ class RecordedCells:
         self.rewound += 1
         self._recent[slot] = state.view(np.int32).tolist()
         return True
+
+    def set_aside(self, slot: int, length: int, moves: Sequence[Move]) -> None:
+        assert not self.aside
+        for move in moves:
+            self.aside[move.target] = self.held[slot][move.source : move.source + move.length]
+        self.trim(slot, length)
+
+    def attach(self, slot: int, move: Move) -> None:
+        assert len(self.held[slot]) == move.target
+        cells = self.aside.pop(move.target)
+        assert len(cells) == move.length
+        self.held[slot] += cells
+        self._recent[slot] += cells
+
+    def drop_aside(self) -> None:
+        self.aside.clear()
 
     def _last(self, slot: int) -> list[int]:
         """The tokens that the last one saw, or all those that a recurrent state comes from."""

@@ -21,10 +21,17 @@ class Slots:
     """A scheduler over recorded cells; each sequence generates the tokens that follow 1000."""
 
     def __init__(
-        self, n_slots: int, *, capacity: int = 0, window: int | None = None, cuts: bool = True, spare: int = 0
+        self,
+        n_slots: int,
+        *,
+        capacity: int = 0,
+        window: int | None = None,
+        cuts: bool = True,
+        spare: int = 0,
+        reuse: int | None = None,
     ) -> None:
         self.cells = RecordedCells(n_slots, window=window, can_cut=cuts, spare=spare)
-        self.cache = PrefixCache(self.cells, capacity)
+        self.cache = PrefixCache(self.cells, capacity, reuse=reuse)
         self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
         self.names = (str(number) for number in count())
 
@@ -439,3 +446,27 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
         if running:
             go_on(1)
     assert running == []
+
+
+@settings(max_examples=60)
+@given(MEMBERS, st.lists(st.integers(0, 4), min_size=14, max_size=14), st.integers(0, 60_000))
+def test_whatever_moves_every_token_follows_the_tokens_of_its_prompt(
+    members: list[tuple[int, int, int]], pauses: list[int], capacity: int
+) -> None:
+    """Asserted by ``RecordedCells.decode`` in each step. Each request leaves after some steps, finished or not."""
+    slots = Slots(1, capacity=capacity, reuse=32)
+    for (stem, length, line), pause in zip(members, pauses, strict=False):
+        body = prompt(1000 * stem, length)
+        sequence = slots.add(prompt(70_000, 20) + prompt(50_000 + 100 * line, 1 + line) + body)
+        for _ in range(pause):
+            slots.step()
+        slots.scheduler.remove(sequence.id)
+        assert slots.cells.aside == {}
+
+
+def test_what_follows_a_changed_line_is_computed_once_if_it_may_be_moved() -> None:
+    slots = Slots(1, reuse=32)
+    slots.ran([*prompt(0, 20), 7, *prompt(1000, 900)])
+    again = slots.add([*prompt(0, 20), 8, 9, *prompt(1000, 900), 5])
+    assert slots.started() == {again.id: 920}
+    assert slots.step().n_rows == 1

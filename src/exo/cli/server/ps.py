@@ -106,6 +106,9 @@ def _prefixes(instances: InstanceList) -> Iterator[str]:
         yield ""
         yield f"{each.model}@{each.runner}: of {use.prompts} prompts, prefixes were found: {found}"
         yield f"{use.tokens:,} tokens were not computed again; {kept}"
+        if use.diverged_at is not None:
+            place = f"differs at token {use.diverged_at + 1:,} and is the same later"
+            yield f"the last prompt that {place} was computed again from there"
 
 
 def _failures(instances: InstanceList, now: float) -> Iterator[str]:

@@ -319,6 +319,8 @@ class PrefixUse(Message):
     """RAM that prefixes take which are in no slot. Checkpoints are included."""
     disk_bytes: int = Field(ge=0)
     """Disk that prefixes of this model with these settings take."""
+    diverged_at: int | None = None
+    """The length of the prefix that the last prompt shares with a cached one whose rest it mostly repeats."""
 
 
 class Heartbeat(Message):

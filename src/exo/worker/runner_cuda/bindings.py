@@ -19,6 +19,7 @@ import numpy.typing as npt
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
+from exo.worker.runner_cuda.prefix.moved import Move, in_order
 
 Logits = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
@@ -183,12 +184,13 @@ class Context:
         """Raises LoadError."""
         params = _context_params(options)
         params.n_ctx = n_ctx * options.slots
-        params.n_seq_max = options.slots
+        moves = options.cache_reuse is not None
+        params.n_seq_max = options.slots + moves  # one more sequence holds cells that are aside
         params.n_batch = rows.step
         params.n_ubatch = rows.graph
         params.n_outputs_max = rows.outputs
         params.n_outputs_max_per_seq = rows.reduced
-        params.kv_unified = False
+        params.kv_unified = moves  # with a single slot, as ``cache_reuse`` demands
         params.n_rs_seq = 0 if model.can_cut else options.rollback
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
@@ -207,6 +209,8 @@ class Context:
         """Whether some layers keep only a window of cells or a recurrent state, also in a saved state."""
         self.rollback = sys.maxsize if model.can_cut else llama_cpp.llama_n_rs_seq(handle)
         """The most tokens of the last step that can be removed from a slot."""
+        self._aside = options.slots  # the sequence that holds cells which are aside
+        self._shifted = False  # cells have new positions, and llama.cpp will rotate their keys with the next decode
         self._rolled_back = set[int]()  # slots whose recurrent state is an earlier one until their next decode
 
     def decode(self, n_rows: int) -> None:
@@ -218,6 +222,7 @@ class Context:
         if code != 0:
             raise EngineError(f"llama_decode returned {code} for a batch of {n_rows} rows")
         llama_cpp.llama_synchronize(self.handle)
+        self._shifted = False
 
     def logits(self, n_outputs: int) -> Logits:
         """Returns a view (n_outputs, n_vocab) of the output rows in batch order; valid until the next decode."""
@@ -311,7 +316,40 @@ class Context:
         """
         return self._set(slot, state, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether cells can be used at other positions: each layer has all cells, and keys are rotated by position."""
+        rotates = llama_cpp.llama_model_rope_type(self._model.handle) != llama_cpp.LLAMA_ROPE_TYPE_NONE
+        if self._memory is None or self.forgets or not rotates:
+            return False
+        return llama_cpp.llama_memory_can_shift(self._memory)
+
+    def set_aside(self, slot: int, length: int, moves: Sequence[Move]) -> None:
+        """Cuts a slot to ``length``, and keeps the cells of ``moves`` aside, rotated to their new positions."""
+        assert self._memory is not None
+        for move in moves:
+            end = move.source + move.length
+            llama_cpp.llama_memory_seq_cp(self._memory, slot, self._aside, move.source, end)
+        self.trim(slot, length)
+        for move in in_order(moves):
+            end = move.source + move.length
+            llama_cpp.llama_memory_seq_add(self._memory, self._aside, move.source, end, move.shift)
+        self._shifted = True
+
+    def attach(self, slot: int, move: Move) -> None:
+        """Puts the cells of a move that were set aside into the slot, which must end where they begin."""
+        assert self._memory is not None
+        place = move.target, move.target + move.length
+        llama_cpp.llama_memory_seq_cp(self._memory, self._aside, slot, *place)
+        llama_cpp.llama_memory_seq_rm(self._memory, self._aside, *place)
+
+    def drop_aside(self) -> None:
+        """Frees all cells that are aside."""
+        self.trim(self._aside, 0)
+
     def _get(self, slot: int, most: int, flags: int) -> State:
+        if self._shifted:
+            return np.empty(0, np.uint8)
         part = ctypes.c_int32(slot), ctypes.c_uint32(flags)
         size = llama_cpp.llama_state_seq_get_size_ext(self.handle, *part)
         if not 0 < size <= most:

@@ -157,8 +157,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             slot = self.slots[sequence.slot]
-            slot.sequence = None
             self._cache.leave(slot)
+            slot.sequence = None
         if sequence.phase is Phase.PREFILL:
             self._prefilling.remove(sequence)
         sequence.move(Phase.DONE)
@@ -201,6 +201,8 @@ class Scheduler:
             sequence, slot = chunk.sequence, self.slots[chunk.sequence.slot]
             sequence.n_computed = chunk.stop
             slot.cached += sequence.tokens[chunk.start : chunk.stop]
+            if sequence.moves:
+                sequence.n_computed = self._cache.attach(slot, sequence)
             self._cache.promise(slot)
             if chunk.samples and sequence.phase is Phase.PREFILL:
                 self._prefilling.remove(sequence)
@@ -279,13 +281,15 @@ class Scheduler:
             slot.entered = self._entered
             self.waiting.remove(sequence)
             sequence.slot = slot.id
-            if (at := self._cache.new_divergence(sequence, found)) is not None:
+            at = self._cache.new_divergence(sequence, found)
+            n_cached = self._cache.enter(slot, sequence, found)
+            if at is not None and not sequence.moves:
                 diverged.append((sequence.id, at))
-            sequence.n_computed = self._cache.enter(slot, sequence, found)
-            sequence.marks = self._marks(sequence)
+            started.append((sequence.id, n_cached + sum(move.length for move in sequence.moves)))
+            sequence.n_computed = self._cache.attach(slot, sequence)
+            sequence.marks = [move.target for move in sequence.moves] or self._marks(sequence)
             sequence.move(Phase.PREFILL)
             self._prefilling.append(sequence)
-            started.append((sequence.id, sequence.n_computed))
         return started
 
     def _marks(self, sequence: Sequence) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.disk_tier import FileReading, StoredPrefix
+from exo.worker.runner_cuda.prefix.moved import Move
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, AcceptanceRate, Drafter
 
@@ -38,7 +39,9 @@ class Sequence:
     boundaries: list[int] = field(default_factory=list[int])
     """The positions of control tokens in the prompt, between which messages are, in ascending order."""
     marks: list[int] = field(default_factory=list[int])
-    """The lengths at which prefill stops for a checkpoint, in ascending order."""
+    """The lengths at which prefill stops for a checkpoint or a move, in ascending order."""
+    moves: list[Move] = field(default_factory=list[Move])
+    """The cells that are aside for it, in ascending order."""
     looked: bool = False
     """Whether the disk has been searched for a longer prefix than the slots and RAM have."""
     stored: StoredPrefix | None = None

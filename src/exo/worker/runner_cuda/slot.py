@@ -1,5 +1,6 @@
 """A slot of the context: one llama.cpp sequence id with its own part of the split KV cache."""
 
+import sys
 from dataclasses import dataclass, field
 
 from exo.worker.runner_cuda.sequence import Sequence
@@ -14,6 +15,8 @@ class Slot:
     sequence: Sequence | None = None
     entered: int = 0
     """The running number of the last sequence that entered; 0 if there was none."""
+    exact: int = sys.maxsize
+    """The number of leading tokens whose cells were computed after the tokens that precede them now."""
 
     @property
     def tokens(self) -> list[int]:

@@ -131,7 +131,7 @@ def _open(
     load: Load, options: CudaOptions, model: "_GgufSizes", devices: Sequence[Gpu], present: Sequence[Gpu]
 ) -> Open:
     table = load.table
-    n_ctx, slots = table.get("n_ctx") in (None, AUTO), table.get("slots") is None
+    n_ctx, slots = table.get("n_ctx") in (None, AUTO), table.get("slots") is None and options.cache_reuse is None
     longest, because = default_longest(load.tasks, in_ram=not devices) if table.get("n_ctx") is None else (None, "")
     bounded = not devices and (n_ctx or slots) and table.get("n_ctx") != AUTO
     ways = placements(options, devices, stated=table.get("devices") is not None or table.get("split_mode") is not None)

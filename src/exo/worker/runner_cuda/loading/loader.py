@@ -105,6 +105,9 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     except LoadError:
         model.free()
         raise
+    if options.cache_reuse is not None and not (context.generates and context.can_shift):
+        message = "model card, [cuda] cache_reuse: this model's cache cannot be used at other positions"
+        raise LoadError("model_misconfigured", message)
     report(Status(state="WarmingUp"))
     embedder = Embedder(model, options, context.generates, context.n_ctx, chunk, log)
     if embedder.pooling == "rank" and not _has_tensor(path, RANKING_HEADS):
@@ -124,7 +127,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     pace = Pace(max_itl_ms / 1000)
     disk = None if score else open_disk_tier(command, options, path, model, context, pace)
-    cache = PrefixCache(context, options.prefix_caches[0], disk)
+    cache = PrefixCache(context, options.prefix_caches[0], disk, options.cache_reuse)
     speculate = options.speculation if context.rollback else "off"
     # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
     n_outputs = min(options.slots + SCORED_ROWS, sizes.alone)
@@ -263,7 +266,7 @@ def draft_file(command: Load, options: CudaOptions) -> Path | None:
 
 def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
     """Returns a draft model's options: those of the model, but on one device, because the drafts are waited for."""
-    alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off"}
+    alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off", "cache_reuse": None}
     return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, **alone})
 
 

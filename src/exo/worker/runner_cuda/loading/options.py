@@ -92,6 +92,11 @@ class CudaOptions(ModelFile):
     prefix_disk_bytes: int | None = Field(default=None, ge=0)
     """Disk for prefixes, of all models together when this one writes. 0 writes and reads none. The default is 8 GiB, or
     a tenth of the free disk if that is less."""
+    cache_reuse: int | None = Field(default=None, ge=32)
+    """The fewest consecutive tokens of a cached prompt that are used again at another position, behind a line that has
+    changed. Without it, only prefixes are. Keys are rotated to the new positions, but keys and values were computed
+    with the old line in view, so the results are not those of the new prompt. It needs ``slots`` = 1, its default then,
+    and full attention in every layer. Requests with a seed and replayed ones do without it."""
     swa_full: bool = False
     """Whether sliding-window layers keep the cells of the whole context instead of those in their window. It takes
     more memory, and every prefix of a prompt in a slot can then be used again without a checkpoint."""
@@ -170,6 +175,25 @@ class CudaOptions(ModelFile):
     @classmethod
     def _exact_has_cache_types(cls, table: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return {"cache_type_k": "bf16", "cache_type_v": "bf16", **table} if table.get("exact") is True else table
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reuse_has_one_slot(cls, table: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return {"slots": 1, **table} if table.get("cache_reuse") is not None else table
+
+    @model_validator(mode="after")
+    def _reuse_can_shift(self) -> Self:
+        if self.cache_reuse is None:
+            return self
+        if self.exact:
+            raise ValueError("cache_reuse changes results, which exact forbids")
+        if self.slots != 1:
+            raise ValueError(f"cache_reuse needs slots = 1, not {self.slots}")
+        if self.cache_type_k not in UNQUANTISED:
+            raise ValueError(
+                f"cache_reuse needs a cache_type_k among {', '.join(UNQUANTISED)}, not {self.cache_type_k}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _exact_attention_has_one_kernel(self) -> Self:

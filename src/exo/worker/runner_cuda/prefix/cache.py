@@ -4,6 +4,7 @@ Layers with a sliding window or a recurrent state forget: a slot's cells alone t
 Others need a checkpoint of these layers; the cells of the remaining layers are in the slot.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -17,6 +18,7 @@ from exo.worker.runner_cuda.prefix.cells import Cells
 from exo.worker.runner_cuda.prefix.disk_tier import DiskTier, FileReading
 from exo.worker.runner_cuda.prefix.divergence import divergence
 from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
+from exo.worker.runner_cuda.prefix.moved import Move, moved
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
@@ -48,6 +50,19 @@ class CachedPrefix:
     """The checkpoint that ``length`` needs."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Shifted:
+    """Cached tokens of a prompt: its first ``length``, and those of ``moves``, which the holder has elsewhere."""
+
+    holder: Slot | Saved
+    length: int
+    moves: list[Move]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.length + sum(move.length for move in self.moves)
+
+
 Place = Literal["slot", "ram", "disk"]
 Reach = tuple[int, Checkpoint | None]
 """The length of a usable prefix, and the checkpoint that it needs."""
@@ -61,14 +76,19 @@ class PrefixCache:
     allow it, as ``Cells.least`` says.
     """
 
-    def __init__(self, cells: Cells, capacity: int, disk: DiskTier | None = None) -> None:
-        """``capacity`` is the RAM for saved states and checkpoints, in bytes; 0 keeps none."""
+    def __init__(self, cells: Cells, capacity: int, disk: DiskTier | None = None, reuse: int | None = None) -> None:
+        """``capacity`` is the RAM for saved states and checkpoints, in bytes; 0 keeps none.
+
+        ``reuse``: parts of a prompt of at least so many tokens are used at other positions; None uses only prefixes.
+        """
         self._cells = cells
+        self._reuse = reuse
         self._host = HostTier(capacity)
         self._disk = disk
         self._tree: PrefixTree[Slot | Saved] = PrefixTree()
         self._copying = False  # a copy or a wipe is due with the next decode
         self._told: set[int] = set()  # divergences, by place
+        self._diverged: int | None = None  # the last one
         self._copied = 0  # bytes of the slot's copy that is being written to disk
         self._reading: FileReading | None = None
         self._fresh: set[Saved] = set()  # read from disk and not used yet
@@ -101,6 +121,7 @@ class PrefixCache:
             tokens=self._n_reused,
             ram_bytes=self._host.n_bytes,
             disk_bytes=self._disk.n_bytes if self._disk is not None else 0,
+            diverged_at=self._diverged,
         )
 
     def find(self, sequence: Sequence) -> CachedPrefix | None:
@@ -118,11 +139,13 @@ class PrefixCache:
         for depth, holders in self._tree.matches(tokens):
             if best is not None and best.promised >= depth + BLOCK - 1:
                 break
-            found = [self._found(holder, tokens, depth, usable) for holder in holders - seen]
+            able = (each for each in holders - seen if not sequence.exact or each.exact >= len(each.cached))
+            found = [self._found(holder, tokens, depth, usable) for holder in able]
             seen |= holders
             best = max(
                 [*found, *([best] if best is not None else ())],
                 key=lambda each: (each.promised, each.length, isinstance(each.holder, Slot)),
+                default=None,
             )
         return best if best is not None and best.promised else None
 
@@ -135,6 +158,8 @@ class PrefixCache:
             return None
         cached = [holder.tokens for holder in self._tree.holders()]
         at = divergence(sequence.tokens, cached, found.length if found is not None else 0)
+        if at is not None:
+            self._diverged = at
         if at is None or at in self._told or len(self._told) == MAX_TOLD:
             return None
         self._told.add(at)
@@ -153,30 +178,59 @@ class PrefixCache:
         return self._copying and (isinstance(found.holder, Saved) or found.checkpoint is not None)
 
     def enter(self, slot: Slot, sequence: Sequence, found: CachedPrefix | None) -> int:
-        """Gives a free slot to a sequence, with the found prefix in it. Returns the number of cached tokens."""
+        """Gives a free slot to a sequence, with the found prefix in it. Returns the number of cached tokens.
+
+        ``sequence.moves`` are further cached tokens, which ``attach`` puts into the slot.
+        """
         reach: Reach = 0, None
         if sequence.prompt_logprobs is None:
             usable = () if self._copying else self._host.usable(sequence.tokens)
             own = min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)
-            reach = self._reach(slot, own, usable)
+            reach = self._reach(slot, min(own, slot.exact) if sequence.exact else own, usable)
         place: Place = "slot"
         worth = max(BLOCK, int(self._cells.n_ctx * WORTH_COPYING))
-        if found is None or found.holder is slot or found.length < reach[0] + worth:
+        shifted = self._shifted(slot, sequence, max(reach[0], found.length if found is not None else 0))
+        moves: list[Move] = []
+        if shifted is not None:
+            if isinstance(shifted.holder, Slot):
+                self._keep(slot, shifted.n_tokens)
+            else:
+                place = "ram"
+                self._fetch(slot, CachedPrefix(shifted.holder, shifted.n_tokens, shifted.n_tokens))
+            reach, moves = ((shifted.length, None), shifted.moves) if slot.cached else ((0, None), [])
+        elif found is None or found.holder is slot or found.length < reach[0] + worth:
             self._keep(slot, reach[0])
         else:
             if isinstance(found.holder, Saved):
                 place = "disk" if found.holder in self._fresh else "ram"
                 self._fresh.discard(found.holder)
             reach = self._fetch(slot, found)
-        length = self._cut(slot, *reach)
+        if moves:
+            length, self._diverged = reach[0], None
+            self._cells.set_aside(slot.id, length, moves)
+        else:
+            length = self._cut(slot, *reach)
+        n_reused = length + sum(move.length for move in moves)
         self._n_prompts += 1
-        self._n_reused += length
-        self._hits[place] += length > 0
+        self._n_reused += n_reused
+        self._hits[place] += n_reused > 0
         del slot.cached[length:]
         self._tree.cut(slot, length)
+        if length <= slot.exact:
+            slot.exact = sys.maxsize
         slot.sequence = sequence
+        sequence.moves = moves
         self.promise(slot)
         return length
+
+    def attach(self, slot: Slot, sequence: Sequence) -> int:
+        """Puts cells that are aside into the slot, if they come next. Returns the number of the slot's tokens."""
+        while sequence.moves and sequence.moves[0].target == len(slot.cached):
+            move = sequence.moves.pop(0)
+            self._cells.attach(slot.id, move)
+            slot.cached += sequence.tokens[move.target : move.target + move.length]
+            slot.exact = min(slot.exact, move.target)
+        return len(slot.cached)
 
     def promise(self, slot: Slot) -> None:
         """Records all known tokens of the slot's sequence, so that other requests can wait for them."""
@@ -194,7 +248,9 @@ class PrefixCache:
         self.promise(slot)
 
     def leave(self, slot: Slot) -> None:
-        """Records that the sequence has left the slot: only computed tokens are cached, nothing is promised."""
+        """Records that the slot's sequence leaves it: only computed tokens are cached, nothing is promised."""
+        if slot.sequence is not None and slot.sequence.moves:
+            self._cells.drop_aside()
         self._tree.cut(slot, len(slot.cached))
 
     def checkpoint(self, slot: Slot) -> None:
@@ -255,7 +311,7 @@ class PrefixCache:
         if disk.is_writing:
             return True
         for holder in (*reversed(list(self._host.saved())), *slots):
-            if disk.is_due(holder.cached, last=last) and (saved := self._copy_of(holder)) is not None:
+            if self._is_due(holder, last=last) and (saved := self._copy_of(holder)) is not None:
                 self._write(saved)
                 return True
         return self._reading is not None and not last
@@ -269,6 +325,18 @@ class PrefixCache:
     def decoded(self) -> None:
         """Records a decode, with which pending copies have taken effect."""
         self._copying = False
+
+    def _shifted(self, slot: Slot, sequence: Sequence, n_found: int) -> "_Shifted | None":
+        """Returns where most of a prompt's tokens are, also at other positions; None if a prefix is nearly as good."""
+        if self._reuse is None or sequence.exact or sequence.prompt_logprobs is not None or self._copying:
+            return None
+        tokens, most, best = sequence.tokens[:-1], n_found + self._reuse - 1, None
+        for holder in (slot, *self._host.saved()) if len(tokens) > most else ():
+            length = common_prefix(holder.cached, tokens)
+            found = _Shifted(holder, length, moved(holder.cached, tokens, length, self._reuse))
+            if found.moves and found.n_tokens > most:
+                best, most = found, found.n_tokens
+        return best
 
     def _found(self, holder: Slot | Saved, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> CachedPrefix:
         common = depth + common_prefix(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK])
@@ -311,6 +379,7 @@ class PrefixCache:
             slot.cached.clear()
             return 0, None
         slot.cached[:] = source.cached
+        slot.exact = source.exact
         return found.length, found.checkpoint
 
     def _state(self, source: Slot | Saved) -> State:
@@ -331,12 +400,12 @@ class PrefixCache:
         if state.size:
             saved = self._saved(slot, state)
             self._put(saved, usable)
-            if self._disk is not None and not self._disk.is_writing and self._disk.is_due(saved.cached):
+            if self._disk is not None and not self._disk.is_writing and self._is_due(saved):
                 self._write(saved)
 
     def _saved(self, slot: Slot, state: State) -> Saved:
         least = self._cells.least_saved(len(slot.cached)) if self._cells.forgets else 0
-        return Saved(slot.cached.copy(), least, state)
+        return Saved(slot.cached.copy(), least, state, slot.exact)
 
     def _put(self, saved: Saved, usable: Tokens[Usable]) -> None:
         """Keeps a saved state in RAM instead of those of its prefixes."""
@@ -364,6 +433,11 @@ class PrefixCache:
                 self._add(each)
         self._put(saved, self._host.usable(saved.cached))
         self._fresh.add(saved)
+
+    def _is_due(self, holder: Slot | Saved, *, last: bool = False) -> bool:
+        """Whether a holder should be written to disk. Shifted cells never are, since replayed requests read files."""
+        exact = holder.exact >= len(holder.cached)
+        return exact and self._disk is not None and self._disk.is_due(holder.cached, last=last)
 
     def _copy_of(self, holder: Slot | Saved) -> Saved | None:
         """Returns the state to write; None if there is no RAM for a copy of a slot."""

@@ -1,8 +1,10 @@
 """The operations on KV caches that the prefix cache needs."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from exo.worker.runner_cuda.prefix.host_tier import State
+from exo.worker.runner_cuda.prefix.moved import Move
 
 
 class Cells(Protocol):
@@ -63,4 +65,16 @@ class Cells(Protocol):
 
         The caller then cuts the slot to a length of the snapshot.
         """
+        ...
+
+    def set_aside(self, slot: int, length: int, moves: Sequence[Move]) -> None:
+        """Cuts a slot to ``length``, and keeps the cells of ``moves`` aside, rotated to their new positions."""
+        ...
+
+    def attach(self, slot: int, move: Move) -> None:
+        """Puts the cells of a move that were set aside into the slot, which must end where they begin."""
+        ...
+
+    def drop_aside(self) -> None:
+        """Frees all cells that are aside."""
         ...

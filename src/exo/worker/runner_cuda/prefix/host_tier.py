@@ -1,5 +1,6 @@
 """States in RAM: those of slots before they were overwritten, and checkpoints of layers that forget."""
 
+import sys
 from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
@@ -23,6 +24,8 @@ class Saved:
     cached: list[int]
     least: int
     state: State
+    exact: int = sys.maxsize
+    """See ``Slot``."""
 
     @property
     def tokens(self) -> list[int]:
