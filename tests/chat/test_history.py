@@ -16,7 +16,8 @@ from pydantic import JsonValue
 
 from exo.api.anthropic.request import MessagesRequest
 from exo.api.anthropic.response import MessagesDialect
-from exo.api.http.response import Call, Dialect, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
+from exo.api.http.response import Dialect
 from exo.api.ollama.request import OllamaChatRequest
 from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.chat_request import ChatCompletionRequest

@@ -9,7 +9,7 @@ from pydantic import JsonValue, ValidationError
 
 from exo.api.http.errors import from_validation
 from exo.api.http.middleware import WARNING_HEADER
-from exo.api.http.response import Call, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
 from exo.api.openai.messages import UNSEEN
 from exo.api.openai.responses.input import InputItem, InputReference, told
 from exo.api.openai.responses.request import ResponsesRequest

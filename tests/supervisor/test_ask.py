@@ -27,7 +27,8 @@ from exo.worker.protocol.events import (
     Usage,
 )
 from exo.worker.protocol.wire import encode
-from exo.worker.supervisor.runner_process import Deadlines, RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import Deadlines, RunnerProcess
 from tests.support.fake_model import score_of, tokenize, vector_of
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask, names

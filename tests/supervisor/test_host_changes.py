@@ -20,7 +20,7 @@ from exo.worker.supervisor.host_memory import usable_memory
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 from tests.support.fake_runner import COMMAND

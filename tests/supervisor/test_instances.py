@@ -17,7 +17,8 @@ from exo.worker.protocol.wire import encode
 from exo.worker.router import LiveRunner, Route
 from exo.worker.supervisor.circuit_breaker import FAILURES_TO_AVOID
 from exo.worker.supervisor.pool import RunnerPool
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 from tests.conftest import fake_card
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask

@@ -18,7 +18,8 @@ from exo.worker.protocol.events import Finished
 from exo.worker.supervisor.instance import InstanceReport
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 from tests.conftest import fake_card
 from tests.support.fake_runner import COMMAND, PROCESS_BYTES
 from tests.support.program import DEADLINE_SECONDS, ask

@@ -51,7 +51,8 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.protocol.messages import LINE_BYTES, Message
 from exo.worker.protocol.one_shot import Probe
-from exo.worker.protocol.wire import describe, encode, read_commands, take_protocol_stream
+from exo.worker.protocol.validation import describe
+from exo.worker.protocol.wire import encode, read_commands, take_protocol_stream
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_effort import effort

@@ -13,7 +13,8 @@ from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, read_
 from exo.api.http.errors import ErrorBody
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.response import GenerationResponse, ReplyChoice
+from exo.api.http.reply import ReplyChoice
+from exo.api.http.response import GenerationResponse
 from exo.api.openai.common_request import IGNORED, MAX_CHOICES, OF_CHAT, UNSUPPORTED, GenerationFields
 from exo.api.openai.response import Reply, token_text
 from exo.api.openai.timings import Stopwatch

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, V
 from pydantic_core import PydanticCustomError
 
 from exo.worker.protocol.runners import RUNNERS, Need, Prefer
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 
 UPSTREAM_BACKENDS = ("MlxMetal", "MlxCpu", "MlxCuda", "Vllm")
 

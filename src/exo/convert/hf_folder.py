@@ -15,7 +15,7 @@ from exo.convert.mlx_quantisation import AffineSettings, Quantisation, dequantis
 from exo.convert.report import ConvertError
 from exo.convert.staging import TensorFile
 from exo.convert.tensor_data import Array, Kind, SourceTensor, decode, map_file
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.header_source import HeaderError
 from exo.worker.runner_common.model_files.model_folder import HfFolder, read_folder

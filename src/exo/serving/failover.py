@@ -27,7 +27,8 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.runners import Need
 from exo.worker.router import Route
 from exo.worker.supervisor.replay import DEATHS, LONGEST_WAIT_SECONDS, ReplayBudget, other_model, spent
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 
 _RETRY_SECONDS = 1.0
 """Time after which a client may repeat a request that has failed here."""

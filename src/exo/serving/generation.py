@@ -42,7 +42,7 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS
 from exo.worker.supervisor.replay import Replay, ReplayBudget
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.state_machine import RequestEvents
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
 from exo.worker.supervisor.instance import InstanceReport, settings_digest
 from exo.worker.supervisor.pool import RunnerPool
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from exo.serving.request import Conversation, GenerationRequest, Infill, OutputC
 from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Grammar, ReasoningLimit, Text, Tokenize
 from exo.worker.protocol.events import Capabilities, Failed, Tokenized
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 
 _LONGEST_TOKEN = 1024
 """Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""

@@ -13,7 +13,7 @@ from exo.worker.protocol.commands import Embed, Rank, Tokenize
 from exo.worker.protocol.events import Embedded, Ranked, Tokenized
 from exo.worker.protocol.runners import Need
 from exo.worker.supervisor.replay import ReplayBudget
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 
 Command = Embed | Rank | Tokenize
 Answer = Embedded | Ranked | Tokenized

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from exo.cards.card import ModelCard, ModelId
 from exo.store.errors import PullError
 from exo.worker.protocol.runners import RUNNERS
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.model_files.folder_weights import INDEX, SUFFIX, choose_weights
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[a-z]+)")

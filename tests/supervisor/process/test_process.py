@@ -18,7 +18,7 @@ from exo.worker.protocol.events import (
     Usage,
 )
 from exo.worker.protocol.messages import LINE_BYTES
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.watchdog import Deadlines
 from tests.support.fake_model import expected_text
 from tests.support.program import ask

@@ -20,7 +20,8 @@ from exo.worker.protocol.events import (
     Usage,
 )
 from exo.worker.protocol.wire import encode
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.watchdog import Deadlines
 from tests.support.fake_model import expected_text
 from tests.support.fake_runner import COMMAND

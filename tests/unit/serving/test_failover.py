@@ -14,7 +14,8 @@ from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import Capabilities, ErrorCode, Failed
 from exo.worker.router import Route
 from exo.worker.supervisor.replay import DEATHS, FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, ReplayBudget
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 from tests.conftest import fake_card
 
 CAPABILITIES = Capabilities(engine="x", engine_version="1", backend="x", context_length=9, slots=1, vocabulary=9)

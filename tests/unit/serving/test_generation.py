@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from exo.api.http.response import ReplyChoice
+from exo.api.http.reply import ReplyChoice
 from exo.chat.output.registry import FORMATS
 from exo.serving.events import ChoiceDelta, ChoiceFinished
 from exo.serving.generation import ChoiceReader

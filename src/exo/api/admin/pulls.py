@@ -17,8 +17,7 @@ from exo.api.http import sse
 from exo.api.http.body import RequestBody, read_body
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.response import cancel_when_client_leaves
-from exo.api.http.unary_response import UnaryResponse
+from exo.api.http.unary_response import UnaryResponse, cancel_when_client_leaves
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError
 from exo.serving.pull_jobs import Pulled, from_pull_error

@@ -8,7 +8,7 @@ from pydantic_core import from_json, to_json
 
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import ReplyChoice
+from exo.api.http.reply import ReplyChoice
 from exo.api.openai.response import absent, call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import (

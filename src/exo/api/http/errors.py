@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from exo.serving.errors import Overflow, RequestError, ServingError
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 
 log = logging.getLogger(__name__)
 

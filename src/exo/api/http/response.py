@@ -2,21 +2,19 @@
 
 import asyncio
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import anyio
-from anyio.abc import TaskGroup
 from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
-from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
+from exo.api.http.reply import ReplyChoice, route_headers
+from exo.api.http.unary_response import cancel_when_client_leaves
 from exo.serving.errors import ServingError
 from exo.serving.events import (
     ChoiceDelta,
@@ -27,13 +25,11 @@ from exo.serving.events import (
     GenerationEvent,
     Loading,
     Prefill,
-    Reason,
     Routed,
     Started,
 )
 from exo.serving.generation import Generation
-from exo.worker.protocol.events import TokenLogprobs, Usage
-from exo.worker.router import Route
+from exo.worker.protocol.events import Usage
 
 log = logging.getLogger(__name__)
 
@@ -49,68 +45,6 @@ SHORT_REQUEST = 4096
 KEEP_ALIVE_SECONDS = 10.0
 PLACE_SECONDS = 0.5
 """The minimum time between two notes of the place in the queue."""
-
-
-@dataclass(slots=True)
-class Call:
-    """A tool call. ``arguments`` is a JSON object, or the beginning of one if the call is not ``whole``."""
-
-    name: str
-    arguments: str = ""
-    whole: bool = True
-
-
-@dataclass(slots=True)
-class ReplyChoice:
-    """One finished choice. Fields that were not requested stay empty."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[Call] = field(default_factory=list[Call])
-    reason: Reason = "stop"
-    stop: str | None = None
-    tokens: list[int] = field(default_factory=list[int])
-    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
-    began: int = 0
-    """The time of the first token, by ``time.monotonic_ns``; 0 if there is none."""
-    reasoning_tokens: int = 0
-    usage: Usage | None = None
-    """Set at the end."""
-
-    def add(self, event: ChoicePrompt | ChoiceDelta | ChoiceFinished) -> None:
-        """Takes the next event of the choice."""
-        if isinstance(event, ChoicePrompt):
-            self.prompt_logprobs += event.logprobs
-            return
-        for part in event.parts:
-            match part:
-                case Content(text):
-                    self.content += text
-                case Reasoning(text):
-                    self.reasoning += text
-                case ToolCall(_, name):
-                    self.calls.append(Call(name))
-                case Arguments(index, text):
-                    self.calls[index].arguments += text
-                case BrokenCall(index, _):
-                    self.calls[index].whole = False
-        if isinstance(event, ChoiceDelta):
-            self.began = self.began or time.monotonic_ns()
-            self.tokens += event.tokens
-            self.logprobs += event.logprobs
-        else:
-            self.reason, self.stop = event.reason, event.stop
-            self.reasoning_tokens, self.usage = event.reasoning_tokens, event.usage
-            self._withdraw()
-
-    def _withdraw(self) -> None:
-        """Removes broken calls, whose text is content. A call that the token limit cut off stays."""
-        if self.reason == "length" or all(call.whole for call in self.calls):
-            return
-        self.calls = [call for call in self.calls if call.whole]
-        if self.calls:
-            self.reason = "tool_calls"
 
 
 class Dialect(Protocol):
@@ -370,15 +304,3 @@ class _Stream:
 def _is_long(scope: Scope) -> bool:
     length = Headers(scope=scope).get("content-length", "")
     return not length.isdecimal() or int(length) > SHORT_REQUEST
-
-
-def route_headers(route: Route | Routed) -> dict[str, str]:
-    """The headers with the runner that serves the request, and the reason."""
-    return {"x-exo-runner": route.runner, "x-exo-route": route.reason}
-
-
-async def cancel_when_client_leaves(receive: Receive, tasks: TaskGroup) -> None:
-    """Cancels ``tasks`` when the client closes its connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    tasks.cancel_scope.cancel()

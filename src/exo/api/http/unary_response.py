@@ -7,13 +7,13 @@ from typing import TypeVar, cast
 
 import anyio
 import anyio.lowlevel
+from anyio.abc import TaskGroup
 from fastapi.responses import Response
 from pydantic import BaseModel, RootModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
-from exo.api.http.response import cancel_when_client_leaves
 from exo.serving.errors import ServingError
 
 log = logging.getLogger(__name__)
@@ -80,3 +80,10 @@ async def in_pieces(items: Sequence[T], size: int = _PIECE) -> AsyncGenerator[Se
         if time.monotonic() - began > _TURN_SECONDS:
             await anyio.lowlevel.checkpoint()
             began = time.monotonic()
+
+
+async def cancel_when_client_leaves(receive: Receive, tasks: TaskGroup) -> None:
+    """Cancels ``tasks`` when the client closes its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    tasks.cancel_scope.cancel()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic_core import from_json
 
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
 from exo.api.openai.response import absent, call_id, token_text
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, Completed, GenerationEvent, Reason, Started

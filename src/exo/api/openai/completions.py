@@ -7,7 +7,7 @@ from typing import Literal, final
 from pydantic import Field
 from pydantic_core import to_json
 
-from exo.api.http.response import ReplyChoice
+from exo.api.http.reply import ReplyChoice
 from exo.api.openai.response import ChunkWriter, CompletionUsage, Reply, absent, token_text
 from exo.chat.output.events import Content, Part
 from exo.serving.events import (

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from exo.api.http import sse
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
 from exo.api.openai.timings import Stopwatch
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
 from exo.serving.events import (

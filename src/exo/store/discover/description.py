@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from exo.cards.card import Count, Task
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.model_files.folder_templates import chat_templates, usual
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_common.model_files.header_source import HeaderError

@@ -13,10 +13,10 @@ from pydantic_core import PydanticSerializationError, to_json
 from exo.worker.protocol.commands import COMMANDS, Command, Generate
 from exo.worker.protocol.events import EVENTS, Event, Failed
 from exo.worker.protocol.messages import LINE_BYTES, Message
+from exo.worker.protocol.validation import describe
 
 _ID = re.compile(rb'"id":\s*"([^"\\]*)"')
 _ID_WITHIN = 1 << 10
-_FIELD_LENGTH = 200
 _ANY_JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 
@@ -105,14 +105,6 @@ def named_request(line: bytes | bytearray) -> str | None:
     """The request id at the beginning of a line whose rest is too long, missing or broken."""
     found = _ID.search(line[:_ID_WITHIN])
     return None if found is None else found[1].decode(errors="replace")
-
-
-def describe(error: ValidationError) -> tuple[str, str]:
-    """A validation error's first finding: the field, and a sentence with field, reason and value."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])[:_FIELD_LENGTH]
-    value = json.dumps(first["input"], default=str)
-    return field, f"{field}: {first['msg']} (got {value if len(value) <= 80 else value[:77] + '...'})"
 
 
 def exit_now(code: int) -> NoReturn:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, JsonValue, ValidationError, field_validator
 
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_common.load_error import LoadError, from_library
 from exo.worker.runner_common.model_files.model_folder import FolderOptions

@@ -22,7 +22,8 @@ from exo.worker.protocol.commands import (
 )
 from exo.worker.protocol.events import Event, Failed
 from exo.worker.protocol.messages import LINE_BYTES
-from exo.worker.protocol.wire import ProtocolError, decode_event, describe, encode, named_request
+from exo.worker.protocol.validation import describe
+from exo.worker.protocol.wire import ProtocolError, decode_event, encode, named_request
 from exo.worker.supervisor.crash_report import StderrLog
 
 log = logging.getLogger(__name__)

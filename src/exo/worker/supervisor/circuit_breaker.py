@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from exo.worker.protocol.events import Failed
-from exo.worker.supervisor.runner_process import RunnerError
+from exo.worker.supervisor.runner_error import RunnerError
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0

@@ -19,7 +19,8 @@ from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.reservation import Reservation
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.state_machine import ENDINGS
 
 

@@ -33,7 +33,8 @@ from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
-from exo.worker.supervisor.runner_process import RunnerError, RunnerProcess
+from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
 
 log = logging.getLogger(__name__)

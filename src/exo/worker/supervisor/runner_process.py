@@ -42,6 +42,7 @@ from exo.worker.protocol.wire import ProtocolError
 from exo.worker.supervisor.child_process import ChildProcess, Outbox, spawn
 from exo.worker.supervisor.crash_report import StderrLog, diagnose
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer, TokenRate
+from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.state_machine import (
     FINAL,
     LOADING,
@@ -62,18 +63,6 @@ log = logging.getLogger(__name__)
 _EXIT_SECONDS = 2.0
 """Time between a runner's final state and its exit, before it is killed."""
 _SHUT_DOWN = Failed(code="shutdown", message="the runner was shut down")
-
-
-class RunnerError(Exception):
-    """The runner cannot serve: it did not start, could not load, died or was shut down. ``failed`` is the reason.
-
-    ``retry_seconds`` is the time until a retry makes sense, if known.
-    """
-
-    def __init__(self, failed: Failed, retry_seconds: float | None = None) -> None:
-        super().__init__(failed.message)
-        self.failed = failed
-        self.retry_seconds = retry_seconds
 
 
 Admit = Callable[[Estimated], Awaitable[LoadOption]]

@@ -6,7 +6,7 @@ import pytest
 
 from exo.api.anthropic.response import MessagesDialect
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
 from exo.api.openai.response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Reason, Started

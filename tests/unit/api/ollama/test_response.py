@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from exo.api.http.errors import ErrorBody
-from exo.api.http.response import Call, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
 from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall

@@ -15,7 +15,8 @@ from exo.api.http.body import read_body
 from exo.api.http.errors import ErrorBody
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.response import GenerationResponse, ReplyChoice
+from exo.api.http.reply import ReplyChoice
+from exo.api.http.response import GenerationResponse
 from exo.api.openai.responses.input import InputItem, InputReference, stored_input, stored_item, told
 from exo.api.openai.responses.items import Item, OutputItems
 from exo.api.openai.responses.request import ResponsesRequest

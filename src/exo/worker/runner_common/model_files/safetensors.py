@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.model_files.file_kind import incomplete, what_it_is
 from exo.worker.runner_common.model_files.header_source import HeaderError, HeaderSource, LocalHeader, first_bytes
 

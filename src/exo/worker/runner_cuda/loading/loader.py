@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.cores import physical_cores, usable_cpus
 from exo.worker.protocol.events import Capabilities, Status
-from exo.worker.protocol.wire import describe
+from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import quality_notes

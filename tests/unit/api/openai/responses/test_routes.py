@@ -9,7 +9,7 @@ from pydantic import JsonValue, ValidationError
 from pydantic_core import to_json
 
 from exo.api.http.errors import ApiError, ErrorBody
-from exo.api.http.response import Call, ReplyChoice
+from exo.api.http.reply import Call, ReplyChoice
 from exo.api.openai.response import call_id
 from exo.api.openai.responses.input import InputItem, InputReference, told
 from exo.api.openai.responses.request import ResponsesRequest
