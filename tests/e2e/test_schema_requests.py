@@ -116,6 +116,8 @@ def cases(fake: ServeProgram) -> Cases:
     made: list[Cases] = []
     for found in document.get_all_operations():
         operation = found.ok()
+        if operation.path == "/v1/activity/events":  # a stream without an end
+            continue
         made.append(operation.as_strategy(GenerationMode.POSITIVE))
         if operation.body or operation.query:
             made.append(operation.as_strategy(GenerationMode.NEGATIVE))

@@ -46,6 +46,7 @@ def test_head_is_answered_like_get_on_every_route(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()["paths"]
     paths = [path for path, methods in document.items() if "get" in methods and "{" not in path]
     assert {"/health", "/ready", "/api/tags", "/api/version", "/v1/models"} <= set(paths)
+    paths.remove("/v1/activity/events")  # a stream without an end
     for path in [*paths, "/", "/docs", "/openapi.json", f"/v1/models/{MODEL}", "/v1/models/none", "/nothing"]:
         query = {"model": MODEL} if path == "/v1/route" else {}
         reply, head = http.get(path, params=query), http.head(path, params=query)

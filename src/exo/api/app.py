@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from exo import __version__
+from exo.api.admin.activity import activity_routes
 from exo.api.admin.pulls import pull_routes
 from exo.api.admin.status import server_routes
 from exo.api.anthropic.routes import anthropic_routes
 from exo.api.http.errors import install
 from exo.api.http.middleware import AccessControl, ForgivingPaths, WarningHeader
 from exo.api.http.openapi_schema import describe
-from exo.api.http.request_id import RequestIds
+from exo.api.http.request_record import RequestRecords
 from exo.api.llama_completion import llama_completion_routes
 from exo.api.llama_server import llama_routes
 from exo.api.llama_status import llama_status_routes
@@ -54,10 +55,11 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(root_routes())
     app.include_router(server_routes(services))
     app.include_router(pull_routes(services))
+    app.include_router(activity_routes(services))
     install(app)
     app.add_middleware(WarningHeader, strict=settings.strict)
     app.add_middleware(ForgivingPaths)
     app.add_middleware(AccessControl, settings=settings)
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestRecords, activity=services.activity)
     describe(app)
     return app

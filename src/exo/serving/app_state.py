@@ -13,6 +13,7 @@ from exo.cards.catalogue import Catalogue, LiveCatalogue
 from exo.chat.grammar.gbnf import GbnfWorker
 from exo.chat.template.renderer import TemplateWorker
 from exo.config import Settings
+from exo.serving.activity import Activity
 from exo.serving.admission import Queues
 from exo.serving.host_prober import HostProber
 from exo.serving.loaded_models import LoadedModels
@@ -45,6 +46,7 @@ class Services:
         limits = settings.limits
         self.cards = LiveCatalogue(catalogue)
         self.speeds = SpeedStore(settings.speeds_file)
+        self.activity = Activity()
         self.templates = TemplateWorker()
         self.gbnf = GbnfWorker()
         self.pulls = Pulls(settings, provides_files=commands is None)

@@ -10,6 +10,7 @@ from typing import Self, final
 import anyio
 
 from exo.cards.card import ModelCard
+from exo.serving.activity import current_record
 from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, model_changed, unknown_model
 from exo.serving.events import Loading, Routed
@@ -64,6 +65,7 @@ class Failover:
         self._model = model
         self._needs = needs
         self._keep_seconds = keep_seconds
+        self._record = current_record()
         self._in_use = ExitStack()
         self._first: LoadedRunner | None = None  # it made the prompt, so all others must have the same model
 
@@ -96,19 +98,22 @@ class Failover:
                 self._look_at_card_again()
             card = self._model.card
             route = await services.routing.choose(self._model, self._needs)
+            self._record.routed(route)
             yield Routed(route.runner, route.reason)
             process: RunnerProcess | None = None
             try:
                 if route.instance is None:
                     async with aclosing(services.pulls.ensure(card, route.runner)) as pull:
                         async for progress in pull:
+                            self._record.enter("loading")
                             yield Loading(pull_note(progress))
                 process = pool.acquire(route, card)
-                self._in_use.enter_context(pool.using(process))
+                self._record.instance = self._in_use.enter_context(pool.using(process))
                 services.routing.sent(card, route)
                 if self._keep_seconds is not None:
                     pool.keep_alive(card.model_id, self._keep_seconds)
                 if process.capabilities is None:
+                    self._record.enter("loading")
                     async for status in process.loading():
                         layers = f" {status.layers_loaded}/{status.total_layers}" if status.total_layers else ""
                         yield Loading(f"{status.state.lower()}{layers}")
@@ -138,6 +143,7 @@ class Failover:
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
             else:
                 self._check_model()
+                self._record.enter("queued")
                 return
 
     def _look_at_card_again(self) -> None:
@@ -184,4 +190,5 @@ class Failover:
                 return await runner.process.ask(command)
             except RunnerError as error:
                 self.check_replay(runner, error.failed, budget)
+                self._record.replayed(0)
             runner = await self.acquire(budget)

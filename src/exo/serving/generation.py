@@ -11,6 +11,7 @@ from typing import final
 from exo.cards.card import ModelCard
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.chat.output.registry import OutputParser
+from exo.serving.activity import current_record
 from exo.serving.admission import Place
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError, from_failed
@@ -152,6 +153,8 @@ class Generation:
 
     def __init__(self, services: Services, model: RequestedModel, request: GenerationRequest, request_id: str) -> None:
         """Raises ``ServingError``."""
+        self.record = current_record()
+        self.record.model = model.card.model_id
         self.request = with_enforced_schemas(request)
         self.id = request_id
         self.n_choices = self.request.choices
@@ -174,6 +177,7 @@ class Generation:
             self._services.queues.place(model_id, self.n_choices, names) as self.place,
             Failover(self._services, self._model, request.needs, request.keep_seconds) as failover,
         ):
+            self.record.begin(model_id, self.n_choices, self.place, request.n)
             async with aclosing(self._events(failover)) as batches:
                 yield batches
 
@@ -200,6 +204,7 @@ class Generation:
                         batch = []
                         try:
                             failover.check_replay(choice.runner, failed, choice.replay.budget)
+                            self.record.replayed(choice.replay.n_delivered)
                         except RunnerError as error:
                             raise self._failed(error, choice.number // self.request.n) from None
                         # The other choices wait meanwhile. Most often the same death has ended them too.

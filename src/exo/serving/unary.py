@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import anyio
 
+from exo.serving.activity import current_record
 from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, from_failed
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.routing import RequestedModel
 from exo.worker.protocol.commands import Embed, Rank, Tokenize
-from exo.worker.protocol.events import Embedded, Ranked, Tokenized
+from exo.worker.protocol.events import Embedded, Ranked, Tokenized, Usage
 from exo.worker.protocol.runners import Need
 from exo.worker.supervisor.replay import ReplayBudget
 from exo.worker.supervisor.runner_error import RunnerError
@@ -45,17 +46,33 @@ async def ask(
     def failed(error: RunnerError, member: int | None = None) -> ServingError:
         return from_failed(error.failed, params=params, retry_seconds=error.retry_seconds, member=member)
 
+    record = current_record()
+    record.model = model.card.model_id
     with (
         services.queues.place(model.card.model_id, len(commands)),
         Failover(services, model, needs, keep_seconds) as failover,
     ):
+        record.begin(model.card.model_id, len(commands))
         try:
             await failover.acquire(ReplayBudget())
             services.queues.slots_changed(model.card.model_id)
+            if commands:
+                record.enter("prefill")
             answers = await _execute(failover, commands, failed)
+            record.use(_total_usage(answers))
             return Answered(failover.runner, answers)
         except RunnerError as error:
             raise failed(error) from None
+
+
+def _total_usage(answers: Sequence[Answer]) -> Usage:
+    """Tokenizing computes nothing."""
+    usages = [answer.usage for answer in answers if not isinstance(answer, Tokenized)]
+    return Usage(
+        prompt_tokens=sum(each.prompt_tokens for each in usages),
+        completion_tokens=0,
+        cached_tokens=sum(each.cached_tokens for each in usages),
+    )
 
 
 async def _execute(

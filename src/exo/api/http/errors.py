@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from exo.serving.activity import current_record
 from exo.serving.errors import Overflow, RequestError, ServingError
 from exo.worker.protocol.validation import describe
 
@@ -72,14 +73,15 @@ class ErrorBody:
 
     def in_envelope(self, path: str) -> bytes:
         """The error in the envelope of the API that ``path`` belongs to."""
-        if _is_anthropic(path):
+        if is_anthropic(path):
             return self.anthropic()
         return self.ollama() if path.startswith("/api/") else self.openai()
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
         """The reply to a request for ``path``. ``headers`` are added to the error's own."""
+        current_record().error = self.code
         own = dict(self.headers)
-        if _is_anthropic(path):
+        if is_anthropic(path):
             own["request-id"] = f"req_{uuid4().hex}"
         if self.status >= 500 and "retry-after" not in own:
             own["x-should-retry"] = "false"  # OpenAI's clients otherwise retry, and would load a broken model again
@@ -102,7 +104,8 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def _is_anthropic(path: str) -> bool:
+def is_anthropic(path: str) -> bool:
+    """Whether ``path`` belongs to Anthropic's API."""
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 

@@ -174,8 +174,8 @@ def _denied(status: int, message: str, code: str, headers: dict[str, str] | None
 class ForgivingPaths:
     """An ASGI application that normalises paths and methods before it passes requests to ``app``.
 
-    See ``route_path`` for paths. ``HEAD`` is answered as ``GET`` is; the server leaves
-    the reply's body out.
+    See ``route_path`` for paths. ``HEAD`` is answered as ``GET`` is; the server leaves the reply's body out. A reply
+    without an end can see from the scope's ``only_head`` that nobody reads it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -184,8 +184,9 @@ class ForgivingPaths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         if scope["type"] == "http":
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            scope = {**scope, "method": method, "path": route_path(scope["path"])}
+            only_head = scope["method"] == "HEAD"
+            method = "GET" if only_head else scope["method"]
+            scope = {**scope, "method": method, "only_head": only_head, "path": route_path(scope["path"])}
         await self._app(scope, receive, send)
 
 

@@ -129,6 +129,7 @@ class GenerationResponse(Response):
         try:
             async with self._generation.running() as batches:
                 async for batch in batches:
+                    self._generation.record.take(batch)
                     for event in batch:
                         output.take(event)
                     await output.flush()
@@ -271,6 +272,7 @@ class _Stream:
         """Ends the stream. Opens it first if necessary."""
         await self._start()
         if error is not None:
+            self._generation.record.error = error.code
             self._held.append(self._dialect.error(error))
         self._open = False  # nothing else may follow, however long the client takes
         await self._send({"type": "http.response.body", "body": b"".join(self._held), "more_body": False})

@@ -130,12 +130,12 @@ class RunnerPool:
         return instance.process
 
     @contextmanager
-    def using(self, process: RunnerProcess) -> Generator[None]:
-        """Keeps a process that ``acquire`` has just returned from being unloaded."""
+    def using(self, process: RunnerProcess) -> Generator[str]:
+        """Keeps a process that ``acquire`` has just returned from being unloaded. Yields its instance's name."""
         name = next(each.id for each in self._instances.values() if each.process is process)
         self._budget.begin_use(name)
         try:
-            yield
+            yield name
         finally:
             self._budget.end_use(name, anyio.current_time())
             self._settle()

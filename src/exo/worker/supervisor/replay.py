@@ -71,6 +71,11 @@ class Replay:
     _delivered: list[int] = field(default_factory=list[int])
     _prompt_delivered: int = 0  # tokens of the prompt whose log-probabilities were delivered
 
+    @property
+    def n_delivered(self) -> int:
+        """Tokens of output that were delivered to the client."""
+        return len(self._delivered)
+
     def take(self, event: Delta) -> None:
         """Records tokens that are delivered to the client."""
         self._delivered += event.tokens

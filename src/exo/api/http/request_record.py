@@ -1,0 +1,69 @@
+"""Gives each request an id and a record, which holds its facts and progress until the end of its reply."""
+
+from typing import final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from exo.api.http.errors import is_anthropic
+from exo.api.http.middleware import route_path
+from exo.api.http.request_id import REQUEST_ID_HEADER, accepted_or_new
+from exo.serving.activity import Activity, Dialect, RequestRecord, set_current
+from exo.serving.request_id import current_request
+from exo.terminal import printable
+
+_CLIENT_CHARACTERS = 80
+_PATH_CHARACTERS = 200
+
+
+@final
+class RequestRecords:
+    """An ASGI application that makes the record of each request to ``app``, and gives the reply the request's id."""
+
+    def __init__(self, app: ASGIApp, *, activity: Activity) -> None:
+        self._app = app
+        self._activity = activity
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        own = accepted_or_new(headers.get(REQUEST_ID_HEADER, ""))
+        path = route_path(scope["path"])
+        record = RequestRecord(self._activity, own, _client(scope, headers), _dialect(path), _shown(path))
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = own
+            await send(message)
+
+        token = current_request.set(own)
+        set_current(record)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            current_request.reset(token)
+            record.end()
+
+
+def _client(scope: Scope, headers: Headers) -> str:
+    """The first word of the client's own name, and its address."""
+    words = headers.get("user-agent", "").split(maxsplit=1)
+    address = scope["client"][0] if scope.get("client") else ""
+    return " ".join(filter(None, (printable(words[0])[:_CLIENT_CHARACTERS] if words else "", address)))
+
+
+def _dialect(path: str) -> Dialect:
+    if is_anthropic(path):
+        return "anthropic"
+    if path.startswith("/api/"):
+        return "ollama"
+    own = path.startswith("/v1/") and not path.startswith("/v1/rerank")
+    return "openai" if own else "llama-server"
+
+
+def _shown(path: str) -> str:
+    return printable(path[:_PATH_CHARACTERS]).replace("\n", "\\n").replace("\t", "\\t")

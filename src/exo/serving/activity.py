@@ -1,0 +1,276 @@
+"""The record of each request, its facts and progress, and the last records of a server."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, final
+
+from exo.serving.admission import Place
+from exo.serving.events import (
+    ChoiceDelta,
+    ChoiceFinished,
+    ChoiceStarted,
+    Completed,
+    GenerationEvent,
+    Prefill,
+)
+from exo.worker.protocol.events import Usage
+from exo.worker.router import Route
+
+Dialect = Literal["openai", "anthropic", "ollama", "llama-server"]
+Phase = Literal["queued", "loading", "prefill", "decode", "finished", "failed", "cancelled"]
+ENDED: tuple[Phase, ...] = ("finished", "failed", "cancelled")
+
+RECENT = 200
+"""The records that a server keeps, besides those of requests that have not ended."""
+_REPLAYS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The beginning of a phase, by ``time.monotonic``."""
+
+    phase: Phase
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayNote:
+    """A request that lost its runner and continues. ``tokens`` of its output had been delivered."""
+
+    number: int
+    """Counts a server's replays from 1."""
+    request: str
+    model: str
+    instance: str
+    """The runner process that is gone."""
+    tokens: int
+
+
+@final
+class RequestRecord:
+    """One request, from its arrival to the end of its reply. Times are in seconds; ``began`` is monotonic."""
+
+    def __init__(self, activity: "Activity", request_id: str, client: str, dialect: Dialect, path: str) -> None:
+        self.id = request_id
+        self.client = client
+        self.dialect: Dialect = dialect
+        self.path = path
+        self.started = time.time()
+        self.began = time.monotonic()
+        self.model = ""  # a card's model id, so that its values are bounded
+        self.sequences = 0
+        self.route: Route | None = None
+        self.instance = ""
+        self.status: int | None = None
+        self.error = ""
+        self.marks = [Mark("queued", self.began)]
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = 0
+        self.finish_reasons: list[str] = []
+        self.first_token: float | None = None
+        self.last_token = self.began
+        self.replays = 0
+        self.replayed_tokens = 0
+        self.failovers = 0
+        self.version = 0  # set anew by the activity on each change of phase
+        self._activity = activity
+        self._place: Place | None = None  # of a request that generates text
+        self._first_tokens = 0
+        self._prefill: dict[int, Prefill] = {}  # the last one of each choice
+        self._copies = 1  # choices of each prompt
+
+    @property
+    def phase(self) -> Phase:
+        """The present phase."""
+        return self.marks[-1].phase
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the request is over."""
+        return self.phase in ENDED
+
+    @property
+    def prefill_done(self) -> int:
+        """Prompt tokens that are computed or were in the cache."""
+        done = (each.processed for choice, each in self._prefill.items() if choice % self._copies == 0)
+        return self.prompt_tokens if self.has_ended else sum(done)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """That of the choice that finished last."""
+        return self.finish_reasons[-1] if self.finish_reasons else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The rate of all its choices after the first token; None before there is one."""
+        after_first = self.completion_tokens - self._first_tokens
+        if self.first_token is None or not after_first or self.last_token <= self.first_token:
+            return None
+        return after_first / (self.last_token - self.first_token)
+
+    @property
+    def seconds(self) -> float:
+        """The time from its arrival until now, or until its end."""
+        return (self.marks[-1].at if self.has_ended else time.monotonic()) - self.began
+
+    def seconds_in(self, phase: Phase) -> float:
+        """The time that it has spent in a phase so far."""
+        ends = [each.at for each in self.marks[1:]]
+        ends.append(self.marks[-1].at if self.has_ended else time.monotonic())
+        return sum(end - each.at for each, end in zip(self.marks, ends, strict=True) if each.phase == phase)
+
+    # --- what happens to it ---
+
+    def begin(self, model_id: str, sequences: int, place: Place | None = None, copies: int = 1) -> None:
+        """It asks a known model for ``sequences``. With a ``place`` it generates text, ``copies`` of each prompt."""
+        self.model, self.sequences, self._place, self._copies = model_id, sequences, place, copies
+        self._activity.add(self)
+
+    def routed(self, route: Route) -> None:
+        """The router has chosen a runner. This is a failover if the last one was of another kind."""
+        if self.route is not None and self.instance and route.runner != self.route.runner:
+            self.failovers += 1
+        self.route = route
+        self.enter("queued")
+
+    def replayed(self, tokens: int) -> None:
+        """Its runner has died, and it continues after ``tokens`` of output."""
+        self.replays += 1
+        self.replayed_tokens += tokens
+        self._activity.note_replay(self, tokens)
+
+    def take(self, batch: Sequence[GenerationEvent]) -> None:
+        """Takes events of its generation that have come together."""
+        tokens = 0
+        usage: Usage | None = None
+        for event in batch:
+            match event:  # the most frequent case comes first
+                case ChoiceDelta():
+                    tokens += len(event.tokens)
+                case Prefill():
+                    self._take_prefill(event)
+                case ChoiceStarted():
+                    if self._place is None or not self._place.number:
+                        self.enter("prefill")
+                case ChoiceFinished(reason=reason):
+                    self.finish_reasons.append(reason)
+                case Completed():
+                    usage = event.usage
+                case _:
+                    pass
+        if tokens:
+            self._decoded(tokens)
+        if usage is not None:
+            self.use(usage)
+            self.enter("finished")
+
+    def use(self, usage: Usage) -> None:
+        """Its tokens are known exactly."""
+        self.prompt_tokens, self.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+        self.completion_tokens = usage.completion_tokens
+
+    def end(self) -> None:
+        """Its reply is over, whole or not."""
+        if not self.has_ended:
+            refused = bool(self.error) or (self.status or 0) >= 400
+            if self.error == "cancelled" or self.status in (None, 499):
+                self.enter("cancelled")
+            elif refused:
+                self.enter("failed")
+            else:  # a stream that its client has left has a status
+                self.enter("finished" if self._place is None else "cancelled")
+        self._activity.end(self)
+
+    def enter(self, phase: Phase) -> None:
+        """The only writer of the phase."""
+        if phase != self.phase:
+            self.marks.append(Mark(phase, time.monotonic()))
+            self._activity.changed(self)
+
+    def _take_prefill(self, event: Prefill) -> None:
+        known = self._prefill.get(event.choice)
+        self._prefill[event.choice] = event
+        if known is None:  # confirms the request, which may have to wait for a slot
+            totals = (each.total for choice, each in self._prefill.items() if choice % self._copies == 0)
+            self.prompt_tokens = max(self.prompt_tokens, sum(totals))
+        elif event.processed > known.processed and self.phase == "queued":
+            self.enter("prefill")
+
+    def _decoded(self, tokens: int) -> None:
+        now = time.monotonic()
+        self.completion_tokens += tokens
+        if self.first_token is None:
+            self.first_token, self._first_tokens = now, tokens
+        self.last_token = now
+        if self.phase != "decode":
+            self.enter("decode")
+
+
+@final
+class Activity:
+    """The records of the requests that have not ended, and of the last ones that have."""
+
+    def __init__(self) -> None:
+        self.version = 0  # changes of phases and replays so far
+        self.replays: deque[ReplayNote] = deque(maxlen=_REPLAYS)
+        self._running: dict[RequestRecord, None] = {}
+        self._ended: deque[RequestRecord] = deque(maxlen=RECENT)
+        self._n_replays = 0
+        self._change = asyncio.Event()
+
+    def __iter__(self) -> Iterator[RequestRecord]:
+        """Those that run and then those that have ended, each time the newest first."""
+        yield from reversed(self._running)
+        yield from reversed(self._ended)
+
+    def add(self, record: RequestRecord) -> None:
+        """A request has begun."""
+        self._running[record] = None
+        self.changed(record)
+
+    def end(self, record: RequestRecord) -> None:
+        """A request is over. One that never began is kept if it was refused, unless its client had no access."""
+        began = self._running.pop(record, self) is None
+        if began or (record.phase == "failed" and record.status not in (401, 403)):
+            self._ended.append(record)
+            self.changed(record)
+
+    def changed(self, record: RequestRecord) -> None:
+        """A request has entered another phase."""
+        self.version += 1
+        record.version = self.version
+        self._wake()
+
+    def note_replay(self, record: RequestRecord, tokens: int) -> None:
+        """A request continues on another runner."""
+        self._n_replays += 1
+        self.version += 1
+        self.replays.append(ReplayNote(self._n_replays, record.id, record.model, record.instance, tokens))
+        self._wake()
+
+    async def wait(self, version: int) -> None:
+        """Waits until a phase has changed, or a request was replayed, since ``version``."""
+        if self.version == version:
+            await self._change.wait()
+
+    def _wake(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
+
+_current: ContextVar[RequestRecord | None] = ContextVar("record", default=None)
+
+
+def current_record() -> RequestRecord:
+    """The record of the request that the present task serves; an unlisted one in a task that serves none."""
+    return _current.get() or RequestRecord(Activity(), "", "", "openai", "")
+
+
+def set_current(record: RequestRecord) -> None:
+    """Makes ``record`` that of the present task and of those that it starts."""
+    _current.set(record)
