@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, final
@@ -17,6 +17,7 @@ from exo.serving.events import (
     GenerationEvent,
     Prefill,
 )
+from exo.serving.request_totals import RequestTotals, Totals
 from exo.worker.protocol.events import Usage
 from exo.worker.router import Route
 
@@ -83,6 +84,7 @@ class RequestRecord:
         self._first_tokens = 0
         self._prefill: dict[int, Prefill] = {}  # the last one of each choice
         self._copies = 1  # choices of each prompt
+        self._totals = RequestTotals()  # those of its route, once it has one
 
     @property
     def phase(self) -> Phase:
@@ -99,6 +101,11 @@ class RequestRecord:
         """Prompt tokens that are computed or were in the cache."""
         done = (each.processed for choice, each in self._prefill.items() if choice % self._copies == 0)
         return self.prompt_tokens if self.has_ended else sum(done)
+
+    @property
+    def tokens_in_cache(self) -> int:
+        """Tokens of all its sequences for which a runner has computed keys and values."""
+        return sum(each.processed for each in self._prefill.values()) + self.completion_tokens
 
     @property
     def finish_reason(self) -> str | None:
@@ -135,13 +142,18 @@ class RequestRecord:
         """The router has chosen a runner. This is a failover if the last one was of another kind."""
         if self.route is not None and self.instance and route.runner != self.route.runner:
             self.failovers += 1
+            self._totals.failovers += 1
         self.route = route
+        self._totals = self._activity.totals.requests[self.model, route.runner, route.backend]
+        self._totals.routes[route.criterion] += 1
         self.enter("queued")
 
     def replayed(self, tokens: int) -> None:
         """Its runner has died, and it continues after ``tokens`` of output."""
         self.replays += 1
         self.replayed_tokens += tokens
+        self._totals.replays += 1
+        self._totals.replayed_tokens += tokens
         self._activity.note_replay(self, tokens)
 
     def take(self, batch: Sequence[GenerationEvent]) -> None:
@@ -184,7 +196,26 @@ class RequestRecord:
                 self.enter("failed")
             else:  # a stream that its client has left has a status
                 self.enter("finished" if self._place is None else "cancelled")
+        self._add_to_totals()
         self._activity.end(self)
+
+    def _add_to_totals(self) -> None:
+        totals = self._totals
+        if self.phase == "failed":
+            self._activity.totals.note_refusal(self.error or "internal_error")
+        if self.first_token is not None:
+            totals.first_token.observe(self.first_token - self.began)
+        if self.first_token is not None or self.phase == "finished":
+            totals.prompt_tokens += self.prompt_tokens
+        if self.phase == "finished" and self.route is not None:
+            totals.queried_tokens += self.prompt_tokens
+            totals.cached_tokens += self.cached_tokens
+            totals.finish_reasons.update(self.finish_reasons)
+            totals.whole.observe(self.seconds)
+            totals.queue.observe(self.seconds_in("queued"))
+            totals.prefill.observe(self.seconds_in("prefill"))
+            if self.first_token is not None:
+                totals.decode.observe(self.seconds_in("decode"))
 
     def enter(self, phase: Phase) -> None:
         """The only writer of the phase."""
@@ -204,8 +235,12 @@ class RequestRecord:
     def _decoded(self, tokens: int) -> None:
         now = time.monotonic()
         self.completion_tokens += tokens
+        totals = self._totals
+        totals.generation_tokens += tokens
         if self.first_token is None:
             self.first_token, self._first_tokens = now, tokens
+        else:
+            totals.inter_token.observe((now - self.last_token) / tokens, tokens)
         self.last_token = now
         if self.phase != "decode":
             self.enter("decode")
@@ -217,11 +252,17 @@ class Activity:
 
     def __init__(self) -> None:
         self.version = 0  # changes of phases and replays so far
+        self.totals = Totals()
         self.replays: deque[ReplayNote] = deque(maxlen=_REPLAYS)
         self._running: dict[RequestRecord, None] = {}
         self._ended: deque[RequestRecord] = deque(maxlen=RECENT)
         self._n_replays = 0
         self._change = asyncio.Event()
+
+    @property
+    def running(self) -> Iterable[RequestRecord]:
+        """Those that have not ended, the oldest first."""
+        return self._running
 
     def __iter__(self) -> Iterator[RequestRecord]:
         """Those that run and then those that have ended, each time the newest first."""

@@ -19,7 +19,7 @@ from exo.serving.host_prober import HostProber
 from exo.serving.loaded_models import LoadedModels
 from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
-from exo.worker.host import unused_gpus
+from exo.worker.host import Host, unused_gpus
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
@@ -67,6 +67,11 @@ class Services:
         self.models = LoadedModels(
             self.cards, self.routing, self.pool, self.pulls, self.templates, limits.drain_seconds
         )
+
+    @property
+    def host(self) -> Host | None:
+        """The machine; None until it has been probed."""
+        return self._prober.host
 
     @property
     def notices(self) -> list[str]:

@@ -6,7 +6,7 @@ Each one only narrows the choice that the one before it left, so a request never
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 from exo.cards.card import ModelCard, Task
@@ -18,6 +18,10 @@ from exo.worker.speed import Basis, Pick, Preference, pick
 RefusalCode = Literal[
     "model_not_found", "runner_not_found", "unsupported_task", "runner_unavailable", "unsupported_parameter"
 ]
+
+Criterion = Literal["requested", "card", "preferred", "next", "failing", "measured", "trial"]
+"""What decided a route: the request's wish, the card's ``runner``, the card's first backend, the first one that is
+available, one that keeps failing before it, measured speed, or the need to measure."""
 
 NEEDS: tuple[Need, ...] = get_args(Need)
 _GENERATION: tuple[Task, ...] = ("TextGeneration",)
@@ -60,6 +64,7 @@ class Route:
     reason: str
     """One sentence for the user, in printable ASCII because it becomes a header."""
     basis: Basis = "order"
+    criterion: Criterion = field(default="preferred", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,22 @@ def route(
         backend=chosen.backend,
         reason=_explain(wish, card, chosen, passed_over, picked),
         basis="order" if picked is None else picked.basis,
+        criterion=_criterion(wish, card, picked, passed_over=bool(passed_over), left_out=bool(left_out)),
     )
+
+
+def _criterion(
+    wish: str | None, card: ModelCard, picked: Pick | None, *, passed_over: bool, left_out: bool
+) -> Criterion:
+    if wish is not None:
+        return "requested"
+    if card.runner != "auto":
+        return "card"
+    if picked is not None and picked.basis != "order":
+        return "trial" if picked.basis == "trial" else "measured"
+    if left_out:
+        return "failing"
+    return "next" if passed_over else "preferred"
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,11 @@ class RunnerInstance:
         """See ``Kind``."""
         return self.model_id, self.runner, self.settings
 
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        """Model id, runner and backend, by which a server counts."""
+        return self.model_id, self.runner, self.backend
+
     def describe(self) -> LiveRunner:
         """The router's view of it."""
         process = self.process

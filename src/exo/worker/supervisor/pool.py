@@ -29,6 +29,7 @@ from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.host_memory import memory_of, usable_memory
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
+from exo.worker.supervisor.instance_totals import InstanceTotals
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.placement_plan import PlacementPlan
@@ -80,6 +81,7 @@ class RunnerPool:
         self._instances: dict[str, RunnerInstance] = {}
         self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
         self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
+        self.totals: defaultdict[tuple[str, str, str], InstanceTotals] = defaultdict(InstanceTotals)
         self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and runner
         self._device_names: tuple[str, ...] = ()
         self._n_cores = physical_cores()
@@ -301,6 +303,10 @@ class RunnerPool:
             instance = self._instances[name]
             message = refusal.message(instance.model_id, instance.runner)
             instance.decision.set_result(RunnerError(Failed(code="out_of_memory", message=message)))
+        for name in (*actions.unload, *actions.displace):
+            reservation = self._budget.reservation(name)
+            if reservation is not None and reservation.evicting is not None and not reservation.dismissed:
+                self.totals[self._instances[name].labels].evictions += 1
         for name in actions.unload:
             log.info("%s is unloaded", self._instances[name].model_id)
             self._tasks.start_soon(self._close, self._instances[name])
@@ -406,6 +412,7 @@ class RunnerPool:
             with suppress(RunnerError):
                 await process.ready()
                 self._budget.loaded(instance.id, anyio.current_time())
+                self.totals[instance.labels].note_load(time.time() - instance.started)
                 self._loaded.set()
                 self._settle()
 
@@ -414,6 +421,7 @@ class RunnerPool:
                 breaker.worked()
             if failed.code != "shutdown" and not process.refused and not process.displaced:
                 self._last_failed[instance.model_id, instance.runner] = instance
+                self.totals[instance.labels].deaths += 1
                 lasting = process.capabilities is None and failed.code != "runner_died"  # it stated why it cannot load
                 breaker.failed(failed, anyio.current_time(), random.random(), lasting=lasting)
 
@@ -426,6 +434,8 @@ class RunnerPool:
         except Exception:
             log.exception("%s has ended by an error of the server", instance.id)
         finally:
+            if process.prefixes is not None:
+                self.totals[instance.labels].note_prefixes(process.prefixes)
             del self._instances[instance.id]
             self._budget.release(instance.id)
             self._settle()

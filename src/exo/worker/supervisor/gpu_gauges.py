@@ -1,0 +1,48 @@
+"""Memory, utilisation, temperature and power of NVIDIA GPUs, from the driver."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from exo.worker.supervisor.host_probe import query_nvml
+
+
+@dataclass(frozen=True, slots=True)
+class GpuGauges:
+    """One GPU now. None where the driver does not tell. Memory in bytes."""
+
+    name: str
+    """The engines' name of the device, such as "CUDA0", or its address if it is hidden from them."""
+    memory_used: int
+    memory_free: int
+    utilisation: float | None
+    """Share of the last moment in which it computed, 0 to 1."""
+    celsius: float | None
+    watts: float | None
+
+
+def read_gpus(names: Sequence[str]) -> list[GpuGauges]:
+    """Reads the GPUs with these names, which are in the driver's order. Empty without a driver. May block."""
+
+    def query(nvml: ModuleType) -> list[GpuGauges]:
+        return [_read(nvml, nvml.nvmlDeviceGetHandleByIndex(index), name) for index, name in enumerate(names)]
+
+    return query_nvml(query, []) if names else []
+
+
+def _read(nvml: ModuleType, device: object, name: str) -> GpuGauges:
+    def told(read: Callable[[], float], scale: float) -> float | None:
+        try:
+            return read() / scale
+        except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
+            return None
+
+    memory = nvml.nvmlDeviceGetMemoryInfo(device)
+    return GpuGauges(
+        name=name,
+        memory_used=int(memory.total - memory.free),
+        memory_free=int(memory.free),
+        utilisation=told(lambda: nvml.nvmlDeviceGetUtilizationRates(device).gpu, 100),
+        celsius=told(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU), 1),
+        watts=told(lambda: nvml.nvmlDeviceGetPowerUsage(device), 1000),
+    )
