@@ -119,3 +119,36 @@ def test_more_first_tokens_than_tokens_are_refused(sampling_program: Program) ->
     request = ask(next(name), max_tokens=4).model_copy(update={"min_tokens": 5})
     failed = one(sampling_program, request).failed
     assert (failed.code, failed.param) == ("invalid_request", "min_tokens")
+
+
+def test_a_stop_token_ends_the_output_and_is_no_part_of_its_text(sampling_program: Program) -> None:
+    plain = one(sampling_program, ask(next(name), seed=5, temperature=2.0, max_tokens=30))
+    at = next(at for at, token in enumerate(plain.tokens) if at > 2 and token not in plain.tokens[:at])
+    request = ask(next(name), seed=5, temperature=2.0, max_tokens=30)
+    request = request.model_copy(update={"stop_tokens": (plain.tokens[at], 0)})
+    result = goes_on_from_everywhere(sampling_program, request)
+    assert result.tokens == plain.tokens[: at + 1]
+    assert (result.finished.reason, result.finished.stop) == ("stop", None)
+    longer = request.model_copy(update={"id": next(name), "min_tokens": at + 1})
+    assert one(sampling_program, longer).tokens[: at + 2] == plain.tokens[: at + 2]
+
+
+def test_the_text_may_end_with_what_ended_it(sampling_program: Program) -> None:
+    biased = ask(next(name), logit_bias={ord("a"): 10_000.0}, max_tokens=40)
+    for update, text in (({"stop": ("aaa",)}, "aaa"), ({"stop_tokens": (ord("a"),)}, "a")):
+        request = biased.model_copy(update={"id": next(name), **update})
+        assert one(sampling_program, request).text == ""
+        shown = request.model_copy(update={"id": next(name), "show_stop": True})
+        result = goes_on_from_everywhere(sampling_program, shown)
+        assert (result.text, result.finished.reason) == (text, "stop")
+
+
+def test_only_allowed_tokens_are_chosen(sampling_program: Program) -> None:
+    for temperature in (0.0, 5.0):
+        request = ask(next(name), seed=2, temperature=temperature, max_tokens=40, allowed=(*b"xyz",))
+        result = goes_on_from_everywhere(sampling_program, request)
+        assert set(result.tokens) <= {*b"xyz"}
+        assert len(result.tokens) == 40
+    biased = ask(next(name), allowed=(*b"xyz",), logit_bias={ord("y"): 100.0, ord("a"): 100.0}, max_tokens=5)
+    assert one(sampling_program, biased).text == "yyyyy"
+    assert one(sampling_program, ask(next(name), allowed=(10**6,))).failed.param == "allowed"

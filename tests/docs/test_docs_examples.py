@@ -83,6 +83,7 @@ PRINTS: dict[tuple[str, str], str] = {
     ("POST /tokenize and POST /detokenize", "bash"): r'"piece":"O.*\{"content":"On"\}',
     ("POST /apply-template", "bash"): r"user\\nhi",
     ("POST /v1/rerank", "bash"): r'"results":\[\{"index":[01],"relevance_score":-?[0-9.e-]+\}\]',
+    ("POST /v1/score", "bash"): r'"data":\[\{"index":0,"object":"score","score":-?[0-9.e-]+\},\{"index":1',
     ("The server itself", "bash"): r'"status":"ok".*"status":"ready".*"state":"R.*"reason":"card prefers',
     ("The server itself", "python"): r"test/tiny cuda R.*of 4 slots busy",
 }

@@ -100,3 +100,40 @@ def test_the_models_own_size_is_accepted_for_dimensions(client: httpx.Client) ->
     whole = vector()
     assert vector(dimensions=len(whole)) == pytest.approx(whole)
     assert math.hypot(*whole) == pytest.approx(1)
+
+
+def test_pairs_of_texts_are_scored_as_vllm_does(client: httpx.Client) -> None:
+    def scores(**body: object) -> list[float]:
+        reply = client.post("/v1/score", json=body)
+        assert reply.status_code == 200, reply.text
+        return [each["score"] for each in reply.json()["data"]]
+
+    ranked = client.post("/v1/rerank", json={"model": "ranks", "query": "q", "documents": ["a", "bb"]}).json()
+    raw = [each["relevance_score"] for each in sorted(ranked["results"], key=lambda each: each["index"])]
+    pair = {"model": "ranks", "text_1": "q", "text_2": ["a", "bb"]}
+    assert scores(**pair, use_activation=False) == pytest.approx(raw)
+    assert scores(**pair) == pytest.approx([1 / (1 + math.exp(-each)) for each in raw])
+    assert scores(model="ranks", queries=["q", "q"], documents=["a", "bb"], use_activation=False) == pytest.approx(raw)
+    one, other = (
+        each["embedding"]
+        for each in client.post("/v1/embeddings", json={"model": "embeds", "input": ["a", "bb"]}).json()["data"]
+    )
+    cosine = sum(left * right for left, right in zip(one, other, strict=True))
+    assert scores(model="embeds", text_1="a", text_2=["a", "bb"]) == pytest.approx([1, cosine])
+    for wrong in (
+        {"text_1": "a"},
+        {"text_2": "a"},
+        {"text_1": ["a", "b"], "text_2": ["a"]},
+        {"text_1": "", "text_2": "a"},
+    ):
+        assert client.post("/v1/score", json={"model": "embeds", **wrong}).status_code == 400, wrong
+    long = client.post("/v1/score", json={"model": "ranks", "text_1": "a", "text_2": ["b", LONG]})
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "text_2.1")
+
+
+def test_what_llama_server_does_to_slots_and_adapters_is_named_where_it_is_missing(client: httpx.Client) -> None:
+    assert client.get("/lora-adapters").json() == []
+    for path, word in (("/slots/0?action=save", "prefix_disk_bytes"), ("/lora-adapters", "LoRA")):
+        refused = client.post(path, json={"filename": "a.bin"})
+        assert refused.status_code == 501
+        assert word in refused.json()["error"]["message"]

@@ -77,6 +77,25 @@ def test_stop_token_ids_end_a_reply_without_being_part_of_it(server: ServeProgra
         assert (text, choice["finish_reason"]) == ("one two\n", "stop")
 
 
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
+def test_a_reply_may_end_with_what_ended_it_and_have_allowed_tokens_only(server: ServeProgram, path: str) -> None:
+    def said(**body: object) -> str:
+        messages = [{"role": "user", "content": PROMPT}]
+        reply = post(server, path, **body, messages=messages, include_stop_str_in_output=True).json()
+        (choice,) = reply.get("choices", [{"text": reply.get("content")}])
+        return choice["text"] if "text" in choice else choice["message"]["content"]
+
+    assert said(stop=["three"]) == "one two\nthree"
+    assert said(stop_token_ids=[FIRST + 2]) == "one two\nthree "
+    assert said(allowed_token_ids=[FIRST + 1], max_tokens=2, n_predict=2) == "two\ntwo\n"
+    both = post(
+        server, path, allowed_token_ids=[1], grammar='root ::= "a"', messages=[{"role": "user", "content": "a"}]
+    )
+    wrong = post(server, path, allowed_token_ids=[1 << 20], messages=[{"role": "user", "content": "a"}])
+    for refused in (both, wrong):
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "allowed_token_ids"), refused.text
+
+
 def test_a_stop_token_does_not_end_the_first_min_tokens(server: ServeProgram) -> None:
     body = {"stop_token_ids": [FIRST, FIRST + 2], "min_tokens": 2}
     assert post(server, **body).json()["content"] == "one two\n"

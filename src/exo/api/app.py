@@ -25,6 +25,7 @@ from exo.api.openai.embeddings import embedding_routes
 from exo.api.openai.models import model_list_routes
 from exo.api.openai.responses.routes import responses_routes
 from exo.api.openai.routes import openai_routes
+from exo.api.vllm_score import score_routes
 from exo.config import Settings
 from exo.serving.app_state import Services
 
@@ -49,6 +50,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(llama_routes(services))
     app.include_router(llama_completion_routes(services))
     app.include_router(llama_status_routes(services))
+    app.include_router(score_routes(services))
     app.include_router(anthropic_routes(services))
     app.include_router(ollama_routes(services))
     app.include_router(embed_routes(services))

@@ -342,7 +342,7 @@ def _settings(body: LlamaGenerationFields, sampling: SamplingParams) -> dict[str
     """The sampling parameters in force, by llama-server's names."""
     limit = body.max_tokens if body.n_predict is None else body.n_predict
     return {
-        **sampling.model_dump(exclude={"repetition_penalty", "logit_bias"}),
+        **sampling.model_dump(exclude={"repetition_penalty", "logit_bias", "allowed"}),
         "repeat_penalty": sampling.repetition_penalty,
         "logit_bias": [{"token": token, "bias": bias} for token, bias in sampling.logit_bias.items()],
         "n_predict": -1 if limit is None else limit,

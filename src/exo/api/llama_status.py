@@ -1,9 +1,10 @@
 """llama-server's endpoints that tell what a server is and does: properties and slots."""
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 
 from exo import __version__
+from exo.api.http.errors import ApiError
 from exo.serving.app_state import Services
 from exo.serving.model_facts import model_facts
 
@@ -80,5 +81,25 @@ def llama_status_routes(services: Services) -> APIRouter:
             if each.capabilities is not None and only in (None, each.model_id)
             for number in range(each.slots)
         ]
+
+    @routes.post("/slots/{slot}", include_in_schema=False)
+    async def slot_action(slot: str) -> None:
+        raise ApiError(
+            501,
+            f"slot {slot} cannot be saved, restored or erased by a request: exo keeps computed prompts by itself,"
+            " in RAM and on disk, and finds them again; prefix_cache_bytes and prefix_disk_bytes in the model card"
+            " bound them",
+            code="not_implemented",
+        )
+
+    @routes.get("/lora-adapters")
+    async def lora_adapters() -> list[JsonValue]:
+        """None: no runner loads adapters."""
+        return []
+
+    @routes.post("/lora-adapters", include_in_schema=False)
+    async def set_lora_adapters() -> None:
+        message = "no runner loads LoRA adapters; merge an adapter into its model, and serve the result"
+        raise ApiError(501, message, code="not_implemented")
 
     return routes

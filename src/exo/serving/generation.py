@@ -295,6 +295,7 @@ class Generation:
             "prompt": request.prompt_field,
             "prompt_logprobs": "logprobs",
             "stop_tokens": "stop_token_ids",
+            "allowed": "allowed_token_ids",
         }
         failed, member = naming_tools(error.failed, request), prompt if len(request.prompts) > 1 else None
         return from_failed(failed, params=names, retry_seconds=error.retry_seconds, member=member)
@@ -309,7 +310,7 @@ class Generation:
                 message = f"logit_bias: {accepted} (got {token})"
                 raise RequestError(message, code="invalid_value", param="logit_bias")
         defaults = card.sampling_defaults.model_dump(exclude_none=True, exclude={"thinking", "non_thinking"})
-        chosen = {**defaults, **request.sampling, "logit_bias": request.logit_bias}
+        chosen = {**defaults, **request.sampling, "logit_bias": request.logit_bias, "allowed": request.allowed}
         first_seed = secrets.randbits(64) if request.seed is None else request.seed
         sequences: list[Generate] = []
         for at, each in enumerate(prepared):
@@ -319,6 +320,7 @@ class Generation:
                 sampling=SamplingParams.model_validate({**chosen, "seed": first_seed % _SEEDS}),
                 stop=request.stop,
                 stop_tokens=request.stop_tokens,
+                show_stop=request.show_stop,
                 max_tokens=request.max_tokens,
                 min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,

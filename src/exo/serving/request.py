@@ -89,10 +89,14 @@ class GenerationRequest:
     sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     """Fields of ``SamplingParams`` that the client set; the card's defaults apply to the others."""
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    allowed: tuple[int, ...] = ()
+    """No other tokens are chosen; empty for all."""
     seed: int | None = None
     """Choice i of a prompt is generated with ``seed + i``. None means a random seed."""
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
+    show_stop: bool = False
+    """Whether the stop string or stop token that ends the output is part of it."""
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False

@@ -15,19 +15,17 @@ from exo.serving.request import Prompt as AnyPrompt
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
-_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias"}
+_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias", "allowed"}
 MAX_CHOICES = 1024
 """The maximum of prompts times ``n``."""
 MAX_INPUTS = 2048
 """The maximum of texts to embed."""
 UNSUPPORTED: Unsupported = {
     "add_special_tokens": (False,),
-    "allowed_token_ids": ([],),
     "audio": (),
     "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "lora": ([],),
     "modalities": (["text"],),
@@ -189,6 +187,12 @@ class GenerationFields(RequestBody):
     stop_token_ids: list[TokenId] = Field(
         default=[], max_length=1024, description="Further tokens that end the reply, of which they are no part."
     )
+    include_stop_str_in_output: bool = Field(
+        default=False, description="The reply ends with the stop string or stop token instead of before it."
+    )
+    allowed_token_ids: list[TokenId] = Field(
+        default=[], max_length=1 << 17, description="No other tokens are chosen. Empty: all may be."
+    )
     max_tokens: Annotated[int | None, NoLimit] = Field(
         default=None, ge=1, le=1 << 31, description="Null or -1: until the context is full."
     )
@@ -263,6 +267,8 @@ class GenerationFields(RequestBody):
         if len(found := self.constraints) > 1:
             both = " and ".join(each.param for each in found)
             raise invalid(f"give only one of {both}", found[1].param)
+        if found and self.allowed_token_ids:
+            raise invalid(f"not accepted together with {found[0].param}", "allowed_token_ids")
         return self
 
     def generation_request(
@@ -284,6 +290,8 @@ class GenerationFields(RequestBody):
             seed=self.seed,
             stop=tuple(self.stop),
             stop_tokens=tuple(self.stop_token_ids),
+            show_stop=self.include_stop_str_in_output,
+            allowed=tuple(self.allowed_token_ids),
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,

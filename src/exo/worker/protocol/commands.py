@@ -15,7 +15,8 @@ class SamplingParams(Message):
     1. ``repetition_penalty`` r over the distinct tokens of prompt and output so far: positive logits are divided by r,
        negative ones multiplied (Keskar et al., "CTRL", 2019). ``presence_penalty`` and ``frequency_penalty`` subtract
        from the logits of tokens already in the output, once or per occurrence (OpenAI's formula).
-    2. ``logit_bias`` is added.
+    2. ``logit_bias`` is added. With ``allowed`` tokens, all others are excluded, unless the grammar or the limit of
+       reasoning leaves only such.
     3. ``temperature`` divides; 0 is greedy: the largest logit wins, the lowest id among equals.
     4. The ``top_k`` largest are kept (0: all), with all equals of the last one. Probabilities below ``min_p`` times the
        largest are dropped. Then the smallest set of the most probable tokens whose sum reaches ``top_p`` is kept.
@@ -33,6 +34,8 @@ class SamplingParams(Message):
     presence_penalty: float = Field(default=0.0, ge=-100, le=100)
     frequency_penalty: float = Field(default=0.0, ge=-100, le=100)
     logit_bias: Mapping[int, float] = {}
+    allowed: tuple[int, ...] = ()
+    """Empty: all."""
     seed: int = Field(ge=0, lt=1 << 64)
 
 
@@ -120,7 +123,9 @@ class Generate(Message):
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
-    """Further tokens that end the output, as stop strings do. They add nothing to the text."""
+    """Further tokens that end the output, as stop strings do."""
+    show_stop: bool = False
+    """The stop string or stop token that ends the output is part of its text."""
     max_tokens: int | None = Field(default=None, ge=0)
     """None: until the context is full. 0: only the prompt is computed."""
     ignore_eos: bool = False

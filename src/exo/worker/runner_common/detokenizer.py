@@ -34,8 +34,19 @@ class TextStream:
     ``finish`` has been called.
     """
 
-    def __init__(self, stop: Sequence[str] = (), min_tokens: int = 0, stop_tokens: Iterable[int] = ()) -> None:
-        """The first ``min_tokens`` tokens are no stop tokens, and no stop string is looked for in their text."""
+    def __init__(
+        self,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        stop_tokens: Iterable[int] = (),
+        *,
+        show_stop: bool = False,
+    ) -> None:
+        """The first ``min_tokens`` tokens are no stop tokens, and no stop string is looked for in their text.
+
+        With ``show_stop``, the text ends with the stop string or stop token instead of before it.
+        """
+        self._show_stop = show_stop
         self._stop_tokens = frozenset(stop_tokens)
         self._unstopped = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -64,7 +75,7 @@ class TextStream:
             return self._decoder.decode(data)
         if token in self._stop_tokens:
             self._met_token = True
-            return ""
+            return self.push(data) if self._show_stop and data else ""
         if data:
             return self.push(data)
         return self._push_control(vocabulary.piece_of(token).decode(errors="replace")) if self._stop else ""
@@ -97,20 +108,23 @@ class TextStream:
             return "" if self.stopped_by is not None else text
         text = self._held + text
         if match := self._first_match(text):
-            start, self.stopped_by = match
+            start, end, self.stopped_by = match
             self._held = ""
-            return self._without_marks(text[:start])
+            return self._without_marks(text[: end if self._show_stop else start])
         keep = self._possible_prefix(text)
         self._held = text[len(text) - keep :]
         return self._without_marks(text[: len(text) - keep])
 
-    def _first_match(self, text: str) -> tuple[int, str] | None:
-        """The match that ends first, as it would if the text came a character at a time; of those the longest."""
+    def _first_match(self, text: str) -> tuple[int, int, str] | None:
+        """The match that ends first, as it would if the text came a character at a time; of those the longest.
+
+        Returns its start, its end and the stop string.
+        """
         found = [(at + len(each), at, stop) for each, stop in self._stop.items() if (at := text.find(each)) >= 0]
         if not found:
             return None
-        _, start, stop = min(found)
-        return start, stop
+        end, start, stop = min(found)
+        return start, end, stop
 
     def _possible_prefix(self, text: str) -> int:
         """How many characters at the end of ``text`` could be the beginning of a stop string."""

@@ -34,6 +34,7 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
     tokens = {
         "prompt": prompt,
         "logit_bias": request.sampling.logit_bias,
+        "allowed": request.sampling.allowed,
         "delivered": request.delivered,
         "stop_tokens": request.stop_tokens,
     }
@@ -155,7 +156,7 @@ def resume(request: Generate, n_prompt: int, n_limit: int, output: Vocabulary) -
 
     A request with ``max_tokens`` 0 has not ended: its prompt is still to be computed.
     """
-    text = TextStream(request.stop, request.min_tokens, request.stop_tokens)
+    text = TextStream(request.stop, request.min_tokens, request.stop_tokens, show_stop=request.show_stop)
     ended: FinishReason | None = None
     for token in request.delivered:
         text.take(token, output, show_special=request.show_special)

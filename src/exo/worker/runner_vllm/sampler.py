@@ -28,6 +28,9 @@ Tensor = Any
 CHOICE = "exo_choice"
 """The key of a request's ``Choice`` in vLLM's extra arguments."""
 
+EXCLUDED = -1e30
+"""Added to the logits of tokens that a request does not allow. It is finite, so one that must come still can."""
+
 SMALLEST = 1e-30
 """A lower bound of temperatures that is not 0 in float32."""
 
@@ -129,7 +132,7 @@ class Chooser(interface.LogitsProcessor):
             return
         if choice.penalised:
             self._penalise(logits, row)
-        if choice.sampling.logit_bias:
+        if choice.biased:
             if row.bias is None:
                 row.bias = _bias(choice, logits)
             logits += row.bias
@@ -182,6 +185,10 @@ def _bias(choice: Choice, logits: Tensor) -> Tensor:
     bias = np.zeros(logits.shape[0], np.float32)
     for token, value in choice.sampling.logit_bias.items():
         bias[token] = value
+    if allowed := choice.sampling.allowed:
+        excluded = np.full(bias.shape, EXCLUDED, np.float32)
+        excluded[list(allowed)] = 0.0
+        bias += excluded
     return torch.from_numpy(bias).to(logits.device)
 
 

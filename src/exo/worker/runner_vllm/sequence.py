@@ -39,6 +39,11 @@ class Choice:
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
 
     @property
+    def biased(self) -> bool:
+        """Whether some tokens are more or less probable than the model says."""
+        return bool(self.sampling.logit_bias or self.sampling.allowed)
+
+    @property
     def restricted(self) -> bool:
         """Whether a token may be excluded from the next place."""
         return self.constraint is not None and self.constraint.restricts()
@@ -46,7 +51,7 @@ class Choice:
     @property
     def alters(self) -> bool:
         """Whether logits are changed before a token is chosen."""
-        return bool(self.penalised or self.sampling.logit_bias or self.ends_at > self.n_prompt or self.restricted)
+        return bool(self.penalised or self.biased or self.ends_at > self.n_prompt or self.restricted)
 
 
 @dataclass(slots=True, eq=False)

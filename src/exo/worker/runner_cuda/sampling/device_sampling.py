@@ -70,7 +70,7 @@ def needed(sequence: Sequence, tokens: int = 1) -> int:
     penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     scored = sequence.logprobs is not None or sequence.prompt_logprobs is not None
     restricted = sequence.constraint is not None and sequence.constraint.restricts(tokens)
-    if penalised or scored or params.logit_bias or restricted:
+    if penalised or scored or params.logit_bias or params.allowed or restricted:
         return 0
     k = 1 if sampler.is_greedy else params.top_k
     return k + len(sampler.forbidden(len(sequence.tokens))) + 1 if k else 0

@@ -25,6 +25,8 @@ from exo.worker.runner_cuda.sampling.candidates import (
     top_k,
 )
 
+_EXCLUDED = -1e30
+"""Added to the logits of tokens that a request does not allow. It is finite, so one that must come still can."""
 _COLDEST = 1e-30
 """Replaces temperatures whose inverse is infinite in float32. The largest logit wins either way."""
 
@@ -43,6 +45,8 @@ class Sampler:
     """Occurrences in the output."""
     _bias_ids: Ids = field(init=False)
     _bias: Row = field(init=False)
+    _excluded: Row | None = None
+    """The bias of tokens that are not allowed, shape (n_vocab,); made with the first row."""
 
     def __post_init__(self) -> None:
         self._bias_ids = np.fromiter(self.params.logit_bias.keys(), np.intp)
@@ -91,7 +95,7 @@ class Sampler:
         return self.ends if position < self.ends_at else ()
 
     def adjust(self, row: Row, position: int) -> None:
-        """Applies penalties, bias and ``forbidden`` to the row in place. Only the tokens concerned are touched."""
+        """Applies penalties, biases and ``forbidden`` to the row in place."""
         params = self.params
         if self.seen:
             ids = np.fromiter(self.seen, np.intp)
@@ -103,6 +107,11 @@ class Sampler:
             row[ids] -= params.presence_penalty + params.frequency_penalty * times
         if self._bias_ids.size:
             row[self._bias_ids] += self._bias
+        if params.allowed:
+            if self._excluded is None:
+                self._excluded = np.full(row.shape, _EXCLUDED, np.float32)
+                self._excluded[list(params.allowed)] = 0.0
+            row += self._excluded
         if forbidden := self.forbidden(position):
             row[list(forbidden)] = -np.inf
 

@@ -17,6 +17,9 @@ from exo.worker.runner_mlx.sequence import MlxSequence
 FAILED = -1
 """Replaces the token of a row whose largest logit is NaN or infinite: the computation went wrong there."""
 
+EXCLUDED = -1e30
+"""Added to the logits of tokens that a request does not allow. It is finite, so one that must come still can."""
+
 SUM_BLOCK = 64
 """Probabilities are summed in blocks of blocks, because float32's rounding error grows with the terms of one sum."""
 
@@ -45,7 +48,7 @@ def kind_of(sequence: MlxSequence, n_vocab: int) -> Kind:
     penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
     return Kind(
         penalised=penalised,
-        biased=bool(params.logit_bias),
+        biased=bool(params.logit_bias or params.allowed),
         ending=len(sequence.tokens) < sequence.ends_at,
         greedy=greedy,
         top_k=0 if greedy or params.top_k >= n_vocab else params.top_k,
@@ -244,4 +247,8 @@ def _bias(sequences: Rows[MlxSequence], n_vocab: int) -> mx.array:
         if sequence.sampling.logit_bias:
             ids = mx.array(list(sequence.sampling.logit_bias))
             bias[row, ids] = mx.array(list(sequence.sampling.logit_bias.values()), mx.float32)
+        if allowed := sequence.sampling.allowed:
+            excluded = mx.full((n_vocab,), EXCLUDED)
+            excluded[mx.array(allowed)] = 0.0
+            bias[row] += excluded
     return bias
