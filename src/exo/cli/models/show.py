@@ -24,9 +24,9 @@ from exo.worker.router import Refusal, Route, route
 from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.placement_plan import PlacementPlan
+from exo.worker.supervisor.placement_plan import PlacementPlan, layers_in_words
 
-_SHOWN = ("n_ctx", "max_model_len", "slots", "n_gpu_layers", "cache_type_k", "cache_type_v")
+_SHOWN = ("n_ctx", "max_model_len", "slots", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")
 """Settings that have a row of their own."""
 
 
@@ -174,7 +174,7 @@ def _plan_rows(plan: PlacementPlan) -> Iterator[tuple[str, str]]:
         kind = f", KV cache {plan.kv_type}" if plan.kv_type else ""
         yield "slots", f"{plan.slots}{kind}"
     if plan.layers and (len(plan.layers) > 1 or "RAM" not in plan.layers):
-        yield "layers", ", ".join(f"{count} on {place}" for place, count in plan.layers.items())
+        yield "layers", layers_in_words(plan.layers, plan.experts_in_ram)
     chosen = {key: value for key, value in plan.settings.items() if key not in _SHOWN}
     if chosen:
         yield "settings", ", ".join(f"{key} {value}" for key, value in chosen.items())

@@ -20,6 +20,10 @@ class FimTokens(Message):
     """Precedes each further file."""
 
 
+RAM = "RAM"
+"""The name of the processors' memory in ``Layout.layers``."""
+
+
 class Capabilities(Message):
     """The abilities of this runner with this model."""
 
@@ -40,6 +44,10 @@ class Capabilities(Message):
     model_bytes: int = 0
     kv_type: str = ""
     """The number format of the KV cache, or those of keys and values; empty if it is the model's own."""
+    layers: Mapping[str, int] = {}
+    """The number of layers in each place, by the engine's account; see ``Layout.layers``."""
+    experts_in_ram: int = 0
+    """The number of layers on a device whose experts are in RAM, by the engine's account."""
     chat_template: str | None = None
     """Jinja source, from the card or else from the model's file."""
     tool_template: str | None = None
@@ -69,6 +77,8 @@ class Layout(Message):
     """See ``Capabilities.kv_type``."""
     layers: Mapping[str, int] = {}
     """The number of layers in each place, "RAM" or a device; empty if the runner has one place only."""
+    experts_in_ram: int = 0
+    """The number of layers on a device whose experts are in RAM."""
     batch: int = 0
     """The most prompt tokens of a step; 0 if the runner does not say."""
 

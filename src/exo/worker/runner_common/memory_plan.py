@@ -31,6 +31,8 @@ class Plan:
     n_ctx: int
     slots: int
     n_gpu_layers: int | None = None
+    cpu_moe: int = 0
+    """The experts of the first so many layers stay in RAM."""
     cache_type: str | None = None
     """The type of keys and values; None: the one in the model card."""
     prefix_cache_bytes: int = 0
@@ -75,6 +77,9 @@ class Open:
     slots: bool = False
     """Whether there may be fewer slots than the plan has."""
     n_gpu_layers: bool = False
+    cpu_moe: bool = False
+    experts: tuple[int, ...] = ()
+    """Values of ``Plan.cpu_moe``, each of which keeps the experts of one layer more in RAM than the one before."""
     small_cache: str | None = None
     """A smaller type of keys and values that the model card allows."""
     trained: int = USABLE
@@ -112,7 +117,8 @@ def estimated(
     the largest one of those that may be reduced.
 
     A longer context comes before more slots, as long as there is one slot, or two beyond ``LONG``. At ``USABLE`` tokens
-    in one slot the smaller type of the KV cache comes next, then fewer layers on the device, then shorter contexts.
+    in one slot the smaller type of the KV cache comes next, then experts in RAM, then fewer layers on the device, then
+    shorter contexts.
     ``cache_types`` are those that are smaller than the card's, the largest first.
     """
     describe = describe or _layout
@@ -190,21 +196,30 @@ def _whole(plan: Plan, left: Open) -> Iterator[Plan]:
 
 
 def _reduced(plan: Plan, left: Open) -> Iterator[Plan]:
-    """Plans with what a user notices: a smaller type of the cache, fewer layers on the device, a short context."""
+    """Plans with what a user notices: a smaller type of the cache, less on the device, a short context."""
     lengths, groups = _lengths(plan, left), _groups(plan, left)
     usable = min(lengths[0], max(USABLE, lengths[-1]))
     least = replace(plan, n_ctx=usable, slots=min(_slots(plan, left)), cache_type=left.small_cache or plan.cache_type)
     if left.small_cache is not None:
         for group in groups:
             yield from _variants(least, left, group)
-    fewer = range(left.layers - 1, -1, -1) if left.n_gpu_layers else ()
-    for n_gpu_layers in fewer:
-        yield from _variants(replace(least, n_gpu_layers=n_gpu_layers), left, groups[-1])
+    fewer = list(_less_on_device(least, left))
+    for each in fewer:
+        yield from _variants(each, left, groups[-1])
     short = [each for each in lengths if each < usable]
-    for n_ctx, n_gpu_layers in product(short[:: _SPARSE if fewer else 1], (plan.n_gpu_layers, *fewer)):
-        layers = replace(least, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers)
-        for group in groups if n_gpu_layers == plan.n_gpu_layers else groups[-1:]:
-            yield from _variants(layers, left, group)
+    for n_ctx, each in product(short[:: _SPARSE if fewer else 1], (least, *fewer)):
+        for group in groups if each is least else groups[-1:]:
+            yield from _variants(replace(each, n_ctx=n_ctx), left, group)
+
+
+def _less_on_device(plan: Plan, left: Open) -> Iterator[Plan]:
+    """The plan with the experts of more and more layers in RAM, then with fewer and fewer layers on the device."""
+    if left.cpu_moe:
+        for count in left.experts:
+            yield (plan := replace(plan, cpu_moe=count))
+    if left.n_gpu_layers:
+        for n_gpu_layers in range(left.layers - 1, -1, -1):
+            yield replace(plan, n_gpu_layers=n_gpu_layers)
 
 
 def _lengths(plan: Plan, left: Open) -> list[int]:
@@ -245,6 +260,8 @@ def _chosen(plan: Plan, left: Open) -> dict[str, JsonValue]:
         values["slots"] = plan.slots
     if left.n_gpu_layers:
         values["n_gpu_layers"] = plan.n_gpu_layers
+    if left.cpu_moe:
+        values["cpu_moe"] = plan.cpu_moe
     if left.small_cache is not None and plan.cache_type is not None:
         values |= {"cache_type_k": plan.cache_type, "cache_type_v": plan.cache_type}
     if left.prefix_caches:
@@ -278,6 +295,10 @@ def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tu
         yield {"slots": slots}, replace(plan, slots=slots)
     for kind in cache_types:
         yield {"cache_type_k": kind, "cache_type_v": kind}, replace(plan, cache_type=kind)
+    if plan.n_gpu_layers and not left.cpu_moe:
+        for count in left.experts:
+            if count > plan.cpu_moe:
+                yield {"cpu_moe": count}, replace(plan, cpu_moe=count)
     if plan.n_gpu_layers is not None and not left.n_gpu_layers:
         for n_gpu_layers in range(left.layers - 1, -1, -1):
             yield {"n_gpu_layers": n_gpu_layers}, replace(plan, n_gpu_layers=n_gpu_layers)

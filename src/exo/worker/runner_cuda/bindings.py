@@ -5,6 +5,7 @@ the layouts change in nearly every release.
 """
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from exo.worker.protocol.events import RAM
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.devices import Gpu
-from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
+from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, Pooling
+from exo.worker.runner_cuda.loading.placement import experts_of
 from exo.worker.runner_cuda.prefix.moved import Move, in_order
 
 Logits = npt.NDArray[np.float32]
@@ -40,19 +43,44 @@ class EngineError(Exception):
 
 
 class Log:
-    """Receives llama.cpp's log. Warnings and errors go to standard error; the last errors are kept for diagnosis."""
+    """Receives llama.cpp's log. Warnings and errors go to standard error; the last errors are kept for diagnosis.
 
-    WARNING, ERROR = 3, 4
+    It also keeps llama.cpp's account of the places of a model's layers, of the last model that was loaded.
+    """
+
+    DEBUG, WARNING, ERROR = 1, 3, 4
+    _LAYER = re.compile(rb"load_tensors: layer +(\d+) assigned to device (\S+),")
+    _IN_RAM = re.compile(rb"tensor blk\.(\d+)\.\S+ \(.*\) buffer type overridden to ")
     # llama.cpp keeps the function's address until the process ends, so the function must never be collected.
     _callbacks: ClassVar[list[object]] = []
 
     def __init__(self) -> None:
         self.errors: list[str] = []
+        self._places: dict[int, str] = {}
+        self._overridden: set[int] = set()
         callback = llama_cpp.llama_log_callback(self._receive)
         self._callbacks.append(callback)
         llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
 
+    @property
+    def layers(self) -> dict[str, int]:
+        """The number of layers in each place, as in ``Layout.layers``."""
+        places = [RAM if name == CPU else name for name in self._places.values()]
+        return {name: places.count(name) for name in dict.fromkeys(places)}
+
+    @property
+    def experts_in_ram(self) -> int:
+        """The number of layers on a device with tensors that ``cpu_moe`` keeps in RAM."""
+        return sum(self._places[layer] != CPU for layer in self._overridden)
+
     def _receive(self, level: int, text: bytes, _: object) -> None:
+        if level == self.DEBUG and (found := self._LAYER.match(text)):
+            layer = int(found[1])
+            if layer == 0:
+                self._places, self._overridden = {}, set()
+            self._places[layer] = found[2].decode()
+        elif level == self.DEBUG and (found := self._IN_RAM.match(text)):
+            self._overridden.add(int(found[1]))
         if level not in (self.WARNING, self.ERROR):
             return
         line = text.decode(errors="replace").strip()
@@ -80,8 +108,8 @@ class Model:
         params.n_gpu_layers = options.n_gpu_layers if devices else 0
         params.split_mode = SPLIT_MODES[options.split_mode if devices else "none"]
         params.use_extra_bufts = not options.exact  # repacked weights have other kernels from four rows on
-        if not devices:  # memory-mapped files cannot use huge pages
-            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        # Memory-mapped files cannot use huge pages, and stay in RAM beside rearranged weights.
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
 
         def progress(done: float, _: object) -> bool:
             on_progress(done)
@@ -92,6 +120,11 @@ class Model:
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*(each.handle for each in devices), None)
         # The bindings declare this field as a bare pointer, which an array does not assign to.
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore[reportAttributeAccessIssue]
+        in_ram = (_Override * 2)()
+        if devices and options.cpu_moe:
+            in_ram[0] = _Override(experts_of(options.cpu_moe).encode(), _ram())
+            # The bindings declare this field as a bare pointer, too.
+            params.tensor_buft_overrides = ctypes.cast(in_ram, ctypes.c_void_p)  # pyright: ignore[reportAttributeAccessIssue]
         if options.tensor_split is not None:
             shares = (ctypes.c_float * llama_cpp.llama_max_devices())(*options.tensor_split)
             params.tensor_split = shares
@@ -107,6 +140,7 @@ class Model:
         self.n_layers = llama_cpp.llama_model_n_layer(handle)
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
         self.size_bytes = llama_cpp.llama_model_size(handle)
+        self.layers, self.experts_in_ram = log.layers, log.experts_in_ram
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
         """Whether a sequence's last tokens can be removed from the cache."""
         self.window = llama_cpp.llama_model_n_swa(handle)
@@ -135,6 +169,20 @@ class Model:
     def free(self) -> None:
         """Frees the model. Call it after every context over this model is freed."""
         llama_cpp.llama_model_free(self.handle)
+
+
+class _Override(ctypes.Structure):
+    """``struct llama_model_tensor_buft_override``: the type of buffer for tensors whose names match a pattern."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _ram() -> int:
+    """Returns ggml's handle of the type of buffers in RAM."""
+    from llama_cpp.llama_cpp import _lib as lib  # pyright: ignore[reportPrivateUsage]
+
+    lib.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    return lib.ggml_backend_cpu_buffer_type()
 
 
 @dataclass(frozen=True, slots=True)

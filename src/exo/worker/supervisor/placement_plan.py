@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from exo.worker.protocol.events import Estimated, LoadOption
+from exo.worker.protocol.events import RAM, Estimated, LoadOption
 from exo.worker.supervisor.memory import HOST, Memory
 
 if TYPE_CHECKING:  # exo ps has no use for it
@@ -25,6 +25,8 @@ class PlacementPlan(BaseModel):
     """The number format of the KV cache."""
     layers: Mapping[str, int] = {}
     """The number of layers in each place, "RAM" or a device. The output counts as one."""
+    experts_in_ram: int = 0
+    """The number of layers on a device whose experts are in RAM."""
     batch: int = 0
     """The most prompt tokens of a step."""
     settings: Mapping[str, JsonValue] = {}
@@ -47,6 +49,12 @@ class PlacementPlan(BaseModel):
             return plan
         limit = _limit(estimated, option, layout.context_length, budget, room)
         return plan.model_copy(update={**dict(layout), "limit": limit})
+
+
+def layers_in_words(layers: Mapping[str, int], experts_in_ram: int) -> str:
+    """Where a model's layers are, such as "20 in RAM, 29 on CUDA0"; see ``Layout``."""
+    places = ", ".join(f"{count} {'in' if place == RAM else 'on'} {place}" for place, count in layers.items())
+    return f"{places}; the experts of {experts_in_ram} of them in RAM" if experts_in_ram else places
 
 
 def _limit(

@@ -100,6 +100,8 @@ class Gpu:
     """ggml's handle of the device."""
     splits_rows: bool
     """Whether a matrix can be split by rows between this device and others."""
+    copies_weights: bool = False
+    """Whether it computes long steps with copies of the weights that are in RAM."""
 
     @property
     def buffers(self) -> str:
@@ -126,7 +128,8 @@ def gpus() -> tuple[Gpu, ...]:
         if _is_gpu(lib, handle):
             registry = lib.ggml_backend_dev_backend_reg(handle)
             splits_rows = bool(lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_split_buffer_type"))
-            found.append(Gpu(lib.ggml_backend_dev_name(handle).decode(), handle, splits_rows))
+            copies_weights = lib.ggml_backend_reg_name(registry) == b"CUDA"
+            found.append(Gpu(lib.ggml_backend_dev_name(handle).decode(), handle, splits_rows, copies_weights))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.commands import Estimate, Load
-from exo.worker.protocol.events import Estimated, Layout
+from exo.worker.protocol.events import RAM, Estimated, Layout
 from exo.worker.runner_common.memory_plan import (
     CACHE,
     LONG,
@@ -36,6 +36,7 @@ from exo.worker.runner_cuda.loading.placement import (
     check_architecture,
     chosen,
     elsewhere,
+    is_expert,
     placements,
     shared_out,
     tensor_splits,
@@ -56,10 +57,6 @@ _CELL, _USED_CELL = 48, 120
 """Bytes of RAM by which llama.cpp and the loop know a cell of the KV cache, and those that a token in it adds."""
 _TOKEN = 150
 """Bytes of RAM for each token of the vocabulary."""
-_REPACKED = (2, 12, 20, 39)
-"""ggml's types of matrices that the CPU keeps a second time, rearranged for its instructions."""
-RAM = "RAM"
-"""The name of the processors' memory in a layout."""
 _Where = Sequence[Mapping[str, float]]
 """See ``Placement.layers``."""
 _OF_DRAFT = ("vocabulary", "weights", "KV cache", "outputs", "compute")
@@ -115,11 +112,14 @@ def plans(
         n_ctx=options.n_ctx or left.lengths[0],
         slots=options.slots,
         n_gpu_layers=wanted if on_gpu else None,
+        cpu_moe=options.cpu_moe,
         cache_type=options.cache_type_k if small else None,
         prefix_cache_bytes=options.prefix_caches[-1],
         devices=tuple(each.name for each in devices),
         tensor_split=splits[-1] if splits else options.tensor_split,
     )
+
+    model = replace(model, copies=any(each.copies_weights for each in devices))
 
     def size(plan: Plan) -> list[Part]:
         return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
@@ -133,12 +133,15 @@ def _open(
     table = load.table
     n_ctx, slots = table.get("n_ctx") in (None, AUTO), table.get("slots") is None and options.cache_reuse is None
     longest, because = default_longest(load.tasks, in_ram=not devices) if table.get("n_ctx") is None else (None, "")
+    by_tensor = options.split_mode == "tensor"
     bounded = not devices and (n_ctx or slots) and table.get("n_ctx") != AUTO
     ways = placements(options, devices, stated=table.get("devices") is not None or table.get("split_mode") is not None)
     return Open(
         n_ctx=n_ctx,
         slots=slots,
         n_gpu_layers=bool(devices) and table.get("n_gpu_layers") in (None, AUTO),
+        cpu_moe=bool(devices and model.experts) and table.get("cpu_moe") in (None, AUTO) and not by_tensor,
+        experts=() if by_tensor else model.experts,
         small_cache=_SMALLER_CACHES[0] if table.get("cache_type_k") == AUTO else None,
         trained=max(model.trained, SHORTEST_CONTEXT),
         longest=longest,
@@ -173,8 +176,12 @@ class _LayerSizes:
 
     cache: CachedLayer
     weights: int = 0
-    repacked: int = 0
-    """The part of ``weights`` that a CPU keeps twice."""
+    experts: int = 0
+    """The part of ``weights`` that ``cpu_moe`` keeps in RAM."""
+    largest: int = 0
+    """The largest tensor."""
+    largest_expert: int = 0
+    """The largest tensor of the experts."""
     copied: int = 0
     """The part of ``weights`` that is copied to each device if they share the layer."""
 
@@ -199,6 +206,8 @@ class _GgufSizes:
     feed_forward: int
     """The elements of a token in a layer's feed-forward network, those of all its experts together."""
     heads: int
+    copies: bool = False
+    """Whether a device computes long steps with copies of the weights that are in RAM."""
 
     @classmethod
     def of(cls, headers: Sequence[GgufHeader], options: CudaOptions) -> "_GgufSizes":
@@ -209,12 +218,15 @@ class _GgufSizes:
         layers = [_LayerSizes(each) for each in caches]
         embedding = rest = 0
         for tensor in tensors:
-            block, _, name = tensor.name.removeprefix("blk.").partition(".")
+            block = tensor.name.removeprefix("blk.").partition(".")[0]
             if tensor.name.startswith("blk.") and block.isdecimal() and int(block) < len(layers):
-                layers[int(block)].weights += tensor.size
-                layers[int(block)].copied += 0 if shared_out(tensor.name) else tensor.size
-                if name.endswith(".weight") and tensor.kind in _REPACKED:
-                    layers[int(block)].repacked += tensor.size
+                layer = layers[int(block)]
+                layer.weights += tensor.size
+                layer.largest = max(layer.largest, tensor.size)
+                layer.copied += 0 if shared_out(tensor.name) else tensor.size
+                if is_expert(tensor.name):
+                    layer.experts += tensor.size
+                    layer.largest_expert = max(layer.largest_expert, tensor.size)
             elif tensor.name.startswith("token_embd."):
                 embedding += tensor.size
             else:
@@ -238,17 +250,24 @@ class _GgufSizes:
     @property
     def weights(self) -> int:
         """The bytes of weights in RAM if all of them are there."""
-        return self.embedding + self.rest + sum(each.weights + each.repacked for each in self.layers)
+        return self.embedding + self.rest + sum(each.weights for each in self.layers)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The values of ``cpu_moe`` that keep one layer's experts more in RAM than the one before."""
+        return tuple(index + 1 for index, each in enumerate(self.layers) if each.experts)
 
     def layout(self, plan: Plan) -> Layout:
         """Returns where a plan puts the layers, the output counted as one, and what it makes of the context."""
-        places = [RAM if not shares else " and ".join(shares) for shares in self._where(plan)]
+        where = self._where(plan)
+        places = [RAM if not shares else " and ".join(shares) for shares in where]
         kinds = (plan.cache_type,) * 2 if plan.cache_type else (self.options.cache_type_k, self.options.cache_type_v)
         return Layout(
             context_length=plan.n_ctx,
             slots=plan.slots,
             kv_type="/".join(dict.fromkeys(kinds)),
             layers={place: places.count(place) for place in dict.fromkeys(places)},
+            experts_in_ram=sum(map(bool, self._experts_in_ram(plan, where))),
             batch=chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).budget,
         )
 
@@ -271,7 +290,7 @@ class _GgufSizes:
         return [
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
-            self._weights(where),
+            self._weights(where, self._experts_in_ram(plan, where)),
             self._cache(CACHE, plan, where, plan.slots, self._n_cells(plan.n_ctx, n_ubatch)),
             Part("cells", plan.slots * cells(plan.n_ctx) * _CELL),
             Part("cells", plan.slots * cells(plan.n_ctx) * _USED_CELL, later=True),
@@ -287,13 +306,25 @@ class _GgufSizes:
         placement = Placement(plan.devices, shares, by_tensor=self.options.split_mode == "tensor")
         return placement.layers(len(self.layers), plan.n_gpu_layers or 0)
 
-    def _weights(self, where: _Where) -> Part:
+    def _experts_in_ram(self, plan: Plan, where: _Where) -> list[int]:
+        """Returns for each layer the bytes of its experts that are in RAM although the layer is on a device."""
+        counts = zip(self.layers, where, strict=False)
+        return [layer.experts if at < plan.cpu_moe and shares else 0 for at, (layer, shares) in enumerate(counts)]
+
+    def _copied(self, plan: Plan, where: _Where) -> int:
+        """Returns the bytes of the largest copy of a tensor in RAM, which the first device makes for a long step."""
+        sizes = [0 if shares else layer.largest for layer, shares in zip(self.layers, where, strict=False)]
+        experts = [layer.largest_expert for layer in self.layers[: plan.cpu_moe]]
+        return max(*sizes, *experts, 0) if self.copies else 0
+
+    def _weights(self, where: _Where, experts: Sequence[int]) -> Part:
+        """Returns the memory of the weights. ``experts`` are bytes of each layer that are in RAM in any case."""
         *of_layers, behind = where
-        host, devices = self.embedding, dict.fromkeys(_devices(where), 0)
-        for layer, shares in zip(self.layers, of_layers, strict=True):
-            host += 0 if shares else layer.weights + layer.repacked
+        host, devices = self.embedding + sum(experts), dict.fromkeys(_devices(where), 0)
+        for layer, in_ram, shares in zip(self.layers, experts, of_layers, strict=True):
+            host += 0 if shares else layer.weights
             for name, share in shares.items():
-                devices[name] += math.ceil(share * (layer.weights - layer.copied)) + layer.copied
+                devices[name] += math.ceil(share * (layer.weights - in_ram - layer.copied)) + layer.copied
         host += 0 if behind else self.rest
         for name, share in behind.items():
             devices[name] += math.ceil(share * self.rest) + (self.embedding if self.tied else 0)
@@ -328,7 +359,8 @@ class _GgufSizes:
     def _compute(self, plan: Plan, where: _Where, n_ubatch: int) -> list[Part]:
         """Returns the memory of the graph of a step, which a device allocates with the context."""
         n_outputs = (plan.slots + SCORED_ROWS) * (2 if self._may_reduce(where) else 1)
-        return self._graph("compute", where, n_ubatch, n_outputs, self._n_cells(plan.n_ctx, n_ubatch), later=False)
+        n_cells = self._n_cells(plan.n_ctx, n_ubatch)
+        return self._graph("compute", plan, where, n_ubatch, n_outputs, n_cells, later=False)
 
     def _may_reduce(self, where: _Where) -> bool:
         """Whether backend sampling may be used, whose graph has the logits twice."""
@@ -336,7 +368,15 @@ class _GgufSizes:
         return wanted == "on" or (wanted == "auto" and all(where) and self.options.split_mode != "tensor")
 
     def _graph(
-        self, name: str, where: _Where, rows: int, n_outputs: int, n_cells: Sequence[int], *, later: bool = True
+        self,
+        name: str,
+        plan: Plan,
+        where: _Where,
+        rows: int,
+        n_outputs: int,
+        n_cells: Sequence[int],
+        *,
+        later: bool = True,
     ) -> list[Part]:
         """Returns the memory of a graph's buffers: the logits or one layer's activations, and the inputs.
 
@@ -348,15 +388,17 @@ class _GgufSizes:
         masks, scores = self._attention(rows, n_cells, [True] * len(self.layers))
         if not devices:
             return [Part(name, max(activations, logits) + masks + scores, later=True)]
-        copies = _COPIES if len(devices) > 1 and all(where) and self.options.split_mode == "layer" else 1
+        whole = all(where) and not any(self._experts_in_ram(plan, where))
+        copies = _COPIES if len(devices) > 1 and whole and self.options.split_mode == "layer" else 1
         embedded = 4 * rows * self.hidden
-        host = copies * (masks + embedded) + (0 if all(where) else activations + scores)
+        host = copies * (masks + embedded) + (0 if whole else activations) + (0 if all(where) else scores)
         sizes = dict[str, int]()
         for device in devices:
             *layers, ending = [device in shares for shares in where]
             masks, scores = self._attention(rows, n_cells, layers)
             computed = max(any(layers) * activations, ending * logits)
             sizes[device] = copies * (masks + embedded) + scores + computed
+        sizes[next(iter(sizes))] += self._copied(plan, where)
         return [Part(name, host, later=True), Part(name, later=later, devices=sizes)]
 
     def _texts(self, plan: Plan, where: _Where) -> list[Part]:
@@ -370,7 +412,7 @@ class _GgufSizes:
         n_cells = self._n_cells(longest, rows, n_texts)
         return [
             self._cache("embedding", plan, where, 1, n_cells, later=True),
-            *self._graph("embedding", where, rows, rows, n_cells),
+            *self._graph("embedding", plan, where, rows, rows, n_cells),
             Part("embedding", 4 * rows * self.vocabulary, later=True),  # llama.cpp computes logits of every row
         ]
 

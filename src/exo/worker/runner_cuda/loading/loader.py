@@ -174,6 +174,8 @@ def _capabilities(
         rerank=embedder.pooling == "rank",
         model_bytes=model.size_bytes,
         kv_type="/".join(dict.fromkeys((options.cache_type_k, options.cache_type_v))),
+        layers=model.layers,
+        experts_in_ram=model.experts_in_ram,
         chat_template=options.chat_template or model.chat_template() or model.chat_template(b"tool_use"),
         notes=quality_notes(model.metadata),
         tool_template=None if options.chat_template else model.chat_template(b"tool_use"),
@@ -266,7 +268,7 @@ def draft_file(command: Load, options: CudaOptions) -> Path | None:
 
 def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
     """Returns a draft model's options: those of the model, but on one device, because the drafts are waited for."""
-    alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off", "cache_reuse": None}
+    alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off", "cache_reuse": None, "cpu_moe": 0}
     return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, **alone})
 
 

@@ -27,7 +27,7 @@ PREFIX_CACHE_SHARE = 1 / 8
 """The share of this machine's RAM that it takes at most, unless it has the smallest size."""
 AUTO_ROLLBACK = 4
 """See ``CudaOptions.rollback``."""
-_OPEN = ("n_ctx", "n_gpu_layers", "cache_type_k", "cache_type_v")
+_OPEN = ("n_ctx", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")
 """The keys that may be "auto"."""
 UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
 
@@ -71,6 +71,9 @@ class CudaOptions(ModelFile):
     n_gpu_layers: int = Field(default=-1, ge=-1)
     """Layers on the GPU. -1 is all of them. The default is "auto": all of them if they fit with a context of 32,768
     tokens, or else as many as do."""
+    cpu_moe: int = Field(default=0, ge=0)
+    """The experts of the first so many layers stay in RAM, while the rest of these layers is on the GPU. The default is
+    "auto": as few as necessary for a context of 32,768 tokens, before whole layers stay in RAM."""
     n_ctx: int | None = Field(default=None, ge=SHORTEST_CONTEXT, le=1 << 24)
     """The context length of each slot. "auto" is as much of the trained length as fits the memory. That is also the
     default, up to 32,768 tokens on a CPU and 131,072 on several GPUs."""
@@ -238,6 +241,8 @@ class CudaOptions(ModelFile):
             raise ValueError("tensor_split must have a number above 0")
         if self.split_mode != "tensor":
             return self
+        if self.cpu_moe:
+            raise ValueError('cpu_moe keeps experts in RAM, which llama.cpp cannot do with split_mode "tensor"')
         if self.backend_sampling == "on":
             raise ValueError('backend_sampling is "on", which llama.cpp does not support with split_mode "tensor"')
         if self.flash_attn == "off":

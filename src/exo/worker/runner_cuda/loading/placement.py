@@ -29,6 +29,8 @@ _SHARED_OUT = re.compile(
     r"(?:\.weight|\.bias)?"
 )
 """Tensors that split mode "tensor" divides among the devices. Each device has a copy of every other tensor."""
+_EXPERTS = r"\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps"
+"""Tensors of all experts of a layer together; shared experts have other names."""
 
 
 def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[Gpu, ...]:
@@ -61,15 +63,27 @@ def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[
 
 
 def check_architecture(options: CudaOptions, header: Callable[[], GgufHeader]) -> None:
-    """Raises LoadError if llama.cpp cannot split a model of this architecture as the card asks.
+    """Raises LoadError if a model of this architecture cannot be divided as the card asks.
 
     ``header`` reads the header of the model's file. It is called only if needed.
     """
-    if options.split_mode != "tensor":
+    if options.split_mode != "tensor" and not options.cpu_moe:
         return
     architecture = header().text("general.architecture")
-    if architecture in WITHOUT_TENSOR:
+    if options.cpu_moe and not header().integer(f"{architecture}.expert_count", 0):
+        raise _refused(f"cpu_moe: is {options.cpu_moe}, but the model has no experts")
+    if options.split_mode == "tensor" and architecture in WITHOUT_TENSOR:
         raise _refused(f'split_mode: llama.cpp cannot split "{architecture}" models by "tensor"; "layer" works')
+
+
+def is_expert(tensor: str) -> bool:
+    """Whether a tensor has the weights of experts, which ``cpu_moe`` keeps in RAM."""
+    return re.search(_EXPERTS, tensor) is not None
+
+
+def experts_of(n_layers: int) -> str:
+    """Returns a regular expression that finds the names of the experts' tensors in the first layers."""
+    return rf"blk\.(?:{'|'.join(map(str, range(n_layers)))}){_EXPERTS}"
 
 
 def tensor_splits(options: CudaOptions, devices: Sequence[Gpu]) -> tuple[tuple[float, ...], ...]:
