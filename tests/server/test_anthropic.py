@@ -310,8 +310,6 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name: there is no such tool"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name: this field is required"),
     ({"tool_choice": {"type": "auto", "name": "x"}}, "tool_choice.name: not accepted"),
-    ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens: this field is required"),
-    ({"thinking": {"type": "enabled", "budget_tokens": 4}}, "thinking.budget_tokens: must be less than max_tokens"),
     (
         {"output_config": {"format": {"type": "json_schema", "schema": {"type": "no"}}}},
         "output_config.format.schema",

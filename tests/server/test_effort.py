@@ -219,6 +219,16 @@ def test_the_other_dialects_fields_limit_the_reasoning(http: httpx.Client) -> No
         assert len(message["content"].strip()) > 10
 
 
+def test_a_number_that_is_not_less_than_the_replys_limit_leaves_room_for_an_answer(http: httpx.Client) -> None:
+    """Clients send it with Anthropic's interleaved thinking, where it counts all turns of the model together."""
+    for budget in (100, 9999):
+        reply = spent(http, "/v1/messages", max_tokens=100, thinking={"type": "enabled", "budget_tokens": budget})
+        assert [block["type"] for block in reply["content"]] == ["thinking", "text"]
+        assert reply["usage"]["output_tokens_details"]["thinking_tokens"] == 80
+    reply = spent(http, "/v1/chat/completions", max_tokens=100, max_reasoning_tokens=100)
+    assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] == 80
+
+
 @pytest.mark.parametrize("fields", [{"reasoning_effort": "xhigh"}, {"reasoning": {"enabled": True}}, {}])
 def test_without_a_level_or_a_number_reasoning_has_no_limit(http: httpx.Client, fields: dict[str, JsonValue]) -> None:
     reply = spent(http, "/v1/chat/completions", max_tokens=40, **fields)

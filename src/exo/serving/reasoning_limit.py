@@ -9,7 +9,8 @@ from exo.serving.warnings import warn
 from exo.worker.protocol.commands import ReasoningLimit
 from exo.worker.protocol.events import Capabilities
 
-_LEVELS = {"minimal": (512, 0.1), "low": (2048, 0.2), "medium": (8192, 0.5), "high": (32_768, 0.8)}
+_MOST_OF_A_REPLY = 0.8
+_LEVELS = {"minimal": (512, 0.1), "low": (2048, 0.2), "medium": (8192, 0.5), "high": (32_768, _MOST_OF_A_REPLY)}
 """Tokens of reasoning for an effort, and the most of them as a share of the whole reply's limit."""
 _SWITCH = re.compile(r"\b(enable_thinking|reasoning_effort|thinking|thinking_mode)\b")
 
@@ -39,6 +40,9 @@ def reasoning_limit(
         warn(param, "does not limit the reasoning: this model runs in several processes, where no token is prescribed")
     else:
         thinking = form.thinking
+        if max_tokens and most >= max_tokens:
+            most = int(max_tokens * _MOST_OF_A_REPLY)
+            warn(param, f"is not less than the reply's limit; {most} tokens of reasoning leave room for an answer")
         return ReasoningLimit(
             max_tokens=most,
             begin=thinking.begin,

@@ -85,7 +85,7 @@ class AnthropicThinkingConfig(RequestBody):
     budget_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="The most tokens of reasoning. Needed where type is enabled, and less than max_tokens.",
+        description="The most tokens of reasoning. With interleaved thinking, clients send more than max_tokens.",
     )
     display: Literal["summarized", "omitted"] = Field(
         default="summarized", description="Whether the reply contains the reasoning: all of it, or with 'omitted' none."
@@ -93,8 +93,6 @@ class AnthropicThinkingConfig(RequestBody):
 
     @model_validator(mode="after")
     def _budget_where_due(self) -> "AnthropicThinkingConfig":
-        if self.type == "enabled" and self.budget_tokens is None:
-            raise missing("budget_tokens")
         if self.type != "enabled" and self.budget_tokens is not None:
             raise invalid(f"not accepted where type is {self.type!r}", "budget_tokens")
         return self
@@ -242,13 +240,6 @@ class MessagesRequest(CountTokensRequest):
     stream: bool = Field(default=False, description="Send the reply while it is generated, as server-sent events.")
     metadata: AnthropicMetadata | None = Field(default=None, description="Has no effect.")
     service_tier: str = Field(default="auto", description="Has no effect.")
-
-    @model_validator(mode="after")
-    def _budget_fits(self) -> "MessagesRequest":
-        budget = self.thinking.budget_tokens if self.thinking is not None else None
-        if budget is not None and self.max_tokens is not None and budget >= self.max_tokens:
-            raise invalid(f"must be less than max_tokens, which is {self.max_tokens}", "thinking.budget_tokens")
-        return self
 
     @model_validator(mode="after")
     def _one_constraint(self) -> "MessagesRequest":
