@@ -103,6 +103,6 @@ async def test_what_is_wrong_is_named(source: str, says: str) -> None:
 async def test_hostile_grammars_are_refused_in_a_moment_and_the_next_one_is_read(source: str) -> None:
     async with worker() as gbnf:
         await gbnf.lark('root ::= "up"')
-        with anyio.fail_after(10), pytest.raises(GbnfError):  # a hundred times that without a limit
+        with anyio.fail_after(60), pytest.raises(GbnfError):  # much longer without a limit
             await gbnf.lark(source)
         assert "yes" in await gbnf.lark('root ::= "yes"')

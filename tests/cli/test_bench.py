@@ -14,7 +14,8 @@ from exo.bench.report import Report, Stage
 from exo.bench.run import run_bench
 from exo.cli import app
 from exo.exit_code import CommandError, ExitCode
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, write_card
 
 
 @pytest.fixture(scope="module")

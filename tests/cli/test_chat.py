@@ -21,7 +21,7 @@ from exo.cli.chat.screen import AnswerScreen, settled
 from exo.cli.chat.settings import ChatSettings
 from exo.exit_code import CommandError
 from tests.support.api_server import CHAT_TEMPLATE
-from tests.support.server import ServeProgram, environment, write_card
+from tests.support.server import ServeProgram, environment, is_runner, write_card
 from tests.support.terminal import CTRL_C, CTRL_D, PROMPT, UP, Terminal, plain
 from tests.support.tiny import Shape, write_gguf, write_scripted
 
@@ -192,7 +192,7 @@ def test_without_a_server_it_has_one_of_its_own_which_ends_with_it(tmp_path: Pat
         runners: list[psutil.Process] = []
         while not runners:
             children = psutil.Process(terminal.process.pid).children(recursive=True)
-            runners = [each for each in children if "exo.worker.runner_cuda" in each.cmdline()]
+            runners = [each for each in children if is_runner(each)]
         terminal.keys(CTRL_C)
         terminal.wait_for(PROMPT)
         terminal.say("hello")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.hub import REPO, Fault, LocalHub
-from tests.support.server import ServeProgram, environment, write_card
+from tests.support.server import ServeProgram, environment, without_vllm, write_card
 from tests.support.terminal import CTRL_C, Terminal
 from tests.support.tiny import Shape, write_gguf, write_mlx
 
@@ -40,8 +40,10 @@ def home(tmp_path: Path) -> Path:
     return home
 
 
-def exo(home: Path, *arguments: str, hub: LocalHub | None = None, typed: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "exo", *arguments]
+def exo(
+    home: Path, *arguments: str, hub: LocalHub | None = None, typed: str = "", python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "exo", *arguments]
     where = {"HF_ENDPOINT": hub.url} if hub is not None else {"EXO_OFFLINE": "1"}
     return subprocess.run(
         command,
@@ -199,12 +201,13 @@ def test_the_doctor_tells_of_models_that_are_broken_and_of_faults_in_others(home
     rewrite(home / "own.gguf", home / "broken.gguf", Edit(keys={"llama.block_count": 0}))
     for name in ("unnamed", "broken"):
         write_card(home, name, {"cuda": {"path": str(home / f"{name}.gguf")}})
-    found = json.loads(exo(home, "doctor", "--json").stdout)["models"]
+    python = without_vllm(home)
+    found = json.loads(exo(home, "doctor", "--json", python=python).stdout)["models"]
     assert [(each["model_id"], each["runner"]) for each in found] == [("test/broken", "cuda"), ("test/unnamed", "cuda")]
     assert "block_count = 0" in found[0]["problem"]
     assert found[1]["problem"] is None
     assert "does not name its pre-tokenizer" in found[1]["notes"][0]
-    text = exo(home, "doctor").stdout
+    text = exo(home, "doctor", python=python).stdout
     assert "\nmodel test/broken with cuda\n  problem " in text
     assert "\nmodel test/unnamed with cuda\n  note    " in text
     assert "test/own" not in text
@@ -225,7 +228,7 @@ def test_the_doctor_tells_of_folders_with_code_and_of_incomplete_files(home: Pat
         terminal.keys(CTRL_C)
         assert terminal.end() == 130
         hub.state.go_on.set()
-    text = exo(home, "doctor").stdout
+    text = exo(home, "doctor", python=without_vllm(home)).stdout
     assert (
         "\nmodel test/coded with mlx\n  note    the folder names code of its own (auto_map), which is not run" in text
     )

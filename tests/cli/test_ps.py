@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,22 +153,20 @@ def test_models_that_answer_at_the_same_time_share_the_cores_and_ps_says_so(tmp_
     def threads() -> list[int | None]:
         return [each["cpu"] and each["cpu"]["threads"] for each in rows(server)]
 
-    slow: dict[str, JsonValue] = {"step_seconds": 0.05}
-    with fakes(tmp_path, one=slow, other=slow) as server, ThreadPoolExecutor(2) as clients:
-        for model in ("one", "other"):
-            assert server.complete(model, max_tokens=1).status_code == 200
-        replies = [clients.submit(server.complete, model, max_tokens=80) for model in ("one", "other")]
-        expected = sorted(shares(physical_cores(), ("one", "other")).values())
-        while None in threads() or sorted(filter(None, threads())) != expected:
-            assert not all(each.done() for each in replies), threads()
-        shown = ps(server).stdout
-        assert "test/one@cuda computes with" in shown
-        assert [each.result().status_code for each in replies] == [200, 200]
+    def answering(model: str) -> AbstractContextManager[httpx.Response]:
+        """A stream that ends when it is left."""
+        body = {"model": model, "prompt": "x", "stream": True}
+        return server.client.stream("POST", "/v1/completions", json=body)
 
-        alone = clients.submit(server.complete, "one", max_tokens=60)
+    endless: dict[str, JsonValue] = {"step_seconds": 0.01, "n_ctx": 1_000_000_000}
+    with fakes(tmp_path, one=endless, other=endless) as server, answering("one"):
+        with answering("other"):
+            expected = sorted(shares(physical_cores(), ("one", "other")).values())
+            while None in threads() or sorted(filter(None, threads())) != expected:
+                time.sleep(0.02)
+            assert "test/one@cuda computes with" in ps(server).stdout
         while threads()[0] != physical_cores():
-            assert not alone.done()
-        assert alone.result().status_code == 200
+            time.sleep(0.02)
 
 
 def test_what_other_programs_cost_a_model_is_told(tmp_path: Path) -> None:

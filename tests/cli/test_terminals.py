@@ -72,14 +72,15 @@ def test_every_command_is_tried() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_needs_its_streams_or_a_locale(home: Path, command: str) -> None:
     status, prints, arguments = COMMANDS[command]
+    python = without_vllm(home)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = [command, *(word.format(taken=port, home=home) for word in arguments)]
-        assert exo(home, *words, shell="<&- >&-", **ASCII)[0] == status
-        full, _, error = exo(home, *words, shell="> /dev/full", **ASCII)
+        assert exo(home, *words, shell="<&- >&-", python=python, **ASCII)[0] == status
+        full, _, error = exo(home, *words, shell="> /dev/full", python=python, **ASCII)
         assert full == (1 if prints else status)
         assert error.endswith(b"exo: standard output cannot be written: No space left on device\n") == prints
-        assert exo(home, *words, shell="2> /dev/full", **ASCII)[0] == status
+        assert exo(home, *words, shell="2> /dev/full", python=python, **ASCII)[0] == status
 
 
 def test_an_answer_comes_although_standard_error_is_full(home: Path) -> None:

@@ -109,7 +109,7 @@ def test_running_streams_go_on_while_a_long_prompt_is_computed_and_neither_leave
     slow_program: Program,
 ) -> None:
     program = slow_program
-    stream, prompt = ask(next(name), max_tokens=100, temperature=1.0, seed=4), ask(next(name), long_prompt(1200))
+    stream, prompt = ask(next(name), max_tokens=5000, temperature=1.0, seed=4), ask(next(name), long_prompt(1200))
     program.send(stream)
     program.until(lambda: stream.id in program.results and len(program.results[stream.id].tokens) >= 3)
     program.send(prompt)
@@ -117,10 +117,12 @@ def test_running_streams_go_on_while_a_long_prompt_is_computed_and_neither_leave
     before = len(program.results[stream.id].tokens)
     program.until(lambda: bool(program.results[prompt.id].tokens))
     assert len(program.results[stream.id].tokens) - before > 20
+    program.cancel(stream.id)
     program.until(program.ended(stream.id, prompt.id))
     for request in (stream, prompt):
-        alone = one(program, request.model_copy(update={"id": next(name)}))
-        assert alone.tokens == program.results[request.id].tokens
+        tokens = program.results[request.id].tokens
+        alone = one(program, request.model_copy(update={"id": next(name), "max_tokens": len(tokens)}))
+        assert alone.tokens == tokens
 
 
 def test_sequences_of_one_prompt_come_together_and_end_each_for_itself(program: Program) -> None:

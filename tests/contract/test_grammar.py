@@ -7,7 +7,7 @@ import signal
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import Grammar, SamplingParams
+from exo.worker.protocol.commands import Cancel, Grammar, SamplingParams
 from tests.contract.cases import REGEX, Shared, Start, constrained, goes_on_from_everywhere, one, twins_choose
 from tests.support.program import Program, ask, names
 
@@ -204,8 +204,7 @@ def test_a_constrained_request_can_be_cancelled_at_once(program: Program) -> Non
     """Whether its grammar is being compiled or it generates already."""
     requests = [constrained(LONG, max_tokens=None) for _ in range(3)]
     for request in requests:
-        program.send(request)
-        program.cancel(request.id)
+        program.send(request, Cancel(id=request.id))
     program.until(program.ended(*(request.id for request in requests)))
     for request in requests:
         assert program.results[request.id].finished.reason == "cancelled"

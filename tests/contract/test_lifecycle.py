@@ -57,7 +57,7 @@ def test_a_runner_whose_input_closes_exits(start: Start) -> None:
     program.send(ask(next(name), max_tokens=4000))
     assert program.process.stdin is not None
     program.process.stdin.close()
-    assert program.process.wait(10) is not None
+    assert program.process.wait(60) is not None
 
 
 def test_heartbeats_come_while_idle_and_while_busy(slow_program: Program) -> None:

@@ -97,7 +97,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServeProgram]:
     Encoder("rank").write(home / "ranker.gguf")
     table: dict[str, JsonValue] = {"path": str(home / "tiny.gguf"), "n_ctx": 512, "slots": 4, "threads": 1}
     cuda: dict[str, JsonValue] = {**table, "chat_template": TEMPLATE}
-    write_card(home, "tiny", {"cuda": cuda}, backends=["LlamaCppCpu"], aliases=["gemma-3-270m"])
+    greedy: dict[str, JsonValue] = {"temperature": 0}
+    tables = {"cuda": cuda, "sampling_defaults": greedy}
+    write_card(home, "tiny", tables, backends=["LlamaCppCpu"], aliases=["gemma-3-270m"])
     ranker: dict[str, JsonValue] = {"path": str(home / "ranker.gguf"), "threads": 1}
     write_filling(home / "coder.gguf")
     coder: dict[str, JsonValue] = {"path": str(home / "coder.gguf"), "threads": 1}

@@ -11,7 +11,8 @@ import httpx
 from pydantic import JsonValue
 
 from tests.support.fake_model import expected_text
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, write_card
 
 LONG: dict[str, JsonValue] = {"step_seconds": 0.01, "n_ctx": 100_000}
 

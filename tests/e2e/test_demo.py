@@ -46,15 +46,15 @@ def test_it_answers_a_question(server: ServeProgram) -> None:
 
 def test_sixteen_streams_all_finish_with_exact_usage(server: ServeProgram) -> None:
     def stream(number: int) -> dict[str, int]:
-        body = {"prompt": f"Story number {number}: once upon a time", "max_tokens": 64, "ignore_eos": True}
+        body = {"prompt": f"Story number {number}: once upon a time", "max_tokens": 16, "ignore_eos": True}
         chunks = events(server, "/v1/completions", body)
         assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]][-1] == "length"
         return chunks[-1]["usage"]
 
     with ThreadPoolExecutor(16) as pool:
         usages = list(pool.map(stream, range(16)))
-    assert [usage["completion_tokens"] for usage in usages] == [64] * 16
-    assert all(usage["prompt_tokens"] + 64 == usage["total_tokens"] for usage in usages)
+    assert [usage["completion_tokens"] for usage in usages] == [16] * 16
+    assert all(usage["prompt_tokens"] + 16 == usage["total_tokens"] for usage in usages)
     assert all(usage["prompt_tokens"] == 9 + len(str(number)) for number, usage in enumerate(usages))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, environment, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, environment, write_card
 from tests.support.tiny import Shape, write_gguf
 
 PROMPT = "once upon a time there was a tiny model " * 60

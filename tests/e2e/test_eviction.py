@@ -64,7 +64,7 @@ def test_a_model_stays_when_the_one_who_wanted_its_memory_has_left(tmp_path: Pat
         replies: list[httpx.Response] = []
 
         def want_the_other_and_leave() -> None:
-            with httpx.Client(base_url=server.url) as client:
+            with httpx.Client(base_url=server.url, timeout=60) as client:
                 body = {"model": "other", "prompt": "once", "stream": True, "max_tokens": 4}
                 with client.stream("POST", "/v1/completions", json=body) as events:
                     for _ in events.iter_lines():
@@ -84,17 +84,18 @@ def test_a_model_stays_when_the_one_who_wanted_its_memory_has_left(tmp_path: Pat
 
 
 def test_two_clients_that_alternate_between_models_reload_once_in_a_residence_time(tmp_path: Path) -> None:
-    """Nine seconds have room for four residence times. The first and the last load of each model come on top."""
+    """A model is known to alternate when it is loaded again, so the first two loads and the last one may be shorter."""
+    residence = 2
     large(tmp_path, "a", "b")
-    with ServeProgram(tmp_path, fake=True, **LIMIT, EXO_MIN_RESIDENCE="2") as server:
-        seen: list[tuple[str, JsonValue]] = []
-        stop = time.monotonic() + 9
+    with ServeProgram(tmp_path, fake=True, **LIMIT, EXO_MIN_RESIDENCE=str(residence)) as server:
+        runners: set[JsonValue] = set()
+        begin = time.monotonic()
 
         def ask(name: str) -> None:
-            while time.monotonic() < stop:
+            while len(runners) < 6:
                 assert server.complete(name, max_tokens=2).status_code == 200
-                seen.extend((name, each["pid"]) for each in rows(server) if each["model"] == f"test/{name}")
+                runners.update(each["pid"] for each in rows(server) if each["model"] == f"test/{name}")
 
         for thread in [in_background(lambda name=name: ask(name)) for name in "ab"]:
             thread.join()
-        assert 2 < len(set(seen)) <= 9 // 2 + 4
+        assert time.monotonic() - begin > (len(runners) - 3) * residence

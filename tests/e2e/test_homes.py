@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.hub import REPO, Fault, LocalHub
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 from tests.support.users import User, make_user, needs_root, open_folder
 

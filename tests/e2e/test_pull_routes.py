@@ -130,7 +130,7 @@ def test_two_clients_share_one_download_which_outlives_the_first_of_them_that_le
         assert next(seen)["total"] == len(CONTENT)
         with leave as leaving:
             assert next(events(leaving))["total"] == len(CONTENT)
-        assert hub.state.stalled.wait(30)
+        assert hub.state.stalled.wait(60)
         hub.state.go_on.set()
         *_, last = seen
     assert last["step"] == "done"
@@ -293,7 +293,7 @@ def test_with_auto_pull_requests_wait_for_one_pull_and_hear_of_it(tmp_path: Path
         whole = [pool.submit(server.complete, "tiny", max_tokens=2) for _ in range(8)]
         lines = (line for line in reply.iter_lines() if line)
         assert next(lines).startswith(": pulling ")
-        assert hub.state.stalled.wait(30)
+        assert hub.state.stalled.wait(60)
         hub.state.go_on.set()
         rest = list(lines)
         assert [each.result().status_code for each in whole] == [200] * 8
@@ -335,7 +335,7 @@ def test_a_stop_does_not_wait_for_a_pull_longer_than_for_other_requests(tmp_path
         server.process.terminate()
         *_, last = lines
         threading.Timer(1, hub.state.go_on.set).start()
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
     assert json.loads(last[6:])["error"]["code"] == "shutdown"
 
 

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from tests.support.server import ServeProgram, long_story, write_card
 from tests.support.twins import BACKENDS, write_twins
 
-TOKENS = 900
+TOKENS = 600
 BODY = long_story(TOKENS)
 
 

@@ -293,7 +293,9 @@ def test_embeddings(client: openai.OpenAI, lenient: openai.OpenAI, model: str) -
 
 
 def test_a_response_and_one_that_goes_on_from_it(client: openai.OpenAI, model: str) -> None:
-    first = client.responses.create(model=model, input="hi", max_output_tokens=5, instructions="Be brief.")
+    first = client.responses.create(
+        model=model, input="hi", max_output_tokens=5, instructions="Be brief.", extra_body={"ignore_eos": True}
+    )
     assert first.status == "incomplete"
     assert first.incomplete_details is not None
     assert first.incomplete_details.reason == "max_output_tokens"
@@ -328,7 +330,7 @@ def test_a_response_streams(client: openai.OpenAI, model: str) -> None:
 def test_a_response_that_calls(client: openai.OpenAI, model: str) -> None:
     tool: Any = {"type": "function", "name": "paint", "parameters": SCHEMA, "strict": True}
     request: dict[str, object] = {"model": model, "input": "hi", "tools": [tool], "tool_choice": "required"}
-    events = respond_stream(client, **request)
+    events = respond_stream(client, **request, parallel_tool_calls=False, temperature=0)
     last = events[-1]
     assert last.type == "response.completed"
     call = last.response.output[0]
@@ -345,7 +347,10 @@ def test_a_response_that_calls(client: openai.OpenAI, model: str) -> None:
 
 def test_a_response_follows_its_format(client: openai.OpenAI, model: str) -> None:
     reply = client.responses.create(
-        model=model, input="hi", text={"format": {"type": "json_schema", "name": "paint", "schema": SCHEMA}}
+        model=model,
+        input="hi",
+        temperature=0,
+        text={"format": {"type": "json_schema", "name": "paint", "schema": SCHEMA}},
     )
     jsonschema_rs.validate(SCHEMA, json.loads(reply.output_text))
 

@@ -3,7 +3,6 @@
 Resident bytes of the process, once every slot has been used, one context has been full and a text has been embedded.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.cards.catalogue import Catalogue
+from exo.config import Settings
 from exo.worker.protocol.commands import Embed, Estimate, Load
 from exo.worker.protocol.events import Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
@@ -21,7 +21,7 @@ from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.shape import ARCHITECTURES, Architecture
 
 TOLERANCE = 0.1
-DEMO = Path.home() / ".local/share/exo/models/google--gemma-3-270m"
+DEMO = Settings.load().models_directory / "google--gemma-3-270m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def test_the_demo_models_estimate_is_what_its_process_has(demo: Path, backend_sa
     command = Load(
         model_id="google/gemma-3-270m",
         backend="LlamaCppCpu",
-        table={**demo_table("cuda"), "threads": os.cpu_count() or 1, "backend_sampling": backend_sampling},
+        table={**demo_table("cuda"), "threads": 2, "backend_sampling": backend_sampling},
         directories=(str(demo.parent),),
     )
     compare(Case("cuda", command, 160))

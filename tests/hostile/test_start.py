@@ -76,9 +76,9 @@ def test_row_28_a_public_server_needs_a_key_or_the_word(tmp_path: Path) -> None:
     assert "--insecure" in said
     with ServeProgram(tmp_path, "--host", "0.0.0.0", "--insecure") as server:
         port = server.url.rpartition(":")[2]
-        local = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"host": f"192.168.1.5:{port}"})
+        local = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"host": f"192.168.1.5:{port}"}, timeout=60)
         assert local.status_code == 200
-        refused(httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"host": "evil.example"}), 403)
+        refused(httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"host": "evil.example"}, timeout=60), 403)
 
 
 def test_row_29_a_public_server_with_a_key_asks_for_it(tmp_path: Path) -> None:

@@ -201,6 +201,6 @@ def test_a_preflight_allows_the_methods_that_exist(locked: httpx.Client) -> None
 def test_any_origin_if_asked_for_still_without_credentials(tmp_path: Path) -> None:
     with serve(tmp_path, fake_card(MODEL), access=Access(cors_origins=("*",))) as url:
         for origin in (PAGE, "null"):
-            reply = httpx.get(f"{url}/v1/models", headers={"origin": origin})
+            reply = httpx.get(f"{url}/v1/models", headers={"origin": origin}, timeout=60)
             assert reply.headers["access-control-allow-origin"] == "*"
             assert "access-control-allow-credentials" not in reply.headers

@@ -122,7 +122,7 @@ def test_a_stream(client: anthropic.Anthropic) -> None:
 def test_values_that_mean_none_or_all_are_accepted(client: anthropic.Anthropic, url: str) -> None:
     def text(**fields: object) -> object:
         body = {"model": MODEL, "max_tokens": 5, "messages": USER_HI, **fields}
-        reply = httpx.post(f"{url}/v1/messages", json=body)
+        reply = httpx.post(f"{url}/v1/messages", json=body, timeout=60)
         assert reply.status_code == 200, reply.text
         return reply.json()["content"]
 
@@ -340,7 +340,7 @@ def test_faults_with_anthropics_client(client: anthropic.Anthropic, url: str) ->
         client.messages.count_tokens(model="fake/mode", messages=USER_HI)
     long: list[MessageParam] = [{"role": "user", "content": "x" * 5000}]
     assert client.messages.count_tokens(model=MODEL, messages=long).input_tokens == 5007
-    assert httpx.get(f"{url}/v1/messages").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{url}/v1/messages", timeout=60).json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_key_is_asked_for_in_anthropics_way(tmp_path: Path) -> None:

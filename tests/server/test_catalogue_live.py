@@ -14,7 +14,8 @@ from exo.cards.catalogue import BrokenCard, Catalogue, LiveCatalogue
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 from tests.support.model_cards import write
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 
 

@@ -121,19 +121,22 @@ def test_a_continued_reply_gets_no_reasoning_block(http: httpx.Client) -> None:
     assert reply.json()["prompt"] == "user: hi\nassistant: Well"
 
 
+FOUR: JsonValue = {"num_predict": 4}
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
-        ("/v1/chat/completions", {"messages": CONTINUED[:1], "reasoning_effort": "none"}),
-        ("/v1/responses", {"input": "hi", "reasoning": {"effort": "none"}}),
+        ("/v1/chat/completions", {"messages": CONTINUED[:1], "max_tokens": 4, "reasoning_effort": "none"}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 4, "reasoning": {"effort": "none"}}),
         ("/v1/messages", {"messages": CONTINUED[:1], "max_tokens": 4, "thinking": {"type": "disabled"}}),
-        ("/api/chat", {"messages": CONTINUED[:1], "think": False, "stream": False}),
-        ("/api/generate", {"prompt": "hi", "think": False, "stream": False}),
-        ("/v1/chat/completions", {"messages": CONTINUED[:1], "reasoning_effort": "high"}),
-        ("/v1/responses", {"input": "hi", "reasoning": {"effort": "high"}}),
+        ("/api/chat", {"messages": CONTINUED[:1], "options": FOUR, "think": False, "stream": False}),
+        ("/api/generate", {"prompt": "hi", "options": FOUR, "think": False, "stream": False}),
+        ("/v1/chat/completions", {"messages": CONTINUED[:1], "max_tokens": 4, "reasoning_effort": "high"}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 4, "reasoning": {"effort": "high"}}),
         ("/v1/messages", {"messages": CONTINUED[:1], "max_tokens": 4, "output_config": {"effort": "high"}}),
-        ("/api/chat", {"messages": CONTINUED[:1], "think": True, "stream": False}),
-        ("/api/chat", {"messages": CONTINUED[:1], "think": "low", "stream": False}),
+        ("/api/chat", {"messages": CONTINUED[:1], "options": FOUR, "think": True, "stream": False}),
+        ("/api/chat", {"messages": CONTINUED[:1], "options": FOUR, "think": "low", "stream": False}),
     ],
 )
 def test_every_dialects_switch_is_taken_by_every_kind_of_model(

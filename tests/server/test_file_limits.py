@@ -127,7 +127,10 @@ def test_a_connection_without_a_request_is_closed_in_the_end(tmp_path: Path) -> 
 def test_a_connection_is_refused_while_all_others_are_answered(tmp_path: Path) -> None:
     write_card(tmp_path, "slow", {"cuda": {"step_seconds": 0.05}}, backends=CPU)
     python = limited_python(tmp_path, 128)
-    with ServeProgram(tmp_path, fake=True, python=python) as server, httpx.Client(base_url=server.url) as other:
+    with (
+        ServeProgram(tmp_path, fake=True, python=python) as server,
+        httpx.Client(base_url=server.url, timeout=60) as other,
+    ):
         body = b'{"model": "slow", "prompt": "x", "max_tokens": 4000, "stream": true}'
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         url = httpx.URL(server.url)
@@ -170,4 +173,4 @@ def test_a_server_without_file_descriptors_keeps_what_it_has_and_recovers(tmp_pa
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         assert server.client.post("/v1/chat/completions", json=chat).status_code == 200
         wait_until(lambda: server.complete("two", max_tokens=4).status_code == 200)
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200

@@ -102,6 +102,7 @@ def test_properties_and_slots(http: httpx.Client) -> None:
 
 
 CHAT = {"model": LOADED, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+OLLAMA_CHAT = {"model": LOADED, "messages": CHAT["messages"], "options": {"num_predict": 2}}
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,8 @@ CHAT = {"model": LOADED, "messages": [{"role": "user", "content": "hi"}], "max_t
         ("/responses", {"model": LOADED, "input": "hi", "max_output_tokens": 2}),
         ("/messages", CHAT),
         ("/ollama/v1/chat/completions", CHAT),
-        ("/ollama/api/chat", CHAT),
-        ("/ollama/api/api/chat", CHAT),
+        ("/ollama/api/chat", OLLAMA_CHAT),
+        ("/ollama/api/api/chat", OLLAMA_CHAT),
         ("/ollama/api/show", {"model": LOADED}),
     ],
 )

@@ -19,7 +19,8 @@ from exo.cards.card import ModelCard, SamplingDefaults
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 from tests.support.fake_model import expected_text
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
 
 MODEL = "fake/model"
@@ -117,7 +118,7 @@ def test_a_chat_stream(client: ollama.Client) -> None:
 
 def test_it_streams_unless_told_not_to(url: str) -> None:
     body = {"model": MODEL, "messages": USER_HI, "options": {"num_predict": 2}}
-    reply = httpx.post(f"{url}/api/chat", json=body)
+    reply = httpx.post(f"{url}/api/chat", json=body, timeout=60)
     assert reply.headers["content-type"] == "application/x-ndjson"
     assert reply.headers["x-exo-runner"] == "cuda"
     assert len(reply.text.splitlines()) > 1
@@ -334,8 +335,8 @@ def test_what_there_is(client: ollama.Client) -> None:
 
 
 def test_a_server_is_there(url: str) -> None:
-    assert httpx.get(f"{url}/api/version").json() == {"version": OLLAMA_VERSION, "exo": __version__}
-    assert (httpx.head(url).status_code, httpx.get(url).status_code) == (200, 200)
+    assert httpx.get(f"{url}/api/version", timeout=60).json() == {"version": OLLAMA_VERSION, "exo": __version__}
+    assert (httpx.head(url, timeout=60).status_code, httpx.get(url, timeout=60).status_code) == (200, 200)
 
 
 def test_what_is_not_there_says_so(client: ollama.Client, url: str) -> None:
@@ -348,7 +349,7 @@ def test_what_is_not_there_says_so(client: ollama.Client, url: str) -> None:
             ask()
         assert missing.value.status_code == 501
         assert missing.value.error.startswith("/api/")
-    assert error(httpx.get(f"{url}/api/nothing"))[0] == 404
+    assert error(httpx.get(f"{url}/api/nothing", timeout=60))[0] == 404
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
@@ -406,7 +407,7 @@ def test_faults_with_ollamas_client(client: ollama.Client, url: str) -> None:
         chat(client, "fake/mode")
     assert missing.value.status_code == 404
     assert "did you mean fake/model" in missing.value.error
-    assert error(httpx.post(f"{url}/api/show", json={})) == (400, "model: this field is required")
+    assert error(httpx.post(f"{url}/api/show", json={}, timeout=60)) == (400, "model: this field is required")
 
 
 def test_a_stream_that_fails_says_so_in_the_stream(client: ollama.Client) -> None:
@@ -443,7 +444,7 @@ def test_a_real_runner_speaks_it_too(twin: ServeProgram) -> None:
         assert "".join(piece.message.content or "" for piece in pieces) == whole.message.content
         raw = client.generate("twin", "once", raw=True, options=options, logprobs=True)
         assert len(raw.logprobs or ()) == 12
-        formatted = chat(client, "twin", options={"num_predict": 100}, format=schema)
+        formatted = chat(client, "twin", options={"num_predict": 100, "temperature": 0}, format=schema)
         assert json.loads(formatted.message.content or "") == {"a": "b"}
         first, second = client.embed("twin", ["once", "upon a time"]).embeddings
         assert len(first) == len(second) == 64

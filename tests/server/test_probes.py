@@ -190,9 +190,12 @@ def test_a_page_on_this_machine_is_let_in_where_its_origin_is_listed(tmp_path_fa
     with serve(tmp_path_factory.mktemp("listed"), fake_card(), access=Access(cors_origins=(page,))) as url:
         for path in REQUESTS:
             for spelling in (path, path + "/"):
-                preflight = httpx.options(url + spelling, headers=asked)
+                preflight = httpx.options(url + spelling, headers=asked, timeout=60)
                 assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (204, page)
-        assert httpx.options(f"{url}/api/chat", headers={**asked, "origin": "http://localhost:1"}).status_code == 403
+        assert (
+            httpx.options(f"{url}/api/chat", headers={**asked, "origin": "http://localhost:1"}, timeout=60).status_code
+            == 403
+        )
 
 
 THINKING_TOOLS = "{% for tool in tools %}<tool_call>{% endfor %}{% if enable_thinking %}<think></think>{% endif %}"

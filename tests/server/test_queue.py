@@ -23,7 +23,8 @@ from exo.serving.admission import Queues
 from exo.serving.errors import ServingError
 from tests.conftest import fake_card
 from tests.support.api_server import serve
-from tests.support.server import DEADLINE_SECONDS, ServeProgram, write_card
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import ServeProgram, write_card
 
 MODEL = "fake/model"
 SHORT = {"model": MODEL, "prompt": "hi", "max_tokens": 3}
@@ -177,7 +178,7 @@ def test_leaving_the_queue_without_a_stream_does_so_too(tmp_path: Path) -> None:
     with server(tmp_path, 1) as http, stream(http, ENDLESS) as running:
         next(running)
         with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/completions", json=ENDLESS, timeout=0.3)
+            http.post("/v1/completions", json=ENDLESS, timeout=httpx.Timeout(60, read=0.3))
         with stream_soon(http):
             is_refused(post(http, SHORT))
 

@@ -118,7 +118,7 @@ def test_a_field_is_logged_once(url: str, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_requests_beside_each_other_keep_their_warnings_apart(url: str) -> None:
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         first = client.post("/v1/completions", json={"model": MODEL, **BODIES["/v1/completions"], "one": 1})
         second = client.post("/v1/completions", json={"model": MODEL, **BODIES["/v1/completions"], "two": 1})
     assert (first.headers[WARNING_HEADER][:4], second.headers[WARNING_HEADER][:4]) == ("one:", "two:")
@@ -135,7 +135,7 @@ def test_strict_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pull_is_not_made_on_a_guess(url: str) -> None:
-    reply = httpx.post(f"{url}/v1/models/pull", json={"model": MODEL, "quantization": "Q8_0"})
+    reply = httpx.post(f"{url}/v1/models/pull", json={"model": MODEL, "quantization": "Q8_0"}, timeout=60)
     assert json.loads(reply.text)["error"]["code"] == "unknown_parameter"
 
 

@@ -30,17 +30,22 @@ from tests.support.runner_pool import ANEW, until
 
 GIB = 1 << 30
 
+SAID = Probe(installed=True, engine="fake", backends=("LlamaCppCpu",))
 _RUNNER = """
 import os, sys, time
-if sys.argv[1:] == ["--probe"] and not os.path.exists({mark!r}):
-    {instead}
-os.execv({program!r}, [*{command!r}, *sys.argv[1:]])
+if sys.argv[1:] == ["--probe"]:
+    if not os.path.exists({mark!r}):
+        {instead}
+    print({said!r})
+else:
+    os.execv({program!r}, {command!r})
 """
 
 
 def runner(mark: Path, instead: str) -> tuple[str, ...]:
     """The fake runner; where there is no such file yet, its probe does something else."""
-    source = _RUNNER.format(mark=str(mark), instead=instead, program=COMMAND[0], command=COMMAND)
+    said = SAID.model_dump_json()
+    source = _RUNNER.format(mark=str(mark), instead=instead, said=said, program=COMMAND[0], command=COMMAND)
     return (sys.executable, "-c", source)
 
 
@@ -83,14 +88,13 @@ def test_the_runners_are_not_asked_for_every_request_that_is_refused(tmp_path: P
 
 
 async def test_what_a_runner_answered_once_stands_when_it_is_silent_later() -> None:
-    said = Probe(installed=True, engine="fake", backends=("LlamaCppCpu",))
-    before = await probe_host({"cuda": (sys.executable, "-c", f"print({said.model_dump_json()!r})")})
+    before = await probe_host({"cuda": (sys.executable, "-c", f"print({SAID.model_dump_json()!r})")})
     silent = await probe_host({"cuda": ("sleep", "4321")}, deadline=0.1)
     assert silent.unanswered == {"cuda"}
     assert not silent.probes["cuda"].installed
     now = updated(before, silent)
-    assert (now.probes["cuda"], now.unanswered) == (said, frozenset())
-    assert updated(silent, before).probes["cuda"] == said
+    assert (now.probes["cuda"], now.unanswered) == (SAID, frozenset())
+    assert updated(silent, before).probes["cuda"] == SAID
     assert updated(silent, silent).unanswered == {"cuda"}
 
 
@@ -158,7 +162,7 @@ def test_a_server_keeps_saying_that_a_gpu_is_not_used(
     use_driver(monkeypatch, FakeDevice(0))
     with serve(tmp_path, fake_card()) as url:
         assert complete(url).status_code == 200
-        ready, instances = (httpx.get(f"{url}/{path}").json() for path in ("ready", "v1/instances"))
+        ready, instances = (httpx.get(f"{url}/{path}", timeout=60).json() for path in ("ready", "v1/instances"))
     [notice] = ready["notices"]
     assert notice.startswith("llama.cpp does not use Invented: ")
     assert instances["notices"] == [notice]

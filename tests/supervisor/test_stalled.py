@@ -35,6 +35,8 @@ from tests.support.tiny import Shape, write_mlx
 from tests.support.twins import mlx_load
 
 IMPATIENT = Deadlines(stalled=1.0, unreported=2.0, step=1.0, grace=10)
+PATIENT = Deadlines(stalled=2.5, unreported=2.5, step=2.5, grace=10)
+"""For runners that must not be ended, also where they wait for a core for a second or two."""
 ENGINE = Deadlines(stalled=4.0, grace=10)
 """For real engines, which compute for seconds before they report anything."""
 
@@ -92,16 +94,16 @@ async def test_a_load_that_waits_in_a_loop_has_more_time_and_not_for_ever(tmp_pa
 
 
 async def test_a_slow_load_that_reports_progress_may_take_as_long_as_it_likes(tmp_path: Path) -> None:
-    async with started(tmp_path, fake(load_steps=5, load_step_seconds=0.5)) as process:
+    async with started(tmp_path, fake(load_steps=7, load_step_seconds=0.4), deadlines=PATIENT) as process:
         assert (await process.ready()).engine == "fake"
 
 
 async def test_who_waits_for_memory_need_make_no_progress(tmp_path: Path) -> None:
     async def admit_late(estimated: Estimated) -> LoadOption:
-        await anyio.sleep(3 * IMPATIENT.stalled)
+        await anyio.sleep(1.2 * PATIENT.stalled)
         return estimated.choices[0]
 
-    async with started(tmp_path, fake(), by=admit_late) as process:
+    async with started(tmp_path, fake(), by=admit_late, deadlines=PATIENT) as process:
         assert (await process.ready()).engine == "fake"
 
 

@@ -347,10 +347,10 @@ class FakeRunner:
         if not self.sequences and not self.questions:
             self.emit(Status(state="Running"))
 
-    def end(self) -> None:
-        """Reports the state after the last request is gone."""
-        if not self.sequences and not self.questions:
-            self.emit(Status(state="Ready"))
+    def end(self, terminal: Embedded | Ranked | Finished) -> None:
+        """Reports the end of a request and, in the same write, the state after the last one."""
+        idle = not self.sequences and not self.questions
+        self.emit(terminal, *([Status(state="Ready")] if idle else []))
 
     def ask(self, request: Embed | Rank) -> None:
         tokens = self.tokens_of(request)
@@ -399,8 +399,7 @@ class FakeRunner:
     def answer(self, terminal: Embedded | Ranked | Finished) -> None:
         del self.questions[terminal.id]
         self.computed = 0
-        self.emit(terminal)
-        self.end()
+        self.end(terminal)
 
     def step(self) -> None:
         time.sleep(self.options.step_seconds)
@@ -468,8 +467,7 @@ class FakeRunner:
         text = sequence.text.finish()
         stop = sequence.text.stopped_by
         usage = Usage(prompt_tokens=len(sequence.prompt), completion_tokens=sequence.output)
-        self.emit(Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop))
-        self.end()
+        self.end(Finished(id=request, reason="stop" if stop else reason, usage=usage, text=text, stop=stop))
 
     def misbehave(self) -> None:
         options = self.options

@@ -16,9 +16,7 @@ import psutil
 from pydantic import JsonValue
 
 from tests import ROOT
-
-DEADLINE_SECONDS = 120.0
-"""How long a test waits for an event that must come; reached only if something is broken."""
+from tests.support.program import DEADLINE_SECONDS
 
 
 def write_card(home: Path, name: str, engines: Mapping[str, Mapping[str, JsonValue]], **fields: JsonValue) -> None:
@@ -101,7 +99,7 @@ class ServeProgram:
         children = self.children()
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(30)
+            self.process.wait(DEADLINE_SECONDS)
         finally:
             for process in (self.process, *children):
                 with suppress(psutil.NoSuchProcess):
@@ -116,14 +114,17 @@ class ServeProgram:
             return []
 
     def runners(self) -> list[psutil.Process]:
-        return [child for child in self.children() if _is_runner(child)]
+        return [child for child in self.children() if is_runner(child)]
 
     def complete(self, model: str, **body: object) -> httpx.Response:
         return self.client.post("/v1/completions", json={"model": model, "prompt": "once upon a time", **body})
 
 
-def _is_runner(process: psutil.Process) -> bool:
+def is_runner(process: psutil.Process) -> bool:
+    """Whether a process has a model; a probe has none."""
     try:
-        return any("exo.worker.runner_" in part and "runner_common" not in part for part in process.cmdline())
+        command = process.cmdline()
+        modules = [part for part in command if "exo.worker.runner_" in part and "runner_common" not in part]
+        return bool(modules) and "--probe" not in command
     except psutil.NoSuchProcess:  # or has died and is not reaped yet
         return False

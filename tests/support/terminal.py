@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.support.server import DEADLINE_SECONDS, environment
+from tests.support.program import DEADLINE_SECONDS
+from tests.support.server import environment
 
 PROMPT = ">>> "
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from exo.worker.protocol.commands import Load
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.loader import load
 from exo.worker.runner_cuda.loading.threads import CpuWindow, ThreadCount, Threads, Trial, others_running
+from tests.support.program import DEADLINE_SECONDS
 from tests.support.tiny import Shape, write_gguf
 
 ONE_ROW = (False, 1)
@@ -92,15 +94,16 @@ def test_after_a_pause_the_cores_that_nobody_else_uses_are_used_at_once(free: in
 
 
 def test_other_programs_that_compute_are_counted() -> None:
-    script = "print(flush=True)\nimport time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+    script = "print(flush=True)\nimport time\nend = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
     others = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(3)]
     try:
         for each in others:
             assert each.stdout is not None
             each.stdout.readline()
-        found = others_running()
-        assert found is not None
-        assert found >= len(others)
+        assert others_running() is not None
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while (others_running() or 0) < len(others):  # a container may keep some of them from its cores for a moment
+            assert time.monotonic() < deadline
     finally:
         for each in others:
             each.kill()

@@ -40,7 +40,7 @@ from tests.support.tiny import Shape, write_mlx
 from tests.support.tiny.shape import Architecture
 from tests.support.twins import Models, Start, mlx_load
 
-END_SECONDS = 10
+END_SECONDS = 60
 """How long a process may take to end with the others; reached only when something is broken."""
 
 BY_TENSOR: dict[str, JsonValue] = {"tensor_parallel_size": 2}

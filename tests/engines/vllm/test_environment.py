@@ -171,7 +171,7 @@ def test_two_processes_that_share_a_model_choose_what_one_does(alone: Program, t
         assert children
         pair.process.kill()
         assert pair.drain() == -signal.SIGKILL
-        assert psutil.wait_procs(children, timeout=20)[1] == []
+        assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
 def listening(program: Program) -> set[str]:
