@@ -257,6 +257,20 @@ def test_other_words_for_a_demand(choice: object) -> None:
     assert chat(tools=[TOOL], tool_choice=choice).choice == "required"
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_a_choice_of_some_tools_hides_the_others(mode: str) -> None:
+    other: JsonValue = {"type": "function", "function": {"name": "other"}}
+
+    def allowed(name: str) -> dict[str, object]:
+        return {"mode": mode, "tools": [{"type": "function", "function": {"name": name}}]}
+
+    body = chat(tools=[other, TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": allowed("look")})
+    conversation = body.conversation()
+    assert (body.choice, [tool.name for tool in conversation.tools]) == (mode, ["look"])
+    wrong = refused(tools=[other], tool_choice={"type": "allowed_tools", "allowed_tools": allowed("look")})
+    assert wrong.startswith("tool_choice.allowed_tools: there is no tool 'look'; given are other")
+
+
 @pytest.mark.parametrize(
     ("fields", "effort"),
     [

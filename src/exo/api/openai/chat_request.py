@@ -76,6 +76,25 @@ class NamedTool(RequestBody):
     function: NamedFunction = Field(description="The function.")
 
 
+class FunctionSubset(RequestBody):
+    """Some of the tools."""
+
+    mode: Literal["auto", "required"] = Field(default="auto", description="Whether a call is required.")
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS, description="The tools.")
+
+
+class AllowedFunctions(RequestBody):
+    """The subset of the tools that this reply may call."""
+
+    type: Literal["allowed_tools"] = Field(description="A subset of the tools.")
+    allowed_tools: FunctionSubset = Field(description="The tools.")
+
+    @property
+    def names(self) -> set[str]:
+        """The tools' names."""
+        return {tool.function.name for tool in self.allowed_tools.tools}
+
+
 class JsonSchema(RequestBody):
     """A JSON Schema that the reply must follow, whether ``strict`` or not."""
 
@@ -157,7 +176,7 @@ def check_tool_names(names: Sequence[str], choice: ToolChoice = "auto", name_fie
         raise invalid("there are no tools to choose from", "tool_choice")
 
 
-def _by_type(value: JsonValue) -> JsonValue:
+def _by_type(value: JsonValue) -> "JsonValue | AllowedFunctions":
     """Refuses wrong types here, because a union would report one error for each of its types."""
     if isinstance(value, dict) and value.get("type") in (*_CHOICES, "any"):
         value = value["type"]
@@ -167,7 +186,9 @@ def _by_type(value: JsonValue) -> JsonValue:
         return value
     if not isinstance(value, dict):
         raise invalid('must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": "…"}}')
-    if (kind := value.get("type")) != "function":
+    if (kind := value.get("type")) == "allowed_tools":
+        return AllowedFunctions.model_validate(value)
+    if kind != "function":
         raise unsupported(f"only functions can be called (got {str(kind)[:80]!r})", "type")
     return value
 
@@ -212,7 +233,9 @@ class ChatCompletionRequest(GenerationFields):
     tools: list[Annotated[ToolDefinition | VendorTool, BeforeValidator(_tool)]] = Field(
         default=[], max_length=MAX_TOOLS, description="The tools that the model may call; other types are dropped."
     )
-    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_by_type)] = Field(
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | AllowedFunctions, BeforeValidator(_by_type)
+    ] = Field(
         default="auto",
         description="With 'required' or a name, the reply is a call that follows its schema.",
         json_schema_extra=honoured("grammar"),
@@ -257,7 +280,11 @@ class ChatCompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _a_choice_of_tools(self) -> "ChatCompletionRequest":
-        check_tool_names([tool.function.name for tool in self.functions], self.choice, "tool_choice.function.name")
+        names = [tool.function.name for tool in self.functions]
+        check_tool_names(names, self.choice, "tool_choice.function.name")
+        if isinstance(self.tool_choice, AllowedFunctions) and (missing := self.tool_choice.names - {*names}):
+            message = f"there is no tool {min(missing)[:80]!r}; given are {', '.join(names)[:500] or 'none'}"
+            raise invalid(message, "tool_choice.allowed_tools")
         if self.choice not in ("auto", "none"):
             if other := super().constraints:
                 raise invalid(f"not accepted together with {other[0].param}", "tool_choice")
@@ -299,7 +326,16 @@ class ChatCompletionRequest(GenerationFields):
         """The choice of tools in no API's form."""
         if isinstance(self.tool_choice, NamedTool):
             return NamedChoice(self.tool_choice.function.name)
-        return self.tool_choice
+        return (
+            self.tool_choice.allowed_tools.mode if isinstance(self.tool_choice, AllowedFunctions) else self.tool_choice
+        )
+
+    @property
+    def callable_functions(self) -> list[ToolDefinition]:
+        """The tools that this reply may call."""
+        if isinstance(self.tool_choice, AllowedFunctions):
+            return [tool for tool in self.functions if tool.function.name in self.tool_choice.names]
+        return self.functions if self.tool_choice != "none" else []
 
     def conversation(self) -> Conversation:
         """The prompt in no API's form."""
@@ -307,7 +343,7 @@ class ChatCompletionRequest(GenerationFields):
         reasoning_tokens, reasoning_tokens_param = self.reasoning_tokens
         return Conversation(
             messages=tuple(message.told() for message in self.messages),
-            tools=tuple(tool.function.tool() for tool in self.functions) if self.tool_choice != "none" else (),
+            tools=tuple(tool.function.tool() for tool in self.callable_functions),
             choice=self.choice,
             parallel=self.parallel_tool_calls,
             variables=self.chat_template_kwargs,

@@ -20,6 +20,7 @@ _VENDOR_ITEMS = (
     "computer_call",
     "computer_call_output",
     "file_search_call",
+    "ghost_snapshot",
     "image_generation_call",
     "mcp_approval_request",
     "mcp_approval_response",
