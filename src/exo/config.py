@@ -36,6 +36,7 @@ DEFAULT_PORT = 52415
 _OWN_VARIABLES = (
     *("EXO_API_KEY", "EXO_AUTO_PULL", "EXO_CUDA_PLUGIN", "EXO_DEFAULT_MODELS_DIR", "EXO_DRAIN_TIMEOUT"),
     *("EXO_EVICT_TIMEOUT", "EXO_HOME", "EXO_HOST", "EXO_IDLE_TIMEOUT", "EXO_LOAD_TIMEOUT", "EXO_MAX_QUEUE"),
+    *("EXO_LOG_JSON", "EXO_LOG_PROMPTS"),
     *("EXO_MEMORY_LIMIT", "EXO_MIN_RESIDENCE", "EXO_MODELS_DIRS", "EXO_MODELS_READ_ONLY_DIRS", "EXO_OFFLINE"),
     *("EXO_PORT", "EXO_PREFER", "EXO_STALL_TIMEOUT", "EXO_STRICT", "EXO_TTL", "EXO_URL", "EXO_LAUNCH_KEY"),
     "EXO_TEST_RPC_SERVERS",
@@ -213,6 +214,10 @@ class Settings:
     """Computed prefixes of prompts; None keeps none. Prompts are secret, so each user has a directory."""
     strict: bool = False
     """Whether the server refuses unknown request fields instead of warning about them."""
+    log_json: bool = False
+    """Whether each line of the server's log is a JSON object."""
+    log_prompts: bool = False
+    """Whether the access log has the text of prompts."""
 
     @property
     def is_local(self) -> bool:
@@ -237,6 +242,8 @@ class Settings:
         auto_pull: bool = False,
         prefer: str | None = None,
         strict: bool = False,
+        log_json: bool = False,
+        log_prompts: bool = False,
     ) -> "Settings":
         """From the flags of the command line and the environment. Raises SettingsError.
 
@@ -266,6 +273,8 @@ class Settings:
             speeds_file=state / "speeds.json",
             prefix_directory=cache_directory() / f"prefix_cache-{os.geteuid()}",
             strict=strict or is_set("EXO_STRICT"),
+            log_json=log_json or is_set("EXO_LOG_JSON"),
+            log_prompts=log_prompts or is_set("EXO_LOG_PROMPTS"),
         )
 
 

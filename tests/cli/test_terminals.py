@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[int, bool, list[str]]] = {
     "add": (4, False, ["org/model"]),
     "rm": (3, False, ["long"]),
     "ps": (4, False, ["--port", "9"]),
+    "top": (4, False, ["--port", "9"]),
     "stop": (4, False, ["long", "--port", "9"]),
     "route": (0, True, ["long"]),
     "doctor": (0, True, []),

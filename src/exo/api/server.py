@@ -15,7 +15,7 @@ from uvicorn.lifespan.on import LifespanOn
 
 from exo.api.app import create_app
 from exo.api.http.connection import BoundedConnection, connection_limit, limited_connection, raise_file_limit
-from exo.api.http.log import OneLineFormatter
+from exo.api.http.log import JsonFormatter, OneLineFormatter
 from exo.api.http.request_id import add_request_id
 from exo.api.http.tls import Handshake, TlsListener
 from exo.cards.catalogue import Catalogue
@@ -81,8 +81,9 @@ def serve_forever(
     refused; the second ends everything at once. ``commands`` is as for ``Services``. Raises ListenError.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(levelname)s: %(message)s"))
-    handler.addFilter(add_request_id)
+    handler.setFormatter(JsonFormatter() if settings.log_json else OneLineFormatter("%(levelname)s: %(message)s"))
+    if not settings.log_json:
+        handler.addFilter(add_request_id)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     if not (settings.is_local or settings.access.keys or settings.access.insecure):

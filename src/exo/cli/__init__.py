@@ -26,6 +26,7 @@ COMMANDS = {
     "rm": ("exo.cli.models.rm:remove", "Delete a model's downloaded files."),
     "launch": ("exo.cli.launch.command:launch", "Start a coding agent or chat UI with a model."),
     "ps": ("exo.cli.server.ps:ps", "Show the models that the running server has loaded."),
+    "top": ("exo.cli.server.top:top", "Show the running server's models, memory and requests, live."),
     "stop": ("exo.cli.server.stop:stop", "Unload a model from the running server."),
     "route": ("exo.cli.route:route", "Show which runner would serve a model here, and why."),
     "doctor": (

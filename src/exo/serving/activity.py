@@ -18,6 +18,7 @@ from exo.serving.events import (
     Prefill,
 )
 from exo.serving.request_totals import RequestTotals, Totals
+from exo.worker.protocol.commands import Text
 from exo.worker.protocol.events import Usage
 from exo.worker.router import Route
 
@@ -28,6 +29,7 @@ ENDED: tuple[Phase, ...] = ("finished", "failed", "cancelled")
 RECENT = 200
 """The records that a server keeps, besides those of requests that have not ended."""
 _REPLAYS = 100
+_PROMPT_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class RequestRecord:
         self.client = client
         self.dialect: Dialect = dialect
         self.path = path
+        self.method = ""
         self.started = time.time()
         self.began = time.monotonic()
         self.model = ""  # a card's model id, so that its values are bounded
@@ -78,6 +81,7 @@ class RequestRecord:
         self.replays = 0
         self.replayed_tokens = 0
         self.failovers = 0
+        self.prompts: tuple[str, ...] = ()  # their texts, if the activity keeps prompts
         self.version = 0  # set anew by the activity on each change of phase
         self._activity = activity
         self._place: Place | None = None  # of a request that generates text
@@ -147,6 +151,11 @@ class RequestRecord:
         self._totals = self._activity.totals.requests[self.model, route.runner, route.backend]
         self._totals.routes[route.criterion] += 1
         self.enter("queued")
+
+    def note_prompts(self, prompts: Iterable[Sequence[Text] | Sequence[int]]) -> None:
+        """Its prompts, of which nothing is kept unless the operator wants them in the log."""
+        if self._activity.keeps_prompts:
+            self.prompts = tuple(["".join(map(_text, prompt))[:_PROMPT_CHARACTERS] for prompt in prompts])
 
     def replayed(self, tokens: int) -> None:
         """Its runner has died, and it continues after ``tokens`` of output."""
@@ -246,11 +255,16 @@ class RequestRecord:
             self.enter("decode")
 
 
+def _text(part: Text | int) -> str:
+    return f"<{part}>" if isinstance(part, int) else part.text
+
+
 @final
 class Activity:
     """The records of the requests that have not ended, and of the last ones that have."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_prompts: bool = False) -> None:
+        self.keeps_prompts = keeps_prompts
         self.version = 0  # changes of phases and replays so far
         self.totals = Totals()
         self.replays: deque[ReplayNote] = deque(maxlen=_REPLAYS)

@@ -46,7 +46,7 @@ class Services:
         limits = settings.limits
         self.cards = LiveCatalogue(catalogue)
         self.speeds = SpeedStore(settings.speeds_file)
-        self.activity = Activity()
+        self.activity = Activity(keeps_prompts=settings.log_prompts)
         self.templates = TemplateWorker()
         self.gbnf = GbnfWorker()
         self.pulls = Pulls(settings, provides_files=commands is None)

@@ -224,6 +224,7 @@ class Generation:
         """Makes the prompts and what each choice needs. Raises ``ServingError`` and ``RunnerError``."""
         request, runner = self.request, failover.runner
         prepared = [await self._prepare_prompt(failover, at) for at in range(len(request.prompts))]
+        self.record.note_prompts([each.prompt for each in prepared])
         sequences = self._sequences(runner.card, runner.capabilities, prepared)
         self._services.queues.slots_changed(runner.card.model_id)
         echoes = tuple([each.echo for each in prepared]) if request.echo else ()

@@ -22,6 +22,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from exo.api.http.access_log import log_refusal
 from exo.api.http.errors import ErrorBody
 from exo.api.http.request_id import REQUEST_ID_HEADER, new_request_id
 
@@ -277,6 +278,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = error.openai()
+        log_refusal(self.client[0] if self.client else "", error)
         named = {REQUEST_ID_HEADER: new_request_id(), **error.headers}
         headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}connection: close\r\n\r\n"

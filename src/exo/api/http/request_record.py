@@ -5,6 +5,7 @@ from typing import final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from exo.api.http.access_log import log_access
 from exo.api.http.errors import is_anthropic
 from exo.api.http.middleware import route_path
 from exo.api.http.request_id import REQUEST_ID_HEADER, accepted_or_new
@@ -33,6 +34,7 @@ class RequestRecords:
         own = accepted_or_new(headers.get(REQUEST_ID_HEADER, ""))
         path = route_path(scope["path"])
         record = RequestRecord(self._activity, own, _client(scope, headers), _dialect(path), _shown(path))
+        record.method = scope["method"]
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -45,8 +47,9 @@ class RequestRecords:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            current_request.reset(token)
             record.end()
+            log_access(record)
+            current_request.reset(token)
 
 
 def _client(scope: Scope, headers: Headers) -> str:

@@ -56,6 +56,12 @@ def serve(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse unknown request fields instead of warning. EXO_STRICT.")
     ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log a JSON object in each line instead of text. EXO_LOG_JSON.")
+    ] = False,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log the text of prompts as well. EXO_LOG_PROMPTS.")
+    ] = False,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
     access = server.access(
@@ -77,6 +83,8 @@ def serve(
         auto_pull=auto_pull,
         prefer=prefer,
         strict=strict,
+        log_json=log_json,
+        log_prompts=log_prompts,
     )
     try:
         serve_forever(

@@ -1,0 +1,74 @@
+"""The access log: one line for each request, when its reply is over."""
+
+import logging
+from collections.abc import Iterator
+
+from pydantic import JsonValue
+
+from exo.api.http.errors import ErrorBody
+from exo.serving.activity import RequestRecord
+
+log = logging.getLogger("exo.access")
+
+_MONITORS = ("/health", "/ready", "/metrics", "/v1/instances", "/v1/activity", "/v1/activity/events")
+"""Programs ask for these all the time. Only what is refused there is logged."""
+
+
+def log_access(record: RequestRecord) -> None:
+    """Writes the line of a request that is over."""
+    if (record.path in _MONITORS and record.phase != "failed") or not log.isEnabledFor(logging.INFO):
+        return
+    log.info("%s", ", ".join(_words(record)), extra={"facts": _facts(record)})
+
+
+def log_refusal(address: str, error: ErrorBody) -> None:
+    """Writes the line of a request that was refused before it was read."""
+    facts = {"client": address, "status": error.status, "error": error.code}
+    log.info("%s, %d failed %s", address, error.status, error.code, extra={"facts": facts})
+
+
+def _words(record: RequestRecord) -> Iterator[str]:
+    yield " ".join(filter(None, (record.client, record.method, record.path, f"({record.dialect})")))
+    yield " ".join(filter(None, (str(record.status or "no reply"), record.phase, record.error)))
+    if (route := record.route) is not None:
+        yield f"{record.model}@{route.runner} ({route.reason})"
+        yield f"queue {record.seconds_in('queued'):.3f} s"
+        if load := record.seconds_in("loading"):
+            yield f"load {load:.3f} s"
+        if record.first_token is not None:
+            yield f"first token {record.first_token - record.began:.3f} s"
+        yield f"{record.prompt_tokens} tokens in ({record.cached_tokens} cached), {record.completion_tokens} out"
+    yield f"{record.seconds:.3f} s"
+    if record.finish_reason is not None:
+        yield record.finish_reason
+    if record.replays:
+        yield f"{record.replays} replays"
+    for prompt in record.prompts:
+        yield f"prompt {prompt!r}"
+
+
+def _facts(record: RequestRecord) -> dict[str, JsonValue]:
+    route, first = record.route, record.first_token
+    return {
+        "client": record.client,
+        "method": record.method,
+        "path": record.path,
+        "dialect": record.dialect,
+        "model": record.model,
+        "runner": None if route is None else route.runner,
+        "instance": record.instance or None,
+        "route": None if route is None else route.reason,
+        "phase": record.phase,
+        "status": record.status,
+        "error": record.error or None,
+        "queue_s": round(record.seconds_in("queued"), 4),
+        "load_s": round(record.seconds_in("loading"), 4),
+        "first_token_s": None if first is None else round(first - record.began, 4),
+        "seconds": round(record.seconds, 4),
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "completion_tokens": record.completion_tokens,
+        "finish_reason": record.finish_reason,
+        "replays": record.replays,
+        **({"prompts": list(record.prompts)} if record.prompts else {}),
+    }
