@@ -47,6 +47,7 @@ _UPSTREAM_VARIABLES = ("ENABLE_DISAGGREGATION", "OVERRIDE_MEMORY_MB")
 _MIN_KEY_LENGTH = 8
 _KEY = re.compile(rf"(?:([A-Za-z0-9_.-]{{1,64}}):)?([!-9;-~]{{{_MIN_KEY_LENGTH},512}})")
 _HOST_PATTERN = re.compile(r"\*|[A-Za-z0-9_.-]{1,253}|[0-9a-fA-F:.]{2,45}")
+_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _ORIGIN_PATTERN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]{1,255}")
 
 
@@ -176,7 +177,7 @@ class HubAccess:
     def load(cls) -> "HubAccess":
         """From HF_ENDPOINT, HF_TOKEN, EXO_OFFLINE and HF_HUB_OFFLINE. Raises SettingsError."""
         endpoint, token = from_environment("HF_ENDPOINT"), from_environment("HF_TOKEN")
-        if endpoint is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint.value):
+        if endpoint is not None and not _URL.fullmatch(endpoint.value):
             raise endpoint.error("expected an address: https://hub.example")
         if token is not None and not re.fullmatch(r"\s*[!-~]{1,4096}\s*", token.value):
             raise SettingsError("HF_TOKEN: expected printable ASCII characters without spaces")
@@ -218,6 +219,10 @@ class Settings:
     """Whether each line of the server's log is a JSON object."""
     log_prompts: bool = False
     """Whether the access log has the text of prompts."""
+    otlp_endpoint: str | None = None
+    """The address of a collector of traces; None exports none."""
+    service_name: str = "exo"
+    """The server's name in traces."""
 
     @property
     def is_local(self) -> bool:
@@ -244,6 +249,7 @@ class Settings:
         strict: bool = False,
         log_json: bool = False,
         log_prompts: bool = False,
+        otlp_endpoint: str | None = None,
     ) -> "Settings":
         """From the flags of the command line and the environment. Raises SettingsError.
 
@@ -275,6 +281,8 @@ class Settings:
             strict=strict or is_set("EXO_STRICT"),
             log_json=log_json or is_set("EXO_LOG_JSON"),
             log_prompts=log_prompts or is_set("EXO_LOG_PROMPTS"),
+            otlp_endpoint=value_of("--otlp-endpoint", otlp_endpoint, "OTEL_EXPORTER_OTLP_ENDPOINT", _url, None),
+            service_name=value_of("", None, "OTEL_SERVICE_NAME", lambda given: given.value, "exo"),
         )
 
 
@@ -326,6 +334,12 @@ def _key(source: str, text: str, at: int) -> ApiKey:
             " without a colon or space"
         )
     return ApiKey(match[1] or f"key-{at}", match[2])
+
+
+def _url(given: GivenValue) -> str:
+    if not _URL.fullmatch(given.value):
+        raise given.error("expected an address, such as http://localhost:4318")
+    return given.value.rstrip("/")
 
 
 def _prefer(given: GivenValue) -> Prefer:

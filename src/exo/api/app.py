@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 
 from exo import __version__
@@ -25,6 +26,7 @@ from exo.api.openai.embeddings import embedding_routes
 from exo.api.openai.models import model_list_routes
 from exo.api.openai.responses.routes import responses_routes
 from exo.api.openai.routes import openai_routes
+from exo.api.traces import Traces
 from exo.api.vllm_score import score_routes
 from exo.config import Settings
 from exo.serving.app_state import Services
@@ -34,13 +36,18 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     """The application. ``load`` names models to load at the start.
 
     Starting it takes no time: the host is probed and models are loaded in the background, and requests that depend on
-    that wait. Stopping it ends every process it started.
+    that wait. Stopping it ends every process it started. Raises ``TracesError``.
     """
+    traces = None
+    if settings.otlp_endpoint is not None:
+        traces = Traces(settings.otlp_endpoint, settings.service_name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with services.running(load):
             yield
+        if traces is not None:
+            await run_sync(traces.close)
 
     app = FastAPI(title="exo", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.include_router(openai_routes(services))
@@ -64,6 +71,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.add_middleware(WarningHeader, strict=settings.strict)
     app.add_middleware(ForgivingPaths)
     app.add_middleware(AccessControl, settings=settings)
-    app.add_middleware(RequestRecords, activity=services.activity)
+    on_end = None if traces is None else traces.export
+    app.add_middleware(RequestRecords, activity=services.activity, on_end=on_end)
     describe(app)
     return app

@@ -18,6 +18,7 @@ from exo.api.http.connection import BoundedConnection, connection_limit, limited
 from exo.api.http.log import JsonFormatter, OneLineFormatter
 from exo.api.http.request_id import add_request_id
 from exo.api.http.tls import Handshake, TlsListener
+from exo.api.traces import TracesError
 from exo.cards.catalogue import Catalogue
 from exo.config import Settings, variables_without_effect
 from exo.serving.app_state import Services
@@ -29,7 +30,7 @@ GRACEFUL_SECONDS = 5
 
 
 class ListenError(Exception):
-    """The address cannot be listened on; the message says why and what to do."""
+    """The server cannot start; the message says why and what to do."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -97,7 +98,10 @@ def serve_forever(
     with ExitStack() as stack:
         sockets = [stack.enter_context(each) for each in listen_all(settings.host, settings.port)]
         services = Services(settings, catalogue, commands)
-        app = create_app(settings, services, load=load)
+        try:
+            app = create_app(settings, services, load=load)
+        except TracesError as error:
+            raise ListenError(str(error)) from error
         tls = settings.access.tls
         config = uvicorn.Config(
             app,

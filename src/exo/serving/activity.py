@@ -53,6 +53,15 @@ class ReplayNote:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerLoss:
+    """A request loses its runner after ``tokens`` of output; the time is by ``time.monotonic``."""
+
+    at: float
+    instance: str
+    tokens: int
+
+
 @final
 class RequestRecord:
     """One request, from its arrival to the end of its reply. Times are in seconds; ``began`` is monotonic."""
@@ -78,8 +87,8 @@ class RequestRecord:
         self.finish_reasons: list[str] = []
         self.first_token: float | None = None
         self.last_token = self.began
-        self.replays = 0
-        self.replayed_tokens = 0
+        self.routes: list[tuple[float, Route]] = []  # with the time of each
+        self.losses: list[RunnerLoss] = []
         self.failovers = 0
         self.prompts: tuple[str, ...] = ()  # their texts, if the activity keeps prompts
         self.version = 0  # set anew by the activity on each change of phase
@@ -94,6 +103,11 @@ class RequestRecord:
     def phase(self) -> Phase:
         """The present phase."""
         return self.marks[-1].phase
+
+    @property
+    def replays(self) -> int:
+        """How often its runner died and it continued."""
+        return len(self.losses)
 
     @property
     def has_ended(self) -> bool:
@@ -148,6 +162,7 @@ class RequestRecord:
             self.failovers += 1
             self._totals.failovers += 1
         self.route = route
+        self.routes.append((time.monotonic(), route))
         self._totals = self._activity.totals.requests[self.model, route.runner, route.backend]
         self._totals.routes[route.criterion] += 1
         self.enter("queued")
@@ -159,8 +174,7 @@ class RequestRecord:
 
     def replayed(self, tokens: int) -> None:
         """Its runner has died, and it continues after ``tokens`` of output."""
-        self.replays += 1
-        self.replayed_tokens += tokens
+        self.losses.append(RunnerLoss(time.monotonic(), self.instance, tokens))
         self._totals.replays += 1
         self._totals.replayed_tokens += tokens
         self._activity.note_replay(self, tokens)

@@ -1,5 +1,6 @@
 """Gives each request an id and a record, which holds its facts and progress until the end of its reply."""
 
+from collections.abc import Callable
 from typing import final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,8 +22,12 @@ _PATH_CHARACTERS = 200
 class RequestRecords:
     """An ASGI application that makes the record of each request to ``app``, and gives the reply the request's id."""
 
-    def __init__(self, app: ASGIApp, *, activity: Activity) -> None:
+    def __init__(
+        self, app: ASGIApp, *, activity: Activity, on_end: Callable[[RequestRecord, Headers], None] | None = None
+    ) -> None:
+        """``on_end`` gets the record of each request that is over, and its headers."""
         self._app = app
+        self._on_end = on_end
         self._activity = activity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +54,8 @@ class RequestRecords:
         finally:
             record.end()
             log_access(record)
+            if self._on_end is not None:
+                self._on_end(record, headers)
             current_request.reset(token)
 
 

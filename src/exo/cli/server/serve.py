@@ -62,6 +62,9 @@ def serve(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Log the text of prompts as well. EXO_LOG_PROMPTS.")
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Export traces to this OpenTelemetry collector: http://localhost:4318.")
+    ] = None,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
     access = server.access(
@@ -85,6 +88,7 @@ def serve(
         strict=strict,
         log_json=log_json,
         log_prompts=log_prompts,
+        otlp_endpoint=otlp_endpoint,
     )
     try:
         serve_forever(
