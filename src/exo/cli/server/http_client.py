@@ -11,7 +11,10 @@ from pydantic import JsonValue
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 
-_SECONDS = 10.0
+_SECONDS = 60.0
+_HEALTH_TIMEOUT = httpx.Timeout(30, connect=2)
+"""A server that accepts a connection is there, even if the machine is too busy for an answer within seconds. Taken for
+absent, its model would be loaded a second time."""
 _NOT_FOUND = ("model_not_found", "model_not_downloaded", "model_not_loaded")
 
 
@@ -32,7 +35,7 @@ def server_client(settings: Settings) -> httpx.Client:
 def is_up(client: httpx.Client) -> bool:
     """Whether an exo server answers."""
     try:
-        return client.get("/health", timeout=2).json() == {"status": "ok"}
+        return client.get("/health", timeout=_HEALTH_TIMEOUT).json() == {"status": "ok"}
     except (httpx.HTTPError, ValueError):
         return False
 
