@@ -18,7 +18,7 @@ from bench.gpu_check.record import CheckError, CheckStep, run
 from exo.compare.comparison import Comparison
 from exo.compare.engine import ComparedEngine
 from exo.compare.run import CompareOptions, Subject, examine
-from exo.setup.cuda import self_test
+from exo.setup.gpu_plugin import self_test
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import RUNNERS, runner_commands
@@ -73,11 +73,11 @@ def steps(options: Options) -> list[CheckStep]:
         for name, table, split in (("layer", _EXACT, _BY_LAYER), ("tensor", _FLASH, _BY_TENSOR))
     ]
     budget = CheckStep("two devices, memory", "devices", partial(_check_budget, options, model), 20)
-    return [CheckStep("self-test", "self-test", lambda _: _prove()), *checks, *splits, budget]
+    return [CheckStep("self-test", "self-test", lambda _: _prove(options.backend)), *checks, *splits, budget]
 
 
-def _prove() -> Mapping[str, Any]:
-    tested = self_test()
+def _prove(backend: str) -> Mapping[str, Any]:
+    tested = self_test(backend)
     facts = {"proofs": list(tested.proofs)}
     if tested.failure:
         raise CheckError(tested.failure, facts)

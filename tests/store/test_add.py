@@ -62,7 +62,7 @@ def test_a_card_from_a_gguf_files_header(hub: LocalHub, cards: Path) -> None:
     assert card.is_custom
     assert (card.model_id, card.n_layers, card.hidden_size, card.quantization) == (REPO, 4, 64, "Q8_0")
     assert card.capabilities == ("text", "thinking", "thinking_toggle")
-    assert card.backends == ("LlamaCppCuda", "LlamaCppCpu")
+    assert card.backends == ("LlamaCppCuda", "LlamaCppVulkan", "LlamaCppCpu")
     assert card.engines == {"cuda": {"repo": REPO, "file": "model-Q8_0.gguf"}}
     assert hub.starts == [0, 1 << 20, 2 << 20], "as much again each time, until the metadata is whole"
     assert hub.state.sent == 4 << 20

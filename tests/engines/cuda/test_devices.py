@@ -94,7 +94,7 @@ def test_a_model_that_does_not_fit_a_device_is_refused_by_llama_cpp_and_by_its_e
 
 
 def test_the_self_test_proves_each_device(devices: list[RpcDevice]) -> None:
-    command = [sys.executable, "-m", "exo.worker.runner_cuda", "--self-test"]
+    command = [sys.executable, "-m", "exo.worker.runner_cuda", "--self-test", "LlamaCppCuda"]
     proofs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert [(each["device"], each["failure"]) for each in proofs] == [("RPC0", ""), ("RPC1", "")]
     assert min(each["on_device"] for each in proofs) > 0.95

@@ -191,8 +191,12 @@ def test_layers_on_the_devices_of_a_list_compute_what_they_compute_without_one(t
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(estimates, "gpus", lambda: CARDS)
-    monkeypatch.setattr(loader, "gpus", lambda: CARDS)
+
+    def cards(_: str) -> Sequence[Gpu]:
+        return CARDS
+
+    monkeypatch.setattr(estimates, "gpus", cards)
+    monkeypatch.setattr(loader, "gpus", cards)
     write_gguf(tmp_path / "wide.gguf", WIDE)
     return tmp_path / "wide.gguf"
 

@@ -98,7 +98,8 @@ def test_a_runner_that_serves_none_of_the_backends_is_a_contradiction() -> None:
     text = SMALL.replace('["LlamaCppCuda", "LlamaCppCpu"]', '["MlxCpu"]').replace(
         "n_layers", 'runner = "cuda"\nn_layers'
     )
-    with pytest.raises(CardError, match="runner cuda serves none of these; it serves LlamaCppCuda, LlamaCppCpu"):
+    served = "LlamaCppCuda, LlamaCppVulkan, LlamaCppCpu"
+    with pytest.raises(CardError, match=f"runner cuda serves none of these; it serves {served}"):
         ModelCard.from_toml(text)
 
 

@@ -15,7 +15,9 @@ from exo.cli.models.local_models import catalogue_of, size_of_prefixes, store_of
 from exo.cli.options import AsJson
 from exo.config import Settings
 from exo.exit_code import ExitCode
-from exo.setup.cuda import Plugin, SelfTest, installed_plugin, self_test, set_up_cuda
+from exo.setup.cuda import Plugin, installed_plugin, set_up_cuda
+from exo.setup.gpu_plugin import CUDA, GPU_BACKENDS, VULKAN, SelfTest, self_test
+from exo.setup.vulkan import VulkanPlugin, installed_vulkan
 from exo.terminal import printable
 from exo.worker.host import Host, NvidiaDevice, unused_gpus
 from exo.worker.protocol.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
@@ -35,17 +37,30 @@ def doctor(
     if fix and unused_gpus(host):
         warn(set_up_cuda())
         host = anyio.run(probe_host, probe_commands(thorough=True), TRY_SECONDS)
-    plugin = installed_plugin()
-    tested = self_test() if "LlamaCppCuda" in host.probes["cuda"].backends else None
+    plugin, vulkan = installed_plugin(), installed_vulkan()
+    tested = {each: self_test(each) for each in host.probes["cuda"].backends if each in GPU_BACKENDS}
     settings = Settings.load()
     models = anyio.run(findings, catalogue_of(settings), store_of(settings), host, settings)
     if as_json:
-        cuda = {"plugin": plugin and asdict(plugin), "self_test": tested and asdict(tested)}
+        by_backend = {each: asdict(result) for each, result in tested.items()}
+        cuda = {"plugin": plugin and asdict(plugin), "self_test": by_backend.get(CUDA)}
+        others = {"plugin": vulkan and asdict(vulkan), "self_test": by_backend.get(VULKAN)}
         prefixes = size_of_prefixes(settings.prefix_directory)
-        more = {"cuda": cuda, "models": [each.model_dump() for each in models], "prefix_bytes": prefixes}
+        more = {
+            "cuda": cuda,
+            "vulkan": others,
+            "models": [each.model_dump() for each in models],
+            "prefix_bytes": prefixes,
+        }
         out.print_json(json.dumps({**_as_json(host), **more}))
     else:
-        texts = *as_text(host), *plugin_text(plugin, tested), *model_text(models), *prefix_text(settings)
+        texts = (
+            *as_text(host),
+            *plugin_text(plugin, tested.get(CUDA)),
+            *vulkan_text(vulkan, tested.get(VULKAN)),
+            *model_text(models),
+            *prefix_text(settings),
+        )
         for line in texts:
             say(line)
     raise typer.Exit(ExitCode.OK if any(probe.backends for probe in host.probes.values()) else ExitCode.FAILED)
@@ -106,6 +121,20 @@ def plugin_text(plugin: Plugin | None, tested: SelfTest | None) -> Iterator[str]
         ptx = f"; PTX, compiled by the driver at first use, from {' '.join(plugin.ptx)} on" if plugin.ptx else ""
         yield "CUDA plug-in: {}, CUDA {}.{}".format(plugin.source, *plugin.cuda)
         yield f"  code    {has}{ptx}"
+    yield from _proofs(tested)
+
+
+def vulkan_text(plugin: VulkanPlugin | None, tested: SelfTest | None) -> Iterator[str]:
+    """llama.cpp's Vulkan plug-in, and what it has shown on each GPU."""
+    if plugin is not None:
+        yield ""
+        yield f"Vulkan plug-in: {plugin.source}"
+        if tested is None:
+            yield "  note    it is used if CUDA gives no device"
+    yield from _proofs(tested)
+
+
+def _proofs(tested: SelfTest | None) -> Iterator[str]:
     if tested is None:
         return
     for each in tested.proofs:

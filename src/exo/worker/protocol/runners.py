@@ -54,7 +54,7 @@ class RunnerSpec:
 RUNNERS: dict[str, RunnerSpec] = {
     "cuda": RunnerSpec(
         "exo.worker.runner_cuda",
-        ("LlamaCppCuda", "LlamaCppCpu"),
+        ("LlamaCppCuda", "LlamaCppVulkan", "LlamaCppCpu"),
         frozenset({"grammar", "logprobs", "embeddings", "rerank"}),
     ),
     "mlx": RunnerSpec(

@@ -1,6 +1,6 @@
 """The llama.cpp runner as a program: ``python -m exo.worker.runner_cuda``.
 
-``--probe``, ``--probe-plugin``, ``--self-test`` and ``--score`` make it answer once and end.
+``--probe``, ``--probe-plugin BACKEND``, ``--self-test BACKEND`` and ``--score`` make it answer once and end.
 """
 
 import os
@@ -21,19 +21,19 @@ def main() -> None:
     """Runs the program. llama.cpp reads its environment variables when it is imported, which is later."""
     # A debugger that ggml starts at a failed assertion takes seconds and buries the assertion under its backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-    if sys.argv[1:] == ["--probe-plugin"]:
+    if sys.argv[1:2] == ["--probe-plugin"]:
         from exo.worker.runner_cuda.loading.devices import probe_plugin
         from exo.worker.runner_cuda.plugin import PluginError
 
         try:
-            print(probe_plugin().model_dump_json())
+            print(probe_plugin(sys.argv[2]).model_dump_json())
         except PluginError as error:
             sys.exit(str(error))
         return
-    if sys.argv[1:] == ["--self-test"]:
+    if sys.argv[1:2] == ["--self-test"]:
         from exo.worker.runner_cuda import self_test
 
-        print(self_test.main())
+        print(self_test.main(sys.argv[2]))
         return
     if sys.argv[1:] != ["--probe"]:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -8,7 +8,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -118,16 +118,10 @@ def rpc_servers() -> tuple[str, ...]:
 
 @cache
 def load_plugin() -> None:
-    """Adds CUDA's devices, or those of ``rpc_servers``, to those of the loaded ggml. Raises PluginError.
-
-    These checks precede any code of the plug-in: the release of the bindings that it was proved
-    with, that it will share the loaded libggml-base, and that everything it links to is found. ``ggml_backend_load``
-    compares GGML_BACKEND_API_VERSION.
-    """
+    """Adds CUDA's devices, or those of ``rpc_servers``, to those of the loaded ggml. Raises PluginError."""
     import llama_cpp
     from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
 
-    ggml.ggml_backend_load.argtypes, ggml.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
     ggml.ggml_backend_reg_by_name.argtypes, ggml.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
     if servers := rpc_servers():
         _load_rpc(ggml, Path(llama_cpp.__file__).parent / "lib" / RPC_LIBRARY, servers)
@@ -138,15 +132,27 @@ def load_plugin() -> None:
     plugin = read_plugin(folder)
     if plugin is None:
         raise PluginError("there is no CUDA plug-in")
-    if plugin.bindings != llama_cpp.__version__:
-        raise PluginError(f"it is for llama-cpp-python {plugin.bindings}, and {llama_cpp.__version__} is installed")
-    own, loaded = folder / BASE, Path(llama_cpp.__file__).parent / "lib" / f"{BASE}.0"
+    load_library(folder / LIBRARY, plugin.bindings, needed_libraries(plugin.cuda[0]), plugin.libraries)
+
+
+def load_library(file: Path, bindings: str, needed: Iterable[str], folders: Sequence[str] = ()) -> None:
+    """Adds a back end to the loaded ggml. Raises PluginError.
+
+    These checks precede any code of the plug-in: that it was proved with the installed release of the bindings, that it
+    will share the loaded libggml-base, and that everything it links to is found: ``needed`` libraries in ``folders`` or
+    else in the system's. ``ggml_backend_load`` compares GGML_BACKEND_API_VERSION.
+    """
+    import llama_cpp
+    from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
+
+    if bindings != llama_cpp.__version__:
+        raise PluginError(f"it is for llama-cpp-python {bindings}, and {llama_cpp.__version__} is installed")
+    own, loaded = file.parent / BASE, Path(llama_cpp.__file__).parent / "lib" / f"{BASE}.0"
     if not (own.exists() and own.samefile(loaded)):
         raise PluginError(f"{own} does not lead to {loaded}")
-    file = folder / LIBRARY
     try:
-        for name in needed_libraries(plugin.cuda[0]):
-            found = (Path(each) / name for each in plugin.libraries)
+        for name in needed:
+            found = (Path(each) / name for each in folders)
             ctypes.CDLL(str(next((each for each in found if each.exists()), name)), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(file), mode=os.RTLD_NOW)
     except OSError as error:
@@ -156,6 +162,7 @@ def load_plugin() -> None:
 
 def _load(ggml: ctypes.CDLL, file: Path) -> int:
     """Returns ggml's handle of the back end. Raises PluginError."""
+    ggml.ggml_backend_load.argtypes, ggml.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
     registry = ggml.ggml_backend_load(os.fsencode(file))
     if not registry:
         raise PluginError(f"ggml refuses {file}: it is made for another version of ggml's back end interface")

@@ -33,6 +33,7 @@ _DEVICE_MEMORY = (
     "cuda error: out of memory",
     "cudaerrormemoryallocation",
     "cuda_error_out_of_memory",
+    "erroroutofdevicememory",  # Vulkan's
 )
 _HOST_MEMORY = (
     "std::bad_alloc",
@@ -44,7 +45,7 @@ _HOST_MEMORY = (
     "out of memory",
 )
 _NO_DRIVER = ("cuda driver version is insufficient", "no cuda-capable device", "cuda_error_no_device")
-_DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access was encountered")
+_DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access was encountered", "errordevicelost")
 
 _ASSERTION = re.compile(r"^(?:\S*/)?([^/\s]+:\d+): (.*(?:GGML_ASSERT|Assertion|GGML_ABORT).*)$", re.MULTILINE)
 """A failed assertion in ggml or llama.cpp, after its place in the source."""

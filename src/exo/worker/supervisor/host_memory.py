@@ -15,7 +15,7 @@ from exo.worker.supervisor.memory import Memory
 
 _MARGIN, _LARGEST_MARGIN = 0.1, 4 << 30
 """The part of the RAM left to everything else: a share, and a limit in bytes."""
-_METAL, _LLAMA_CUDA = "MlxMetal", "LlamaCppCuda"
+_METAL, _LLAMA_GPUS = "MlxMetal", ("LlamaCppCuda", "LlamaCppVulkan")
 _CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """The files with a container's memory limit, in versions 2 and 1 of control groups."""
 
@@ -33,7 +33,7 @@ def capacity(host: Host, limit: int | None = None) -> Memory:
     engines = [each for probe in host.probes.values() for each in probe.devices]
     devices = {each.id: each.memory_free for each in nvidia}
     for each in engines:
-        if each.backend == _LLAMA_CUDA:
+        if each.backend in _LLAMA_GPUS:
             devices.setdefault(each.name, each.memory_free)
     metal = {each.name: each.memory_total for each in engines if each.backend == _METAL}
     return Memory(ram, devices | metal)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from exo.cli.doctor.command import as_text, plugin_text, prefix_text
 from exo.config import Settings
-from exo.setup.cuda import PREBUILT, SelfTest
+from exo.setup.cuda import PREBUILT
+from exo.setup.gpu_plugin import SelfTest
 from exo.worker.host import GpuProcess, Host, NvidiaDevice
 
 GIB = 1 << 30

@@ -4,17 +4,26 @@ import ctypes
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
 from exo.worker.protocol.one_shot import Device, Probe
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda import plugin
+from exo.worker.runner_cuda import plugin, vulkan
 from exo.worker.runner_cuda.plugin import PluginError
 
 ENGINE = "llama.cpp"
+CUDA, VULKAN = "LlamaCppCuda", "LlamaCppVulkan"
+GPU_BACKENDS = {CUDA: "CUDA", VULKAN: "Vulkan"}
+"""The card backends of GPUs, and what their plug-ins are called."""
+_REGISTRIES = {"CUDA": CUDA, "RPC": CUDA, "Vulkan": VULKAN}
+"""ggml's back ends by name; RPC servers stand for CUDA's devices in tests."""
+_LOADERS = {CUDA: plugin.load_plugin, VULKAN: vulkan.load_vulkan}
 PLUGIN_SECONDS = 12
-"""For the plug-in and the driver; the server waits 15 s for the whole probe."""
+"""For the plug-ins and the drivers; the server waits 15 s for the whole probe."""
+LEAST_SECONDS = 2
+"""For the second plug-in if the first one has taken all the time."""
 _GPU, _INTEGRATED_GPU = 1, 2
 """``enum ggml_backend_dev_type``."""
 
@@ -22,33 +31,41 @@ _GPU, _INTEGRATED_GPU = 1, 2
 def probe() -> Probe:
     """Whether llama-cpp-python is installed and loads, and which card backends it serves here.
 
-    The CUDA plug-in and the driver under it are tried in a process of their own: a crash or a hang in them costs the
-    GPUs and not this answer.
+    A plug-in and the driver under it are tried in a process of their own: a crash or a hang in them costs the GPUs and
+    not this answer. Vulkan is tried if it is set up and CUDA gives no device, so no GPU is listed twice.
     """
     try:
         found = _found_here()
     except (ImportError, OSError, RuntimeError) as error:
         note = f"llama-cpp-python does not load: {error}"
         return Probe(installed=False, engine=ENGINE, notes=(note,), remedy="make llama")
-    if "LlamaCppCuda" in found.backends:
+    if CUDA in found.backends:
         return found
+    deadline = time.monotonic() + PLUGIN_SECONDS
     try:
         if plugin.rpc_servers():
-            return probe_plugin()
+            return probe_plugin(CUDA)
         present = driver()
-        if present is None or not present.capabilities:
-            what = "no NVIDIA driver" if present is None else "an NVIDIA driver and no GPU"
-            return found.model_copy(update={"notes": (f"there is {what}, so no CUDA device; models run on the CPU",)})
-        return _probed_with_plugin(present)
+        if present is not None and present.capabilities:
+            return _probed_with_cuda(present, deadline)
+        what = "no NVIDIA driver" if present is None else "an NVIDIA driver and no GPU"
+        note, remedy = f"there is {what}, so no CUDA device", ""
     except (DriverError, PluginError) as error:
-        notes = (f"CUDA is not used, models run on the CPU: {error}",)
-        remedy = plugin.REMEDY if isinstance(error, PluginError) else ""
-        return found.model_copy(update={"notes": notes, "remedy": remedy})
+        note, remedy = f"CUDA is not used: {error}", plugin.REMEDY if isinstance(error, PluginError) else ""
+    try:
+        if vulkan.installed_vulkan() is not None:
+            return _probed_apart(VULKAN, deadline).model_copy(update={"notes": (note,), "remedy": remedy})
+        others = [each for each in vulkan.vendors_of_gpus() if each != "NVIDIA"]
+        offer = (f"{vulkan.REMEDY} makes the GPU of {' and '.join(others)} usable",) if others else ()
+    except (DriverError, PluginError) as error:
+        offer, remedy = (f"Vulkan is not used: {error}",), remedy or vulkan.REMEDY
+    notes = (f"{note}; models run on the CPU", *offer)
+    return found.model_copy(update={"notes": notes, "remedy": remedy})
 
 
-def probe_plugin() -> Probe:
-    """The answer with the plug-in's devices. Loads the plug-in into this process. Raises PluginError."""
-    plugin.load_plugin()
+def probe_plugin(backend: str) -> Probe:
+    """The answer with the devices of a back end's plug-in, which this process loads. Raises PluginError."""
+    _LOADERS[backend]()
     return _found_here()
 
 
@@ -56,32 +73,39 @@ def _found_here() -> Probe:
     import llama_cpp
 
     devices = ggml_devices()
-    backends = ("LlamaCppCuda", "LlamaCppCpu")
+    backends = (*GPU_BACKENDS, "LlamaCppCpu")
     present = tuple(each for each in backends if any(device.backend == each for device in devices))
     return Probe(installed=True, engine=ENGINE, version=llama_cpp.__version__, backends=present, devices=devices)
 
 
-def _probed_with_plugin(present: Driver) -> Probe:
+def _probed_with_cuda(present: Driver, deadline: float) -> Probe:
     """Raises PluginError if the plug-in is missing or does not work, DriverError if it works and has no device."""
     known = plugin.read_plugin(plugin.plugin_folder())
     if known is None:
         raise PluginError("an NVIDIA GPU is here, and there is no CUDA plug-in for llama.cpp")
     if why := known.why_not(present):
         raise PluginError(f"the CUDA plug-in ({known.source}) does not fit: {why}")
-    command = (sys.executable, "-m", "exo.worker.runner_cuda", "--probe-plugin")
+    return _probed_apart(CUDA, deadline)
+
+
+def _probed_apart(backend: str, deadline: float) -> Probe:
+    """The answer of a process that loads the plug-in. Raises PluginError, and DriverError if it has no device."""
+    command = (sys.executable, "-m", "exo.worker.runner_cuda", "--probe-plugin", backend)
+    name, left = GPU_BACKENDS[backend], max(LEAST_SECONDS, deadline - time.monotonic())
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PLUGIN_SECONDS)
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=left)
     except subprocess.TimeoutExpired as error:
-        raise PluginError(f"the CUDA plug-in did not answer within {PLUGIN_SECONDS} s") from error
+        raise PluginError(f"the {name} plug-in did not answer within {left:.0f} s") from error
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise PluginError(f"trying the CUDA plug-in ended with {name}: {_last_line(done.stderr)}")
+        signal_name = signal.Signals(-done.returncode).name
+        raise PluginError(f"trying the {name} plug-in ended with {signal_name}: {_last_line(done.stderr)}")
     if done.returncode:
-        raise PluginError(f"the CUDA plug-in does not work: {_last_line(done.stderr)}")
+        raise PluginError(f"the {name} plug-in does not work: {_last_line(done.stderr)}")
     found = Probe.model_validate_json(done.stdout)
-    if "LlamaCppCuda" not in found.backends:
-        said = [line for line in done.stderr.splitlines() if b"ggml_cuda_init" in line]
-        raise DriverError(f"the driver gives CUDA no device (CUDA_VISIBLE_DEVICES?): {_last_line(b''.join(said[-1:]))}")
+    if backend not in found.backends:
+        said = [line for line in done.stderr.splitlines() if b"ggml_cuda_init" in line or b"ggml_vulkan" in line]
+        variable = "CUDA_VISIBLE_DEVICES" if backend == CUDA else "GGML_VK_VISIBLE_DEVICES"
+        raise DriverError(f"the driver gives {name} no device ({variable}?): {_last_line(b''.join(said[-1:]))}")
     return found
 
 
@@ -92,10 +116,10 @@ def _last_line(output: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A CUDA device that this process sees. Listing it takes no memory on the device; ``memory`` does."""
+    """A GPU that this process sees. Listing it takes no memory on the device; ``memory`` does."""
 
     name: str
-    """A name such as "CUDA0"."""
+    """A name such as "CUDA0" or "Vulkan0"."""
     handle: int
     """ggml's handle of the device."""
     splits_rows: bool
@@ -110,22 +134,27 @@ class Gpu:
         return lib.ggml_backend_buft_name(lib.ggml_backend_dev_buffer_type(self.handle)).decode()
 
     def memory(self) -> tuple[int, int]:
-        """Returns free and total bytes. It starts CUDA on the device, which then keeps several hundred megabytes."""
+        """Returns free and total bytes. It starts CUDA on a device, which then keeps several hundred megabytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         _library().ggml_backend_dev_memory(self.handle, ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
 
-def gpus() -> tuple[Gpu, ...]:
-    """Returns the CUDA devices in CUDA's order. Loads the plug-in; raises LoadError if that fails."""
+def gpus(backend: str) -> tuple[Gpu, ...]:
+    """Returns the devices of a card backend in its driver's order; none for the CPU.
+
+    Loads the plug-in; raises LoadError if that fails.
+    """
+    if backend not in GPU_BACKENDS:
+        return ()
     try:
-        plugin.load_plugin()
+        _LOADERS[backend]()
     except PluginError as error:
-        raise LoadError("model_load_failed", f"the CUDA plug-in cannot be used: {error}") from error
+        raise LoadError("model_load_failed", f"the {GPU_BACKENDS[backend]} plug-in cannot be used: {error}") from error
     lib = _library()
     found: list[Gpu] = []
     for handle in _handles(lib):
-        if _is_gpu(lib, handle):
+        if _backend(lib, handle) == backend:
             registry = lib.ggml_backend_dev_backend_reg(handle)
             splits_rows = bool(lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_split_buffer_type"))
             copies_weights = lib.ggml_backend_reg_name(registry) == b"CUDA"
@@ -144,7 +173,7 @@ def ggml_devices() -> tuple[Device, ...]:
             Device(
                 name=lib.ggml_backend_dev_name(handle).decode(),
                 description=lib.ggml_backend_dev_description(handle).decode(),
-                backend="LlamaCppCuda" if _is_gpu(lib, handle) else "LlamaCppCpu",
+                backend=_backend(lib, handle),
                 memory_total=about.memory_total,
                 memory_free=about.memory_free,
                 address=(about.device_id or b"").decode(),
@@ -174,9 +203,11 @@ def _handles(lib: ctypes.CDLL) -> list[int]:
     return [lib.ggml_backend_dev_get(index) for index in range(lib.ggml_backend_dev_count())]
 
 
-def _is_gpu(lib: ctypes.CDLL, handle: int) -> bool:
+def _backend(lib: ctypes.CDLL, handle: int) -> str:
+    """The card backend that a device serves."""
     registry = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(handle)).decode()
-    return lib.ggml_backend_dev_type(handle) in (_GPU, _INTEGRATED_GPU) and registry in ("CUDA", "RPC")
+    is_gpu = lib.ggml_backend_dev_type(handle) in (_GPU, _INTEGRATED_GPU)
+    return _REGISTRIES.get(registry, "LlamaCppCpu") if is_gpu else "LlamaCppCpu"
 
 
 def _library() -> ctypes.CDLL:

@@ -26,7 +26,7 @@ from exo.worker.runner_common.memory_plan import (
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader, quality_notes
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
-from exo.worker.runner_cuda.loading.devices import Gpu, gpus
+from exo.worker.runner_cuda.loading.devices import GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
 from exo.worker.runner_cuda.loading.loader import chunks, draft_file, draft_options, read_options
@@ -67,8 +67,7 @@ def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would, for a missing or broken file or wrong settings."""
     load = command.load
     options = read_options(load)
-    on_gpu = load.backend == "LlamaCppCuda"
-    present = gpus() if on_gpu else ()
+    present = gpus(load.backend)
     devices = chosen(options, load.backend, present)
     path = find_model(options, load.model_id, load.directories)
     check_header(path)
@@ -87,7 +86,7 @@ def with_choice(command: Load) -> Load:
     if all(isinstance(command.table.get(key), int) for key in ("n_ctx", "slots")):
         return command
     found = estimate(Estimate(load=command))
-    free = {each.name: each.memory()[0] for each in gpus()} if command.backend == "LlamaCppCuda" else {}
+    free = {each.name: each.memory()[0] for each in gpus(command.backend)}
     return completed(command, found, free)
 
 
@@ -103,7 +102,7 @@ def plans(
 
     ``devices`` are those that the card allows out of those ``present``.
     """
-    on_gpu, table = load.backend == "LlamaCppCuda", load.table
+    on_gpu, table = load.backend in GPU_BACKENDS, load.table
     left = _open(load, options, model, devices, present)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
     small = table.get("cache_type_k") == AUTO

@@ -17,7 +17,7 @@ from exo.worker.runner_common.model_files.gguf import quality_notes
 from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
-from exo.worker.runner_cuda.loading.devices import ENGINE, Gpu, gpus
+from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
@@ -75,7 +75,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     """Loads and warms up a model, and reports progress. With ``score``, every row may give logits. Raises LoadError."""
     log = Log()
     options = read_options(command)
-    devices = chosen(options, command.backend, gpus() if command.backend == "LlamaCppCuda" else ())
+    devices = chosen(options, command.backend, gpus(command.backend))
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
     check_architecture(options, lambda: read_headers(path)[0])
@@ -212,10 +212,11 @@ def read_options(command: Load) -> CudaOptions:
     updates: dict[str, object] = {"threads": options.threads or physical_cores()}
     if command.backend == "LlamaCppCpu":
         updates["n_gpu_layers"] = 0
-    elif command.backend != "LlamaCppCuda":
+    elif command.backend not in GPU_BACKENDS:
         raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
-    elif not gpus():
-        raise LoadError("model_load_failed", "LlamaCppCuda was requested, but llama.cpp finds no CUDA device here")
+    elif not gpus(command.backend):
+        missing = f"llama.cpp finds no {GPU_BACKENDS[command.backend]} device here"
+        raise LoadError("model_load_failed", f"{command.backend} was requested, but {missing}")
     elif options.devices == (CPU,):
         updates["n_gpu_layers"] = 0
     return options.model_copy(update=updates)
