@@ -15,8 +15,9 @@ def test_a_plug_in_that_crashes_leaves_the_cpu_and_is_named(tmp_path: Path) -> N
     write_card(tmp_path, "tiny", {"cuda": {"path": str(tmp_path / "tiny.gguf"), "n_ctx": 512, "threads": 1}})
     driver = install_driver(tmp_path / "driver", StandIn())["LD_LIBRARY_PATH"]
     plugin = install_plugin(tmp_path / "plugin", CRASHES)["EXO_CUDA_PLUGIN"]
-    without = {"EXO_VULKAN_PLUGIN": str(tmp_path / "nothing")}
-    with ServeProgram(tmp_path, LD_LIBRARY_PATH=driver, EXO_CUDA_PLUGIN=plugin, **without) as server:
+    without = str(tmp_path / "nothing")
+    variables = {"LD_LIBRARY_PATH": driver, "EXO_CUDA_PLUGIN": plugin, "EXO_VULKAN_PLUGIN": without}
+    with ServeProgram(tmp_path, fake=False, **variables) as server:
         reply = server.complete("tiny", max_tokens=2)
         assert reply.status_code == 200
         assert reply.headers["x-exo-runner"] == "cuda"
