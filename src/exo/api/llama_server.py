@@ -13,14 +13,15 @@ from exo.api.http.openapi_schema import json_body
 from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse, in_pieces
 from exo.api.openai.chat_request import ChatCompletionRequest
-from exo.api.openai.common_request import TokenId
-from exo.api.openai.embeddings import EmbeddingUsage, Inputs, embed_commands
+from exo.api.openai.common_request import Inputs, TokenId
+from exo.api.openai.embeddings import EmbeddingUsage
 from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
+from exo.serving.embeddings import make_embeddings
 from exo.serving.prompt_builder import render
 from exo.serving.unary import ask
 from exo.worker.protocol.commands import Rank, Text, Tokenize
-from exo.worker.protocol.events import Embedded, Ranked, Tokenized
+from exo.worker.protocol.events import Ranked, Tokenized
 from exo.worker.protocol.messages import MAX_TOKENIZED
 
 MAX_DOCUMENTS = 1024
@@ -179,11 +180,9 @@ async def _prompt(services: Services, body: ChatCompletionRequest) -> tuple[Base
 
 async def _embeddings(services: Services, body: LlamaEmbeddingRequest) -> tuple[BaseModel, Mapping[str, str]]:
     field, inputs = ("input", body.input) if body.content is None else ("content", body.content)
-    model, commands = services.routing.resolve(body.model), embed_commands(inputs or [])
-    answered = await ask(services, model, commands, needs={"embeddings": "model"}, params={"prompt": field})
-    vectors = [list(answer.vector) for answer in answered.answers if isinstance(answer, Embedded)]
-    reply = [LlamaEmbedding(index=at, embedding=[vector]) for at, vector in enumerate(vectors)]
-    return RootModel(reply), route_headers(answered.runner.route)
+    made = await make_embeddings(services, services.routing.resolve(body.model), inputs or [], field=field)
+    reply = [LlamaEmbedding(index=at, embedding=[vector]) for at, vector in enumerate(made.vectors)]
+    return RootModel(reply), route_headers(made.runner.route)
 
 
 async def _ranking(services: Services, body: RerankRequest) -> tuple[BaseModel, Mapping[str, str]]:

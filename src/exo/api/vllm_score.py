@@ -12,15 +12,16 @@ from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validat
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, invalid, read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.response import route_headers
+from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.api.llama_server import MAX_DOCUMENTS
-from exo.api.openai.embeddings import EmbeddingUsage, embed_commands
+from exo.api.openai.embeddings import EmbeddingUsage
 from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
+from exo.serving.embeddings import make_embeddings
 from exo.serving.unary import ask
 from exo.worker.protocol.commands import Rank
-from exo.worker.protocol.events import Embedded, Ranked
+from exo.worker.protocol.events import Ranked
 
 
 def _several(value: JsonValue) -> JsonValue:
@@ -96,19 +97,17 @@ async def _scores(services: Services, body: ScoreRequest) -> tuple[BaseModel, Ma
         answered = await ask(services, model, ranks, needs={"rerank": "model"}, params=params)
         ranked = [each for each in answered.answers if isinstance(each, Ranked)]
         scores = [_logistic(each.score) if body.use_activation else each.score for each in ranked]
-        tokens = sum(each.usage.prompt_tokens for each in ranked)
+        tokens, runner = sum(each.usage.prompt_tokens for each in ranked), answered.runner
     else:
         texts = list(dict.fromkeys([*body.left, *body.right]))
-        commands = embed_commands([*texts])
-        answered = await ask(services, model, commands, needs={"embeddings": "model"}, params={"prompt": "text_2"})
-        embedded = [each for each in answered.answers if isinstance(each, Embedded)]
-        vectors = {text: each.vector for text, each in zip(texts, embedded, strict=True)}
+        made = await make_embeddings(services, model, texts, field="text_2")
+        vectors = dict(zip(texts, made.vectors, strict=True))
         scores = [sum(map(mul, vectors[one], vectors[other])) for one, other in pairs]
-        tokens = sum(each.usage.prompt_tokens for each in embedded)
+        tokens, runner = made.tokens, made.runner
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     data = [PairScore(index=at, score=score) for at, score in enumerate(scores)]
-    reply = ScoreList(id=f"score-{name}", model=answered.runner.card.model_id, data=data, usage=usage)
-    return reply, route_headers(answered.runner.route)
+    reply = ScoreList(id=f"score-{name}", model=runner.card.model_id, data=data, usage=usage)
+    return reply, route_headers(runner.route)
 
 
 def _logistic(score: float) -> float:

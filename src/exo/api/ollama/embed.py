@@ -13,11 +13,9 @@ from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.api.ollama.request import LATEST, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama.response import OllamaReply
-from exo.api.openai.embeddings import embed_commands, shortened
 from exo.serving.app_state import Services
-from exo.serving.unary import Answered, ask
+from exo.serving.embeddings import Embeddings, make_embeddings
 from exo.serving.warnings import warn_of_context
-from exo.worker.protocol.events import Embedded
 
 
 class OllamaEmbedResponse(OllamaReply):
@@ -40,18 +38,19 @@ def embed_routes(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/api", tags=["Ollama"])
 
     async def vectors(
-        body: OllamaEmbedRequest | OllamaEmbeddingsRequest, texts: list[str], field: str
-    ) -> tuple[Answered, list[Embedded]]:
-        answered = await ask(
+        body: OllamaEmbedRequest | OllamaEmbeddingsRequest, texts: list[str], field: str, dimensions: int | None = None
+    ) -> Embeddings:
+        made = await make_embeddings(
             services,
             services.routing.resolve(body.model, LATEST),
-            embed_commands(list[str | list[int]](texts), truncate=body.truncate),
-            needs={"embeddings": "model"},
-            params={"prompt": field},
+            texts,
+            field=field,
+            dimensions=dimensions,
+            truncate=body.truncate,
             keep_seconds=body.keep_seconds,
         )
-        warn_of_context("options.num_ctx", body.options.num_ctx or 0, answered.runner.capabilities.context_length)
-        return answered, [answer for answer in answered.answers if isinstance(answer, Embedded)]
+        warn_of_context("options.num_ctx", body.options.num_ctx or 0, made.runner.capabilities.context_length)
+        return made
 
     @routes.post("/embed", response_model=OllamaEmbedResponse, openapi_extra=json_body(OllamaEmbedRequest))
     async def embed(request: Request) -> Response:
@@ -60,14 +59,14 @@ def embed_routes(services: Services) -> APIRouter:
         body = await read_body(request, OllamaEmbedRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            answered, embedded = await vectors(body, body.input, "input")
+            made = await vectors(body, body.input, "input", body.dimensions)
             reply = OllamaEmbedResponse(
-                model=answered.runner.card.model_id,
-                embeddings=[shortened(each.vector, body.dimensions) for each in embedded],
+                model=made.runner.card.model_id,
+                embeddings=made.vectors,
                 total_duration=time.monotonic_ns() - arrived,
-                prompt_eval_count=sum(each.usage.prompt_tokens for each in embedded),
+                prompt_eval_count=made.tokens,
             )
-            return reply, route_headers(answered.runner.route)
+            return reply, route_headers(made.runner.route)
 
         return UnaryResponse(work)
 
@@ -79,8 +78,8 @@ def embed_routes(services: Services) -> APIRouter:
         body = await read_body(request, OllamaEmbeddingsRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            answered, (embedded,) = await vectors(body, [body.prompt], "prompt")
-            return OllamaEmbeddingsResponse(embedding=list(embedded.vector)), route_headers(answered.runner.route)
+            made = await vectors(body, [body.prompt], "prompt")
+            return OllamaEmbeddingsResponse(embedding=made.vectors[0]), route_headers(made.runner.route)
 
         return UnaryResponse(work)
 

@@ -322,6 +322,12 @@ def _is_token_id(value: JsonValue) -> bool:
 
 
 Prompt = Annotated[str | list[int], BeforeValidator(_prompt)]
+Inputs = Annotated[
+    list[Prompt],
+    BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    Field(max_length=MAX_INPUTS),
+]
+"""Texts to embed."""
 
 
 class CompletionRequest(GenerationFields):

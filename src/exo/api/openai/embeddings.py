@@ -1,33 +1,22 @@
 """OpenAI's embeddings: request, reply and route."""
 
 import base64
-import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
-from uuid import uuid4
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
 from exo.api.http.body import MODEL, RequestBody, honoured, read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse
-from exo.api.openai.common_request import MAX_INPUTS, Prompt, prompts
+from exo.api.openai.common_request import Inputs
 from exo.api.openai.response import Reply
 from exo.serving.app_state import Services
-from exo.serving.errors import RequestError
-from exo.serving.unary import ask
-from exo.worker.protocol.commands import Embed, Text
-from exo.worker.protocol.events import Embedded
-
-Inputs = Annotated[
-    list[Prompt],
-    BeforeValidator(prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    Field(max_length=MAX_INPUTS),
-]
+from exo.serving.embeddings import make_embeddings
 
 
 class EmbeddingRequest(RequestBody):
@@ -70,31 +59,6 @@ class EmbeddingList(Reply):
     usage: EmbeddingUsage
 
 
-def embed_commands(inputs: list[str | list[int]], *, truncate: bool = False) -> list[Embed]:
-    """One command for each input. Special tokens in a text are ordinary text."""
-    request = uuid4().hex
-    return [
-        Embed(
-            id=f"embd-{request}-{at}",
-            prompt=(Text(text=each),) if isinstance(each, str) else tuple(each),
-            truncate=truncate,
-        )
-        for at, each in enumerate(inputs)
-    ]
-
-
-def shortened(vector: Sequence[float], dimensions: int | None) -> list[float]:
-    """The first components, made length 1 again. Raises ``ServingError`` if the vector has fewer."""
-    if dimensions is None:
-        return list(vector)
-    if dimensions > len(vector):
-        message = f"dimensions: vectors of this model have {len(vector)} components (got {dimensions})"
-        raise RequestError(message, code="invalid_value", param="dimensions")
-    kept = vector[:dimensions]
-    length = math.hypot(*kept) or 1.0
-    return [component / length for component in kept]
-
-
 def _encoded(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
@@ -109,20 +73,16 @@ def embedding_routes(services: Services) -> APIRouter:
         body = await read_body(request, EmbeddingRequest)
 
         async def work() -> tuple[BaseModel, Mapping[str, str]]:
-            model, commands = services.routing.resolve(body.model), embed_commands(body.input)
-            answered = await ask(services, model, commands, needs={"embeddings": "model"}, params={"prompt": "input"})
+            model = services.routing.resolve(body.model)
+            made = await make_embeddings(services, model, body.input, dimensions=body.dimensions)
             as_floats = body.encoding_format == "float"
-            data: list[Embedding] = []
-            tokens = 0
-            for index, answer in enumerate(answered.answers):
-                assert isinstance(answer, Embedded)
-                vector = shortened(answer.vector, body.dimensions)
-                data.append(Embedding(index=index, embedding=vector if as_floats else _encoded(vector)))
-                tokens += answer.usage.prompt_tokens
-            usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
-            return EmbeddingList(data=data, model=answered.runner.card.model_id, usage=usage), route_headers(
-                answered.runner.route
-            )
+            data = [
+                Embedding(index=index, embedding=vector if as_floats else _encoded(vector))
+                for index, vector in enumerate(made.vectors)
+            ]
+            usage = EmbeddingUsage(prompt_tokens=made.tokens, total_tokens=made.tokens)
+            reply = EmbeddingList(data=data, model=made.runner.card.model_id, usage=usage)
+            return reply, route_headers(made.runner.route)
 
         return UnaryResponse(work)
 
