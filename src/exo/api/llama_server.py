@@ -13,9 +13,8 @@ from exo.api.http.openapi_schema import json_body
 from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse, in_pieces
 from exo.api.openai.chat_request import ChatCompletionRequest
-from exo.api.openai.common_request import Inputs, TokenId
-from exo.api.openai.embeddings import EmbeddingUsage
-from exo.api.openai.response import Reply
+from exo.api.openai.common_request import MAX_DOCUMENTS, Inputs, TokenId
+from exo.api.openai.response import EmbeddingUsage, Reply
 from exo.serving.app_state import Services
 from exo.serving.embeddings import make_embeddings
 from exo.serving.prompt_builder import render
@@ -24,7 +23,6 @@ from exo.worker.protocol.commands import Rank, Text, Tokenize
 from exo.worker.protocol.events import Ranked, Tokenized
 from exo.worker.protocol.messages import MAX_TOKENIZED
 
-MAX_DOCUMENTS = 1024
 MAX_TEXT = 1 << 22
 """Characters of a text to tokenize. English text of this length has about ``MAX_TOKENIZED`` tokens."""
 _PART = 1024

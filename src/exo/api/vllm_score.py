@@ -14,9 +14,8 @@ from exo.api.http.body import MODEL, RequestBody, Unsupported, invalid, read_bod
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse
-from exo.api.llama_server import MAX_DOCUMENTS
-from exo.api.openai.embeddings import EmbeddingUsage
-from exo.api.openai.response import Reply
+from exo.api.openai.common_request import MAX_DOCUMENTS
+from exo.api.openai.response import EmbeddingUsage, Reply
 from exo.serving.app_state import Services
 from exo.serving.embeddings import make_embeddings
 from exo.serving.unary import ask

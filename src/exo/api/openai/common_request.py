@@ -20,6 +20,8 @@ MAX_CHOICES = 1024
 """The maximum of prompts times ``n``."""
 MAX_INPUTS = 2048
 """The maximum of texts to embed."""
+MAX_DOCUMENTS = 1024
+"""The maximum of texts to rank."""
 UNSUPPORTED: Unsupported = {
     "add_special_tokens": (False,),
     "audio": (),

@@ -14,7 +14,7 @@ from exo.api.http.openapi_schema import json_body
 from exo.api.http.reply import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.api.openai.common_request import Inputs
-from exo.api.openai.response import Reply
+from exo.api.openai.response import EmbeddingUsage, Reply
 from exo.serving.app_state import Services
 from exo.serving.embeddings import make_embeddings
 
@@ -41,13 +41,6 @@ class Embedding(Reply):
     object: Literal["embedding"] = "embedding"
     index: int
     embedding: list[float] | str
-
-
-class EmbeddingUsage(Reply):
-    """Tokens of all inputs."""
-
-    prompt_tokens: int
-    total_tokens: int
 
 
 class EmbeddingList(Reply):

@@ -34,6 +34,13 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class EmbeddingUsage(Reply):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
 def absent(value: object) -> bool:
     """For ``Field(exclude_if=absent)``."""
     return value is None
