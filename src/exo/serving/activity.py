@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, final
+from itertools import pairwise
+from typing import Literal, NamedTuple, final
 
 from exo.serving.admission import Place
 from exo.serving.events import (
@@ -30,10 +31,12 @@ RECENT = 200
 """The records that a server keeps, besides those of requests that have not ended."""
 _REPLAYS = 100
 _PROMPT_CHARACTERS = 20_000
+_MOST_TIMES = 512
+_NO_ROUTE = RequestTotals()
+"""Takes what requests without a route add; nobody reads it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """The beginning of a phase, by ``time.monotonic``."""
 
     phase: Phase
@@ -80,13 +83,13 @@ class RequestRecord:
         self.instance = ""
         self.status: int | None = None
         self.error = ""
+        self.phase: Phase = "queued"
         self.marks = [Mark("queued", self.began)]
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.finish_reasons: list[str] = []
         self.first_token: float | None = None
-        self.last_token = self.began
         self.routes: list[tuple[float, Route]] = []  # with the time of each
         self.losses: list[RunnerLoss] = []
         self.failovers = 0
@@ -97,12 +100,9 @@ class RequestRecord:
         self._first_tokens = 0
         self._prefill: dict[int, Prefill] = {}  # the last one of each choice
         self._copies = 1  # choices of each prompt
-        self._totals = RequestTotals()  # those of its route, once it has one
-
-    @property
-    def phase(self) -> Phase:
-        """The present phase."""
-        return self.marks[-1].phase
+        self._totals = _NO_ROUTE
+        self._token_times: list[float] = []  # of batches with tokens, from the last one that is in the totals on
+        self._counted_tokens = 0  # those that are in the totals
 
     @property
     def replays(self) -> int:
@@ -134,9 +134,9 @@ class RequestRecord:
     def tokens_per_second(self) -> float | None:
         """The rate of all its choices after the first token; None before there is one."""
         after_first = self.completion_tokens - self._first_tokens
-        if self.first_token is None or not after_first or self.last_token <= self.first_token:
+        if self.first_token is None or not after_first or self._token_times[-1] <= self.first_token:
             return None
-        return after_first / (self.last_token - self.first_token)
+        return after_first / (self._token_times[-1] - self.first_token)
 
     @property
     def seconds(self) -> float:
@@ -161,6 +161,7 @@ class RequestRecord:
         if self.route is not None and self.instance and route.runner != self.route.runner:
             self.failovers += 1
             self._totals.failovers += 1
+        self.settle()
         self.route = route
         self.routes.append((time.monotonic(), route))
         self._totals = self._activity.totals.requests[self.model, route.runner, route.backend]
@@ -181,10 +182,17 @@ class RequestRecord:
 
     def take(self, batch: Sequence[GenerationEvent]) -> None:
         """Takes events of its generation that have come together."""
+        if len(batch) == 1 and isinstance(delta := batch[0], ChoiceDelta) and self.phase == "decode":  # nearly always
+            if delta.tokens:
+                self.completion_tokens += len(delta.tokens)
+                self._token_times.append(time.monotonic())
+                if len(self._token_times) > _MOST_TIMES:
+                    self.settle()
+            return
         tokens = 0
         usage: Usage | None = None
         for event in batch:
-            match event:  # the most frequent case comes first
+            match event:
                 case ChoiceDelta():
                     tokens += len(event.tokens)
                 case Prefill():
@@ -209,6 +217,13 @@ class RequestRecord:
         self.prompt_tokens, self.cached_tokens = usage.prompt_tokens, usage.cached_tokens
         self.completion_tokens = usage.completion_tokens
 
+    def settle(self) -> None:
+        """Adds its tokens to the totals. A scrape does this, too, so that a token itself costs next to nothing."""
+        self._totals.generation_tokens += max(0, self.completion_tokens - self._counted_tokens)
+        self._counted_tokens = self.completion_tokens
+        self._totals.inter_token.observe_all([after - before for before, after in pairwise(self._token_times)])
+        del self._token_times[:-1]
+
     def end(self) -> None:
         """Its reply is over, whole or not."""
         if not self.has_ended:
@@ -223,6 +238,7 @@ class RequestRecord:
         self._activity.end(self)
 
     def _add_to_totals(self) -> None:
+        self.settle()
         totals = self._totals
         if self.phase == "failed":
             self._activity.totals.note_refusal(self.error or "internal_error")
@@ -243,6 +259,7 @@ class RequestRecord:
     def enter(self, phase: Phase) -> None:
         """The only writer of the phase."""
         if phase != self.phase:
+            self.phase = phase
             self.marks.append(Mark(phase, time.monotonic()))
             self._activity.changed(self)
 
@@ -258,14 +275,10 @@ class RequestRecord:
     def _decoded(self, tokens: int) -> None:
         now = time.monotonic()
         self.completion_tokens += tokens
-        totals = self._totals
-        totals.generation_tokens += tokens
-        if self.first_token is None:
-            self.first_token, self._first_tokens = now, tokens
-        else:
-            totals.inter_token.observe((now - self.last_token) / tokens, tokens)
-        self.last_token = now
+        self._token_times.append(now)
         if self.phase != "decode":
+            if self.first_token is None:
+                self.first_token, self._first_tokens = now, tokens
             self.enter("decode")
 
 
@@ -285,7 +298,7 @@ class Activity:
         self._running: dict[RequestRecord, None] = {}
         self._ended: deque[RequestRecord] = deque(maxlen=RECENT)
         self._n_replays = 0
-        self._change = asyncio.Event()
+        self._change: asyncio.Event | None = None  # there is one while somebody waits
 
     @property
     def running(self) -> Iterable[RequestRecord]:
@@ -325,11 +338,13 @@ class Activity:
     async def wait(self, version: int) -> None:
         """Waits until a phase has changed, or a request was replayed, since ``version``."""
         if self.version == version:
+            self._change = self._change or asyncio.Event()
             await self._change.wait()
 
     def _wake(self) -> None:
-        self._change.set()
-        self._change = asyncio.Event()
+        if self._change is not None:
+            self._change.set()
+            self._change = None
 
 
 _current: ContextVar[RequestRecord | None] = ContextVar("record", default=None)

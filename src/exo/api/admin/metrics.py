@@ -62,6 +62,8 @@ class _Scrape(Collector):
         self._instances = services.pool.totals
         self._reports = services.pool.reports()
         self._running = [record for record in services.activity.running if record.route is not None]
+        for record in self._running:
+            record.settle()
         self._gpus = gpus
 
     def describe(self) -> Iterable[Metric]:

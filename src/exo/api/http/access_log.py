@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 from pydantic import JsonValue
 
@@ -18,13 +19,13 @@ def log_access(record: RequestRecord) -> None:
     """Writes the line of a request that is over."""
     if (record.path in _MONITORS and record.phase != "failed") or not log.isEnabledFor(logging.INFO):
         return
-    log.info("%s", ", ".join(_words(record)), extra={"facts": _facts(record)})
+    log.info("%s", ", ".join(_words(record)), extra={"facts": partial(_facts, record)})
 
 
 def log_refusal(address: str, error: ErrorBody) -> None:
     """Writes the line of a request that was refused before it was read."""
     facts = {"client": address, "status": error.status, "error": error.code}
-    log.info("%s, %d failed %s", address, error.status, error.code, extra={"facts": facts})
+    log.info("%s, %d failed %s", address, error.status, error.code, extra={"facts": lambda: facts})
 
 
 def _words(record: RequestRecord) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Callable
 
 from pydantic import JsonValue
 
@@ -30,8 +31,8 @@ class JsonFormatter(logging.Formatter):
         }
         if own := current_request.get():
             line["request"] = own
-        facts: dict[str, JsonValue] | None = getattr(record, "facts", None)
-        line |= {"message": record.getMessage()} if facts is None else {"message": "access", **facts}
+        facts: Callable[[], dict[str, JsonValue]] | None = getattr(record, "facts", None)
+        line |= {"message": record.getMessage()} if facts is None else {"message": "access", **facts()}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line)
