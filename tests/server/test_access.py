@@ -57,7 +57,9 @@ def routes(http: httpx.Client) -> list[tuple[str, str]]:
         ("GET", "/docs"),
         ("GET", "/redoc"),
         ("GET", "/openapi.json"),
-        ("GET", "/"),
+        ("GET", "/page"),
+        ("GET", "/page/app.js"),
+        ("POST", "/page/"),
         ("GET", "/docs/oauth2-redirect"),
     ]
     unknown = [("POST", "/v1/embeddings"), *OPEN, ("GET", "/HEALTH"), ("GET", "//health//x")]

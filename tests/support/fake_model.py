@@ -50,7 +50,9 @@ class FakeSequence:
     def prefill(self) -> int:
         return len(self.prompt) + len(self.request.delivered)
 
-    def next_token(self, eos_after: int | None) -> int:
+    def next_token(self, eos_after: int | None, answer: bytes = b"") -> int:
+        if answer:
+            return answer[self.output] if self.output < len(answer) else EOS
         if self.output == eos_after and not self.request.ignore_eos:
             return EOS
         sampling, choice = self.request.sampling, self.state

@@ -111,6 +111,8 @@ class Options(Message):
     fail_load: str = ""
     eos_after: int | None = None
     """Output tokens of one request before the end-of-generation token."""
+    answer: str = ""
+    """The text of every output, in place of the model's own."""
     die_after: int | None = None
     """Tokens until the process ends with ``die_with``: an exit code, or the negative number of a signal."""
     die_with: int = -signal.SIGKILL
@@ -443,7 +445,7 @@ class FakeRunner:
 
     def decode(self, sequence: FakeSequence) -> Delta:
         request = sequence.request
-        token = sequence.next_token(self.options.eos_after)
+        token = sequence.next_token(self.options.eos_after, self.options.answer.encode())
         logprobs = () if request.logprobs is None else (logprobs_of(sequence.state, token, request.logprobs),)
         sequence.state = hash_tokens([token], sequence.state)
         sequence.output += 1

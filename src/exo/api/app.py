@@ -21,11 +21,12 @@ from exo.api.llama_server import llama_routes
 from exo.api.llama_status import llama_status_routes
 from exo.api.ollama.embed import embed_routes
 from exo.api.ollama.models import model_routes
-from exo.api.ollama.routes import ollama_routes, root_routes
+from exo.api.ollama.routes import ollama_routes
 from exo.api.openai.embeddings import embedding_routes
 from exo.api.openai.models import model_list_routes
 from exo.api.openai.responses.routes import responses_routes
 from exo.api.openai.routes import openai_routes
+from exo.api.page.routes import Page, page_routes
 from exo.api.traces import Traces
 from exo.api.vllm_score import score_routes
 from exo.config import Settings
@@ -49,6 +50,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
         if traces is not None:
             await run_sync(traces.close)
 
+    page = Page.read()
     app = FastAPI(title="exo", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.include_router(openai_routes(services))
     app.include_router(model_list_routes(services))
@@ -62,15 +64,16 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(ollama_routes(services))
     app.include_router(embed_routes(services))
     app.include_router(model_routes(services))
-    app.include_router(root_routes())
     app.include_router(server_routes(services))
     app.include_router(pull_routes(services))
     app.include_router(activity_routes(services))
     app.include_router(metric_routes(services))
+    app.include_router(page_routes(page))
     install(app)
     app.add_middleware(WarningHeader, strict=settings.strict)
     app.add_middleware(ForgivingPaths)
-    app.add_middleware(AccessControl, settings=settings)
+    # A process monitor has no key, and a browser asks for one when it has the page.
+    app.add_middleware(AccessControl, settings=settings, open_paths={"/health", *page.paths})
     on_end = None if traces is None else traces.export
     app.add_middleware(RequestRecords, activity=services.activity, on_end=on_end)
     describe(app)

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from exo.api.http.access_log import log_refusal
-from exo.api.http.errors import ErrorBody
+from exo.api.http.errors import PROTECTION, ErrorBody
 from exo.api.http.request_id import REQUEST_ID_HEADER, new_request_id
 
 HEAD_LIMIT = 64 << 10
@@ -279,7 +279,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         body = error.openai()
         log_refusal(self.client[0] if self.client else "", error)
-        named = {REQUEST_ID_HEADER: new_request_id(), **error.headers}
+        named = {REQUEST_ID_HEADER: new_request_id(), **PROTECTION, **error.headers}
         headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}connection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[error.status] + head.encode() + body)

@@ -22,6 +22,11 @@ from exo.worker.protocol.validation import describe
 
 log = logging.getLogger(__name__)
 
+PROTECTION = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
+"""Headers of replies that a browser may show by themselves: they are what they say and contain nothing to run."""
 _NO_FIELD = re.compile(r"\.\[[a-z_]+\]")
 """Parts of an error's path that are no fields: "[key]" for a key of a table, and the tags of a union's types."""
 
@@ -88,7 +93,7 @@ class ErrorBody:
         return Response(
             self.in_envelope(path),
             status_code=self.status,
-            headers={**own, **(headers or {})},
+            headers={**PROTECTION, **own, **(headers or {})},
             media_type="application/json",
         )
 

@@ -7,7 +7,7 @@ states, and the host name that it used, because a name that resolves to this mac
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from hashlib import sha256
 from typing import final
@@ -20,8 +20,6 @@ from exo.api.http.errors import ErrorBody
 from exo.config import Access, Settings, is_loopback
 from exo.serving.warnings import RequestWarnings, collecting
 
-OPEN_PATHS = ("/health",)
-"""These need no key, so that a process monitor needs none."""
 EXPOSED_HEADERS = "retry-after, request-id, x-request-id, x-exo-runner, x-exo-route, x-exo-warning"
 """The headers of a reply that a page of another origin may read."""
 WARNING_HEADER = "x-exo-warning"
@@ -43,10 +41,14 @@ class DeniedError(Exception):
 
 @final
 class AccessControl:
-    """An ASGI application that answers forbidden requests and passes the others to ``app``."""
+    """An ASGI application that answers forbidden requests and passes the others to ``app``.
 
-    def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
+    ``open_paths`` need no key.
+    """
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, open_paths: Container[str]) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._access = settings.access
         self._hosts = _AllowedHosts(settings.access, is_local=settings.is_local)
         self._digests = [sha256(key.key.encode()).digest() for key in settings.access.keys]
@@ -64,7 +66,7 @@ class AccessControl:
             if origin is not None and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await self._preflight(headers, origin)(scope, receive, send)
                 return
-            if route_path(scope["path"]) not in OPEN_PATHS:
+            if route_path(scope["path"]) not in self._open_paths:
                 self._check_key(headers)
         except DeniedError as denied:
             await denied.body.response(route_path(scope["path"]), self._cors(origin))(scope, receive, send)

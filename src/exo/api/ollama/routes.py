@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel
 
 from exo.api.http.body import read_body
@@ -60,16 +60,5 @@ def ollama_routes(services: Services) -> APIRouter:
         if not body.prompt and not body.suffix:
             return load(body, chat=False)
         return generation(body, body.generation(body.content(), "prompt"), chat=False)
-
-    return routes
-
-
-def root_routes() -> APIRouter:
-    """The page by which Ollama's clients recognise a server."""
-    routes = APIRouter(include_in_schema=False)
-
-    @routes.get("/")
-    async def root() -> PlainTextResponse:
-        return PlainTextResponse("exo is running; /docs tells what it offers\n")
 
     return routes

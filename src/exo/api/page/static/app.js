@@ -1,0 +1,25 @@
+// The page: one view at a time, chosen by the address after "#".
+
+import { Chat } from "./chat.js";
+
+const VIEWS = { chat: Chat };
+const made = {};
+
+function show() {
+  const name = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat";
+  for (const view of Object.keys(VIEWS)) {
+    const section = document.getElementById(view);
+    const link = document.querySelector(`nav a[href="#${view}"]`);
+    section.hidden = view !== name;
+    if (view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+    if (view !== name) made[view]?.close?.();
+  }
+  made[name] ??= new VIEWS[name](document.getElementById(name));
+  made[name].open();
+  document.title = `${document.querySelector('nav a[aria-current="page"]').textContent} \u00b7 exo`;
+}
+
+document.getElementById("no-script").remove();
+addEventListener("hashchange", show);
+show();
