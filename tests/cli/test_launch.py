@@ -1,6 +1,5 @@
 """``exo launch`` with a stand-in for a program, which asks the model as it was told."""
 
-import os
 import socket
 import stat
 import subprocess
@@ -49,10 +48,9 @@ def server(home: Path) -> Generator[ServeProgram]:
 
 
 def launch(home: Path, *arguments: str, port: str) -> subprocess.CompletedProcess[str]:
-    path = f"{home / 'bin'}{os.pathsep}/usr/bin"
     return subprocess.run(
         [sys.executable, "-m", "exo", "launch", "--port", port, *arguments],
-        env={**environment(home), "PATH": path},
+        env={**environment(home), "PATH": str(home / "bin")},  # no other program is there
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
