@@ -25,7 +25,9 @@ from exo.config_values import (
     as_size,
     base_directory,
     directories_in,
+    directory_from,
     from_environment,
+    home_directory,
     is_set,
     matching,
     value_of,
@@ -35,8 +37,8 @@ from exo.worker.protocol.runners import Prefer
 DEFAULT_PORT = 52415
 _OWN_VARIABLES = (
     *("EXO_API_KEY", "EXO_AUTO_PULL", "EXO_CUDA_PLUGIN", "EXO_DEFAULT_MODELS_DIR", "EXO_DRAIN_TIMEOUT"),
-    *("EXO_EVICT_TIMEOUT", "EXO_HOME", "EXO_HOST", "EXO_IDLE_TIMEOUT", "EXO_LOAD_TIMEOUT", "EXO_MAX_QUEUE"),
-    *("EXO_LOG_JSON", "EXO_LOG_PROMPTS"),
+    *("EXO_EVICT_TIMEOUT", "EXO_FIND_MODELS", "EXO_FIND_MODELS_IN", "EXO_HOME", "EXO_HOST", "EXO_IDLE_TIMEOUT"),
+    *("EXO_LOAD_TIMEOUT", "EXO_LOG_JSON", "EXO_LOG_PROMPTS", "EXO_MAX_QUEUE"),
     *("EXO_MEMORY_LIMIT", "EXO_MIN_RESIDENCE", "EXO_MODELS_DIRS", "EXO_MODELS_READ_ONLY_DIRS", "EXO_OFFLINE"),
     *("EXO_PORT", "EXO_PREFER", "EXO_STALL_TIMEOUT", "EXO_STRICT", "EXO_TTL", "EXO_URL", "EXO_LAUNCH_KEY"),
     *("EXO_TEST_RPC_SERVERS", "EXO_VULKAN_PLUGIN"),
@@ -186,6 +188,39 @@ class HubAccess:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherFolders:
+    """Where other programs keep models, which exo reads and never changes. The folders need not exist."""
+
+    huggingface: tuple[Path, ...] = ()
+    ollama: tuple[Path, ...] = ()
+    lmstudio: tuple[Path, ...] = ()
+    llamacpp: tuple[Path, ...] = ()
+    further: tuple[Path, ...] = ()
+    """The user's own, from EXO_FIND_MODELS_IN."""
+
+    @classmethod
+    def load(cls) -> "OtherFolders":
+        """From EXO_FIND_MODELS, EXO_FIND_MODELS_IN and the variables of the programs. Raises SettingsError."""
+        further = directories_in("EXO_FIND_MODELS_IN")
+        try:
+            home = home_directory()
+        except SettingsError:  # a service may have none, and need none
+            home = None
+        if (from_environment("EXO_FIND_MODELS") and not is_set("EXO_FIND_MODELS")) or home is None:
+            return cls(further=further)
+        cache = directory_from("XDG_CACHE_HOME") or home / ".cache"
+        hub = (directory_from("HF_HOME") or cache / "huggingface") / "hub"
+        ollama = (directory_from("OLLAMA_MODELS"), home / ".ollama/models", Path("/usr/share/ollama/.ollama/models"))
+        return cls(
+            huggingface=(directory_from("HF_HUB_CACHE") or hub,),
+            ollama=tuple(dict.fromkeys(folder for folder in ollama if folder is not None)),
+            lmstudio=(home / ".lmstudio/models", home / ".cache/lm-studio/models"),
+            llamacpp=(directory_from("LLAMA_CACHE") or cache / "llama.cpp",),
+            further=further,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of the command line and the environment. Directories are absolute and need not exist."""
 
@@ -223,6 +258,7 @@ class Settings:
     """The address of a collector of traces; None exports none."""
     service_name: str = "exo"
     """The server's name in traces."""
+    other_folders: OtherFolders = OtherFolders()
 
     @property
     def is_local(self) -> bool:
@@ -283,6 +319,7 @@ class Settings:
             log_prompts=log_prompts or is_set("EXO_LOG_PROMPTS"),
             otlp_endpoint=value_of("--otlp-endpoint", otlp_endpoint, "OTEL_EXPORTER_OTLP_ENDPOINT", _url, None),
             service_name=value_of("", None, "OTEL_SERVICE_NAME", lambda given: given.value, "exo"),
+            other_folders=OtherFolders.load(),
         )
 
 

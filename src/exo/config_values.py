@@ -137,20 +137,27 @@ def base_directory(variable: str, below_home: str) -> Path:
     A relative XDG path is invalid according to the XDG Base Directory Specification 0.8.
     """
     if home := from_environment("EXO_HOME"):
-        return as_directory(home, relative_to=None if os.path.isabs(home.value) else _home())
+        return as_directory(home, relative_to=None if os.path.isabs(home.value) else home_directory())
     if sys.platform != "linux":
-        return _home() / ".exo"
+        return home_directory() / ".exo"
     if given := from_environment(variable):
         if not os.path.isabs(given.value):
             raise given.error("expected an absolute path")
         return as_directory(given) / "exo"
-    return _home() / below_home / "exo"
+    return home_directory() / below_home / "exo"
 
 
 def directories_in(variable: str) -> tuple[Path, ...]:
     """The directories that a variable lists, with colons between them. Raises SettingsError."""
     given = from_environment(variable)
     return tuple(as_directory(GivenValue(variable, part)) for part in given.value.split(":") if part) if given else ()
+
+
+def directory_from(variable: str) -> Path | None:
+    """The directory that a variable of another program names; None if it gives no absolute path."""
+    given = from_environment(variable)
+    path = os.path.expanduser(given.value) if given else ""
+    return Path(path) if os.path.isabs(path) else None
 
 
 def as_directory(given: GivenValue, relative_to: Path | None = None) -> Path:
@@ -172,7 +179,8 @@ def as_directory(given: GivenValue, relative_to: Path | None = None) -> Path:
     return path
 
 
-def _home() -> Path:
+def home_directory() -> Path:
+    """The user's home directory. Raises SettingsError."""
     try:
         return as_directory(GivenValue("HOME", str(Path.home())))
     except RuntimeError as error:

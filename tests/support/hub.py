@@ -171,10 +171,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._content(path)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._listing(match[1], match[2])
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([0-9a-f]{40})", path):
+            self._tree(match[1], match[2])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path):
             self._resolve(match[1], match[2], match[3])
         else:
             self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def do_HEAD(self) -> None:
+        """What huggingface_hub's own downloader asks for: a file's size, hash and commit."""
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", unquote(urlsplit(self.path).path))
+        file = self.server.state.commits.get(f"{match[1]}@{match[2]}", {}).get(match[3]) if match else None
+        self.send_response(404 if file is None else 200)
+        if file is not None and match is not None:
+            self.send_header("content-length", str(file.size))
+            self.send_header("etag", f'"{file.sha256 if file.large else file.blob}"')
+            self.send_header("x-repo-commit", match[2])
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """The tests read ``asked``."""
@@ -216,6 +229,15 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             body = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": []}
             self._answer(200, json.dumps(body).encode(), {"content-type": "application/json"})
+
+    def _tree(self, repo: str, commit: str) -> None:
+        """The listing of huggingface_hub's own downloader."""
+        entries = [
+            {"type": "file", "path": name, "size": file.size, "oid": file.blob}
+            | ({"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 130}} if file.large else {})
+            for name, file in self.server.state.commits.get(f"{repo}@{commit}", {}).items()
+        ]
+        self._answer(200, json.dumps(entries).encode(), {"content-type": "application/json"})
 
     def _resolve(self, repo: str, commit: str, name: str) -> None:
         """Redirects large files; small ones are here, at the address of their content."""

@@ -55,7 +55,9 @@ def inherited() -> dict[str, str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    return {**inherited(), "EXO_HOME": str(home), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    """A home of its own. The models that other programs keep on this machine are left out."""
+    own = {"EXO_HOME": str(home), "EXO_FIND_MODELS": "0", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    return {**inherited(), **own}
 
 
 def without_vllm(folder: Path) -> str:

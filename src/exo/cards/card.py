@@ -20,7 +20,8 @@ UPSTREAM_BACKENDS = ("MlxMetal", "MlxCpu", "MlxCuda", "Vllm")
 
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 # An id becomes a directory name, so no segment is "." or "..". "@" is excluded because it precedes a runner's name.
-ModelId = Annotated[str, Field(pattern=f"^{_SEGMENT}(/{_SEGMENT})?$", max_length=200)]
+ModelId = Annotated[str, Field(pattern=f"^{_SEGMENT}(/{_SEGMENT}){{0,3}}(:{_SEGMENT})?$", max_length=200)]
+RepoId = Annotated[str, Field(pattern=f"^{_SEGMENT}(/{_SEGMENT})?$", max_length=200)]
 Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._:-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 60)]

@@ -8,7 +8,7 @@ import difflib
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -54,11 +54,40 @@ class CardFile:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model in another program's folder. Its card has no file: it is made from the model's own files."""
+
+    card: ModelCard
+    program: str
+    path: Path
+    """The path that the runner loads."""
+    removal: str
+    """The way to delete the model, as a clause."""
+    notes: tuple[str, ...] = ()
+    """Settings of the other program that exo does not follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The models of other programs, and the files there that cannot be used, each with the reason."""
+
+    models: tuple[FoundModel, ...] = ()
+    unusable: tuple[str, ...] = ()
+
+
+def _find_nothing() -> Found:
+    return _NOTHING
+
+
+_NOTHING = Found()
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogue:
     """Every valid card, and the errors in the other files. An invalid file does not affect the others."""
 
     cards: Mapping[str, ModelCard]
-    """By model id, in alphabetical order."""
+    """By model id, in alphabetical order: first the cards that have a file, then those of found models."""
     aliases: Mapping[str, tuple[str, ...]]
     """Model ids by alias. An alias of several models is ambiguous and finds none of them."""
     problems: tuple[BrokenCard, ...]
@@ -66,14 +95,20 @@ class Catalogue:
     """Card files by model id."""
     user_directory: Path | None = None
     user_files: tuple[CardFile, ...] = ()
+    found: Mapping[str, FoundModel] = field(default_factory=dict[str, FoundModel])
+    """Models of other programs, by model id. No card file has one of these ids."""
+    last_found: Found = _NOTHING
+    find: Callable[[], Found] = _find_nothing
+    """Looks for models of other programs; gives the same object if nothing has changed."""
 
     @classmethod
-    def load(cls, user_directory: Path | None = None) -> "Catalogue":
+    def load(cls, user_directory: Path | None = None, find: Callable[[], Found] = _find_nothing) -> "Catalogue":
         """Reads the built-in cards, then every ``*.toml`` below ``user_directory``, if that exists.
 
-        A user's card replaces the built-in card of the same model id, and takes any alias from a built-in card.
+        A user's card replaces the built-in card of the same model id, and takes any alias from a built-in card. The
+        names of both take precedence over those of found models.
         """
-        return _merge(user_directory, _read_cards(user_directory) if user_directory is not None else ())
+        return _merge(user_directory, _read_cards(user_directory) if user_directory is not None else (), find, find())
 
     def refreshed(self) -> "Catalogue":
         """The catalogue after the latest changes to the user's files; ``self`` if there are none.
@@ -81,10 +116,11 @@ class Catalogue:
         A file that has become invalid is a problem, and its last valid card stays. Built-in cards are part of the
         program and are not read again.
         """
-        if self.user_directory is None:
+        files = _read_cards(self.user_directory, self.user_files) if self.user_directory is not None else ()
+        found = self.find()
+        if files == self.user_files and found is self.last_found:
             return self
-        files = _read_cards(self.user_directory, self.user_files)
-        return self if files == self.user_files else _merge(self.user_directory, files)
+        return _merge(self.user_directory, files, self.find, found)
 
     def get(self, name: str) -> ModelCard | None:
         """The card with this model id or, failing that, this alias. Similar names never match."""
@@ -116,7 +152,7 @@ class LiveCatalogue:
             before, self.known = self.known, self.known.refreshed()
             self._next_check = now + self._every_seconds
             if self.known is not before:
-                log.info("the model cards have changed; there are %d now", len(self.known.cards))
+                log.info("the models have changed; there are %d now", len(self.known.cards))
                 for problem in self.known.problems:
                     if problem not in before.problems:
                         log.warning("model card %s", problem)
@@ -141,12 +177,13 @@ def _read_cards(directory: Path, known: Iterable[CardFile] = ()) -> tuple[CardFi
             problem = BrokenCard(folder, "", f"cannot be listed: {error.strerror}")
             files.append(CardFile(Path(folder), None, None, problem))
     for name in sorted(name for name in names if name.endswith(".toml")):
-        old, stamp = before.get(name), _stamp(name)
+        old, stamp = before.get(name), stamp_of(name)
         files.append(old if old is not None and old.stamp == stamp else _read_card(Path(name), stamp, old))
     return tuple(files)
 
 
-def _stamp(name: str) -> Stamp | None:
+def stamp_of(name: str | Path) -> Stamp | None:
+    """The stamp of a file or folder, links followed; None if it cannot be looked at."""
     try:
         found = os.stat(name)
     except OSError:
@@ -176,16 +213,39 @@ def _built_in() -> tuple[CardFile, ...]:
     return _read_cards(_BUILT_IN)
 
 
-def _merge(user_directory: Path | None, user_files: tuple[CardFile, ...]) -> Catalogue:
+def _merge(
+    user_directory: Path | None, user_files: tuple[CardFile, ...], find: Callable[[], Found], found: Found
+) -> Catalogue:
     built_in, duplicates = _by_id(_built_in())
     own, own_duplicates = _by_id(user_files)
-    found = built_in | own
-    cards = {model_id: card for model_id in sorted(found) if (card := found[model_id].card)}
+    with_file = built_in | own
+    cards = {model_id: card for model_id in sorted(with_file) if (card := with_file[model_id].card)}
     aliases = _by_alias(cards, own.keys())
     problems = [file.problem for file in (*_built_in(), *user_files) if file.problem is not None]
-    problems += [*duplicates, *own_duplicates, *_ambiguous(found, aliases)]
-    files = {model_id: found[model_id].path for model_id in cards}
-    return Catalogue(cards, aliases, tuple(problems), files, user_directory, user_files)
+    problems += [*duplicates, *own_duplicates, *_ambiguous(with_file, aliases)]
+    files = {model_id: with_file[model_id].path for model_id in cards}
+    others = {each.card.model_id: each for each in found.models if each.card.model_id not in cards}
+    return Catalogue(
+        cards | {model_id: others[model_id].card for model_id in sorted(others)},
+        aliases | _further_aliases(others.values(), {*cards, *aliases}),
+        tuple(problems),
+        files,
+        user_directory,
+        user_files,
+        others,
+        found,
+        find,
+    )
+
+
+def _further_aliases(found: Iterable[FoundModel], taken: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The owners of the found models' aliases that are nothing else's name."""
+    owners: dict[str, tuple[str, ...]] = {}
+    for model in found:
+        for alias in model.card.aliases:
+            if alias not in taken:
+                owners[alias] = (*owners.get(alias, ()), model.card.model_id)
+    return owners
 
 
 def _by_id(files: Iterable[CardFile]) -> tuple[dict[str, CardFile], list[BrokenCard]]:

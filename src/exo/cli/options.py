@@ -10,13 +10,15 @@ from pydantic import JsonValue
 from exo.cards.catalogue import Catalogue
 from exo.config import Access, Settings
 from exo.config_values import SettingsError
+from exo.store.found.finder import Finder
 from exo.worker.protocol.runners import RUNNERS
 
 
 def complete_model(incomplete: str) -> list[str]:
     """Model ids and aliases with this beginning, for the shell. Broken model cards are ignored."""
     try:
-        catalogue = Catalogue.load(Settings.load().cards_directory)
+        settings = Settings.load()
+        catalogue = Catalogue.load(settings.cards_directory, Finder(settings.other_folders))
     except SettingsError:
         return []
     return sorted(name for name in {*catalogue.cards, *catalogue.aliases} if name.startswith(incomplete))
@@ -26,6 +28,15 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Model id or alias. @RUNNER behind it selects a runner: gemma-3-270m@cuda.", autocompletion=complete_model
+    ),
+]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        help="Model id or alias, hf.co/OWNER/NAME[:QUANT], or the path of a GGUF file or model folder. @RUNNER behind"
+        " it selects a runner: gemma-3-270m@cuda.",
+        autocompletion=complete_model,
+        metavar="MODEL",
     ),
 ]
 Card = Annotated[str, typer.Argument(help="Model id or alias.", autocompletion=complete_model, metavar="MODEL")]

@@ -25,6 +25,13 @@ class ModelFacts:
     loaded: Capabilities | None
     files: Description | None
     slots: int = 0
+    found_in: str | None = None
+    """The program that keeps the model, if its card has no file."""
+
+    @property
+    def place(self) -> int:
+        """The place in a list: model cards on disk, models that other programs keep, and those not on disk."""
+        return 2 if not self.on_disk else 0 if self.found_in is None else 1
 
     @property
     def context_length(self) -> int | None:
@@ -67,15 +74,18 @@ async def model_facts(services: Services, cards: Sequence[ModelCard]) -> list[Mo
     """The facts about these models, in the same order. Looks at their files."""
     live = [each for each in services.pool.live() if each.state not in ENDINGS]
     files = await services.pulls.describe_all(cards)
-    found: list[ModelFacts] = []
+    others = services.cards.known.found
+    facts: list[ModelFacts] = []
     for card, (on_disk, described) in zip(cards, files, strict=True):
         own = [each for each in live if each.model_id == card.model_id]
         ready = [each.capabilities for each in own if each.capabilities is not None]
         state: ModelState = "loaded" if ready else "loading" if own else "unloaded"
         # A request may go to any of its runners.
         loaded = min(ready, key=lambda each: each.context_length, default=None)
-        found.append(ModelFacts(card, state, on_disk or bool(own), loaded, described, sum(each.slots for each in own)))
-    return found
+        slots, keeper = sum(each.slots for each in own), others.get(card.model_id)
+        found_in = keeper.program if keeper is not None else None
+        facts.append(ModelFacts(card, state, on_disk or bool(own), loaded, described, slots, found_in))
+    return facts
 
 
 def _first_runner(card: ModelCard) -> str:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from exo.cards.card import ModelCard, ModelId
+from exo.cards.card import ModelCard, RepoId
 from exo.store.errors import PullError
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.protocol.validation import describe
@@ -41,7 +41,7 @@ class _FileKeys(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     path: str | None = None
-    repo: ModelId | None = None
+    repo: RepoId | None = None
     file: str | None = None
 
 
@@ -139,18 +139,20 @@ def file_sets(source: Source, names: Collection[str], indexed: Collection[str] |
     ``indexed`` are the names in a folder's index of weights, if it has one.
     """
     if source.runner != "cuda":
-        return _folder_set(names, indexed)
-    found = _gguf_sets(names)
+        return folder_set(names, indexed)
+    found = gguf_sets(names)
     if source.quant is not None:
         return [ggufs for ggufs in found if ggufs.label == source.quant.upper()]
     pattern = source.path or source.file
     exact = [ggufs for ggufs in found if pattern in ggufs.names]
+    if not exact and source.path is not None and source.path in names:  # another program's file, named by its hash
+        return [FileSet(source.path, (source.path,))]
     return exact or [ggufs for ggufs in found if pattern and any(matches(pattern, name) for name in ggufs.names)]
 
 
 def quantisations(names: Iterable[str]) -> tuple[str, ...]:
     """The quantisations of the GGUF files among ``names``."""
-    return tuple(dict.fromkeys(ggufs.label for ggufs in _gguf_sets(names)))
+    return tuple(dict.fromkeys(ggufs.label for ggufs in gguf_sets(names)))
 
 
 def projectors(source: Source, names: Iterable[str]) -> tuple[str, ...]:
@@ -164,7 +166,8 @@ def matches(pattern: str, name: str) -> bool:
     return file.parent == wanted.parent and fnmatchcase(file.name, wanted.name)
 
 
-def _gguf_sets(names: Iterable[str]) -> list[FileSet]:
+def gguf_sets(names: Iterable[str]) -> list[FileSet]:
+    """Every language model among the GGUF files, complete or not, in order of name."""
     parts: dict[tuple[str, int], list[str]] = {}
     for name in names:
         if name.lower().endswith(".gguf") and not _OTHER_GGUF.search(PurePosixPath(name).name):
@@ -193,7 +196,8 @@ def _missing(name: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(part for part in every if part not in there)
 
 
-def _folder_set(names: Collection[str], indexed: Collection[str] | None) -> list[FileSet]:
+def folder_set(names: Collection[str], indexed: Collection[str] | None) -> list[FileSet]:
+    """The model of a folder of safetensors, complete or not; none if it has no configuration or no weights."""
     weights = choose_weights(names, indexed)
     if "config.json" not in names or not (weights.names or weights.missing):
         return []

@@ -32,15 +32,15 @@ def describe_on_disk(card: ModelCard, store: Store) -> Description | None:
     return None
 
 
-def is_on_disk(card: ModelCard, store: Store) -> bool:
-    """Whether a runner's files are on disk."""
-    return any(True for _ in _present(card, store))
+def is_on_disk(card: ModelCard, store: Store, runner: str | None = None) -> bool:
+    """Whether the runner's files are on disk; without ``runner``, whether any runner's are."""
+    return any(True for _ in _present(card, store, runner))
 
 
-def _present(card: ModelCard, store: Store) -> Iterator[Path]:
+def _present(card: ModelCard, store: Store, only: str | None = None) -> Iterator[Path]:
     """What each runner that may serve the model would load, if that is on disk."""
     for runner, spec in RUNNERS.items():
-        if set(spec.backends) & set(card.backends):
+        if only in (None, runner) and set(spec.backends) & set(card.backends):
             with suppress(PullError, OSError):  # the runner reports the error when it loads the model
                 found = store.on_disk(Source.of(card, runner))
                 if found.state == "present" and found.path is not None:
@@ -50,8 +50,13 @@ def _present(card: ModelCard, store: Store) -> Iterator[Path]:
 @lru_cache(maxsize=256)
 def _described(path: Path, _modified: int, _size: int) -> Description:
     if path.is_dir():
-        return from_folder(lambda name: _content(path / name))
+        return describe_folder(path)
     return from_gguf(read_gguf(LocalHeader(path), limit=HEADER_LIMIT, tensors=False))
+
+
+def describe_folder(path: Path, *, embeds: bool = False) -> Description:
+    """A folder of safetensors; ``embeds`` marks a text embedding model. Raises DescriptionError and OSError."""
+    return from_folder(lambda name: _content(path / name), embeds=embeds)
 
 
 def _content(path: Path) -> bytes | None:

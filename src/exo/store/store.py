@@ -12,6 +12,7 @@ from exo.store.errors import PullError
 from exo.store.file_selection import Source, file_sets, projectors
 from exo.store.folder import Manifest, ModelFolder, PulledFile, RemoteFile, folder_name, size_of
 from exo.worker.runner_common.model_files.folder_weights import INDEX, names_in_index
+from exo.worker.runner_common.model_files.gguf import split_parts
 
 _EMPTY = Manifest(repo="")
 
@@ -172,8 +173,12 @@ def _whole(path: Path, source: Source, manifest: Manifest) -> dict[str, int]:
     """Sizes of complete files: as long as the manifest records, or not in it because the user put them there."""
     inside = PurePosixPath(source.path or source.file or "").parent if source.runner == "cuda" else PurePosixPath()
     names = set(manifest.files)
-    with suppress(OSError):
-        names |= {str(inside / name) for name in os.listdir(path / inside)} - manifest.pending.keys()
+    if source.path is not None and source.runner == "cuda" and source.mmproj is None:
+        # Of one file, the parts: its folder may hold thousands of others.
+        names |= {str(inside / part.name) for part in split_parts(Path(source.path))} - manifest.pending.keys()
+    else:
+        with suppress(OSError):
+            names |= {str(inside / name) for name in os.listdir(path / inside)} - manifest.pending.keys()
     sizes = {name: size_of(path / name) for name in names}
     expected = {name: entry.size for name, entry in manifest.files.items()}
     return {name: size for name, size in sizes.items() if size is not None and expected.get(name, size) == size}

@@ -63,6 +63,8 @@ class OllamaModel(OllamaReply):
     details: OllamaDetails
     downloaded: bool
     """Whether its files are on disk."""
+    found_in: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The program that keeps the model, if it has no model card of its own."""
 
 
 class OllamaModels(OllamaReply):
@@ -129,6 +131,7 @@ def listed(name: str, facts: ModelFacts, started: str) -> OllamaModel:
         digest=digest(card),
         details=OllamaDetails.of(card),
         downloaded=facts.on_disk,
+        found_in=facts.found_in,
     )
 
 
@@ -185,12 +188,12 @@ def model_routes(services: Services) -> APIRouter:
 
     @routes.get("/tags")
     async def tags() -> OllamaModels:
-        """Every model card, once under its id and once under each alias; those on disk first."""
+        """Every model, once under its id and once under each alias; those on disk first."""
         catalogue = services.cards.known
         named = {name: card for name in (*catalogue.cards, *catalogue.aliases) if (card := catalogue.get(name))}
         facts = await model_facts(services, list(named.values()))
-        found = [listed(name, each, started) for name, each in zip(named, facts, strict=True)]
-        return OllamaModels(models=sorted(found, key=lambda each: not each.downloaded))
+        found = sorted(zip(named, facts, strict=True), key=lambda each: each[1].place)
+        return OllamaModels(models=[listed(name, each, started) for name, each in found])
 
     @routes.post("/show", response_model=OllamaShown, openapi_extra=json_body(OllamaShowRequest))
     async def show(request: Request) -> OllamaShown:

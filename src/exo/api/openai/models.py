@@ -52,6 +52,8 @@ class ListedModel(Reply):
     aliases: list[str]
     downloaded: bool
     """Whether its files are on disk."""
+    found_in: str | None = Field(default=None, exclude_if=absent)
+    """The program that keeps the model, if it has no model card of its own."""
     status: ModelStatus
     context_length: int | None = Field(default=None, exclude_if=absent)
     max_model_len: int | None = Field(default=None, exclude_if=absent)
@@ -77,6 +79,7 @@ class ListedModel(Reply):
             owned_by=card.model_id.partition("/")[0],
             aliases=list(card.aliases),
             downloaded=facts.on_disk,
+            found_in=facts.found_in,
             status=ModelStatus(value=facts.state),
             context_length=length,
             max_model_len=length,
@@ -110,11 +113,11 @@ def model_list_routes(services: Services) -> APIRouter:
     async def list_models(
         status: Literal["downloaded", "loaded"] | None = Query(default=None, description="Only these models."),
     ) -> ModelList:
-        """Every model that has a card, those on disk first."""
+        """Every model that has a card or that another program keeps here, those on disk first."""
         found = await model_facts(services, list(services.cards.known.cards.values()))
         chosen = [
             each
-            for each in sorted(found, key=lambda each: not each.on_disk)
+            for each in sorted(found, key=lambda each: each.place)
             if status is None or (each.on_disk if status == "downloaded" else each.state == "loaded")
         ]
         return ModelList(data=[ListedModel.of(each, started) for each in chosen])

@@ -15,7 +15,8 @@ from exo.cli.chat.screen import AnswerScreen
 from exo.cli.chat.settings import ChatSettings
 from exo.cli.console import err, out, warn
 from exo.cli.models.local_models import catalogue_of
-from exo.cli.options import Model, ModelsDir, SamplingOptions, ServerOptions
+from exo.cli.models.named_model import requested_model
+from exo.cli.options import AnyModel, ModelsDir, SamplingOptions, ServerOptions
 from exo.cli.server.embedded_server import some_server
 from exo.cli.server.http_client import ask
 from exo.exit_code import CommandError
@@ -31,7 +32,7 @@ Ctrl-C            stops an answer, or drops the typed line'''
 
 
 def chat(
-    model: Model,
+    model: AnyModel,
     *,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     sampling: SamplingOptions,
@@ -44,8 +45,9 @@ def chat(
     """
     settings = server.settings(models_dir)
     chosen = {**({"system": system} if system is not None else {}), **sampling.request_fields()}
-    with some_server(settings, lambda: catalogue_of(settings)) as client:
-        conversation = Chat(client, model, ChatSettings(chosen), ChatInput(settings.history_file))
+    named = requested_model(settings, model)
+    with some_server(settings, lambda: catalogue_of(settings, named.own)) as client:
+        conversation = Chat(client, named.name, ChatSettings(chosen), ChatInput(settings.history_file))
         conversation.begin()
         conversation.run()
 

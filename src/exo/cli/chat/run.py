@@ -14,14 +14,15 @@ from exo.chat.output.events import Content, Reasoning
 from exo.cli.chat.answer_stream import Note, answer
 from exo.cli.console import err, out
 from exo.cli.models.local_models import catalogue_of
-from exo.cli.options import Model, ModelsDir, SamplingOptions, ServerOptions
+from exo.cli.models.named_model import requested_model
+from exo.cli.options import AnyModel, ModelsDir, SamplingOptions, ServerOptions
 from exo.cli.server.embedded_server import some_server
 from exo.exit_code import CommandError, ExitCode
 from exo.terminal import printable
 
 
 def run(
-    model: Model,
+    model: AnyModel,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; piped text is put behind it.")] = None,
     *,
     file: Annotated[list[Path] | None, typer.Option(help="A text file to add; repeatable.")] = None,
@@ -36,7 +37,7 @@ def run(
     if raw and system is not None:
         raise CommandError("--system: not accepted together with --raw, which has no messages", ExitCode.USAGE)
     settings = server.settings(models_dir)
-    body: dict[str, object] = {"model": model, **sampling.request_fields()}
+    body: dict[str, object] = {**sampling.request_fields()}
     if json_schema is not None:
         body["structured_outputs"] = {"json": _schema(json_schema)}
     whole = _compose(prompt, file or (), _read_pipe(), raw=raw)
@@ -45,6 +46,8 @@ def run(
     else:
         first = [{"role": "system", "content": system}] if system is not None else []
         body["messages"] = [*first, {"role": "user", "content": whole}]
+    named = requested_model(settings, model)
+    body["model"] = named.name
     with err.status("starting") as status:
 
         def show(text: str) -> None:
@@ -52,7 +55,7 @@ def run(
             out.file.write(printable(text) if out.is_terminal else text)
             out.file.flush()
 
-        with some_server(settings, lambda: catalogue_of(settings)) as client, answer(client, body) as events:
+        with some_server(settings, lambda: catalogue_of(settings, named.own)) as client, answer(client, body) as events:
             for event in events:
                 match event:
                     case Content(text):

@@ -8,6 +8,7 @@ from typing import Annotated
 import anyio
 import typer
 
+from exo.cards.catalogue import Found
 from exo.cli.console import out, say, warn
 from exo.cli.doctor.model_findings import as_text as model_text
 from exo.cli.doctor.model_findings import findings
@@ -40,7 +41,8 @@ def doctor(
     plugin, vulkan = installed_plugin(), installed_vulkan()
     tested = {each: self_test(each) for each in host.probes["cuda"].backends if each in GPU_BACKENDS}
     settings = Settings.load()
-    models = anyio.run(findings, catalogue_of(settings), store_of(settings), host, settings)
+    catalogue = catalogue_of(settings)
+    models = anyio.run(findings, catalogue, store_of(settings), host, settings)
     if as_json:
         by_backend = {each: asdict(result) for each, result in tested.items()}
         cuda = {"plugin": plugin and asdict(plugin), "self_test": by_backend.get(CUDA)}
@@ -52,13 +54,14 @@ def doctor(
             "models": [each.model_dump() for each in models],
             "prefix_bytes": prefixes,
         }
-        out.print_json(json.dumps({**_as_json(host), **more}))
+        out.print_json(json.dumps({**_as_json(host), **more, "unusable": catalogue.last_found.unusable}))
     else:
         texts = (
             *as_text(host),
             *plugin_text(plugin, tested.get(CUDA)),
             *vulkan_text(vulkan, tested.get(VULKAN)),
             *model_text(models),
+            *others_text(catalogue.last_found),
             *prefix_text(settings),
         )
         for line in texts:
@@ -143,6 +146,15 @@ def _proofs(tested: SelfTest | None) -> Iterator[str]:
             yield f"  proved  {each['device']}: all layers of a tiny model on it, {least}, in {each['seconds']:.1f} s"
     if tested.failure:
         yield f"  failed  {tested.failure}"
+
+
+def others_text(found: Found) -> Iterator[str]:
+    """The number of models that other programs keep, and of their files that cannot be used."""
+    if found.models or found.unusable:
+        yield ""
+        yield f"{len(found.models)} models are in other programs' folders"
+    if found.unusable:
+        yield f"  note    {len(found.unusable)} files or folders there cannot be used; `exo list -v` names them"
 
 
 def prefix_text(settings: Settings) -> Iterator[str]:

@@ -28,9 +28,13 @@ class ModelFinding(BaseModel):
 
 
 async def findings(catalogue: Catalogue, store: Store, host: Host, settings: Settings) -> tuple[ModelFinding, ...]:
-    """Asks each runner that can serve a model of which files are on disk. Has no entry where all is well."""
+    """Asks each runner that can serve a model of which files are on disk. Has no entry where all is well.
+
+    Models of other programs are left out: there may be hundreds, and each takes the start of a runner.
+    """
     limit = anyio.CapacityLimiter(_AT_ONCE)
-    shown = [show_model(card, catalogue, store, host) for card in catalogue.cards.values()]
+    cards = [card for model_id, card in catalogue.cards.items() if model_id not in catalogue.found]
+    shown = [show_model(card, catalogue, store, host) for card in cards]
     found: dict[tuple[str, str], ModelFinding] = {}
 
     async def ask(model_id: str, engine: EngineRow) -> None:

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -17,9 +17,11 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from exo.api.admin.runners import Instance, InstanceList
+from exo.cards.catalogue import FoundModel
 from exo.cli.console import err, say, warn
 from exo.cli.launch.programs import PROGRAMS, Program, Target
 from exo.cli.models.local_models import catalogue_of
+from exo.cli.models.named_model import requested_model
 from exo.cli.options import ModelsDir, ServerOptions, complete_model
 from exo.cli.server.embedded_server import some_server
 from exo.cli.server.http_client import ask, foreign, server_client
@@ -57,7 +59,10 @@ def launch(
     *,
     model: Annotated[
         str | None,
-        typer.Option(help="Model id or alias. Default: the model that is loaded.", autocompletion=complete_model),
+        typer.Option(
+            help="Model id or alias, hf.co/OWNER/NAME[:QUANT], or a path. Default: the model that is loaded.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     print_: Annotated[
         bool, typer.Option("--print", help="Print the environment, files and command instead of starting it.")
@@ -74,6 +79,10 @@ def launch(
     if known is None:
         raise CommandError(f"{program!r} is not a program that exo can launch; it knows {_NAMES}", ExitCode.USAGE)
     settings = server.settings(models_dir)
+    own: Sequence[FoundModel] = ()
+    if model is not None:
+        named = requested_model(settings, model)
+        model, own = named.name, named.own
     if print_:
         with server_client(settings) as client:
             told = _target(client, model, Path(gettempdir()) / "exo-launch")
@@ -85,7 +94,7 @@ def launch(
         raise CommandError(f"{known.title} is not installed: there is no {known.command!r}; {known.install}")
     with (
         TemporaryDirectory(prefix="exo-launch-") as folder,
-        some_server(settings, lambda: catalogue_of(settings)) as client,
+        some_server(settings, lambda: catalogue_of(settings, own)) as client,
     ):
         told = _target(client, model, Path(folder))
         _warn_of_context(known, told)

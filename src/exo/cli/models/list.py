@@ -1,13 +1,16 @@
-"""``exo list``: the models that have a model card, those on disk first, and which of their files there are."""
+"""``exo list``: the models that have a model card or are in other programs' folders, and which files there are."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from pydantic import BaseModel
 from pydantic_core import to_json
 from rich.table import Table
 
 from exo.cards.card import ModelCard
-from exo.cli.console import out
+from exo.cards.catalogue import FoundModel
+from exo.cli.console import out, warn
 from exo.cli.models.local_models import FileState, catalogue_of, kept, runners_of, store_of
 from exo.cli.options import AsJson, ModelsDir
 from exo.config import Settings
@@ -26,21 +29,40 @@ class ListRow(BaseModel):
     backends: list[str]
     on_disk: dict[str, FileState]
     """By runner, for all that may serve the model."""
+    found_in: str | None
+    """The program that keeps the model, if it has no model card of its own."""
 
 
-def list_models(models_dir: ModelsDir = None, as_json: AsJson = False) -> None:
-    """List the models that have a model card, and which of their files are on disk."""
+def list_models(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also name files of other programs that cannot be used, and why.")
+    ] = False,
+    models_dir: ModelsDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models that have a model card or that other programs keep here, those on disk first."""
     settings = Settings.load(models_directory=models_dir)
     store = store_of(settings)
-    rows = [_row(card, store) for card in catalogue_of(settings).cards.values()]
-    rows.sort(key=lambda row: not any(files.state == "present" for files in row.on_disk.values()))
+    catalogue = catalogue_of(settings)
+    rows = [_row(card, store, catalogue.found.get(card.model_id)) for card in catalogue.cards.values()]
+    rows.sort(key=_place)
     if as_json:
         out.print_json(to_json(rows).decode())
     else:
         _print(rows)
+    if verbose:
+        for line in catalogue.last_found.unusable:
+            warn(line)
 
 
-def _row(card: ModelCard, store: Store) -> ListRow:
+def _place(row: ListRow) -> int:
+    """Model cards on disk, models that other programs keep, and model cards that are not on disk."""
+    if row.found_in is not None:
+        return 1
+    return 0 if any(files.state == "present" for files in row.on_disk.values()) else 2
+
+
+def _row(card: ModelCard, store: Store, found: FoundModel | None) -> ListRow:
     return ListRow(
         model_id=card.model_id,
         aliases=list(card.aliases),
@@ -52,6 +74,7 @@ def _row(card: ModelCard, store: Store) -> ListRow:
         on_disk={
             each.source.runner: FileState.of(each.source, each.found) for each in kept(store, card, runners_of(card))
         },
+        found_in=found.program if found is not None else None,
     )
 
 
@@ -63,12 +86,17 @@ def _print(rows: Sequence[ListRow]) -> None:
         table.add_row(
             row.model_id,
             ", ".join(row.aliases),
-            ", ".join(filter(None, (_on_disk(runner, files) for runner, files in row.on_disk.items()))) or "-",
+            _places(row) or "-",
             f"{row.size_bytes / 1e9:.2f} GB",
             row.quantization,
             ", ".join(row.on_disk),
         )
     out.print(table, markup=False, highlight=False)
+
+
+def _places(row: ListRow) -> str:
+    there = ", ".join(filter(None, (_on_disk(runner, files) for runner, files in row.on_disk.items())))
+    return f"{there}, in {row.found_in}" if row.found_in else there
 
 
 def _on_disk(runner: str, files: FileState) -> str:

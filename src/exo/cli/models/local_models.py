@@ -1,7 +1,7 @@
 """The models that have a model card on this machine, and their files on disk."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from exo.cards.card import ModelCard
-from exo.cards.catalogue import Catalogue
+from exo.cards.catalogue import Catalogue, FoundModel
 from exo.cli.console import warn
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.errors import PullError
 from exo.store.file_selection import Source
+from exo.store.found.finder import Finder
 from exo.store.store import OnDisk, Store
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import model_not_found
@@ -59,9 +60,12 @@ class Kept:
     found: OnDisk
 
 
-def catalogue_of(settings: Settings) -> Catalogue:
-    """The catalogue. Prints the problems of single model cards and of models directories on standard error."""
-    catalogue = Catalogue.load(settings.cards_directory)
+def catalogue_of(settings: Settings, own: Sequence[FoundModel] = ()) -> Catalogue:
+    """The catalogue, with models that the user has named by their paths, if any.
+
+    Prints the problems of single model cards and of models directories on standard error.
+    """
+    catalogue = Catalogue.load(settings.cards_directory, Finder(settings.other_folders, own))
     for problem in catalogue.problems:
         warn(f"model card {problem}")
     for directory in settings.models_directories:

@@ -8,9 +8,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from exo.cards.card import ModelCard
 from exo.cli.console import err, say, warn
 from exo.cli.models.local_models import card_of, catalogue_of, check_runner, runners_of, store_of
+from exo.cli.models.named_model import card_of_reference
 from exo.cli.options import Model, ModelsDir, Quant, Runner
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
+from exo.store.discover.hub_reference import HubReference
 from exo.store.errors import PullError, PullErrorCode
 from exo.store.file_selection import Source, matches
 from exo.store.hub import Hub
@@ -36,8 +38,9 @@ def pull(model: Model, runner: Runner = None, quant: Quant = None, models_dir: M
     if None not in (runner, wish.runner) and runner != wish.runner:
         raise CommandError(f"--runner: {model} asks for runner {wish.runner} (got {runner!r})", ExitCode.USAGE)
     settings = Settings.load(models_directory=models_dir)
-    card = card_of(catalogue_of(settings), wish.name)
-    planned, found = _pull_model(settings, card, runner or wish.runner, quant)
+    catalogue, reference = catalogue_of(settings), HubReference.with_prefix(wish.name)
+    card = card_of(catalogue, wish.name) if reference is None else card_of_reference(settings, catalogue, reference)
+    planned, found = pull_model(settings, card, runner or wish.runner, quant)
     label = f"{planned.quant}, " if planned.quant else ""
     where = f"{found.path} ({label}{planned.total / 1e9:.2f} GB, revision {planned.revision[:12]})"
     say(f"{card.model_id} for {planned.source.runner}: {where}")
@@ -45,7 +48,7 @@ def pull(model: Model, runner: Runner = None, quant: Quant = None, models_dir: M
         warn(f"the card names another file; file = {planned.files[0].name!r} in its table [cuda] has this one loaded")
 
 
-def _pull_model(settings: Settings, card: ModelCard, runner: str | None, quant: str | None) -> tuple[PullPlan, OnDisk]:
+def pull_model(settings: Settings, card: ModelCard, runner: str | None, quant: str | None) -> tuple[PullPlan, OnDisk]:
     """Without ``runner``, downloads for the one that would serve the model here. Raises CommandError."""
     chosen = _runner(card, runner)
     hub, store = Hub(settings.hub), store_of(settings)

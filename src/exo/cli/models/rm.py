@@ -44,10 +44,13 @@ def remove(
     """
     check_runner(runner)
     settings = server.settings(models_dir)
-    card = card_of(catalogue_of(settings), model)
+    catalogue = catalogue_of(settings)
+    card = card_of(catalogue, model)
     store = store_of(settings)
     prefixes = _prefixes_of(settings, card) if runner in (None, "cuda") else None
     try:
+        if (found := catalogue.found.get(card.model_id)) is not None:
+            raise CommandError(f"{card.model_id} is in {found.program}, where exo deletes nothing; {found.removal}")
         wanted = _wanted(store, card, [runner] if runner else runners_of(card), quant)
     except CommandError:
         if prefixes is None:

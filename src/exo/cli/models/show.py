@@ -51,6 +51,9 @@ class ShownModel(BaseModel):
 
     card: ModelCard
     file: str | None
+    found_in: str | None
+    """The program that keeps the model, if its card has no file."""
+    notes: tuple[str, ...]
     problems: tuple[str, ...]
     engines: tuple[EngineRow, ...]
     route: str | None
@@ -76,12 +79,14 @@ def show(model: Card, models_dir: ModelsDir = None, as_json: AsJson = False) -> 
 
 def show_model(card: ModelCard, catalogue: Catalogue, store: Store, host: Host) -> ShownModel:
     """Reads the disk only. Has no memory plans."""
-    file = catalogue.files.get(card.model_id)
+    file, found = catalogue.files.get(card.model_id), catalogue.found.get(card.model_id)
     decision = route(None, card, host, (), card.needs)
     runners = [name for name, spec in RUNNERS.items() if set(spec.backends) & set(card.backends)]
     return ShownModel(
         card=card,
         file=str(file) if file is not None else None,
+        found_in=found.program if found is not None else None,
+        notes=found.notes if found is not None else (),
         problems=tuple(str(problem) for problem in catalogue.problems if problem.file == str(file)),
         engines=tuple(_engine(runner, card, store, host) for runner in runners),
         route=decision.runner if isinstance(decision, Route) else None,
@@ -132,6 +137,10 @@ def _rows(shown: ShownModel) -> Iterator[tuple[str, str]]:
         yield "also", ", ".join(card.aliases)
     if shown.file is not None:
         yield "card", shown.file
+    if shown.found_in is not None:
+        yield "found in", f"{shown.found_in}; its model card is made from its files"
+    for note in shown.notes:
+        yield "note", note
     for problem in shown.problems:
         yield "problem", problem
     yield "kind", ", ".join(filter(None, (card.base_model, card.family, card.quantization, *card.tasks)))

@@ -1,23 +1,32 @@
 """``exo serve``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from exo.api.server import ListenError, serve_forever
+from exo.cards.catalogue import FoundModel
 from exo.cli.console import say
 from exo.cli.models.local_models import catalogue_of
+from exo.cli.models.named_model import named_model
 from exo.cli.options import ModelsDir, ServerOptions
 from exo.config import Limits, Settings
-from exo.exit_code import CommandError
+from exo.exit_code import CommandError, ExitCode
 
 
 def serve(
     *,
     server: ServerOptions,
     models_dir: ModelsDir = None,
-    load: Annotated[list[str] | None, typer.Option(help="Load this model at the start; repeatable.")] = None,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load this model at the start: a model id or alias, hf.co/OWNER/NAME[:QUANT], or the path of a GGUF"
+            " file or model folder. Repeatable."
+        ),
+    ] = None,
     auto_pull: Annotated[
         bool, typer.Option("--auto-pull", help="Download a requested model that is not on disk. EXO_AUTO_PULL.")
     ] = False,
@@ -90,12 +99,24 @@ def serve(
         log_prompts=log_prompts,
         otlp_endpoint=otlp_endpoint,
     )
+    named = [named_model(settings, model) for model in load or ()]
+    own = _checked([model for each in named for model in each.own])
     try:
         serve_forever(
             settings,
-            catalogue_of(settings),
-            load or (),
+            catalogue_of(settings, own),
+            [each.name for each in named],
             lambda url: say(f"exo is listening on {url} (API documentation: {url}/docs)"),
         )
     except ListenError as error:
         raise CommandError(str(error)) from error
+
+
+def _checked(models: Sequence[FoundModel]) -> Sequence[FoundModel]:
+    """Raises CommandError if two different paths give one model id."""
+    paths: dict[str, Path] = {}
+    for each in models:
+        if (first := paths.setdefault(each.card.model_id, each.path)) != each.path:
+            message = f"--load: {first} and {each.path} would both be {each.card.model_id}; rename one of them"
+            raise CommandError(message, ExitCode.USAGE)
+    return models

@@ -1,20 +1,20 @@
 """Adding a model: a card made from what a repository on the hub says of itself, without fetching its weights."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from exo.cards.card import Alias, ModelCard, ModelId, StorageSize
+from exo.cards.card import Alias, ModelCard, ModelId
 from exo.cards.catalogue import Catalogue
-from exo.store.discover.inspection import Inspected, inspect
+from exo.store.discover.hub_reference import HubReference
+from exo.store.discover.inspection import inspect
+from exo.store.discover.new_card import new_card
 from exo.store.folder import folder_name
 from exo.store.hub import Hub
 from exo.store.sharing import make_directory, share
 
-_REFERENCE = re.compile(r"([^/:\s]+/[^/:\s]+)(?::([A-Za-z0-9_-]+))?")
 _MODEL_ID: TypeAdapter[str] = TypeAdapter(ModelId)
 _ALIAS: TypeAdapter[str] = TypeAdapter(Alias)
 
@@ -55,18 +55,20 @@ class Added(BaseModel):
 def add(
     reference: str, hub: Hub, catalogue: Catalogue, directory: Path, *, name: str | None = None, overwrite: bool = False
 ) -> Added:
-    """Writes a card into ``directory`` for ``OWNER/NAME`` or ``OWNER/NAME:QUANT``. Blocks while it asks the hub.
+    """Writes a card into ``directory`` for a ``HubReference``. Blocks while it asks the hub.
 
     ``name`` is the card's model id where it is not to be the repository's. Raises AddError and PullError.
     """
-    match = _REFERENCE.fullmatch(reference)
-    if match is None:
+    wanted = HubReference.parse(reference)
+    if wanted is None:
         raise AddError(f"{reference!r} names no repository: expected OWNER/NAME or OWNER/NAME:QUANT")
-    model_id = _checked(name or match[1])
+    model_id = _checked(name or wanted.repo)
     path = _target(model_id, catalogue, directory, overwrite=overwrite)
-    listing = hub.listing(match[1])
-    found = inspect(listing, hub, match[2])
-    card = _card(model_id, _aliases(model_id, catalogue), found)
+    listing = hub.listing(wanted.repo)
+    found = inspect(listing, hub, wanted.quant)
+    card = new_card(
+        model_id, found.description, found.tables, found.backends, found.bytes, aliases=_aliases(model_id, catalogue)
+    )
     _write(path, card)
     return Added(
         model_id=model_id,
@@ -77,7 +79,7 @@ def add(
         revision=listing.revision,
         files=found.files,
         bytes=found.bytes,
-        quantization=found.quantization,
+        quantization=found.description.quantization,
         architecture=found.description.architecture,
         n_layers=found.description.n_layers,
         context_length=found.description.context_length,
@@ -102,7 +104,9 @@ def _checked(name: str) -> str:
     try:
         return _MODEL_ID.validate_python(name)
     except ValidationError:
-        raise AddError(f"{name!r} cannot be a model id: expected letters, digits, '.', '_', '-' and one '/'") from None
+        raise AddError(
+            f"{name!r} cannot be a model id: expected letters, digits, '.', '_' and '-', with '/' between"
+        ) from None
 
 
 def _target(model_id: str, catalogue: Catalogue, directory: Path, *, overwrite: bool) -> Path:
@@ -122,28 +126,6 @@ def _aliases(model_id: str, catalogue: Catalogue) -> tuple[str, ...]:
         return () if owners - {model_id} or alias == model_id else (_ALIAS.validate_python(alias),)
     except ValidationError:
         return ()
-
-
-def _card(model_id: str, aliases: tuple[str, ...], found: Inspected) -> ModelCard:
-    described = found.description
-    return ModelCard(
-        model_id=model_id,
-        aliases=aliases,
-        backends=found.backends,
-        storage_size=StorageSize(in_bytes=found.bytes),
-        n_layers=described.n_layers,
-        hidden_size=described.hidden_size,
-        num_key_value_heads=described.num_key_value_heads,
-        context_length=described.context_length,
-        supports_tensor=False,
-        tasks=(described.task,),
-        family=described.architecture,
-        quantization=found.quantization,
-        base_model=described.name or model_id.rpartition("/")[2],
-        capabilities=described.capabilities,
-        is_custom=True,
-        engines=found.tables,
-    )
 
 
 def _write(path: Path, card: ModelCard) -> None:

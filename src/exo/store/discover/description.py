@@ -1,5 +1,6 @@
 """Describes a model from its own files: a GGUF file's metadata, or a folder's config.json."""
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +16,16 @@ from exo.worker.runner_common.model_files.header_source import HeaderError
 
 HEADER_LIMIT = 64 << 20
 """Bytes of metadata; a vocabulary of 262,144 tokens takes about 10 MB."""
+SENTENCE_TRANSFORMER = "modules.json"
+"""A file that only text embedding models have."""
 _POOLING_NONE, _POOLING_RANK = 0, 4
 """llama.cpp's pooling types of models that generate and of rerankers. The others make one vector of a text."""
 _REASONING_MARKS = ("</think>", "[/THINK]", "<|channel|>")
 _TOGGLE = "enable_thinking"
 _LONGEST_NAME = 100
 _MOST_LAYERS = 1 << 10
+_GENERATES = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_CONDITIONAL = "ForConditionalGeneration"
 _LARGEST_SIZE = 10_000_000
 _LONGEST_CONTEXT = 1 << 31
 
@@ -45,6 +50,8 @@ class Description:
     quantization: str = ""
     for_transformers: bool = False
     """Whether Hugging Face's library loads the files: they name a class of it, and MLX quantised nothing."""
+    other_class: str = ""
+    """The class of Hugging Face's library that the files name, if it is none of a language model."""
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -142,7 +149,15 @@ def from_folder(read: Callable[[str], bytes | None], *, embeds: bool = False) ->
         chat_template=usual(templates),
         quantization=f"{bits}bit" if bits is not None else _printable(whole.torch_dtype or whole.dtype or ""),
         for_transformers=bits is None and bool(whole.architectures),
+        other_class=_other_class(whole.architectures, nested),
     )
+
+
+def _other_class(classes: tuple[str, ...], nested: bool) -> str:
+    """A class that generates no text, or does so from something else. A model with vision has a nested text model."""
+    if not classes or any(_GENERATES.search(each) or (nested and each.endswith(_CONDITIONAL)) for each in classes):
+        return ""
+    return _printable(classes[0])
 
 
 def _printable(text: str) -> str:

@@ -1,25 +1,28 @@
 """Finds out what a repository on the hub holds for a runner, from the beginnings of its files."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pydantic import JsonValue
 
-from exo.store.discover.description import HEADER_LIMIT, Description, DescriptionError, from_folder, from_gguf
+from exo.store.discover.description import (
+    HEADER_LIMIT,
+    SENTENCE_TRANSFORMER,
+    Description,
+    DescriptionError,
+    from_folder,
+    from_gguf,
+)
+from exo.store.discover.new_card import folder_tables, gguf_tables
 from exo.store.discover.remote_bytes import indexed, small_file, start_of
 from exo.store.errors import PullError
 from exo.store.file_selection import Source, quantisations, select
 from exo.store.hub import Hub, Listing
-from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.model_files.gguf import read_gguf
 from exo.worker.runner_common.model_files.header_source import HeaderError
 
 DEFAULT_QUANT = "Q4_K_M"
-_SENTENCE_TRANSFORMER = "modules.json"
-"""A file that only text embedding models have."""
-_BACKENDS = ("MlxMetal", "Vllm", "MlxCuda", "MlxCpu")
-"""The backends of a folder that the MLX and vLLM runners both load, each before the ones that are slower there."""
 _Made = TypeVar("_Made")
 
 
@@ -34,7 +37,6 @@ class Inspected:
     files: tuple[str, ...]
     """The files that a pull will fetch."""
     bytes: int
-    quantization: str
     notes: tuple[str, ...] = ()
     """Decisions made for the user."""
 
@@ -59,22 +61,19 @@ def _gguf(listing: Listing, hub: Hub, quant: str | None) -> Inspected:
     other = next((each for each in labels if each != chosen.label), None)
     several = f"took {chosen.label} of {', '.join(labels)}; for another, say {repo}:{other}"
     notes = (several,) if quant is None and other is not None else ()
-    tables: dict[str, dict[str, JsonValue]] = {"cuda": {"repo": repo, "file": first}}
-    backends, size = RUNNERS["cuda"].backends, _size(listing, chosen.names)
-    return Inspected(tables, backends, description, chosen.names, size, chosen.label, notes)
+    tables, backends = gguf_tables(repo=repo, file=first)
+    described = replace(description, quantization=chosen.label)
+    return Inspected(tables, backends, described, chosen.names, _size(listing, chosen.names), notes)
 
 
 def _folder(listing: Listing, hub: Hub, quant: str | None) -> Inspected:
     if quant is not None:
         raise PullError("no_match", f"{listing.repo} has no GGUF file, so there is no {quant}; leave it out")
     chosen = select(Source(listing.repo, "mlx", listing.repo), listing.files, indexed(listing, hub))
-    embeds = _SENTENCE_TRANSFORMER in listing.files
+    embeds = SENTENCE_TRANSFORMER in listing.files
     description = _made("config.json", lambda: from_folder(lambda name: small_file(listing, hub, name), embeds=embeds))
-    size = _size(listing, chosen.names)
-    backends = _BACKENDS if description.for_transformers else RUNNERS["mlx"].backends
-    runners = [name for name in ("mlx", "vllm") if set(RUNNERS[name].backends) & set(backends)]
-    tables: dict[str, dict[str, JsonValue]] = {name: {"repo": listing.repo} for name in runners}
-    return Inspected(tables, backends, description, chosen.names, size, description.quantization)
+    tables, backends = folder_tables(description, repo=listing.repo)
+    return Inspected(tables, backends, description, chosen.names, _size(listing, chosen.names))
 
 
 def _made(name: str, make: Callable[[], _Made]) -> _Made:

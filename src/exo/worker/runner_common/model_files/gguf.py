@@ -169,9 +169,12 @@ def open_gguf(path: Path) -> GgufHeader:
     return read_gguf(LocalHeader(path))
 
 
-def read_gguf(source: HeaderSource, *, limit: int = HEADER_LIMIT, tensors: bool = True) -> GgufHeader:
+def read_gguf(
+    source: HeaderSource, *, limit: int = HEADER_LIMIT, tensors: bool = True, before: str | None = None
+) -> GgufHeader:
     """Follows a header to its end, or without ``tensors`` to the end of the metadata.
 
+    With ``before``, ends ahead of the first key that begins with it; nothing behind that is read or checked.
     Raises HeaderError for a header that is broken or longer than ``limit`` bytes, and what ``source`` raises.
     """
     cursor = _Cursor(source, limit)
@@ -192,6 +195,8 @@ def read_gguf(source: HeaderSource, *, limit: int = HEADER_LIMIT, tensors: bool 
         key = cursor.name("a metadata key", _LONGEST_KEY)
         if key in fields:
             raise HeaderError(f"has the metadata key {ascii(key)[:100]} twice")
+        if before is not None and key.startswith(before):
+            return GgufHeader(fields, (), cursor.data)
         cursor.what = f"the value of {ascii(key)[:100]}"
         fields[key] = cursor.field(key)
     alignment = _alignment(fields, cursor)
