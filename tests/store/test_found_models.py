@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from exo.cards.catalogue import Catalogue, Found, FoundModel
 from exo.config import OtherFolders
 from exo.store.file_selection import Source
 from exo.store.found import finder
-from exo.store.found.candidate import UnusableError
 from exo.store.found.finder import Finder, model_at
+from exo.store.found.unread_model import UnusableError
 from exo.store.store import Store
 from tests.support.hub import REPO, LocalHub
 from tests.support.other_programs import Ollama, download, folders, put
@@ -116,16 +116,14 @@ def test_only_the_complete_model_of_a_cache_is_one(tmp_path: Path, hub: LocalHub
 
 
 def test_models_of_safetensors_that_generate_no_text(tmp_path: Path, folder: Path) -> None:
-    for name, written in (
-        ("image", {"architectures": ["CLIPModel"]}),
-        ("speech", {"architectures": ["WhisperForConditionalGeneration"]}),
-        ("vision", {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}}),
+    config = json.loads((folder / "config.json").read_text())
+    for name, kind, more in (
+        ("image", "CLIPModel", {}),
+        ("speech", "WhisperForConditionalGeneration", {}),
+        ("vision", "Gemma3ForConditionalGeneration", {"text_config": config}),
     ):
         copy = put(tmp_path / "lmstudio" / "org" / name, folder)
-        config = json.loads((copy / "config.json").read_text())
-        if "text_config" in written:
-            written = {**written, "text_config": config}
-        (copy / "config.json").write_text(json.dumps({**config, **written}))
+        (copy / "config.json").write_text(json.dumps({**config, **more, "architectures": [kind]}))
     found = look(tmp_path)
     assert names(found) == ["lmstudio/org/vision"]
     assert sorted(line.partition(": ")[2] for line in found.unusable) == [
@@ -263,7 +261,10 @@ def test_names_of_a_further_folder_fit_a_model_id(tmp_path: Path, tiny: Path) ->
     put(tmp_path / "further" / "ein Modell@home.gguf", tiny)
     put(tmp_path / "further" / ".hidden" / "hidden.gguf", tiny)
     put(tmp_path / "further" / "-a" / "b" / "c" / "d" / "tiny-Q8_0.gguf", tiny)
-    assert names(look(tmp_path)) == ["local/_a/b/c:Q8_0", "local/ein_Modell_home"]
+    put(tmp_path / "further" / os.fsdecode(b"latin-\xff\n.gguf"), tiny)
+    found = look(tmp_path)
+    assert names(found) == ["local/_a/b/c:Q8_0", "local/ein_Modell_home"]
+    assert found.unusable == (f"{tmp_path / 'further'}/latin-\ufffd\ufffd.gguf: has a path that is not UTF-8",)
 
 
 def test_a_split_model_is_one_and_an_incomplete_one_is_none(tmp_path: Path, tiny: Path) -> None:
@@ -282,7 +283,7 @@ def test_a_split_model_is_one_and_an_incomplete_one_is_none(tmp_path: Path, tiny
 
 
 @contextmanager
-def without_roots_rights() -> Iterator[None]:
+def without_roots_rights() -> Generator[None]:
     """Root may read every folder, so these tests give that up for a while."""
     user = os.geteuid()
     os.seteuid(user or 65534)

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -97,9 +97,9 @@ def folders(home: Path) -> OtherFolders:
 def variables(home: Path) -> dict[str, str]:
     """The environment in which exo looks there, and nowhere else on a machine without a system-wide Ollama."""
     user = home / "user"
-    for link, target in ((".lmstudio/models", "lmstudio"), (".cache/lm-studio/models", "no-older-lmstudio")):
-        (user / link).parent.mkdir(parents=True, exist_ok=True)
-        os.symlink(home / target, user / link)
+    (user / ".lmstudio").mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (user / ".lmstudio" / "models").symlink_to(home / "lmstudio")
     return {
         "HOME": str(user),
         "EXO_FIND_MODELS": "1",

@@ -16,8 +16,8 @@ from exo.cli.server.http_client import ask, is_up, server_client
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.discover.hub_reference import HubReference
-from exo.store.found.candidate import UnusableError
 from exo.store.found.finder import Finder, model_at
+from exo.store.found.unread_model import UnusableError
 from exo.store.local import is_on_disk
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import parse_model

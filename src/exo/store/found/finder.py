@@ -24,11 +24,11 @@ from exo.store.discover.description import (
     from_gguf,
 )
 from exo.store.discover.new_card import folder_tables, gguf_tables, new_card
-from exo.store.found.candidate import Candidate, UnusableError, complete, models_in, reason_of
 from exo.store.found.folders import further_models, llamacpp_models, lmstudio_models, stem
 from exo.store.found.huggingface import huggingface_models
 from exo.store.found.look import Look
 from exo.store.found.ollama import ollama_models
+from exo.store.found.unread_model import UnreadModel, UnusableError, complete, models_in, reason_of
 from exo.store.local import describe_folder
 from exo.worker.runner_common.model_files.gguf import read_gguf, split_parts
 from exo.worker.runner_common.model_files.header_source import HeaderError, LocalHeader
@@ -36,7 +36,7 @@ from exo.worker.runner_common.model_files.header_source import HeaderError, Loca
 _LOOK_SECONDS = 5.0
 """Time between two looks of a server at other programs' folders, which may be large."""
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]|(?<![A-Za-z0-9._-])[.-]")
-_Search = Callable[[Path, Look], Iterator[Candidate | UnusableError]]
+_Search = Callable[[Path, Look], Iterator[UnreadModel | UnusableError]]
 
 
 @final
@@ -107,10 +107,10 @@ def model_at(path: Path) -> FoundModel:
     if isinstance(files, UnusableError):
         raise files
 
-    def make(size: int) -> Candidate:
+    def make(size: int) -> UnreadModel:
         name = f"local/{stem(files) or folder.name}"
         loaded = folder / files.first
-        return Candidate(name, loaded, size, "a path", f"delete {loaded} yourself", files.label)
+        return UnreadModel(name, loaded, size, "a path", f"delete {loaded} yourself", files.label)
 
     made = complete(folder, files, look, make)
     if isinstance(made, UnusableError):
@@ -118,10 +118,10 @@ def model_at(path: Path) -> FoundModel:
     return found_model(made)
 
 
-def found_model(candidate: Candidate) -> FoundModel:
-    """A candidate with a model card. Raises UnusableError for one that is no language model that exo can load."""
-    path = candidate.path
-    model_id = "/".join(_usable(part) for part in candidate.name.split("/"))
+def found_model(model: UnreadModel) -> FoundModel:
+    """The model with a model card. Raises UnusableError for one that is no language model that exo can load."""
+    path = model.path
+    model_id = "/".join(_usable(part) for part in model.name.split("/"))
     try:
         str(path).encode()  # the protocol with the runners is JSON
         if path.is_dir():
@@ -130,24 +130,24 @@ def found_model(candidate: Candidate) -> FoundModel:
         else:
             description = _described_file(path, stamp_of(path))
             tables, backends = gguf_tables(path=str(path))
-        if candidate.quantization:
-            description = replace(description, quantization=candidate.quantization)
+        if model.quantization:
+            description = replace(description, quantization=model.quantization)
         card = new_card(
             model_id,
             description,
             tables,
             backends,
-            candidate.size,
-            aliases=candidate.aliases,
-            sampling=candidate.sampling,
+            model.size,
+            aliases=model.aliases,
+            sampling=model.sampling,
         )
     except (HeaderError, DescriptionError, OSError) as error:
         raise UnusableError(path, reason_of(error)) from error
     except ValidationError as error:
         raise UnusableError(path, f"would have the name {model_id}, which cannot be one of a model") from error
     except UnicodeEncodeError as error:
-        raise UnusableError(Path(ascii(str(path))), "has a path that is not UTF-8") from error
-    return FoundModel(card, candidate.program, path, candidate.removal, candidate.notes)
+        raise UnusableError(path, "has a path that is not UTF-8") from error
+    return FoundModel(card, model.program, path, model.removal, model.notes)
 
 
 def _usable(part: str) -> str:

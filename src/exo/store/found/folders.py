@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exo.store.found.candidate import Candidate, Files, UnusableError, complete, models_in, reason_of
 from exo.store.found.look import Look
+from exo.store.found.unread_model import ModelFiles, UnreadModel, UnusableError, complete, models_in, reason_of
 from exo.worker.protocol.wire import describe
 
 _DEPTH = 4
@@ -20,17 +20,17 @@ _NAMED_FOLDERS = 3
 _MANIFEST_LIMIT = 1 << 20
 
 
-def lmstudio_models(root: Path, look: Look) -> Iterator[Candidate | UnusableError]:
+def lmstudio_models(root: Path, look: Look) -> Iterator[UnreadModel | UnusableError]:
     """Every model in LM Studio's folder ``root``."""
     return _tree(root, look, "lmstudio", "LM Studio")
 
 
-def further_models(root: Path, look: Look) -> Iterator[Candidate | UnusableError]:
+def further_models(root: Path, look: Look) -> Iterator[UnreadModel | UnusableError]:
     """Every model in a folder of the user's and the folders below."""
     return _tree(root, look, "local", "a folder of yours")
 
 
-def llamacpp_models(root: Path, look: Look) -> Iterator[Candidate | UnusableError]:
+def llamacpp_models(root: Path, look: Look) -> Iterator[UnreadModel | UnusableError]:
     """Every model in the folder ``root``, into which older versions of llama.cpp download."""
     try:
         names = look.names(root)
@@ -54,10 +54,10 @@ def llamacpp_models(root: Path, look: Look) -> Iterator[Candidate | UnusableErro
                 yield files
                 continue
             name = f"llama.cpp/{f'{repo}:{files.label}' if repo else stem(files)}"
-            yield complete(root, files, look, partial(_candidate, name, root, files, "llama.cpp's cache"))
+            yield complete(root, files, look, partial(_unread, name, root, files, "llama.cpp's cache"))
 
 
-def _tree(root: Path, look: Look, prefix: str, program: str) -> Iterator[Candidate | UnusableError]:
+def _tree(root: Path, look: Look, prefix: str, program: str) -> Iterator[UnreadModel | UnusableError]:
     for folder, names in look.walk(root, _DEPTH):
         if isinstance(names, OSError):
             yield UnusableError(folder, reason_of(names))
@@ -69,29 +69,29 @@ def _tree(root: Path, look: Look, prefix: str, program: str) -> Iterator[Candida
                 continue
             tag = f":{files.label}" if parts and files.label else ""
             name = "/".join((prefix, *(parts or (stem(files) or root.name,)))) + tag
-            yield complete(folder, files, look, partial(_candidate, name, folder, files, program))
+            yield complete(folder, files, look, partial(_unread, name, folder, files, program))
 
 
-def _candidate(name: str, folder: Path, files: Files, program: str, size: int) -> Candidate:
+def _unread(name: str, folder: Path, files: ModelFiles, program: str, size: int) -> UnreadModel:
     path = folder / files.first
-    return Candidate(name, path, size, program, f"delete {path} yourself", files.label)
+    return UnreadModel(name, path, size, program, f"delete {path} yourself", files.label)
 
 
-def stem(files: Files) -> str:
+def stem(files: ModelFiles) -> str:
     """The name of a GGUF file without its ending; empty for a folder."""
     return Path(files.first).name.removesuffix(".gguf")
 
 
-class _File(BaseModel):
+class _ManifestFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str = Field(alias="rfilename")
 
 
-class _Manifest(BaseModel):
+class _LlamaCppManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    file: _File = Field(alias="ggufFile")
+    file: _ManifestFile = Field(alias="ggufFile")
 
 
 def _file_and_repo(path: Path, look: Look) -> tuple[str, str]:
@@ -100,5 +100,5 @@ def _file_and_repo(path: Path, look: Look) -> tuple[str, str]:
     if len(parts) != 4:
         raise ValueError("has a name without owner, repository and tag")
     _, owner, name, _ = parts
-    manifest = _Manifest.model_validate_json(look.read(path, _MANIFEST_LIMIT))
+    manifest = _LlamaCppManifest.model_validate_json(look.read(path, _MANIFEST_LIMIT))
     return f"{owner}_{name}_{manifest.file.name}".replace("/", "_"), f"{owner}/{name}"

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from exo.store.found.candidate import Candidate, Files, UnusableError, complete, models_in, reason_of
 from exo.store.found.look import Look
+from exo.store.found.unread_model import ModelFiles, UnreadModel, UnusableError, complete, models_in, reason_of
 
 PROGRAM = "Hugging Face's cache"
 _PREFIX = "models--"
 _COMMIT_LIMIT = 1000
 
 
-def huggingface_models(root: Path, look: Look) -> Iterator[Candidate | UnusableError]:
+def huggingface_models(root: Path, look: Look) -> Iterator[UnreadModel | UnusableError]:
     """Every model in the cache ``root``."""
     try:
         repositories = [name for name in look.names(root) if name.startswith(_PREFIX)]
@@ -28,9 +28,9 @@ def huggingface_models(root: Path, look: Look) -> Iterator[Candidate | UnusableE
         yield from _repository(root / name, name.removeprefix(_PREFIX).replace("--", "/", 1), look)
 
 
-def _repository(folder: Path, repo: str, look: Look) -> Iterator[Candidate | UnusableError]:
+def _repository(folder: Path, repo: str, look: Look) -> Iterator[UnreadModel | UnusableError]:
     """The models of a repository, each from the newest snapshot that has all of it."""
-    found: dict[str, Candidate | UnusableError] = {}
+    found: dict[str, UnreadModel | UnusableError] = {}
     try:
         snapshots = _snapshots(folder, look)
     except OSError as error:
@@ -46,15 +46,15 @@ def _repository(folder: Path, repo: str, look: Look) -> Iterator[Candidate | Unu
         for files in models_in(snapshot, names, look):
             if isinstance(files, UnusableError):
                 found.setdefault("", files)
-            elif not isinstance(found.get(files.label), Candidate):
-                made = complete(snapshot, files, look, partial(_candidate, repo, snapshot, files))
-                if isinstance(made, Candidate) or files.label not in found:
+            elif not isinstance(found.get(files.label), UnreadModel):
+                made = complete(snapshot, files, look, partial(_unread, repo, snapshot, files))
+                if isinstance(made, UnreadModel) or files.label not in found:
                     found[files.label] = made
     yield from found.values()
 
 
-def _candidate(repo: str, snapshot: Path, files: Files, size: int) -> Candidate:
-    return Candidate(
+def _unread(repo: str, snapshot: Path, files: ModelFiles, size: int) -> UnreadModel:
+    return UnreadModel(
         name=f"hf/{repo}" + (f":{files.label}" if files.label else ""),
         path=snapshot / files.first,
         size=size,

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import from_json
 
 from exo.cards.card import SamplingDefaults
-from exo.store.found.candidate import Candidate, UnusableError, reason_of
 from exo.store.found.look import Look
+from exo.store.found.unread_model import UnreadModel, UnusableError, reason_of
 from exo.worker.protocol.wire import describe
 
 PROGRAM = "Ollama"
@@ -37,7 +37,7 @@ _SAMPLING = {
 _WHOLE = {"top_k"}
 
 
-class _Layer(BaseModel):
+class _OllamaLayer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     kind: str = Field(alias="mediaType")
@@ -45,23 +45,23 @@ class _Layer(BaseModel):
     size: Annotated[int, Field(ge=0)]
 
 
-class _Manifest(BaseModel):
+class _OllamaManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    config: _Layer | None = None
-    layers: tuple[_Layer, ...]
+    config: _OllamaLayer | None = None
+    layers: tuple[_OllamaLayer, ...]
 
-    def layers_of(self, kind: str) -> list[_Layer]:
+    def layers_of(self, kind: str) -> list[_OllamaLayer]:
         return [layer for layer in self.layers if layer.kind.partition(";")[0].strip() == _KIND + kind]
 
 
-class _Config(BaseModel):
+class _OllamaConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     file_type: str = ""
 
 
-def ollama_models(root: Path, look: Look) -> Iterator[Candidate | UnusableError]:
+def ollama_models(root: Path, look: Look) -> Iterator[UnreadModel | UnusableError]:
     """Every model with a manifest below ``root``."""
     manifests = root / "manifests"
     for folder, names in look.walk(manifests, 3):
@@ -75,12 +75,12 @@ def ollama_models(root: Path, look: Look) -> Iterator[Candidate | UnusableError]
                     yield _model(root, look, folder / tag, (*parts, tag))
 
 
-def _model(root: Path, look: Look, path: Path, name: tuple[str, ...]) -> Candidate | UnusableError:
+def _model(root: Path, look: Look, path: Path, name: tuple[str, ...]) -> UnreadModel | UnusableError:
     host, namespace, model, tag = name
     places = [each for each, usual in ((host, _HOST), (namespace, _NAMESPACE)) if each != usual or host != _HOST]
     own_name = "/".join((*places, model)) + f":{tag}"
     try:
-        manifest = _Manifest.model_validate_json(look.read(path, _JSON_LIMIT))
+        manifest = _OllamaManifest.model_validate_json(look.read(path, _JSON_LIMIT))
         weights = manifest.layers_of("model")
         if len(weights) != 1:
             return UnusableError(path, f"has {len(weights)} layers of GGUF weights; exo loads a model of one")
@@ -95,7 +95,7 @@ def _model(root: Path, look: Look, path: Path, name: tuple[str, ...]) -> Candida
     sampling, ignored = _sampling(parameters)
     ignored += [kind for kind in ("system", "messages") if manifest.layers_of(kind)]
     short = {model, f"{model}:{tag}"} if tag == _TAG else {f"{model}:{tag}"}
-    return Candidate(
+    return UnreadModel(
         name=f"ollama/{own_name}",
         path=blob,
         size=weights[0].size,
@@ -108,7 +108,7 @@ def _model(root: Path, look: Look, path: Path, name: tuple[str, ...]) -> Candida
     )
 
 
-def _path(root: Path, look: Look, layer: _Layer) -> tuple[Path, int | None]:
+def _path(root: Path, look: Look, layer: _OllamaLayer) -> tuple[Path, int | None]:
     """The blob of a layer and its size. Older versions of Ollama have put a colon into the name."""
     digest = layer.digest.replace(":", "-")
     path = root / "blobs" / digest
@@ -119,7 +119,7 @@ def _path(root: Path, look: Look, layer: _Layer) -> tuple[Path, int | None]:
     return path, size
 
 
-def _blob(root: Path, look: Look, layer: _Layer) -> Path:
+def _blob(root: Path, look: Look, layer: _OllamaLayer) -> Path:
     """Raises ValueError if the blob is not there as a whole, and OSError if it cannot be looked at."""
     path, size = _path(root, look, layer)
     if size is None:
@@ -133,7 +133,7 @@ def _blob(root: Path, look: Look, layer: _Layer) -> Path:
     return path
 
 
-def _parameters(root: Path, look: Look, manifest: _Manifest) -> dict[str, JsonValue]:
+def _parameters(root: Path, look: Look, manifest: _OllamaManifest) -> dict[str, JsonValue]:
     found: dict[str, JsonValue] = {}
     for layer in manifest.layers_of("params"):
         path, _ = _path(root, look, layer)
@@ -163,11 +163,13 @@ def _sampling(parameters: dict[str, JsonValue]) -> tuple[SamplingDefaults, list[
     return SamplingDefaults.model_validate(given), ignored
 
 
-def _quantization(root: Path, look: Look, manifest: _Manifest) -> str:
+def _quantization(root: Path, look: Look, manifest: _OllamaManifest) -> str:
     if manifest.config is None:
         return ""
     path, _ = _path(root, look, manifest.config)
     try:
-        return re.sub(r"[^A-Za-z0-9_]", "", _Config.model_validate_json(look.read(path, _JSON_LIMIT)).file_type)[:20]
+        return re.sub(r"[^A-Za-z0-9_]", "", _OllamaConfig.model_validate_json(look.read(path, _JSON_LIMIT)).file_type)[
+            :20
+        ]
     except (OSError, ValueError):
         return ""  # it is for lists only

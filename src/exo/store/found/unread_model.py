@@ -13,14 +13,15 @@ _INDEX_LIMIT = 32 << 20
 
 
 class UnusableError(Exception):
-    """A file that is no model that exo can load, and the reason."""
+    """A file that is no model that exo can load, and the reason. Its name may be any bytes; the message is text."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        text = f"{path}: {reason}"
+        super().__init__("".join(each if each.isprintable() else "\ufffd" for each in text))
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class UnreadModel:
     """A complete model by the names of its files, which have not been read."""
 
     name: str
@@ -39,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class ModelFiles:
     """The files of one model in a folder."""
 
     label: str
@@ -50,14 +51,14 @@ class Files:
     missing: tuple[str, ...]
 
 
-def models_in(folder: Path, names: Sequence[str], look: Look) -> Iterator[Files | UnusableError]:
+def models_in(folder: Path, names: Sequence[str], look: Look) -> Iterator[ModelFiles | UnusableError]:
     """The models among the files ``names`` of a folder, complete or not."""
     ggufs = gguf_sets(names)
     labels = [each.label for each in ggufs]
     for each in ggufs:
         stem = Path(each.names[0]).name.removesuffix(".gguf")
         label = each.label if labels.count(each.label) == 1 else stem
-        yield Files(label, each.names[0], each.names, each.missing)
+        yield ModelFiles(label, each.names[0], each.names, each.missing)
     if not any(name.endswith(SUFFIX) for name in names):
         return
     indexed = None
@@ -71,10 +72,12 @@ def models_in(folder: Path, names: Sequence[str], look: Look) -> Iterator[Files 
     if not found and not ggufs:
         yield UnusableError(folder, "has safetensors, but no config.json or no weights of a model")
     for each in found:
-        yield Files("", "", each.names, each.missing)
+        yield ModelFiles("", "", each.names, each.missing)
 
 
-def complete(folder: Path, files: Files, look: Look, make: Callable[[int], Candidate]) -> Candidate | UnusableError:
+def complete(
+    folder: Path, files: ModelFiles, look: Look, make: Callable[[int], UnreadModel]
+) -> UnreadModel | UnusableError:
     """What ``make`` makes of the size of the files, if all are there."""
     if files.missing:
         return UnusableError(folder / files.first, f"is not complete: {files.missing[0]} is not there")
