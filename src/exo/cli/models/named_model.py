@@ -3,7 +3,6 @@
 A repository gets a model card and is downloaded; a path gets a model card in memory.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue, FoundModel
 from exo.cli.console import err
 from exo.cli.models.local_models import card_of, store_of
-from exo.cli.server.http_client import ask, is_up, server_client
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
 from exo.store.discover.hub_reference import HubReference
@@ -62,6 +60,8 @@ def requested_model(settings: Settings, text: str) -> NamedModel:
     model = named_model(settings, text)
     if model == NamedModel(text):
         return model
+    from exo.cli.server.http_client import ask, is_up, server_client  # a command that starts a server has no use for it
+
     with server_client(settings) as client:
         if not is_up(client):
             return model
@@ -73,7 +73,7 @@ def requested_model(settings: Settings, text: str) -> NamedModel:
         deadline = time.monotonic() + _NOTICED_SECONDS
         while True:
             try:
-                json.loads(ask(client, f"/v1/models/{parse_model(model.name).name}"))
+                ask(client, f"/v1/models/{parse_model(model.name).name}")
             except CommandError as error:
                 if error.code != ExitCode.NOT_FOUND or time.monotonic() > deadline:
                     raise
