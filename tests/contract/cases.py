@@ -35,6 +35,10 @@ def gguf_table(folder: Path) -> Table:
     return {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 
 
+def pool_table(folder: Path) -> Table:
+    return {**gguf_table(folder), "kv": "pool"}
+
+
 def mlx_table(folder: Path) -> Table:
     """The same weights."""
     path = folder / "tiny"
@@ -83,6 +87,7 @@ CASES = {
     "cuda": Case(
         tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table, free_threads={"threads": None}
     ),
+    "pool": Case(tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, pool_table),
     "rpc": Case(llama_command("LlamaCppCuda"), "LlamaCppCuda", gguf_table),
     "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
     "vllm": Case(

@@ -101,6 +101,11 @@ def test_a_large_kv_cache_is_counted(tmp_path: Path, runner: str) -> None:
     compare(Case(runner, load(runner, path, n_ctx=4096, slots=32), 300))
 
 
+def test_a_pool_is_counted_once_for_all_slots(tmp_path: Path) -> None:
+    path = write(tmp_path, "cuda", Shape("llama", heads=4, kv_heads=4, head_dim=64))
+    compare(Case("cuda", load("cuda", path, n_ctx=8192, slots=4, kv="pool"), 7900))
+
+
 @pytest.mark.parametrize("runner", ["mlx", pytest.param("vllm", marks=needs_vllm)])
 def test_window_layers_take_the_whole_context_in_mlx_and_vllm(tmp_path: Path, runner: str) -> None:
     path = write(tmp_path, runner, Shape("gemma3", heads=4, kv_heads=4, head_dim=64))

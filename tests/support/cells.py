@@ -7,7 +7,7 @@ import numpy as np
 
 from exo.worker.runner_cuda.prefix.host_tier import State
 from exo.worker.runner_cuda.prefix.moved import Move
-from exo.worker.runner_cuda.scheduler import Step
+from exo.worker.runner_cuda.step import Step
 
 MISSING = -1
 """A cell that a layer with a sliding window has lost."""

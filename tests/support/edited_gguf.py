@@ -62,3 +62,10 @@ def decoded(path: Path) -> dict[str, NDArray[np.float32]]:
     """Every tensor of a GGUF file in float32, by gguf-py's own reader."""
     tensors = gguf.GGUFReader(path).tensors
     return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}
+
+
+def spoil(good: Path, bad: Path, tensor: str, token: int = 120) -> None:
+    """Writes a copy of a file in which a token's row of a tensor is no numbers."""
+    weights = next(each for each in gguf.GGUFReader(good).tensors if each.name == tensor).data.copy()
+    weights[token] = np.nan
+    rewrite(good, bad, Edit(tensors={tensor: weights}))

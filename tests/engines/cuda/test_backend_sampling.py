@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,12 +26,13 @@ from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.sampling.device_sampling import SIZES, Best, backend_sampling, needed
 from exo.worker.runner_cuda.sampling.sampler import Sampler, choose
-from exo.worker.runner_cuda.scheduler import Chunk, Scheduler, Step
+from exo.worker.runner_cuda.scheduler import Scheduler
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.speculation.speculation import Speculation
+from exo.worker.runner_cuda.step import Chunk, Step
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
-from tests.support.edited_gguf import Edit, rewrite
+from tests.support.edited_gguf import spoil
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_scripted
@@ -329,13 +329,6 @@ def test_equal_logits_give_the_token_that_whole_rows_give(tmp_path: Path) -> Non
         )
     assert found[0].tokens == [0] * 5
     assert found[1].tokens != found[2].tokens
-
-
-def spoil(good: Path, bad: Path, tensor: str) -> None:
-    """Token 120's row of a tensor is no numbers in the second file."""
-    weights = next(each for each in gguf.GGUFReader(good).tensors if each.name == tensor).data.copy()
-    weights[120] = np.nan
-    rewrite(good, bad, Edit(tensors={tensor: weights}))
 
 
 @pytest.mark.parametrize(("tensor", "n_failed"), [("token_embd.weight", 2), ("output.weight", 3)])

@@ -73,6 +73,7 @@ CASES = (
     Case("llama4", "llama4", 8, {**EXPERTS, "interleave_moe_layer_step": 2}, WINDOWS),
     Case("smallthinker", "smallthinker", 8, {**EXPERTS, "expert_gating_func": 2}, WINDOWS | {"n_ctx": 32768}),
     Case("a-window-that-llama.cpp-ignores", "phi3", 32, table=WINDOWS),
+    Case("a-pool", "llama", 4, table={"kv": "pool"}),
     Case("compressed-keys", "deepseek2", 4, COMPRESSED),
     Case("hybrid-by-interval", "qwen35", 8, LINEAR),
     Case("hybrid-with-a-layer-ahead", "qwen35", 9, {**LINEAR, "nextn_predict_layers": 1}),

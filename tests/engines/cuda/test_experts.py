@@ -40,6 +40,7 @@ def devices() -> Iterator[list[RpcDevice]]:
 
 def load(path: Path, backend: str = "LlamaCppCuda", **table: JsonValue) -> Load:
     own = {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "threads": 1, "n_ctx": FULL, "slots": 4}
+    own["kv"] = "split"
     return Load(model_id="test/experts", backend=backend, table={**own, "prefix_cache_bytes": 0, **table})
 
 

@@ -156,9 +156,9 @@ def test_such_an_architecture_is_refused_before_it_is_loaded() -> None:
         return read(header(field("general.architecture", 8, text(architecture))))
 
     with pytest.raises(LoadError, match=r'split_mode: llama\.cpp cannot split "olmo2" models by "tensor"'):
-        check_architecture(options(split_mode="tensor"), lambda: of("olmo2"))
-    check_architecture(options(split_mode="tensor"), lambda: of("llama"))
-    check_architecture(options(), lambda: of("olmo2"))
+        check_architecture(options(split_mode="tensor"), of("olmo2"))
+    check_architecture(options(split_mode="tensor"), of("llama"))
+    check_architecture(options(), of("olmo2"))
 
 
 def first_logits(path: Path, devices: Sequence[Gpu], **table: JsonValue) -> Logits:
@@ -270,7 +270,7 @@ def test_an_open_context_and_open_layers_are_tried_with_each_way_to_divide_them(
     assert settings[estimated.enough] == (7, [0.5, 0.5])
     assert set(estimated.choices[-1].devices.values()) == {estimates.DEVICE_CONTEXT}
     usual = ask(model, n_ctx="auto").choices
-    assert all(each.settings.keys() == {"n_ctx", "devices", "tensor_split"} for each in usual)
+    assert all(each.settings.keys() == {"n_ctx", "kv", "devices", "tensor_split"} for each in usual)
 
 
 def test_a_card_that_says_nothing_of_devices_goes_on_one_of_them_the_emptiest_first(model: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_card_that_says_nothing_of_devices_goes_on_one_of_them_the_emptiest_fi
 def test_on_a_device_a_context_that_nobody_sets_is_the_trained_one(model: Path) -> None:
     estimated = ask(model, n_ctx=None, slots=None, devices=["CUDA0"], n_gpu_layers=None)
     first = estimated.choices[0]
-    assert first.settings == {"n_ctx": WIDE.context_length, "slots": 4, "n_gpu_layers": LAYERS + 1}
+    assert first.settings == {"n_ctx": WIDE.context_length, "slots": 4, "kv": "split", "n_gpu_layers": LAYERS + 1}
     assert estimated.trained == WIDE.context_length
     assert estimated.longest_because == ""
 

@@ -9,8 +9,9 @@ from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sampling.sampler import Sampler
-from exo.worker.runner_cuda.scheduler import Scheduler, Step
+from exo.worker.runner_cuda.scheduler import Scheduler
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.step import Step
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
 
@@ -70,9 +71,8 @@ class Slots:
         """Takes a step whose logits are NaN for these sequences and wipes their cells right after it."""
         self.step()
         for sequence in sequences:
-            self.scheduler.remove(sequence.id)
             self.cells.spoil(sequence.slot)
-        self.scheduler.wipe([sequence.slot for sequence in sequences])
+        self.scheduler.spoilt(sequences)
 
 
 def prompt(first: int, length: int) -> list[int]:

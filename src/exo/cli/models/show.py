@@ -26,7 +26,7 @@ from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.placement_plan import PlacementPlan, layers_in_words
 
-_SHOWN = ("n_ctx", "max_model_len", "slots", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")
+_SHOWN = ("n_ctx", "max_model_len", "slots", "kv", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")
 """Settings that have a row of their own."""
 
 
@@ -181,7 +181,7 @@ def _plan_rows(plan: PlacementPlan) -> Iterator[tuple[str, str]]:
         trained = f" of {plan.trained_length:,}" if plan.context_length < plan.trained_length else ""
         yield "context", f"{plan.context_length:,}{trained} tokens{f': {plan.limit}' if plan.limit else ''}"
         kind = f", KV cache {plan.kv_type}" if plan.kv_type else ""
-        yield "slots", f"{plan.slots}{kind}"
+        yield "slots", f"{plan.cache if plan.kv == 'pool' else plan.slots}{kind}"
     if plan.layers and (len(plan.layers) > 1 or "RAM" not in plan.layers):
         yield "layers", layers_in_words(plan.layers, plan.experts_in_ram)
     chosen = {key: value for key, value in plan.settings.items() if key not in _SHOWN}

@@ -7,6 +7,9 @@ from pydantic import AfterValidator, Field, JsonValue, TypeAdapter
 
 from exo.worker.protocol.messages import Message
 
+KvLayout = Literal["split", "pool"]
+"""Whether each slot has a KV cache of its own, as long as the context, or all slots share one of that length."""
+
 
 class FimTokens(Message):
     """Texts of the control tokens for filling in the middle of a text; empty where a model has none."""
@@ -35,6 +38,7 @@ class Capabilities(Message):
     context_length: int
     """The most tokens of one sequence, prompt and output together."""
     slots: int
+    kv: KvLayout = "split"
     vocabulary: int
     grammar: bool = False
     logprobs: bool = False
@@ -73,6 +77,7 @@ class Layout(Message):
     context_length: int = Field(ge=1)
     """The most tokens of one sequence, prompt and output together."""
     slots: int = Field(ge=1)
+    kv: KvLayout = "split"
     kv_type: str = ""
     """See ``Capabilities.kv_type``."""
     layers: Mapping[str, int] = {}

@@ -30,6 +30,8 @@ class Plan:
 
     n_ctx: int
     slots: int
+    pool: bool = False
+    """Whether the slots share a KV cache of ``n_ctx`` tokens."""
     n_gpu_layers: int | None = None
     cpu_moe: int = 0
     """The experts of the first so many layers stay in RAM."""
@@ -41,6 +43,11 @@ class Plan:
     """By name; empty where the runner uses the first one or none."""
     tensor_split: tuple[float, ...] | None = None
     """How much goes on each of ``devices``, in proportion to the others; None: as much on each."""
+
+    @property
+    def parts(self) -> int:
+        """The parts of ``n_ctx`` tokens that the KV cache has."""
+        return 1 if self.pool else self.slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class Open:
     n_ctx: bool = False
     slots: bool = False
     """Whether there may be fewer slots than the plan has."""
+    pool: bool = False
+    """Whether the plan's slots may also share one KV cache."""
     n_gpu_layers: bool = False
     cpu_moe: bool = False
     experts: tuple[int, ...] = ()
@@ -116,9 +125,9 @@ def estimated(
     """All choices that the model card leaves open, and plans that take less. ``plan`` has a value for each open choice,
     the largest one of those that may be reduced.
 
-    A longer context comes before more slots, as long as there is one slot, or two beyond ``LONG``. At ``USABLE`` tokens
-    in one slot the smaller type of the KV cache comes next, then experts in RAM, then fewer layers on the device, then
-    shorter contexts.
+    A longer context comes before more slots, as long as there is one slot, or two beyond ``LONG``. A pool, if the slots
+    may share one, takes the place of a single slot. At ``USABLE`` tokens in one slot, or in the pool, the smaller type
+    of the KV cache comes next, then experts in RAM, then fewer layers on the device, then shorter contexts.
     ``cache_types`` are those that are smaller than the card's, the largest first.
     """
     describe = describe or _layout
@@ -191,15 +200,17 @@ def _whole(plan: Plan, left: Open) -> Iterator[Plan]:
         for group in _groups(plan, left):
             if left.n_ctx and len(group[0].names) > 1 and n_ctx > (left.longest_divided or n_ctx):
                 continue
-            for slots in _slots(plan, left, least=2 if left.n_ctx and n_ctx > LONG else 1):
+            for slots in _slots(plan, left, least=2 if left.pool or (left.n_ctx and n_ctx > LONG) else 1):
                 yield from _variants(replace(plan, n_ctx=n_ctx, slots=slots), left, group)
+            if left.pool:
+                yield from _variants(replace(plan, n_ctx=n_ctx, pool=True), left, group)
 
 
 def _reduced(plan: Plan, left: Open) -> Iterator[Plan]:
     """Plans with what a user notices: a smaller type of the cache, less on the device, a short context."""
     lengths, groups = _lengths(plan, left), _groups(plan, left)
     usable = min(lengths[0], max(USABLE, lengths[-1]))
-    least = replace(plan, n_ctx=usable, slots=min(_slots(plan, left)), cache_type=left.small_cache or plan.cache_type)
+    least = replace(_fewest(plan, left), n_ctx=usable, cache_type=left.small_cache or plan.cache_type)
     if left.small_cache is not None:
         for group in groups:
             yield from _variants(least, left, group)
@@ -230,6 +241,11 @@ def _slots(plan: Plan, left: Open, least: int = 1) -> Sequence[int]:
     return range(plan.slots, min(least, plan.slots) - 1, -1) if left.slots else (plan.slots,)
 
 
+def _fewest(plan: Plan, left: Open, least: int = 1) -> Plan:
+    """Returns the plan with a pool, or else with as few slots as may be."""
+    return replace(plan, pool=True) if left.pool else replace(plan, slots=min(_slots(plan, left, least)))
+
+
 def _groups(plan: Plan, left: Open) -> Sequence[Sequence[OnDevices]]:
     return left.placements or ((OnDevices(plan.devices, plan.tensor_split),),)
 
@@ -246,7 +262,7 @@ def _enough(good: Sequence[Plan], left: Open) -> tuple[int, int]:
     passing = [(each.names, each.tensor_split) for group in left.placements for each in group if each.passing]
     least = good[-1]
     for index, each in enumerate(good):
-        same = (each.n_ctx, each.slots, each.prefix_cache_bytes) == (least.n_ctx, least.slots, least.prefix_cache_bytes)
+        same = replace(each, devices=least.devices, tensor_split=least.tensor_split) == least
         if same and (each.devices, each.tensor_split) not in passing:
             return index, len(good) - 1 - index
     return len(good) - 1, 0
@@ -258,6 +274,8 @@ def _chosen(plan: Plan, left: Open) -> dict[str, JsonValue]:
         values["n_ctx"] = plan.n_ctx
     if left.slots:
         values["slots"] = plan.slots
+    if left.pool:
+        values["kv"] = "pool" if plan.pool else "split"
     if left.n_gpu_layers:
         values["n_gpu_layers"] = plan.n_gpu_layers
     if left.cpu_moe:
@@ -278,8 +296,7 @@ def _longer(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tupl
     if not left.n_ctx or left.small_cache is not None:
         return
     for kind, n_ctx, group in product(cache_types, left.lengths, _groups(plan, left)):
-        slots = min(_slots(plan, left, least=2 if n_ctx > LONG else 1))
-        other = replace(plan, n_ctx=n_ctx, slots=slots, cache_type=kind)
+        other = replace(_fewest(plan, left, 2 if n_ctx > LONG else 1), n_ctx=n_ctx, cache_type=kind)
         for each in _variants(other, left, group):
             yield {"n_ctx": n_ctx, "cache_type_k": kind, "cache_type_v": kind}, each
 
@@ -291,7 +308,7 @@ def _remedies(plan: Plan, left: Open, cache_types: Sequence[str]) -> Iterator[tu
             yield {"n_ctx": n_ctx}, replace(plan, n_ctx=n_ctx)
     if plan.prefix_cache_bytes:
         yield {"prefix_cache_bytes": 0}, replace(plan, prefix_cache_bytes=0)
-    for slots in range(plan.slots - 1, 0, -1):
+    for slots in range(plan.slots - 1, 0, -1) if not plan.pool else ():
         yield {"slots": slots}, replace(plan, slots=slots)
     for kind in cache_types:
         yield {"cache_type_k": kind, "cache_type_v": kind}, replace(plan, cache_type=kind)
@@ -333,7 +350,7 @@ def _choice(settings: Mapping[str, JsonValue], parts: Sequence[Part], layout: La
 
 
 def _layout(plan: Plan) -> Layout:
-    return Layout(context_length=plan.n_ctx, slots=plan.slots)
+    return Layout(context_length=plan.n_ctx, slots=plan.slots, kv="pool" if plan.pool else "split")
 
 
 def _cache(parts: Sequence[Part]) -> int:

@@ -31,8 +31,8 @@ class Phase(Enum):
 
 _NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.WAITING: frozenset({Phase.PREFILL, Phase.DONE}),
-    Phase.PREFILL: frozenset({Phase.DECODE, Phase.DONE}),
-    Phase.DECODE: frozenset({Phase.DONE}),
+    Phase.PREFILL: frozenset({Phase.DECODE, Phase.WAITING, Phase.DONE}),
+    Phase.DECODE: frozenset({Phase.WAITING, Phase.DONE}),
     Phase.DONE: frozenset(),
 }
 

@@ -222,23 +222,24 @@ class Batch:
 
 
 class Context:
-    """The KV cache and compute buffers for ``slots`` sequences of ``n_ctx`` tokens each.
+    """The KV cache and compute buffers for ``slots`` sequences.
 
-    The cache is split (``kv_unified`` off), so that a sequence's logits do not depend on its slot or its neighbours.
-    With a unified cache, logits of a Q4_K_M model were up to 8.5 apart.
+    A split cache has ``n_ctx`` cells for each of them, so that a sequence's logits do not depend on its slot or its
+    neighbours. In a pool (llama.cpp's ``kv_unified``) all of them share ``n_ctx`` cells.
     """
 
     def __init__(self, model: Model, options: CudaOptions, n_ctx: int, rows: Rows, log: Log) -> None:
         """Raises LoadError."""
         params = _context_params(options)
-        params.n_ctx = n_ctx * options.slots
+        self.is_pool = options.kv == "pool"
+        params.n_ctx = n_ctx if self.is_pool else n_ctx * options.slots
         moves = options.cache_reuse is not None
         params.n_seq_max = options.slots + moves  # one more sequence holds cells that are aside
         params.n_batch = rows.step
         params.n_ubatch = rows.graph
         params.n_outputs_max = rows.outputs
         params.n_outputs_max_per_seq = rows.reduced
-        params.kv_unified = moves  # with a single slot, as ``cache_reuse`` demands
+        params.kv_unified = self.is_pool or moves  # ``cache_reuse`` demands a single slot
         params.n_rs_seq = 0 if model.can_cut else options.rollback
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
@@ -303,6 +304,10 @@ class Context:
             return length
         return length - 1 if length > self._model.window else 0
 
+    def length(self, slot: int) -> int:
+        """Returns the number of tokens that a slot's cells are for."""
+        return 0 if self._memory is None else llama_cpp.llama_memory_seq_pos_max(self._memory, slot) + 1
+
     def trim(self, slot: int, length: int) -> bool:
         """Keeps the first ``length`` cells of a slot. Returns false if this model's cache cannot be cut there."""
         if self._memory is None:
@@ -316,13 +321,13 @@ class Context:
         return trimmed
 
     def copy(self, source: int, target: int) -> None:
-        """Copies all cells of one slot to another. A split cache cannot copy fewer.
+        """Copies all cells of one slot to another. A split cache cannot copy fewer. In a pool, both then share them.
 
         llama.cpp copies with the next decode, before it computes. If the source's cells are overwritten before that by
         other means than a decode, the new content is copied. Raises EngineError.
         """
         assert self._memory is not None
-        if target in self._rolled_back:
+        if target in self._rolled_back or self.is_pool:
             self.trim(target, 0)
         if source in self._rolled_back:  # llama.cpp would copy the state before the rollback
             if not self.restore(target, self.save(source, sys.maxsize)):
@@ -333,7 +338,7 @@ class Context:
     def wipe(self, slot: int, sound: int | None) -> None:
         """Empties a slot and overwrites its cells with those of the slot ``sound``, with the next decode.
 
-        If ``sound`` is None, all slots are emptied and filled with zeros at once.
+        If ``sound`` is None, all slots are emptied and filled with zeros at once. A pool allows nothing else.
         """
         assert self._memory is not None
         if sound is None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Generator, Iterable
 from typing import TypeVar
 
-from exo.worker.protocol.events import Failed, FinishReason
+from exo.worker.protocol.events import FinishReason
 from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, Mask, grammar_failure
@@ -15,8 +15,8 @@ from exo.worker.runner_cuda.loading.loader import Loaded
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.sampling.device_sampling import Best
 from exo.worker.runner_cuda.sampling.sampler import Turn, choose, score
-from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.step import Chunk, Step
 
 IDLE_SECONDS = 1.0
 """The time without work after which a prefix is written to disk. Agents call most tools in less."""
@@ -86,10 +86,13 @@ class CudaEngine:
             seconds = time.perf_counter() - began
             self._threads.computed(step.n_rows, seconds, prefills=step.prefills, exact=exact)
             self._scheduler.computed(step, seconds)
-            processed = [(c.sequence.id, c.stop) for c in step.chunks if c.stop <= c.sequence.n_prefill]
+            new = [c for c in step.chunks if c.sequence.n_told < c.stop]
+            processed = [(c.sequence.id, c.stop) for c in new if c.stop <= c.sequence.n_prefill]
             done = StepDone(step.started, processed, diverged=step.diverged)
             if n_outputs:
                 self._read(step, self._context.logits(n_outputs), done)
+            for chunk in new:
+                chunk.sequence.n_told = chunk.stop
             self._steps += 1
             self._emitter.put(done)
             self._scheduler.take_checkpoints(step)
@@ -156,37 +159,34 @@ class CudaEngine:
             if chunk.draft:
                 accepted = self._scheduler.verified(chunk)
                 done.drafted.append((chunk.sequence.id, len(chunk.draft), accepted))
-        self._scheduler.wipe([sequence.slot for sequence in spoilt])
         for sequence in again:
             self._sampling.read_whole(sequence)
             self._scheduler.recompute_last(sequence)
+        for sequence in self._scheduler.spoilt(spoilt):
+            self._emitter.put(not_finite(sequence.id))
 
     def _go_on(
         self, sequence: Sequence, reading: Reading[None], token: int | None, spoilt: list[Sequence]
     ) -> Turn | Candidates | None:
         """Gives a sequence the token of its last turn and returns its next turn; None after its last row.
 
-        ``spoilt`` gets the sequence if some of its cells hold NaN or infinity.
+        ``spoilt`` gets the sequence if its logits are not finite.
         """
         try:
             return reading.send(token)
         except StopIteration:
             pass
         except NotFinite:
-            self._fail(not_finite(sequence.id))
             spoilt.append(sequence)
         except GrammarError as error:
-            self._fail(grammar_failure(sequence.id, error))
+            self._scheduler.remove(sequence.id)
+            self._emitter.put(grammar_failure(sequence.id, error))
         return None
-
-    def _fail(self, failed: Failed) -> None:
-        self._scheduler.remove(failed.id or "")
-        self._emitter.put(failed)
 
     def _read_chunk(self, chunk: Chunk, rows: Logits, done: StepDone) -> Reading[None]:
         """Raises NotFinite and GrammarError."""
         sequence = chunk.sequence
-        if sequence.prompt_logprobs is not None:
+        if sequence.prompt_logprobs is not None and chunk.stop > sequence.n_told:
             following = sequence.tokens[chunk.start + 1 : chunk.start + 1 + chunk.n_scored]
             k = sequence.prompt_logprobs
             found = [score(row, token, k) for row, token in zip(rows, following, strict=False)]

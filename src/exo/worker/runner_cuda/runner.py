@@ -61,6 +61,7 @@ def _new_sequence(
         n_prefill=len(prompt) + len(request.delivered),
         n_limit=n_limit,
         sampler=sampler,
+        is_open=request.max_tokens is None,
         constraint=constraint,
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,

@@ -3,14 +3,16 @@
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 
 from exo.worker.runner_common.sequence import Phase, common_prefix
+from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.prefix.cache import CachedPrefix, PrefixCache
+from exo.worker.runner_cuda.prefix.host_tier import Saved
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
 from exo.worker.runner_cuda.speculation.speculation import Speculation
+from exo.worker.runner_cuda.step import Chunk, Step
 from exo.worker.runner_cuda.step_time import Pace
 
 MIN_CHUNK = 64
@@ -31,61 +33,6 @@ SCORED_ROWS = 32
 """The most rows of a step that give prompt log-probabilities. Each takes the memory of a row of logits."""
 
 
-@dataclass(slots=True)
-class Chunk:
-    """The rows of one sequence in a step: ``sequence.tokens[start:stop]``, then ``draft``."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    draft: list[int] = field(default_factory=list[int])
-    """Guesses of the next tokens. Each gives logits too."""
-
-    @property
-    def n_rows(self) -> int:
-        """The number of batch rows."""
-        return self.stop - self.start + len(self.draft)
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk contains the last known token, so that a new token is sampled after it."""
-        return self.stop == len(self.sequence.tokens)
-
-    @property
-    def n_sampled(self) -> int:
-        """The number of rows, at the end, from whose logits tokens are sampled."""
-        return 1 + len(self.draft) if self.samples else 0
-
-    @property
-    def n_scored(self) -> int:
-        """The number of rows, at the beginning, that give the log-probability of the prompt's next token."""
-        if self.sequence.prompt_logprobs is None:
-            return 0
-        return max(0, min(self.stop, self.sequence.n_prompt - 1) - self.start)
-
-
-@dataclass(slots=True)
-class Step:
-    """One batch, with its chunks in ascending order of slot.
-
-    A step either decodes, with one row and perhaps a draft of every decoding sequence, or prefills chunks of prompts.
-    A mixed batch would gain nothing: llama.cpp joins only as many rows of each sequence as all have, so it would
-    compute the two parts one after the other, and every row would attend to as many cells as the longest sequence has.
-    """
-
-    chunks: list[Chunk]
-    started: list[tuple[str, int]]
-    """The sequences that have entered a slot, by id, each with the number of its tokens found in the cache."""
-    prefills: bool = False
-    diverged: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
-    """Those among ``started`` whose prompts repeat a cached one after a difference, and the place of the difference."""
-
-    @property
-    def n_rows(self) -> int:
-        """The number of batch rows."""
-        return sum(chunk.n_rows for chunk in self.chunks)
-
-
 class Scheduler:
     """Owns the queue, the slots and the order in which prompts are prefilled.
 
@@ -99,6 +46,9 @@ class Scheduler:
     - Prompts are cut only where that does not change the results. A prompt with log-probabilities is cut at multiples
       of ``SCORED_ROWS``, and a step has at most one such chunk, because the context has room for its logits only.
     - Drafts, which ``speculation`` makes, are verified only while no prompt is being prefilled.
+    - With a ``pool``, a sequence enters when its prompt and its longest output fit beside what the others have by then,
+      and none overtakes one that does not fit. If cells run out, free slots give up theirs, then the sequence that came
+      last goes back to the queue; its cells are kept in RAM.
     """
 
     def __init__(
@@ -111,6 +61,7 @@ class Scheduler:
         cache: PrefixCache,
         speculation: Speculation | None = None,
         alone: int | None = None,
+        pool: CellPool | None = None,
     ) -> None:
         """While no sequence decodes, a prompt's chunk has up to ``alone`` tokens, if ``ALONE_SECONDS`` suffice."""
         self.slots = [Slot(index) for index in range(n_slots)]
@@ -128,6 +79,7 @@ class Scheduler:
         self._enough = min(enough, budget)
         self._pace = pace
         self._cache = cache
+        self._pool = pool
         self._speculation = speculation or Speculation("off")
         self._entered = 0
 
@@ -155,6 +107,7 @@ class Scheduler:
             return None
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
+            self._cache.unpark(sequence)
         else:
             slot = self.slots[sequence.slot]
             self._cache.leave(slot)
@@ -176,15 +129,17 @@ class Scheduler:
         elif not self._streaming:  # the first streams of a burst wait for their second token no longer than others
             self._left = min(self._left, self._pace.prompt_tokens(len(due), self._least, self._budget))
         self._streaming = bool(due)
-        chunks = self._prefill_chunks()
+        chunks = self._with_room(self._prefill_chunks())
         if chunks:
             self._left -= sum(chunk.n_rows for chunk in chunks)
             self._served.update(chunk.sequence.id for chunk in chunks)
             # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else.
             chunks.sort(key=lambda chunk: chunk.sequence.slot)
             return Step(chunks, started, prefills=True, diverged=diverged)
+        due = [sequence for sequence in due if sequence.phase is not Phase.WAITING]
         drafts = [list[int]() for _ in due] if self._prefilling else self._speculation.drafts(due)
         chunks = [Chunk(s, s.n_computed, len(s.tokens), draft) for s, draft in zip(due, drafts, strict=True)]
+        chunks = self._with_room(chunks)
         self._left = self._pace.prompt_tokens(len(due), self._least, self._budget)
         self._served.clear()
         return Step(chunks, started, prefills=False, diverged=diverged)
@@ -203,6 +158,8 @@ class Scheduler:
             slot.cached += sequence.tokens[chunk.start : chunk.stop]
             if sequence.moves:
                 sequence.n_computed = self._cache.attach(slot, sequence)
+            if self._pool is not None:
+                self._pool.add(slot.id, chunk.n_rows)
             self._cache.promise(slot)
             if chunk.samples and sequence.phase is Phase.PREFILL:
                 self._prefilling.remove(sequence)
@@ -232,10 +189,28 @@ class Scheduler:
         self._cache.drop_after(slot, sequence.n_computed)
         return n_true
 
-    def wipe(self, spoilt: Collection[int]) -> None:
-        """Overwrites the cells of free slots that contain NaN or infinity."""
-        sound = next((slot for slot in self.slots if slot.id not in spoilt), None)
-        self._cache.wipe([self.slots[index] for index in spoilt], sound)
+    def spoilt(self, sequences: Collection[Sequence]) -> Collection[Sequence]:
+        """Overwrites cells that contain NaN or infinity, after a step that gave these sequences such logits.
+
+        Returns the sequences that have failed, which have left their slots. In a pool, cells of one sequence spoil
+        others, so all are computed again, each without others, and one fails if that gives such logits, too.
+        """
+        if self._pool is None:
+            slots = [sequence.slot for sequence in sequences]
+            for sequence in sequences:
+                self.remove(sequence.id)
+            sound = next((slot for slot in self.slots if slot.id not in slots), None)
+            self._cache.wipe([self.slots[index] for index in slots], sound)
+            return sequences
+        failed = [sequence for sequence in sequences if sequence.alone]
+        for sequence in failed:
+            self.remove(sequence.id)
+        for sequence in reversed(self._active()) if sequences else ():
+            sequence.alone = True
+            self._send_back(sequence)
+        if sequences:
+            self._cache.wipe(self.slots, None)
+        return failed
 
     def write_one(self) -> bool:
         """Has a prefix written to disk while nothing is computed. Returns whether there may be another one."""
@@ -261,12 +236,13 @@ class Scheduler:
 
         Adds to ``diverged`` those of which ``Step.diverged`` tells.
         A sequence stays in the queue while another one is computing the prefix that both need, or a file is read.
+        No other overtakes one for which the pool has no room.
         """
         started: list[tuple[str, int]] = []
         for sequence in tuple(islice(self.waiting, len(self.slots))):
             if self.n_active == len(self.slots):
                 break
-            if self._cache.awaits_disk(sequence):
+            if sequence.parked is None and self._cache.awaits_disk(sequence):
                 continue
             found = self._cache.find(sequence)
             if found is not None and self._cache.is_awaited(found):
@@ -276,21 +252,84 @@ class Scheduler:
                 if self.n_active:
                     continue
                 found = None  # nothing else will be decoded, so waiting would never end
+            if not self._has_room(sequence, found):
+                break
             slot = self._choose_slot(found)
             self._entered += 1
             slot.entered = self._entered
             self.waiting.remove(sequence)
             sequence.slot = slot.id
+            if sequence.parked is not None:
+                self._begin(sequence, self._cache.resume(slot, sequence))
+                continue
             at = self._cache.new_divergence(sequence, found)
             n_cached = self._cache.enter(slot, sequence, found)
             if at is not None and not sequence.moves:
                 diverged.append((sequence.id, at))
-            started.append((sequence.id, n_cached + sum(move.length for move in sequence.moves)))
-            sequence.n_computed = self._cache.attach(slot, sequence)
-            sequence.marks = [move.target for move in sequence.moves] or self._marks(sequence)
-            sequence.move(Phase.PREFILL)
-            self._prefilling.append(sequence)
+            if not sequence.n_told:
+                started.append((sequence.id, n_cached + sum(move.length for move in sequence.moves)))
+            self._begin(sequence, self._cache.attach(slot, sequence))
         return started
+
+    def _begin(self, sequence: Sequence, n_cached: int) -> None:
+        sequence.n_computed = n_cached
+        sequence.marks = [move.target for move in sequence.moves] or self._marks(sequence)
+        sequence.move(Phase.PREFILL)
+        self._prefilling.append(sequence)
+
+    def _active(self) -> list[Sequence]:
+        """The sequences in slots, in order of arrival."""
+        return [sequence for sequence in self._by_id.values() if sequence.phase is not Phase.WAITING]
+
+    def _has_room(self, sequence: Sequence, found: CachedPrefix | None) -> bool:
+        """Whether the pool has room for a waiting sequence. Frees the cells that its saved state takes, if any."""
+        pool, active = self._pool, self._active()
+        if pool is None:
+            return True
+        if active and (sequence.alone or active[0].alone):
+            return False
+        holder = found.holder if found is not None else None
+        state = sequence.parked or (holder if isinstance(holder, Saved) else None)
+        wanted = max(sequence.n_wanted, len(state.cached) if state is not None else 0)
+        shared = (holder.id, found.length) if found is not None and isinstance(holder, Slot) else (None, 0)
+        missing = sum(each.n_missing for each in active)
+        if wanted + missing > pool.room_beside((each.slot for each in active), *shared):
+            return False
+        while state is not None and len(state.cached) > pool.n_free and self._release_one():
+            pass
+        return True
+
+    def _with_room(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Makes room in the pool for the rows of chunks. Returns those whose sequences are still in their slots."""
+        pool = self._pool
+        while pool is not None and sum(chunk.n_rows for chunk in chunks) > pool.n_free:
+            if self._release_one():
+                continue
+            if any(chunk.draft for chunk in chunks):
+                chunks = [Chunk(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+                continue
+            youngest = self._active()[-1]
+            self._cache.park(self.slots[youngest.slot], youngest)
+            self._send_back(youngest)
+            chunks = [chunk for chunk in chunks if chunk.sequence is not youngest]
+        return chunks
+
+    def _release_one(self) -> bool:
+        """Gives up the cells of the free slot that was used the longest time ago. Returns false if none has any."""
+        free = [slot for slot in self.slots if slot.sequence is None and slot.cached]
+        if free:
+            self._cache.release(min(free, key=lambda slot: slot.entered))
+        return bool(free)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Puts a sequence from its slot to the beginning of the queue."""
+        self.slots[sequence.slot].sequence = None
+        if sequence.phase is Phase.PREFILL:
+            self._prefilling.remove(sequence)
+        sequence.move(Phase.WAITING)
+        sequence.n_computed, sequence.slot = 0, -1
+        sequence.exact = sequence.exact or sequence.parked is None
+        self.waiting.appendleft(sequence)
 
     def _marks(self, sequence: Sequence) -> list[int]:
         """Returns where a prompt's prefill stops for checkpoints.

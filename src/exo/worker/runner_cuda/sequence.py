@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.disk_tier import FileReading, StoredPrefix
+from exo.worker.runner_cuda.prefix.host_tier import Saved
 from exo.worker.runner_cuda.prefix.moved import Move
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, AcceptanceRate, Drafter
+
+USUAL_OUTPUT = 2048
+"""The tokens of output for which a request that states no limit waits until a pool has room. Few chat messages have
+more. An agent's request states its limit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +31,8 @@ class Sequence:
     n_limit: int
     """Length at which the sequence ends with finish reason "length": the request's limit or the context's."""
     sampler: Sampler
+    is_open: bool = False
+    """Whether the request states no limit, so that ``n_limit`` is the context's."""
     constraint: Constraint | None = None
     """The restriction of the next token; has seen the whole output."""
     logprobs: int | None = None
@@ -48,6 +55,12 @@ class Sequence:
     """The file to read before the sequence enters a slot."""
     reading: FileReading | None = None
     """The reading of that file, once it has begun."""
+    parked: Saved | None = None
+    """The state of a sequence that has left its slot for others and waits to go on."""
+    alone: bool = False
+    """Whether it must have the pool for itself, because the cells of one of several sequences spoil the others."""
+    n_told: int = 0
+    """The number of tokens whose computing has been told. They may be computed again, if the state was lost."""
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_computed: int = 0
@@ -56,6 +69,11 @@ class Sequence:
     def n_missing(self) -> int:
         """Tokens known and not yet computed."""
         return len(self.tokens) - self.n_computed
+
+    @property
+    def n_wanted(self) -> int:
+        """The cells of a pool for which the sequence waits before it enters a slot."""
+        return min(self.n_limit, len(self.tokens) + USUAL_OUTPUT) if self.is_open else self.n_limit
 
     def move(self, phase: Phase) -> None:
         """Enters ``phase``. Raises ValueError for a transition that does not exist."""

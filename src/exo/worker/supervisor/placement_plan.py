@@ -18,9 +18,11 @@ class PlacementPlan(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     context_length: int = 0
-    """The most tokens of one request, prompt and output together, in each of ``slots``."""
+    """The most tokens of one request, prompt and output together."""
     trained_length: int = 0
     slots: int = 0
+    kv: str = ""
+    """Whether the slots share one KV cache of ``context_length`` tokens ("pool"), or each has one ("split")."""
     kv_type: str = ""
     """The number format of the KV cache."""
     layers: Mapping[str, int] = {}
@@ -39,6 +41,13 @@ class PlacementPlan(BaseModel):
     """Why the model cannot be loaded."""
     notes: tuple[str, ...] = ()
     """Notes about the model's files, such as a fault that makes the output worse."""
+
+    @property
+    def cache(self) -> str:
+        """The layout of the KV cache in words."""
+        if self.kv == "pool":
+            return f"pool of {self.context_length:,} tokens for {self.slots} slots"
+        return f"{self.slots} of {self.context_length:,} tokens"
 
     @classmethod
     def of(cls, estimated: Estimated, option: LoadOption, budget: "MemoryBudget", room: Memory | None) -> Self:

@@ -291,7 +291,7 @@ class RunnerPool:
         room = None if self._budget.capacity is None else self._budget.free + self._budget.need(decision)
         instance.plan = plan = PlacementPlan.of(estimated, decision, self._budget, room)
         if plan.context_length:
-            log.info("%s: %d slots of %d tokens (%s)", instance.id, plan.slots, plan.context_length, plan.limit)
+            log.info("%s: slots: %s (%s)", instance.id, plan.cache, plan.limit)
         return decision
 
     def _settle(self) -> None:

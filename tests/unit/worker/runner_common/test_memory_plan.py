@@ -21,9 +21,9 @@ WEIGHTS = 1000
 
 
 def size(plan: Plan) -> list[Part]:
-    """Ten layers of a hundred bytes, and one byte of cache for each token and slot; half of that if quantised."""
+    """Ten layers of a hundred bytes, and one byte of cache for each token and part; half of that if quantised."""
     on_device = 100 * (plan.n_gpu_layers or 0)
-    cache = plan.slots * cells(plan.n_ctx) // (2 if plan.cache_type else 1)
+    cache = plan.parts * cells(plan.n_ctx) // (2 if plan.cache_type else 1)
     return [Part("weights", WEIGHTS - on_device, on_device), Part("KV cache", cache), Part("compute", 7, 3, later=True)]
 
 
@@ -92,6 +92,23 @@ def test_a_long_context_comes_before_a_second_slot_and_a_very_long_one_after_it(
     assert LONG < longer <= 2 * LONG
     settings = estimate.choices[estimate.enough].settings
     assert (settings["n_ctx"], settings["slots"]) == (USABLE, 1)
+
+
+def test_a_pool_takes_the_place_of_a_single_slot() -> None:
+    left = Open(n_ctx=True, slots=True, pool=True, trained=2 * USABLE)
+    estimate = estimated(Plan(2 * USABLE, 4), left, size)
+    found = [
+        (option.settings["n_ctx"], option.settings["slots"], option.settings["kv"])
+        for cells_free in (8 * USABLE, 4 * USABLE, 4 * USABLE - 1, USABLE, 512)
+        for option in [fitting(estimate, WEIGHTS + 7 + cells_free)]
+    ]
+    whole = 2 * USABLE
+    assert found[:3] == [(whole, 4, "split"), (whole, 2, "split"), (whole, 4, "pool")]
+    assert found[3:] == [(USABLE, 4, "pool"), (SHORTEST, 4, "pool")]
+    settings = estimate.choices[estimate.enough].settings
+    assert (settings["n_ctx"], settings["kv"]) == (USABLE, "pool")
+    layouts = [option.layout.kv for option in estimate.choices if option.layout is not None]
+    assert layouts == [option.settings["kv"] for option in estimate.choices]
 
 
 def test_more_memory_never_gives_less_context() -> None:

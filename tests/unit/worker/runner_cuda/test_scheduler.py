@@ -4,8 +4,9 @@ from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.sampling.sampler import Sampler
-from exo.worker.runner_cuda.scheduler import CHUNK_MULTIPLE, MIN_CHUNK, SCORED_ROWS, Scheduler, Step
+from exo.worker.runner_cuda.scheduler import CHUNK_MULTIPLE, MIN_CHUNK, SCORED_ROWS, Scheduler
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.step import Step
 from exo.worker.runner_cuda.step_time import Pace
 from tests.support.cells import RecordedCells
 

@@ -12,13 +12,18 @@ TRAINED = 131_072
 
 
 def size(plan: Plan) -> list[Part]:
-    """One byte for each token and slot, half of that if quantised."""
-    return [Part("KV cache", 1, devices={"CUDA0": plan.slots * plan.n_ctx // (2 if plan.cache_type else 1)})]
+    """One byte for each token and part, half of that if quantised."""
+    return [Part("KV cache", 1, devices={"CUDA0": plan.parts * plan.n_ctx // (2 if plan.cache_type else 1)})]
 
 
 def layout(plan: Plan) -> Layout:
     return Layout(
-        context_length=plan.n_ctx, slots=plan.slots, kv_type=plan.cache_type or "f16", layers={"CUDA0": 9}, batch=512
+        context_length=plan.n_ctx,
+        slots=plan.slots,
+        kv="pool" if plan.pool else "split",
+        kv_type=plan.cache_type or "f16",
+        layers={"CUDA0": 9},
+        batch=512,
     )
 
 
@@ -52,6 +57,14 @@ def test_the_full_device_and_a_smaller_cache_are_named(
     assert (plan.trained_length, plan.kv_type, plan.layers, plan.batch) == (TRAINED, "f16", {"CUDA0": 9}, 512)
     assert plan.memory == {"memory": 1, "CUDA0": slots * context_length}
     assert plan.settings == {"n_ctx": context_length, "slots": slots}
+
+
+def test_a_pool_is_told_by_its_tokens_and_slots() -> None:
+    plan = planned(choices(pool=True), 62_000)
+    assert plan.cache == "pool of 58,624 tokens for 2 slots"
+    assert plan.settings == {"n_ctx": 58_624, "slots": 2, "kv": "pool"}
+    assert plan.limit == 'CUDA0 is full; with "q8_0" for cache_type_k and cache_type_v 114,688'
+    assert planned(choices(pool=True), 2 * TRAINED).cache == "2 of 131,072 tokens"
 
 
 def test_what_the_card_sets_and_what_is_the_default_are_told() -> None:

@@ -28,6 +28,7 @@ from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
 from exo.worker.runner_cuda.loading.devices import GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
+from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle, with_layout
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
 from exo.worker.runner_cuda.loading.loader import chunks, draft_file, draft_options, read_options
 from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions, find_model
@@ -72,9 +73,11 @@ def estimate(command: Estimate) -> Estimated:
     path = find_model(options, load.model_id, load.directories)
     check_header(path)
     headers = read_headers(path)
-    check_architecture(options, lambda: headers[0])
+    check_architecture(options, headers[0])
+    with_layout(options, headers[0])
+    poolable = pool_obstacle(options, headers[0]) is None
     draft = _draft(load, options)
-    found = plans(load, options, _GgufSizes.of(headers, options), draft, devices, present)
+    found = plans(load, options, _GgufSizes.of(headers, options), draft, devices, present, poolable=poolable)
     return found.model_copy(update={"notes": quality_notes(headers[0].text)})
 
 
@@ -97,19 +100,22 @@ def plans(
     draft: "_GgufSizes | None",
     devices: Sequence[Gpu],
     present: Sequence[Gpu],
+    *,
+    poolable: bool,
 ) -> Estimated:
     """Returns the ways to load a model, with the memory of each. Pure, apart from the devices' memory.
 
-    ``devices`` are those that the card allows out of those ``present``.
+    ``devices`` are those that the card allows out of those ``present``. ``poolable``: the slots can share a pool.
     """
     on_gpu, table = load.backend in GPU_BACKENDS, load.table
-    left = _open(load, options, model, devices, present)
+    left = _open(load, options, model, devices, present, poolable=poolable)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
     small = table.get("cache_type_k") == AUTO
     splits = tensor_splits(options, devices)
     plan = Plan(
         n_ctx=options.n_ctx or left.lengths[0],
         slots=options.slots,
+        pool=options.kv == "pool",
         n_gpu_layers=wanted if on_gpu else None,
         cpu_moe=options.cpu_moe,
         cache_type=options.cache_type_k if small else None,
@@ -127,7 +133,13 @@ def plans(
 
 
 def _open(
-    load: Load, options: CudaOptions, model: "_GgufSizes", devices: Sequence[Gpu], present: Sequence[Gpu]
+    load: Load,
+    options: CudaOptions,
+    model: "_GgufSizes",
+    devices: Sequence[Gpu],
+    present: Sequence[Gpu],
+    *,
+    poolable: bool,
 ) -> Open:
     table = load.table
     n_ctx, slots = table.get("n_ctx") in (None, AUTO), table.get("slots") is None and options.cache_reuse is None
@@ -137,7 +149,8 @@ def _open(
     ways = placements(options, devices, stated=table.get("devices") is not None or table.get("split_mode") is not None)
     return Open(
         n_ctx=n_ctx,
-        slots=slots,
+        slots=slots and options.kv != "pool",
+        pool=poolable and options.kv == AUTO and options.slots > 1 and (n_ctx or slots),
         n_gpu_layers=bool(devices) and table.get("n_gpu_layers") in (None, AUTO),
         cpu_moe=bool(devices and model.experts) and table.get("cpu_moe") in (None, AUTO) and not by_tensor,
         experts=() if by_tensor else model.experts,
@@ -264,6 +277,7 @@ class _GgufSizes:
         return Layout(
             context_length=plan.n_ctx,
             slots=plan.slots,
+            kv="pool" if plan.pool else "split",
             kv_type="/".join(dict.fromkeys(kinds)),
             layers={place: places.count(place) for place in dict.fromkeys(places)},
             experts_in_ram=sum(map(bool, self._experts_in_ram(plan, where))),
@@ -290,9 +304,9 @@ class _GgufSizes:
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
             self._weights(where, self._experts_in_ram(plan, where)),
-            self._cache(CACHE, plan, where, plan.slots, self._n_cells(plan.n_ctx, n_ubatch)),
-            Part("cells", plan.slots * cells(plan.n_ctx) * _CELL),
-            Part("cells", plan.slots * cells(plan.n_ctx) * _USED_CELL, later=True),
+            self._cache(CACHE, plan, where, plan.parts, self._n_cells(plan.n_ctx, n_ubatch)),
+            Part("cells", plan.parts * cells(plan.n_ctx) * _CELL),
+            Part("cells", plan.parts * cells(plan.n_ctx) * _USED_CELL, later=True),
             Part("outputs", plan.slots * row),
             Part("prompt log-probabilities", SCORED_ROWS * row, later=True),
             Part("prefix cache", plan.prefix_cache_bytes, later=True),

@@ -15,11 +15,13 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import quality_notes
 from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
+from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
 from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
+from exo.worker.runner_cuda.loading.kv_layout import with_layout
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
@@ -78,7 +80,9 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     devices = chosen(options, command.backend, gpus(command.backend))
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
-    check_architecture(options, lambda: read_headers(path)[0])
+    header = read_headers(path)[0]
+    check_architecture(options, header)
+    options = with_layout(options, header)
     on_gpu = bool(devices)
     if options.exact:
         use_one_kernel(devices)
@@ -127,13 +131,14 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     pace = Pace(max_itl_ms / 1000)
     disk = None if score else open_disk_tier(command, options, path, model, context, pace)
-    cache = PrefixCache(context, options.prefix_caches[0], disk, options.cache_reuse)
+    pool = CellPool(context, options.slots) if context.is_pool and not score else None
+    cache = PrefixCache(pool or context, options.prefix_caches[0], disk, options.cache_reuse)
     speculate = options.speculation if context.rollback else "off"
     # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
     n_outputs = min(options.slots + SCORED_ROWS, sizes.alone)
     speculation = Speculation(speculate, n_outputs, draft, context.rollback)
     enough = budget if on_gpu else CPU_ENOUGH
-    scheduler = Scheduler(options.slots, budget, chunk, enough, pace, cache, speculation, sizes.alone)
+    scheduler = Scheduler(options.slots, budget, chunk, enough, pace, cache, speculation, sizes.alone, pool)
     embedding_input = EmbeddingInput(model, tokenizer)
     return Loaded(
         model,
@@ -167,6 +172,7 @@ def _capabilities(
         devices=devices,
         context_length=context.n_ctx if context.generates else embedder.longest,
         slots=options.slots,
+        kv="pool" if context.is_pool else "split",
         vocabulary=model.n_vocab,
         grammar=context.generates,
         logprobs=context.generates,

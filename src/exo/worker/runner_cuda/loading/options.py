@@ -75,11 +75,17 @@ class CudaOptions(ModelFile):
     """The experts of the first so many layers stay in RAM, while the rest of these layers is on the GPU. The default is
     "auto": as few as necessary for a context of 32,768 tokens, before whole layers stay in RAM."""
     n_ctx: int | None = Field(default=None, ge=SHORTEST_CONTEXT, le=1 << 24)
-    """The context length of each slot. "auto" is as much of the trained length as fits the memory. That is also the
-    default, up to 32,768 tokens on a CPU and 131,072 on several GPUs."""
+    """The context length of one request, which is that of each slot, or of the pool. "auto" is as much of the trained
+    length as fits the memory. That is also the default, up to 32,768 tokens on a CPU and 131,072 on several GPUs."""
     slots: int = Field(default=4, ge=1, le=256)
-    """Sequences generated at the same time. The KV cache holds ``slots`` times ``n_ctx``. The default is as many as fit
-    the memory with the longest context, up to 4."""
+    """Sequences generated at the same time. The default is as many as fit the memory with the longest context, up to 4,
+    or 4 with a pool."""
+    kv: Literal["split", "pool", "auto"] = "auto"
+    """Whether each slot has a part of the KV cache with ``n_ctx`` tokens ("split"), or all slots share ``n_ctx`` tokens
+    ("pool"), of which one request may use all while others are short. "auto" splits if at least two slots get the
+    longest context that the memory has room for, or if the model card states both ``n_ctx`` and ``slots``; otherwise it
+    makes a pool. Models with sliding windows, recurrent layers or sparse attention, a draft model and ``exact`` need
+    "split"."""
     n_batch: int | None = Field(default=None, ge=32, le=1 << 16)
     """The most prompt tokens, of all prompts together, between two tokens of the running streams. The default is 2,048
     on a GPU and 768 on a CPU. ``max_itl_ms`` may lower it."""

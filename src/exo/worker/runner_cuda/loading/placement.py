@@ -5,7 +5,7 @@ These rules are those of llama.cpp 0.5.0-dev (``llama_prepare_model_devices``, `
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -62,15 +62,10 @@ def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[
     return gpus[options.main_gpu : options.main_gpu + 1] if options.split_mode == "none" else gpus
 
 
-def check_architecture(options: CudaOptions, header: Callable[[], GgufHeader]) -> None:
-    """Raises LoadError if a model of this architecture cannot be divided as the card asks.
-
-    ``header`` reads the header of the model's file. It is called only if needed.
-    """
-    if options.split_mode != "tensor" and not options.cpu_moe:
-        return
-    architecture = header().text("general.architecture")
-    if options.cpu_moe and not header().integer(f"{architecture}.expert_count", 0):
+def check_architecture(options: CudaOptions, header: GgufHeader) -> None:
+    """Raises LoadError if a model of this architecture cannot be divided as the card asks."""
+    architecture = header.text("general.architecture")
+    if options.cpu_moe and not header.integer(f"{architecture}.expert_count", 0):
         raise _refused(f"cpu_moe: is {options.cpu_moe}, but the model has no experts")
     if options.split_mode == "tensor" and architecture in WITHOUT_TENSOR:
         raise _refused(f'split_mode: llama.cpp cannot split "{architecture}" models by "tensor"; "layer" works')

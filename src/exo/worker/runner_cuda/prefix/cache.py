@@ -130,7 +130,7 @@ class PrefixCache:
         The last token is always computed, because the first new token is sampled from its logits. With prompt
         log-probabilities, every token is computed, so nothing is looked up.
         """
-        if sequence.prompt_logprobs is not None:
+        if sequence.prompt_logprobs is not None or sequence.parked is not None or sequence.alone:
             return None
         tokens = sequence.tokens
         usable = self._host.usable(tokens)
@@ -232,6 +232,37 @@ class PrefixCache:
             slot.exact = min(slot.exact, move.target)
         return len(slot.cached)
 
+    def release(self, slot: Slot) -> None:
+        """Empties a free slot, and saves its state as before it is overwritten."""
+        self._keep(slot, 0)
+        self._empty(slot)
+
+    def park(self, slot: Slot, sequence: Sequence) -> None:
+        """Empties a sequence's slot, and keeps the state with the sequence if the RAM for prefixes has room for it."""
+        state = self._cells.save(slot.id, self._host.room_for_copies())
+        if state.size:
+            self._untree(self._host.lend(state.nbytes))
+            sequence.parked = self._saved(slot, state)
+        self._empty(slot)
+
+    def unpark(self, sequence: Sequence) -> None:
+        """Drops the state that ``park`` has kept with a sequence, if any."""
+        if sequence.parked is not None:
+            self._host.take_back(sequence.parked.state.nbytes)
+            sequence.parked = None
+
+    def resume(self, slot: Slot, sequence: Sequence) -> int:
+        """Gives a free slot and its parked state to a sequence. Returns the number of its tokens with cells."""
+        parked = sequence.parked
+        assert parked is not None
+        self.release(slot)
+        if self._cells.restore(slot.id, parked.state):
+            slot.cached[:], slot.exact = parked.cached, parked.exact
+        self.unpark(sequence)
+        slot.sequence = sequence
+        self.promise(slot)
+        return len(slot.cached)
+
     def promise(self, slot: Slot) -> None:
         """Records all known tokens of the slot's sequence, so that other requests can wait for them."""
         self._tree.put(slot, slot.tokens)
@@ -325,6 +356,12 @@ class PrefixCache:
     def decoded(self) -> None:
         """Records a decode, with which pending copies have taken effect."""
         self._copying = False
+
+    def _empty(self, slot: Slot) -> None:
+        self._tree.cut(slot, 0)
+        slot.cached.clear()
+        slot.exact = sys.maxsize
+        self._cells.trim(slot.id, 0)
 
     def _shifted(self, slot: Slot, sequence: Sequence, n_found: int) -> "_Shifted | None":
         """Returns where most of a prompt's tokens are, also at other positions; None if a prefix is nearly as good."""

@@ -22,8 +22,8 @@ from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.sampling.candidates import Candidates, Ids, Row, largest, top_k
 from exo.worker.runner_cuda.sampling.device_chains import Chains
 from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose
-from exo.worker.runner_cuda.scheduler import Chunk, Step
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.step import Chunk, Step
 
 SIZES = (64, 256)
 """Numbers of logits that a chain may return. There are few, so that a slot's next request can mostly keep its chain."""
