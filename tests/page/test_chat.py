@@ -73,7 +73,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
 
 
 def ask(page: Page, model: str, text: str = "hello") -> None:
-    page.get_by_label("Model").select_option(model)
+    page.get_by_label("Model", exact=True).select_option(model)
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
 
@@ -129,7 +129,7 @@ def test_an_answer_can_be_made_again_by_a_chosen_engine(url: str, visitor: Visit
     page = visitor.open(url)
     ask(page, "fake/quick")
     status(page, "Answer finished")
-    page.get_by_label("Engine").select_option("cuda")
+    page.get_by_label("Engine", exact=True).select_option("cuda")
     with page.expect_request("**/v1/chat/completions") as again:
         page.get_by_role("button", name="Regenerate").click()
     body = sent(again.value)
@@ -272,7 +272,7 @@ def test_a_key_is_asked_for_until_it_is_right(tmp_path: Path, visitor: Visitor) 
         ask(page, "fake/quick")
         status(page, "Answer finished")
         page.reload()  # the tab still knows the key
-        expect(page.get_by_label("Model")).to_have_value("fake/quick")
+        expect(page.get_by_label("Model", exact=True)).to_have_value("fake/quick")
         expect(dialog).to_be_hidden()
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         other = visitor.open(url)

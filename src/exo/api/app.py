@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from exo import __version__
 from exo.api.admin.activity import activity_routes
+from exo.api.admin.engines import engine_routes
 from exo.api.admin.metrics import metric_routes
 from exo.api.admin.pulls import pull_routes
 from exo.api.admin.status import server_routes
@@ -68,6 +69,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(pull_routes(services))
     app.include_router(activity_routes(services))
     app.include_router(metric_routes(services))
+    app.include_router(engine_routes(services))
     app.include_router(page_routes(page))
     install(app)
     app.add_middleware(WarningHeader, strict=settings.strict)

@@ -1,8 +1,11 @@
 // The page: one view at a time, chosen by the address after "#".
 
 import { Chat } from "./chat.js";
+import { Compare } from "./compare.js";
+import { Models } from "./models.js";
+import { Now } from "./now.js";
 
-const VIEWS = { chat: Chat };
+const VIEWS = { chat: Chat, models: Models, now: Now, compare: Compare };
 const made = {};
 
 function show() {

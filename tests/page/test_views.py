@@ -1,0 +1,142 @@
+"""The views Now and Compare, and what holds for all views: keyboard, narrow screens, accessibility, both schemes."""
+
+import os
+import signal
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.conftest import fake_card
+from tests.page.conftest import DEADLINE_MILLISECONDS, Visitor
+from tests.server.test_failover import AS_MLX
+from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.fake_runner import COMMAND
+
+expect.set_options(timeout=DEADLINE_MILLISECONDS)
+
+VIEWS = ("chat", "models", "now", "compare")
+AXE = Path(str(distribution("axe-playwright-python").locate_file("axe_playwright_python/axe.min.js")))
+ENDLESS = {"model": "fake/slow", "prompt": "hi", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+WIDE = "a" * 300 + "\n\n```\n" + "b" * 300 + "\n```\n\n|" + "c" * 80 + "|" + "d" * 80 + "|\n|---|---|\n|1|2|\n"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    table = {"chat_template": CHAT_TEMPLATE, "eos_after": 30}
+    both = {"backends": ("LlamaCppCpu", "MlxCpu"), "engines": {"cuda": table, "mlx": table}}
+    cards = [
+        fake_card("fake/both").model_copy(update=both),
+        fake_card("fake/wide", chat_template=CHAT_TEMPLATE, answer=WIDE),
+        fake_card("fake/slow", step_seconds=0.02, slots=1),
+    ]
+    commands = {"cuda": COMMAND, "mlx": AS_MLX}
+    with serve(tmp_path_factory.mktemp("server"), *cards, commands=commands) as url:
+        yield url
+
+
+def visit(page: Page, view: str) -> None:
+    page.get_by_role("link", name=view.capitalize()).click()
+    expect(page.locator(f"#{view}")).to_be_visible()
+
+
+def test_two_engines_answer_side_by_side(url: str, visitor: Visitor) -> None:
+    page = visitor.open(f"{url}/#compare")
+    page.get_by_label("Model left").select_option("fake/both")
+    page.get_by_label("Model right").select_option("fake/both")
+    page.get_by_label("Engine left").select_option("cuda")
+    page.get_by_label("Engine right").select_option("mlx")
+    page.get_by_label("Prompt").fill("hello")
+    page.keyboard.press("Enter")
+    sides = page.locator("section.side")
+    for side, runner in ((sides.first, "cuda"), (sides.last, "mlx")):
+        expect(side.get_by_role("status")).to_have_text("Answer finished")
+        expect(side.locator(".facts")).to_contain_text(f"{runner}: request asks for runner {runner}")
+    assert sides.first.locator(".markdown").inner_text() == sides.last.locator(".markdown").inner_text() != ""
+
+
+def test_requests_deaths_and_replays_are_seen_as_they_happen(url: str, visitor: Visitor) -> None:
+    page = visitor.open(f"{url}/#now")
+    requests = page.get_by_role("region", name="Requests").locator("tbody tr")
+    with ThreadPoolExecutor() as pool, httpx.Client(base_url=url, timeout=None) as client:
+        try:
+            asked = [pool.submit(client.post, "/v1/completions", json=ENDLESS, headers={"x-request-id": "one"})]
+            expect(requests.filter(has_text="decode")).to_have_count(1)
+            asked.append(pool.submit(client.post, "/v1/completions", json=ENDLESS, headers={"x-request-id": "two"}))
+            expect(requests.filter(has_text="queued")).to_have_count(1)
+            expect(page.get_by_role("region", name="Runners")).to_contain_text("1 of 1")
+            expect(page.locator(".memory")).to_contain_text(["RAM: "])
+            expect(page.get_by_role("img", name="Tokens per second of fake/slow")).to_be_visible()
+            (pid,) = (each["pid"] for each in client.get("/v1/instances").json()["data"] if each["active"])
+            os.kill(pid, signal.SIGKILL)
+            incidents = page.get_by_role("list", name="Deaths and replays")
+            expect(incidents).to_contain_text("fake/slow on cuda died (runner_died)")
+            expect(incidents).to_contain_text("fake/slow: request one continues after")
+        finally:
+            for name in ("one", "two"):
+                client.post(f"/v1/cancel/{name}")
+    assert [each.result().status_code for each in asked] == [409, 409]
+    expect(requests.filter(has_text="cancelled")).to_have_count(2)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_in_any_view(url: str, visitor: Visitor, dark: bool) -> None:
+    page = visitor.open(url, dark=dark)
+    page.get_by_label("Model", exact=True).select_option("fake/wide")
+    page.get_by_label("Message", exact=True).fill("hello")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat").get_by_role("status")).to_have_text("Answer finished")
+    page.evaluate(AXE.read_text())
+    found = {}
+    for view in VIEWS:
+        visit(page, view)
+        if view == "models":
+            page.locator("details.model summary").first.click()
+            expect(page.locator("#models dl").first).to_contain_text("runner")
+        result = page.evaluate("axe.run(document)")
+        assert len(result["passes"]) > 5
+        found[view] = [(each["id"], [node["html"] for node in each["nodes"]]) for each in result["violations"]]
+    assert found == {view: [] for view in VIEWS}
+
+
+def test_nothing_is_wider_than_a_phone(url: str, visitor: Visitor) -> None:
+    page = visitor.open(url, width=360)
+    page.get_by_label("Model", exact=True).select_option("fake/wide")
+    page.get_by_label("Message", exact=True).fill("w" * 300)
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat").get_by_role("status")).to_have_text("Answer finished")
+    for view in VIEWS:
+        visit(page, view)
+        sizes = "[document.documentElement.scrollWidth, document.querySelector('main').scrollWidth]"
+        assert max(page.evaluate(sizes)) <= 360, view
+        expect(page.get_by_role("navigation")).to_be_in_viewport()
+
+
+def test_every_control_is_reached_by_keyboard_and_seen(url: str, visitor: Visitor) -> None:
+    page = visitor.open(url)
+    expect(page.get_by_label("Model", exact=True)).to_have_value("fake/both")
+    wanted = ["Chat", "Models", "Now", "Compare", "Model", "Engine", "Settings", "Conversation", "Message", "Send"]
+    described = """() => {
+        const focused = document.activeElement, style = getComputedStyle(focused);
+        const name = focused.getAttribute("aria-label") ?? focused.labels?.[0]?.textContent ?? focused.textContent;
+        return [name, style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2];
+    }"""
+    reached: list[tuple[str, bool]] = []
+    for _ in wanted:
+        page.keyboard.press("Tab")
+        name, seen = page.evaluate(described)
+        reached.append((name.split("\n")[0], seen))
+    assert reached == [(name, True) for name in wanted]
+
+
+def test_every_file_comes_from_the_server(url: str, visitor: Visitor) -> None:
+    page = visitor.open(url)
+    for view in VIEWS:
+        visit(page, view)
+    entries = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert len(entries) > 10
+    assert [entry for entry in entries if not entry.startswith(f"{url}/")] == []
