@@ -29,7 +29,10 @@ def test_logprobs_are_those_of_the_model_alone(program: Program) -> None:
         assert each.top[0] == each.chosen
     assert all(each.prompt_logprobs == [] for each in (result, one(program, ask(next(name)))))
     changed = constrained(REGEX, temperature=1.7, seed=1, logprobs=5)
-    assert one(program, changed).logprobs[0].top == result.logprobs[0].top
+    first, plain_first = (each.logprobs[0].top for each in (one(program, changed), result))
+    assert [each.token for each in first] == [each.token for each in plain_first]
+    # Where requests share a pool of cells, a sum depends on the place of a request's cells.
+    assert [each.logprob for each in first] == pytest.approx([each.logprob for each in plain_first], abs=1e-5)
 
 
 def test_logprobs_of_all_tokens_sum_up_to_one(sampling_program: Program) -> None:
