@@ -144,6 +144,24 @@ def test_a_parked_request_can_be_cancelled(start: Callable[..., Program]) -> Non
     assert tokens([program.results[older.id], result]) == undisturbed(cold, older, later)
 
 
+def test_a_runner_that_dies_with_a_parked_request_loses_no_token(start: Callable[..., Program]) -> None:
+    program, cold = start(), start(kv="split", slots=1, prefix_cache_bytes=0)
+    older, parked = (ask(next(name), text(each, 100), max_tokens=800, seed=each, temperature=1) for each in range(2))
+    program.send(older, parked)
+    program.until(lambda: older.id in program.results and len(program.results[older.id].tokens) > 600)
+    program.process.kill()
+    delivered = [program.results[each.id].tokens for each in (older, parked)]
+    assert 0 < len(delivered[1]) < 500
+    other = start()
+    again = [
+        each.model_copy(update={"id": next(name), "delivered": tuple(known)})
+        for each, known in zip((older, parked), delivered, strict=True)
+    ]
+    rest = other.generate(*again)
+    whole = [known + each.tokens for known, each in zip(delivered, rest, strict=True)]
+    assert whole == undisturbed(cold, older, parked)
+
+
 def test_a_prefix_is_shared_and_not_copied(start: Callable[..., Program]) -> None:
     """Four requests of 600 tokens each would not fit into the pool if each had cells of its own."""
     program, cold = start(), start(kv="split", slots=1, prefix_cache_bytes=0)
