@@ -1,0 +1,1 @@
+"""llama.cpp as an engine of upstream exo: put this folder into ``exo/worker/engines/``, see the README beside it."""

@@ -1,0 +1,7 @@
+from enum import StrEnum
+
+
+class Backend(StrEnum):
+    MlxCpu = "MlxCpu"
+    LlamaCppCuda = "LlamaCppCuda"
+    LlamaCppCpu = "LlamaCppCpu"
