@@ -34,8 +34,12 @@ def http(tmp_path: Path) -> Generator[httpx.Client]:
         yield client
 
 
+ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+"""What Prometheus sends."""
+
+
 def samples(http: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    reply = http.get("/metrics")
+    reply = http.get("/metrics", headers={"accept": ACCEPT})
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/plain")
     families = text_string_to_metric_families(reply.text)

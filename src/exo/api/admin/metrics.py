@@ -10,7 +10,7 @@ from typing import final
 
 import psutil
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import (
@@ -19,7 +19,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     SummaryMetricFamily,
 )
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from exo.serving.app_state import Services
@@ -39,15 +39,15 @@ def metric_routes(services: Services) -> APIRouter:
     routes = APIRouter(tags=["server"])
 
     @routes.get("/metrics", response_class=Response)
-    async def metrics(request: Request) -> Response:
-        """Counters, gauges and histograms in Prometheus' text format, or in that of OpenMetrics if it is accepted."""
+    async def metrics() -> Response:
+        """Counters, gauges and histograms in Prometheus' text format."""
         host = services.host
         names = [each.id or each.address for each in host.nvidia_devices] if host is not None else []
         gpus = await run_sync(read_gpus, names, abandon_on_cancel=True) if names else []
         registry = CollectorRegistry()
         registry.register(_Scrape(services, gpus))
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"content-type": media_type})
+        # Never OpenMetrics, whatever the client accepts: prometheus_client replaces the colons of names there.
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
     return routes
 
