@@ -8,7 +8,7 @@ BIN = .venv/bin
 # Three files at once on two cores, because tests wait for a quarter of their time: for deadlines, watchdogs, processes.
 DIST = --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-fast check demo-model llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs wheels setup setup-dev setup-clients setup-peers setup-vllm clean
+.PHONY: run test test-fast check demo-model llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs wheels screenshots setup setup-dev setup-clients setup-peers setup-vllm clean
 
 run: setup demo-model  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
@@ -62,6 +62,9 @@ wheels: setup  ## build/wheels/exo-*.whl, tried in an empty environment: llama.c
 docs:  ## the documentation as a site in build/site; a broken link fails
 	@$(PYTHON) scripts/setup_env.py --docs
 	.venv-docs/bin/mkdocs build
+
+screenshots: setup-dev demo-model  ## docs/screenshots/: the page in Chromium, on a server with the demo model
+	$(BIN)/python scripts/screenshots.py
 
 setup:
 	@$(SETUP)

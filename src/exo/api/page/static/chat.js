@@ -72,6 +72,7 @@ export class Chat {
     followed.observe(answer.element);
     const state = await answer.run(this.request());
     followed.disconnect();
+    this.follow();
     this.answer = null;
     this.sending.disabled = false;
     this.stopping.hidden = true;
