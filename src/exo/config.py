@@ -134,6 +134,8 @@ class Limits:
     """The minimum time a model stays loaded when several take turns in the same memory."""
     load_seconds: float = 300
     """How long a load may make no progress before it fails."""
+    force_load: bool = False
+    """Whether models are loaded that do not fit by their estimate."""
 
     @classmethod
     def load(
@@ -145,6 +147,7 @@ class Limits:
         stall: float | str | None = None,
         memory: int | str | None = None,
         ttl: float | str | None = None,
+        force_load: bool = False,
     ) -> "Limits":
         """From the flags of ``exo serve`` and their environment variables. Times are in seconds. Raises SettingsError.
 
@@ -161,6 +164,7 @@ class Limits:
             evict_seconds=value_of("", None, "EXO_EVICT_TIMEOUT", as_seconds, unset.evict_seconds),
             residence_seconds=value_of("", None, "EXO_MIN_RESIDENCE", as_seconds, unset.residence_seconds),
             load_seconds=value_of("", None, "EXO_LOAD_TIMEOUT", as_seconds, unset.load_seconds),
+            force_load=force_load or is_set("EXO_FORCE_LOAD"),
         )
 
 

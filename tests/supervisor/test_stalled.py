@@ -20,12 +20,11 @@ from exo.worker.protocol.events import (
     Estimated,
     Failed,
     Heartbeat,
-    LoadOption,
 )
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
 from exo.worker.supervisor.runner_error import RunnerError
-from exo.worker.supervisor.runner_process import Admit, RunnerProcess
+from exo.worker.supervisor.runner_process import Admission, Admit, RunnerProcess
 from exo.worker.supervisor.watchdog import Deadlines, LoadProgress
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask, runner_command
@@ -41,8 +40,8 @@ ENGINE = Deadlines(stalled=4.0, grace=10)
 """For real engines, which compute for seconds before they report anything."""
 
 
-async def admit(estimated: Estimated) -> LoadOption:
-    return estimated.choices[0]
+async def admit(estimated: Estimated) -> Admission:
+    return Admission(estimated.choices[0])
 
 
 @asynccontextmanager
@@ -99,9 +98,9 @@ async def test_a_slow_load_that_reports_progress_may_take_as_long_as_it_likes(tm
 
 
 async def test_who_waits_for_memory_need_make_no_progress(tmp_path: Path) -> None:
-    async def admit_late(estimated: Estimated) -> LoadOption:
+    async def admit_late(estimated: Estimated) -> Admission:
         await anyio.sleep(1.2 * PATIENT.stalled)
-        return estimated.choices[0]
+        return await admit(estimated)
 
     async with started(tmp_path, fake(), by=admit_late, deadlines=PATIENT) as process:
         assert (await process.ready()).engine == "fake"

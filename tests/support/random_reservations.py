@@ -36,7 +36,7 @@ class Lives:
                 self.born += 1
                 pinned = number % 11 == 0 and not any(each.pinned for each in self.budget)
                 keep = 3.0 if number % 5 == 0 and not pinned else math.inf
-                self.budget.enter(f"model-{self.born}", self.now, pinned=pinned, keep=keep)
+                self.budget.enter(f"model-{self.born}", self.now, pinned=pinned, keep=keep, forced=number % 7 == 0)
                 self.budget.estimate(f"model-{self.born}", self.wants(number))
             case "loaded":
                 self.each(number, "loading", lambda reservation: self.budget.loaded(reservation.name, self.now))

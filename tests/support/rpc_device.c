@@ -1,4 +1,5 @@
-/* A device for llama.cpp's RPC back end: one thread of this machine, and as many bytes of memory as the argument says.
+/* A device for llama.cpp's RPC back end: one thread of this machine, and as many bytes of memory as the first argument
+   says. It claims to have as many as the second one says.
 
    An allocation beyond them fails, as on a GPU. llama.cpp's server takes one client after another; here each client gets
    a process of its own, and all of them share the memory. Prints its port, and for each byte of its standard input how
@@ -18,7 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-static size_t total;
+static size_t total, claimed;
 static size_t *used; /* in memory that all processes share */
 
 /* ggml's objects begin with their functions. These are the numbers of those that are replaced. */
@@ -44,8 +45,8 @@ static ggml_backend_buffer_t allocate_counted(ggml_backend_buffer_type_t type, s
 }
 
 static void memory(ggml_backend_dev_t device, size_t *free, size_t *all) {
-    *all = total;
-    *free = total - __atomic_load_n(used, __ATOMIC_SEQ_CST);
+    *all = claimed;
+    *free = claimed - __atomic_load_n(used, __ATOMIC_SEQ_CST);
 }
 
 /* Takes the place of libc's in llama.cpp's server. Returns once in each client's process, and never in the first one. */
@@ -80,6 +81,7 @@ int accept(int listener, __SOCKADDR_ARG address, socklen_t *restrict length) {
 
 int main(int count, char **arguments) {
     total = strtoull(arguments[1], NULL, 10);
+    claimed = strtoull(arguments[2], NULL, 10);
     used = mmap(NULL, sizeof *used, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     ggml_backend_dev_t device = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
     ((void **)device)[MEMORY] = memory;

@@ -30,10 +30,10 @@ _RUNNER = tuple(runner_command(RUNNERS["cuda"].module))
 
 
 class RpcDevice:
-    """The process of one device."""
+    """The process of one device. It may claim to have more ``memory`` than it has."""
 
-    def __init__(self, memory: int) -> None:
-        command = (_program(), str(memory))
+    def __init__(self, memory: int, claims: int | None = None) -> None:
+        command = (_program(), str(memory), str(memory if claims is None else claims))
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe)
         self.address = f"127.0.0.1:{self._number()}"
@@ -63,9 +63,9 @@ def variables(devices: Sequence[RpcDevice]) -> dict[str, str]:
 
 
 @contextmanager
-def rpc_devices(*memory: int) -> Generator[list[RpcDevice]]:
-    """Devices of so many bytes each. Programs that start meanwhile have them, and share them."""
-    devices = [RpcDevice(each) for each in memory]
+def rpc_devices(*memory: int, claims: int | None = None) -> Generator[list[RpcDevice]]:
+    """Devices of so many bytes each, or which claim so. Programs that start meanwhile have them, and share them."""
+    devices = [RpcDevice(each, claims) for each in memory]
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(*next(iter(variables(devices).items())))

@@ -1,7 +1,7 @@
 """Model cards: one TOML file for each model. The format is a superset of upstream exo's, so every upstream card loads.
 
-exo adds ``runner``, ``aliases``, ``tool_format``, ``pinned``, ``ttl``, ``prefer``, two tasks and one table for each
-runner, such as ``[cuda]``, which only that runner reads.
+exo adds ``runner``, ``aliases``, ``tool_format``, ``pinned``, ``force_load``, ``ttl``, ``prefer``, two tasks and one
+table for each runner, such as ``[cuda]``, which only that runner reads.
 """
 
 import math
@@ -164,6 +164,8 @@ class ModelCard(_CardTable):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     pinned: bool = False
     """Exempts the model from eviction and from ``ttl``."""
+    force_load: bool = False
+    """Loads the model also if its memory is estimated not to fit."""
     ttl: Annotated[float, Field(ge=0, le=1e9)] | Literal[-1] | None = None
     """Seconds an idle model stays loaded; -1 keeps it loaded, None takes the server's setting."""
     prefer: Prefer | None = None

@@ -60,6 +60,7 @@ class Services:
             prefix_directory=settings.prefix_directory,
             residence_seconds=limits.residence_seconds,
             evict_seconds=limits.evict_seconds,
+            force_load=limits.force_load,
         )
         self.queues = Queues(limits.max_queue, self.pool.slots)
         self._prober = HostProber(commands, limits.memory, self.pool, self.speeds)

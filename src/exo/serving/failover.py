@@ -166,9 +166,9 @@ class Failover:
             raise model_changed(self.runner.card.model_id, why)
 
     def _tell_notes(self) -> None:
-        """Warns of the model's faults in the first reply of each process."""
+        """Warns of how the model was loaded and of its faults in the first reply of each process."""
         process = self.runner.process
-        for note in () if process.told_notes else self.runner.capabilities.notes:
+        for note in () if process.told_notes else process.notes:
             warn("", note)
         process.told_notes = True
 

@@ -1,6 +1,6 @@
 """The state of runners in the form of the API: identity, load, memory and failures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel
@@ -76,6 +76,10 @@ class Instance(BaseModel):
     """Reservation and use of each device."""
     plan: PlacementPlan | None = None
     """How it is loaded; null before that is decided."""
+    layers: Mapping[str, int] = {}
+    """The number of layers in each place, "RAM" or a device, by the engine's own account; the output counts as one."""
+    experts_in_ram: int = 0
+    """The number of layers on a device whose experts are in RAM, by the engine's own account."""
     pinned: bool
     """Whether it stays loaded until it is unloaded by hand."""
     expires_seconds: float | None
@@ -102,7 +106,9 @@ class Instance(BaseModel):
             total_layers=report.status.total_layers,
             slots=now.slots,
             context_length=model.context_length if model else 0,
-            notes=list(model.notes) if model else [],
+            notes=list(report.notes),
+            layers=model.layers if model else {},
+            experts_in_ram=model.experts_in_ram if model else 0,
             active=now.active,
             waiting=now.waiting,
             model_bytes=model.model_bytes if model else 0,

@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Iterator
+from typing import Annotated
 
+import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -13,13 +15,23 @@ from exo.cli.console import out
 from exo.cli.options import AsJson, ServerOptions
 from exo.cli.server.http_client import ask, foreign, server_client
 from exo.terminal import printable
+from exo.worker.protocol.events import RAM
+from exo.worker.supervisor.memory import HOST
+from exo.worker.supervisor.placement_plan import layers_in_words
 
 TOLD_DELAY, TOLD_SLOWDOWN = 0.1, 1.3
 """The cost of other programs is shown from these values on."""
 _COLUMNS = ("Model", "Runner", "Backend", "Devices", "State", "Slots", "Context", "Size", "PID", "Up", "Deaths")
 
 
-def ps(*, server: ServerOptions, as_json: AsJson = False) -> None:
+def ps(
+    *,
+    server: ServerOptions,
+    as_json: AsJson = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also show context, layers and memory of each model.")
+    ] = False,
+) -> None:
     """Show the models that the running server has loaded, how busy they are, and why runners failed."""
     with server_client(server.settings()) as client:
         reply = ask(client, "/v1/instances")
@@ -30,11 +42,14 @@ def ps(*, server: ServerOptions, as_json: AsJson = False) -> None:
     if as_json:
         out.print_json(instances.model_dump_json())
     else:
-        show(instances, out)
+        show(instances, out, verbose=verbose)
 
 
-def show(instances: InstanceList, console: Console) -> None:
-    """Prints a table, then each model's use of the CPU and each runner's last failure. Notices come first."""
+def show(instances: InstanceList, console: Console, *, verbose: bool = False) -> None:
+    """Prints a table, then each model's use of the CPU and each runner's last failure. Notices come first.
+
+    With ``verbose``, it also prints how each model is loaded.
+    """
     for notice in instances.notices:
         console.print(printable(notice), markup=False, highlight=False, soft_wrap=True)
     if not instances.data:
@@ -59,7 +74,8 @@ def show(instances: InstanceList, console: Console) -> None:
             str(each.deaths),
         )
     console.print(table, markup=False, highlight=False)
-    for line in (*_notes(instances), *_cpu_use(instances), *_prefixes(instances), *_failures(instances, now)):
+    placed = _placed(instances) if verbose else ()
+    for line in (*_notes(instances), *placed, *_cpu_use(instances), *_prefixes(instances), *_failures(instances, now)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -81,6 +97,23 @@ def _notes(instances: InstanceList) -> Iterator[str]:
         for note in each.notes:
             yield ""
             yield f"{each.model}@{each.runner}: {printable(note)}"
+
+
+def _placed(instances: InstanceList) -> Iterator[str]:
+    """Where each model's layers are, what limits its context, and its memory in each place."""
+    for each in instances.data:
+        yield ""
+        if each.layers:
+            layers = layers_in_words(each.layers, each.experts_in_ram)
+            yield f"{each.model}@{each.runner}: layers {printable(layers)}"
+        if (plan := each.plan) is None or plan.problem is not None:
+            continue
+        if plan.context_length:
+            trained = f" of {plan.trained_length:,}" if plan.context_length < plan.trained_length else ""
+            limit = f": {plan.limit}" if plan.limit else ""
+            yield f"{each.model}@{each.runner}: context {plan.context_length:,}{trained} tokens{printable(limit)}"
+        sizes = (f"{size / 1e9:.2f} GB of {name.replace(HOST, RAM)}" for name, size in plan.memory.items())
+        yield f"{each.model}@{each.runner}: {printable(', '.join(sizes))} reserved by its plan"
 
 
 def _cpu_use(instances: InstanceList) -> Iterator[str]:

@@ -55,6 +55,9 @@ def serve(
     memory_limit: Annotated[
         str | None, typer.Option(help="RAM for all models together, such as 12GB. Default: all but a margin.")
     ] = None,
+    force_load: Annotated[
+        bool, typer.Option("--force-load", help="Load models that do not fit by their estimate. EXO_FORCE_LOAD.")
+    ] = False,
     ttl: Annotated[
         str | None, typer.Option(help="Seconds that an idle model stays loaded. Default: it stays loaded.")
     ] = None,
@@ -91,6 +94,7 @@ def serve(
             stall=stall_timeout,
             memory=memory_limit,
             ttl=ttl,
+            force_load=force_load,
         ),
         auto_pull=auto_pull,
         prefer=prefer,

@@ -93,6 +93,9 @@ class Load(Message):
     """The directory for computed prefixes of prompts that are to outlast the runner. Empty: they need not."""
     tasks: tuple[str, ...] = ()
     """The card's tasks, such as "TextEmbedding", for an engine that must know them to load. Empty: generation."""
+    smaller: Mapping[str, JsonValue] = {}
+    """Values for ``table`` that take less memory. If memory runs out, the runner tries once more with them and says so
+    in ``Capabilities.retried``. Empty: it does not."""
 
 
 class Estimate(Message):

@@ -1,6 +1,6 @@
 """A runner's messages to the server."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter
@@ -52,6 +52,8 @@ class Capabilities(Message):
     """The number of layers in each place, by the engine's account; see ``Layout.layers``."""
     experts_in_ram: int = 0
     """The number of layers on a device whose experts are in RAM, by the engine's account."""
+    retried: str = ""
+    """Why the model is loaded with ``Load.smaller``; empty if it is not."""
     chat_template: str | None = None
     """Jinja source, from the card or else from the model's file."""
     tool_template: str | None = None
@@ -135,6 +137,22 @@ class Estimated(Message):
     """Why the first option has less context than the model was trained for, if memory is not the reason."""
     notes: tuple[str, ...] = ()
     """See ``Capabilities.notes``."""
+
+    def smaller(self, option: LoadOption) -> Iterator[LoadOption]:
+        """The choices behind one that has run out of memory which take clearly less where it computes, the best first.
+
+        It computes on its devices, or in RAM without any.
+        """
+        most = {name: size * _CLEARLY_LESS for name, size in option.devices.items()}
+        for each in self.choices[self.choices.index(option) + 1 :]:
+            less = all(size <= most.get(name, size) for name, size in each.devices.items())
+            first = each.device <= option.device * _CLEARLY_LESS
+            computes = bool(option.devices or option.device)
+            if (less and first) if computes else each.host <= option.host * _CLEARLY_LESS:
+                yield each
+
+
+_CLEARLY_LESS = 0.9
 
 
 RunnerState = Literal[

@@ -4,6 +4,8 @@ One thread reads commands, a second tokenizes, a third compiles grammars and a f
 the emitter's thread, which makes text and writes events, share queues only. A ``Cancel`` waits for none of them.
 """
 
+import gc
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -257,7 +259,7 @@ class FrontEnd(Generic[SequenceT]):
     def _run_engine(self, command: Load) -> None:
         """Loads the model and computes. An error of the engine ends the process: its results cannot be trusted."""
         try:
-            engine = self._load(command)
+            engine = self._loaded(command)
         except (Exception, SystemExit) as error:  # noqa: BLE001 -- a library may raise anything
             self._fail(self._cannot_load(error))
             return
@@ -275,6 +277,21 @@ class FrontEnd(Generic[SequenceT]):
             if (failed := self._explain(error)) is None:
                 raise
             self._fail(failed)
+
+    def _loaded(self, command: Load) -> LoadedEngine[SequenceT]:
+        """Loads the model, once more with ``command.smaller`` if memory runs out. Raises what ``load`` raises."""
+        try:
+            return self._load(command)
+        except LoadError as error:
+            if error.code != "out_of_memory" or not command.smaller:
+                raise
+            why = str(error)
+        # The exception had held the first attempt's objects.
+        gc.collect()
+        sys.stderr.write(f"out of memory, so the model is loaded with {dict(command.smaller)}: {why}\n")
+        table = {**command.table, **command.smaller}
+        engine = self._load(command.model_copy(update={"table": table, "smaller": {}}))
+        return replace(engine, capabilities=engine.capabilities.model_copy(update={"retried": why}))
 
     # --- the end ---
 

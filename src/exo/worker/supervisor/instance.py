@@ -55,6 +55,8 @@ class InstanceReport:
     tokens_per_second: float
     cpu: CpuUse | None
     prefixes: PrefixUse | None
+    notes: tuple[str, ...]
+    """See ``RunnerProcess.notes``."""
     reserved: Memory
     """Empty until it may load."""
     measured: Memory | None
@@ -86,6 +88,8 @@ class RunnerInstance:
     """The memory budget's decision: what it may load, or why it may not."""
     plan: PlacementPlan | None = None
     """How it is loaded; None before the decision, and where memory is not counted."""
+    smaller: tuple[LoadOption, PlacementPlan] | None = None
+    """How it is loaded if memory runs out otherwise."""
 
     @property
     def model_id(self) -> str:
@@ -140,6 +144,7 @@ class RunnerInstance:
             tokens_per_second=self.process.rate.per_second(now),
             cpu=self.process.cpu,
             prefixes=self.process.prefixes,
+            notes=self.process.notes,
             reserved=Memory() if reservation is None else reservation.reserved,
             measured=None if reservation is None else reservation.measured,
             plan=self.plan,

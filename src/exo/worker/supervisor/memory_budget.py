@@ -13,40 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from pydantic_core import to_json
-
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
+from exo.worker.supervisor.does_not_fit import DoesNotFit
+from exo.worker.supervisor.memory import UNKNOWN, Memory
 from exo.worker.supervisor.reservation import Reservation
 
 ALTERNATING_SECONDS = 60.0
 """A model that is requested so soon after its eviction alternates with another one. Both then stay for a while."""
-
-
-@dataclass(frozen=True, slots=True)
-class DoesNotFit:
-    """Why a model cannot be loaded. ``room`` is the memory that would be free without all unpinned runners."""
-
-    needed: Memory
-    room: Memory
-    remedies: tuple[LoadOption, ...]
-    """For each setting, the smallest change with which the model would fit."""
-
-    def message(self, model_id: str, runner: str) -> str:
-        """The error message for the client."""
-        short = [
-            f"{needed:,} bytes of {'memory' if name == HOST else f'memory on {name}'}, "
-            f"and at most {room:,} can be freed for it"
-            for name, needed, room in self.needed.beyond(self.room)
-        ]
-        text = f"{model_id} needs {' and '.join(short)} here"
-        if not self.remedies:
-            return f"{text}; no setting of [{runner}] in its model card would make it fit"
-        ways = (
-            " and ".join(f"{key} = {to_json(value).decode()}" for key, value in each.settings.items())
-            for each in self.remedies
-        )
-        return f"{text}; with {', or '.join(ways)} in [{runner}] of its model card it would fit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +85,26 @@ class MemoryBudget:
 
     # --- events of a runner ---
 
-    def enter(self, name: str, now: float, *, kind: str = "", pinned: bool = False, keep: float = math.inf) -> None:
-        """Opens an empty reservation. Runners of the same model have the same ``kind``."""
+    def enter(
+        self,
+        name: str,
+        now: float,
+        *,
+        kind: str = "",
+        pinned: bool = False,
+        keep: float = math.inf,
+        forced: bool = False,
+    ) -> None:
+        """Opens an empty reservation. Runners of the same model have the same ``kind``.
+
+        A ``forced`` one that does not fit gets all memory that can be freed for it, instead of a refusal.
+        """
         assert name not in self._reservations, f"{name} has a reservation"
         kind = kind or name
         returning = now - self._evicted.get(kind, -math.inf) < ALTERNATING_SECONDS or any(
             each.kind == kind and each.evicting is not None for each in self
         )
-        self._reservations[name] = Reservation(name, pinned, keep, now, kind=kind, returning=returning)
+        self._reservations[name] = Reservation(name, pinned, keep, now, kind=kind, returning=returning, forced=forced)
 
     def estimate(self, name: str, estimated: Estimated) -> None:
         """A runner has sent its estimate; it joins the queue for memory."""
@@ -131,6 +116,10 @@ class MemoryBudget:
     def load(self, name: str) -> None:
         """A runner loads without an estimate."""
         self._reservations[name].change_state("loading")
+
+    def reduce(self, name: str, option: LoadOption) -> None:
+        """A runner that loads has taken a smaller option than the granted one."""
+        self._reserve(self._reservations[name], option)
 
     def loaded(self, name: str, now: float) -> None:
         """A runner has loaded its model."""
@@ -218,6 +207,11 @@ class MemoryBudget:
                 waiter.dismissed = True
                 self._queue.remove(waiter)
                 continue
+            if option is None and wanted is None and waiter.forced:
+                waiter.too_large = self._refusal(waiter.estimated)
+                wanted = self._cut(waiter.estimated.choices[-1])
+                waiter.estimated = Estimated(choices=(wanted,))
+                option = self._fitting(waiter.estimated, ahead)
             if option is None and wanted is None:
                 refused[waiter.name] = self._refusal(waiter.estimated)
                 self._queue.remove(waiter)
@@ -245,8 +239,18 @@ class MemoryBudget:
     def _grant(self, waiter: Reservation, option: LoadOption) -> None:
         self._queue.remove(waiter)
         waiter.change_state("loading")
-        waiter.reserved = self.need(option)
-        waiter.later = Memory(option.later_host, self._devices(option.later_devices, option.later_device))
+        self._reserve(waiter, option)
+
+    def _reserve(self, reservation: Reservation, option: LoadOption) -> None:
+        reservation.reserved = self.need(option)
+        reservation.later = Memory(option.later_host, self._devices(option.later_devices, option.later_device))
+
+    def _cut(self, option: LoadOption) -> LoadOption:
+        """The option with all the memory that can be freed, where it needs more."""
+        need, most = self.need(option), self._most()
+        devices = {name: min(size, max(0, most.devices.get(name, 0))) for name, size in need.devices.items()}
+        sizes = {"host": min(need.host, max(0, most.host)), "device": 0, "devices": devices}
+        return option.model_copy(update={**sizes, "later_host": 0, "later_device": 0, "later_devices": {}})
 
     def _fitting(self, estimated: Estimated, ahead: Memory) -> LoadOption | None:
         """The best option down to those as good as ``enough`` that fits into the free memory, less ``ahead``."""

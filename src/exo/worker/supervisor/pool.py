@@ -21,7 +21,7 @@ from anyio.to_thread import run_sync
 from exo.cards.card import ModelCard
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.cores import physical_cores, shares
-from exo.worker.protocol.events import Estimated, Failed, LoadOption
+from exo.worker.protocol.events import Estimated, Failed
 from exo.worker.protocol.runners import runner_commands
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
@@ -35,7 +35,7 @@ from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_error import RunnerError
-from exo.worker.supervisor.runner_process import RunnerProcess
+from exo.worker.supervisor.runner_process import Admission, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class RunnerPool:
         prefix_directory: Path | None = None,
         residence_seconds: float = 0.0,
         evict_seconds: float = math.inf,
+        force_load: bool = False,
     ) -> None:
         """``models_directories`` are passed to the runners. ``commands``, by runner name, default to the real runners.
 
@@ -69,7 +70,8 @@ class RunnerPool:
 
         ``keep_seconds``: how long an unused model stays loaded, unless its card sets that. ``residence_seconds``: how
         long a model stays loaded that alternates with another one. ``evict_seconds``: how long a runner's requests may
-        keep others waiting for its memory. ``on_measured`` gets each measurement of a runner's speed with a card.
+        keep others waiting for its memory. ``force_load``: models that do not fit by their estimate are loaded anyway,
+        as those are whose card says so. ``on_measured`` gets each measurement of a runner's speed with a card.
         """
         self._models_directories = tuple(str(directory) for directory in models_directories)
         self._log_directory = log_directory
@@ -78,6 +80,7 @@ class RunnerPool:
         self._deadlines = deadlines
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
+        self._force_load = force_load
         self._instances: dict[str, RunnerInstance] = {}
         self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
         self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
@@ -264,7 +267,8 @@ class RunnerPool:
         self._instances[name] = instance
         keep = math.inf if card.pinned else card.keep_seconds(self._keep_seconds)
         kind = f"{card.model_id}@{route.runner}"
-        self._budget.enter(name, anyio.current_time(), kind=kind, pinned=card.pinned, keep=keep)
+        forced = self._force_load or card.force_load
+        self._budget.enter(name, anyio.current_time(), kind=kind, pinned=card.pinned, keep=keep, forced=forced)
         if not counted:
             self._budget.load(name)
         self._tasks.start_soon(self._run, instance, predecessors)
@@ -280,7 +284,7 @@ class RunnerPool:
             tasks=card.tasks,
         )
 
-    async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> LoadOption:
+    async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
         """See ``runner_process.Admit``."""
         await self._measure_devices()
         self._budget.estimate(instance.id, estimated)
@@ -289,10 +293,27 @@ class RunnerPool:
         if isinstance(decision, RunnerError):
             raise decision
         room = None if self._budget.capacity is None else self._budget.free + self._budget.need(decision)
+        reservation = self._budget.reservation(instance.id)
+        if reservation is not None and (refusal := reservation.too_large) is not None:
+            decision = estimated.choices[-1]  # as estimated, and not as reserved
+            note = f"loaded against the memory budget: {refusal.needs(instance.model_id)}"
+            log.warning("%s: %s", instance.id, note)
+            instance.process.warnings += (note,)
         instance.plan = plan = PlacementPlan.of(estimated, decision, self._budget, room)
         if plan.context_length:
             log.info("%s: slots: %s (%s)", instance.id, plan.cache, plan.limit)
-        return decision
+        fits = (each for each in estimated.smaller(decision) if room is None or self._budget.need(each).fits(room))
+        if (smaller := next(fits, None)) is not None:
+            instance.smaller = smaller, PlacementPlan.of(estimated, smaller, self._budget, room)
+        return Admission(decision, smaller)
+
+    def _note_retry(self, instance: RunnerInstance) -> None:
+        """A runner has loaded the smaller option, because memory had run out with the granted one."""
+        assert instance.smaller is not None
+        option, plan = instance.smaller
+        self._budget.reduce(instance.id, option)
+        instance.plan = plan.model_copy(update={"limit": "memory ran out at the first attempt"})
+        log.warning("%s: %s", instance.id, "; ".join(instance.process.notes))
 
     def _settle(self) -> None:
         """Does what the memory budget decides. Call it after every change of the budget."""
@@ -410,7 +431,9 @@ class RunnerPool:
 
         async def note_load() -> None:
             with suppress(RunnerError):
-                await process.ready()
+                capabilities = await process.ready()
+                if capabilities.retried:
+                    self._note_retry(instance)
                 self._budget.loaded(instance.id, anyio.current_time())
                 self.totals[instance.labels].note_load(time.time() - instance.started)
                 self._loaded.set()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from exo.worker.protocol.events import Estimated
+from exo.worker.supervisor.does_not_fit import DoesNotFit
 from exo.worker.supervisor.memory import Memory
 
 State = Literal["asking", "waiting", "loading", "loaded"]
@@ -29,6 +30,10 @@ class Reservation:
     state: State = "asking"
     kind: str = ""
     """The same for all runners of one model."""
+    forced: bool = False
+    """It loads with whatever memory can be freed for it, if its estimate says that this is not enough."""
+    too_large: DoesNotFit | None = None
+    """Why it would not have been loaded if it were not forced."""
     users: int = 0
     dismissed: bool = False
     """It ends when it is idle, even if no other needs its memory."""

@@ -3,12 +3,15 @@
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final, overload
 
 import anyio
+from pydantic import JsonValue
+from pydantic_core import to_json
 
 from exo.worker.protocol.commands import (
     Cancel,
@@ -65,8 +68,22 @@ _EXIT_SECONDS = 2.0
 _SHUT_DOWN = Failed(code="shutdown", message="the runner was shut down")
 
 
-Admit = Callable[[Estimated], Awaitable[LoadOption]]
-"""Waits until there is memory, and returns the option to load. Raises ``RunnerError`` if there will be none."""
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The option to load, and a smaller one to load if memory runs out nevertheless."""
+
+    option: LoadOption
+    smaller: LoadOption | None = None
+
+    @property
+    def changes(self) -> dict[str, JsonValue]:
+        """The settings of the smaller option that differ."""
+        settings: Mapping[str, JsonValue] = {} if self.smaller is None else self.smaller.settings
+        return {key: value for key, value in settings.items() if self.option.settings.get(key) != value}
+
+
+Admit = Callable[[Estimated], Awaitable[Admission]]
+"""Waits until there is memory. Raises ``RunnerError`` if there will be none."""
 
 
 @final
@@ -116,7 +133,9 @@ class RunnerProcess:
         self._culprit: str | None = None  # the request whose answer broke the protocol
         self._stalled = False
         self.failure: Failed | None = None  # None while the process exists
-        self.told_notes = False  # whether a reply has had the notes of its capabilities
+        self.told_notes = False  # whether a reply has had its notes
+        self.warnings: tuple[str, ...] = ()  # the server's own notes for the user
+        self._admission: Admission | None = None
         self.produced_output = self._machine.produced_output
         self.rate = TokenRate()
 
@@ -129,6 +148,17 @@ class RunnerProcess:
     def capabilities(self) -> Capabilities | None:
         """None until the model is loaded."""
         return self._machine.capabilities
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about this process: how it was loaded, and its model's faults."""
+        return (*self.warnings, *self._retry(), *(self.capabilities.notes if self.capabilities is not None else ()))
+
+    def _retry(self) -> Iterator[str]:
+        if self._admission is not None and self.capabilities is not None and self.capabilities.retried:
+            settings = (f"{key} = {to_json(value).decode()}" for key, value in self._admission.changes.items())
+            why = self.capabilities.retried
+            yield f"loaded with {' and '.join(settings)}, because memory ran out without: {why}"
 
     @property
     def pid(self) -> int | None:
@@ -404,13 +434,13 @@ class RunnerProcess:
 
     async def _load_when_admitted(self, child: ChildProcess, admit: Admit) -> None:
         try:
-            option = await admit(await self._estimate)
+            self._admission = admission = await admit(await self._estimate)
         except RunnerError as error:
             self.refused = error.failed
             child.signal(signal.SIGKILL)
         else:
-            table = {**self._load.table, **option.settings}
-            self._start(self._load.model_copy(update={"table": table}))
+            table = {**self._load.table, **admission.option.settings}
+            self._start(self._load.model_copy(update={"table": table, "smaller": admission.changes}))
 
     async def _cut_off_if_silent(self, child: ChildProcess) -> None:
         self._cut_off(child, await self._watchdog.expired(lambda: self.status.state in LOADING))

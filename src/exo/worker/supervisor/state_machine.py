@@ -33,15 +33,18 @@ ENDINGS: tuple[RunnerState, ...] = ("ShuttingDown", "Shutdown", "Failed")
 _TRANSITIONS: dict[RunnerState, tuple[RunnerState, ...]] = {
     "Idle": ("Loading", *ENDINGS),
     "Loading": ("Loading", "Loaded", *ENDINGS),
-    "Loaded": ("WarmingUp", "Ready", *ENDINGS),
-    "WarmingUp": ("Ready", *ENDINGS),
+    "Loaded": ("WarmingUp", "Ready", "Loading", *ENDINGS),
+    "WarmingUp": ("Ready", "Loading", *ENDINGS),
     "Ready": ("Running", *ENDINGS),
     "Running": ("Ready", *ENDINGS),
     "ShuttingDown": ("Shutdown", "Failed"),
     "Shutdown": (),
     "Failed": ("Failed",),  # reported twice, as a Status and as a Failed without id, in either order
 }
-"""Every runner starts Idle, and its first message is that state. Any other transition is a protocol error."""
+"""Every runner starts Idle, and its first message is that state. Any other transition is a protocol error.
+
+A runner that has run out of memory returns to Loading.
+"""
 
 LOADING: tuple[RunnerState, ...] = ("Idle", "Loading", "Loaded", "WarmingUp")
 SERVING: tuple[RunnerState, ...] = ("Ready", "Running")

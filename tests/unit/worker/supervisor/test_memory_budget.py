@@ -328,3 +328,39 @@ def test_least_recently_used_first(held: list[Memory], wanted: Memory) -> None:
         needed += 1
     assert gone <= set(in_order[:needed]), "nobody that was used later than it takes"
     assert all(not wanted.fits(room - before[name][1]) for name in gone), "nobody without need"
+
+
+def test_a_forced_load_that_does_not_fit_gets_what_can_be_freed_and_the_reason_is_kept() -> None:
+    account = Account()
+    account.load("pinned", takes(30), pinned=True)
+    account.load("idle", takes(30))
+    account.budget.enter("forced", account.now, forced=True)
+    account.budget.estimate("forced", takes(90))
+    account.settle()
+    assert account.unloaded == ["idle"]
+    reservation = account.budget.reservation("forced")
+    assert reservation is not None
+    assert reservation.reserved.host == 70
+    assert reservation.too_large is not None
+    assert reservation.too_large.needs("forced") == (
+        "forced needs 90 bytes of memory, and at most 70 can be freed for it here"
+    )
+    assert account.budget.free.host == 0
+
+
+def test_a_forced_load_that_fits_is_a_usual_one() -> None:
+    account = Account()
+    account.budget.enter("forced", account.now, forced=True)
+    account.budget.estimate("forced", takes(90))
+    account.settle()
+    reservation = account.budget.reservation("forced")
+    assert reservation is not None
+    assert (reservation.reserved.host, reservation.too_large) == (90, None)
+
+
+def test_a_runner_that_has_loaded_less_than_it_was_granted_gives_back_the_rest() -> None:
+    account = Account()
+    account.ask("a", takes(90))
+    account.budget.reduce("a", takes(50).choices[0])
+    account.ask("b", takes(40))
+    assert list(account.granted) == ["a", "b"]

@@ -27,8 +27,8 @@ ENDINGS = {"ShuttingDown", "Shutdown", "Failed"}
 ALLOWED = {
     "Idle": {"Loading"} | ENDINGS,
     "Loading": {"Loading", "Loaded"} | ENDINGS,
-    "Loaded": {"WarmingUp", "Ready"} | ENDINGS,
-    "WarmingUp": {"Ready"} | ENDINGS,
+    "Loaded": {"WarmingUp", "Ready", "Loading"} | ENDINGS,
+    "WarmingUp": {"Ready", "Loading"} | ENDINGS,
     "Ready": {"Running"} | ENDINGS,
     "Running": {"Ready"} | ENDINGS,
     "ShuttingDown": {"Shutdown", "Failed"},

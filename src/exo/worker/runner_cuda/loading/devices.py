@@ -157,7 +157,7 @@ def gpus(backend: str) -> tuple[Gpu, ...]:
         if _backend(lib, handle) == backend:
             registry = lib.ggml_backend_dev_backend_reg(handle)
             splits_rows = bool(lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_split_buffer_type"))
-            copies_weights = lib.ggml_backend_reg_name(registry) == b"CUDA"
+            copies_weights = lib.ggml_backend_reg_name(registry) != b"RPC"
             found.append(Gpu(lib.ggml_backend_dev_name(handle).decode(), handle, splits_rows, copies_weights))
     return tuple(found)
 

@@ -77,7 +77,7 @@ def estimate(command: Estimate) -> Estimated:
     with_layout(options, headers[0])
     poolable = pool_obstacle(options, headers[0]) is None
     draft = _draft(load, options)
-    found = plans(load, options, _GgufSizes.of(headers, options), draft, devices, present, poolable=poolable)
+    found = plans(load, options, headers, draft, devices, present, poolable=poolable)
     return found.model_copy(update={"notes": quality_notes(headers[0].text)})
 
 
@@ -96,7 +96,7 @@ def with_choice(command: Load) -> Load:
 def plans(
     load: Load,
     options: CudaOptions,
-    model: "_GgufSizes",
+    headers: Sequence[GgufHeader],
     draft: "_GgufSizes | None",
     devices: Sequence[Gpu],
     present: Sequence[Gpu],
@@ -105,8 +105,10 @@ def plans(
 ) -> Estimated:
     """Returns the ways to load a model, with the memory of each. Pure, apart from the devices' memory.
 
-    ``devices`` are those that the card allows out of those ``present``. ``poolable``: the slots can share a pool.
+    ``headers`` are those of the model's files. ``devices`` are those that the card allows out of those ``present``.
+    ``poolable``: the slots can share a pool.
     """
+    model = replace(_GgufSizes.of(headers, options), copies=any(each.copies_weights for each in devices))
     on_gpu, table = load.backend in GPU_BACKENDS, load.table
     left = _open(load, options, model, devices, present, poolable=poolable)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
@@ -123,8 +125,6 @@ def plans(
         devices=tuple(each.name for each in devices),
         tensor_split=splits[-1] if splits else options.tensor_split,
     )
-
-    model = replace(model, copies=any(each.copies_weights for each in devices))
 
     def size(plan: Plan) -> list[Part]:
         return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]

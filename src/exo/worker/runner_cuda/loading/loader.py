@@ -1,7 +1,7 @@
 """Loads a model: from a ``Load`` command to a warm context, scheduler and tokenizer."""
 
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,18 @@ class Loaded:
 
 
 def load(command: Load, report: Callable[[Status], None], *, score: bool = False) -> Loaded:
-    """Loads and warms up a model, and reports progress. With ``score``, every row may give logits. Raises LoadError."""
+    """Loads and warms up a model, and reports progress. With ``score``, every row may give logits.
+
+    Raises LoadError, and keeps no memory then.
+    """
+    with ExitStack() as undo:
+        loaded = _load(command, report, undo, score=score)
+        undo.pop_all()
+    return loaded
+
+
+def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, score: bool) -> Loaded:
+    """See ``load``. ``undo`` gets what frees the parts that are loaded."""
     log = Log()
     options = read_options(command)
     devices = chosen(options, command.backend, gpus(command.backend))
@@ -97,23 +108,22 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
             report(Status(state="Loading", layers_loaded=percent, total_layers=100))
 
     model = Model(path, options, devices, progress, log)
+    undo.callback(model.free)
     report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
     sizes = chunks(options, on_gpu=on_gpu)
     chunk, budget = sizes.beside, sizes.budget
     n_ctx = options.n_ctx or min(model.n_ctx_train, USABLE)
-    try:
-        outputs = budget if score else options.slots + SCORED_ROWS
-        reduced = 1 if options.speculation == "off" else 1 + LONGEST
-        rows = Rows(step=budget + options.slots, graph=sizes.alone, outputs=outputs, reduced=reduced)
-        context = Context(model, options, n_ctx, rows, log)
-    except LoadError:
-        model.free()
-        raise
+    outputs = budget if score else options.slots + SCORED_ROWS
+    reduced = 1 if options.speculation == "off" else 1 + LONGEST
+    rows = Rows(step=budget + options.slots, graph=sizes.alone, outputs=outputs, reduced=reduced)
+    context = Context(model, options, n_ctx, rows, log)
+    undo.callback(context.free)
     if options.cache_reuse is not None and not (context.generates and context.can_shift):
         message = "model card, [cuda] cache_reuse: this model's cache cannot be used at other positions"
         raise LoadError("model_misconfigured", message)
     report(Status(state="WarmingUp"))
     embedder = Embedder(model, options, context.generates, context.n_ctx, chunk, log)
+    undo.callback(embedder.free)
     if embedder.pooling == "rank" and not _has_tensor(path, RANKING_HEADS):
         raise LoadError("model_load_failed", f'{path} has no ranking head, which pooling "rank" needs')
     _warm_up(context, embedder, score)
@@ -124,7 +134,7 @@ def load(command: Load, report: Callable[[Status], None], *, score: bool = False
     given = (context, chains, options)
     sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
     threads = Threads(physical_cores(), len(usable_cpus()), _fixed_threads(command, options))
-    draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log)
+    draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log, undo)
     tokenizer = GgufTokenizer(model)
     names = tuple(device.name for device in devices) or (CPU,)
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
@@ -288,6 +298,7 @@ def _load_draft(
     chunk: int,
     threads: Threads,
     log: Log,
+    undo: ExitStack,
 ) -> DraftModel | None:
     """Raises LoadError with the key at fault."""
     path, draft = draft_file(command, options), options.draft
@@ -298,9 +309,11 @@ def _load_draft(
         if not (context.generates and context.rollback):
             raise LoadError("model_load_failed", "the model's cache cannot drop tokens, so it cannot verify guesses")
         model = Model(path, own, devices[:1] if draft.n_gpu_layers else (), lambda _: None, log)
+        undo.callback(model.free)
         check_vocabulary(model, target)
         rows = Rows(step=max(chunk, options.slots * LITTLE), graph=chunk, outputs=options.slots)
         guessing = Context(model, own, context.n_ctx, rows, log)
+        undo.callback(guessing.free)
         if not (guessing.generates and model.can_cut):
             raise LoadError("model_load_failed", "its cache cannot drop tokens, as a draft model must")
     _decode_one(guessing)
