@@ -116,8 +116,8 @@ async def test_an_answer_stands_even_if_the_engine_crashes_on_its_way_out() -> N
 
 
 async def test_a_probe_that_hangs_is_killed_at_the_deadline() -> None:
-    probe = (await probe_host({"abacus": ("sleep", "4321")}, deadline=0.2)).probes["abacus"]
-    assert probe.notes == ("the probe of runner abacus did not answer within 0.2 s",)
+    probe = (await probe_host({"abacus": ("sleep", "4321")}, deadline=2)).probes["abacus"]
+    assert probe.notes == ("the probe of runner abacus did not answer within 2 s",)
     assert not [child for child in psutil.Process().children() if "4321" in child.cmdline()]
 
 
