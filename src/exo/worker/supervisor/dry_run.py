@@ -26,15 +26,18 @@ async def dry_run(command: Sequence[str], load: Load, runner: str, capacity: Mem
     answer = await _estimate(command, load)
     if isinstance(answer, Failed) and answer.code != "model_not_found":
         return PlacementPlan(problem=answer.message)
-    if not isinstance(answer, Estimated):
-        return None
+    return decided(load.model_id, runner, answer, capacity) if isinstance(answer, Estimated) else None
+
+
+def decided(model_id: str, runner: str, answer: Estimated, capacity: Memory) -> PlacementPlan:
+    """Returns the memory budget's decision on a runner's answer, with no other model loaded."""
     budget = MemoryBudget(capacity)
     budget.enter(runner, now := time.monotonic())
     budget.estimate(runner, answer)
-    decided = budget.settle(now)
-    if (refusal := decided.refused.get(runner)) is not None:
-        return PlacementPlan(problem=refusal.message(load.model_id, runner))
-    return PlacementPlan.of(answer, decided.granted[runner], budget, capacity)
+    actions = budget.settle(now)
+    if (refusal := actions.refused.get(runner)) is not None:
+        return PlacementPlan(problem=refusal.message(model_id, runner))
+    return PlacementPlan.of(answer, actions.granted[runner], budget, capacity)
 
 
 async def _estimate(command: Sequence[str], load: Load) -> Estimated | Failed | None:
