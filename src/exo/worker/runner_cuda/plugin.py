@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from exo.worker.protocol.nvidia_driver import Driver, Version
@@ -158,6 +159,18 @@ def load_library(file: Path, bindings: str, needed: Iterable[str], folders: Sequ
     except OSError as error:
         raise PluginError(str(error)) from error
     _load(ggml, file)
+
+
+def has_nccl() -> bool:
+    """Whether CUDA's back end is built with NCCL, with which GPUs add up their parts of a layer."""
+    import llama_cpp
+
+    places = (plugin_folder() / LIBRARY, Path(llama_cpp.__file__).parent / "lib" / LIBRARY)
+    file = next((each for each in places if each.exists()), None)
+    if file is None:
+        return False
+    with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+        return content.find(b"ncclCommInitAll") >= 0
 
 
 def _load(ggml: ctypes.CDLL, file: Path) -> int:

@@ -126,6 +126,8 @@ class Gpu:
     """Whether a matrix can be split by rows between this device and others."""
     copies_weights: bool = False
     """Whether it computes long steps with copies of the weights that are in RAM."""
+    cuda: bool = False
+    """Whether it is one of CUDA's."""
 
     @property
     def buffers(self) -> str:
@@ -157,8 +159,8 @@ def gpus(backend: str) -> tuple[Gpu, ...]:
         if _backend(lib, handle) == backend:
             registry = lib.ggml_backend_dev_backend_reg(handle)
             splits_rows = bool(lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_split_buffer_type"))
-            copies_weights = lib.ggml_backend_reg_name(registry) != b"RPC"
-            found.append(Gpu(lib.ggml_backend_dev_name(handle).decode(), handle, splits_rows, copies_weights))
+            name, kind = lib.ggml_backend_dev_name(handle).decode(), lib.ggml_backend_reg_name(registry)
+            found.append(Gpu(name, handle, splits_rows, copies_weights=kind != b"RPC", cuda=kind == b"CUDA"))
     return tuple(found)
 
 

@@ -16,6 +16,7 @@ from exo.worker.runner_common.memory_plan import OnDevices
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions
+from exo.worker.runner_cuda.plugin import has_nccl
 
 WITHOUT_TENSOR = frozenset({
     "grok", "mpt", "plamo2", "minicpm3", "gemma3n", "mamba", "mamba2", "jamba", "falcon-h1", "olmo2", "olmoe",
@@ -55,6 +56,11 @@ def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[
     if options.split_mode == "row" and (lacking := [each.name for each in gpus if not each.splits_rows]):
         what = f"this build of llama.cpp cannot split rows over {', '.join(lacking)}"
         raise _refused(f'split_mode: {what}; "tensor" also puts a share of every layer on each device')
+    if options.split_mode == "tensor" and len(gpus) > 1 and gpus[0].cuda and not has_nccl():
+        what = (
+            'llama.cpp\'s CUDA plug-in here is built without NCCL, and "tensor" is hardly faster than "layer" without'
+        )
+        raise _refused(f"split_mode: {what}")
     if options.main_gpu >= max(1, len(gpus)):
         raise _refused(f"main_gpu: is {options.main_gpu}, but must be an index from 0 of the devices in use: {listed}")
     if options.n_gpu_layers == 0:
