@@ -83,19 +83,19 @@ def test_what_the_machine_or_the_build_does_not_have_is_refused_by_the_keys_name
 
 
 @pytest.mark.parametrize("built", [False, True])
-def test_shares_of_a_layer_on_several_cuda_devices_need_a_build_with_nccl(
+def test_shares_of_a_layer_on_three_cuda_devices_need_a_build_with_nccl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool
 ) -> None:
     (tmp_path / "libggml-cuda.so").write_bytes(b"\x7fELF" + b"ncclCommInitAll\0" * built)
     monkeypatch.setenv("EXO_CUDA_PLUGIN", str(tmp_path))
-    both = [Gpu(f"CUDA{at}", 1, splits_rows=False, cuda=True) for at in range(2)]
+    three = [Gpu(f"CUDA{at}", 1, splits_rows=False, cuda=True) for at in range(3)]
     tensor = options(split_mode="tensor")
-    assert len(chosen(tensor, "LlamaCppCuda", both[:1])) == 1
+    assert len(chosen(tensor, "LlamaCppCuda", three[:2])) == 2
     if built:
-        assert len(chosen(tensor, "LlamaCppCuda", both)) == 2
+        assert len(chosen(tensor, "LlamaCppCuda", three)) == 3
         return
     with pytest.raises(LoadError, match=r"\[cuda\] split_mode: .* without NCCL"):
-        chosen(tensor, "LlamaCppCuda", both)
+        chosen(tensor, "LlamaCppCuda", three)
 
 
 def test_rows_are_split_where_the_build_can() -> None:

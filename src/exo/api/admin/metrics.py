@@ -92,7 +92,7 @@ class _Scrape(Collector):
         cells = Counter[Labels]()
         for report in self._reports:
             if (model := report.now.capabilities) is not None:
-                cells[_labels(report)] += model.slots * model.context_length
+                cells[_labels(report)] += model.context_length * (1 if model.kv == "pool" else model.slots)
         known = dict.fromkeys((*cells, *running, *waiting))
         yield _gauge("num_requests_running", "Sequences in a slot.", {each: running[each] for each in known})
         waits = {each: waiting[each] for each in known}

@@ -56,11 +56,9 @@ def chosen(options: CudaOptions, backend: str, present: Sequence[Gpu]) -> tuple[
     if options.split_mode == "row" and (lacking := [each.name for each in gpus if not each.splits_rows]):
         what = f"this build of llama.cpp cannot split rows over {', '.join(lacking)}"
         raise _refused(f'split_mode: {what}; "tensor" also puts a share of every layer on each device')
-    if options.split_mode == "tensor" and len(gpus) > 1 and gpus[0].cuda and not has_nccl():
-        what = (
-            'llama.cpp\'s CUDA plug-in here is built without NCCL, and "tensor" is hardly faster than "layer" without'
-        )
-        raise _refused(f"split_mode: {what}")
+    if options.split_mode == "tensor" and len(gpus) > 2 and gpus[0].cuda and not has_nccl():  # two do not use it
+        what = "llama.cpp's CUDA plug-in here is built without NCCL, over which three or more GPUs add up their parts"
+        raise _refused(f'split_mode: {what} of a layer; choose two with devices, or "layer"')
     if options.main_gpu >= max(1, len(gpus)):
         raise _refused(f"main_gpu: is {options.main_gpu}, but must be an index from 0 of the devices in use: {listed}")
     if options.n_gpu_layers == 0:
