@@ -2,11 +2,14 @@
 
 import io
 import os
+import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import anyio
 import httpx
+import psutil
 import pytest
 from pydantic import JsonValue
 from rich.console import Console
@@ -16,7 +19,7 @@ from exo.cards.card import ModelCard
 from exo.cli.server.ps import show
 from exo.worker.host import updated
 from exo.worker.protocol.one_shot import Probe
-from exo.worker.supervisor.host_memory import usable_memory
+from exo.worker.supervisor.host_memory import usable_memory, usable_ram
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
@@ -154,6 +157,41 @@ async def test_who_waits_for_a_device_gets_what_another_program_frees(
                 use_driver(monkeypatch, FakeDevice(0, used=30 * GIB, processes={first.pid or 0: 30 * GIB}))
                 await second.ready()
                 assert first.failure is None
+
+
+async def test_ram_that_other_programs_use_is_given_to_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others_leave(gib: int) -> None:
+        def usable(_pids: Collection[int]) -> int:
+            return gib * GIB
+
+        monkeypatch.setattr("exo.worker.supervisor.pool.usable_ram", usable)
+
+    others_leave(2)
+    card = fake_card(memory=5 * GIB)
+    with anyio.fail_after(DEADLINE_SECONDS):
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:
+            instances.set_capacity(Memory(10 * GIB))
+            with pytest.raises(RunnerError, match=r"needs .* bytes of memory"):
+                await instances.acquire(ANEW, card).ready()
+            others_leave(8)
+            await instances.acquire(ANEW, card).ready()
+        others_leave(2)
+        async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:
+            instances.set_capacity(Memory(10 * GIB), ram_is_fixed=True)
+            await instances.acquire(ANEW, card).ready()
+
+
+def test_usable_ram_contains_what_our_processes_have() -> None:
+    source = f"held = bytearray(b'x') * {GIB}; print(len(held), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        without, with_it = usable_ram(()), usable_ram([holder.pid])
+        holder.communicate(b"\n")
+    assert with_it - without > GIB // 2
+    assert with_it < psutil.virtual_memory().total
 
 
 def test_a_server_keeps_saying_that_a_gpu_is_not_used(

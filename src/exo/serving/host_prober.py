@@ -86,7 +86,11 @@ class HostProber:
                 log.warning("%s", unused)
         host = self.host = found if self.host is None else updated(self.host, found)
         self._probed.set()
-        self._pool.set_capacity(capacity(host, self._memory_limit), [each.id for each in host.nvidia_devices])
+        self._pool.set_capacity(
+            capacity(host, self._memory_limit),
+            [each.id for each in host.nvidia_devices],
+            ram_is_fixed=self._memory_limit is not None,
+        )
         self._speeds.set_host(host)
         if host.unanswered:
             names = ", ".join(sorted(host.unanswered))

@@ -22,8 +22,9 @@ from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Refusal, Route, route
 from exo.worker.supervisor.dry_run import dry_run
-from exo.worker.supervisor.host_memory import capacity
+from exo.worker.supervisor.host_memory import capacity, usable_ram
 from exo.worker.supervisor.host_probe import probe_host
+from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan, layers_in_words
 
 _SHOWN = ("n_ctx", "max_model_len", "slots", "kv", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")
@@ -118,6 +119,8 @@ async def placement_plan(engine: EngineRow, card: ModelCard, host: Host, setting
         tasks=card.tasks,
     )
     here = capacity(host, settings.limits.memory)
+    if settings.limits.memory is None:
+        here = Memory(min(here.host, usable_ram(())), here.devices)
     return await dry_run(RUNNERS[engine.runner].command, load, engine.runner, here)
 
 

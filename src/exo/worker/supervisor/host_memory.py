@@ -28,7 +28,7 @@ def capacity(host: Host, limit: int | None = None) -> Memory:
     comes first.
     """
     total = min(host.memory_total, _container_limit() or host.memory_total)
-    ram = total - min(int(total * _MARGIN), _LARGEST_MARGIN) if limit is None else limit
+    ram = total - _margin(total) if limit is None else limit
     nvidia = sorted((each for each in host.nvidia_devices if each.id), key=lambda each: (len(each.id), each.id))
     engines = [each for probe in host.probes.values() for each in probe.devices]
     devices = {each.id: each.memory_free for each in nvidia}
@@ -37,6 +37,10 @@ def capacity(host: Host, limit: int | None = None) -> Memory:
             devices.setdefault(each.name, each.memory_free)
     metal = {each.name: each.memory_total for each in engines if each.backend == _METAL}
     return Memory(ram, devices | metal)
+
+
+def _margin(total: int) -> int:
+    return min(int(total * _MARGIN), _LARGEST_MARGIN)
 
 
 def _container_limit() -> int | None:
@@ -66,6 +70,16 @@ def memory_of(pids: Collection[int], device_names: Sequence[str] = ()) -> dict[i
             devices = {name: sum(each.get(name, 0) for each in known) for each in known for name in each}
             found[pid] = ProcessMemory(sum(map(_resident, family)), devices if known else None)
     return found
+
+
+def usable_ram(pids: Collection[int]) -> int:
+    """Returns the bytes of RAM that our processes use or could still take.
+
+    Other programs keep what they have, and half of the margin for what they take later.
+    """
+    memory = psutil.virtual_memory()
+    ours = sum(_resident(each) for pid in pids for each in _family(pid))
+    return max(0, memory.available + ours - _margin(memory.total) // 2)
 
 
 def usable_memory(device_names: Sequence[str], holders: Mapping[int, Collection[str]]) -> dict[str, int]:

@@ -27,7 +27,7 @@ from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.dry_run import dry_run
-from exo.worker.supervisor.host_memory import memory_of, usable_memory
+from exo.worker.supervisor.host_memory import memory_of, usable_memory, usable_ram
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.instance_totals import InstanceTotals
 from exo.worker.supervisor.memory import Memory
@@ -87,6 +87,7 @@ class RunnerPool:
         self.totals: defaultdict[tuple[str, str, str], InstanceTotals] = defaultdict(InstanceTotals)
         self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and runner
         self._device_names: tuple[str, ...] = ()
+        self._most_ram: int | None = None  # None where the limit is the user's, whatever other programs take
         self._n_cores = physical_cores()
         self._planning = anyio.Lock()  # one process at a time
         self._in_flight = RequestCount()  # the requests of all runners
@@ -145,12 +146,14 @@ class RunnerPool:
             self._budget.end_use(name, anyio.current_time())
             self._settle()
 
-    def set_capacity(self, capacity: Memory, device_names: Sequence[str] = ()) -> None:
+    def set_capacity(self, capacity: Memory, device_names: Sequence[str] = (), *, ram_is_fixed: bool = False) -> None:
         """Sets the memory that all runners may take. Until then it is unlimited.
 
         ``device_names`` are the NVIDIA devices in the driver's order, see ``host_memory.memory_of``. A known device
-        keeps its capacity here, because it is measured again before each load.
+        keeps its capacity here, because it is measured again before each load. The RAM is measured, too, unless it
+        is fixed, but never counts for more than here.
         """
+        self._most_ram = None if ram_is_fixed else capacity.host
         known = (self._budget.capacity or Memory()).devices
         self._budget.capacity = Memory(capacity.host, {**capacity.devices, **known})
         self._device_names = tuple(device_names)
@@ -286,7 +289,7 @@ class RunnerPool:
 
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
         """See ``runner_process.Admit``."""
-        await self._measure_devices()
+        await self._measure_free_memory()
         self._budget.estimate(instance.id, estimated)
         self._settle()
         decision = await asyncio.shield(instance.decision)  # if the process dies meanwhile, the budget may still decide
@@ -372,7 +375,7 @@ class RunnerPool:
                 await self._loaded.wait()
             self._loaded = anyio.Event()
             if self._budget.has_waiters:
-                await self._measure_devices()
+                await self._measure_free_memory()
                 self._settle()
             loaded = [each for each in self._budget if each.state == "loaded"]
             by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
@@ -388,23 +391,26 @@ class RunnerPool:
                         self._budget.measure(by_pid[pid].name, amount.host, amount.devices)
                 self._settle()
 
-    async def _measure_devices(self) -> None:
-        """Updates the devices' capacity: other programs take and free memory there."""
+    async def _measure_free_memory(self) -> None:
+        """Updates the capacity: other programs take and free memory."""
         capacity = self._budget.capacity
-        if capacity is None or not any(self._device_names):
+        if capacity is None:
             return
         holders: dict[int, tuple[str, ...]] = {}
         for each in self._instances.values():
             reservation = self._budget.reservation(each.id)
             if each.process.pid is not None and reservation is not None:
                 holders[each.process.pid] = tuple(reservation.reserved.devices)
+        found: dict[str, int] = {}
         try:
-            found = await run_sync(usable_memory, self._device_names, holders, abandon_on_cancel=True)
+            ram = await run_sync(usable_ram, tuple(holders), abandon_on_cancel=True)
+            if any(self._device_names):
+                found = await run_sync(usable_memory, self._device_names, holders, abandon_on_cancel=True)
         except Exception:
-            log.exception("the free memory of the devices could not be measured")
+            log.exception("the free memory could not be measured")
             return
         devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
-        self._budget.capacity = Memory(capacity.host, devices)
+        self._budget.capacity = Memory(capacity.host if self._most_ram is None else min(self._most_ram, ram), devices)
 
     def _usable(self) -> Iterator[RunnerInstance]:
         """The instances that take requests."""
