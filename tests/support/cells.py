@@ -19,7 +19,7 @@ NAN = -2
 
 @dataclass(slots=True)
 class RecordedCells:
-    """Implements ``prefix.cells.Cells``.
+    """Implements ``prefix.cells.MovableCells``.
 
     ``window`` is the number of tokens that half of the layers see, the last one included; None is all. These layers
     lose every cell that no token after a step sees, except the last ``spare`` ones.

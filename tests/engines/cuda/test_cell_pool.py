@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import Generate, Load
+from exo.worker.protocol.commands import Estimate, Generate, Load
+from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.loading.estimate import estimate
 from tests.support.edited_gguf import spoil
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.tiny import Shape, write_gguf
+from tests.support.tiny.hybrid import write_hybrid
 
 CELLS = 1024
 name = names()
@@ -232,3 +235,34 @@ def test_random_conversations_have_the_tokens_of_cold_runs(start: Callable[..., 
                 [*prompt, *reply, *text(seed, dice.randrange(1, 60))][: CELLS - 200]
                 for prompt, reply in zip(conversations, got, strict=True)
             ]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "obstacle"),
+    [
+        ("sliding window", {}, "layers with a sliding window overwrite cells"),
+        ("hybrid", {}, "recurrent layers have a state for each slot"),
+        ("full", {"draft": {"path": "full.gguf"}}, "a draft model has a part of its cache for each slot"),
+        ("full", {"exact": True}, "exact needs cells that no other sequence's are among"),
+        ("full", {"cache_reuse": 64}, "cache_reuse needs the only slot"),
+    ],
+)
+def test_where_cells_cannot_be_shared_loading_and_the_estimate_say_so(
+    tmp_path: Path, model: str, more: dict[str, JsonValue], obstacle: str
+) -> None:
+    write_gguf(tmp_path / "full.gguf", Shape())
+    write_gguf(tmp_path / "sliding window.gguf", Shape("gemma3"))
+    write_hybrid(tmp_path / "hybrid.gguf")
+    table: dict[str, JsonValue] = {"path": f"{model}.gguf", "kv": "pool", "n_ctx": CELLS, **more}
+    load = Load(model_id="test/tiny", backend="LlamaCppCpu", table=table, directories=(str(tmp_path),))
+    said = f'model card, [cuda] kv: "pool" is not possible: {obstacle}'
+    with Program(runner_command("exo.worker.runner_cuda")) as program:
+        program.send(load)
+        program.until(lambda: program.failure is not None or "Ready" in program.states)
+        assert program.failure is not None
+        assert program.failure.code == "model_misconfigured"
+        assert said in program.failure.message
+    with pytest.raises(LoadError) as refused:
+        estimate(Estimate(load=load))
+    assert refused.value.code == "model_misconfigured"
+    assert said in str(refused.value)

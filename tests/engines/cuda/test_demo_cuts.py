@@ -6,7 +6,7 @@ import pytest
 
 from exo.config import Settings
 from exo.worker.protocol.commands import Load
-from exo.worker.runner_cuda.scheduler import MIN_CHUNK
+from exo.worker.runner_cuda.prompt_cuts import MIN_CHUNK
 from tests.support.program import Program, Result, ask, runner_command
 
 PROMPT = " ".join(f"{number} squared is {number * number}." for number in range(40))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import WORTH_SAVING, PrefixCache
+from exo.worker.runner_cuda.prefix.moved_cells import MovedCells
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.scheduler import Scheduler
@@ -32,7 +33,8 @@ class Slots:
         reuse: int | None = None,
     ) -> None:
         self.cells = RecordedCells(n_slots, window=window, can_cut=cuts, spare=spare)
-        self.cache = PrefixCache(self.cells, capacity, reuse=reuse)
+        moved = None if reuse is None else MovedCells(self.cells, reuse)
+        self.cache = PrefixCache(self.cells, capacity, moved=moved)
         self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
         self.names = (str(number) for number in count())
 

@@ -1,14 +1,13 @@
 """The cells of a KV cache that all slots share: how many are free, and how many a request finds taken by others."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.prefix.host_tier import State
-from exo.worker.runner_cuda.prefix.moved import Move
 
 Numbers = npt.NDArray[np.int32]
 
@@ -93,15 +92,6 @@ class CellPool:
 
     def rewind(self, slot: int, state: State) -> bool:
         return self._context.rewind(slot, state)
-
-    def set_aside(self, slot: int, length: int, moves: Sequence[Move]) -> None:
-        raise NotImplementedError
-
-    def attach(self, slot: int, move: Move) -> None:
-        raise NotImplementedError
-
-    def drop_aside(self) -> None:
-        raise NotImplementedError
 
     def _numbers(self, slot: int) -> Numbers:
         """Returns a view of the slot's cells. It must be gone before their number changes."""

@@ -1,36 +1,23 @@
 """Plans the next step from slots, sequences and token budgets. Pure: it does not call llama.cpp."""
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterable
 from itertools import islice
 
 from exo.worker.runner_common.sequence import Phase, common_prefix
 from exo.worker.runner_cuda.cell_pool import CellPool
-from exo.worker.runner_cuda.prefix.cache import CachedPrefix, PrefixCache
+from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.prefix.host_tier import Saved
+from exo.worker.runner_cuda.prefix.search import CachedPrefix
+from exo.worker.runner_cuda.prompt_cuts import MIN_CHUNK, checkpoint_marks, chunk_end, with_mark
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
 from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step import Chunk, Step
 from exo.worker.runner_cuda.step_time import Pace
 
-MIN_CHUNK = 64
-"""The minimum chunk length, also of a prompt's last chunk. A shorter prompt is one chunk. Flash attention uses another
-kernel below 64 rows, so a shorter chunk would change the results."""
-CHUNK_MULTIPLE = 8
-"""The length of every chunk but the last is a multiple of this, because a matrix product takes rows in groups of four.
-On a CPU, the cuts then do not change a bit of the results; other cuts moved logits of a Q4_K_M model by up to 4.6."""
 ALONE_SECONDS = 1.5
 """The longest prefill step while nothing decodes. A request that arrives during the step waits for its end."""
-SPACING = 4096
-"""The most prompt tokens between two checkpoints of a model that needs them."""
-TAIL = 504
-"""The distance of a checkpoint from the prompt's end if it is unknown where the last message starts. The rest, with
-what ``CHUNK_MULTIPLE`` may add, is one full step of the default size: another stop would make the first token 7 %
-later."""
-SCORED_ROWS = 32
-"""The most rows of a step that give prompt log-probabilities. Each takes the memory of a row of logits."""
 
 
 class Scheduler:
@@ -43,8 +30,8 @@ class Scheduler:
       than ``enough`` tokens.
     - The oldest prompt and the one with the fewest missing tokens come first in turn. A short prompt thus overtakes a
       long one, which still gets half of the time.
-    - Prompts are cut only where that does not change the results. A prompt with log-probabilities is cut at multiples
-      of ``SCORED_ROWS``, and a step has at most one such chunk, because the context has room for its logits only.
+    - Prompts are cut as ``prompt_cuts`` says. A step has at most one chunk of a prompt with log-probabilities, because
+      the context has room for its logits only.
     - Drafts, which ``speculation`` makes, are verified only while no prompt is being prefilled.
     - With a ``pool``, a sequence enters when its prompt and its longest output fit beside what the others have by then,
       and none overtakes one that does not fit. If cells run out, free slots give up theirs, then the sequence that came
@@ -245,7 +232,7 @@ class Scheduler:
             if sequence.parked is None and self._cache.awaits_disk(sequence):
                 continue
             found = self._cache.find(sequence)
-            if found is not None and self._cache.is_awaited(found):
+            if found is not None and found.is_awaited:
                 self._await(found)
                 continue
             if found is not None and self._cache.needs_decode(found):
@@ -273,7 +260,9 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence, n_cached: int) -> None:
         sequence.n_computed = n_cached
-        sequence.marks = [move.target for move in sequence.moves] or self._marks(sequence)
+        sequence.marks = [move.target for move in sequence.moves]
+        if not sequence.marks and self._cache.takes_checkpoints and sequence.prompt_logprobs is None:
+            sequence.marks = checkpoint_marks(sequence, self._least, can_cut=self._cache.can_cut)
         sequence.move(Phase.PREFILL)
         self._prefilling.append(sequence)
 
@@ -331,42 +320,11 @@ class Scheduler:
         sequence.exact = sequence.exact or sequence.parked is None
         self.waiting.appendleft(sequence)
 
-    def _marks(self, sequence: Sequence) -> list[int]:
-        """Returns where a prompt's prefill stops for checkpoints.
-
-        These are the last message's start, or ``TAIL`` before the end if no message starts are known; one in every
-        ``SPACING`` tokens, if possible where a message starts; and, if the cells cannot be cut by a single token, a
-        place just before the end. No stop changes a result; see ``CHUNK_MULTIPLE``.
-        """
-        if not self._cache.takes_checkpoints or sequence.prompt_logprobs is not None:
-            return []
-        start, end = sequence.n_computed, sequence.n_prefill - self._least
-        starts = [at for at in sequence.boundaries if start + self._least <= at <= end]
-        wanted = starts[-1:] or [sequence.n_prefill - TAIL]
-        if not self._cache.can_cut:
-            wanted.append(end)
-        at = start + SPACING
-        while at < end:
-            before = bisect_right(starts, at)
-            near = before > 0 and starts[before - 1] > at - SPACING // 2
-            wanted.append(starts[before - 1] if near else at)
-            at = wanted[-1] + SPACING
-        marks: list[int] = []
-        for stop in sorted(start + (each - start) // CHUNK_MULTIPLE * CHUNK_MULTIPLE for each in wanted):
-            if stop - (marks[-1] if marks else start) >= self._least:
-                marks.append(stop)
-        return marks
-
     def _await(self, found: CachedPrefix) -> None:
         """Has a sequence stop for a checkpoint at the end of the prefix that another one waits for."""
         sequence = found.holder.sequence if isinstance(found.holder, Slot) else None
-        if sequence is None or not self._cache.takes_checkpoints:
-            return
-        start = sequence.n_computed
-        stop = start + (found.promised - start) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
-        if self._least <= stop - start and stop <= sequence.n_prefill - self._least:
-            others = [mark for mark in sequence.marks if abs(mark - stop) >= self._least]
-            sequence.marks = sorted([*others, stop])
+        if sequence is not None and self._cache.takes_checkpoints:
+            sequence.marks = with_mark(sequence, found.promised, self._least)
 
     def _choose_slot(self, found: CachedPrefix | None) -> Slot:
         """Returns a free slot with as many busy neighbours as possible: each gap splits every batch once more.
@@ -389,7 +347,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         n_rows, scored = 0, False
         for sequence in self._in_turn():
-            chunk = Chunk(sequence, sequence.n_computed, self._cut(sequence, self._left - n_rows))
+            stop = chunk_end(sequence, self._left - n_rows, self._least, self._chunk)
+            chunk = Chunk(sequence, sequence.n_computed, stop)
             if chunk.stop <= chunk.start or (scored and chunk.n_scored):
                 continue
             n_rows += chunk.n_rows
@@ -407,26 +366,3 @@ class Scheduler:
         if not self._oldest_first:
             prompts.sort(key=lambda sequence: sequence.n_missing)
         return prompts
-
-    def _cut(self, sequence: Sequence, budget: int) -> int:
-        """Returns where a prompt's next chunk ends, which is its start if the rest of the budget is too small.
-
-        It ends at the prompt's next mark at the latest. Unless log-probabilities are wanted, neither the chunk nor the
-        rest of the prompt becomes shorter than ``MIN_CHUNK``: a rest that is too short to be cut may exceed the budget
-        by up to ``MIN_CHUNK`` tokens.
-        """
-        start = sequence.n_computed
-        end = next((mark for mark in sequence.marks if mark > start), len(sequence.tokens))
-        missing = end - start
-        if sequence.prompt_logprobs is not None:
-            reach = start + min(budget, self._chunk, SCORED_ROWS)
-            return len(sequence.tokens) if len(sequence.tokens) <= reach else reach // SCORED_ROWS * SCORED_ROWS
-        size = min(budget, self._chunk)
-        if missing <= size:
-            return end
-        if budget < self._least:
-            return start
-        if missing < 2 * self._least <= self._chunk:
-            return end
-        size = min(size, max(missing - self._least, self._least))
-        return start + max(size // CHUNK_MULTIPLE * CHUNK_MULTIPLE, self._least)

@@ -3,8 +3,9 @@ import pytest
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.sequence import Phase
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.prompt_cuts import CHUNK_MULTIPLE, MIN_CHUNK, SCORED_ROWS
 from exo.worker.runner_cuda.sampling.sampler import Sampler
-from exo.worker.runner_cuda.scheduler import CHUNK_MULTIPLE, MIN_CHUNK, SCORED_ROWS, Scheduler
+from exo.worker.runner_cuda.scheduler import Scheduler
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step import Step
 from exo.worker.runner_cuda.step_time import Pace

@@ -42,7 +42,7 @@ from exo.worker.runner_cuda.loading.placement import (
     shared_out,
     tensor_splits,
 )
-from exo.worker.runner_cuda.scheduler import SCORED_ROWS
+from exo.worker.runner_cuda.prompt_cuts import SCORED_ROWS
 
 _PROCESS = 73_000_000
 """Bytes of RAM for the interpreter and libraries."""

@@ -27,9 +27,11 @@ from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
 from exo.worker.runner_cuda.loading.threads import Threads
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.prefix.moved_cells import MovedCells
+from exo.worker.runner_cuda.prompt_cuts import SCORED_ROWS
 from exo.worker.runner_cuda.sampling.device_chains import Chains
 from exo.worker.runner_cuda.sampling.device_sampling import BackendSampling, backend_sampling
-from exo.worker.runner_cuda.scheduler import SCORED_ROWS, Scheduler
+from exo.worker.runner_cuda.scheduler import Scheduler
 from exo.worker.runner_cuda.speculation.model_drafter import LITTLE, DraftModel, check_vocabulary
 from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
 from exo.worker.runner_cuda.speculation.speculation import Speculation
@@ -142,7 +144,8 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     pace = Pace(max_itl_ms / 1000)
     disk = None if score else open_disk_tier(command, options, path, model, context, pace)
     pool = CellPool(context, options.slots) if context.is_pool and not score else None
-    cache = PrefixCache(pool or context, options.prefix_caches[0], disk, options.cache_reuse)
+    moved = None if options.cache_reuse is None else MovedCells(context, options.cache_reuse)
+    cache = PrefixCache(pool or context, options.prefix_caches[0], disk, moved)
     speculate = options.speculation if context.rollback else "off"
     # A window reaches back from the last micro-batch, so rejected guesses must be in it with what precedes them.
     n_outputs = min(options.slots + SCORED_ROWS, sizes.alone)

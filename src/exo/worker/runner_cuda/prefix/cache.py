@@ -9,17 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
 from typing import Literal
 
 from exo.worker.protocol.events import PrefixUse
 from exo.worker.runner_common.sequence import common_prefix
 from exo.worker.runner_cuda.prefix.cells import Cells
 from exo.worker.runner_cuda.prefix.disk_tier import DiskTier, FileReading
-from exo.worker.runner_cuda.prefix.divergence import divergence
+from exo.worker.runner_cuda.prefix.divergence import Divergences
 from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
-from exo.worker.runner_cuda.prefix.moved import Move, moved
+from exo.worker.runner_cuda.prefix.moved_cells import MovedCells
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
+from exo.worker.runner_cuda.prefix.search import CachedPrefix, Holder, PrefixSearch, Reach
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
 
@@ -31,41 +31,10 @@ WORTH_SAVING = 256
 SHARE_WORTH_SAVING = 1 / 16
 """The same as a share of the slot's tokens. All of them are saved, which delays the next request's first token; an
 agent that drops its last turn's reasoning never comes back to the few that are lost."""
-WORTH_WAITING = 64
-"""A request waits for another slot's prefill if that is about to compute at least this many tokens of its prompt."""
-MAX_TOLD = 1000
-"""The most divergences that are told of one model."""
 WORTH_MARKING = 32
 """A checkpoint is kept if it is at least this many tokens after the one before it."""
 
-
-@dataclass(frozen=True, slots=True)
-class CachedPrefix:
-    """A cached prefix: ``length`` tokens now, ``promised`` once the holder's sequence is computed."""
-
-    holder: Slot | Saved
-    length: int
-    promised: int
-    checkpoint: Checkpoint | None = None
-    """The checkpoint that ``length`` needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Shifted:
-    """Cached tokens of a prompt: its first ``length``, and those of ``moves``, which the holder has elsewhere."""
-
-    holder: Slot | Saved
-    length: int
-    moves: list[Move]
-
-    @property
-    def n_tokens(self) -> int:
-        return self.length + sum(move.length for move in self.moves)
-
-
 Place = Literal["slot", "ram", "disk"]
-Reach = tuple[int, Checkpoint | None]
-"""The length of a usable prefix, and the checkpoint that it needs."""
 
 
 class PrefixCache:
@@ -76,19 +45,21 @@ class PrefixCache:
     allow it, as ``Cells.least`` says.
     """
 
-    def __init__(self, cells: Cells, capacity: int, disk: DiskTier | None = None, reuse: int | None = None) -> None:
+    def __init__(
+        self, cells: Cells, capacity: int, disk: DiskTier | None = None, moved: MovedCells | None = None
+    ) -> None:
         """``capacity`` is the RAM for saved states and checkpoints, in bytes; 0 keeps none.
 
-        ``reuse``: parts of a prompt of at least so many tokens are used at other positions; None uses only prefixes.
+        With ``moved``, cells are also used at other positions.
         """
         self._cells = cells
-        self._reuse = reuse
-        self._host = HostTier(capacity)
+        self._moved = moved
+        self._host = HostTier(capacity, self._untree)
         self._disk = disk
-        self._tree: PrefixTree[Slot | Saved] = PrefixTree()
+        self._tree: PrefixTree[Holder] = PrefixTree()
+        self._search = PrefixSearch(cells, self._host, self._tree)
         self._copying = False  # a copy or a wipe is due with the next decode
-        self._told: set[int] = set()  # divergences, by place
-        self._diverged: int | None = None  # the last one
+        self._divergences = Divergences()
         self._copied = 0  # bytes of the slot's copy that is being written to disk
         self._reading: FileReading | None = None
         self._fresh: set[Saved] = set()  # read from disk and not used yet
@@ -121,33 +92,12 @@ class PrefixCache:
             tokens=self._n_reused,
             ram_bytes=self._host.n_bytes,
             disk_bytes=self._disk.n_bytes if self._disk is not None else 0,
-            diverged_at=self._diverged,
+            diverged_at=self._divergences.last,
         )
 
     def find(self, sequence: Sequence) -> CachedPrefix | None:
-        """Returns the longest prefix of a sequence that is cached or about to be, of at least one block.
-
-        The last token is always computed, because the first new token is sampled from its logits. With prompt
-        log-probabilities, every token is computed, so nothing is looked up.
-        """
-        if sequence.prompt_logprobs is not None or sequence.parked is not None or sequence.alone:
-            return None
-        tokens = sequence.tokens
-        usable = self._host.usable(tokens)
-        best: CachedPrefix | None = None
-        seen: set[Slot | Saved] = set()
-        for depth, holders in self._tree.matches(tokens):
-            if best is not None and best.promised >= depth + BLOCK - 1:
-                break
-            able = (each for each in holders - seen if not sequence.exact or each.exact >= len(each.cached))
-            found = [self._found(holder, tokens, depth, usable) for holder in able]
-            seen |= holders
-            best = max(
-                [*found, *([best] if best is not None else ())],
-                key=lambda each: (each.promised, each.length, isinstance(each.holder, Slot)),
-                default=None,
-            )
-        return best if best is not None and best.promised else None
+        """See ``PrefixSearch.longest``."""
+        return self._search.longest(sequence)
 
     def new_divergence(self, sequence: Sequence, found: CachedPrefix | None) -> int | None:
         """Returns where a prompt departs from a cached one whose rest it mostly repeats, which is computed again.
@@ -157,17 +107,7 @@ class PrefixCache:
         if sequence.prompt_logprobs is not None:
             return None
         cached = [holder.tokens for holder in self._tree.holders()]
-        at = divergence(sequence.tokens, cached, found.length if found is not None else 0)
-        if at is not None:
-            self._diverged = at
-        if at is None or at in self._told or len(self._told) == MAX_TOLD:
-            return None
-        self._told.add(at)
-        return at
-
-    def is_awaited(self, found: CachedPrefix) -> bool:
-        """Whether the request should wait for the sequence that is computing the rest of the prefix."""
-        return found.promised - found.length >= WORTH_WAITING
+        return self._divergences.new(sequence.tokens, cached, found.length if found is not None else 0)
 
     def needs_decode(self, found: CachedPrefix) -> bool:
         """Whether the prefix can be used only after a decode.
@@ -186,31 +126,11 @@ class PrefixCache:
         if sequence.prompt_logprobs is None:
             usable = () if self._copying else self._host.usable(sequence.tokens)
             own = min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)
-            reach = self._reach(slot, min(own, slot.exact) if sequence.exact else own, usable)
-        place: Place = "slot"
-        worth = max(BLOCK, int(self._cells.n_ctx * WORTH_COPYING))
-        shifted = self._shifted(slot, sequence, max(reach[0], found.length if found is not None else 0))
-        moves: list[Move] = []
-        if shifted is not None:
-            if isinstance(shifted.holder, Slot):
-                self._keep(slot, shifted.n_tokens)
-            else:
-                place = "ram"
-                self._fetch(slot, CachedPrefix(shifted.holder, shifted.n_tokens, shifted.n_tokens))
-            reach, moves = ((shifted.length, None), shifted.moves) if slot.cached else ((0, None), [])
-        elif found is None or found.holder is slot or found.length < reach[0] + worth:
-            self._keep(slot, reach[0])
-        else:
-            if isinstance(found.holder, Saved):
-                place = "disk" if found.holder in self._fresh else "ram"
-                self._fresh.discard(found.holder)
-            reach = self._fetch(slot, found)
-        if moves:
-            length, self._diverged = reach[0], None
-            self._cells.set_aside(slot.id, length, moves)
-        else:
-            length = self._cut(slot, *reach)
-        n_reused = length + sum(move.length for move in moves)
+            reach = self._search.reach(slot, min(own, slot.exact) if sequence.exact else own, usable)
+        n_found = max(reach[0], found.length if found is not None else 0)
+        entered = self._enter_moved(slot, sequence, n_found)
+        length, place = entered if entered is not None else self._enter_prefix(slot, reach, found)
+        n_reused = length + sum(move.length for move in sequence.moves)
         self._n_prompts += 1
         self._n_reused += n_reused
         self._hits[place] += n_reused > 0
@@ -219,17 +139,13 @@ class PrefixCache:
         if length <= slot.exact:
             slot.exact = sys.maxsize
         slot.sequence = sequence
-        sequence.moves = moves
         self.promise(slot)
         return length
 
     def attach(self, slot: Slot, sequence: Sequence) -> int:
         """Puts cells that are aside into the slot, if they come next. Returns the number of the slot's tokens."""
-        while sequence.moves and sequence.moves[0].target == len(slot.cached):
-            move = sequence.moves.pop(0)
-            self._cells.attach(slot.id, move)
-            slot.cached += sequence.tokens[move.target : move.target + move.length]
-            slot.exact = min(slot.exact, move.target)
+        if self._moved is not None:
+            self._moved.attach(slot, sequence)
         return len(slot.cached)
 
     def release(self, slot: Slot) -> None:
@@ -241,7 +157,7 @@ class PrefixCache:
         """Empties a sequence's slot, and keeps the state with the sequence if the RAM for prefixes has room for it."""
         state = self._cells.save(slot.id, self._host.room_for_copies())
         if state.size:
-            self._untree(self._host.lend(state.nbytes))
+            self._host.lend(state.nbytes)
             sequence.parked = self._saved(slot, state)
         self._empty(slot)
 
@@ -280,8 +196,8 @@ class PrefixCache:
 
     def leave(self, slot: Slot) -> None:
         """Records that the slot's sequence leaves it: only computed tokens are cached, nothing is promised."""
-        if slot.sequence is not None and slot.sequence.moves:
-            self._cells.drop_aside()
+        if self._moved is not None and slot.sequence is not None:
+            self._moved.drop(slot.sequence)
         self._tree.cut(slot, len(slot.cached))
 
     def checkpoint(self, slot: Slot) -> None:
@@ -294,7 +210,7 @@ class PrefixCache:
             return
         state = self._cells.snapshot(slot.id, self._host.capacity)
         if state.size:
-            self._add(Checkpoint(packed(tokens), self._cells.least_saved(len(tokens)), state))
+            self._host.add(Checkpoint(packed(tokens), self._cells.least_saved(len(tokens)), state))
 
     def wipe(self, spoilt: Collection[Slot], sound: Slot | None) -> None:
         """Empties free slots, and overwrites their cells with those of ``sound``, or with zeros if that is None.
@@ -323,8 +239,8 @@ class PrefixCache:
         if (stored := sequence.stored) is None:
             return False
         if self._reading is None and sequence.reading is None:
-            self._untree(self._host.make_room(stored.n_bytes))
-            self._untree(self._host.lend(stored.n_bytes))
+            self._host.make_room(stored.n_bytes)
+            self._host.lend(stored.n_bytes)
             self._reading = disk.read(stored)
         if self._reading is not None and self._reading.stored is stored:
             sequence.reading = self._reading
@@ -363,30 +279,40 @@ class PrefixCache:
         slot.exact = sys.maxsize
         self._cells.trim(slot.id, 0)
 
-    def _shifted(self, slot: Slot, sequence: Sequence, n_found: int) -> "_Shifted | None":
-        """Returns where most of a prompt's tokens are, also at other positions; None if a prefix is nearly as good."""
-        if self._reuse is None or sequence.exact or sequence.prompt_logprobs is not None or self._copying:
+    def _enter_moved(self, slot: Slot, sequence: Sequence, n_found: int) -> tuple[int, Place] | None:
+        """Fills a slot with the tokens of a prompt that are cached at other positions.
+
+        Returns the length of the prefix in the slot, and where it was found. None if no cells are moved, because a
+        prefix of ``n_found`` tokens is nearly as good.
+        """
+        if self._moved is None or self._copying:
             return None
-        tokens, most, best = sequence.tokens[:-1], n_found + self._reuse - 1, None
-        for holder in (slot, *self._host.saved()) if len(tokens) > most else ():
-            length = common_prefix(holder.cached, tokens)
-            found = _Shifted(holder, length, moved(holder.cached, tokens, length, self._reuse))
-            if found.moves and found.n_tokens > most:
-                best, most = found, found.n_tokens
-        return best
+        found = self._moved.find(sequence, (slot, *self._host.saved()), n_found)
+        if found is None:
+            return None
+        place: Place = "slot" if isinstance(found.holder, Slot) else "ram"
+        if place == "slot":
+            self._keep(slot, found.n_tokens)
+        else:
+            self._fetch(slot, CachedPrefix(found.holder, found.n_tokens, found.n_tokens))
+        if not slot.cached:
+            return 0, place
+        self._divergences.last = None
+        self._moved.set_aside(slot, sequence, found)
+        return found.length, place
 
-    def _found(self, holder: Slot | Saved, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> CachedPrefix:
-        common = depth + common_prefix(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK])
-        common = min(common, len(prompt) - 1)
-        length, checkpoint = self._reach(holder, min(common, len(holder.cached)), usable)
-        return CachedPrefix(holder, length, common if common > len(holder.cached) else length, checkpoint)
-
-    def _reach(self, holder: Slot | Saved, length: int, usable: Tokens[Usable]) -> Reach:
-        """Returns the longest prefix of at most ``length`` tokens to which the holder's cells can be cut."""
-        if length >= (holder.least if isinstance(holder, Saved) else self._cells.least(holder.id)):
-            return length, None
-        reaches = ((min(length, each.most), each.checkpoint) for each in usable if each.least <= length)
-        return max(reaches, key=lambda reach: reach[0], default=(0, None))
+    def _enter_prefix(self, slot: Slot, reach: Reach, found: CachedPrefix | None) -> tuple[int, Place]:
+        """Cuts a slot to its own prefix, or to the found one if that is much longer. Returns as ``_enter_moved``."""
+        place: Place = "slot"
+        worth = max(BLOCK, int(self._cells.n_ctx * WORTH_COPYING))
+        if found is None or found.holder is slot or found.length < reach[0] + worth:
+            self._keep(slot, reach[0])
+        else:
+            if isinstance(found.holder, Saved):
+                place = "disk" if found.holder in self._fresh else "ram"
+                self._fresh.discard(found.holder)
+            reach = self._fetch(slot, found)
+        return self._cut(slot, *reach), place
 
     def _cut(self, slot: Slot, length: int, checkpoint: Checkpoint | None) -> int:
         """Cuts a slot's cells to ``length``, or to none if that fails. Returns the number of tokens left."""
@@ -404,7 +330,7 @@ class PrefixCache:
         source = found.holder
         if isinstance(source, Saved):
             if len(source.cached) - found.length < _worth_saving(source.cached):
-                self._drop(source)
+                self._host.drop(source)
             else:
                 self._host.used(source)
         self._keep(slot, 0)
@@ -419,18 +345,18 @@ class PrefixCache:
         slot.exact = source.exact
         return found.length, found.checkpoint
 
-    def _state(self, source: Slot | Saved) -> State:
+    def _state(self, source: Holder) -> State:
         """Returns a holder's cells. Those of a slot take room of the host tier for a moment."""
         if isinstance(source, Saved):
             return source.state
         state = self._cells.save(source.id, self._host.capacity)
-        self._untree(self._host.make_room(state.nbytes))
+        self._host.make_room(state.nbytes)
         return state
 
     def _keep(self, slot: Slot, n_kept: int) -> None:
         """Saves the slot's state if many of its tokens are neither among the ``n_kept`` first nor cached elsewhere."""
         usable = self._host.usable(slot.cached)
-        n_safe = max(n_kept, self._held_elsewhere(slot, usable))
+        n_safe = max(n_kept, self._search.held_elsewhere(slot, usable))
         if self._host.capacity == 0 or len(slot.cached) - n_safe < _worth_saving(slot.cached):
             return
         state = self._cells.save(slot.id, self._host.capacity)
@@ -447,9 +373,9 @@ class PrefixCache:
     def _put(self, saved: Saved, usable: Tokens[Usable]) -> None:
         """Keeps a saved state in RAM instead of those of its prefixes."""
         for other in [each for each in self._host.saved() if each.cached == saved.cached[: len(each.cached)]]:
-            if self._reach(saved, len(other.cached), usable)[0] == len(other.cached):
-                self._drop(other)
-        if self._add(saved):
+            if self._search.reach(saved, len(other.cached), usable)[0] == len(other.cached):
+                self._host.drop(other)
+        if self._host.add(saved):
             self._tree.put(saved, saved.cached)
 
     def _settle_disk(self) -> None:
@@ -467,62 +393,35 @@ class PrefixCache:
         known = {len(each.checkpoint.tokens) for each in self._host.usable(saved.cached)}
         for each in checkpoints:
             if len(each.tokens) not in known:
-                self._add(each)
+                self._host.add(each)
         self._put(saved, self._host.usable(saved.cached))
         self._fresh.add(saved)
 
-    def _is_due(self, holder: Slot | Saved, *, last: bool = False) -> bool:
+    def _is_due(self, holder: Holder, *, last: bool = False) -> bool:
         """Whether a holder should be written to disk. Shifted cells never are, since replayed requests read files."""
         exact = holder.exact >= len(holder.cached)
         return exact and self._disk is not None and self._disk.is_due(holder.cached, last=last)
 
-    def _copy_of(self, holder: Slot | Saved) -> Saved | None:
+    def _copy_of(self, holder: Holder) -> Saved | None:
         """Returns the state to write; None if there is no RAM for a copy of a slot."""
         if isinstance(holder, Saved):
             return holder
         state = self._cells.save(holder.id, self._host.room_for_copies())
         if not state.size:
             return None
-        self._untree(self._host.lend(state.nbytes))
+        self._host.lend(state.nbytes)
         self._copied = state.nbytes
         return self._saved(holder, state)
 
     def _write(self, saved: Saved) -> None:
         """Has a saved state written to disk, with the last checkpoints that take no more than it does."""
         assert self._disk is not None
-        usable = self._host.usable(saved.cached)
-        found = [each.checkpoint for each in usable if each.most == len(each.checkpoint.tokens)]
-        chosen: list[Checkpoint] = []
-        left = min(saved.state.nbytes, self._host.capacity - saved.n_bytes)
-        for each in sorted(found, key=lambda each: len(each.tokens), reverse=True):
-            if (left := left - each.n_bytes) < 0:
-                break
-            chosen.append(each)
-        self._disk.write(saved, chosen)
+        most = min(saved.state.nbytes, self._host.capacity - saved.n_bytes)
+        self._disk.write(saved, self._host.checkpoints(saved.cached, most))
 
-    def _held_elsewhere(self, slot: Slot, usable: Tokens[Usable]) -> int:
-        """Returns how many leading tokens of the slot are cached in another place, in whole blocks."""
-        best = 0
-        for depth, holders in self._tree.matches(slot.cached):
-            if best >= depth:
-                break
-            others = (each for each in holders if each is not slot and len(each.cached) >= depth)
-            best = max([best, *(self._reach(each, depth, usable)[0] for each in others)])
-        return best
-
-    def _add(self, entry: Saved | Checkpoint) -> bool:
-        dropped = self._host.add(entry)
-        self._untree(dropped or [])
-        return dropped is not None
-
-    def _drop(self, saved: Saved) -> None:
-        self._host.drop(saved)
-        self._untree([saved])
-
-    def _untree(self, dropped: list[Saved]) -> None:
-        for saved in dropped:
-            self._tree.cut(saved, 0)
-            self._fresh.discard(saved)
+    def _untree(self, saved: Saved) -> None:
+        self._tree.cut(saved, 0)
+        self._fresh.discard(saved)
 
 
 def _worth_saving(tokens: Tokens[int]) -> float:

@@ -67,6 +67,10 @@ class Cells(Protocol):
         """
         ...
 
+
+class MovableCells(Cells, Protocol):
+    """Cells of a single slot, which can be used at other positions."""
+
     def set_aside(self, slot: int, length: int, moves: Sequence[Move]) -> None:
         """Cuts a slot to ``length``, and keeps the cells of ``moves`` aside, rotated to their new positions."""
         ...

@@ -6,12 +6,32 @@ from collections.abc import Sequence as Tokens
 
 WORTH_TELLING = 512
 """The fewest tokens after the departure that must be the same."""
+MAX_TOLD = 1000
+"""The most divergences that are told of one model."""
 _WINDOW = 32
 """Consecutive tokens that are compared together."""
 _SAMPLES = 64
 """Windows of an earlier prompt that are looked for in the new one, spread evenly."""
 _BYTES = 4
 """Bytes of one token."""
+
+
+class Divergences:
+    """The divergences of a model's prompts. ``last`` is the last one."""
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+        self._told: set[int] = set()
+
+    def new(self, prompt: Tokens[int], earlier: Iterable[Tokens[int]], n_cached: int) -> int | None:
+        """Returns the ``divergence``; None if the same place has been returned before."""
+        at = divergence(prompt, earlier, n_cached)
+        if at is not None:
+            self.last = at
+        if at is None or at in self._told or len(self._told) == MAX_TOLD:
+            return None
+        self._told.add(at)
+        return at
 
 
 def divergence(prompt: Tokens[int], earlier: Iterable[Tokens[int]], n_cached: int) -> int | None:

@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from itertools import islice
@@ -76,8 +76,10 @@ class HostTier:
     prefix therefore outlasts many short ones that are used once.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, dropped: Callable[[Saved], None]) -> None:
+        """``dropped`` is called with each saved slot that is dropped."""
         self.capacity = capacity
+        self._dropped = dropped
         self.n_bytes = 0
         self.lent = 0  # the part of ``n_bytes`` for states on their way to or from the disk
         self._kept: dict[Saved | Checkpoint, None] = {}  # least recently used first
@@ -95,42 +97,44 @@ class HostTier:
         found = (Usable(each.least, common_length(each.tokens, wanted), each) for each in checkpoints)
         return [each for each in found if each.most >= each.least]
 
-    def add(self, entry: Saved | Checkpoint) -> list[Saved] | None:
-        """Keeps an entry as the one used last. Returns the saved slots dropped for it, or None if it is too large."""
+    def checkpoints(self, tokens: Tokens[int], most: int) -> list[Checkpoint]:
+        """Returns the longest checkpoints of whole prefixes of ``tokens`` that take at most ``most`` bytes together."""
+        found = [each.checkpoint for each in self.usable(tokens) if each.most == len(each.checkpoint.tokens)]
+        chosen: list[Checkpoint] = []
+        for each in sorted(found, key=lambda each: len(each.tokens), reverse=True):
+            if (most := most - each.n_bytes) < 0:
+                break
+            chosen.append(each)
+        return chosen
+
+    def add(self, entry: Saved | Checkpoint) -> bool:
+        """Keeps an entry as the one used last. Returns false if it is too large."""
         if entry.n_bytes > self.capacity:
-            return None
-        dropped = self.make_room(entry.n_bytes)
+            return False
+        self.make_room(entry.n_bytes)
         self._kept[entry] = None
         self.n_bytes += entry.n_bytes
-        return dropped
+        return True
 
-    def make_room(self, n_bytes: int) -> list[Saved]:
-        """Drops entries until ``n_bytes`` fit beside the others. Returns the saved slots among them."""
-        dropped: list[Saved] = []
+    def make_room(self, n_bytes: int) -> None:
+        """Drops entries until ``n_bytes`` fit beside the others."""
         while self._kept and self.n_bytes + n_bytes > self.capacity:
             oldest = list(islice(self._kept, max(1, min(_CANDIDATES, len(self._kept) // 2))))
-            victim = min(oldest, key=self._cost)
-            self.drop(victim)
-            if isinstance(victim, Saved):
-                dropped.append(victim)
-        return dropped
+            self.drop(min(oldest, key=self._cost))
 
     def room_for_copies(self) -> int:
         """Returns the bytes that a copy may take: all but those of checkpoints, which the slots need."""
         kept = sum(each.n_bytes for each in self._kept if isinstance(each, Checkpoint))
         return max(0, self.capacity - self.lent - kept)
 
-    def lend(self, n_bytes: int) -> list[Saved]:
-        """Counts ``n_bytes`` for a copy, for which saved slots are dropped, oldest first. Returns these."""
-        dropped: list[Saved] = []
+    def lend(self, n_bytes: int) -> None:
+        """Counts ``n_bytes`` for a copy, for which saved slots are dropped, oldest first."""
         for each in list(self.saved()):
             if self.n_bytes + n_bytes <= self.capacity:
                 break
             self.drop(each)
-            dropped.append(each)
         self.n_bytes += n_bytes
         self.lent += n_bytes
-        return dropped
 
     def take_back(self, n_bytes: int) -> None:
         """Ends what ``lend`` has begun."""
@@ -148,6 +152,8 @@ class HostTier:
         if entry in self._kept:
             del self._kept[entry]
             self.n_bytes -= entry.n_bytes
+            if isinstance(entry, Saved):
+                self._dropped(entry)
 
     def forget(self, tokens: Tokens[int]) -> None:
         """Drops the checkpoints of all prefixes of ``tokens``."""

@@ -9,9 +9,9 @@ import llama_cpp
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.bindings import Context, Logits, Model
 from exo.worker.runner_cuda.loading.threads import Threads
+from exo.worker.runner_cuda.prompt_cuts import MIN_CHUNK
 from exo.worker.runner_cuda.sampling.candidates import NotFinite
 from exo.worker.runner_cuda.sampling.sampler import Turn, choose
-from exo.worker.runner_cuda.scheduler import MIN_CHUNK
 from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 

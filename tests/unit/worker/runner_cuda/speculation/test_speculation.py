@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_cuda.loading.options import Speculate
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
+from exo.worker.runner_cuda.prompt_cuts import SCORED_ROWS
 from exo.worker.runner_cuda.sampling.sampler import Sampler
-from exo.worker.runner_cuda.scheduler import SCORED_ROWS, Scheduler
+from exo.worker.runner_cuda.scheduler import Scheduler
 from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
 from exo.worker.runner_cuda.speculation.speculation import Guesser, Speculation
