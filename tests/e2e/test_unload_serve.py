@@ -26,7 +26,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
     write_card(home, "llama", {"cuda": {"path": str(home / "wide.gguf"), **TABLE, "slots": 16}})
     write_card(home, "mlx", {"mlx": {"path": str(home / "tiny"), "n_ctx": 1024}}, backends=["MlxCpu"])
     write_card(home, "huge", {"cuda": {"path": str(home / "wide.gguf"), **TABLE, "n_ctx": 1 << 20, "slots": 8}})
-    write_card(home, "open", {"cuda": {"path": str(home / "wide.gguf"), **TABLE, "n_ctx": "auto", "slots": 16}})
+    table = {"path": str(home / "wide.gguf"), **TABLE, "n_ctx": "auto", "slots": 16}
+    write_card(home, "open", {"cuda": {**table, "kv": "split"}})
     with ServeProgram(home, EXO_MEMORY_LIMIT=str(LIMIT)) as server:
         yield server
 

@@ -142,7 +142,7 @@ async def test_errors_of_cuda_and_of_memory_are_told_plainly(
         ([b"Hello!\n"], "it wrote b'Hello!'"),
         ([LOADING], "its first message was 'status' instead of the status Idle"),
         ([IDLE, READY], "it went from Idle to Ready"),
-        ([IDLE, LOADING, LOADED, LOADING], "it went from Loaded to Loading"),
+        ([IDLE, LOADING, LOADED, IDLE], "it went from Loaded to Idle"),
         ([IDLE, LOADING, LOADED, encode(Status(state="Ready"))], "capabilities must come with the first Ready"),
         ([IDLE, LOADING, LOADED, READY, RUNNING, RUNNING], "it went from Running to Running"),
         (
