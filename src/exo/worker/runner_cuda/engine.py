@@ -186,7 +186,8 @@ class CudaEngine:
     def _read_chunk(self, chunk: Chunk, rows: Logits, done: StepDone) -> Reading[None]:
         """Raises NotFinite and GrammarError."""
         sequence = chunk.sequence
-        if sequence.prompt_logprobs is not None and chunk.stop > sequence.n_told:
+        # The last chunk of a prompt that is computed again also has the tokens that had followed it.
+        if sequence.prompt_logprobs is not None and min(chunk.stop, sequence.n_prompt) > sequence.n_told:
             following = sequence.tokens[chunk.start + 1 : chunk.start + 1 + chunk.n_scored]
             k = sequence.prompt_logprobs
             found = [score(row, token, k) for row, token in zip(rows, following, strict=False)]

@@ -1,6 +1,7 @@
 """The operating-system side of a runner: spawn, pipes, signals, reaping. Knows no states and no requests."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -27,6 +28,10 @@ from exo.worker.protocol.wire import ProtocolError, decode_event, encode, named_
 from exo.worker.supervisor.crash_report import StderrLog
 
 log = logging.getLogger(__name__)
+
+# uvloop runs Python code in the new process before the program. A garbage collection there can free an OpenSSL object
+# and wait for ever for a lock that another thread held at the fork. The event loop waits for the program to start.
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 
 _EXIT_SECONDS = 2.0
 """Time for a child that has closed its output to exit, and then for its pipes to run dry."""
@@ -57,8 +62,9 @@ class EventLines:
             lines[0] = bytes(self._rest) + lines[0]
             self._rest.clear()
         self._rest += rest
-        if len(self._rest) > LINE_BYTES:
-            raise ProtocolError(f"it wrote a line of more than {LINE_BYTES} bytes", named_request(self._rest))
+        for line in (*lines[:1], self._rest):  # no other can be so long, since it came in one piece
+            if len(line) > LINE_BYTES:
+                raise ProtocolError(f"it wrote a line of more than {LINE_BYTES} bytes", named_request(line))
         for line in lines:
             try:
                 event = decode_event(line)
