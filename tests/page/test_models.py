@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     ]
     with serve(tmp_path_factory.mktemp("server"), *cards) as url:
         yield url
+
+
+@contextmanager
+def stalled_download(home: Path) -> Generator[tuple[LocalHub, str]]:
+    """Yields a hub that stops in the middle of a card's file until it may go on, and the URL of a server."""
+    write_card(home, "far", {"cuda": {"repo": REPO, "file": FILE}})
+    with LocalHub() as hub:
+        hub.commit({FILE: CONTENT})
+        hub.state.faults = [Fault("stall", at=len(CONTENT) // 2)]
+        with ServeProgram(home, HF_ENDPOINT=hub.url) as server:
+            yield hub, server.url
 
 
 def row(page: Page, model: str) -> Locator:
@@ -74,40 +86,32 @@ def test_a_failed_load_says_why(url: str, visitor: Visitor) -> None:
 
 
 def test_a_download_shows_its_progress(tmp_path: Path, visitor: Visitor) -> None:
-    write_card(tmp_path, "far", {"cuda": {"repo": REPO, "file": FILE}})
-    with LocalHub() as hub:
-        hub.commit({FILE: CONTENT})
-        hub.state.faults = [Fault("stall", at=len(CONTENT) // 2)]
-        with ServeProgram(tmp_path, HF_ENDPOINT=hub.url) as server:
-            page = visitor.open(f"{server.url}/#models")
-            model = row(page, "test/far")
-            expect(model.locator("summary")).to_contain_text("not on disk")
-            model.get_by_role("button", name="Download").click()
-            expect(model.get_by_role("status")).to_contain_text("downloading: ")
-            expect(model.get_by_role("status")).to_contain_text("of 1 MiB")
-            expect(model.get_by_role("progressbar")).to_be_visible()
-            expect(model.get_by_role("button", name="Cancel")).to_be_visible()
-            hub.state.go_on.set()
-            expect(model.get_by_role("status")).to_have_text("It is on disk.")
-            expect(model.locator("summary")).to_contain_text("on disk")
-            expect(model.get_by_role("progressbar")).to_be_hidden()
-            expect(model.get_by_role("button", name="Load", exact=True)).to_be_visible()
-            page.close()  # it would ask a server that is gone
+    with stalled_download(tmp_path) as (hub, url):
+        page = visitor.open(f"{url}/#models")
+        model = row(page, "test/far")
+        expect(model.locator("summary")).to_contain_text("not on disk")
+        model.get_by_role("button", name="Download").click()
+        expect(model.get_by_role("status")).to_contain_text("downloading: ")
+        expect(model.get_by_role("status")).to_contain_text("of 1 MiB")
+        expect(model.get_by_role("progressbar")).to_be_visible()
+        expect(model.get_by_role("button", name="Cancel")).to_be_visible()
+        hub.state.go_on.set()
+        expect(model.get_by_role("status")).to_have_text("It is on disk.")
+        expect(model.locator("summary")).to_contain_text("on disk")
+        expect(model.get_by_role("progressbar")).to_be_hidden()
+        expect(model.get_by_role("button", name="Load", exact=True)).to_be_visible()
+        page.close()  # it would ask a server that is gone
     assert (tmp_path / "models" / REPO.replace("/", "--") / FILE).read_bytes() == CONTENT
 
 
 def test_a_download_can_be_cancelled(tmp_path: Path, visitor: Visitor) -> None:
-    write_card(tmp_path, "far", {"cuda": {"repo": REPO, "file": FILE}})
-    with LocalHub() as hub:
-        hub.commit({FILE: CONTENT})
-        hub.state.faults = [Fault("stall", at=len(CONTENT) // 2)]
-        with ServeProgram(tmp_path, HF_ENDPOINT=hub.url) as server:
-            page = visitor.open(f"{server.url}/#models")
-            model = row(page, "test/far")
-            model.get_by_role("button", name="Download").click()
-            expect(model.get_by_role("status")).to_contain_text("downloading: ")
-            model.get_by_role("button", name="Cancel").click()
-            expect(model.get_by_role("status")).to_contain_text("The download is cancelled")
-            expect(model.get_by_role("button", name="Download")).to_be_visible()
-            page.close()
-            hub.state.go_on.set()
+    with stalled_download(tmp_path) as (hub, url):
+        page = visitor.open(f"{url}/#models")
+        model = row(page, "test/far")
+        model.get_by_role("button", name="Download").click()
+        expect(model.get_by_role("status")).to_contain_text("downloading: ")
+        model.get_by_role("button", name="Cancel").click()
+        expect(model.get_by_role("status")).to_contain_text("The download is cancelled")
+        expect(model.get_by_role("button", name="Download")).to_be_visible()
+        page.close()
+        hub.state.go_on.set()

@@ -174,7 +174,7 @@ def _whole(path: Path, source: Source, manifest: Manifest) -> dict[str, int]:
     inside = PurePosixPath(source.path or source.file or "").parent if source.runner == "cuda" else PurePosixPath()
     names = set(manifest.files)
     if source.path is not None and source.runner == "cuda" and source.mmproj is None:
-        # Of one file, the parts: its folder may hold thousands of others.
+        # Only the parts of this file are looked for: its folder may hold thousands of other files.
         names |= {str(inside / part.name) for part in split_parts(Path(source.path))} - manifest.pending.keys()
     else:
         with suppress(OSError):

@@ -21,7 +21,7 @@ class Move:
 
     @property
     def shift(self) -> int:
-        """What is added to each position."""
+        """The number that each position grows by; negative for a move towards the start."""
         return self.target - self.source
 
 
