@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from exo.worker.runner_cuda.loading.estimate import DEVICE_CONTEXT
+from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
 from tests.support.rpc_devices import rpc_devices
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Embed, Estimate, Load
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.runner_cuda.loading.estimate import DEVICE_CONTEXT
+from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
 from tests.support.program import Program, ask
 from tests.support.rpc_devices import RpcDevice, llama_command, rpc_devices
 from tests.support.tiny import Shape, write_gguf

@@ -16,10 +16,12 @@ from exo.worker.protocol.events import Estimated, Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.gguf import GgufHeader
-from exo.worker.runner_cuda.bindings import Context, Log, Logits, Model, Rows
+from exo.worker.runner_cuda.bindings import Context, Logits, Model, Rows
 from exo.worker.runner_cuda.loading import estimate as estimates
 from exo.worker.runner_cuda.loading import loader
 from exo.worker.runner_cuda.loading.devices import Gpu
+from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
+from exo.worker.runner_cuda.loading.llama_log import Log
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
 from tests.support.gguf_bytes import field, header, read, text
@@ -232,7 +234,7 @@ def only(path: Path, **table: JsonValue) -> LoadOption:
 def test_a_model_on_one_card_takes_nothing_of_the_other(model: Path) -> None:
     first, second = only(model, devices=["CUDA0"]), only(model, devices=["CUDA1"])
     assert (first.devices.keys(), second.devices.keys()) == ({"CUDA0"}, {"CUDA1"})
-    assert first.devices["CUDA0"] == second.devices["CUDA1"] > estimates.DEVICE_CONTEXT
+    assert first.devices["CUDA0"] == second.devices["CUDA1"] > DEVICE_CONTEXT
     assert only(model, split_mode="none", main_gpu=1) == second
     assert only(model, devices=["CPU"]).devices == {}
 
@@ -284,7 +286,7 @@ def test_an_open_context_and_open_layers_are_tried_with_each_way_to_divide_them(
     settings = [(each.settings["n_gpu_layers"], each.settings["tensor_split"]) for each in estimated.choices]
     assert settings[:4] == [(7, [0.75, 0.25]), (7, [0.5, 0.5]), (6, [0.75, 0.25]), (6, [0.5, 0.5])]
     assert settings[estimated.enough] == (7, [0.5, 0.5])
-    assert set(estimated.choices[-1].devices.values()) == {estimates.DEVICE_CONTEXT}
+    assert set(estimated.choices[-1].devices.values()) == {DEVICE_CONTEXT}
     usual = ask(model, n_ctx="auto").choices
     assert all(each.settings.keys() == {"n_ctx", "kv", "devices", "tensor_split"} for each in usual)
 

@@ -1,31 +1,31 @@
-"""The ctypes edge: this file and ``device_chains`` own llama.cpp's handles. Only one thread may use a ``Context``.
+"""llama.cpp's model and its context for generation. Only one thread may use a ``Context``.
+
+The ctypes edge consists of this file, ``pooled_context``, ``llama_log`` and ``device_chains``, which own llama.cpp's
+handles.
 
 Field names and constants are those of llama-cpp-python 0.3.36. Every struct starts from its ``default_params``, because
 the layouts change in nearly every release.
 """
 
 import ctypes
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import ClassVar
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.protocol.events import RAM
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.devices import Gpu
-from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, Pooling
+from exo.worker.runner_cuda.loading.llama_log import Log, load_error
+from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import experts_of
 from exo.worker.runner_cuda.prefix.moved import Move, in_order
 
 Logits = npt.NDArray[np.float32]
-Vector = npt.NDArray[np.float32]
 State = npt.NDArray[np.uint8]
 
 CACHE_TYPES = {
@@ -34,59 +34,10 @@ CACHE_TYPES = {
 """ggml's type numbers (``enum ggml_type``)."""
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-POOLING: dict[Pooling, int] = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
-"""``enum llama_pooling_type``."""
 
 
 class EngineError(Exception):
     """llama.cpp failed and can no longer be trusted, so the process must end."""
-
-
-class Log:
-    """Receives llama.cpp's log. Warnings and errors go to standard error; the last errors are kept for diagnosis.
-
-    It also keeps llama.cpp's account of the places of a model's layers, of the last model that was loaded.
-    """
-
-    DEBUG, WARNING, ERROR = 1, 3, 4
-    _LAYER = re.compile(rb"load_tensors: layer +(\d+) assigned to device (\S+),")
-    _IN_RAM = re.compile(rb"tensor blk\.(\d+)\.\S+ \(.*\) buffer type overridden to ")
-    # llama.cpp keeps the function's address until the process ends, so the function must never be collected.
-    _callbacks: ClassVar[list[object]] = []
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self._places: dict[int, str] = {}
-        self._overridden: set[int] = set()
-        callback = llama_cpp.llama_log_callback(self._receive)
-        self._callbacks.append(callback)
-        llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-
-    @property
-    def layers(self) -> dict[str, int]:
-        """The number of layers in each place, as in ``Layout.layers``."""
-        places = [RAM if name == CPU else name for name in self._places.values()]
-        return {name: places.count(name) for name in dict.fromkeys(places)}
-
-    @property
-    def experts_in_ram(self) -> int:
-        """The number of layers on a device with tensors that ``cpu_moe`` keeps in RAM."""
-        return sum(self._places[layer] != CPU for layer in self._overridden)
-
-    def _receive(self, level: int, text: bytes, _: object) -> None:
-        if level == self.DEBUG and (found := self._LAYER.match(text)):
-            layer = int(found[1])
-            if layer == 0:
-                self._places, self._overridden = {}, set()
-            self._places[layer] = found[2].decode()
-        elif level == self.DEBUG and (found := self._IN_RAM.match(text)):
-            self._overridden.add(int(found[1]))
-        if level not in (self.WARNING, self.ERROR):
-            return
-        line = text.decode(errors="replace").strip()
-        sys.stderr.write(line + "\n")
-        if level == self.ERROR:
-            self.errors = [*self.errors[-9:], line]
 
 
 class Model:
@@ -130,7 +81,7 @@ class Model:
             params.tensor_split = shares
         handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
-            raise _load_error(f"llama.cpp could not load {path}", log)
+            raise load_error(f"llama.cpp could not load {path}", log)
         self.handle = handle
         vocab = llama_cpp.llama_model_get_vocab(handle)
         if vocab is None:
@@ -230,7 +181,7 @@ class Context:
 
     def __init__(self, model: Model, options: CudaOptions, n_ctx: int, rows: Rows, log: Log) -> None:
         """Raises LoadError."""
-        params = _context_params(options)
+        params = context_params(options)
         self.is_pool = options.kv == "pool"
         params.n_ctx = n_ctx if self.is_pool else n_ctx * options.slots
         moves = options.cache_reuse is not None
@@ -243,7 +194,7 @@ class Context:
         params.n_rs_seq = 0 if model.can_cut else options.rollback
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
-            raise _load_error("llama.cpp could not make a context", log)
+            raise load_error("llama.cpp could not make a context", log)
         self.handle = handle
         self.n_ctx = llama_cpp.llama_n_ctx_seq(handle)
         self.batch = Batch(rows.step)
@@ -428,60 +379,7 @@ class Context:
         llama_cpp.llama_free(self.handle)
 
 
-class PooledContext:
-    """Computes vectors or scores of up to ``n_texts`` texts at a time, with the weights that generation uses.
-
-    Each text is a sequence, numbered from 0. They share one unified cache, which is emptied after each group of texts.
-    """
-
-    def __init__(
-        self, model: Model, options: CudaOptions, pooling: Pooling, n_cells: int, n_rows: int, n_texts: int, log: Log
-    ) -> None:
-        """The cache holds ``n_cells`` tokens. A batch has up to ``n_rows``. Raises LoadError."""
-        params = _context_params(options)
-        params.n_ctx = n_cells
-        params.n_seq_max = n_texts
-        params.n_batch = params.n_ubatch = n_rows
-        params.kv_unified = True
-        params.embeddings = True
-        params.pooling_type = POOLING[pooling]
-        handle = llama_cpp.llama_init_from_model(model.handle, params)
-        if not handle:
-            raise _load_error("llama.cpp could not make a context for embeddings", log)
-        self.handle = handle
-        self.batch = Batch(n_rows)
-        self.batch.outputs[:] = 1
-        self.size = 1 if pooling == "rank" else llama_cpp.llama_model_n_embd_out(model.handle)
-        """The length of the vector that ``pooled`` returns."""
-        self._memory = llama_cpp.llama_get_memory(handle)
-
-    def use_threads(self, count: int) -> None:
-        """Sets the number of CPU threads."""
-        llama_cpp.llama_set_n_threads(self.handle, count, count)
-
-    def compute(self, n_rows: int) -> None:
-        """Computes the batch's first ``n_rows``. Raises EngineError: the context is unusable then."""
-        self.batch.struct.n_tokens = n_rows
-        code = llama_cpp.llama_decode(self.handle, self.batch.struct)
-        if code != 0:
-            raise EngineError(f"llama_decode returned {code} for {n_rows} rows to embed")
-
-    def pooled(self, text: int) -> Vector:
-        """Returns the pooled vector of a text's rows in the last batch, as a copy. Waits for the computation to end."""
-        address = llama_cpp.llama_get_embeddings_seq(self.handle, text)
-        return np.ctypeslib.as_array(address, shape=(self.size,)).copy()
-
-    def clear(self, *, data: bool) -> None:
-        """Empties the cache. With ``data``, also overwrites its content, which may contain NaN."""
-        if self._memory is not None:
-            llama_cpp.llama_memory_clear(self._memory, data)
-
-    def free(self) -> None:
-        """Frees the context. Call it from the thread that computes, before the model is freed."""
-        llama_cpp.llama_free(self.handle)
-
-
-def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
+def context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
     """Returns the parameters that all contexts of a model share."""
     params = llama_cpp.llama_context_default_params()
     params.swa_full = options.swa_full
@@ -492,14 +390,6 @@ def _context_params(options: CudaOptions) -> llama_cpp.llama_context_params:
     params.type_v = CACHE_TYPES[options.cache_type_v]
     params.no_perf = True
     return params
-
-
-def _load_error(what: str, log: Log) -> LoadError:
-    detail = "; ".join(log.errors[-3:]) or "it gave no reason"
-    low = detail.lower()
-    if "out of memory" in low or "failed to allocate" in low or "unable to allocate" in low:
-        return LoadError("out_of_memory", f"{what}: not enough memory ({detail})")
-    return LoadError("model_load_failed", f"{what}: {detail}")
 
 
 def engine_version() -> str:

@@ -19,8 +19,10 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.runner_common.commands import TextJob, answer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.bindings import POOLING, Log, Model, PooledContext, Vector
+from exo.worker.runner_cuda.bindings import Model
+from exo.worker.runner_cuda.loading.llama_log import Log
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
+from exo.worker.runner_cuda.pooled_context import POOLING, PooledContext, Vector
 
 LONGEST = 2048
 """The most tokens of a text, unless the card sets that."""

@@ -14,7 +14,7 @@ from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import quality_notes
-from exo.worker.runner_cuda.bindings import Context, Log, Model, Rows, engine_version
+from exo.worker.runner_cuda.bindings import Context, Model, Rows, engine_version
 from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
@@ -22,6 +22,7 @@ from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gp
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.kv_layout import with_layout
+from exo.worker.runner_cuda.loading.llama_log import Log
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
