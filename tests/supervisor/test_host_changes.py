@@ -166,7 +166,7 @@ async def test_ram_that_other_programs_use_is_given_to_no_model(
         def usable(_pids: Collection[int]) -> int:
             return gib * GIB
 
-        monkeypatch.setattr("exo.worker.supervisor.pool.usable_ram", usable)
+        monkeypatch.setattr("exo.worker.supervisor.memory_meter.usable_ram", usable)
 
     others_leave(2)
     card = fake_card(memory=5 * GIB)

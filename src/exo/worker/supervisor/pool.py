@@ -16,7 +16,6 @@ from typing import Self, final
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.to_thread import run_sync
 
 from exo.cards.card import ModelCard
 from exo.worker.protocol.commands import Load
@@ -27,11 +26,11 @@ from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.dry_run import dry_run
-from exo.worker.supervisor.host_memory import memory_of, usable_memory, usable_ram
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.instance_totals import InstanceTotals
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory_meter import MemoryMeter
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_error import RunnerError
@@ -83,11 +82,10 @@ class RunnerPool:
         self._force_load = force_load
         self._instances: dict[str, RunnerInstance] = {}
         self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
+        self._meter = MemoryMeter(self._budget, lambda name: self._instances[name].process.pid)
         self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
         self.totals: defaultdict[tuple[str, str, str], InstanceTotals] = defaultdict(InstanceTotals)
         self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and runner
-        self._device_names: tuple[str, ...] = ()
-        self._most_ram: int | None = None  # None where the limit is the user's, whatever other programs take
         self._n_cores = physical_cores()
         self._planning = anyio.Lock()  # one process at a time
         self._in_flight = RequestCount()  # the requests of all runners
@@ -153,10 +151,7 @@ class RunnerPool:
         keeps its capacity here, because it is measured again before each load. The RAM is measured, too, unless it
         is fixed, but never counts for more than here.
         """
-        self._most_ram = None if ram_is_fixed else capacity.host
-        known = (self._budget.capacity or Memory()).devices
-        self._budget.capacity = Memory(capacity.host, {**capacity.devices, **known})
-        self._device_names = tuple(device_names)
+        self._meter.set_capacity(capacity, device_names, ram_is_fixed=ram_is_fixed)
         self._settle()
 
     def keep_alive(self, model_id: str, seconds: float) -> None:
@@ -289,7 +284,7 @@ class RunnerPool:
 
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
         """See ``runner_process.Admit``."""
-        await self._measure_free_memory()
+        await self._meter.measure_free()
         self._budget.estimate(instance.id, estimated)
         self._settle()
         decision = await asyncio.shield(instance.decision)  # if the process dies meanwhile, the budget may still decide
@@ -375,42 +370,10 @@ class RunnerPool:
                 await self._loaded.wait()
             self._loaded = anyio.Event()
             if self._budget.has_waiters:
-                await self._measure_free_memory()
+                await self._meter.measure_free()
                 self._settle()
-            loaded = [each for each in self._budget if each.state == "loaded"]
-            by_pid = {pid: each for each in loaded if (pid := self._instances[each.name].process.pid) is not None}
-            if by_pid:
-                try:
-                    found = await run_sync(memory_of, list(by_pid), self._device_names, abandon_on_cancel=True)
-                except Exception:
-                    log.exception("the memory of the runners could not be measured")
-                    continue
-                for pid, amount in found.items():
-                    # The runner may have ended during the measurement, and another one may have its name now.
-                    if self._budget.reservation(by_pid[pid].name) is by_pid[pid]:
-                        self._budget.measure(by_pid[pid].name, amount.host, amount.devices)
-                self._settle()
-
-    async def _measure_free_memory(self) -> None:
-        """Updates the capacity: other programs take and free memory."""
-        capacity = self._budget.capacity
-        if capacity is None:
-            return
-        holders: dict[int, tuple[str, ...]] = {}
-        for each in self._instances.values():
-            reservation = self._budget.reservation(each.id)
-            if each.process.pid is not None and reservation is not None:
-                holders[each.process.pid] = tuple(reservation.reserved.devices)
-        found: dict[str, int] = {}
-        try:
-            ram = await run_sync(usable_ram, tuple(holders), abandon_on_cancel=True)
-            if any(self._device_names):
-                found = await run_sync(usable_memory, self._device_names, holders, abandon_on_cancel=True)
-        except Exception:
-            log.exception("the free memory could not be measured")
-            return
-        devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
-        self._budget.capacity = Memory(capacity.host if self._most_ram is None else min(self._most_ram, ram), devices)
+            await self._meter.measure_loaded()
+            self._settle()
 
     def _usable(self) -> Iterator[RunnerInstance]:
         """The instances that take requests."""
