@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import final
 
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.supervisor.does_not_fit import DoesNotFit
 from exo.worker.supervisor.memory import UNKNOWN, Memory
-from exo.worker.supervisor.reservation import Reservation
+from exo.worker.supervisor.reservation import DoesNotFit, Reservation
 
 ALTERNATING_SECONDS = 60.0
 """A model that is requested so soon after its eviction alternates with another one. Both then stay for a while."""
