@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 from anyio.to_thread import run_sync
@@ -21,6 +22,7 @@ from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
 from exo.worker.host import Host, unused_gpus
 from exo.worker.speed import Measurement
+from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
 from exo.worker.supervisor.watchdog import Deadlines
@@ -63,7 +65,7 @@ class Services:
             force_load=limits.force_load,
         )
         self.queues = Queues(limits.max_queue, self.pool.slots)
-        self._prober = HostProber(commands, limits.memory, self.pool, self.speeds)
+        self._prober = HostProber(commands, partial(self._set_host, limits.memory))
         self.routing = Routing(self.cards, self._prober, self.pool, self.queues, self.speeds, settings.prefer)
         self.models = LoadedModels(
             self.cards, self.routing, self.pool, self.pulls, self.templates, limits.drain_seconds
@@ -96,6 +98,14 @@ class Services:
                 self.speeds.save(self.speeds.unsaved())
                 await self.templates.aclose()
                 await self.gbnf.aclose()
+
+    def _set_host(self, memory_limit: int | None, host: Host) -> None:
+        self.pool.set_capacity(
+            capacity(host, memory_limit),
+            [each.id for each in host.nvidia_devices],
+            ram_is_fixed=memory_limit is not None,
+        )
+        self.speeds.set_host(host)
 
     def _measured(self, card: ModelCard, runner: str, measurement: Measurement) -> None:
         self.speeds.add(card, runner, measurement, time.time())

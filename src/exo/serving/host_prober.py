@@ -1,16 +1,13 @@
 """Asks the runners for their abilities on this host, again if one did not answer, and when a request needs it."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import anyio
 
 from exo.worker.host import Host, unused_gpus, updated
-from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.host_probe import PROBE_SECONDS, TRY_SECONDS, probe_host
-from exo.worker.supervisor.pool import RunnerPool
-from exo.worker.supervisor.speed_store import SpeedStore
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +19,13 @@ _LONGEST_PAUSE_SECONDS = 600.0
 
 @final
 class HostProber:
-    """Probes the host and passes the result to ``pool`` and ``speeds``."""
+    """Probes the host. Each result goes to ``on_host``."""
 
-    def __init__(
-        self,
-        commands: Mapping[str, Sequence[str]] | None,
-        memory_limit: int | None,
-        pool: RunnerPool,
-        speeds: SpeedStore,
-    ) -> None:
-        """``commands`` start the runners, by name; None means the real ones. ``memory_limit`` is in bytes."""
+    def __init__(self, commands: Mapping[str, Sequence[str]] | None, on_host: Callable[[Host], None]) -> None:
+        """``commands`` start the runners, by name; None means the real ones."""
         self.host: Host | None = None  # None until the first probe has ended
         self._commands = commands and {name: (*command, "--probe") for name, command in commands.items()}
-        self._memory_limit = memory_limit
-        self._pool = pool
-        self._speeds = speeds
+        self._on_host = on_host
         self._probed = anyio.Event()
         self._probing = anyio.Lock()
         self._next = 0.0  # the time of the next probe that a request may cause
@@ -86,12 +75,7 @@ class HostProber:
                 log.warning("%s", unused)
         host = self.host = found if self.host is None else updated(self.host, found)
         self._probed.set()
-        self._pool.set_capacity(
-            capacity(host, self._memory_limit),
-            [each.id for each in host.nvidia_devices],
-            ram_is_fixed=self._memory_limit is not None,
-        )
-        self._speeds.set_host(host)
+        self._on_host(host)
         if host.unanswered:
             names = ", ".join(sorted(host.unanswered))
             log.warning("the probe of %s did not answer within %g s and is repeated", names, deadline)
