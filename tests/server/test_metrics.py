@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from exo.config import Access, ApiKey
-from exo.worker.supervisor.gpu_gauges import read_gpus
+from exo.worker.supervisor.nvml import read_gpus
 from tests import ROOT
 from tests.conftest import fake_card
 from tests.support.api_server import serve

@@ -16,7 +16,7 @@ from exo.compare.engine import ComparedEngine
 from exo.compare.scoring import Tokens
 from exo.worker.protocol.commands import Generate, SamplingParams
 from exo.worker.protocol.events import Delta, Failed, Finished, PrefillProgress, PromptLogprobs
-from exo.worker.supervisor.host_probe import query_nvml
+from exo.worker.supervisor.nvml import query_nvml
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess
 

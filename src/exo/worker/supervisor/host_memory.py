@@ -10,8 +10,8 @@ from typing import NamedTuple
 import psutil
 
 from exo.worker.host import Host
-from exo.worker.supervisor.host_probe import query_nvml
 from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.nvml import query_nvml
 
 _MARGIN, _LARGEST_MARGIN = 0.1, 4 << 30
 """The part of the RAM left to everything else: a share, and a limit in bytes."""

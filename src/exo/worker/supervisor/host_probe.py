@@ -3,11 +3,10 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import psutil
@@ -18,12 +17,11 @@ from exo.worker.host import GpuProcess, Host, NvidiaDevice, with_engine_names
 from exo.worker.protocol import nvidia_driver
 from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.supervisor.nvml import nvml_errors, query_nvml
 
 PROBE_SECONDS = 15.0
 TRY_SECONDS = 120.0
 """Deadline of probes that import a slow engine."""
-
-_Answer = TypeVar("_Answer")
 
 
 def probe_commands(*, thorough: bool = False) -> dict[str, tuple[str, ...]]:
@@ -109,24 +107,6 @@ async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
         return _unusable(name, f"{ended}: {last_line[:500]}")
 
 
-def query_nvml(query: Callable[[ModuleType], _Answer], default: _Answer) -> _Answer:
-    """Calls ``query`` with NVML's Python module. Returns ``default`` without a driver, or if the query fails."""
-    nvml = import_module("pynvml")  # it ships no types, so a plain import would not type-check
-    try:
-        nvml.nvmlInit()
-        try:
-            return query(nvml)
-        finally:
-            nvml.nvmlShutdown()
-    except _nvml_errors(nvml):
-        return default
-
-
-def _nvml_errors(nvml: ModuleType) -> tuple[type[Exception], ...]:
-    """A driver that lacks a function is an error of another class if NVML's own headers have a newer version of it."""
-    return nvml.NVMLError, nvml.NVMLLibraryMismatchError
-
-
 def _nvidia_driver(nvml: ModuleType) -> tuple[Sequence[NvidiaDevice], str]:
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     version, cuda = _told(nvml, "nvmlSystemGetDriverVersion"), _told(nvml, "nvmlSystemGetCudaDriverVersion_v2")
@@ -146,7 +126,7 @@ def _told(nvml: ModuleType, name: str, *arguments: object) -> Any:  # noqa: ANN4
     """Calls an NVML function. Returns None if this driver or this device does not have it."""
     try:
         return getattr(nvml, name)(*arguments)
-    except (*_nvml_errors(nvml), AttributeError):
+    except (*nvml_errors(nvml), AttributeError):
         return None
 
 

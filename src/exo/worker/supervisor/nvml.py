@@ -1,10 +1,30 @@
-"""Memory, utilisation, temperature and power of NVIDIA GPUs, from the driver."""
+"""NVML, NVIDIA's library for questions to the driver; and what it tells of the GPUs: memory, use, heat and power."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
+from typing import TypeVar
 
-from exo.worker.supervisor.host_probe import query_nvml
+_Answer = TypeVar("_Answer")
+
+
+def query_nvml(query: Callable[[ModuleType], _Answer], default: _Answer) -> _Answer:
+    """Calls ``query`` with NVML's Python module. Returns ``default`` without a driver, or if the query fails."""
+    nvml = import_module("pynvml")  # it ships no types, so a plain import would not type-check
+    try:
+        nvml.nvmlInit()
+        try:
+            return query(nvml)
+        finally:
+            nvml.nvmlShutdown()
+    except nvml_errors(nvml):
+        return default
+
+
+def nvml_errors(nvml: ModuleType) -> tuple[type[Exception], ...]:
+    """A driver that lacks a function is an error of another class if NVML's own headers have a newer version of it."""
+    return nvml.NVMLError, nvml.NVMLLibraryMismatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +54,7 @@ def _read(nvml: ModuleType, device: object, name: str) -> GpuGauges:
     def told(read: Callable[[], float], scale: float) -> float | None:
         try:
             return read() / scale
-        except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
+        except nvml_errors(nvml):
             return None
 
     memory = nvml.nvmlDeviceGetMemoryInfo(device)
