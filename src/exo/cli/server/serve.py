@@ -1,6 +1,7 @@
 """``exo serve``."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,76 @@ from exo.cli.models.named_model import named_model
 from exo.cli.options import ModelsDir, ServerOptions
 from exo.config import Limits, Settings
 from exo.exit_code import CommandError, ExitCode
+
+
+@dataclass(frozen=True, slots=True)
+class AccessOptions:
+    """Who may use the server, besides the keys."""
+
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Accept other machines without a key, if --host admits them.")
+    ] = False
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Another host name that clients may use; * is any. Repeatable.")
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may use the server; * is any. Repeatable.")
+    ] = None
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitOptions:
+    """Numbers of requests, times and memory."""
+
+    max_queue: Annotated[
+        str | None, typer.Option(help="Sequences of one model that may wait for a slot. Default: 256.")
+    ] = None
+    drain_timeout: Annotated[
+        str | None, typer.Option(help="Seconds that running requests get when the server is stopped. Default: 30.")
+    ] = None
+    idle_timeout: Annotated[
+        str | None, typer.Option(help="Seconds that a connection without a request stays open. Default 120.")
+    ] = None
+    stall_timeout: Annotated[
+        str | None, typer.Option(help="Seconds until a client that does not read is disconnected. Default: 60.")
+    ] = None
+    memory_limit: Annotated[
+        str | None, typer.Option(help="RAM for all models together, such as 12GB. Default: all but a margin.")
+    ] = None
+    force_load: Annotated[
+        bool, typer.Option("--force-load", help="Load models that do not fit by their estimate. EXO_FORCE_LOAD.")
+    ] = False
+    ttl: Annotated[
+        str | None, typer.Option(help="Seconds that an idle model stays loaded. Default: it stays loaded.")
+    ] = None
+
+    def limits(self) -> Limits:
+        """Raises SettingsError."""
+        return Limits.load(
+            max_queue=self.max_queue,
+            drain=self.drain_timeout,
+            idle=self.idle_timeout,
+            stall=self.stall_timeout,
+            memory=self.memory_limit,
+            ttl=self.ttl,
+            force_load=self.force_load,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """What the server says of its requests. The names are those of the settings."""
+
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log a JSON object in each line instead of text. EXO_LOG_JSON.")
+    ] = False
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log the text of prompts as well. EXO_LOG_PROMPTS.")
+    ] = False
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Export traces to this OpenTelemetry collector: http://localhost:4318.")
+    ] = None
 
 
 def serve(
@@ -30,37 +101,8 @@ def serve(
     auto_pull: Annotated[
         bool, typer.Option("--auto-pull", help="Download a requested model that is not on disk. EXO_AUTO_PULL.")
     ] = False,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Accept other machines without a key, if --host admits them.")
-    ] = False,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Another host name that clients may use; * is any. Repeatable.")
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A web origin whose pages may use the server; * is any. Repeatable.")
-    ] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None,
-    max_queue: Annotated[
-        str | None, typer.Option(help="Sequences of one model that may wait for a slot. Default: 256.")
-    ] = None,
-    drain_timeout: Annotated[
-        str | None, typer.Option(help="Seconds that running requests get when the server is stopped. Default: 30.")
-    ] = None,
-    idle_timeout: Annotated[
-        str | None, typer.Option(help="Seconds that a connection without a request stays open. Default 120.")
-    ] = None,
-    stall_timeout: Annotated[
-        str | None, typer.Option(help="Seconds until a client that does not read is disconnected. Default: 60.")
-    ] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(help="RAM for all models together, such as 12GB. Default: all but a margin.")
-    ] = None,
-    force_load: Annotated[
-        bool, typer.Option("--force-load", help="Load models that do not fit by their estimate. EXO_FORCE_LOAD.")
-    ] = False,
-    ttl: Annotated[
-        str | None, typer.Option(help="Seconds that an idle model stays loaded. Default: it stays loaded.")
-    ] = None,
+    access: AccessOptions,
+    limits: LimitOptions,
     prefer: Annotated[
         str | None,
         typer.Option(help="latency or throughput: among runners with the model loaded, prefer the faster one."),
@@ -68,40 +110,24 @@ def serve(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse unknown request fields instead of warning. EXO_STRICT.")
     ] = False,
-    log_json: Annotated[
-        bool, typer.Option("--log-json", help="Log a JSON object in each line instead of text. EXO_LOG_JSON.")
-    ] = False,
-    log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Log the text of prompts as well. EXO_LOG_PROMPTS.")
-    ] = False,
-    otlp_endpoint: Annotated[
-        str | None, typer.Option(help="Export traces to this OpenTelemetry collector: http://localhost:4318.")
-    ] = None,
+    logs: LogOptions,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
-    access = server.access(
-        allowed_hosts=allowed_host or (), cors_origins=cors_origin or (), insecure=insecure, certificate_key=ssl_keyfile
-    )
     settings = Settings.load(
         host=server.host,
         port=server.port,
         models_directory=models_dir,
-        access=access,
-        limits=Limits.load(
-            max_queue=max_queue,
-            drain=drain_timeout,
-            idle=idle_timeout,
-            stall=stall_timeout,
-            memory=memory_limit,
-            ttl=ttl,
-            force_load=force_load,
+        access=server.access(
+            allowed_hosts=access.allowed_host or (),
+            cors_origins=access.cors_origin or (),
+            insecure=access.insecure,
+            certificate_key=access.ssl_keyfile,
         ),
+        limits=limits.limits(),
         auto_pull=auto_pull,
         prefer=prefer,
         strict=strict,
-        log_json=log_json,
-        log_prompts=log_prompts,
-        otlp_endpoint=otlp_endpoint,
+        **asdict(logs),
     )
     named = [named_model(settings, model) for model in load or ()]
     own = _checked([model for each in named for model in each.own])
