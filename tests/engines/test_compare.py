@@ -25,10 +25,10 @@ from exo.worker.protocol.runners import runner_commands
 from tests.conftest import fake_card
 from tests.support.server import write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.twins import FLOAT32
 
 Table = dict[str, JsonValue]
 
-EXACT: Table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 ROUGH: Table = {"cache_type_k": "bf16", "cache_type_v": "bf16", "flash_attn": "on", "threads": 1}
 TEXTS = (" the stopper and a hello world", "Once upon a time", "hello assistant, stop the user", " and you, and you")
 NOWHERE = Host(system="", machine="", cpu_count=1, memory_total=1, memory_available=1, nvidia_devices=(), probes={})
@@ -59,10 +59,10 @@ def home(gguf: Path) -> Path:
     write_card(
         folder,
         "tiny",
-        {"cuda": {**EXACT, "path": str(gguf), "n_ctx": 256}, "mlx": {"path": str(folder / "tiny")}},
+        {"cuda": {**FLOAT32, "path": str(gguf), "n_ctx": 256}, "mlx": {"path": str(folder / "tiny")}},
         backends=["LlamaCppCpu", "MlxCpu"],
     )
-    write_card(folder, "gguf-only", {"cuda": {**EXACT, "path": str(gguf)}}, backends=["LlamaCppCpu"])
+    write_card(folder, "gguf-only", {"cuda": {**FLOAT32, "path": str(gguf)}}, backends=["LlamaCppCpu"])
     write_card(folder, "lost", {"cuda": {"path": "/no/such.gguf"}}, backends=["LlamaCppCpu", "MlxCpu"])
     return folder
 
@@ -79,7 +79,7 @@ def ask(settings: Settings, model: str, *engines: str, options: CompareOptions |
 
 
 async def test_a_difference_between_two_settings_is_found_measured_and_shown(gguf: Path, tmp_path: Path) -> None:
-    found = await comparison_of(tmp_path, llama_cpp("exact", gguf, EXACT), llama_cpp("rough", gguf, ROUGH))
+    found = await comparison_of(tmp_path, llama_cpp("exact", gguf, FLOAT32), llama_cpp("rough", gguf, ROUGH))
     (pair,) = found.pairs
     assert pair.divergence.positions == sum(row.sequences for row in pair.divergence.by_position) > 30
     assert pair.divergence.vocabulary == 320
@@ -107,7 +107,7 @@ async def test_a_difference_between_two_settings_is_found_measured_and_shown(ggu
 
 
 async def test_an_engine_agrees_with_itself(gguf: Path, tmp_path: Path) -> None:
-    found = await comparison_of(tmp_path, llama_cpp("one", gguf, EXACT), llama_cpp("two", gguf, EXACT))
+    found = await comparison_of(tmp_path, llama_cpp("one", gguf, FLOAT32), llama_cpp("two", gguf, FLOAT32))
     (pair,) = found.pairs
     assert (pair.divergence.max_abs, pair.divergence.kl_max, pair.divergence.top1_agreement) == (0, 0, 1)
     for agreement in (pair.greedy, pair.seeded):
@@ -121,7 +121,7 @@ async def test_another_tokenizer_is_told_and_given_the_reference_s_tokens(gguf: 
     """The reference lacks the last merges of the other, so it has more and smaller tokens for the same text."""
     smaller = tmp_path / "smaller.gguf"
     write_gguf(smaller, Shape(vocabulary=264))
-    engines = llama_cpp("smaller", smaller, EXACT), llama_cpp("larger", gguf, EXACT)
+    engines = llama_cpp("smaller", smaller, FLOAT32), llama_cpp("larger", gguf, FLOAT32)
     found = await comparison_of(tmp_path, *engines, options=CompareOptions((" the world", "1234"), tokens=4))
     (pair,) = found.pairs
     assert [each.prompt for each in pair.tokenisation] == [0]
@@ -184,10 +184,10 @@ def test_texts_that_leave_no_room_are_refused_with_the_numbers(settings: Setting
 
 async def test_a_program_that_dies_is_told_with_its_last_words(gguf: Path, tmp_path: Path) -> None:
     dying = ComparedEngine(
-        "dying", (sys.executable, "-c", "raise SystemExit('no disk')"), llama_cpp("", gguf, EXACT).load
+        "dying", (sys.executable, "-c", "raise SystemExit('no disk')"), llama_cpp("", gguf, FLOAT32).load
     )
     with pytest.raises(CompareError, match=r"engine dying: .*status 1.*no disk"):
-        await comparison_of(tmp_path, llama_cpp("exact", gguf, EXACT), dying)
+        await comparison_of(tmp_path, llama_cpp("exact", gguf, FLOAT32), dying)
 
 
 def test_prompts_come_one_a_line(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_prompts_come_one_a_line(tmp_path: Path) -> None:
 
 async def test_divergence_is_drawn_over_position(gguf: Path, tmp_path: Path) -> None:
     options = CompareOptions(TEXTS[:1], tokens=1)
-    engines = llama_cpp("exact", gguf, EXACT), llama_cpp("rough", gguf, ROUGH)
+    engines = llama_cpp("exact", gguf, FLOAT32), llama_cpp("rough", gguf, ROUGH)
     found = await comparison_of(tmp_path, *engines, options=options)
     draw(found, tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")

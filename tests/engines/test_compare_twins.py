@@ -14,6 +14,7 @@ from exo.worker.protocol.runners import runner_commands
 from tests.conftest import fake_card, needs_vllm
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.shape import ARCHITECTURES, Architecture
+from tests.support.twins import FLOAT32
 
 OPENINGS = (
     " the stopper and a hello world",
@@ -44,10 +45,9 @@ async def test_all_three_engines_say_the_same(tmp_path: Path) -> None:
 async def compared(shape: Shape, names: Sequence[str], folder: Path, prompts: Sequence[str] = PROMPTS) -> Comparison:
     write_gguf(folder / "twin.gguf", shape)
     write_mlx(folder / "twin", shape)
-    exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
     twin = str(folder / "twin")
     loads = {
-        "cuda": Load(model_id="t", backend="LlamaCppCpu", table={"path": f"{twin}.gguf", **exact}),
+        "cuda": Load(model_id="t", backend="LlamaCppCpu", table={"path": f"{twin}.gguf", **FLOAT32}),
         "mlx": Load(model_id="t", backend="MlxCpu", table={"path": twin}),
         "vllm": Load(model_id="t", backend="Vllm", table={"path": twin, "dtype": "float32", "threads": 1}),
     }

@@ -28,9 +28,9 @@ from tests.support.program import DEADLINE_SECONDS, Program, ask, names, runner_
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.encoder import CLS, SEP, Encoder
 from tests.support.tiny.shape import ARCHITECTURES, Architecture
+from tests.support.twins import FLOAT32
 
 TEXTS = ("once upon a time", "x", "the quick brown fox jumps over the lazy dog " * 12, "hello world and you")
-PRECISE: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 BACKENDS = {"cuda": "LlamaCppCpu", "mlx": "MlxCpu"}
 Pooling = Literal["mean", "cls", "last"]
 Runner = Literal["cuda", "mlx"]
@@ -40,7 +40,7 @@ name = names()
 
 @contextmanager
 def running(runner: Runner, path: Path, **table: JsonValue) -> Generator[Program]:
-    settings = PRECISE if runner == "cuda" else {"dtype": "float32"}
+    settings = FLOAT32 if runner == "cuda" else {"dtype": "float32"}
     with Program(runner_command(RUNNERS[runner].module)) as program:
         program.load(
             Load(model_id="test/tiny", backend=BACKENDS[runner], table={"path": str(path), **settings, **table})

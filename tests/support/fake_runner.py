@@ -8,15 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Annotated, BinaryIO, Literal, NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
-from pydantic import BeforeValidator, JsonValue, ValidationError
+from pydantic import ValidationError
 
 from exo.worker.protocol.commands import (
     Cancel,
@@ -70,75 +69,20 @@ from tests.support.fake_model import (
     tokenize,
     vector_of,
 )
+from tests.support.fake_options import CONTEXTS, FakeOptions
 
 COMMAND = (sys.executable, "-m", "tests.support.fake_runner")
 
 
-CONTEXTS = (4096, 2048, 1024, 512)
-"""The contexts for ``n_ctx = "auto"``; for the second one others are unloaded."""
 PROCESS_BYTES = 64 << 20
 """About as much memory as the process has."""
-
-
-def _context(value: JsonValue) -> JsonValue:
-    return 0 if value == "auto" else value
-
-
-class Options(Message):
-    """The engine table of the model card. Counts of tokens are for the whole process, not for one request."""
-
-    slots: int = 4
-    n_ctx: Annotated[int, BeforeValidator(_context)] = 4096
-    """0, or "auto": one of ``CONTEXTS``."""
-    memory: int = 0
-    """Bytes that the estimate adds, as if they were taken with the first request."""
-    memory_per_token: int = 0
-    """The same, for each token of the context."""
-    on_devices: Mapping[str, int] = {}
-    """Bytes of the estimate on each device."""
-    chunk: int = 256
-    """Prompt tokens that one step computes."""
-    step_seconds: float = 0.0
-    load_steps: int = 2
-    load_gate: str = ""
-    """A FIFO: loading continues once it has been opened for writing."""
-    load_step_seconds: float = 0.0
-    """Duration of one of them; the heartbeat continues meanwhile."""
-    hang: Literal["estimate", "load", "request"] | None = None
-    """Where the main thread hangs while another thread sends the heartbeat."""
-    hang_computing: bool = False
-    """Whether it hangs in a loop that computes."""
-    fail_load: str = ""
-    eos_after: int | None = None
-    """Output tokens of one request before the end-of-generation token."""
-    answer: str = ""
-    """The text of every output, in place of the model's own."""
-    die_after: int | None = None
-    """Tokens until the process ends with ``die_with``: an exit code, or the negative number of a signal."""
-    die_with: int = -signal.SIGKILL
-    die_at: int | None = None
-    """Like ``die_after``, but counts the output of one request over all its runners: a replay dies there again."""
-    say_after: int | None = None
-    """Tokens until ``say`` is written to the protocol stream unchanged."""
-    say: str = ""
-    overlong_for: str = ""
-    """A text for whose tokenization the answer is a line that is longer than the limit."""
-    ignore_shutdown: bool = False
-    """Whether it also ignores the end of its input, and SIGTERM."""
-    stderr_lines: int = 0
-    log_commands: bool = False
-    embeddings: bool = True
-    rerank: bool = True
-    chat_template: str | None = None
-    template_file: str = ""
-    """The file with the chat template, in place of a model's file."""
 
 
 @dataclass(slots=True)
 class FakeRunner:
     protocol: BinaryIO
     commands: SimpleQueue[Command | Failed] = field(default_factory=SimpleQueue[Command | Failed])
-    options: Options = field(default_factory=Options)
+    options: FakeOptions = field(default_factory=FakeOptions)
     capabilities: Capabilities | None = None
     sequences: dict[str, FakeSequence] = field(default_factory=dict[str, FakeSequence])
     """In order of arrival; the first ``slots`` run, the others wait."""
@@ -228,9 +172,9 @@ class FakeRunner:
             case Failed():
                 self.emit(command)
 
-    def read_options(self, command: Load) -> Options:
+    def read_options(self, command: Load) -> FakeOptions:
         try:
-            return Options.model_validate(command.table)
+            return FakeOptions.model_validate(command.table)
         except ValidationError as error:
             self.fail(Failed(code="invalid_request", message=describe(error)[1]))
 

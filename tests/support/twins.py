@@ -11,6 +11,8 @@ from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.shape import Architecture
 
 BACKENDS: list[JsonValue] = ["LlamaCppCpu", "MlxCpu"]
+FLOAT32: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+"""Keys of ``[cuda]`` with which llama.cpp computes in float32, and in the same order each time."""
 
 
 def write_twins(home: Path, shape: Shape | None = None, **settings: JsonValue) -> dict[str, dict[str, JsonValue]]:
@@ -19,9 +21,8 @@ def write_twins(home: Path, shape: Shape | None = None, **settings: JsonValue) -
     write_gguf(home / "twin.gguf", shape)
     write_mlx(home / "twin", shape)
     sizes: dict[str, JsonValue] = {"n_ctx": 2048, "slots": 4, **settings}
-    flat: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
     return {
-        "cuda": {"path": str(home / "twin.gguf"), **flat, **sizes},
+        "cuda": {"path": str(home / "twin.gguf"), **FLOAT32, **sizes},
         "mlx": {"path": str(home / "twin"), "dtype": "float32", **sizes},
     }
 
@@ -56,8 +57,7 @@ class Start:
         return self._program("mlx", mlx_load(path, **table))
 
     def cuda(self, path: Path) -> Program:
-        table: dict[str, JsonValue] = {"path": str(path), "threads": 1, "flash_attn": "off"}
-        table |= {"cache_type_k": "f32", "cache_type_v": "f32"}
+        table = {**FLOAT32, "path": str(path)}
         return self._program("cuda", Load(model_id="test/tiny", backend="LlamaCppCpu", table=table))
 
     def _program(self, runner: str, load: Load) -> Program:

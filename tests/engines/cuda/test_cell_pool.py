@@ -16,6 +16,7 @@ from tests.support.edited_gguf import spoil
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.hybrid import write_hybrid
+from tests.support.twins import FLOAT32
 
 CELLS = 1024
 name = names()
@@ -29,14 +30,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
         def start(**more: JsonValue) -> Program:
             table: dict[str, JsonValue] = {
+                **FLOAT32,
                 "path": str(tmp_path / "tiny.gguf"),
                 "kv": "pool",
                 "n_ctx": CELLS,
                 "slots": 4,
-                "threads": 1,
-                "cache_type_k": "f32",
-                "cache_type_v": "f32",
-                "flash_attn": "off",
                 "prefix_cache_bytes": 64 << 20,
             }
             program = stack.enter_context(Program(runner_command("exo.worker.runner_cuda")))

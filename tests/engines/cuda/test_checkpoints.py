@@ -15,6 +15,7 @@ from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.hybrid import write_hybrid
 from tests.support.tiny.tokenizer import END_OF_TURN, Tokenizer
+from tests.support.twins import FLOAT32
 
 END = Tokenizer.of_size(320).id_of(END_OF_TURN)
 CONVERSATIONS = 28
@@ -35,7 +36,7 @@ def start() -> Iterator[Callable[..., Program]]:
     with ExitStack() as stack:
 
         def start(path: Path, backend: str = "LlamaCppCpu", **more: JsonValue) -> Program:
-            table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 2048}
+            table = {**FLOAT32, "n_ctx": 2048}
             program = stack.enter_context(Program(llama_command(backend)))
             table |= {"path": str(path), "n_ubatch": 32, "slots": 2}
             program.load(Load(model_id="test/tiny", backend=backend, table={**table, **more}))

@@ -17,6 +17,7 @@ from tests.support.program import DEADLINE_SECONDS, Program, ask, names, runner_
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.hybrid import write_hybrid
 from tests.support.tiny.tokenizer import END_OF_TURN, Tokenizer
+from tests.support.twins import FLOAT32
 
 END = Tokenizer.of_size(320).id_of(END_OF_TURN)
 WRITE: dict[str, Callable[[Path], None]] = {
@@ -45,7 +46,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start(path: Path, *, kept: bool = True, name: str = "test/tiny", **more: JsonValue) -> Program:
-            table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 4096}
+            table = {**FLOAT32, "n_ctx": 4096}
             program = stack.enter_context(Program(runner_command(RUNNERS["cuda"].module)))
             table |= {"path": str(path), "slots": 2, **more}
             prefixes = str(tmp_path / "prefixes") if kept else ""

@@ -15,6 +15,7 @@ from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
 from tests.support.program import Program, Result, ask, runner_command
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_scripted
+from tests.support.twins import FLOAT32
 
 
 def followed(tokens: list[int], n_prompt: int = 0) -> Drafter:
@@ -133,7 +134,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         write_scripted(path, WORDS)
     else:
         write_gguf(path, Shape(architecture=kind))
-    table: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+    table = dict(FLOAT32)
     backend = "LlamaCppCuda" if on_devices else "LlamaCppCpu"
     command = llama_command(backend)
     with Counting(command) as without, Counting(command) as drafting:

@@ -21,9 +21,9 @@ from tests.engines.cuda.test_draft import Counting
 from tests.support.program import Program, Result, ask, runner_command
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_scripted
+from tests.support.twins import FLOAT32
 
 PROMPTS = ("once upon a time", "the old man and his dog", "numbers: one two three")
-FLOAT32: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 
 
 def load(path: Path, backend: str = "LlamaCppCpu", **table: JsonValue) -> Load:
