@@ -63,16 +63,17 @@ async def test_one_process_answers_one_after_the_other() -> None:
     assert is_gone(int(pid))
 
 
-@pytest.mark.parametrize(
-    ("do", "seconds", "says"),
-    [
-        ("hang", 0.2, "took longer than 0.2 s"),
-        ("compute", 60, "took longer than 0.5 s"),
-        ("die", 60, "ended the process"),
-        ("be long", 60, "gave an answer of more than 4096 bytes"),
-        ("take memory", 60, "ended the process"),
-    ],
-)
+FAULTS = [
+    ("hang", 0.2, "took longer than 0.2 s"),
+    ("compute", 60, "took longer than 0.5 s"),
+    ("die", 60, "ended the process"),
+    ("be long", 60, "gave an answer of more than 4096 bytes"),
+    ("take memory", 60, "ended the process"),
+]
+"""What the process does, its deadline in seconds, and the error."""
+
+
+@pytest.mark.parametrize(("do", "seconds", "says"), FAULTS)
 async def test_a_process_that_fails_is_an_error_and_another_takes_over(do: str, seconds: float, says: str) -> None:
     async with limited(seconds) as process:
         before = await pid_of(process)
@@ -82,16 +83,7 @@ async def test_a_process_that_fails_is_an_error_and_another_takes_over(do: str, 
         assert await pid_of(process) != before
 
 
-@pytest.mark.parametrize(
-    ("do", "seconds", "says"),
-    [
-        ("hang", 0.2, "took longer than 0.2 s"),
-        ("compute", 60, "took longer than 0.5 s"),
-        ("die", 60, "ended the process"),
-        ("be long", 60, "gave an answer of more than 4096 bytes"),
-        ("take memory", 60, "ended the process"),
-    ],
-)
+@pytest.mark.parametrize(("do", "seconds", "says"), FAULTS)
 def test_one_that_a_thread_drives_fails_alike_and_gets_its_setup_again(do: str, seconds: float, says: str) -> None:
     with Sandbox(PROGRAM, limits(seconds), {"text": "é\n"}) as sandbox:
         before = sandbox.ask({"do": "tell the setup"})

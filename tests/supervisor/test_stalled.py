@@ -29,6 +29,7 @@ from exo.worker.supervisor.watchdog import Deadlines, LoadProgress
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask, runner_command
 from tests.support.runner_pool import until
+from tests.support.runner_process import running
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_mlx
 from tests.support.twins import mlx_load
@@ -52,13 +53,8 @@ async def started(
     by: Admit | None = None,
     deadlines: Deadlines = IMPATIENT,
 ) -> AsyncGenerator[RunnerProcess]:
-    process = RunnerProcess(command, load, directory / "runner.log", deadlines, by)
-    with anyio.fail_after(DEADLINE_SECONDS):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(process.run)
-            yield process
-            await process.close()
-    assert psutil.Process().children(recursive=True) == []
+    async with running(RunnerProcess(command, load, directory / "runner.log", deadlines, by)) as process:
+        yield process
 
 
 def fake(**table: JsonValue) -> Load:

@@ -39,17 +39,23 @@ RUNNING = encode(Status(state="Running"))
 
 
 @asynccontextmanager
-async def started(
-    log: Path, command: Sequence[str] = COMMAND, deadlines: Deadlines = PATIENT, **table: JsonValue
-) -> AsyncGenerator[RunnerProcess]:
-    load = Load(model_id="fake/model", backend="LlamaCppCpu", table=table)
-    process = RunnerProcess(command, load, log, deadlines)
+async def running(process: RunnerProcess) -> AsyncGenerator[RunnerProcess]:
+    """Runs a process that has not begun. It leaves no child."""
     with anyio.fail_after(DEADLINE_SECONDS):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(process.run)
             yield process
             await process.close()
     assert psutil.Process().children(recursive=True) == []
+
+
+@asynccontextmanager
+async def started(
+    log: Path, command: Sequence[str] = COMMAND, deadlines: Deadlines = PATIENT, **table: JsonValue
+) -> AsyncGenerator[RunnerProcess]:
+    load = Load(model_id="fake/model", backend="LlamaCppCpu", table=table)
+    async with running(RunnerProcess(command, load, log, deadlines)) as process:
+        yield process
 
 
 @asynccontextmanager
