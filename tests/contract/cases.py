@@ -15,6 +15,7 @@ from tests.support import fake_runner
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.twins import FLOAT32
 
 Table = dict[str, JsonValue]
 
@@ -32,7 +33,7 @@ def gguf_table(folder: Path) -> Table:
     path = folder / "tiny.gguf"
     if not path.exists():
         write_gguf(path, TWIN)
-    return {"path": str(path), "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+    return {**FLOAT32, "path": str(path)}
 
 
 def pool_table(folder: Path) -> Table:

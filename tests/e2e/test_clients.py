@@ -22,10 +22,10 @@ from tests.support.program import runner_command
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx, write_scripted
 from tests.support.tiny.tool_template import TEMPLATE
+from tests.support.twins import FLOAT32
 
 PROGRAMS = Path(__file__).parent / "clients"
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
-FLAT: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
 CALL = ("<tool_call>\n", '{"name": "paint", ', '"arguments": {"colour": "red"}}', "\n</tool_call>")
 PAIRS = [("The sky is", " blue and wide"), ("hello world", " you and a user"), ("", "the assistant"), ("a b c", " d")]
 TASK = """
@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Generator[Home]:
     write_mlx(directory / "tokenizer", Shape(scale=0.5))
     write_scripted(directory / "calls.gguf", CALL)
     for name in ("tiny", "calls"):
-        table: dict[str, JsonValue] = {"path": str(directory / f"{name}.gguf"), "n_ctx": 2048, "slots": 4, **FLAT}
+        table: dict[str, JsonValue] = {"path": str(directory / f"{name}.gguf"), "n_ctx": 2048, "slots": 4, **FLOAT32}
         write_card(directory, name, {"cuda": {**table, "chat_template": TEMPLATE}}, backends=["LlamaCppCpu"])
     with ServeProgram(directory) as server:
         yield Home(server, directory)
@@ -116,7 +116,7 @@ def forced(home: Home, directory: Path, context: str, continuation: str) -> floa
     # As lm-evaluation-harness cuts texts: an empty context is the end-of-turn token, spaces go to the continuation.
     whole = tokens(context + continuation) if context else tokens("<|im_end|>" + continuation)
     n_context = len(tokens(context)) if context else 1
-    table: dict[str, JsonValue] = {"path": str(home.directory / "tiny.gguf"), "n_ctx": 256, **FLAT}
+    table: dict[str, JsonValue] = {"path": str(home.directory / "tiny.gguf"), "n_ctx": 256, **FLOAT32}
     load = Load(model_id="test/tiny", backend="LlamaCppCpu", table=table)
     request = Score(load=load, prompts=(tuple(whole),), directory=str(directory))
     command = [*runner_command(RUNNERS["cuda"].module), "--score"]

@@ -15,6 +15,7 @@ import pytest
 from tests.support.program import DEADLINE_SECONDS
 from tests.support.server import ServeProgram, environment, write_card
 from tests.support.tiny import Shape, write_gguf
+from tests.support.twins import FLOAT32
 
 PROMPT = "once upon a time there was a tiny model " * 60
 
@@ -24,7 +25,7 @@ def home(tmp_path: Path) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     write_gguf(tmp_path / "tiny.gguf", Shape())
-    table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 8192, "slots": 2}
+    table = {**FLOAT32, "n_ctx": 8192, "slots": 2}
     write_card(home, "tiny", {"cuda": {"path": str(tmp_path / "tiny.gguf"), **table}}, backends=["LlamaCppCpu"])
     return home
 

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, long_story, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
-from tests.support.twins import write_twins
+from tests.support.twins import FLOAT32, write_twins
 
 LIMIT = 4 << 30
 """Bytes of address space for each process that the server starts."""
@@ -18,7 +18,6 @@ WIDE = Shape(layers=1, heads=8, kv_heads=8, head_dim=256)
 """16 KiB of KV cache for each token in float32, in one piece for the keys and one for the values."""
 HUGE: dict[str, JsonValue] = {"n_ctx": 1 << 17, "slots": 4}
 """8 GiB of it, of which the first piece alone is beyond the limit."""
-FLAT: dict[str, JsonValue] = {"threads": 1, "cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
 TOKENS = 1500
 BODY = long_story(TOKENS)
 
@@ -31,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
     write_mlx(home / "wide", WIDE)
     write_card(home, "cuda", {"cuda": tables["cuda"]})
     write_card(home, "mlx", {"mlx": tables["mlx"]}, backends=["MlxCpu"])
-    write_card(home, "huge", {"cuda": {"path": str(home / "wide.gguf"), **FLAT, **HUGE}})
+    write_card(home, "huge", {"cuda": {"path": str(home / "wide.gguf"), **FLOAT32, **HUGE}})
     write_card(home, "huge-mlx", {"mlx": {"path": str(home / "wide"), "dtype": "float32", **HUGE}}, backends=["MlxCpu"])
     with ServeProgram(home) as server:
         psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_AS, (LIMIT, LIMIT))

@@ -15,15 +15,9 @@ from pydantic import JsonValue
 
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf
+from tests.support.twins import FLOAT32
 
-TABLE: dict[str, JsonValue] = {
-    "slots": 4,
-    "n_ctx": 2048,
-    "threads": 1,
-    "cache_type_k": "f32",
-    "cache_type_v": "f32",
-    "flash_attn": "off",
-}
+TABLE: dict[str, JsonValue] = {**FLOAT32, "slots": 4, "n_ctx": 2048}
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from tests.support.program import Program, ask
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.hybrid import write_hybrid
-
-FINE: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
+from tests.support.twins import FLOAT32
 
 
 def program(path: Path, **more: JsonValue) -> Program:
@@ -68,7 +67,7 @@ def test_the_cells_behind_a_change_are_used_at_their_new_places(tmp_path: Path) 
     """The cells of a model's first layer do not depend on earlier tokens, so a model without others is exact."""
     path = tmp_path / "tiny.gguf"
     write_gguf(path, Shape(layers=1))
-    with program(path, cache_reuse=64, **FINE) as moving, program(path, slots=1, **FINE) as plain:
+    with program(path, cache_reuse=64, **FLOAT32) as moving, program(path, slots=1, **FLOAT32) as plain:
         for index, name in enumerate(changes(0)):
             change = changes(1000 * index)[name]
             logprobs(moving, change.cached, 0)
@@ -82,7 +81,7 @@ def test_the_cells_behind_a_change_are_used_at_their_new_places(tmp_path: Path) 
 def test_a_conversation_that_has_lost_the_slot_is_moved_from_ram(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, Shape(layers=1))
-    with program(path, cache_reuse=64, **FINE) as moving, program(path, slots=1, **FINE) as plain:
+    with program(path, cache_reuse=64, **FLOAT32) as moving, program(path, slots=1, **FLOAT32) as plain:
         change = changes(0)["two lines"]
         logprobs(moving, change.cached, 0)
         logprobs(moving, words(99, 800), 0)
@@ -93,7 +92,7 @@ def test_a_conversation_that_has_lost_the_slot_is_moved_from_ram(tmp_path: Path)
 def test_a_request_that_must_be_repeatable_uses_no_moved_cells(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, Shape(layers=3))
-    with program(path, cache_reuse=64, **FINE) as moving, program(path, slots=1, **FINE) as plain:
+    with program(path, cache_reuse=64, **FLOAT32) as moving, program(path, slots=1, **FLOAT32) as plain:
         change = changes(0)["a longer line"]
         expected = logprobs(plain, change.prompt, 0)
         logprobs(moving, change.cached, 0)
@@ -106,7 +105,7 @@ def test_a_request_that_must_be_repeatable_uses_no_moved_cells(tmp_path: Path) -
 def test_a_request_that_ends_while_cells_wait_for_it_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, Shape(layers=1))
-    with program(path, cache_reuse=64, n_ubatch=32, **FINE) as moving, program(path, slots=1, **FINE) as plain:
+    with program(path, cache_reuse=64, n_ubatch=32, **FLOAT32) as moving, program(path, slots=1, **FLOAT32) as plain:
         change = changes(0)["a line"]
         longer = [*change.prompt[:40], *words(7, 1000, range(65, 91)), *change.prompt[40:]]
         logprobs(moving, change.cached, 0)

@@ -11,6 +11,7 @@ from exo.worker.protocol.commands import Load
 from tests.support.program import Program, ask
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf
+from tests.support.twins import FLOAT32
 
 
 @pytest.fixture(params=["llama", "gemma3", "gemma3 on devices"])
@@ -19,7 +20,7 @@ def load(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Load]:
     architecture, _, on_devices = request.param.partition(" ")
     backend = "LlamaCppCuda" if on_devices else "LlamaCppCpu"
     write_gguf(tmp_path / "tiny.gguf", Shape(architecture))
-    table = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1, "n_ctx": 2048}
+    table = {**FLOAT32, "n_ctx": 2048}
 
     def load(**more: JsonValue) -> Load:
         path = str(tmp_path / "tiny.gguf")

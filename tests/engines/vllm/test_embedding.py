@@ -22,6 +22,7 @@ from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
 from tests.support.tiny.encoder import CLS, NORM_EPS, SEP, VOCABULARY, Encoder
 from tests.support.tiny.shape import Architecture
+from tests.support.twins import FLOAT32
 
 TEXTS = ("once upon a time", "x", "the quick brown fox jumps over the lazy dog " * 12, "hello world and you")
 TASKS = ("TextEmbedding",)
@@ -72,8 +73,7 @@ def test_the_vectors_are_those_of_the_other_runners_and_take_the_memory_that_was
     gguf, folder = tmp_path / "tiny.gguf", tmp_path / "tiny"
     write_gguf(gguf, shape)
     write_mlx(folder, shape)
-    exact: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
-    cuda = Load(model_id="t", backend="LlamaCppCpu", table={"path": str(gguf), "pooling": pooling, **exact})
+    cuda = Load(model_id="t", backend="LlamaCppCpu", table={"path": str(gguf), "pooling": pooling, **FLOAT32})
     mlx = Load(model_id="t", backend="MlxCpu", table={"path": str(folder), "pooling": pooling, "dtype": "float32"})
     command = load_command(folder, *TASKS, pooling=pooling, **table)
     with Program(VLLM.command) as program:

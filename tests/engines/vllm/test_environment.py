@@ -27,6 +27,7 @@ from tests.e2e.test_replay import BODY, streamed, texts_of, whole
 from tests.support.program import Program, Result, ask, names
 from tests.support.server import ServeProgram, environment, without_vllm, write_card
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.twins import FLOAT32
 
 VLLM = RUNNERS["vllm"]
 TWIN = Shape(head_dim=64)
@@ -317,9 +318,8 @@ def serving(home: Path, backends: list[JsonValue]) -> None:
     """One model for the engines that serve ``backends``, with the same weights."""
     write_gguf(home / "tiny.gguf", TWIN)
     write_mlx(home / "tiny", TWIN)
-    flat: dict[str, JsonValue] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "threads": 1}
     tables: dict[str, dict[str, JsonValue]] = {
-        "cuda": {"path": str(home / "tiny.gguf"), "n_ctx": 2048, **flat},
+        "cuda": {"path": str(home / "tiny.gguf"), "n_ctx": 2048, **FLOAT32},
         "vllm": {"path": str(home / "tiny"), "max_model_len": 2048, "dtype": "float32", "threads": 1},
     }
     write_card(home, "tiny", tables, backends=backends)
