@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.devices import Gpu
-from exo.worker.runner_cuda.loading.llama_log import Log, load_error
+from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import experts_of
 from exo.worker.runner_cuda.prefix.moved import Move, in_order
@@ -81,7 +81,7 @@ class Model:
             params.tensor_split = shares
         handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
-            raise load_error(f"llama.cpp could not load {path}", log)
+            raise load_failure(f"llama.cpp could not load {path}", log)
         self.handle = handle
         vocab = llama_cpp.llama_model_get_vocab(handle)
         if vocab is None:
@@ -194,7 +194,7 @@ class Context:
         params.n_rs_seq = 0 if model.can_cut else options.rollback
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
-            raise load_error("llama.cpp could not make a context", log)
+            raise load_failure("llama.cpp could not make a context", log)
         self.handle = handle
         self.n_ctx = llama_cpp.llama_n_ctx_seq(handle)
         self.batch = Batch(rows.step)

@@ -5,7 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exo.worker.runner_cuda.bindings import Batch, EngineError, Model, context_params
-from exo.worker.runner_cuda.loading.llama_log import Log, load_error
+from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
 
 Vector = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class PooledContext:
         params.pooling_type = POOLING[pooling]
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
-            raise load_error("llama.cpp could not make a context for embeddings", log)
+            raise load_failure("llama.cpp could not make a context for embeddings", log)
         self.handle = handle
         self.batch = Batch(n_rows)
         self.batch.outputs[:] = 1

@@ -59,8 +59,8 @@ class Log:
             self.errors = [*self.errors[-9:], line]
 
 
-def load_error(what: str, log: Log) -> LoadError:
-    """Returns the error of a load that llama.cpp has refused: ``what``, and the last errors in the log."""
+def load_failure(what: str, log: Log) -> LoadError:
+    """Returns the error of a load that llama.cpp gave up, with the last lines of its log."""
     detail = "; ".join(log.errors[-3:]) or "it gave no reason"
     low = detail.lower()
     if "out of memory" in low or "failed to allocate" in low or "unable to allocate" in low:
