@@ -17,8 +17,8 @@ from exo.api.anthropic.blocks import (
 )
 from exo.api.anthropic.history import readable
 from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
-from exo.api.openai.chat_request import MAX_TOOLS, Parameters, ToolName, check_tool_names
 from exo.api.openai.common_request import NoLimit, Stops, TopK, TopP
+from exo.api.openai.tools import MAX_TOOLS, Parameters, ToolName, check_tool_names
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.request import Conversation, GenerationRequest, OutputConstraint
 

@@ -10,9 +10,10 @@ from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
 from exo.api.ollama.options import EmbedOptions, OllamaOptions
-from exo.api.openai.chat_request import MAX_TOOLS, MaxReasoningTokens, ToolDefinition, ToolName, check_tool_names
+from exo.api.openai.chat_request import MaxReasoningTokens
 from exo.api.openai.common_request import MAX_INPUTS
 from exo.api.openai.messages import UNSEEN
+from exo.api.openai.tools import MAX_TOOLS, ToolDefinition, ToolName, check_tool_names
 from exo.chat.template.reshaping import short_id
 from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.worker.protocol.messages import MAX_LOGPROBS

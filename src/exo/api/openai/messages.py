@@ -6,8 +6,8 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, model_va
 from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, invalid, missing, note, unsupported
+from exo.api.openai.tools import MAX_TOOLS
 
-MAX_TOOLS = 4096
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
 PICTURE_PARTS = ("image_url", "input_image", "image")

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
-from exo.api.openai.chat_request import MAX_TOOLS, Effort, MaxReasoningTokens
+from exo.api.openai.chat_request import Effort, MaxReasoningTokens
 from exo.api.openai.common_request import FrequencyPenalty, NoLimit, PresencePenalty, TopP
 from exo.api.openai.responses.input import Input
 from exo.api.openai.responses.tools import (
@@ -19,6 +19,7 @@ from exo.api.openai.responses.tools import (
     by_type,
     offered,
 )
+from exo.api.openai.tools import MAX_TOOLS
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.request import OutputConstraint
 from exo.worker.protocol.messages import MAX_LOGPROBS

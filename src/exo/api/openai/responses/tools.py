@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, JsonValue
 from pydantic_core import from_json, to_json
 
 from exo.api.http.body import RequestBody, Unsupported, invalid, unsupported
-from exo.api.openai.chat_request import FunctionDefinition, ToolName, VendorTool, vendor_tool
+from exo.api.openai.tools import FunctionDefinition, ToolName, VendorTool, vendor_tool
 from exo.chat.grammar.tool_schema import Tool
 
 _INPUT = "input"
