@@ -32,7 +32,7 @@ def gate(tmp_path: Path) -> Path:
 
 
 def fake_card(model_id: str = "fake/model", **table: JsonValue) -> ModelCard:
-    """A model card for the fake runner in place of llama.cpp; ``table`` holds ``fake_runner.Options``."""
+    """A model card for the fake runner in place of llama.cpp; ``table`` holds ``FakeOptions``."""
     return ModelCard(
         model_id=model_id,
         backends=("LlamaCppCpu",),

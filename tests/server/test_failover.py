@@ -18,10 +18,10 @@ BODY = {"model": "fake/model", "prompt": "hi", "max_tokens": 20, "temperature": 
 
 PROBES_AS_MLX = f"""
 import sys
-from tests.support import fake_runner
 if sys.argv[1:] == ["--probe"]:
     print({Probe(installed=True, engine="fake", version="1", backends=("MlxCpu",)).model_dump_json()!r})
 else:
+    from tests.support import fake_runner
     fake_runner.main()
 """
 AS_MLX = (sys.executable, "-c", PROBES_AS_MLX)

@@ -1,7 +1,4 @@
-"""A runner without an engine, which speaks the protocol and has faults on demand.
-
-``python -m tests.support.fake_runner`` serves the model of ``fake_model.py``; ``--probe`` answers like any runner.
-"""
+"""A runner without an engine, for the model of ``fake_model.py``: it speaks the protocol and has faults on demand."""
 
 import os
 import signal
@@ -49,7 +46,6 @@ from exo.worker.protocol.events import (
     Usage,
 )
 from exo.worker.protocol.messages import LINE_BYTES, Message
-from exo.worker.protocol.one_shot import Probe
 from exo.worker.protocol.validation import describe
 from exo.worker.protocol.wire import encode, read_commands, take_protocol_stream
 from exo.worker.runner_common.constraint import Constraint
@@ -71,7 +67,7 @@ from tests.support.fake_model import (
 )
 from tests.support.fake_options import CONTEXTS, FakeOptions
 
-COMMAND = (sys.executable, "-m", "tests.support.fake_runner")
+COMMAND = (sys.executable, "-m", "tests.support.fake_program")
 
 
 PROCESS_BYTES = 64 << 20
@@ -429,13 +425,6 @@ class FakeRunner:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--probe"]:
-        print(Probe(installed=True, engine="fake", version="1", backends=("LlamaCppCpu",)).model_dump_json())
-        return
     runner = FakeRunner(take_protocol_stream())
     threading.Thread(target=runner.read, daemon=True).start()
     runner.run()
-
-
-if __name__ == "__main__":
-    main()
