@@ -69,7 +69,7 @@ def test_a_long_silence_is_filled(
     tmp_path: Path, gate: Path, grace: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grace(0)
-    monkeypatch.setattr("exo.api.http.response.KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("exo.api.http.sse.KEEP_ALIVE_SECONDS", 0.05)
     with server(tmp_path, load_gate=str(gate)) as http, stream(http, SHORT) as lines:
         assert ": keep-alive" in lines
         assert ": keep-alive" in lines

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from exo.api.admin.runners import Instance, InstanceList
 from exo.api.http import sse
-from exo.api.http.response import KEEP_ALIVE_SECONDS, cancel_when_client_leaves
+from exo.api.http.unary_response import cancel_when_client_leaves
 from exo.serving.activity import Dialect, Phase, ReplayNote, RequestRecord
 from exo.serving.app_state import Services
 from exo.worker.protocol.events import ErrorCode
@@ -249,7 +249,7 @@ class _ActivityStream(Response):
                 ticked = now
                 parts += changes.runners()
             parts += changes.requests(progress=ticks)
-            if not parts and now >= wrote + KEEP_ALIVE_SECONDS:
+            if not parts and now >= wrote + sse.KEEP_ALIVE_SECONDS:
                 parts.append(sse.comment("keep-alive"))
             if parts:
                 wrote = now

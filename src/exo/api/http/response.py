@@ -42,7 +42,6 @@ HELD_SECONDS = 50.0
 Agents expect a status then. Proxies wait for a minute."""
 SHORT_REQUEST = 4096
 """Bytes of a body whose prompt fits every usual context."""
-KEEP_ALIVE_SECONDS = 10.0
 PLACE_SECONDS = 0.5
 """The minimum time between two notes of the place in the queue."""
 
@@ -247,7 +246,7 @@ class _Stream:
         await self._start()
         while True:
             self._quiet = True
-            await anyio.sleep(KEEP_ALIVE_SECONDS)
+            await anyio.sleep(sse.KEEP_ALIVE_SECONDS)
             if self._quiet:
                 await self._write(self._dialect.note("keep-alive"))
 

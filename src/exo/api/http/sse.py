@@ -3,6 +3,8 @@
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Proxies must not buffer a stream."""
+KEEP_ALIVE_SECONDS = 10.0
+"""The longest pause in a stream. Clients and proxies give up a connection on which nothing comes."""
 
 DONE = b"data: [DONE]\n\n"
 
