@@ -70,7 +70,7 @@ class RequestRecord:
     """One request, from its arrival to the end of its reply. Times are in seconds; ``began`` is monotonic."""
 
     def __init__(self, activity: "Activity", request_id: str, client: str, dialect: Dialect, path: str) -> None:
-        self.id = request_id
+        self.id = request_id  # printable ASCII without spaces
         self.client = client
         self.dialect: Dialect = dialect
         self.path = path
@@ -353,6 +353,11 @@ _current: ContextVar[RequestRecord | None] = ContextVar("record", default=None)
 def current_record() -> RequestRecord:
     """The record of the request that the present task serves; an unlisted one in a task that serves none."""
     return _current.get() or RequestRecord(Activity(), "", "", "openai", "")
+
+
+def current_request_id() -> str:
+    """The id of the request that the present task serves; empty in a task that serves none."""
+    return "" if (record := _current.get()) is None else record.id
 
 
 def set_current(record: RequestRecord) -> None:

@@ -28,7 +28,6 @@ from exo.serving.events import (
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.prompt_builder import PreparedPrompt, prepare
 from exo.serving.request import GenerationRequest, naming_tools, with_enforced_schemas
-from exo.serving.request_id import current_request
 from exo.serving.routing import RequestedModel
 from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.commands import Generate, SamplingParams
@@ -170,7 +169,7 @@ class Generation:
         The stream raises ``ServingError``, and so does the context: if the queue is full, and if the server stops.
         """
         request, model_id = self.request, self._model.card.model_id
-        names = (self.id, current_request.get())
+        names = (self.id, self.record.id)
         # A stop of the server cancels the scope of the place. It is open here, around the reader of the stream, because
         # a scope that is open while a generator yields would cancel its reader at the wrong place.
         with (
@@ -274,7 +273,7 @@ class Generation:
         return None
 
     def _log_divergence(self, at: int, event: PrefillProgress) -> None:
-        model, request = self._model.card.model_id, current_request.get() or self.id
+        model, request = self._model.card.model_id, self.record.id or self.id
         log.info(
             "%s: the prompt of request %s differs from a cached one at token %s of %s; what follows is largely the same"
             " but is computed again, because the prefix cache reuses nothing after the first difference",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pydantic import JsonValue
 
-from exo.serving.request_id import current_request
+from exo.serving.activity import current_request_id
 
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 """Line ends and control characters, escaped as in a Python literal."""
@@ -29,7 +29,7 @@ class JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
         }
-        if own := current_request.get():
+        if own := current_request_id():
             line["request"] = own
         facts: Callable[[], dict[str, JsonValue]] | None = getattr(record, "facts", None)
         line |= {"message": record.getMessage()} if facts is None else {"message": "access", **facts()}

@@ -4,7 +4,7 @@ import logging
 import re
 from uuid import uuid4
 
-from exo.serving.request_id import current_request
+from exo.serving.activity import current_request_id
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED = re.compile(r"[!-~]{1,128}")
@@ -22,6 +22,6 @@ def accepted_or_new(given: str) -> str:
 
 def add_request_id(record: logging.LogRecord) -> bool:
     """A filter for log handlers that adds the id to the message. Keeps every record."""
-    if own := current_request.get():
+    if own := current_request_id():
         record.msg, record.args = f"{record.getMessage()} (request {own})", ()
     return True

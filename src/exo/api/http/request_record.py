@@ -11,7 +11,6 @@ from exo.api.http.errors import is_anthropic
 from exo.api.http.middleware import route_path
 from exo.api.http.request_id import REQUEST_ID_HEADER, accepted_or_new
 from exo.serving.activity import Activity, Dialect, RequestRecord, set_current
-from exo.serving.request_id import current_request
 from exo.terminal import printable
 
 _CLIENT_CHARACTERS = 80
@@ -47,7 +46,6 @@ class RequestRecords:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = own
             await send(message)
 
-        token = current_request.set(own)
         set_current(record)
         try:
             await self._app(scope, receive, send_with_id)
@@ -56,7 +54,6 @@ class RequestRecords:
             log_access(record)
             if self._on_end is not None:
                 self._on_end(record, headers)
-            current_request.reset(token)
 
 
 def _client(scope: Scope, headers: Headers) -> str:
