@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from pydantic import JsonValue
+from xdist.remote import Producer  # pyright: ignore[reportMissingTypeStubs]
+from xdist.scheduler import LoadFileScheduling  # pyright: ignore[reportMissingTypeStubs]
 
 from exo.cards.card import ModelCard, StorageSize
 from exo.worker.protocol.runners import RUNNERS
@@ -15,6 +17,19 @@ settings.load_profile("untimed")
 needs_vllm = pytest.mark.skipif(
     not Path(RUNNERS["vllm"].interpreter).exists(), reason=f"vLLM is not set up; {RUNNERS['vllm'].setup} does it"
 )
+
+
+class BySharedRunners(LoadFileScheduling):
+    """Gives each file to a worker as a whole, and all files of the contract to one, since they share loaded runners."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/contract" if file.startswith("tests/contract/") else file
+
+
+@pytest.hookimpl(optionalhook=True)  # there is no such hook where pytest-xdist is switched off
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> BySharedRunners | None:
+    return BySharedRunners(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture
