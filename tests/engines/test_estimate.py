@@ -12,12 +12,14 @@ from pydantic import JsonValue
 
 from exo.cards.catalogue import Catalogue
 from exo.config import Settings
-from exo.worker.protocol.commands import Embed, Estimate, Load
+from exo.worker.protocol.commands import Embed, Estimate, Load, Text
 from exo.worker.protocol.events import Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from tests.conftest import needs_vllm
+from tests.support.pictures import random_picture
 from tests.support.program import Program, ask
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny.projector import Sizes, write_projector
 from tests.support.tiny.shape import ARCHITECTURES, Architecture
 
 TOLERANCE = 0.1
@@ -166,10 +168,23 @@ def test_a_filled_prefix_cache_takes_what_was_counted(tmp_path: Path) -> None:
     assert choice.host == pytest.approx(filled, rel=TOLERANCE), f"{choice.parts}; now {filled:,}"
 
 
-def test_a_card_may_name_a_projector_which_is_pulled_and_not_read(tmp_path: Path) -> None:
+def test_a_projector_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path, "cuda", Shape("llama"))
+    sizes = Sizes(side=448, patch=14, width=1024, feed_forward=4096, heads=16)
+    write_projector(tmp_path / "mmproj.gguf", "mlp", 64, sizes)
+    case = load("cuda", path, n_ctx=2048, slots=1, mmproj="mmproj.gguf")
     with start("cuda") as program:
-        assert not program.load(load("cuda", path, mmproj="mmproj-*.gguf")).vision
+        (choice,) = choices(program, case)
+        program.load(case)
+        process = psutil.Process(program.process.pid)
+        at_first = process.memory_info().rss
+        prompt = Text(text="a"), random_picture(1, 2048, 2048), Text(text="b")
+        (result,) = program.generate(ask("seen").model_copy(update={"prompt": prompt}))
+        assert result.finished.usage.prompt_tokens == 2 + sizes.patches
+        at_work = process.memory_info().rss
+    what = f"{choice.parts}; now {at_first:,}, at work {at_work:,}"
+    assert choice.host - choice.later_host == pytest.approx(at_first, rel=TOLERANCE), what
+    assert at_work < choice.host < at_work + (128 << 20), what
 
 
 @pytest.mark.parametrize("runner", ["cuda", "mlx"])

@@ -61,6 +61,8 @@ class FakeOptions(Message):
     log_commands: bool = False
     embeddings: bool = True
     rerank: bool = True
+    mmproj: str | None = None
+    """Any name: it takes pictures, as models with a projector do."""
     chat_template: str | None = None
     template_file: str = ""
     """The file with the chat template, in place of a model's file."""

@@ -52,7 +52,15 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.runner_common.reasoning_budget import ReasoningBudget
-from exo.worker.runner_common.request_checks import input_refusal, length_limit, refusal, resume, tokenized, within
+from exo.worker.runner_common.request_checks import (
+    input_refusal,
+    length_limit,
+    picture_refusal,
+    refusal,
+    resume,
+    tokenized,
+    within,
+)
 from tests.support.fake_model import (
     EOS,
     SPECIAL_TOKENS,
@@ -144,6 +152,10 @@ class FakeRunner:
             self.beat = time.monotonic() + 1.0
 
     def take(self, command: Command | Failed) -> None:
+        asks = isinstance(command, Generate | Embed | Tokenize)
+        if asks and self.capabilities is not None and (unseen := picture_refusal(command, self.capabilities)):
+            self.emit(unseen)
+            return
         match command:
             case Estimate(load=load):
                 self.estimate(load)
@@ -223,6 +235,7 @@ class FakeRunner:
             logprobs=True,
             embeddings=options.embeddings,
             rerank=options.rerank,
+            vision=options.mmproj is not None,
             chat_template=Path(options.template_file).read_text() if options.template_file else options.chat_template,
             bos_token="<bos>",
             eos_token="<eos>",

@@ -12,8 +12,8 @@ from exo.worker.runner_cuda.plugin import BINDINGS
 
 LLAMA = f"llama-cpp-python=={BINDINGS}"
 _ONLY_LLAMA = Path(__file__).with_name("only_llama.cmake")
-# The multimodal and the common library are unused, and most of the build. OpenMP's threads soon sleep while they wait
-# for each other; llama.cpp's own threads spin, which starves them on a busy CPU.
+# The file above builds what exo needs of the multimodal library. OpenMP's threads soon sleep while they wait for each
+# other; llama.cpp's own threads spin, which starves them on a busy CPU.
 _OPTIONS = ("-DLLAVA_BUILD=OFF", "-DGGML_OPENMP=ON")
 
 

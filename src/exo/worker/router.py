@@ -186,8 +186,9 @@ def _examine(
 
 def _features(runner: str, card: ModelCard) -> frozenset[Need]:
     """The features of a kind of runner with such a card."""
-    spec = RUNNERS[runner]
-    return spec.features - spec.exclusive_tasks if set(_GENERATION) & set(card.tasks) else spec.features
+    spec, table = RUNNERS[runner], card.engines.get(runner, {})
+    features = spec.features - {feature for feature, key in spec.keys.items() if not table.get(key)}
+    return features - spec.exclusive_tasks if set(_GENERATION) & set(card.tasks) else features
 
 
 def _offer(each: LiveRunner, card: ModelCard) -> frozenset[Need]:

@@ -44,6 +44,15 @@ def write_gguf(path: Path, shape: Shape) -> None:
     write_tensors(path, shape, Tokenizer.of_size(shape.vocabulary), make_weights(shape))
 
 
+def write_flat_gguf(path: Path, seed: int = 0) -> None:
+    """Write a Qwen2-VL, which is a Qwen2 whose rotary embeddings have more than one dimension (M-RoPE)."""
+    shape = Shape("qwen2", seed=seed)
+    writer = gguf.GGUFWriter(path, "qwen2vl")
+    writer.add_rope_dimension_sections([4, 2, 2, 0])
+    weights = make_weights(shape).items()
+    _write(writer, shape, Tokenizer.of_size(shape.vocabulary), (_stored(shape, *each) for each in weights))
+
+
 def write_tensors(path: Path, shape: Shape, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> None:
     """Write a model of this shape with a tokenizer and weights of its own."""
     write_stored(path, shape, tokenizer, (_stored(shape, name, tensor) for name, tensor in weights.items()))
@@ -51,7 +60,10 @@ def write_tensors(path: Path, shape: Shape, tokenizer: Tokenizer, weights: Mappi
 
 def write_stored(path: Path, shape: Shape, tokenizer: Tokenizer, tensors: Iterable[Stored]) -> None:
     """Write a model of this shape whose tensors are already as the file has them."""
-    writer = gguf.GGUFWriter(path, shape.architecture)
+    _write(gguf.GGUFWriter(path, shape.architecture), shape, tokenizer, tensors)
+
+
+def _write(writer: gguf.GGUFWriter, shape: Shape, tokenizer: Tokenizer, tensors: Iterable[Stored]) -> None:
     _add_sizes(writer, shape)
     add_tokenizer(writer, tokenizer)
     for name, stored, quantisation in tensors:

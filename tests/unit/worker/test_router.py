@@ -206,6 +206,16 @@ def test_a_feature_picks_the_runner_that_has_it() -> None:
     assert answer.reason == "card prefers LlamaCppCpu, which does not support logprobs; MlxCpu is next and available"
 
 
+def test_a_picture_needs_a_card_that_names_what_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(SPECS["cuda"], features=frozenset({"vision"}), keys={"vision": "mmproj"})
+    monkeypatch.setitem(RUNNERS, "cuda", spec)
+    needs: dict[Need, str] = {"vision": "messages[0].content[1]"}
+    answer = refused(make_card(), make_host("LlamaCppCpu"), needs=needs)
+    assert (answer.code, answer.param) == ("unsupported_parameter", "messages[0].content[1]")
+    seeing = make_card().model_copy(update={"engines": {"cuda": {"mmproj": "mmproj.gguf"}}})
+    assert routed(seeing, make_host("LlamaCppCpu"), needs=needs).runner == "cuda"
+
+
 def test_what_a_loaded_model_can_do_counts_more_than_what_its_runner_can_do() -> None:
     needs: dict[Need, str] = {"logprobs": "logprobs"}
     host = make_host("LlamaCppCpu", "MlxCpu")

@@ -46,8 +46,22 @@ class Text(Message):
     special: bool = False
 
 
-Prompt = Annotated[tuple[Text, ...], Field(fail_fast=True)] | Annotated[tuple[int, ...], Field(fail_fast=True)]
-"""Text that the runner tokenizes, or token ids. ``fail_fast``: or each token id would be an error about text."""
+class Picture(Message):
+    """A picture in its place of the prompt: a PNG with 8-bit RGB pixels, not interlaced, in standard base64.
+
+    The runner puts the model's own tokens around it. ``messages.py`` has the limits. A prompt ends with text.
+    """
+
+    png: str
+
+
+Prompt = (
+    Annotated[tuple[Text | Picture, ...], Field(fail_fast=True)] | Annotated[tuple[int, ...], Field(fail_fast=True)]
+)
+"""Text that the runner tokenizes, with pictures, or token ids. Only ``Generate`` takes pictures.
+
+``fail_fast``: or each token id would be an error about text.
+"""
 
 
 class Grammar(Message):
@@ -77,19 +91,6 @@ class ReasoningLimit(Message):
     """Reasoning may begin anywhere in the output, and not only before everything else."""
 
 
-class Peer(Message):
-    """Another host, which may hold a part of the model."""
-
-    name: str
-    """The name of the host, which precedes those of its devices, as in "gpu2/CUDA0"."""
-    command: tuple[str, ...]
-    """Starts this runner's program there, with its pipes here."""
-    address: str
-    """The host's address in the network between the hosts, where engines talk to each other."""
-    directories: tuple[str, ...] = ()
-    """The models directories there, for engines that read a part of the model on each host."""
-
-
 class Load(Message):
     """The first command, unless ``Estimate`` precedes it. ``table`` is the card's table for this runner, unread.
 
@@ -109,8 +110,6 @@ class Load(Message):
     smaller: Mapping[str, JsonValue] = {}
     """Values for ``table`` that take less memory. If memory runs out, the runner tries once more with them and says so
     in ``Capabilities.retried``. Empty: it does not."""
-    peers: tuple[Peer, ...] = ()
-    """Hosts among which the model is divided, besides this one. A runner that cannot do that fails."""
 
 
 class Estimate(Message):

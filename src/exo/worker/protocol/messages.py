@@ -19,6 +19,10 @@ MAX_TOKENIZED = 1 << 20
 """The most tokens in the reply to one ``Tokenize``."""
 LINE_BYTES = 64 << 20
 """The longest line, its end included."""
+PICTURE_PIXELS = 1 << 22
+"""The most pixels of a picture. The server scales larger ones down."""
+PICTURES_BYTES = 48 << 20
+"""The most characters of all pictures of a prompt together, in base64."""
 PART_TOKENS = 4096
 """The most tokens in one part of ``Tokenized``, which the server then reads in a few milliseconds."""
 PART_BYTES = 1 << 17

@@ -5,7 +5,8 @@ the name of its table in a model card.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,8 @@ class RunnerSpec:
     features: frozenset[Need] = frozenset()
     exclusive_tasks: frozenset[Need] = frozenset()
     """Features that need the model loaded in a mode of its own. A text-generation card cannot use them."""
+    keys: Mapping[Need, str] = field(default_factory=dict[Need, str])
+    """Keys of the card's table for the runner without which a model lacks a feature."""
     environment: str | None = None
     """The virtual environment of a runner whose library conflicts with the server's."""
     setup: str = ""
@@ -55,7 +58,8 @@ RUNNERS: dict[str, RunnerSpec] = {
     "cuda": RunnerSpec(
         "exo.worker.runner_cuda",
         ("LlamaCppCuda", "LlamaCppVulkan", "LlamaCppCpu"),
-        frozenset({"grammar", "logprobs", "embeddings", "rerank"}),
+        frozenset({"grammar", "logprobs", "embeddings", "rerank", "vision"}),
+        keys={"vision": "mmproj"},
     ),
     "mlx": RunnerSpec(
         "exo.worker.runner_mlx", ("MlxMetal", "MlxCuda", "MlxCpu"), frozenset({"grammar", "logprobs", "embeddings"})

@@ -42,10 +42,12 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_error import LoadError, from_library
 from exo.worker.runner_common.output_processor import Accepted, Emitter, Refused, TextAccepted
+from exo.worker.runner_common.pictures import PictureError
 from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from exo.worker.runner_common.request_checks import (
     input_refusal,
     length_limit,
+    picture_refusal,
     refusal,
     refused,
     resume,
@@ -56,6 +58,16 @@ from exo.worker.runner_common.tokenizer import Tokenizer
 
 ARRIVED = 16
 """Requests read ahead of the one that is tokenized. Further ones stay in the pipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[SequenceT]):
+    """A request whose prompt is encoded."""
+
+    prompt: list[int]
+    """Token ids. Those below 0 stand for pictures."""
+    new_sequence: Callable[[int, Constraint | None], SequenceT]
+    """Makes a sequence of the length at which it ends, and its grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +82,8 @@ class LoadedEngine(Generic[SequenceT]):
     """Control tokens at the end of a text to embed, which truncation keeps."""
     text_tokens: Callable[[Embed | Rank], list[int]]
     """Returns the token ids of a text to embed, or of a query and its document, with the control tokens around them."""
-    new_sequence: Callable[[Generate, list[int], int, Constraint | None], SequenceT]
-    """Makes a sequence of a request, the token ids of its prompt, the length at which it ends, and its grammar."""
+    prepare: Callable[[Generate], "Prepared[SequenceT]"]
+    """Encodes the prompt of a request. Raises PictureError."""
     commands: Commands[SequenceT]
     run: Callable[[], None]
     """Computes until ``commands`` has a ``Shutdown``, then frees the model. Called in the thread that has loaded it."""
@@ -108,7 +120,7 @@ class FrontEnd(Generic[SequenceT]):
         self._compiler: GrammarCompiler | None = None
         self._closings: dict[str, list[int]] = {}  # the token ids of texts that close reasoning
         self._arrived: Queue[Generate | Embed | Rank | Tokenize | Cancel | Shutdown] = Queue(ARRIVED)
-        self._compiling: SimpleQueue[tuple[Generate, list[int]] | Cancel | Shutdown] = SimpleQueue()
+        self._compiling: SimpleQueue[tuple[Generate, Prepared[SequenceT]] | Cancel | Shutdown] = SimpleQueue()
         self._tokenizer_thread = _started("tokenizer", self._tokenize_arrived)
         self._grammar_thread = _started("grammar", self._begin_compiled)
         self._engine_thread: threading.Thread | None = None
@@ -164,6 +176,9 @@ class FrontEnd(Generic[SequenceT]):
                     self._take_in(self._engine, command)
 
     def _take_in(self, engine: LoadedEngine[SequenceT], request: Generate | Embed | Rank | Tokenize) -> None:
+        if unseen := picture_refusal(request, engine.capabilities):
+            self._emitter.put(Refused(unseen))
+            return
         match request:
             case Generate():
                 self._generate(engine, request)
@@ -180,16 +195,20 @@ class FrontEnd(Generic[SequenceT]):
             return
         if request.reasoning is not None:
             self._encode_closing(engine.tokenizer, request.reasoning.closing)
-        prompt = engine.tokenizer.encode(request.prompt)
-        if wrong := refusal(request, prompt, engine.tokenizer.n_vocab, engine.capabilities.context_length):
+        try:
+            prepared = engine.prepare(request)
+        except PictureError as error:
+            self._emitter.put(Refused(refused(request.id, "prompt", str(error))))
+            return
+        if wrong := refusal(request, prepared.prompt, engine.tokenizer.n_vocab, engine.capabilities.context_length):
             self._emitter.put(Refused(wrong))
         elif not engine.capabilities.grammar and (request.grammar is not None or request.reasoning is not None):
             param = "reasoning" if request.grammar is None else "grammar"
             self._emitter.put(Refused(refused(request.id, param, "no token can be prescribed to this model here")))
         elif request.grammar is None:
-            self._begin(engine, request, prompt)
+            self._begin(engine, request, prepared)
         else:
-            self._compiling.put((request, prompt))
+            self._compiling.put((request, prepared))
 
     def _encode_closing(self, tokenizer: Tokenizer, text: str) -> None:
         """Encodes a text that closes reasoning. A model has one or two of them."""
@@ -211,18 +230,19 @@ class FrontEnd(Generic[SequenceT]):
     def _begin_compiled(self) -> None:
         while True:
             match self._compiling.get():
-                case (request, prompt):
+                case (request, prepared):
                     assert self._engine is not None
-                    self._begin(self._engine, request, prompt)
+                    self._begin(self._engine, request, prepared)
                 case Cancel() as command:
                     self._tell_engine(command)
                 case Shutdown():
                     return
 
-    def _begin(self, engine: LoadedEngine[SequenceT], request: Generate, prompt: list[int]) -> None:
+    def _begin(self, engine: LoadedEngine[SequenceT], request: Generate, prepared: Prepared[SequenceT]) -> None:
         """Accepts a request and hands it to the engine, unless its grammar is faulty or nothing is left to generate."""
-        n_limit = length_limit(request, len(prompt), engine.capabilities.context_length)
-        resumed = resume(request, len(prompt), n_limit, engine.tokenizer)
+        n_prompt = len(prepared.prompt)
+        n_limit = length_limit(request, n_prompt, engine.capabilities.context_length)
+        resumed = resume(request, n_prompt, n_limit, engine.tokenizer)
         constraint: Constraint | None = None
         if resumed.ended is None:
             try:
@@ -232,9 +252,9 @@ class FrontEnd(Generic[SequenceT]):
                 return
             if constraint is not None and constraint.finished:
                 resumed = replace(resumed, ended="stop")
-        self._emitter.put(Accepted(request.id, len(prompt), len(request.delivered), resumed, request.show_special))
+        self._emitter.put(Accepted(request.id, n_prompt, len(request.delivered), resumed, request.show_special))
         if resumed.ended is None:
-            engine.commands.put(engine.new_sequence(request, prompt, n_limit, constraint))
+            engine.commands.put(prepared.new_sequence(n_limit, constraint))
 
     def _constraint(self, tokenizer: Tokenizer, request: Generate) -> Constraint | None:
         """Returns what restricts a request's next tokens, after those delivered. Raises GrammarError."""

@@ -7,6 +7,8 @@ from exo.worker.protocol.commands import (
     Embed,
     Generate,
     Rank,
+    Request,
+    Text,
     Tokenize,
 )
 from exo.worker.protocol.events import (
@@ -22,17 +24,19 @@ from exo.worker.protocol.messages import (
     PART_TOKENS,
 )
 from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
+from exo.worker.runner_common.pictures import has_pictures
 
 
 def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: int) -> Failed | None:
     """Returns the refusal of a request whose prompt has these token ids; None if it can be served.
 
-    ``vocabulary`` is the number of the model's tokens, ``n_ctx`` the most tokens of one sequence.
+    Ids below 0 stand for pictures. ``vocabulary`` is the number of the model's tokens, ``n_ctx`` the most tokens of one
+    sequence.
     """
     if not prompt:
         return refused(request.id, "prompt", "it is empty; at least one token is needed")
     tokens = {
-        "prompt": prompt,
+        "prompt": () if has_pictures(request.prompt) else prompt,
         "logit_bias": request.sampling.logit_bias,
         "allowed": request.sampling.allowed,
         "delivered": request.delivered,
@@ -42,6 +46,8 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
         if wrong := _unknown(ids, vocabulary):
             return refused(request.id, param, wrong)
     if request.prompt_logprobs is not None:
+        if min(prompt) < 0:
+            return refused(request.id, "prompt_logprobs", "a picture in the prompt has no log-probabilities")
         most = MAX_PROMPT_LOGPROBS // (1 + request.prompt_logprobs)
         if len(prompt) > most:
             reason = f"with {request.prompt_logprobs}, a prompt may have at most {most} tokens (it has {len(prompt)})"
@@ -59,6 +65,15 @@ def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: in
     return None
 
 
+def picture_refusal(request: Request, capabilities: Capabilities) -> Failed | None:
+    """Returns the refusal of a request for its pictures; None if it has none, or they can be seen."""
+    if isinstance(request, Rank) or not has_pictures(request.prompt):
+        return None
+    if not isinstance(request, Generate):
+        return refused(request.id, "prompt", "a picture is only for a text to generate from")
+    return None if capabilities.vision else refused(request.id, "prompt", "this model takes no pictures here")
+
+
 def input_refusal(
     request: Embed | Rank, tokens: Sequence[int], capabilities: Capabilities, longest: int
 ) -> Failed | None:
@@ -71,7 +86,7 @@ def input_refusal(
             if not capabilities.embeddings:
                 return refused(request.id, "model", "it makes no vectors of texts")
             param, subject = "prompt", "the text has"
-            empty = not any(isinstance(part, int) or part.text for part in request.prompt)
+            empty = not any(part.text if isinstance(part, Text) else True for part in request.prompt)
         case Rank():
             if not capabilities.rerank:
                 return refused(request.id, "model", "it has no head that scores a document for a query")

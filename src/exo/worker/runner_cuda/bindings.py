@@ -26,6 +26,10 @@ from exo.worker.runner_cuda.loading.placement import experts_of
 from exo.worker.runner_cuda.prefix.moved import Move, in_order
 
 Logits = npt.NDArray[np.float32]
+Vectors = npt.NDArray[np.float32]
+"""What the model reads in the place of tokens: (n_tokens, size of a token's vector)."""
+Places = npt.NDArray[np.int32]
+"""Positions in four dimensions: (4, n_tokens)."""
 State = npt.NDArray[np.uint8]
 
 CACHE_TYPES = {
@@ -91,9 +95,7 @@ class Model:
         self.n_layers = llama_cpp.llama_model_n_layer(handle)
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
         self.size_bytes = llama_cpp.llama_model_size(handle)
-        names = {each.logged: each.name for each in devices}
-        self.layers = {names.get(place, place): count for place, count in log.layers.items()}
-        self.experts_in_ram = log.experts_in_ram
+        self.layers, self.experts_in_ram = log.layers, log.experts_in_ram
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
         """Whether a sequence's last tokens can be removed from the cache."""
         self.window = llama_cpp.llama_model_n_swa(handle)
@@ -173,6 +175,21 @@ class Batch:
             logits=self.outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
+    def with_vectors(self, vectors: Vectors, places: Places | None) -> llama_cpp.llama_batch:
+        """Returns a batch of the same rows with vectors instead of tokens, and perhaps other positions.
+
+        Both must outlast it.
+        """
+        own = self.struct
+        return llama_cpp.llama_batch(
+            token=None,
+            embd=vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            pos=own.pos if places is None else places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=own.n_seq_id,
+            seq_id=own.seq_id,
+            logits=own.logits,
+        )
+
 
 class Context:
     """The KV cache and compute buffers for ``slots`` sequences.
@@ -211,16 +228,33 @@ class Context:
         """Whether some layers keep only a window of cells or a recurrent state, also in a saved state."""
         self.rollback = sys.maxsize if model.can_cut else llama_cpp.llama_n_rs_seq(handle)
         """The most tokens of the last step that can be removed from a slot."""
+        self.position: Callable[[int, int], int] = lambda _, length: length
+        """Returns the position after a slot's first so many tokens. A picture's tokens may share positions."""
         self._aside = options.slots  # the sequence that holds cells which are aside
         self._shifted = False  # cells have new positions, and llama.cpp will rotate their keys with the next decode
         self._rolled_back = set[int]()  # slots whose recurrent state is an earlier one until their next decode
 
     def decode(self, n_rows: int) -> None:
         """Computes the batch's first ``n_rows`` and waits for the end. Raises EngineError: the context is unusable."""
-        self.batch.struct.n_tokens = n_rows
+        self._decode(self.batch.struct, n_rows)
+
+    def decode_vectors(self, vectors: Vectors, places: Places | None, *, causal: bool) -> None:
+        """Computes as many of the batch's first rows as there are vectors, which take the place of tokens.
+
+        ``places`` replace the positions. Without ``causal``, each row also attends to those after it. Raises
+        EngineError.
+        """
+        vectors = np.ascontiguousarray(vectors)
+        places = None if places is None else np.ascontiguousarray(places)
+        llama_cpp.llama_set_causal_attn(self.handle, causal)
+        self._decode(self.batch.with_vectors(vectors, places), len(vectors))
+        llama_cpp.llama_set_causal_attn(self.handle, True)
+
+    def _decode(self, batch: llama_cpp.llama_batch, n_rows: int) -> None:
+        batch.n_tokens = n_rows
         if self._rolled_back:
             self._rolled_back.difference_update(self.batch.slots[:n_rows].tolist())
-        code = llama_cpp.llama_decode(self.handle, self.batch.struct)
+        code = llama_cpp.llama_decode(self.handle, batch)
         if code != 0:
             raise EngineError(f"llama_decode returned {code} for a batch of {n_rows} rows")
         llama_cpp.llama_synchronize(self.handle)
@@ -243,10 +277,17 @@ class Context:
         assert self._memory is not None
         model, lowest = self._model, llama_cpp.llama_memory_seq_pos_min(self._memory, slot)
         if not model.can_cut or not model.window:
-            return lowest + 1 if lowest > 0 or not model.can_cut else 0
+            return self._length_at(slot, lowest + 1) if lowest > 0 or not model.can_cut else 0
         if model.window_is_chunk:
             return -(-lowest // model.window) * model.window
-        return lowest + model.window - 1 if lowest > 0 else 0
+        return self._length_at(slot, lowest + model.window - 1) if lowest > 0 else 0
+
+    def _length_at(self, slot: int, position: int) -> int:
+        """Returns the fewest of a slot's tokens after which a position is reached."""
+        length = position
+        while (missing := position - self.position(slot, length)) > 0:
+            length += missing
+        return length
 
     def least_saved(self, length: int) -> int:
         """Returns the same of a saved state or a snapshot of ``length`` tokens.
@@ -265,8 +306,9 @@ class Context:
         """Keeps the first ``length`` cells of a slot. Returns false if this model's cache cannot be cut there."""
         if self._memory is None:
             return False
-        goes_back = not self.can_cut and length <= llama_cpp.llama_memory_seq_pos_max(self._memory, slot)
-        trimmed = llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
+        position = self.position(slot, length)
+        goes_back = not self.can_cut and position <= llama_cpp.llama_memory_seq_pos_max(self._memory, slot)
+        trimmed = llama_cpp.llama_memory_seq_rm(self._memory, slot, position, -1)
         if goes_back and trimmed:
             self._rolled_back.add(slot)
         if not length:

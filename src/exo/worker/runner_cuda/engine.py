@@ -9,6 +9,7 @@ from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, Mask, grammar_failure
 from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
+from exo.worker.runner_common.request_checks import refused
 from exo.worker.runner_common.sequence import append, not_finite
 from exo.worker.runner_cuda.bindings import Logits
 from exo.worker.runner_cuda.loading.loader import Loaded
@@ -41,6 +42,7 @@ class CudaEngine:
         self._context = loaded.context
         self._embedder = loaded.embedder
         self._scheduler = loaded.scheduler
+        self._sight = loaded.sight
         self._tokenizer = loaded.tokenizer
         self._sampling = loaded.sampling
         self._threads = loaded.threads
@@ -57,7 +59,8 @@ class CudaEngine:
     def counts(self) -> tuple[int, int, int]:
         """Returns the steps so far, the sequences and texts in work, and those that wait. Safe in any thread."""
         scheduler, embedder = self._scheduler, self._embedder
-        return self._steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
+        steps = self._steps + (0 if self._sight is None else self._sight.n_steps)
+        return steps, scheduler.n_active + embedder.n_active, len(scheduler.waiting) + len(embedder.waiting)
 
     def run(self) -> None:
         """Computes steps until the commands say ``Shutdown``. Raises EngineError.
@@ -72,6 +75,8 @@ class CudaEngine:
             unwritten = True
             if self._embedder:
                 self._embed()
+            for request, fault in self._scheduler.blind():
+                self._emitter.put(refused(request, "prompt", fault))
             step = self._scheduler.plan()
             if not step.chunks:
                 if self._scheduler:
@@ -82,7 +87,7 @@ class CudaEngine:
             exact = any(chunk.sequence.exact for chunk in step.chunks)
             self._context.use_threads(*self._threads.counts(exact=exact))
             began = time.perf_counter()
-            self._context.decode(step.n_rows)
+            self._decode(step)
             seconds = time.perf_counter() - began
             self._threads.computed(step.n_rows, seconds, prefills=step.prefills, exact=exact)
             self._scheduler.computed(step, seconds)
@@ -118,7 +123,8 @@ class CudaEngine:
         for chunk in step.chunks:
             end = row + chunk.n_rows
             batch.tokens[row:end] = chunk.sequence.tokens[chunk.start : chunk.stop] + chunk.draft
-            batch.positions[row:end] = range(chunk.start, chunk.start + chunk.n_rows)
+            first = chunk.sequence.position(chunk.start)
+            batch.positions[row:end] = range(first, first + chunk.n_rows)
             batch.slots[row:end] = chunk.sequence.slot
             batch.outputs[row:end] = 0
             batch.outputs[row : row + chunk.n_scored] = 1
@@ -126,6 +132,19 @@ class CudaEngine:
             n_outputs += chunk.n_scored + chunk.n_sampled
             row = end
         return n_outputs
+
+    def _decode(self, step: Step) -> None:
+        """Raises EngineError."""
+        span = step.picture
+        if span is None:
+            self._context.decode(step.n_rows)
+            return
+        [chunk] = step.chunks
+        part = chunk.start, chunk.stop
+        places = span.places(*part, chunk.sequence.position(span.start))
+        self._context.decode_vectors(span.vectors(*part), places, causal=not span.whole)
+        if chunk.stop == span.stop and span.part + 1 == len(span.picture.parts):
+            span.picture.parts = []  # they take megabytes, and its cells are in the cache now
 
     def _read(self, step: Step, logits: Logits, done: StepDone) -> None:
         """Adds to ``done`` the results of a step's logits, shape (rows, n_vocab), in batch order.

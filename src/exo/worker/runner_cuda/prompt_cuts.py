@@ -23,12 +23,16 @@ SCORED_ROWS = 32
 def chunk_end(sequence: Sequence, budget: int, least: int, most: int) -> int:
     """Returns where a prompt's next chunk of up to ``most`` tokens ends, which is its start if ``budget`` is too small.
 
-    It ends at the prompt's next mark at the latest. Neither the chunk nor the rest of the prompt becomes shorter than
-    ``least``: a rest that is too short to be cut may exceed the budget by up to ``least`` tokens. A prompt with
-    log-probabilities is cut at multiples of ``SCORED_ROWS`` instead.
+    It ends at the prompt's next mark at the latest, and where a picture begins or ends. Neither the chunk nor the rest
+    of the text or picture becomes shorter than ``least``: a rest that is too short to be cut may exceed the budget by
+    up to ``least`` tokens. A picture whose tokens see each other is one chunk. A prompt with log-probabilities is cut
+    at multiples of ``SCORED_ROWS`` instead.
     """
     start = sequence.n_computed
-    end = next((mark for mark in sequence.marks if mark > start), len(sequence.tokens))
+    picture = sequence.picture
+    if picture is not None and picture.whole:
+        return picture.stop if budget >= least else start
+    end = min(next((mark for mark in sequence.marks if mark > start), len(sequence.tokens)), sequence.edge(start))
     missing = end - start
     size = min(budget, most)
     if sequence.prompt_logprobs is not None:
@@ -63,7 +67,7 @@ def checkpoint_marks(sequence: Sequence, least: int, *, can_cut: bool) -> list[i
         wanted.append(starts[before - 1] if near else at)
         at = wanted[-1] + SPACING
     marks: list[int] = []
-    for stop in sorted(start + _multiple(each - start) for each in wanted):
+    for stop in sorted(sequence.uncut(start + _multiple(each - start)) for each in wanted):
         if stop - (marks[-1] if marks else start) >= least:
             marks.append(stop)
     return marks
@@ -74,7 +78,7 @@ def with_mark(sequence: Sequence, length: int, least: int) -> list[int]:
 
     They stay as they are if a chunk before or after that mark would be shorter than ``least``.
     """
-    stop = sequence.n_computed + _multiple(length - sequence.n_computed)
+    stop = sequence.uncut(sequence.n_computed + _multiple(length - sequence.n_computed))
     if stop - sequence.n_computed < least or stop > sequence.n_prefill - least:
         return sequence.marks
     return sorted([*(mark for mark in sequence.marks if abs(mark - stop) >= least), stop])

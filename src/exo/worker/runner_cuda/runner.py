@@ -5,16 +5,17 @@ from functools import partial
 from exo.worker.protocol.commands import Generate, Load
 from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.constraint import Constraint
-from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
+from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
 from exo.worker.runner_common.output_processor import Emitter
+from exo.worker.runner_common.pictures import has_pictures
 from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_cuda.bindings import EngineError
 from exo.worker.runner_cuda.engine import CudaEngine
 from exo.worker.runner_cuda.loading.estimate import estimate, with_choice
-from exo.worker.runner_cuda.loading.loader import load
+from exo.worker.runner_cuda.loading.loader import Loaded, load
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.sequence import Sequence
-from exo.worker.runner_cuda.tokenizer import GgufTokenizer
+from exo.worker.runner_cuda.vision.span import Span
 
 
 def front_end(emitter: Emitter) -> FrontEnd[Sequence]:
@@ -37,7 +38,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
         longest_text=loaded.embedder.longest,
         closing=loaded.embedding_input.closing,
         text_tokens=loaded.embedding_input.tokens,
-        new_sequence=partial(_new_sequence, loaded.tokenizer),
+        prepare=partial(_prepare, loaded),
         commands=engine.commands,
         run=run,
         counts=engine.counts,
@@ -47,27 +48,36 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[Sequence]:
     )
 
 
-def _new_sequence(
-    tokenizer: GgufTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
-) -> Sequence:
-    sampler = Sampler(request.sampling, tokenizer.eog_tokens, ends_at(request, len(prompt)))
-    sampler.accept_prompt(prompt)
-    for token in request.delivered:
-        sampler.accept(token)
-    return Sequence(
-        id=request.id,
-        tokens=[*prompt, *request.delivered],
-        n_prompt=len(prompt),
-        n_prefill=len(prompt) + len(request.delivered),
-        n_limit=n_limit,
-        sampler=sampler,
-        is_open=request.max_tokens is None,
-        constraint=constraint,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-        exact=request.exact or bool(request.delivered),
-        boundaries=[at for at, token in enumerate(prompt) if tokenizer.is_control(token)],
-    )
+def _prepare(loaded: Loaded, request: Generate) -> Prepared[Sequence]:
+    """Raises PictureError."""
+    tokenizer, sight = loaded.tokenizer, loaded.sight
+    if sight is not None and has_pictures(request.prompt):
+        prompt, pictures = sight.encode_prompt(request.prompt)
+    else:
+        prompt, pictures = tokenizer.encode(request.prompt), list[Span]()
+
+    def new_sequence(n_limit: int, constraint: Constraint | None) -> Sequence:
+        sampler = Sampler(request.sampling, tokenizer.eog_tokens, ends_at(request, len(prompt)))
+        sampler.accept_prompt([token for token in prompt if token >= 0])
+        for token in request.delivered:
+            sampler.accept(token)
+        return Sequence(
+            id=request.id,
+            tokens=[*prompt, *request.delivered],
+            n_prompt=len(prompt),
+            n_prefill=len(prompt) + len(request.delivered),
+            n_limit=n_limit,
+            sampler=sampler,
+            is_open=request.max_tokens is None,
+            constraint=constraint,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            exact=request.exact or bool(request.delivered),
+            pictures=pictures,
+            boundaries=[at for at, token in enumerate(prompt) if tokenizer.is_control(token)],
+        )
+
+    return Prepared(prompt, new_sequence)
 
 
 def _explain(error: Exception) -> Failed | None:

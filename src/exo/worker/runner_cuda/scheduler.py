@@ -15,6 +15,8 @@ from exo.worker.runner_cuda.slot import Slot
 from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step import Chunk, Step
 from exo.worker.runner_cuda.step_time import Pace
+from exo.worker.runner_cuda.vision.sight import Sight
+from exo.worker.runner_cuda.vision.span import n_still, span_at
 
 ALONE_SECONDS = 1.5
 """The longest prefill step while nothing decodes. A request that arrives during the step waits for its end."""
@@ -32,6 +34,8 @@ class Scheduler:
       long one, which still gets half of the time.
     - Prompts are cut as ``prompt_cuts`` says. A step has at most one chunk of a prompt with log-probabilities, because
       the context has room for its logits only.
+    - Tokens of a picture are computed once it is encoded, in a step of their own. Meanwhile, other prompts and streams
+      go on.
     - Drafts, which ``speculation`` makes, are verified only while no prompt is being prefilled.
     - With a ``pool``, a sequence enters when its prompt and its longest output fit beside what the others have by then,
       and none overtakes one that does not fit. If cells run out, free slots give up theirs, then the sequence that came
@@ -49,6 +53,7 @@ class Scheduler:
         speculation: Speculation | None = None,
         alone: int | None = None,
         pool: CellPool | None = None,
+        sight: Sight | None = None,
     ) -> None:
         """While no sequence decodes, a prompt's chunk has up to ``alone`` tokens, if ``ALONE_SECONDS`` suffice."""
         self.slots = [Slot(index) for index in range(n_slots)]
@@ -67,6 +72,7 @@ class Scheduler:
         self._pace = pace
         self._cache = cache
         self._pool = pool
+        self._sight = sight
         self._speculation = speculation or Speculation("off")
         self._entered = 0
 
@@ -81,6 +87,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Appends a sequence to the queue."""
         self._by_id[sequence.id] = sequence
+        for span in sequence.pictures:
+            span.picture.users += 1
         self.waiting.append(sequence)
 
     def sequences(self) -> Iterable[Sequence]:
@@ -92,6 +100,8 @@ class Scheduler:
         sequence = self._by_id.pop(sequence_id, None)
         if sequence is None:
             return None
+        for span in sequence.pictures:
+            span.picture.users -= 1
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
             self._cache.unpark(sequence)
@@ -198,6 +208,17 @@ class Scheduler:
         if sequences:
             self._cache.wipe(self.slots, None)
         return failed
+
+    def position(self, slot: int, length: int) -> int:
+        """Returns the position after a slot's first ``length`` cached tokens."""
+        return length - n_still(self.slots[slot].cached[:length])
+
+    def blind(self) -> list[tuple[str, str]]:
+        """Ends the sequences in slots that have a picture which cannot be encoded. Returns them with the reason."""
+        if self._sight is None:
+            return []
+        faults = [(s.id, span.picture.fault) for s in self._prefilling for span in s.pictures if span.picture.fault]
+        return [(sequence, fault) for sequence, fault in faults if self.remove(sequence) is not None]
 
     def write_one(self) -> bool:
         """Has a prefix written to disk while nothing is computed. Returns whether there may be another one."""
@@ -349,20 +370,31 @@ class Scheduler:
         for sequence in self._in_turn():
             stop = chunk_end(sequence, self._left - n_rows, self._least, self._chunk)
             chunk = Chunk(sequence, sequence.n_computed, stop)
-            if chunk.stop <= chunk.start or (scored and chunk.n_scored):
+            is_picture = sequence.picture is not None
+            if chunk.stop <= chunk.start or (scored and chunk.n_scored) or (is_picture and chunks):
                 continue
             n_rows += chunk.n_rows
             scored = scored or chunk.n_scored > 0
             chunks.append(chunk)
-            if n_rows >= self._enough:
+            if n_rows >= self._enough or is_picture:
                 break
         if chunks:
             self._oldest_first = not self._oldest_first
         return chunks
 
+    def _sees(self, sight: Sight, sequence: Sequence) -> bool:
+        """Whether a sequence's next tokens can be computed. Has its next picture encoded in any case."""
+        span = span_at(sequence.pictures, sequence.n_computed)
+        return span is None or sight.is_ready(span.picture) or sequence.n_computed < span.start
+
     def _in_turn(self) -> list[Sequence]:
-        """The prompts with more than one missing token that have had no chunk since the last decode step."""
+        """The prompts with more than one missing token that have had no chunk since the last decode step.
+
+        Those whose next tokens belong to a picture that is not encoded yet are left out.
+        """
         prompts = [s for s in self._prefilling if s.n_missing > 1 and s.id not in self._served]
+        if self._sight is not None:
+            prompts = [sequence for sequence in prompts if self._sees(self._sight, sequence)]
         if not self._oldest_first:
             prompts.sort(key=lambda sequence: sequence.n_missing)
         return prompts

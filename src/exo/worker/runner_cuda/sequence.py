@@ -9,6 +9,7 @@ from exo.worker.runner_cuda.prefix.host_tier import Saved
 from exo.worker.runner_cuda.prefix.moved import Move
 from exo.worker.runner_cuda.sampling.sampler import Sampler
 from exo.worker.runner_cuda.speculation.ngram_drafter import HOPE, AcceptanceRate, Drafter
+from exo.worker.runner_cuda.vision.span import Span, position_of, span_at, whole_length
 
 USUAL_OUTPUT = 2048
 """The tokens of output for which a request that states no limit waits until a pool has room. Few chat messages have
@@ -43,6 +44,8 @@ class Sequence:
     """Made when it is first asked for a draft."""
     draft_rate: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(HOPE, 4.0))
     """How often a draft model's guesses were right."""
+    pictures: list[Span] = field(default_factory=list[Span])
+    """The tokens that stand for pictures, in ascending order."""
     boundaries: list[int] = field(default_factory=list[int])
     """The positions of control tokens in the prompt, between which messages are, in ascending order."""
     marks: list[int] = field(default_factory=list[int])
@@ -74,6 +77,27 @@ class Sequence:
     def n_wanted(self) -> int:
         """The cells of a pool for which the sequence waits before it enters a slot."""
         return min(self.n_limit, len(self.tokens) + USUAL_OUTPUT) if self.is_open else self.n_limit
+
+    @property
+    def picture(self) -> Span | None:
+        """The picture whose tokens are computed next; None if they are text."""
+        span = span_at(self.pictures, self.n_computed)
+        return span if span is not None and span.start <= self.n_computed else None
+
+    def edge(self, start: int) -> int:
+        """Returns where the text or the part of a picture ends that has the token ``start``."""
+        span = span_at(self.pictures, start)
+        if span is None:
+            return len(self.tokens)
+        return span.start if start < span.start else span.stop
+
+    def uncut(self, length: int) -> int:
+        """Returns the most tokens, up to ``length``, after which a cached prefix may end."""
+        return whole_length(self.pictures, length)
+
+    def position(self, index: int) -> int:
+        """Returns the position of a token of text, or of the first one of a part of a picture."""
+        return position_of(self.pictures, index) if self.pictures else index
 
     def move(self, phase: Phase) -> None:
         """Enters ``phase``. Raises ValueError for a transition that does not exist."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.vision.span import Span
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class Step:
     A step either decodes, with one row and perhaps a draft of every decoding sequence, or prefills chunks of prompts.
     A mixed batch would gain nothing: llama.cpp joins only as many rows of each sequence as all have, so it would
     compute the two parts one after the other, and every row would attend to as many cells as the longest sequence has.
+    Tokens of a picture have a step of their own, since they are computed from vectors.
     """
 
     chunks: list[Chunk]
@@ -53,6 +55,11 @@ class Step:
     prefills: bool = False
     diverged: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     """Those among ``started`` whose prompts repeat a cached one after a difference, and the place of the difference."""
+
+    @property
+    def picture(self) -> Span | None:
+        """The picture to which the tokens of the only chunk belong; None in any other step."""
+        return self.chunks[0].sequence.picture if self.chunks else None
 
     @property
     def n_rows(self) -> int:

@@ -5,7 +5,7 @@ from functools import partial
 from exo.worker.protocol.commands import Generate, Load
 from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.constraint import Constraint
-from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
+from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.sequence import ends_at
@@ -45,28 +45,31 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[MlxSequence]:
         longest_text=loaded.embedder.longest,
         closing=loaded.tokenizer.closing,
         text_tokens=loaded.tokenizer.text_tokens,
-        new_sequence=partial(_new_sequence, loaded.tokenizer),
+        prepare=partial(_prepare, loaded.tokenizer),
         commands=engine.commands,
         run=run,
         counts=engine.counts,
     )
 
 
-def _new_sequence(
-    tokenizer: TransformersTokenizer, request: Generate, prompt: list[int], n_limit: int, constraint: Constraint | None
-) -> MlxSequence:
-    return MlxSequence(
-        id=request.id,
-        tokens=[*prompt, *request.delivered],
-        n_prompt=len(prompt),
-        n_limit=n_limit,
-        sampling=request.sampling,
-        ends=tokenizer.eog_tokens,
-        ends_at=ends_at(request, len(prompt)),
-        constraint=constraint,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-    )
+def _prepare(tokenizer: TransformersTokenizer, request: Generate) -> Prepared[MlxSequence]:
+    prompt = tokenizer.encode(request.prompt)
+
+    def new_sequence(n_limit: int, constraint: Constraint | None) -> MlxSequence:
+        return MlxSequence(
+            id=request.id,
+            tokens=[*prompt, *request.delivered],
+            n_prompt=len(prompt),
+            n_limit=n_limit,
+            sampling=request.sampling,
+            ends=tokenizer.eog_tokens,
+            ends_at=ends_at(request, len(prompt)),
+            constraint=constraint,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+
+    return Prepared(prompt, new_sequence)
 
 
 def _explain(error: Exception) -> Failed | None:

@@ -16,9 +16,11 @@ from exo.worker.protocol.commands import (
     Command,
     Embed,
     Generate,
+    Picture,
     Rank,
     Request,
     Sibling,
+    Text,
     Tokenize,
 )
 from exo.worker.protocol.events import Event, Failed
@@ -268,7 +270,17 @@ def _size(request: Request) -> int:
         case Rank():
             return len(request.query) + len(request.document)
         case Generate() | Embed() | Tokenize():
-            return sum(1 if isinstance(part, int) else len(part.text) for part in request.prompt)
+            return sum(map(_part_size, request.prompt))
+
+
+def _part_size(part: Text | Picture | int) -> int:
+    match part:
+        case Text():
+            return len(part.text)
+        case Picture():
+            return len(part.png)
+        case int():
+            return 1
 
 
 def _is_sibling(first: Request, other: Request) -> bool:

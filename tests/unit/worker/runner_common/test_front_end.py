@@ -37,8 +37,7 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.protocol.wire import decode_event
 from exo.worker.runner_common.commands import Commands, TextJob
-from exo.worker.runner_common.constraint import Constraint
-from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine
+from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
 from exo.worker.runner_common.output_processor import Emitter, Item, Sampled, StepDone
 
 SECONDS = 30
@@ -81,7 +80,8 @@ class ByteTokenizer:
     eog_tokens = (256,)
 
     def encode(self, prompt: Prompt, *, add_bos: bool = True) -> list[int]:
-        return [token for part in prompt for token in (part.text.encode() if isinstance(part, Text) else [part])]
+        texts = [part.text.encode() for part in prompt if isinstance(part, Text)]
+        return [*b"".join(texts), *(part for part in prompt if isinstance(part, int))]
 
     def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
@@ -122,8 +122,8 @@ class IdleEngine:
         while self.commands.handle(wait=True):
             pass
 
-    def new_sequence(self, request: Generate, _prompt: list[int], n_limit: int, _grammar: Constraint | None) -> Asked:
-        return Asked(request, n_limit)
+    def prepare(self, request: Generate) -> Prepared[Asked]:
+        return Prepared(ByteTokenizer().encode(request.prompt), lambda n_limit, _: Asked(request, n_limit))
 
     def _add(self, sequence: Asked) -> None:
         self.sequences[sequence.request.id] = sequence
@@ -185,7 +185,7 @@ class Driven:
             longest_text=N_CTX,
             closing=(),
             text_tokens=lambda request: [] if isinstance(request, Rank) else ByteTokenizer().encode(request.prompt),
-            new_sequence=self.engine.new_sequence,
+            prepare=self.engine.prepare,
             commands=self.engine.commands,
             run=self.engine.run,
             counts=lambda: (0, 0, 0),

@@ -16,14 +16,14 @@ from exo.worker.runner_common.memory_plan import (
     most_cache_in_ram,
 )
 from exo.worker.runner_common.model_files.gguf import GgufHeader, quality_notes
-from exo.worker.runner_cuda.loading.devices import Gpu
+from exo.worker.runner_cuda.loading.devices import GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.gguf_sizes import GgufSizes, cache_bytes
 from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle, with_layout
-from exo.worker.runner_cuda.loading.loader import draft_file, draft_options, read_options
+from exo.worker.runner_cuda.loading.loader import draft_file, draft_options, projector_file, read_options
 from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions, find_model
-from exo.worker.runner_cuda.loading.peers import all_gpus
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen, elsewhere, placements, tensor_splits
+from exo.worker.runner_cuda.loading.projector_memory import projector_parts
 
 _SMALLER_CACHES = ("q8_0", "q4_0")
 
@@ -32,7 +32,7 @@ def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would, for a missing or broken file or wrong settings."""
     load = command.load
     options = read_options(load)
-    present = all_gpus(load)
+    present = gpus(load.backend)
     devices = chosen(options, load.backend, present)
     path = find_model(options, load.model_id, load.directories)
     check_header(path)
@@ -40,8 +40,9 @@ def estimate(command: Estimate) -> Estimated:
     check_architecture(options, headers[0])
     with_layout(options, headers[0])
     poolable = pool_obstacle(options, headers[0]) is None
-    draft = _draft(load, options)
-    found = plans(load, options, headers, draft, devices, present, poolable=poolable)
+    draft, projector = _draft(load, options), projector_file(options, path)
+    seeing = None if projector is None else read_headers(projector)[0]
+    found = plans(load, options, headers, draft, devices, present, seeing, poolable=poolable)
     return found.model_copy(update={"notes": quality_notes(headers[0].text)})
 
 
@@ -53,7 +54,7 @@ def with_choice(command: Load) -> Load:
     if all(isinstance(command.table.get(key), int) for key in ("n_ctx", "slots")):
         return command
     found = estimate(Estimate(load=command))
-    free = {each.name: each.memory()[0] for each in all_gpus(command)}
+    free = {each.name: each.memory()[0] for each in gpus(command.backend)}
     return completed(command, found, free)
 
 
@@ -64,16 +65,17 @@ def plans(
     draft: GgufSizes | None,
     devices: Sequence[Gpu],
     present: Sequence[Gpu],
+    projector: GgufHeader | None = None,
     *,
     poolable: bool,
 ) -> Estimated:
     """Returns the ways to load a model, with the memory of each. Pure, apart from the devices' memory.
 
     ``headers`` are those of the model's files. ``devices`` are those that the card allows out of those ``present``.
-    ``poolable``: the slots can share a pool.
+    ``projector`` is the header of its projector, if it has one. ``poolable``: the slots can share a pool.
     """
     model = replace(GgufSizes.of(headers, options), copies=any(each.copies_weights for each in devices))
-    on_gpu, table = bool(present), load.table
+    on_gpu, table = load.backend in GPU_BACKENDS, load.table
     left = _open(load, options, model, devices, present, poolable=poolable)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
     small = table.get("cache_type_k") == AUTO
@@ -91,7 +93,8 @@ def plans(
     )
 
     def size(plan: Plan) -> list[Part]:
-        return [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
+        parts = [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
+        return parts if projector is None else [*parts, *projector_parts(projector, options, plan)]
 
     return estimated(plan, left, size, _smaller_caches(options), model.layout)
 

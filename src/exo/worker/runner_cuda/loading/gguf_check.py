@@ -1,8 +1,9 @@
 """Checks a GGUF file before llama.cpp opens it, in a sandbox.
 
 llama.cpp trusts lengths and offsets in a file, so that wrong ones make it read and write foreign memory, and it aborts
-its process for some values. This program follows every length before llama.cpp sees the file. It gets a ``path`` and
-answers with the ``error``, which is empty if the file is sound. The other files of a split model are checked too.
+its process for some values. This program follows every length before llama.cpp sees the file. It gets a ``path``, and
+whether the file should be a ``projector``, and answers with the ``error``, which is empty if the file is sound. The
+other files of a split model are checked too.
 """
 
 import json
@@ -18,6 +19,8 @@ from exo.worker.runner_common.sandbox import Sandbox, SandboxError, SandboxLimit
 _LIMITS = SandboxLimits(seconds=60, address_space=2 << 30)
 """The time is for slow disks."""
 _MOST_LAYERS = 512
+_LONGEST_SIDE = 1 << 13
+"""Pixels of a side of the picture that a projector computes."""
 _MOST = {"embedding_length": 1 << 20, "feed_forward_length": 1 << 24, "expert_count": 512} | {
     f"attention.{name}": 1 << 16 for name in ("head_count", "head_count_kv", "key_length", "value_length")
 }
@@ -45,7 +48,12 @@ def check_header(path: Path) -> None:
 
     Sound files are checked again only if they have changed, since a load follows an estimate.
     """
-    _check_in_sandbox(path, tuple(map(_state, split_parts(path))))
+    _check_in_sandbox(path, tuple(map(_state, split_parts(path))), projector=False)
+
+
+def check_projector(path: Path) -> None:
+    """Does the same for a projector, the part of a model that sees pictures. Raises LoadError."""
+    _check_in_sandbox(path, (_state(path),), projector=True)
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -57,10 +65,10 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=8)
-def _check_in_sandbox(path: Path, _states: tuple[tuple[int, ...], ...]) -> None:
+def _check_in_sandbox(path: Path, _states: tuple[tuple[int, ...], ...], *, projector: bool) -> None:
     try:
         with Sandbox("exo.worker.runner_cuda.loading.gguf_check", _LIMITS) as sandbox:
-            error = sandbox.ask({"path": str(path)})["error"]
+            error = sandbox.ask({"path": str(path), "projector": projector})["error"]
     except SandboxError as failure:
         error = f"{path}: the check of its header {failure}"
     if error:
@@ -79,6 +87,34 @@ def check_file(path: Path) -> None:
     """Checks one file. Raises HeaderError, and OSError if the file cannot be read."""
     header = open_gguf(path)
     _check_kind(path, header)
+    _check_values(header)
+    if "general.architecture" in header.fields:
+        _check_hyperparameters(header, header.architecture)
+    if (tokens := header.fields.get(_TOKENS)) is not None and tokens.kind == STRING and tokens.count is not None:
+        _check_tokens(header)
+
+
+def check_projector_file(path: Path) -> None:
+    """Checks one file. Raises HeaderError, and OSError if the file cannot be read."""
+    header = open_gguf(path)
+    if header.text("general.architecture") != "clip" or not header.value("clip.has_vision_encoder"):
+        raise HeaderError("is no projector for pictures")
+    _check_values(header)
+    sides = {key: header.integer(f"clip.vision.{key}", 0) for key in ("image_size", "patch_size")}
+    for key, side in sides.items():
+        if not 0 < side <= _LONGEST_SIDE:
+            raise HeaderError(f"has clip.vision.{key} = {side}, expected 1 to {_LONGEST_SIDE}")
+    if sides["patch_size"] > sides["image_size"]:
+        raise HeaderError("has patches that are larger than the picture")
+    heads, size = (header.integer(f"clip.vision.{key}", 0) for key in ("attention.head_count", "embedding_length"))
+    if heads <= 0 or size <= 0 or size % heads:
+        raise HeaderError(f"has {heads} attention heads for vectors of {size} numbers")
+    if not 0 < header.integer("clip.vision.block_count", 0) <= _MOST_LAYERS:
+        raise HeaderError(f"has a number of layers that is not in 1 to {_MOST_LAYERS}")
+
+
+def _check_values(header: GgufHeader) -> None:
+    """Raises HeaderError for a flag or a number that ends llama.cpp's process."""
     for key, field in header.fields.items():
         if field.kind == BOOL:
             values = header.data[field.at : field.at + (1 if field.count is None else field.count)]
@@ -88,10 +124,6 @@ def check_file(path: Path) -> None:
             value, most = header.integer(key, 0), _MOST.get(key.partition(".")[2])
             if most is not None and value > most:
                 raise HeaderError(f"has {key} = {value}, expected at most {most}")
-    if "general.architecture" in header.fields:
-        _check_hyperparameters(header, header.architecture)
-    if (tokens := header.fields.get(_TOKENS)) is not None and tokens.kind == STRING and tokens.count is not None:
-        _check_tokens(header)
 
 
 def _check_kind(path: Path, header: GgufHeader) -> None:
@@ -188,9 +220,11 @@ def _check_tokens(header: GgufHeader) -> None:
 
 
 def _check(request: bytes) -> dict[str, str]:
-    for path in split_parts(Path(json.loads(request)["path"])):
+    asked = json.loads(request)
+    check, given = check_projector_file if asked["projector"] else check_file, Path(asked["path"])
+    for path in [given] if asked["projector"] else split_parts(given):
         try:
-            check_file(path)
+            check(path)
         except HeaderError as error:
             return {"error": f"{path} cannot be loaded: it {error}"}
         except OSError as error:

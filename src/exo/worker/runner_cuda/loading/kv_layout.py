@@ -21,6 +21,8 @@ def pool_obstacle(options: CudaOptions, header: GgufHeader) -> str | None:
     if options.cache_reuse is not None:
         return "cache_reuse needs the only slot"
     arch = header.text("general.architecture")
+    if options.mmproj is not None and f"{arch}.rope.dimension_sections" in header.fields:
+        return "tokens of a picture share positions in this model, and a pool counts its cells by positions"
     if arch in _SPARSE_ATTENTION:
         return f'the sparse attention of "{arch}" has an index for each sequence'
     layers = layer_caches(header, equal_values=False)

@@ -28,9 +28,9 @@ class Log:
         self.errors: list[str] = []
         self._places: dict[int, str] = {}
         self._overridden: set[int] = set()
-        callback = llama_cpp.llama_log_callback(self._receive)
-        self._callbacks.append(callback)
-        llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+        self.callback = llama_cpp.llama_log_callback(self._receive)
+        self._callbacks.append(self.callback)
+        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
 
     @property
     def layers(self) -> dict[str, int]:

@@ -18,13 +18,12 @@ from exo.worker.runner_cuda.bindings import Context, Model, Rows, engine_version
 from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
-from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu
+from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
-from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
+from exo.worker.runner_cuda.loading.gguf_check import check_header, check_projector, read_headers
 from exo.worker.runner_cuda.loading.kv_layout import with_layout
 from exo.worker.runner_cuda.loading.llama_log import Log
-from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model
-from exo.worker.runner_cuda.loading.peers import all_gpus
+from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model, find_projector
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
 from exo.worker.runner_cuda.loading.threads import Threads
@@ -39,6 +38,8 @@ from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
 from exo.worker.runner_cuda.speculation.speculation import Speculation
 from exo.worker.runner_cuda.step_time import Pace
 from exo.worker.runner_cuda.tokenizer import GgufTokenizer
+from exo.worker.runner_cuda.vision.projector import Projector
+from exo.worker.runner_cuda.vision.sight import Sight
 
 CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
 """The most prompt tokens on a CPU: of one prompt beside streams, of one prompt alone, and of all prompts between two
@@ -66,9 +67,13 @@ class Loaded:
     draft: DraftModel | None
     sampling: BackendSampling
     threads: Threads
+    sight: Sight | None
+    """None if the model takes no pictures."""
 
     def free(self) -> None:
         """Frees the contexts first: they borrow from the model and from the sampler chains."""
+        if self.sight is not None:
+            self.sight.close()
         if self.draft is not None:
             self.draft.free()
         self.embedder.free()
@@ -92,7 +97,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     """See ``load``. ``undo`` gets what frees the parts that are loaded."""
     log = Log()
     options = read_options(command)
-    devices = chosen(options, command.backend, all_gpus(command))
+    devices = chosen(options, command.backend, gpus(command.backend))
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
     header = read_headers(path)[0]
@@ -140,8 +145,14 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     threads = Threads(physical_cores(), len(usable_cpus()), _fixed_threads(command, options))
     draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log, undo)
     tokenizer = GgufTokenizer(model)
+    projector = None if score else projector_file(options, path)
+    sight = None
+    if projector is not None:
+        sight = _load_sight(projector, options, devices, model, context, tokenizer, rows.graph, log, undo)
     names = tuple(device.name for device in devices) or (CPU,)
     capabilities = _capabilities(options, command.backend, names, model, context, embedder, tokenizer)
+    if sight is not None:
+        capabilities = capabilities.model_copy(update={"vision": True})
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     pace = Pace(max_itl_ms / 1000)
     disk = None if score else open_disk_tier(command, options, path, model, context, pace)
@@ -153,7 +164,9 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     n_outputs = min(options.slots + SCORED_ROWS, sizes.alone)
     speculation = Speculation(speculate, n_outputs, draft, context.rollback)
     enough = budget if on_gpu else CPU_ENOUGH
-    scheduler = Scheduler(options.slots, budget, chunk, enough, pace, cache, speculation, sizes.alone, pool)
+    scheduler = Scheduler(options.slots, budget, chunk, enough, pace, cache, speculation, sizes.alone, pool, sight)
+    if sight is not None and sight.is_flat:
+        context.position = scheduler.position
     embedding_input = EmbeddingInput(model, tokenizer)
     return Loaded(
         model,
@@ -168,6 +181,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
         draft,
         sampling,
         threads,
+        sight,
     )
 
 
@@ -231,11 +245,11 @@ def read_options(command: Load) -> CudaOptions:
     except ValidationError as error:
         raise LoadError("model_misconfigured", f"model card, [cuda] {describe(error)[1]}") from error
     updates: dict[str, object] = {"threads": options.threads or physical_cores()}
-    if command.backend == "LlamaCppCpu" and not command.peers:
+    if command.backend == "LlamaCppCpu":
         updates["n_gpu_layers"] = 0
-    elif command.backend not in (*GPU_BACKENDS, "LlamaCppCpu"):
+    elif command.backend not in GPU_BACKENDS:
         raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
-    elif not all_gpus(command):
+    elif not gpus(command.backend):
         missing = f"llama.cpp finds no {GPU_BACKENDS[command.backend]} device here"
         raise LoadError("model_load_failed", f"{command.backend} was requested, but {missing}")
     elif options.devices == (CPU,):
@@ -275,6 +289,37 @@ def _decode_one(context: Context) -> None:
     context.decode(1)
     context.logits(1)
     context.trim(0, 0)
+
+
+def projector_file(options: CudaOptions, model: Path) -> Path | None:
+    """Finds the projector beside the model's file and checks its header; None without one. Raises LoadError."""
+    path = find_projector(options, model)
+    if path is not None:
+        check_projector(path)
+    return path
+
+
+def _load_sight(
+    path: Path,
+    options: CudaOptions,
+    devices: Sequence[Gpu],
+    model: Model,
+    context: Context,
+    tokenizer: GgufTokenizer,
+    most_rows: int,
+    log: Log,
+    undo: ExitStack,
+) -> Sight:
+    """Loads the projector onto the first device, or into RAM without any. Raises LoadError."""
+    if not context.generates:
+        raise LoadError("model_misconfigured", "model card, [cuda] mmproj: this model generates no text")
+    device = next(iter(devices), None)
+    threads = options.threads_batch or options.threads or physical_cores()
+    projector = Projector(path, model, device, threads, options.flash_attn, log)
+    found = path.stat()
+    sight = Sight(projector, tokenizer, f"{found.st_size} {found.st_mtime_ns}", most_rows)
+    undo.callback(sight.close)
+    return sight
 
 
 def draft_file(command: Load, options: CudaOptions) -> Path | None:

@@ -66,8 +66,9 @@ class DraftOptions(ModelFile):
 class CudaOptions(ModelFile):
     """Keys of ``[cuda]``. Counts are tokens unless said otherwise."""
 
-    mmproj: str | None = None
-    """The projector for images, which is pulled with the model. This runner reads only text and does not load it."""
+    mmproj: str | None = Field(default=None, min_length=1)
+    """The projector, with which the model sees pictures: a file beside the model's, or a pattern that one file there
+    matches. It is pulled with the model, and put on the first device."""
     n_gpu_layers: int = Field(default=-1, ge=-1)
     """Layers on the GPU. -1 is all of them. The default is "auto": all of them if they fit with a context of 32,768
     tokens, or else as many as do."""
@@ -155,6 +156,8 @@ class CudaOptions(ModelFile):
     setting, or else "mean"."""
     embedding_ctx: int | None = Field(default=None, ge=32, le=1 << 20)
     """The longest text to embed. The default is the context of a slot, or an encoder's trained length, up to 2,048."""
+
+    _projector_stays_inside = field_validator("mmproj")(stays_inside)
 
     @property
     def prefix_caches(self) -> tuple[int, ...]:
@@ -276,6 +279,21 @@ def find_model(options: ModelFile, model_id: str, directories: Sequence[str]) ->
         looked = ", ".join(str(place) for place in places)
         raise LoadError("model_not_found", f"no model file for {model_id}: looked for {looked}")
     return found
+
+
+def find_projector(options: CudaOptions, model: Path) -> Path | None:
+    """Returns the projector beside the model's file; None if the card names none. Raises LoadError.
+
+    The model's file may be in a folder of its own below the one that has the projector.
+    """
+    if options.mmproj is None:
+        return None
+    folders = dict.fromkeys((model.parent, model.parent.parent))
+    found = [each for folder in folders for each in sorted(folder.glob(options.mmproj)) if each.is_file()]
+    if not found:
+        message = f"model card, [cuda] mmproj: there is no projector {options.mmproj} beside {model}"
+        raise LoadError("model_not_found", message)
+    return found[0]
 
 
 def _places(options: ModelFile, model_id: str, directories: Sequence[str]) -> Iterator[Path]:

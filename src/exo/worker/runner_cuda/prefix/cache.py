@@ -126,7 +126,8 @@ class PrefixCache:
         if sequence.prompt_logprobs is None:
             usable = () if self._copying else self._host.usable(sequence.tokens)
             own = min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)
-            reach = self._search.reach(slot, min(own, slot.exact) if sequence.exact else own, usable)
+            own = sequence.uncut(min(own, slot.exact) if sequence.exact else own)
+            reach = self._search.reach(slot, own, usable)
         n_found = max(reach[0], found.length if found is not None else 0)
         entered = self._enter_moved(slot, sequence, n_found)
         length, place = entered if entered is not None else self._enter_prefix(slot, reach, found)

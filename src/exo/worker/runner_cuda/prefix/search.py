@@ -58,7 +58,7 @@ class PrefixSearch:
             if best is not None and best.promised >= depth + BLOCK - 1:
                 break
             able = (each for each in holders - seen if not sequence.exact or each.exact >= len(each.cached))
-            found = [self._found(holder, tokens, depth, usable) for holder in able]
+            found = [self._found(holder, sequence, depth, usable) for holder in able]
             seen |= holders
             best = max(
                 [*found, *([best] if best is not None else ())],
@@ -84,8 +84,9 @@ class PrefixSearch:
             best = max([best, *(self.reach(each, depth, usable)[0] for each in others)])
         return best
 
-    def _found(self, holder: Holder, prompt: Tokens[int], depth: int, usable: Tokens[Usable]) -> CachedPrefix:
+    def _found(self, holder: Holder, sequence: Sequence, depth: int, usable: Tokens[Usable]) -> CachedPrefix:
+        prompt = sequence.tokens
         common = depth + common_prefix(holder.tokens[depth : depth + BLOCK], prompt[depth : depth + BLOCK])
-        common = min(common, len(prompt) - 1)
-        length, checkpoint = self.reach(holder, min(common, len(holder.cached)), usable)
+        common = sequence.uncut(min(common, len(prompt) - 1))
+        length, checkpoint = self.reach(holder, sequence.uncut(min(common, len(holder.cached))), usable)
         return CachedPrefix(holder, length, common if common > len(holder.cached) else length, checkpoint)

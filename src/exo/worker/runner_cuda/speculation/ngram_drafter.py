@@ -5,6 +5,7 @@ each token from its logits as it would without a draft. A right guess only means
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 NGRAM = 3
 """The number of tokens that must occur again for the tokens after their last occurrence to become a guess."""
@@ -76,11 +77,14 @@ class Drafter:
         self._n_followed = len(tokens)
 
     def draft(self, tokens: Sequence[int], size: int) -> list[int]:
-        """Returns guesses of the next ``size`` tokens, or none. A repetition at the end of the text is continued."""
+        """Returns guesses of the next ``size`` tokens, or none. A repetition at the end of the text is continued.
+
+        A token that stands for a picture, whose id is negative, is no guess.
+        """
         if self._guess is None:
             return []
-        guessed = list(tokens[self._guess : self._guess + size])
+        guessed = list(takewhile(lambda token: token >= 0, tokens[self._guess : self._guess + size]))
         period = len(guessed)
-        while len(guessed) < size:
+        while 0 < len(guessed) < size:
             guessed.append(guessed[-period])
         return guessed

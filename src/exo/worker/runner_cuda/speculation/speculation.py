@@ -141,7 +141,8 @@ class Speculation:
         """Yields each source that can guess now: its rate for each sequence, seconds per token, and longest draft."""
         if most > 0 and all(drafter.guesses for drafter in drafters):
             yield "lookup", [drafter.rate.share for drafter in drafters], 0.0, most
-        if most > 0 and self._model is not None:
+        sighted = any(stream.pictures for stream in streams)  # a draft model sees no pictures
+        if most > 0 and self._model is not None and not sighted:
             rates = [stream.draft_rate.share for stream in streams]
             yield "model", rates, self._model.seconds, min(most, self._model.longest)
 
