@@ -15,6 +15,7 @@ from tests.support import fake_runner
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny.adapter import write_gguf_adapter, write_peft_adapter
 from tests.support.twins import FLOAT32
 
 Table = dict[str, JsonValue]
@@ -24,6 +25,7 @@ LLAMA_BACKEND = os.environ.get("EXO_TEST_LLAMA_BACKEND", "LlamaCppCpu")
 """The llama.cpp runner's: ``scripts/gpu_check`` sets it to LlamaCppCuda on a machine with a GPU."""
 
 
+ADAPTERS = ("one", "two")
 TWIN = Shape(head_dim=64)
 """Heads of the smallest size that vLLM has attention for."""
 
@@ -53,6 +55,21 @@ def vllm_table(folder: Path) -> Table:
     return {**mlx_table(folder), "threads": 1}
 
 
+def gguf_adapters(folder: Path) -> list[JsonValue]:
+    return _adapters(folder, lambda path, seed: write_gguf_adapter(path.with_suffix(".gguf"), TWIN, seed), ".gguf")
+
+
+def peft_adapters(folder: Path) -> list[JsonValue]:
+    """The same matrices."""
+    return _adapters(folder, lambda path, seed: write_peft_adapter(path, TWIN, seed))
+
+
+def _adapters(folder: Path, write: Callable[[Path, int], None], suffix: str = "") -> list[JsonValue]:
+    for seed, each in enumerate(ADAPTERS, 1):
+        write(folder / each, seed)
+    return [{"name": each, "path": str(folder / each) + suffix} for each in ADAPTERS]
+
+
 name = names()
 
 
@@ -74,6 +91,8 @@ class Case:
     """Tokens that its prefix cache reuses together or not at all."""
     tasks: tuple[str, ...] = ()
     """As the card has them, where the runner must know."""
+    adapters: Callable[[Path], list[JsonValue]] | None = None
+    """Writes the adapters "one" and "two" of its model, and returns them as the card's table names them."""
 
 
 CASES = {
@@ -86,11 +105,21 @@ CASES = {
         small_chunks={"chunk": 32},
     ),
     "cuda": Case(
-        tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, gguf_table, free_threads={"threads": None}
+        tuple(runner_command(RUNNERS["cuda"].module)),
+        LLAMA_BACKEND,
+        gguf_table,
+        free_threads={"threads": None},
+        adapters=gguf_adapters,
     ),
-    "pool": Case(tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, pool_table),
-    "rpc": Case(llama_command("LlamaCppCuda"), "LlamaCppCuda", gguf_table),
-    "mlx": Case(tuple(runner_command(RUNNERS["mlx"].module)), "MlxCpu", mlx_table, small_chunks={"prefill_chunk": 32}),
+    "pool": Case(tuple(runner_command(RUNNERS["cuda"].module)), LLAMA_BACKEND, pool_table, adapters=gguf_adapters),
+    "rpc": Case(llama_command("LlamaCppCuda"), "LlamaCppCuda", gguf_table, adapters=gguf_adapters),
+    "mlx": Case(
+        tuple(runner_command(RUNNERS["mlx"].module)),
+        "MlxCpu",
+        mlx_table,
+        small_chunks={"prefill_chunk": 32},
+        adapters=peft_adapters,
+    ),
     "vllm": Case(
         RUNNERS["vllm"].command,
         "Vllm",
@@ -102,6 +131,9 @@ CASES = {
 
 
 EVERY_RUNNER = [pytest.param(name, marks=needs_vllm) if name == "vllm" else name for name in CASES]
+
+
+ADAPTED = [each for each, case in zip(EVERY_RUNNER, CASES.values(), strict=True) if case.adapters is not None]
 
 
 SAMPLING = [each for each, case in zip(EVERY_RUNNER, CASES.values(), strict=True) if case.samples]
@@ -142,6 +174,11 @@ class Shared:
 
     def program(self, case: Case) -> Program:
         return self._loaded(case, slots=16, n_ctx=512)
+
+    def adapted(self, case: Case) -> Program:
+        """With adapters, if the runner has any."""
+        lora: Table = {} if case.adapters is None else {"lora": case.adapters(self.folder)}
+        return self._loaded(case, slots=4, n_ctx=1024, **lora)
 
     def slow(self, case: Case) -> Program:
         return self._loaded(case, slots=2, n_ctx=8192, **case.slow, **case.small_chunks)

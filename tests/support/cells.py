@@ -1,12 +1,13 @@
 """Cells that hold token ids, so that tests see the contents of each slot. Copies wait for a decode, as in llama.cpp."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Moves
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from exo.worker.runner_cuda.prefix.host_tier import State
 from exo.worker.runner_cuda.prefix.moved import Move
+from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step import Step
 
 MISSING = -1
@@ -109,7 +110,7 @@ class RecordedCells:
         self._recent[slot] = state.view(np.int32).tolist()
         return True
 
-    def set_aside(self, slot: int, length: int, moves: Sequence[Move]) -> None:
+    def set_aside(self, slot: int, length: int, moves: Moves[Move]) -> None:
         assert not self.aside
         for move in moves:
             self.aside[move.target] = self.held[slot][move.source : move.source + move.length]
@@ -147,14 +148,22 @@ class RecordedCells:
         self._pending.clear()
         assert all(NAN not in self._contents[chunk.sequence.slot] for chunk in step.chunks)
         for chunk in step.chunks:
-            slot, known = chunk.sequence.slot, chunk.sequence.tokens[: chunk.start]
+            assert chunk.sequence.adapter == step.adapter
+            slot, tokens = chunk.sequence.slot, _computed(chunk.sequence)
+            known = tokens[: chunk.start]
             seen = chunk.start if self.window is None else min(chunk.start, self.window - 1)
             assert self.held[slot] == known
             assert len(self._recent[slot]) == chunk.start
             assert self._recent[slot][chunk.start - seen :] == known[chunk.start - seen :]
-            new = chunk.sequence.tokens[chunk.start : chunk.stop] + chunk.draft
+            new = tokens[chunk.start : chunk.stop] + chunk.draft
             self.held[slot] += new
             self._contents[slot] = self.held[slot].copy()
             recent = self._recent[slot] + new
             lost = 0 if self.window is None else max(0, chunk.start - self.window + 1 - self.spare)
             self._recent[slot] = [MISSING] * lost + recent[lost:]
+
+
+def _computed(sequence: Sequence) -> list[int]:
+    """The tokens of a sequence as its cells hold them. Those computed with different adapters differ."""
+    offset = sum(sequence.adapter.encode()) << 20
+    return [token + offset for token in sequence.tokens] if offset else sequence.tokens

@@ -40,8 +40,10 @@ def write_card(home: Path, name: str, engines: Mapping[str, Mapping[str, JsonVal
 
 
 def _toml(value: JsonValue) -> str:
-    """A value that TOML and JSON write alike: anything but null and tables."""
-    return json.dumps(value)
+    """Anything but null. Tables are written inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + "}"
+    return "[" + ", ".join(map(_toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
 def long_story(tokens: int) -> dict[str, object]:

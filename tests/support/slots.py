@@ -32,9 +32,12 @@ class Slots:
         self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
         self.names = (str(number) for number in count())
 
-    def add(self, prompt: list[int], *, scored: bool = False, boundaries: tuple[int, ...] = ()) -> Sequence:
+    def add(
+        self, prompt: list[int], *, scored: bool = False, boundaries: tuple[int, ...] = (), adapter: str = ""
+    ) -> Sequence:
         name, sampler = next(self.names), Sampler(SamplingParams(seed=0))
         sequence = Sequence(name, list(prompt), len(prompt), len(prompt), 10_000, sampler, boundaries=[*boundaries])
+        sequence.adapter = adapter
         sequence.prompt_logprobs = 0 if scored else None
         self.scheduler.add(sequence)
         return sequence

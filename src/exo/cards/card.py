@@ -228,6 +228,18 @@ class ModelCard(_CardTable):
             return {"embeddings": "model"}
         return {"rerank": "model"} if "TextRanking" in self.tasks else {}
 
+    @property
+    def adapters(self) -> dict[str, tuple[str, ...]]:
+        """The runners in whose tables each adapter is, by its name. The runners validate the tables."""
+        found: dict[str, tuple[str, ...]] = {}
+        for runner, table in self.engines.items():
+            listed = table.get("lora")
+            for each in listed if isinstance(listed, list) else ():
+                name = each.get("name") if isinstance(each, dict) else None
+                if isinstance(name, str):
+                    found[name] = (*found.get(name, ()), runner)
+        return found
+
     @field_validator("runner")
     @classmethod
     def _runner_is_known(cls, runner: str) -> str:

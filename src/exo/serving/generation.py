@@ -228,7 +228,7 @@ class Generation:
         self._services.queues.slots_changed(runner.card.model_id)
         echoes = tuple([each.echo for each in prepared]) if request.echo else ()
         card = runner.card
-        started = Started(card.model_id, runner.capabilities, echoes, sequences[0].sampling, card.quantization)
+        started = Started(self._model.name, runner.capabilities, echoes, sequences[0].sampling, card.quantization)
         arrival = asyncio.Event()
         return started, [
             _RunningChoice(number, Replay(sequence), self._reader(number, prepared[number // request.n]), arrival)
@@ -296,6 +296,7 @@ class Generation:
             "prompt_logprobs": "logprobs",
             "stop_tokens": "stop_token_ids",
             "allowed": "allowed_token_ids",
+            "adapter": "model",
         }
         failed, member = naming_tools(error.failed, request), prompt if len(request.prompts) > 1 else None
         return from_failed(failed, params=names, retry_seconds=error.retry_seconds, member=member)
@@ -329,6 +330,7 @@ class Generation:
                 logprobs=request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
                 show_special=each.special,
+                adapter=self._model.adapter,
                 exact=request.seed is not None,
             )
             sequences.append(first)

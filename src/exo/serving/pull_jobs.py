@@ -73,11 +73,11 @@ class Pulls:
         if not self._provides_files:
             return
         try:
-            sources = Source.of(card, runner), Source.of_draft(card, runner)
+            sources = Source.whole(card, runner)
         except PullError:
             return  # the runner explains the error in its table
         for source in sources:
-            if source is None or source.repo is None or ".." in PurePosixPath(source.file or "").parts:
+            if source.repo is None or ".." in PurePosixPath(source.file or "").parts:
                 continue
             found = await run_sync(self._on_disk, source)
             if found.state == "present":
@@ -93,14 +93,13 @@ class Pulls:
                 raise from_pull_error(error, param="model") from error
 
     async def pull(self, card: ModelCard, runner: str, quant: str | None) -> AsyncGenerator[DownloadProgress | Pulled]:
-        """Downloads these files, then those of the draft model if there is one. Ends with ``Pulled``.
+        """Downloads these files, then those of the draft model and the adapters. Ends with ``Pulled``.
 
         Raises ``PullError``, and ``ServingError`` if the server stops.
         """
-        draft = Source.of_draft(card, runner)
-        sources = [Source.of(card, runner, quant), *([draft] if draft is not None and draft.repo is not None else [])]
+        first, *beside = Source.whole(card, runner, quant)
         pulled: Pulled | None = None
-        for source in sources:
+        for source in (first, *(each for each in beside if each.repo is not None)):
             async with aclosing(self._join(source)) as steps:
                 async for step in steps:
                     if isinstance(step, DownloadProgress):
@@ -214,7 +213,11 @@ def pull_note(progress: DownloadProgress) -> str:
 
 def _not_downloaded(card: ModelCard, source: Source, found: OnDisk) -> ServingError:
     part = f" ({found.bytes:,} of {found.total:,} bytes are)" if found.total else ""
-    what = card.model_id if source.model_id == card.model_id else f"{source.model_id}, {card.model_id}'s draft model,"
+    what = card.model_id
+    if source.adapter or source.model_id != card.model_id:
+        what = (
+            f"{source.model_id}, {card.model_id}'s {f'adapter {source.adapter}' if source.adapter else 'draft model'},"
+        )
     message = (
         f"{what} is not on disk for runner {source.runner}{part}; "
         f"`exo pull {card.model_id} --runner {source.runner}` fetches it, and `exo serve --auto-pull` does so unasked"

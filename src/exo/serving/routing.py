@@ -12,7 +12,7 @@ from exo.serving.errors import RequestError, from_refusal, unknown_model
 from exo.serving.host_prober import HostProber
 from exo.worker.host import Host
 from exo.worker.protocol.runners import Need, Prefer
-from exo.worker.router import Refusal, Route, Wish, parse_model, route
+from exo.worker.router import Refusal, Route, Wish, adapter_not_found, parse_model, route
 from exo.worker.speed import Preference
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
@@ -20,10 +20,16 @@ from exo.worker.supervisor.speed_store import SpeedStore
 
 @dataclass(frozen=True, slots=True)
 class RequestedModel:
-    """The model card of a request, and the runner if the request names one."""
+    """The model card of a request, and the runner and the adapter if the request names them."""
 
     card: ModelCard
     runner: str | None
+    adapter: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model's name in replies."""
+        return f"{self.card.model_id}:{self.adapter}" if self.adapter else self.card.model_id
 
 
 @final
@@ -54,20 +60,22 @@ class Routing:
         return parse_model(model)
 
     def resolve(self, model: str, tag: str = "") -> RequestedModel:
-        """Finds the model card of a model id or alias with an optional "@runner"; ``tag`` as in ``parse``.
+        """Finds a request's model: a model id or alias, then perhaps ":adapter" and "@runner"; ``tag`` as in ``parse``.
 
-        An empty ``model`` means the only loaded model, or else the only known one. Raises ``ServingError``.
+        A model id or alias may contain colons, and precedes one with an adapter. An empty ``model`` means the only
+        loaded model, or else the only known one. Raises ``ServingError``.
         """
-        wish = self.parse(model or self._only_model(), tag)
-        return RequestedModel(self.card(wish.name), wish.runner)
-
-    def card(self, name: str) -> ModelCard:
-        """Finds the model card of a model id or alias. Raises ``ServingError``."""
+        name, runner = self.parse(model or self._only_model(), tag)
         catalogue = self._cards.known
-        card = catalogue.get(name)
-        if card is None:
+        if (card := catalogue.get(name)) is not None:
+            return RequestedModel(card, runner)
+        base, _, adapter = name.rpartition(":")
+        card = catalogue.get(base)
+        if card is None or not card.adapters:
             raise unknown_model(name, catalogue.suggest(name))
-        return card
+        if adapter not in card.adapters:
+            raise from_refusal(adapter_not_found(card, adapter))
+        return RequestedModel(card, runner, adapter)
 
     def _only_model(self) -> str:
         loaded = sorted({each.model_id for each in self._pool.live()})
@@ -99,7 +107,8 @@ class Routing:
         if prefer is not None:
             preference = self._speeds.preference(card, prefer, self._load(card, arriving), time.time())
         live, failing = self._pool.live_for(card), self._pool.avoided(card)
-        return route(model.runner, card, host, live, card.needs if needs is None else needs, failing, preference)
+        needs = card.needs if needs is None else needs
+        return route(model.runner, card, host, live, needs, failing, preference, model.adapter)
 
     def sent(self, card: ModelCard, route: Route) -> None:
         """Notes that a request has taken this route; later decisions depend on it."""

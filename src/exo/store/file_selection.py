@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exo.cards.card import ModelCard, RepoId
 from exo.store.errors import PullError
@@ -32,6 +32,8 @@ _FOLDER = (
 
 Subfolders are those of Sentence Transformers, for embedding models, and the one for further chat templates.
 """
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""The files of an adapter (LoRA) that is no GGUF."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -45,9 +47,14 @@ class _FileKeys(BaseModel):
     file: str | None = None
 
 
+class _AdapterKeys(_FileKeys):
+    name: str
+
+
 class _RunnerTable(_FileKeys):
     mmproj: str | None = None
     draft: _FileKeys | None = None
+    lora: tuple[_AdapterKeys, ...] = Field(default=(), strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ class Source:
     """Name or pattern of the vision projector."""
     quant: str | None = None
     """A quantisation that replaces ``file``."""
+    adapter: str = ""
+    """The name of the adapter that the files are; empty for a model."""
 
     @classmethod
     def of(cls, card: ModelCard, runner: str, quant: str | None = None) -> "Source":
@@ -85,6 +94,21 @@ class Source:
         if draft is None:
             return None
         return cls(draft.repo or card.model_id, runner, draft.repo, draft.path, draft.file)
+
+    @classmethod
+    def of_adapters(cls, card: ModelCard, runner: str) -> "list[Source]":
+        """The sources of the card's adapters for the runner, each in its own repository's folder. Raises PullError."""
+        return [
+            cls(each.repo or card.model_id, runner, each.repo, each.path, each.file, adapter=each.name)
+            for each in _table(card, runner).lora
+        ]
+
+    @classmethod
+    def whole(cls, card: ModelCard, runner: str, quant: str | None = None) -> "list[Source]":
+        """The source of the model, and those of what the card names beside it. Raises PullError."""
+        draft = cls.of_draft(card, runner)
+        beside = [*([draft] if draft is not None else []), *cls.of_adapters(card, runner)]
+        return [cls.of(card, runner, quant), *beside]
 
     def required_repo(self) -> str:
         """The repository to pull from. Raises PullError if the card names none."""
@@ -139,7 +163,8 @@ def file_sets(source: Source, names: Collection[str], indexed: Collection[str] |
     ``indexed`` are the names in a folder's index of weights, if it has one.
     """
     if source.runner != "cuda":
-        return folder_set(names, indexed)
+        whole = [FileSet("", _ADAPTER)] if set(_ADAPTER) <= set(names) else []
+        return whole if source.adapter else folder_set(names, indexed)
     found = gguf_sets(names)
     if source.quant is not None:
         return [ggufs for ggufs in found if ggufs.label == source.quant.upper()]
@@ -208,7 +233,8 @@ def folder_set(names: Collection[str], indexed: Collection[str] | None) -> list[
 
 def folder_files(names: Iterable[str]) -> list[str]:
     """All files that may belong to a model folder, also by another revision's index."""
-    return sorted(name for name in names if any(matches(pattern, name) for pattern in (f"*{SUFFIX}", *_FOLDER)))
+    patterns = (f"*{SUFFIX}", *_FOLDER)
+    return sorted(name for name in names if name not in _ADAPTER and any(matches(each, name) for each in patterns))
 
 
 def _projector(source: Source, repo: str, names: Collection[str]) -> tuple[str, ...]:
@@ -228,8 +254,11 @@ def _wanted(source: Source) -> str:
 def _no_match(source: Source, repo: str, names: Collection[str]) -> str:
     if source.runner == "cuda":
         return f"{repo} has no {_wanted(source)}; it has {', '.join(quantisations(names)) or 'no GGUF file at all'}"
+    if source.adapter:
+        return f"{repo} is no adapter (LoRA) for {source.runner}, which has {' and '.join(_ADAPTER)}"
     if "config.json" not in names and "adapter_config.json" in names:
-        return f"{repo} is an adapter (LoRA) of another model; {source.runner} needs one that it has been merged into"
+        remedy = f"name it in [[{source.runner}.lora]] of that model's card"
+        return f"{repo} is an adapter (LoRA) of another model: {remedy}"
     pickled = any(name.endswith(_PICKLES) for name in names)
     lacks = "no config.json" if "config.json" not in names else "no model*.safetensors"
     return f"{repo} has {lacks}, so {source.runner} cannot load it" + ("; pickles are never fetched" if pickled else "")

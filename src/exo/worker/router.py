@@ -82,6 +82,12 @@ def parse_model(model: str) -> Wish:
     return Wish(name, runner) if at else Wish(model, None)
 
 
+def adapter_not_found(card: ModelCard, adapter: str) -> Refusal:
+    """The refusal of a name that is a model card's with the name of an adapter that the card does not have."""
+    known = ", ".join(card.adapters)
+    return Refusal("model_not_found", f"{card.model_id} has no adapter {adapter!r}; it has {known}", "model")
+
+
 def model_not_found(name: str, suggestions: Sequence[str] = ()) -> Refusal:
     """The refusal of a name without a model card."""
     hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
@@ -96,12 +102,14 @@ def route(
     needs: Mapping[Need, str],
     failing: Collection[str] = (),
     preference: Preference | None = None,
+    adapter: str = "",
 ) -> Route | Refusal:
     """Chooses the runner of a request.
 
     ``wish`` is the runner that the request names, if any. ``needs`` maps each need of the request to the parameter that
     causes it. The order of ``live`` does not matter. ``failing`` are runners that keep dying with this model; they are
     the last resort. With a ``preference``, measured speed decides between runners that have loaded the model.
+    ``adapter`` is one of the card's, if the request names one.
     """
     if wish is not None and wish not in RUNNERS:
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
@@ -111,8 +119,11 @@ def route(
             f"{card.model_id} is for {', '.join(card.tasks) or 'nothing'}; this request needs {' or '.join(tasks)}"
         )
         return Refusal("unsupported_task", message, "model")
+    if adapter and tasks is not _GENERATION:
+        message = f"adapters change generated text only; name {card.model_id} without {adapter!r}"
+        return Refusal("unsupported_parameter", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
-    candidates = [_examine(backend, wish, card, host, mine, needs) for backend in card.backends]
+    candidates = [_examine(backend, wish, card, host, mine, needs, adapter) for backend in card.backends]
     possible = [each for each in candidates if each.hurdle is None]
     if not possible:
         return _refuse(wish, card, host, candidates, needs)
@@ -158,13 +169,19 @@ class _Candidate:
     backend: str
     runner: str
     """The runner that serves it; empty if none does."""
-    hurdle: Literal["excluded", "unserved", "host", "needs"] | None = None
+    hurdle: Literal["excluded", "unserved", "host", "needs", "adapter"] | None = None
     why: str = "is available"
     need: Need | None = None
 
 
 def _examine(
-    backend: str, wish: str | None, card: ModelCard, host: Host, mine: Sequence[LiveRunner], needs: Mapping[Need, str]
+    backend: str,
+    wish: str | None,
+    card: ModelCard,
+    host: Host,
+    mine: Sequence[LiveRunner],
+    needs: Mapping[Need, str],
+    adapter: str,
 ) -> _Candidate:
     runner = next((name for name, spec in RUNNERS.items() if backend in spec.backends), "")
     if wish not in (None, runner) or card.runner not in ("auto", runner):
@@ -181,6 +198,8 @@ def _examine(
     lacking = min(_lacking(offer, needs) for offer in offers or [_features(runner, card)])
     if lacking:
         return _Candidate(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0])
+    if adapter and runner not in card.adapters.get(adapter, ()):
+        return _Candidate(backend, runner, "adapter", f"has no adapter {adapter!r} in [{runner}] of the model card")
     return _Candidate(backend, runner)
 
 
@@ -253,6 +272,8 @@ def _refuse(
         param = needs[need]
         message = f"parameter {param!r} needs {need}, and {subject} do that for {card.model_id} here: {tried}"
         return Refusal("unsupported_parameter", message, param)
+    if any(each.hurdle == "adapter" for each in candidates):
+        return Refusal("unsupported_parameter", f"{subject} use that adapter of {card.model_id} here: {tried}", "model")
     absent = dict.fromkeys(each.runner for each in candidates if each.hurdle == "host")
     if absent:
         probes = [host.probes[runner] for runner in absent if runner in host.probes]

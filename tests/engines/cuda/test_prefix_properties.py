@@ -73,7 +73,7 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
     spoilt: set[int],
     capacity: int,
 ) -> None:
-    """Asserted by ``RecordedCells.decode`` in each step."""
+    """Asserted by ``RecordedCells.decode`` in each step, also that cells of another adapter are not used."""
     slots = Slots(n_slots, capacity=capacity, window=window, cuts=cuts, spare=spare)
     running: list[Sequence] = []
 
@@ -86,7 +86,8 @@ def test_whatever_comes_and_goes_every_token_follows_the_cells_that_it_needs(
             running.remove(sequence)
 
     for at, (each, pause) in enumerate(zip(family(members), pauses, strict=False)):
-        running.append(slots.add(each, boundaries=tuple(range(each[-1] % 97, len(each), 97))))
+        boundaries = tuple(range(each[-1] % 97, len(each), 97))
+        running.append(slots.add(each, boundaries=boundaries, adapter=("", "x", "y")[pause % 3]))
         for _ in range(pause):
             go_on(pause)
         if at in spoilt:

@@ -1,11 +1,12 @@
 """The engines of a model: which could serve it here, and why another could not."""
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from exo.serving.app_state import Services
 from exo.serving.errors import ServingError
-from exo.serving.routing import RequestedModel
 from exo.worker.protocol.runners import RUNNERS
 
 
@@ -36,13 +37,14 @@ def engine_routes(services: Services) -> APIRouter:
         model: str = Query(min_length=1, max_length=300, description="A model id or alias."),
     ) -> ModelEngines:
         """The engines that could serve a model here, and the reason why another could not."""
-        card = services.routing.card(services.routing.parse(model).name)
+        requested = services.routing.resolve(model)
+        card = requested.card
         found: list[Engine] = []
         for runner, spec in RUNNERS.items():
             if not set(spec.backends) & set(card.backends):
                 continue
             try:
-                chosen = await services.routing.choose(RequestedModel(card, runner), arriving=1)
+                chosen = await services.routing.choose(replace(requested, runner=runner), arriving=1)
             except ServingError as error:
                 found.append(Engine(runner=runner, available=False, backend="", reason=str(error)))
             else:

@@ -46,6 +46,8 @@ class ListedModel(Reply):
     """One available model. The context length is that of a request; it is absent until a runner has decided it."""
 
     id: str
+    parent: str | None = Field(default=None, exclude_if=absent)
+    """The model that an adapter changes."""
     object: Literal["model"] = "model"
     created: int
     owned_by: str
@@ -63,10 +65,10 @@ class ListedModel(Reply):
     supported_parameters: list[str]
 
     @classmethod
-    def of(cls, facts: ModelFacts, created: int) -> "ListedModel":
-        """The form of the API. ``created`` is in seconds since 1970."""
+    def of(cls, facts: ModelFacts, created: int, adapter: str = "") -> "ListedModel":
+        """The form of the API, of a model or of one of its adapters. ``created`` is in seconds since 1970."""
         card, length, loaded = facts.card, facts.context_length, facts.loaded
-        capabilities = facts.capabilities
+        capabilities = [each for each in facts.capabilities if not (adapter and each == "embedding")]
         parameters = [*_GENERATION] if "completion" in capabilities else []
         parameters += [
             *(_TOOLS if "tools" in capabilities else ()),
@@ -74,10 +76,11 @@ class ListedModel(Reply):
         ]
         parameters += _EMBEDDING if "embedding" in capabilities else ()
         return cls(
-            id=card.model_id,
+            id=f"{card.model_id}:{adapter}" if adapter else card.model_id,
+            parent=card.model_id if adapter else None,
             created=created,
             owned_by=card.model_id.partition("/")[0],
-            aliases=list(card.aliases),
+            aliases=[f"{alias}:{adapter}" if adapter else alias for alias in card.aliases],
             downloaded=facts.on_disk,
             found_in=facts.found_in,
             status=ModelStatus(value=facts.state),
@@ -113,19 +116,30 @@ def model_list_routes(services: Services) -> APIRouter:
     async def list_models(
         status: Literal["downloaded", "loaded"] | None = Query(default=None, description="Only these models."),
     ) -> ModelList:
-        """Every model that has a card or that another program keeps here, those on disk first."""
+        """Every model that has a card or that another program keeps here, those on disk first, and its adapters."""
         found = await model_facts(services, list(services.cards.known.cards.values()))
         chosen = [
             each
             for each in sorted(found, key=lambda each: each.place)
             if status is None or (each.on_disk if status == "downloaded" else each.state == "loaded")
         ]
-        return ModelList(data=[ListedModel.of(each, started) for each in chosen])
+        cards = services.cards.known.cards
+        return ModelList(
+            data=[
+                ListedModel.of(each, started, name)
+                for each in chosen
+                for name in ("", *each.card.adapters)
+                if not name or f"{each.card.model_id}:{name}" not in cards
+            ]
+        )
 
     @routes.get("/{name:path}")
-    async def get_model(name: str = Path(description="A model id or alias.")) -> ListedModel:
-        """One model, by id or alias."""
-        (facts,) = await model_facts(services, [services.routing.card(name)])
-        return ListedModel.of(facts, started)
+    async def get_model(
+        name: str = Path(description='A model id or alias, with an optional ":adapter".'),
+    ) -> ListedModel:
+        """One model, by id or alias, or one of its adapters."""
+        requested = services.routing.resolve(name)
+        (facts,) = await model_facts(services, [requested.card])
+        return ListedModel.of(facts, started, requested.adapter)
 
     return routes

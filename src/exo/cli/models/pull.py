@@ -53,14 +53,15 @@ def pull_model(settings: Settings, card: ModelCard, runner: str | None, quant: s
     chosen = _runner(card, runner)
     hub, store = Hub(settings.hub), store_of(settings)
     try:
-        source, draft = Source.of(card, chosen, quant), Source.of_draft(card, chosen)
+        source, *beside = Source.whole(card, chosen, quant)
         source.required_repo()
     except PullError as error:
         raise pull_failure(error) from error
     try:
         pulled = anyio.run(_pull, source, store, hub)
-        if draft is not None and draft.repo is not None:
-            anyio.run(_pull, draft, store, hub)
+        for each in beside:
+            if each.repo is not None:
+                anyio.run(_pull, each, store, hub)
         return pulled
     except PullError as error:
         raise pull_failure(error) from error

@@ -1,6 +1,6 @@
 """``exo show``: a model's card, its files, the engines that could serve it here, and the memory that it would take."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import anyio
 from pydantic import BaseModel, ConfigDict
@@ -41,6 +41,8 @@ class EngineRow(FileState):
     """The router's reason for or against it."""
     draft: FileState | None = None
     """The files of the draft model, if the card has one."""
+    adapters: Mapping[str, FileState] = {}
+    """The files of each adapter, by its name."""
     plan: PlacementPlan | None = None
     """None if the files are not on disk or the runner gives no estimate."""
 
@@ -100,11 +102,13 @@ def _engine(runner: str, card: ModelCard, store: Store, host: Host) -> EngineRow
     backend, reason = (decision.backend, decision.reason) if isinstance(decision, Route) else (None, decision.message)
     try:
         source, draft = Source.of(card, runner), Source.of_draft(card, runner)
+        adapters = {each.adapter: FileState.of(each, store.on_disk(each)) for each in Source.of_adapters(card, runner)}
     except PullError as error:
         return EngineRow(runner=runner, backend=None, reason=str(error))
     of_draft = FileState.of(draft, store.on_disk(draft)) if draft is not None else None
     files = FileState.of(source, store.on_disk(source))
-    return EngineRow(runner=runner, backend=backend, reason=reason, draft=of_draft, **dict(files))
+    found = dict(files)
+    return EngineRow(runner=runner, backend=backend, reason=reason, draft=of_draft, adapters=adapters, **found)
 
 
 async def placement_plan(engine: EngineRow, card: ModelCard, host: Host, settings: Settings) -> PlacementPlan | None:
@@ -172,6 +176,9 @@ def _engine_rows(engine: EngineRow) -> Iterator[tuple[str, str]]:
     if engine.draft is not None:
         yield "draft model", engine.draft.source or "none named"
         yield "on disk", _on_disk(engine.draft)
+    for name, files in engine.adapters.items():
+        yield f"adapter {name}", files.source or "none named"
+        yield "on disk", _on_disk(files)
     if engine.plan is not None:
         yield from _plan_rows(engine.plan)
 

@@ -162,6 +162,8 @@ class Generate(Message):
     delivered: tuple[int, ...] = ()
     exact: bool = False
     """The result must be repeatable to the last bit: nothing may change its rounding, such as the number of threads."""
+    adapter: str = ""
+    """The name of one of the model's adapters, which changes its weights for this request; empty for none."""
     also: tuple[Sibling, ...] = ()
     """More sequences with the same prompt, which is sent once. None of them has ``delivered`` tokens."""
 

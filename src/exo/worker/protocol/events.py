@@ -45,6 +45,8 @@ class Capabilities(Message):
     embeddings: bool = False
     rerank: bool = False
     vision: bool = False
+    adapters: tuple[str, ...] = ()
+    """The names of the adapters that ``Generate.adapter`` may have."""
     model_bytes: int = 0
     kv_type: str = ""
     """The number format of the KV cache, or those of keys and values; empty if it is the model's own."""

@@ -200,7 +200,8 @@ class FrontEnd(Generic[SequenceT]):
         except PictureError as error:
             self._emitter.put(Refused(refused(request.id, "prompt", str(error))))
             return
-        if wrong := refusal(request, prepared.prompt, engine.tokenizer.n_vocab, engine.capabilities.context_length):
+        able = engine.capabilities
+        if wrong := refusal(request, prepared.prompt, engine.tokenizer.n_vocab, able.context_length, able.adapters):
             self._emitter.put(Refused(wrong))
         elif not engine.capabilities.grammar and (request.grammar is not None or request.reasoning is not None):
             param = "reasoning" if request.grammar is None else "grammar"

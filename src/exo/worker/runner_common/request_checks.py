@@ -1,6 +1,6 @@
 """Checks a request against the loaded model before the engine gets it. All runners refuse in the same words."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from exo.worker.protocol.commands import (
@@ -27,14 +27,19 @@ from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 from exo.worker.runner_common.pictures import has_pictures
 
 
-def refusal(request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: int) -> Failed | None:
+def refusal(
+    request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: int, adapters: Collection[str] = ()
+) -> Failed | None:
     """Returns the refusal of a request whose prompt has these token ids; None if it can be served.
 
     Ids below 0 stand for pictures. ``vocabulary`` is the number of the model's tokens, ``n_ctx`` the most tokens of one
-    sequence.
+    sequence. ``adapters`` are the names of the model's adapters.
     """
     if not prompt:
         return refused(request.id, "prompt", "it is empty; at least one token is needed")
+    if request.adapter and request.adapter not in adapters:
+        known = f"accepted are {', '.join(adapters)}" if adapters else "the model has none here"
+        return refused(request.id, "adapter", f"there is no adapter {request.adapter!r}; {known}")
     tokens = {
         "prompt": () if has_pictures(request.prompt) else prompt,
         "logit_bias": request.sampling.logit_bias,

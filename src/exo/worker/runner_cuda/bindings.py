@@ -96,6 +96,8 @@ class Model:
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
         self.size_bytes = llama_cpp.llama_model_size(handle)
         self.layers, self.experts_in_ram = log.layers, log.experts_in_ram
+        self.adapters: dict[str, tuple[llama_cpp.llama_adapter_lora_p, float]] = {}
+        """The handle and scale of each adapter, by its key."""
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
         """Whether a sequence's last tokens can be removed from the cache."""
         self.window = llama_cpp.llama_model_n_swa(handle)
@@ -121,8 +123,18 @@ class Model:
                 return None if length < 0 else buffer.value.decode(errors="replace")
             size = length + 1
 
+    def add_adapter(self, path: Path, key: str, scale: float, log: Log) -> None:
+        """Loads an adapter, which ``Context.use_adapter`` knows by its key. Contexts must be made later.
+
+        Raises LoadError.
+        """
+        handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
+        if not handle:
+            raise load_failure(f"llama.cpp could not load the adapter {path}", log)
+        self.adapters[key] = handle, scale
+
     def free(self) -> None:
-        """Frees the model. Call it after every context over this model is freed."""
+        """Frees the model and its adapters. Call it after every context over this model is freed."""
         llama_cpp.llama_model_free(self.handle)
 
 
@@ -228,6 +240,7 @@ class Context:
         """Whether some layers keep only a window of cells or a recurrent state, also in a saved state."""
         self.rollback = sys.maxsize if model.can_cut else llama_cpp.llama_n_rs_seq(handle)
         """The most tokens of the last step that can be removed from a slot."""
+        self._adapter = ""
         self.position: Callable[[int, int], int] = lambda _, length: length
         """Returns the position after a slot's first so many tokens. A picture's tokens may share positions."""
         self._aside = options.slots  # the sequence that holds cells which are aside
@@ -264,6 +277,18 @@ class Context:
         """Returns a view (n_outputs, n_vocab) of the output rows in batch order; valid until the next decode."""
         address = llama_cpp.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(address, shape=(n_outputs, self.n_vocab))
+
+    def use_adapter(self, key: str) -> None:
+        """Has the next steps computed with an adapter, or without one if the key is empty."""
+        if key == self._adapter:
+            return
+        handles, scales = None, None
+        if key:
+            handle, scale = self._model.adapters[key]
+            handles, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(handle), (ctypes.c_float * 1)(scale)
+        # The bindings declare the array without the type of its elements.
+        llama_cpp.llama_set_adapters_lora(self.handle, handles, int(bool(key)), scales)  # pyright: ignore[reportUnknownMemberType]
+        self._adapter = key
 
     def use_threads(self, one_row: int, more: int) -> None:
         """Sets the number of CPU threads for steps of one row and for steps of more."""

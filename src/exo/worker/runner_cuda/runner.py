@@ -72,6 +72,7 @@ def _prepare(loaded: Loaded, request: Generate) -> Prepared[Sequence]:
             constraint=constraint,
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            adapter=loaded.adapters[request.adapter] if request.adapter else "",
             exact=request.exact or bool(request.delivered),
             pictures=pictures,
             boundaries=[at for at, token in enumerate(prompt) if tokenizer.is_control(token)],

@@ -1,6 +1,6 @@
 """Plans the next step from slots, sequences and token budgets. Pure: it does not call llama.cpp."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from itertools import islice
 
@@ -36,6 +36,8 @@ class Scheduler:
       the context has room for its logits only.
     - Tokens of a picture are computed once it is encoded, in a step of their own. Meanwhile, other prompts and streams
       go on.
+    - The sequences of a step have the same adapter. Each round of decode steps, between which no prompt is computed,
+      has one for each adapter.
     - Drafts, which ``speculation`` makes, are verified only while no prompt is being prefilled.
     - With a ``pool``, a sequence enters when its prompt and its longest output fit beside what the others have by then,
       and none overtakes one that does not fit. If cells run out, free slots give up theirs, then the sequence that came
@@ -63,6 +65,7 @@ class Scheduler:
         self._streaming = False  # whether a sequence was decoding when the last step was planned
         self._served: set[str] = set()  # prompts that have had a chunk since the last decode step
         self._oldest_first = True
+        self._round: list[str] = []  # the adapters whose streams are still to have a step in this round
         self._by_id: dict[str, Sequence] = {}
         self._budget = budget
         self._beside, self._alone = min(chunk, budget), min(alone or chunk, budget)
@@ -124,9 +127,10 @@ class Scheduler:
             self._left = self._budget
             self._served.clear()
         elif not self._streaming:  # the first streams of a burst wait for their second token no longer than others
-            self._left = min(self._left, self._pace.prompt_tokens(len(due), self._least, self._budget))
+            self._left = min(self._left, self._prompt_tokens(due))
         self._streaming = bool(due)
-        chunks = self._with_room(self._prefill_chunks())
+        self._round = [each for each in self._round if any(sequence.adapter == each for sequence in due)]
+        chunks = [] if self._round else self._with_room(self._prefill_chunks())
         if chunks:
             self._left -= sum(chunk.n_rows for chunk in chunks)
             self._served.update(chunk.sequence.id for chunk in chunks)
@@ -134,10 +138,11 @@ class Scheduler:
             chunks.sort(key=lambda chunk: chunk.sequence.slot)
             return Step(chunks, started, prefills=True, diverged=diverged)
         due = [sequence for sequence in due if sequence.phase is not Phase.WAITING]
+        self._left = self._prompt_tokens(due)
+        due = self._next_of_round(due)
         drafts = [list[int]() for _ in due] if self._prefilling else self._speculation.drafts(due)
         chunks = [Chunk(s, s.n_computed, len(s.tokens), draft) for s, draft in zip(due, drafts, strict=True)]
         chunks = self._with_room(chunks)
-        self._left = self._pace.prompt_tokens(len(due), self._least, self._budget)
         self._served.clear()
         return Step(chunks, started, prefills=False, diverged=diverged)
 
@@ -238,6 +243,17 @@ class Scheduler:
         sequence.n_computed = len(sequence.tokens) - 1
         del slot.cached[sequence.n_computed :]
         self._cache.drop_after(slot, sequence.n_computed)
+
+    def _prompt_tokens(self, due: list[Sequence]) -> int:
+        """Returns how many prompt tokens may be computed between two tokens of these streams."""
+        rows = Counter(sequence.adapter for sequence in due)
+        return self._pace.prompt_tokens(list(rows.values()), self._least, self._budget)
+
+    def _next_of_round(self, due: list[Sequence]) -> list[Sequence]:
+        """Returns the streams that have the next adapter of the round, the first one of a new round after the last."""
+        self._round = self._round or list(dict.fromkeys(sequence.adapter for sequence in due))
+        adapter = self._round.pop(0) if self._round else ""
+        return [sequence for sequence in due if sequence.adapter == adapter]
 
     def _admit(self, diverged: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """Moves waiting sequences to free slots, in order of arrival. Returns them with their cached tokens.
@@ -372,6 +388,8 @@ class Scheduler:
             chunk = Chunk(sequence, sequence.n_computed, stop)
             is_picture = sequence.picture is not None
             if chunk.stop <= chunk.start or (scored and chunk.n_scored) or (is_picture and chunks):
+                continue
+            if chunks and sequence.adapter != chunks[0].sequence.adapter:
                 continue
             n_rows += chunk.n_rows
             scored = scored or chunk.n_scored > 0

@@ -38,6 +38,8 @@ class Sequence:
     """The restriction of the next token; has seen the whole output."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    adapter: str = ""
+    """The key of the adapter that the sequence is computed with; empty for none."""
     exact: bool = False
     """Whether the number of threads must not change its rounding."""
     drafter: Drafter | None = None

@@ -17,6 +17,8 @@ class Slot:
     """The running number of the last sequence that entered; 0 if there was none."""
     exact: int = sys.maxsize
     """The number of leading tokens whose cells were computed after the tokens that precede them now."""
+    adapter: str = ""
+    """The key of the adapter with which the cells were computed; empty if there was none."""
 
     @property
     def tokens(self) -> list[int]:

@@ -46,7 +46,8 @@ class Step:
     A step either decodes, with one row and perhaps a draft of every decoding sequence, or prefills chunks of prompts.
     A mixed batch would gain nothing: llama.cpp joins only as many rows of each sequence as all have, so it would
     compute the two parts one after the other, and every row would attend to as many cells as the longest sequence has.
-    Tokens of a picture have a step of their own, since they are computed from vectors.
+    Tokens of a picture have a step of their own, since they are computed from vectors. The sequences of a step have the
+    same adapter, because a context has one for all rows.
     """
 
     chunks: list[Chunk]
@@ -55,6 +56,11 @@ class Step:
     prefills: bool = False
     diverged: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     """Those among ``started`` whose prompts repeat a cached one after a difference, and the place of the difference."""
+
+    @property
+    def adapter(self) -> str:
+        """The key of the adapter that all its sequences are computed with."""
+        return self.chunks[0].sequence.adapter
 
     @property
     def picture(self) -> Span | None:

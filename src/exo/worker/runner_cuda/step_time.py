@@ -1,6 +1,7 @@
 """Measures how long steps take, and derives how many prompt tokens a step may compute without stalling streams."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _KEPT = 0.7
@@ -58,13 +59,13 @@ class Pace:
             return most
         return min(max(int(seconds * self._prompt_tokens / self._prompt_seconds), least), most)
 
-    def prompt_tokens(self, n_decoding: int, least: int, most: int) -> int:
-        """Returns how many prompt tokens may follow a decode step with ``n_decoding`` rows, from ``least`` to ``most``.
+    def prompt_tokens(self, n_decoding: Sequence[int], least: int, most: int) -> int:
+        """Returns how many prompt tokens may follow decode steps, from ``least`` to ``most``.
 
-        Before any measurement of prompts it is ``least``.
+        ``n_decoding`` are the rows of each decode step. Before any measurement of prompts it is ``least``.
         """
-        if n_decoding == 0:
+        if not n_decoding:
             return most
-        decoding = self.decoding(n_decoding)
+        decoding = sum(map(self.decoding, n_decoding))
         seconds = max(self.bound - decoding, decoding)
         return self.tokens_in(seconds, least, most) if self._prompt_seconds else min(least, most)

@@ -104,7 +104,9 @@ class MlxEngine:
         sequence = chunk.sequence
         tokens = mx.array([sequence.tokens[chunk.start : chunk.stop]])
         whole = sequence.prompt_logprobs is not None
-        logits = self._model.forward(tokens, self._cache, [sequence.slot], [chunk.start], whole=whole)
+        logits = self._model.forward(
+            tokens, self._cache, [sequence.slot], [chunk.start], whole=whole, adapters=[sequence.adapter]
+        )
         queue(self._cache.arrays())
         if sequence.prompt_logprobs is not None:
             self._score_prompt(chunk, logits[0], sequence.prompt_logprobs, queued)
@@ -134,7 +136,8 @@ class MlxEngine:
             self._sampler = MlxSampler(sequences, self._tokenizer.n_vocab, unread)
         positions = [row.position for row in rows]
         slots = [sequence.slot for sequence in sequences]
-        return self._model.forward(tokens[:, None], self._cache, slots, positions)[:, 0]
+        adapters = [sequence.adapter for sequence in sequences]
+        return self._model.forward(tokens[:, None], self._cache, slots, positions, adapters=adapters)[:, 0]
 
     def _choose(self, queued: InflightStep, logits: mx.array) -> None:
         """Queues the sampling of a step's rows, and the log-probabilities of those that want them."""

@@ -17,8 +17,10 @@ import mlx.core as mx
 
 from exo.worker.runner_common.hf_tokenizer import HfTokenizer
 from exo.worker.runner_common.load_error import LoadError, from_library
+from exo.worker.runner_common.model_files.adapter_folder import AdapterFolder
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.model_folder import HfFolder, end_tokens, presented
+from exo.worker.runner_mlx.adapters import AdapterRows, adapt
 from exo.worker.runner_mlx.kv_cache import KVCache, LayerCache
 from exo.worker.runner_mlx.loading.positions import WantedPositions, apply
 from exo.worker.runner_mlx.ranks.messages import Clear, Pass, TextPass
@@ -104,6 +106,7 @@ class MlxModel:
     ) -> None:
         """Loads the weights. ``on_layer`` gets the layers loaded and the layers in all. Raises LoadError."""
         self._part = part
+        self._adapters = AdapterRows()
         try:
             with presented(folder, folder.config) as view:
                 network, config = mlx_lm.load_model(view, lazy=True)
@@ -127,15 +130,34 @@ class MlxModel:
             raise load_error(f"mlx-lm could not load {folder.path}", error) from error
         self.eos_token_ids = end_tokens(folder.path, config.get("eos_token_id"))
 
+    def add_adapters(self, adapters: Sequence[AdapterFolder]) -> None:
+        """Adds adapters, which ``forward`` knows by their numbers from 1. Raises LoadError."""
+        if not adapters:
+            return
+        try:
+            wait_for(adapt(self._network, adapters, self._adapters))
+        except LoadError:
+            raise
+        except BROKEN_MODEL as error:
+            raise load_error("mlx-lm's network cannot take the adapters of [[mlx.lora]]", error) from error
+
     def forward(
-        self, tokens: mx.array, cache: KVCache, slots: list[int], starts: list[int], *, whole: bool = True
+        self,
+        tokens: mx.array,
+        cache: KVCache,
+        slots: list[int],
+        starts: list[int],
+        *,
+        whole: bool = True,
+        adapters: Sequence[int] = (),
     ) -> mx.array:
         """Queues one pass over tokens, shape (rows, width). Returns the logits, shape (rows, width, vocabulary).
 
         The tokens are the next ones of ``slots``, in ascending order, from positions ``starts`` on. Without ``whole``,
-        the pass only fills the cache, and the logits must not be used.
+        the pass only fills the cache, and the logits must not be used. ``adapters`` has each row's adapter, or 0.
         """
         width = tokens.shape[1]
+        self._adapters.rows = mx.array([*adapters]) if any(adapters) else None
         layers = cache.enter(slots, starts, width)
         if self._part is None:
             return self._network(tokens, layers)
@@ -151,6 +173,7 @@ class MlxModel:
         """
         assert self._body is not None
         width = tokens.shape[1]
+        self._adapters.rows = None
         layers = cache.enter([0], [start], width)
         if self._part is None:
             return self._body(tokens, layers)

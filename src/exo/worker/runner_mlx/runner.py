@@ -1,5 +1,6 @@
 """Gives the front end the operations of the MLX engine."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from exo.worker.protocol.commands import Generate, Load
@@ -45,14 +46,15 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[MlxSequence]:
         longest_text=loaded.embedder.longest,
         closing=loaded.tokenizer.closing,
         text_tokens=loaded.tokenizer.text_tokens,
-        prepare=partial(_prepare, loaded.tokenizer),
+        prepare=partial(_prepare, loaded.tokenizer, ("", *loaded.capabilities.adapters)),
         commands=engine.commands,
         run=run,
         counts=engine.counts,
     )
 
 
-def _prepare(tokenizer: TransformersTokenizer, request: Generate) -> Prepared[MlxSequence]:
+def _prepare(tokenizer: TransformersTokenizer, adapters: Sequence[str], request: Generate) -> Prepared[MlxSequence]:
+    """``adapters`` are names by number; the first one stands for none."""
     prompt = tokenizer.encode(request.prompt)
 
     def new_sequence(n_limit: int, constraint: Constraint | None) -> MlxSequence:
@@ -65,6 +67,7 @@ def _prepare(tokenizer: TransformersTokenizer, request: Generate) -> Prepared[Ml
             ends=tokenizer.eog_tokens,
             ends_at=ends_at(request, len(prompt)),
             constraint=constraint,
+            adapter=adapters.index(request.adapter),
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
         )

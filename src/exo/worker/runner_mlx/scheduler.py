@@ -23,6 +23,8 @@ class MlxSlot:
     id: int
     cached: list[int] = field(default_factory=list[int])
     n_written: int = 0
+    adapter: int = 0
+    """The adapter that the cells were computed with; 0 for none."""
     sequence: MlxSequence | None = None
 
 
@@ -149,7 +151,7 @@ class MlxScheduler:
             reusable = _reusable(slot, sequence)
             if reusable < slot.n_written:
                 step.stale.append(Stale(slot.id, reusable, slot.n_written))
-            slot.sequence = sequence
+            slot.sequence, slot.adapter = sequence, sequence.adapter
             sequence.slot = slot.id
             sequence.n_queued = reusable
             sequence.move(Phase.PREFILL)
@@ -193,6 +195,6 @@ def _reusable(slot: MlxSlot, sequence: MlxSequence) -> int:
     The last token is always computed, because the first new token is sampled from its logits. With prompt
     log-probabilities, every token is computed.
     """
-    if sequence.prompt_logprobs is not None:
+    if sequence.prompt_logprobs is not None or sequence.adapter != slot.adapter:
         return 0
     return min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)

@@ -27,6 +27,8 @@ class MlxSequence:
     ends_at: int = 0
     constraint: Constraint | None = None
     """The restriction of the next token; has seen the whole output."""
+    adapter: int = 0
+    """The number of the adapter that the sequence is computed with; 0 for none."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n_told: int = 0

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from exo.worker.protocol.commands import SamplingParams
@@ -144,9 +146,9 @@ def test_where_decoding_alone_takes_longer_than_the_bound_prompts_get_as_much_ti
     pace = Pace(0.1)
     pace.decoded(4, 1.0)
     pace.prefilled(100, 1.0)
-    assert pace.prompt_tokens(4, 10, 1000) == 100
-    assert pace.prompt_tokens(5, 10, 1000) == 100
-    assert pace.prompt_tokens(0, 10, 1000) == 1000
+    assert pace.prompt_tokens([4], 10, 1000) == 100
+    assert pace.prompt_tokens([5], 10, 1000) == 100
+    assert pace.prompt_tokens([], 10, 1000) == 1000
 
 
 def test_a_hiccup_of_the_machine_is_soon_forgotten() -> None:
@@ -154,8 +156,53 @@ def test_a_hiccup_of_the_machine_is_soon_forgotten() -> None:
     for seconds in (0.1, 0.1, 3.0, *[0.1] * 20):
         pace.decoded(1, 0.05)
         pace.prefilled(64, seconds)
-        assert pace.prompt_tokens(1, 64, 512) >= 64
-    assert 280 < pace.prompt_tokens(1, 64, 512) <= 288
+        assert pace.prompt_tokens([1], 64, 512) >= 64
+    assert 280 < pace.prompt_tokens([1], 64, 512) <= 288
+
+
+def with_adapter(name: str, prompt: list[int], adapter: str) -> Sequence:
+    found = sequence(name, prompt)
+    found.adapter = adapter
+    return found
+
+
+def test_a_step_has_one_adapter_and_every_stream_gets_a_token_in_each_round() -> None:
+    target = scheduler(n_slots=4)
+    for name, adapter in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x")):
+        target.add(with_adapter(name, [ord(name)], adapter))
+    for _ in range(3):
+        advance(target)
+    target.add(with_adapter("late", [9], ""))
+    steps = [advance(target) for _ in range(12)]
+    assert [set(rows(step)) for step in steps[:3]] == [{"a"}, {"b", "d"}, {"c"}]
+    assert all(len({chunk.sequence.adapter for chunk in step.chunks}) == 1 for step in steps)
+
+
+def test_a_long_prompt_leaves_no_stream_of_another_adapter_behind() -> None:
+    target = scheduler(n_slots=3)
+    target.add(with_adapter("a", [1], ""))
+    target.add(with_adapter("b", [2], "x"))
+    for _ in range(2):
+        advance(target)
+    target.add(with_adapter("long", list(range(40)), "x"))
+    steps = [advance(target) for _ in range(15)]
+    prefills = [at for at, step in enumerate(steps) if step.prefills]
+    assert len(prefills) >= 4
+    for first, second in pairwise(prefills):
+        assert [set(rows(step)) for step in steps[first + 1 : second]] in ([{"a"}, {"b"}], [{"b"}, {"a"}])
+
+
+def test_prompts_of_different_adapters_take_turns() -> None:
+    target = scheduler(n_slots=2, budget=8, chunk=4)
+    target.add(sequence("stream", [1]))
+    advance(target)
+    target.remove("stream")
+    target.add(with_adapter("a", list(range(12)), ""))
+    target.add(with_adapter("b", list(range(100, 108)), "x"))
+    steps = [set(rows(advance(target))) for _ in range(5)]
+    assert {"a"} in steps
+    assert {"b"} in steps
+    assert {"a", "b"} not in steps
 
 
 def test_requests_beyond_the_slots_wait_in_order() -> None:

@@ -28,7 +28,7 @@ export class Models {
 
   async refresh() {
     try {
-      const listed = await listModels();
+      const listed = (await listModels()).filter((model) => !model.parent); // without adapters
       for (const model of listed) {
         if (!this.rows.has(model.id)) this.rows.set(model.id, new ModelRow(model.id, () => this.refresh()));
         this.rows.get(model.id).show(model);

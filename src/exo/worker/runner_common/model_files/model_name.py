@@ -4,6 +4,9 @@ from pathlib import Path
 
 from pydantic import ValidationInfo
 
+ADAPTER_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
+"""The pattern of an adapter's name, which is a part of the name of a model."""
+
 
 def stays_inside(name: str | None, info: ValidationInfo) -> str | None:
     """Checks a field. Only ``path``, if absolute, which the card's author then means, leaves the models directories.

@@ -16,6 +16,7 @@ from exo.worker.runner_common.memory_plan import (
     most_cache_in_ram,
 )
 from exo.worker.runner_common.model_files.gguf import GgufHeader, quality_notes
+from exo.worker.runner_cuda.loading.adapters import find_adapters
 from exo.worker.runner_cuda.loading.devices import GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.gguf_sizes import GgufSizes, cache_bytes
@@ -41,8 +42,9 @@ def estimate(command: Estimate) -> Estimated:
     with_layout(options, headers[0])
     poolable = pool_obstacle(options, headers[0]) is None
     draft, projector = _draft(load, options), projector_file(options, path)
+    adapters = [each.header for each in find_adapters(load, options, headers)]
     seeing = None if projector is None else read_headers(projector)[0]
-    found = plans(load, options, headers, draft, devices, present, seeing, poolable=poolable)
+    found = plans(load, options, headers, draft, devices, present, seeing, poolable=poolable, adapters=adapters)
     return found.model_copy(update={"notes": quality_notes(headers[0].text)})
 
 
@@ -68,13 +70,15 @@ def plans(
     projector: GgufHeader | None = None,
     *,
     poolable: bool,
+    adapters: Sequence[GgufHeader] = (),
 ) -> Estimated:
     """Returns the ways to load a model, with the memory of each. Pure, apart from the devices' memory.
 
     ``headers`` are those of the model's files. ``devices`` are those that the card allows out of those ``present``.
     ``projector`` is the header of its projector, if it has one. ``poolable``: the slots can share a pool.
     """
-    model = replace(GgufSizes.of(headers, options), copies=any(each.copies_weights for each in devices))
+    copies = any(each.copies_weights for each in devices)
+    model = replace(GgufSizes.of(headers, options, adapters), copies=copies)
     on_gpu, table = load.backend in GPU_BACKENDS, load.table
     left = _open(load, options, model, devices, present, poolable=poolable)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)

@@ -29,13 +29,15 @@ _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
 _ROPE_BASES = ("rope.freq_base", "rope.freq_base_swa")
 _ROPE_SCALINGS = ("", "none", "linear", "yarn", "longrope")
 _OTHER_TYPES = {
-    "adapter": "an adapter (LoRA) of another model: merge it into that model, and serve the result",
+    "adapter": "an adapter (LoRA) of another model: name it in [[cuda.lora]] of that model's card",
     "controlvector": "a control vector of another model, which is not a model by itself",
     "imatrix": "an importance matrix, with which models are quantised: get the model itself",
     "mmproj": "a projector, the part of a model that sees pictures: get the model itself",
     "clip": "a projector, the part of a model that sees pictures: get the model itself",
 }
 """By general.type or general.architecture."""
+_ADAPTER_TYPES = (0, 1, 8, 30)
+"""F32, F16, Q8_0 and BF16."""
 _NO_VOCABULARY = ("none", "no_vocab")
 _SENTENCEPIECE = "llama"
 """The kind of tokenizer that spells text outside its vocabulary in bytes."""
@@ -48,12 +50,17 @@ def check_header(path: Path) -> None:
 
     Sound files are checked again only if they have changed, since a load follows an estimate.
     """
-    _check_in_sandbox(path, tuple(map(_state, split_parts(path))), projector=False)
+    _check_in_sandbox(path, tuple(map(_state, split_parts(path))), "model")
 
 
 def check_projector(path: Path) -> None:
     """Does the same for a projector, the part of a model that sees pictures. Raises LoadError."""
-    _check_in_sandbox(path, (_state(path),), projector=True)
+    _check_in_sandbox(path, (_state(path),), "projector")
+
+
+def check_adapter(path: Path) -> None:
+    """Does the same for an adapter (LoRA) of a model. Raises LoadError."""
+    _check_in_sandbox(path, (_state(path),), "adapter")
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -64,11 +71,11 @@ def _state(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-@lru_cache(maxsize=8)
-def _check_in_sandbox(path: Path, _states: tuple[tuple[int, ...], ...], *, projector: bool) -> None:
+@lru_cache(maxsize=32)
+def _check_in_sandbox(path: Path, _states: tuple[tuple[int, ...], ...], kind: str) -> None:
     try:
         with Sandbox("exo.worker.runner_cuda.loading.gguf_check", _LIMITS) as sandbox:
-            error = sandbox.ask({"path": str(path), "projector": projector})["error"]
+            error = sandbox.ask({"path": str(path), "kind": kind})["error"]
     except SandboxError as failure:
         error = f"{path}: the check of its header {failure}"
     if error:
@@ -147,6 +154,23 @@ def _check_kind(path: Path, header: GgufHeader) -> None:
         raise HeaderError("has no vocabulary, and so no text can be made of its tokens")
 
 
+def check_adapter_file(path: Path) -> None:
+    """Checks one file. Raises HeaderError, and OSError if the file cannot be read."""
+    header = open_gguf(path)
+    if (kind := header.text("general.type")) != "adapter":
+        raise HeaderError(f"is no adapter (LoRA): its general.type is {ascii(kind)[:_SHOWN]}")
+    if (kind := header.text("adapter.type")) != "lora":
+        raise HeaderError(f"has adapter.type = {ascii(kind)[:_SHOWN]}, expected 'lora'")
+    alpha = header.value("adapter.lora.alpha")
+    if alpha is not None and not (isinstance(alpha, float) and math.isfinite(alpha)):
+        raise HeaderError(f"has adapter.lora.alpha = {ascii(alpha)[:_SHOWN]}, expected a number")
+    if "adapter.alora.invocation_tokens" in header.fields:
+        raise HeaderError("is an adapter that begins at certain tokens (aLoRA), which this runner cannot do")
+    for tensor in header.tensors:
+        if tensor.kind not in _ADAPTER_TYPES:
+            raise HeaderError(f"has {tensor.name!r} of tensor type {tensor.kind}, expected F32, F16, BF16 or Q8_0")
+
+
 def _check_hyperparameters(header: GgufHeader, arch: str) -> None:
     """Raises HeaderError for numbers that llama.cpp's assertions would reject while loading."""
 
@@ -219,10 +243,13 @@ def _check_tokens(header: GgufHeader) -> None:
             raise HeaderError(f"has no token for the byte {unspelt:#04x}, so that some texts would end llama.cpp")
 
 
+_CHECKS = {"model": check_file, "projector": check_projector_file, "adapter": check_adapter_file}
+
+
 def _check(request: bytes) -> dict[str, str]:
     asked = json.loads(request)
-    check, given = check_projector_file if asked["projector"] else check_file, Path(asked["path"])
-    for path in [given] if asked["projector"] else split_parts(given):
+    check, given = _CHECKS[asked["kind"]], Path(asked["path"])
+    for path in split_parts(given) if asked["kind"] == "model" else [given]:
         try:
             check(path)
         except HeaderError as error:

@@ -52,6 +52,7 @@ class _LayerSizes:
     """The largest tensor of the experts."""
     copied: int = 0
     """The part of ``weights`` that is copied to each device if they share the layer."""
+    adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +75,27 @@ class GgufSizes:
     feed_forward: int
     """The elements of a token in a layer's feed-forward network, those of all its experts together."""
     heads: int
+    adapters: int = 0
+    """The adapters' tensors that belong to no layer."""
     copies: bool = False
     """Whether a device computes long steps with copies of the weights that are in RAM."""
 
     @classmethod
-    def of(cls, headers: Sequence[GgufHeader], options: CudaOptions) -> "GgufSizes":
+    def of(
+        cls, headers: Sequence[GgufHeader], options: CudaOptions, adapters: Sequence[GgufHeader] = ()
+    ) -> "GgufSizes":
         """Reads the sizes from the headers of a model's files. The first one has the metadata."""
         header, tensors = headers[0], [tensor for each in headers for tensor in each.tensors]
         arch = header.text("general.architecture")
         caches = layer_caches(header, equal_values=options.flash_attn == "off", rollback=options.rollback)
         layers = [_LayerSizes(each) for each in caches]
         embedding = rest = 0
+        of_adapters = [tensor for each in adapters for tensor in each.tensors]
+        for tensor in of_adapters:
+            if (layer := _layer(tensor.name, layers)) is not None:
+                layer.adapters += tensor.size
         for tensor in tensors:
-            block = tensor.name.removeprefix("blk.").partition(".")[0]
-            if tensor.name.startswith("blk.") and block.isdecimal() and int(block) < len(layers):
-                layer = layers[int(block)]
+            if (layer := _layer(tensor.name, layers)) is not None:
                 layer.weights += tensor.size
                 layer.largest = max(layer.largest, tensor.size)
                 layer.copied += 0 if shared_out(tensor.name) else tensor.size
@@ -113,6 +120,7 @@ class GgufSizes:
             wide=_wide(header, arch, hidden, heads),
             feed_forward=_feed_forward(header, arch, len(layers), hidden),
             heads=heads,
+            adapters=sum(each.size for each in of_adapters) - sum(each.adapters for each in layers),
         )
 
     @property
@@ -160,6 +168,7 @@ class GgufSizes:
             Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
             Part("vocabulary", self.vocabulary * _TOKEN),
             self._weights(where, self._experts_in_ram(plan, where)),
+            *self._adapters(where),
             self._cache(CACHE, plan, where, plan.parts, self._n_cells(plan.n_ctx, n_ubatch)),
             Part("cells", plan.parts * cells(plan.n_ctx) * _CELL),
             Part("cells", plan.parts * cells(plan.n_ctx) * _USED_CELL, later=True),
@@ -198,6 +207,18 @@ class GgufSizes:
         for name, share in behind.items():
             devices[name] += math.ceil(share * self.rest) + (self.embedding if self.tied else 0)
         return Part("weights", host, devices=devices)
+
+    def _adapters(self, where: _Where) -> Sequence[Part]:
+        """Returns the memory of the adapters, each of whose tensors is beside the model's. Layers are never shared."""
+        sizes = [*(layer.adapters for layer in self.layers), self.adapters]
+        if not any(sizes):
+            return ()
+        host, devices = 0, dict.fromkeys(_devices(where), 0)
+        for size, shares in zip(sizes, where, strict=True):
+            host += 0 if shares else size
+            for name in shares:
+                devices[name] += size
+        return (Part("adapters", host, devices=devices),)
 
     def _n_cells(self, n_ctx: int, n_ubatch: int, n_texts: int = 1) -> list[int]:
         """Returns the tokens that a sequence, or ``n_texts`` of them together, may have in each layer's cache."""
@@ -297,6 +318,13 @@ class GgufSizes:
         kinds = {layer.cache.window: count for layer, count, counts in layers if counts and layer.cache.keys}
         masks, largest = rows * sum(kinds.values()), rows * max(kinds.values(), default=0)
         return (4 * masks, 4 * self.heads * largest) if self.options.flash_attn == "off" else (2 * masks, 0)
+
+
+def _layer(tensor: str, layers: Sequence[_LayerSizes]) -> _LayerSizes | None:
+    """Returns the layer that a tensor belongs to; None for the others."""
+    block = tensor.removeprefix("blk.").partition(".")[0]
+    found = tensor.startswith("blk.") and block.isdecimal() and int(block) < len(layers)
+    return layers[int(block)] if found else None
 
 
 def _wide(header: GgufHeader, arch: str, hidden: int, heads: int) -> int:

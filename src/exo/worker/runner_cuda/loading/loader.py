@@ -1,6 +1,6 @@
 """Loads a model: from a ``Load`` command to a warm context, scheduler and tokenizer."""
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from exo.worker.runner_cuda.bindings import Context, Model, Rows, engine_version
 from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
+from exo.worker.runner_cuda.loading.adapters import find_adapters
 from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, check_projector, read_headers
@@ -69,6 +70,8 @@ class Loaded:
     threads: Threads
     sight: Sight | None
     """None if the model takes no pictures."""
+    adapters: dict[str, str]
+    """The key of each adapter, by its name."""
 
     def free(self) -> None:
         """Frees the contexts first: they borrow from the model and from the sampler chains."""
@@ -100,9 +103,10 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     devices = chosen(options, command.backend, gpus(command.backend))
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
-    header = read_headers(path)[0]
-    check_architecture(options, header)
-    options = with_layout(options, header)
+    headers = read_headers(path)
+    check_architecture(options, headers[0])
+    options = with_layout(options, headers[0])
+    adapters = find_adapters(command, options, headers)
     on_gpu = bool(devices)
     if options.exact:
         use_one_kernel(devices)
@@ -118,6 +122,8 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
 
     model = Model(path, options, devices, progress, log)
     undo.callback(model.free)
+    for adapter in adapters:
+        model.add_adapter(adapter.path, adapter.key, adapter.scale, log)
     report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
     sizes = chunks(options, on_gpu=on_gpu)
     chunk, budget = sizes.beside, sizes.budget
@@ -135,7 +141,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     undo.callback(embedder.free)
     if embedder.pooling == "rank" and not _has_tensor(path, RANKING_HEADS):
         raise LoadError("model_load_failed", f'{path} has no ranking head, which pooling "rank" needs')
-    _warm_up(context, embedder, score)
+    _warm_up(context, embedder, score, model.adapters)
     if options.exact and context.generates:
         check_exact(context, rows.graph)
     on_gpus = on_gpu and not 0 <= options.n_gpu_layers <= model.n_layers
@@ -182,6 +188,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
         sampling,
         threads,
         sight,
+        {adapter.name: adapter.key for adapter in adapters},
     )
 
 
@@ -207,6 +214,7 @@ def _capabilities(
         logprobs=context.generates,
         embeddings=embedder.pooling != "rank",
         rerank=embedder.pooling == "rank",
+        adapters=tuple(each.name for each in options.lora) if context.generates else (),
         model_bytes=model.size_bytes,
         kv_type="/".join(dict.fromkeys((options.cache_type_k, options.cache_type_v))),
         layers=model.layers,
@@ -269,17 +277,20 @@ def _has_tensor(path: Path, names: Collection[str]) -> bool:
     return any(tensor.name in names for header in read_headers(path) for tensor in header.tensors)
 
 
-def _warm_up(context: Context, embedder: Embedder, score: bool) -> None:
+def _warm_up(context: Context, embedder: Embedder, score: bool, adapters: Iterable[str]) -> None:
     """Computes one token, so that weights are paged in and kernels built before the first request.
 
-    For an encoder, creates the context for texts instead. Raises LoadError.
+    It does so with each adapter as well, because that allocates what the larger graph needs. For an encoder, creates
+    the context for texts instead. Raises LoadError.
     """
     if not context.generates:
         if score:
             raise LoadError("model_load_failed", "this model is an encoder, which predicts no next token")
         embedder.open()
         return
-    _decode_one(context)
+    for key in (*adapters, ""):
+        context.use_adapter(key)
+        _decode_one(context)
 
 
 def _decode_one(context: Context) -> None:
@@ -336,7 +347,7 @@ def draft_file(command: Load, options: CudaOptions) -> Path | None:
 def draft_options(options: CudaOptions, draft: DraftOptions) -> CudaOptions:
     """Returns a draft model's options: those of the model, but on one device, because the drafts are waited for."""
     alone = {"split_mode": "none", "tensor_split": None, "backend_sampling": "off", "cache_reuse": None, "cpu_moe": 0}
-    return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, **alone})
+    return options.model_copy(update={"n_gpu_layers": draft.n_gpu_layers, "lora": (), **alone})
 
 
 def _load_draft(

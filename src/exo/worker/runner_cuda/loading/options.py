@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.model_files.model_name import stays_inside
+from exo.worker.runner_common.model_files.model_name import ADAPTER_NAME, stays_inside
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling = Literal["mean", "cls", "last", "rank"]
@@ -61,6 +61,15 @@ class DraftOptions(ModelFile):
     """Layers on the GPU, which is the first one that the model uses. -1 is all of them."""
     max_tokens: int = Field(default=8, ge=1, le=16)
     """The most tokens of a draft."""
+
+
+class LoraOptions(ModelFile):
+    """Keys of ``[[cuda.lora]]``: an adapter, which changes the model's weights for the requests that name it."""
+
+    name: str = Field(pattern=ADAPTER_NAME)
+    """A request's ``model`` is then the model's name, ":" and this."""
+    scale: float = Field(default=1.0, allow_inf_nan=False, strict=False)
+    """The factor of the change."""
 
 
 class CudaOptions(ModelFile):
@@ -119,6 +128,9 @@ class CudaOptions(ModelFile):
     prompts are. With quantised weights this can turn a choice between tokens that are nearly as good (the logits of a
     Q4_K_M model differed by up to 1.4, and 6 of 630 tokens turned), so it is off by default."""
     draft: DraftOptions | None = None
+    lora: tuple[LoraOptions, ...] = Field(default=(), strict=False)
+    """Adapters, of which each request may name one. Requests with the same one are computed together, and steps of
+    different ones alternate. ``exact``, ``cache_reuse`` and the split modes "row" and "tensor" exclude them."""
     backend_sampling: Literal["auto", "on", "off"] = "off"
     """Whether the device that computes the logits returns only the largest ones, for requests that are greedy or have a
     ``top_k`` of up to about 250, without penalties, biases, log-probabilities and grammar. The tokens are the same.
@@ -205,6 +217,18 @@ class CudaOptions(ModelFile):
             raise ValueError(
                 f"cache_reuse needs a cache_type_k among {', '.join(UNQUANTISED)}, not {self.cache_type_k}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_can_be_told_apart(self) -> Self:
+        names = [each.name for each in self.lora]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"lora has two adapters with the name {twice[0]}")
+        excluded = {"exact": self.exact, "cache_reuse": self.cache_reuse is not None}
+        excluded[f'split_mode "{self.split_mode}"'] = self.split_mode in ("row", "tensor")
+        for what, given in excluded.items():
+            if self.lora and given:
+                raise ValueError(f"lora and {what} exclude each other")
         return self
 
     @model_validator(mode="after")

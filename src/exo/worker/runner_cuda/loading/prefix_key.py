@@ -1,7 +1,5 @@
 """Opens the disk tier of the prefix cache, for one model with one set of settings."""
 
-import hashlib
-import os
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -9,19 +7,19 @@ from pydantic import JsonValue
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.model_files.gguf import split_parts
 from exo.worker.runner_cuda.bindings import Context, Model, engine_version
+from exo.worker.runner_cuda.loading.file_identity import identity
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.prefix.disk_tier import DiskTier
 from exo.worker.runner_cuda.step_time import Pace
 
 _WITHOUT_EFFECT = {
     *("path", "repo", "file", "mmproj", "n_gpu_layers", "n_ctx", "slots", "n_batch", "n_ubatch", "max_itl_ms"),
-    *("prefix_cache_bytes", "prefix_disk_bytes", "speculate", "draft", "backend_sampling", "threads", "threads_batch"),
-    *("devices", "split_mode", "tensor_split", "main_gpu", "chat_template", "pooling", "embedding_ctx"),
+    *("prefix_cache_bytes", "prefix_disk_bytes", "speculate", "draft", "lora", "backend_sampling", "threads"),
+    *("threads_batch", "devices", "split_mode", "tensor_split", "main_gpu", "chat_template", "pooling"),
+    "embedding_ctx",
 }
 """The options that change nothing in a state but its rounding. Every other one is part of the key, also one that is
-added later, such as an adapter or a setting of the positions."""
-_SAMPLES, _SAMPLE = 64, 1 << 16
-"""The places at which a file is read to recognise it, and the bytes read at each."""
+added later, such as a setting of the positions. Each state is kept with the adapter that it was computed with."""
 
 
 def open_disk_tier(
@@ -32,7 +30,7 @@ def open_disk_tier(
         return None
     trained = model.metadata("{arch}.rope.scaling.original_context_length") or model.n_ctx_train
     key: dict[str, JsonValue] = {
-        "files": [_identity(part) for part in split_parts(path)],
+        "files": [list(identity(part)) for part in split_parts(path)],
         "engine": engine_version(),
         "backend": command.backend,
         # Some models rotate positions differently if the context is longer than what they were first trained for.
@@ -43,14 +41,3 @@ def open_disk_tier(
     }
     limit = options.prefix_disk_bytes
     return DiskTier(Path(command.prefixes), command.model_id, key, limit, pace.prompt_seconds)
-
-
-def _identity(path: Path) -> list[JsonValue]:
-    """Identifies a file by size, time and samples: hashing all of it would take longer than loading it."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        for number in range(_SAMPLES):
-            file.seek(max(0, status.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
-    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]

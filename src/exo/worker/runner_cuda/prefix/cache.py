@@ -106,7 +106,7 @@ class PrefixCache:
         """
         if sequence.prompt_logprobs is not None:
             return None
-        cached = [holder.tokens for holder in self._tree.holders()]
+        cached = [holder.tokens for holder in self._tree.holders() if holder.adapter == sequence.adapter]
         return self._divergences.new(sequence.tokens, cached, found.length if found is not None else 0)
 
     def needs_decode(self, found: CachedPrefix) -> bool:
@@ -124,8 +124,9 @@ class PrefixCache:
         """
         reach: Reach = 0, None
         if sequence.prompt_logprobs is None:
-            usable = () if self._copying else self._host.usable(sequence.tokens)
-            own = min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)
+            usable = () if self._copying else self._host.usable(sequence.tokens, sequence.adapter)
+            same = slot.cached if slot.adapter == sequence.adapter else []
+            own = min(common_prefix(same, sequence.tokens), len(sequence.tokens) - 1)
             own = sequence.uncut(min(own, slot.exact) if sequence.exact else own)
             reach = self._search.reach(slot, own, usable)
         n_found = max(reach[0], found.length if found is not None else 0)
@@ -139,7 +140,7 @@ class PrefixCache:
         self._tree.cut(slot, length)
         if length <= slot.exact:
             slot.exact = sys.maxsize
-        slot.sequence = sequence
+        slot.sequence, slot.adapter = sequence, sequence.adapter
         self.promise(slot)
         return length
 
@@ -176,13 +177,13 @@ class PrefixCache:
         if self._cells.restore(slot.id, parked.state):
             slot.cached[:], slot.exact = parked.cached, parked.exact
         self.unpark(sequence)
-        slot.sequence = sequence
+        slot.sequence, slot.adapter = sequence, sequence.adapter
         self.promise(slot)
         return len(slot.cached)
 
     def promise(self, slot: Slot) -> None:
         """Records all known tokens of the slot's sequence, so that other requests can wait for them."""
-        self._tree.put(slot, slot.tokens)
+        self._tree.put(slot, slot.tokens, slot.adapter)
 
     def drop_after(self, slot: Slot, length: int) -> None:
         """Drops the slot's cells from index ``length`` on, and records the sequence's tokens.
@@ -206,12 +207,13 @@ class PrefixCache:
         tokens = slot.cached
         if not self.takes_checkpoints:
             return
-        before = max((each.most for each in self._host.usable(tokens)), default=0)
+        before = max((each.most for each in self._host.usable(tokens, slot.adapter)), default=0)
         if len(tokens) - before < WORTH_MARKING:
             return
         state = self._cells.snapshot(slot.id, self._host.capacity)
         if state.size:
-            self._host.add(Checkpoint(packed(tokens), self._cells.least_saved(len(tokens)), state))
+            least = self._cells.least_saved(len(tokens))
+            self._host.add(Checkpoint(packed(tokens), least, state, slot.adapter))
 
     def wipe(self, spoilt: Collection[Slot], sound: Slot | None) -> None:
         """Empties free slots, and overwrites their cells with those of ``sound``, or with zeros if that is None.
@@ -219,7 +221,7 @@ class PrefixCache:
         Emptying alone is not enough: a masked cell still spoils a computation if it is NaN.
         """
         for slot in spoilt:
-            self._host.forget(slot.cached)
+            self._host.forget(slot.cached, slot.adapter)
             self._tree.cut(slot, 0)
             slot.cached.clear()
             self._cells.wipe(slot.id, None if sound is None else sound.id)
@@ -233,7 +235,7 @@ class PrefixCache:
         self._settle_disk()
         if not sequence.looked:
             sequence.looked = True
-            length, stored = disk.longest(sequence.tokens[:-1], self._host.capacity)
+            length, stored = disk.longest(sequence.tokens[:-1], sequence.adapter, self._host.capacity)
             found = self.find(sequence) if stored is not None else None
             if stored is not None and disk.is_worth(stored, length - (found.promised if found is not None else 0)):
                 sequence.stored = stored
@@ -356,7 +358,7 @@ class PrefixCache:
 
     def _keep(self, slot: Slot, n_kept: int) -> None:
         """Saves the slot's state if many of its tokens are neither among the ``n_kept`` first nor cached elsewhere."""
-        usable = self._host.usable(slot.cached)
+        usable = self._host.usable(slot.cached, slot.adapter)
         n_safe = max(n_kept, self._search.held_elsewhere(slot, usable))
         if self._host.capacity == 0 or len(slot.cached) - n_safe < _worth_saving(slot.cached):
             return
@@ -369,15 +371,16 @@ class PrefixCache:
 
     def _saved(self, slot: Slot, state: State) -> Saved:
         least = self._cells.least_saved(len(slot.cached)) if self._cells.forgets else 0
-        return Saved(slot.cached.copy(), least, state, slot.exact)
+        return Saved(slot.cached.copy(), least, state, slot.exact, slot.adapter)
 
     def _put(self, saved: Saved, usable: Tokens[Usable]) -> None:
         """Keeps a saved state in RAM instead of those of its prefixes."""
-        for other in [each for each in self._host.saved() if each.cached == saved.cached[: len(each.cached)]]:
+        alike = [each for each in self._host.saved() if each.adapter == saved.adapter]
+        for other in [each for each in alike if each.cached == saved.cached[: len(each.cached)]]:
             if self._search.reach(saved, len(other.cached), usable)[0] == len(other.cached):
                 self._host.drop(other)
         if self._host.add(saved):
-            self._tree.put(saved, saved.cached)
+            self._tree.put(saved, saved.cached, saved.adapter)
 
     def _settle_disk(self) -> None:
         """Frees a copy that has been written, and puts the content of a file that has been read into RAM."""
@@ -391,17 +394,17 @@ class PrefixCache:
         if content is None:
             return
         saved, checkpoints = content
-        known = {len(each.checkpoint.tokens) for each in self._host.usable(saved.cached)}
+        known = {len(each.checkpoint.tokens) for each in self._host.usable(saved.cached, saved.adapter)}
         for each in checkpoints:
             if len(each.tokens) not in known:
                 self._host.add(each)
-        self._put(saved, self._host.usable(saved.cached))
+        self._put(saved, self._host.usable(saved.cached, saved.adapter))
         self._fresh.add(saved)
 
     def _is_due(self, holder: Holder, *, last: bool = False) -> bool:
         """Whether a holder should be written to disk. Shifted cells never are, since replayed requests read files."""
         exact = holder.exact >= len(holder.cached)
-        return exact and self._disk is not None and self._disk.is_due(holder.cached, last=last)
+        return exact and self._disk is not None and self._disk.is_due(holder.cached, holder.adapter, last=last)
 
     def _copy_of(self, holder: Holder) -> Saved | None:
         """Returns the state to write; None if there is no RAM for a copy of a slot."""
@@ -418,7 +421,7 @@ class PrefixCache:
         """Has a saved state written to disk, with the last checkpoints that take no more than it does."""
         assert self._disk is not None
         most = min(saved.state.nbytes, self._host.capacity - saved.n_bytes)
-        self._disk.write(saved, self._host.checkpoints(saved.cached, most))
+        self._disk.write(saved, self._host.checkpoints(saved, most))
 
     def _untree(self, saved: Saved) -> None:
         self._tree.cut(saved, 0)

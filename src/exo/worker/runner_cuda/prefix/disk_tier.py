@@ -67,9 +67,9 @@ class StoredPrefix:
         """The bytes of RAM that its content takes."""
         return sum(self.head.sizes) + 40 * self.head.n_tokens
 
-    def reach(self, tokens: Packed) -> int:
-        """Returns how many of the first ``tokens`` can be used."""
-        return self.head.reach(common_length(self.tokens, tokens))
+    def reach(self, tokens: Packed, adapter: str) -> int:
+        """Returns how many of the first ``tokens`` can be used with an adapter."""
+        return self.head.reach(common_length(self.tokens, tokens)) if adapter == self.head.adapter else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +95,7 @@ class FileReading:
 
 @final
 class DiskTier:
-    """The prefixes of one model with one set of settings, in a directory that all models share.
+    """The prefixes of one model with one set of settings and any adapter, in a directory that all models share.
 
     At most one prefix is being written at a time, and one read.
     """
@@ -128,7 +128,7 @@ class DiskTier:
         self._failed = not self._is_own()
         if self._failed:
             _say(f"prefixes are not kept on disk: {directory} cannot be read or belongs to another user")
-        self._tried: deque[Packed] = deque(maxlen=_REMEMBERED)
+        self._tried: deque[tuple[Packed, str]] = deque(maxlen=_REMEMBERED)
 
     @property
     def n_bytes(self) -> int:
@@ -140,25 +140,32 @@ class DiskTier:
         """Whether a state that was given to ``write`` is still needed."""
         return self._write is not None and not self._write.done()
 
-    def is_due(self, tokens: Tokens[int], *, last: bool = False) -> bool:
+    def is_due(self, tokens: Tokens[int], adapter: str, *, last: bool = False) -> bool:
         """Whether a prefix is to be written; ``last`` says that there is no later occasion."""
         if self._failed or len(tokens) < WORTH_WRITING:
             return False
         wanted = packed(tokens)
         # A prefix that has been evicted is not written again, or two models could evict each other's for ever.
-        reaches = [*(each.reach(wanted) for each in self._known()), *(common_length(t, wanted) for t in self._tried)]
+        reaches = [each.reach(wanted, adapter) for each in self._known()]
+        reaches += [common_length(tokens, wanted) for tokens, computed_with in self._tried if computed_with == adapter]
         stored = max(reaches, default=0)
         return len(tokens) - stored >= (LAST_GROWTH if last else max(WORTH_READING, GROWTH * stored))
 
     def write(self, saved: Saved, checkpoints: list[Checkpoint]) -> None:
         """Has a prefix written. Only while none ``is_writing``."""
         tokens = packed(saved.cached)
-        self._tried.append(tokens)
+        self._tried.append((tokens, saved.adapter))
         heads = [CheckpointHead(length=len(c.tokens), least=c.least, size=c.state.nbytes) for c in checkpoints]
         size, length = saved.state.nbytes, len(saved.cached)
         seconds = self._seconds_of(length)
         head = PrefixHead(
-            key=self._key, n_tokens=length, least=saved.least, size=size, seconds=seconds, checkpoints=tuple(heads)
+            key=self._key,
+            adapter=saved.adapter,
+            n_tokens=length,
+            least=saved.least,
+            size=size,
+            seconds=seconds,
+            checkpoints=tuple(heads),
         )
         states = [saved.state, *(each.state for each in checkpoints)]
 
@@ -177,12 +184,12 @@ class DiskTier:
             wait([self._write], max(0.0, until - time.monotonic()))
         return not self.is_writing
 
-    def longest(self, tokens: Tokens[int], most: int) -> tuple[int, StoredPrefix | None]:
+    def longest(self, tokens: Tokens[int], adapter: str, most: int) -> tuple[int, StoredPrefix | None]:
         """Returns the length of the longest prefix in a file that takes at most ``most`` bytes of RAM, and the file."""
         if len(tokens) < WORTH_READING:
             return 0, None
         wanted = packed(tokens)
-        found = ((each.reach(wanted), each) for each in self._known() if each.n_bytes <= most)
+        found = ((each.reach(wanted, adapter), each) for each in self._known() if each.n_bytes <= most)
         return max(found, key=lambda each: each[0], default=(0, None))
 
     def is_worth(self, stored: StoredPrefix, n_tokens: int) -> bool:
@@ -244,7 +251,8 @@ class DiskTier:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._make_room(sum(head.sizes)):
             return
-        path = self._folder / (hashlib.sha256(tokens.data).hexdigest()[:32] + _SUFFIX)
+        name = hashlib.sha256(head.adapter.encode() + tokens.tobytes()).hexdigest()[:32]
+        path = self._folder / (name + _SUFFIX)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_native_id()}")
         try:
             state_file.write(unfinished, head, [tokens.view("u1"), *states])
@@ -254,7 +262,7 @@ class DiskTier:
         for name, other in tuple(self._index.items()):
             length = len(other.tokens)
             lost = length - head.reach(common_length(other.tokens, tokens))
-            if name != path.name and lost < max(WORTH_READING, GROWTH * length):
+            if other.head.adapter == head.adapter and name != path.name and lost < max(WORTH_READING, GROWTH * length):
                 other.path.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> bool:
@@ -290,8 +298,9 @@ class DiskTier:
                 self._rate += (stored.n_bytes / (time.perf_counter() - began) - self._rate) / 2
             ids = tokens.view("i4")
             heads = zip(stored.head.checkpoints, states, strict=True)
-            checkpoints = [Checkpoint(ids[: head.length].copy(), head.least, state) for head, state in heads]
-            return Saved(ids.tolist(), stored.head.least, state), checkpoints
+            adapter = stored.head.adapter
+            checkpoints = [Checkpoint(ids[: head.length].copy(), head.least, state, adapter) for head, state in heads]
+            return Saved(ids.tolist(), stored.head.least, state, adapter=adapter), checkpoints
         self._index.pop(stored.path.name, None)
         return None
 

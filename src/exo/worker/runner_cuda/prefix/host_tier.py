@@ -25,7 +25,8 @@ class Saved:
     least: int
     state: State
     exact: int = sys.maxsize
-    """See ``Slot``."""
+    """See ``Slot``, also for the next one."""
+    adapter: str = ""
 
     @property
     def tokens(self) -> list[int]:
@@ -48,6 +49,7 @@ class Checkpoint:
     tokens: Packed
     least: int
     state: State
+    adapter: str = ""
 
     @property
     def n_bytes(self) -> int:
@@ -88,18 +90,19 @@ class HostTier:
         """Yields the saved slots, least recently used first."""
         return (each for each in self._kept if isinstance(each, Saved))
 
-    def usable(self, tokens: Tokens[int]) -> list[Usable]:
-        """Returns the checkpoints of prefixes of ``tokens``."""
-        checkpoints = [each for each in self._kept if isinstance(each, Checkpoint)]
+    def usable(self, tokens: Tokens[int], adapter: str = "") -> list[Usable]:
+        """Returns the checkpoints of prefixes of ``tokens`` that were computed with an adapter, or without one."""
+        checkpoints = [each for each in self._kept if isinstance(each, Checkpoint) and each.adapter == adapter]
         if not checkpoints:
             return []
         wanted = packed(tokens)
         found = (Usable(each.least, common_length(each.tokens, wanted), each) for each in checkpoints)
         return [each for each in found if each.most >= each.least]
 
-    def checkpoints(self, tokens: Tokens[int], most: int) -> list[Checkpoint]:
-        """Returns the longest checkpoints of whole prefixes of ``tokens`` that take at most ``most`` bytes together."""
-        found = [each.checkpoint for each in self.usable(tokens) if each.most == len(each.checkpoint.tokens)]
+    def checkpoints(self, saved: Saved, most: int) -> list[Checkpoint]:
+        """Returns the longest checkpoints of whole prefixes of a state that take at most ``most`` bytes together."""
+        usable = self.usable(saved.cached, saved.adapter)
+        found = [each.checkpoint for each in usable if each.most == len(each.checkpoint.tokens)]
         chosen: list[Checkpoint] = []
         for each in sorted(found, key=lambda each: len(each.tokens), reverse=True):
             if (most := most - each.n_bytes) < 0:
@@ -155,9 +158,9 @@ class HostTier:
             if isinstance(entry, Saved):
                 self._dropped(entry)
 
-    def forget(self, tokens: Tokens[int]) -> None:
+    def forget(self, tokens: Tokens[int], adapter: str) -> None:
         """Drops the checkpoints of all prefixes of ``tokens``."""
-        for each in self.usable(tokens):
+        for each in self.usable(tokens, adapter):
             self.drop(each.checkpoint)
 
     def _cost(self, entry: Saved | Checkpoint) -> int:
@@ -165,7 +168,8 @@ class HostTier:
         if isinstance(entry, Saved):
             return len(entry.cached)
         length = len(entry.tokens)
-        others = [each.tokens for each in self._kept if isinstance(each, Checkpoint) and len(each.tokens) < length]
+        kept = (each for each in self._kept if isinstance(each, Checkpoint) and each.adapter == entry.adapter)
+        others = [each.tokens for each in kept if len(each.tokens) < length]
         return length - max((len(each) for each in others if common_length(each, entry.tokens) == len(each)), default=0)
 
 

@@ -20,7 +20,7 @@ class _Node(Generic[Holder]):
 
 
 class PrefixTree(Generic[Holder]):
-    """A radix tree over blocks of token ids.
+    """A radix tree over blocks of token ids. Prefixes with different adapters share no nodes.
 
     Invariant: a holder is in every node on the path of its tokens, and a node without holders is removed.
     """
@@ -29,11 +29,11 @@ class PrefixTree(Generic[Holder]):
         self._root: _Node[Holder] = _Node()
         self._paths: dict[Holder, list[tuple[bytes, _Node[Holder]]]] = {}
 
-    def put(self, holder: Holder, tokens: Sequence[int]) -> None:
+    def put(self, holder: Holder, tokens: Sequence[int], adapter: str = "") -> None:
         """Extends a holder's tokens to ``tokens``, which must begin with its earlier ones."""
         path = self._paths.setdefault(holder, [])
         node = path[-1][1] if path else self._root
-        for block in _blocks(tokens, len(path)):
+        for block in _blocks(tokens, len(path), adapter):
             node = node.children.setdefault(block, _Node())
             node.holders.add(holder)
             path.append((block, node))
@@ -53,11 +53,11 @@ class PrefixTree(Generic[Holder]):
         """Returns those with at least one block."""
         return list(self._paths)
 
-    def matches(self, tokens: Sequence[int]) -> Iterator[tuple[int, frozenset[Holder]]]:
+    def matches(self, tokens: Sequence[int], adapter: str = "") -> Iterator[tuple[int, frozenset[Holder]]]:
         """Yields prefix lengths of ``tokens`` in whole blocks, longest first, each with its holders."""
         nodes: list[_Node[Holder]] = []
         node = self._root
-        for block in _blocks(tokens, 0):
+        for block in _blocks(tokens, 0, adapter):
             if (child := node.children.get(block)) is None:
                 break
             node = child
@@ -66,6 +66,7 @@ class PrefixTree(Generic[Holder]):
             yield depth * BLOCK, frozenset(nodes[depth - 1].holders)
 
 
-def _blocks(tokens: Sequence[int], first: int) -> Iterator[bytes]:
+def _blocks(tokens: Sequence[int], first: int, adapter: str) -> Iterator[bytes]:
+    kind = adapter.encode()
     for start in range(first * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
-        yield array("i", tokens[start : start + BLOCK]).tobytes()
+        yield array("i", tokens[start : start + BLOCK]).tobytes() + kind

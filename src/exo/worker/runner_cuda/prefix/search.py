@@ -50,11 +50,11 @@ class PrefixSearch:
         """
         if sequence.prompt_logprobs is not None or sequence.parked is not None or sequence.alone:
             return None
-        tokens = sequence.tokens
-        usable = self._host.usable(tokens)
+        tokens, adapter = sequence.tokens, sequence.adapter
+        usable = self._host.usable(tokens, adapter)
         best: CachedPrefix | None = None
         seen: set[Holder] = set()
-        for depth, holders in self._tree.matches(tokens):
+        for depth, holders in self._tree.matches(tokens, adapter):
             if best is not None and best.promised >= depth + BLOCK - 1:
                 break
             able = (each for each in holders - seen if not sequence.exact or each.exact >= len(each.cached))
@@ -77,7 +77,7 @@ class PrefixSearch:
     def held_elsewhere(self, slot: Slot, usable: Tokens[Usable]) -> int:
         """Returns how many leading tokens of the slot are cached in another place, in whole blocks."""
         best = 0
-        for depth, holders in self._tree.matches(slot.cached):
+        for depth, holders in self._tree.matches(slot.cached, slot.adapter):
             if best >= depth:
                 break
             others = (each for each in holders if each is not slot and len(each.cached) >= depth)

@@ -59,6 +59,8 @@ class PrefixHead(BaseModel):
 
     key: Mapping[str, JsonValue]
     """The model and every setting that the state depends on."""
+    adapter: str = ""
+    """The key of the adapter that it was computed with; empty if there was none."""
     n_tokens: Length
     least: Length
     """See ``host_tier.Saved``."""

@@ -120,10 +120,24 @@ class _MlxSizes:
             replace(process, host=process.host + _PROCESS * ranks),
             Part("tokenizer", int(self.tokenizer * _TOKENIZER)),
             self._part("weights", self.weights),
+            *self._adapters(),
             self._part(CACHE, [plan.slots * cells(plan.n_ctx) * token for token in tokens]),
             self._part("compute", [_WORKSPACE + logits] * ranks, later=True),
             self._part("embedding", [cells(longest) * token for token in tokens], later=True),
         ]
+
+    def _adapters(self) -> Sequence[Part]:
+        """Returns the memory of adapters. Each matrix that one of them changes has room for all, and for none."""
+        adapters = self.checked.adapters
+        if not adapters:
+            return ()
+        pairs = {
+            module: (each.tensors[a], each.tensors[b]) for each in adapters for module, (a, b) in each.pairs().items()
+        }
+        sides = sum(first.shape[1] + second.shape[0] for first, second in pairs.values())
+        return (
+            self._part("adapters", [self.width * (len(adapters) + 1) * max(each.rank for each in adapters) * sides]),
+        )
 
     def _part(self, name: str, by_rank: Sequence[int], *, later: bool = False) -> Part:
         """Returns a part's memory. Each CUDA device has one rank; Metal's memory is RAM as well."""

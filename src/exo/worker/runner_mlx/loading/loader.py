@@ -12,6 +12,7 @@ from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import USABLE
+from exo.worker.runner_common.model_files.adapter_folder import AdapterFolder, find_adapters
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder, tell_ignored
@@ -46,6 +47,7 @@ class MlxChecked:
     options: MlxOptions
     backend: Backend
     folder: HfFolder
+    adapters: list[AdapterFolder]
     trained: int
     """The trained context length in tokens, or less if mlx-lm computes only a shorter context correctly."""
     n_ctx: int
@@ -99,7 +101,8 @@ def check(command: Load) -> MlxChecked:
         reason = f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size keeps layers whole"
         raise refusal(sharding.kind, sharding.size, reason)
     positions = wanted_positions(folder, read.unread, n_ctx, options.ignored_settings)
-    return MlxChecked(options, backend, folder, trained, n_ctx, sharding, positions)
+    adapters = find_adapters(options.lora, command.model_id, command.directories, folder, "mlx")
+    return MlxChecked(options, backend, folder, adapters, trained, n_ctx, sharding, positions)
 
 
 def open_model(
@@ -109,6 +112,7 @@ def open_model(
     keep_weights_in_memory()
     dtype = computed_in(checked.options, checked.folder.config, checked.backend)
     model = MlxModel(checked.folder, checked.positions, dtype, on_layer, part)
+    model.add_adapters(checked.adapters)
     return model, KVCache(model.windows, checked.options.slots, checked.n_ctx)
 
 
@@ -145,6 +149,7 @@ def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
         grammar=True,
         logprobs=True,
         embeddings=model.has_states() and not dense_layers(folder),
+        adapters=tuple(each.name for each in checked.adapters),
         model_bytes=model.size_bytes,
         chat_template=options.chat_template or usual(checked.folder.templates),
         notes=checked.folder.notes,

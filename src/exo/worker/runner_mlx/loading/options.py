@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, ValidationError, field_validator, model_v
 from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.model_files.adapter_folder import AdapterOptions
 from exo.worker.runner_common.model_files.model_folder import FolderOptions
 
 
@@ -23,6 +24,8 @@ class MlxOptions(FolderOptions):
     """The most prompt tokens per step, of all prompts together. The default is 512 on a GPU and 32 on a CPU."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """The type of computed elements. The default is the stored type, or float32 for quantised weights on a CPU."""
+    lora: tuple[AdapterOptions, ...] = Field(default=(), strict=False)
+    """Adapters in PEFT's format, of which each request may name one. They need a model in one process."""
     pooling: Pooling | None = None
     """How the vectors of tokens become one vector of the text. The default is the setting in the folder's
     1_Pooling/config.json, or else "mean"."""
@@ -41,6 +44,12 @@ class MlxOptions(FolderOptions):
     def _auto_is_usual(cls, value: JsonValue) -> JsonValue:
         """Replaces "auto" by the default. A server that counts memory has put a number there."""
         return None if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _adapts_one_process(self) -> "MlxOptions":
+        if self.lora and self.tensor_parallel_size * self.pipeline_parallel_size > 1:
+            raise ValueError("lora: adapters need a model that is in one process")
+        return self
 
     @model_validator(mode="after")
     def _is_divided_one_way(self) -> "MlxOptions":
