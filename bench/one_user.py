@@ -6,14 +6,12 @@ side by side with the demo model, and take turns. ``make bench-peers`` runs this
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -21,6 +19,7 @@ from statistics import median
 import httpx
 import psutil
 
+from bench.busy import Busy
 from bench.peer_report import Scenario
 from bench.peers import ask
 from bench.servers import (
@@ -61,28 +60,6 @@ _LIMIT_SECONDS = 3 * 3600.0
 
 Row = tuple[str, str, Sequence[float], Sequence[float]]
 """Scenario, figure, exo's values pair by pair, and the values that they are compared with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """A process that computes without end, in its own session or in that of the servers.
-
-    The kernel schedules a session as a group. llama-server runs in this program's session, each runner of exo in its
-    own.
-    """
-
-    own_session: bool
-
-    @contextmanager
-    def running(self) -> Generator[None]:
-        """Runs it during the block, and two seconds before."""
-        process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=self.own_session)
-        try:
-            time.sleep(2)
-            yield
-        finally:
-            process.kill()
-            process.wait()
 
 
 def busy_turns(exo: MeasuredServer, llama: MeasuredServer, pair: int) -> Iterator[tuple[str, int, Stage]]:

@@ -17,7 +17,9 @@ from exo.bench.report import Report, Stage
 from exo.compare.comparison import HostFacts
 
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
-TINY: dict[str, Any] = {"requests": 2, "output_tokens": 8, "long_words": 200, "shared_words": 50}
+TINY: dict[str, Any] = {
+    "requests": 2, "output_tokens": 8, "prompt_words": 20, "long_words": 200, "shared_words": 50,
+}  # fmt: skip
 """Replaces the real sizes in a trial."""
 
 
@@ -30,6 +32,8 @@ class Scenario:
     peers: tuple[str, ...]
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
     us: str = "exo"
+    busy: bool = False
+    """Whether another process computes on one core meanwhile."""
 
     def sized(self, *, tiny: bool) -> dict[str, Any]:
         """The fields, with the sizes of a trial if ``tiny``."""
@@ -61,6 +65,34 @@ DEMO = (
     Scenario("repeated text, 1 stream, told to speculate", 1, ("llama-server",), _REPEAT, "exo, speculating"),
 )
 """With the demo model on llama.cpp."""
+BUSY = (
+    Scenario(
+        "another process on one core, 1 stream",
+        1,
+        ("llama-server",),
+        {"requests": 2, "output_tokens": 16},
+        busy=True,
+    ),
+)
+"""With the same servers, started anew and last: they remember how busy the machine was."""
+AGENT = (
+    Scenario(
+        "an agent's 16,000 tokens, two sessions in turn, tail changed",
+        1,
+        ("llama-server, two slots",),
+        {
+            "requests": 2,
+            "warmup": 2,
+            "workload": "shared-prefix",
+            "sessions": 2,
+            "shared_words": 14_400,
+            "prompt_words": 1600,
+            "output_tokens": 256,
+        },
+        "exo, two slots",
+    ),
+)
+"""With the demo model in two long slots. Each session's first prompt is not counted."""
 TWIN = tuple(
     Scenario(
         f"tiny model on MLX, {streams} stream{'s' if streams > 1 else ''}",
@@ -72,6 +104,7 @@ TWIN = tuple(
     for streams in (1, 8)
 )
 """With the tiny model. They measure the servers, because the model takes hardly any time."""
+SCENARIOS = (*DEMO, *AGENT, *BUSY, *TWIN)
 PAGE, DATA, PLOT = "performance.md", "performance.json", "performance.png"
 _GREEDY = [scenario for scenario in DEMO if scenario.name.startswith("greedy")]
 
@@ -250,7 +283,7 @@ def _lines(findings: PeerFindings) -> Iterator[str]:
     yield ""
     yield "| scenario | figure | exo | peer | the peer's | ratio |"
     yield "|---|---|---|---|---|---|"
-    for scenario in (*DEMO, *TWIN):
+    for scenario in SCENARIOS:
         ours = findings.stages(scenario.name, scenario.us)
         for peer in scenario.peers:
             for each in comparisons(ours, findings.stages(scenario.name, peer)):

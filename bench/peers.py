@@ -8,7 +8,8 @@ writes no page. ``--page FILE.json`` only writes the page again from its data.
 import argparse
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
@@ -17,8 +18,24 @@ from zlib import crc32
 import anyio
 
 from bench import peer_report
-from bench.peer_report import DEMO, TINY, TWIN, CeilingTurn, Contender, PeerFindings, Scenario, ServerTurn, ceiling
+from bench.busy import Busy
+from bench.peer_report import (
+    AGENT,
+    BUSY,
+    DEMO,
+    SCENARIOS,
+    TINY,
+    TWIN,
+    CeilingTurn,
+    Contender,
+    PeerFindings,
+    Scenario,
+    ServerTurn,
+    ceiling,
+)
 from bench.servers import (
+    AGENT_CONTEXT,
+    AGENT_SLOTS,
     ROOT,
     MeasuredServer,
     bindings_server,
@@ -64,7 +81,8 @@ def take_turns(
     turns: list[ServerTurn] = []
     for scenario in scenarios:
         for server in (servers[name] for name in (scenario.us, *scenario.peers)):
-            stage = ask(server, scenario, pair, tiny=tiny)
+            with Busy(own_session=True, one_core=True).running() if scenario.busy else nullcontext():
+                stage = ask(server, scenario, pair, tiny=tiny)
             turns.append(ServerTurn(pair=pair, scenario=scenario.name, server=server.name, stage=stage))
             print(f"pair {pair}  {scenario.name:<40} {server.name:<18} {_figures(stage)}", flush=True)
     return turns
@@ -79,7 +97,7 @@ def _figures(stage: Stage) -> str:
 
 
 def run(pairs: int, home: Path, architecture: Architecture, only: str, *, tiny: bool) -> PeerFindings:
-    """The demo model's servers together, then the tiny model's."""
+    """The demo model's servers together, then those with long slots, then the tiny model's."""
     turns: list[ServerTurn] = []
     ceilings: list[CeilingTurn] = []
     demo = (
@@ -88,26 +106,32 @@ def run(pairs: int, home: Path, architecture: Architecture, only: str, *, tiny: 
         llama_server(),
         bindings_server(),
     )
+    sizes = (f"n_ctx = {AGENT_CONTEXT}", f"slots = {AGENT_SLOTS}")
+    agent = (
+        demo_server(home / "exo-agent", sizes, "exo, two slots"),
+        replace(llama_server(AGENT_SLOTS, AGENT_CONTEXT), name="llama-server, two slots"),
+    )
     folder = home / "twin"
     write_mlx(folder, Shape(architecture))
     twin = mlx_servers(home, folder)
-    for servers, all_scenarios in ((demo, DEMO), (twin, TWIN)):
+    for servers, all_scenarios in ((demo, DEMO), (agent, AGENT), (demo, BUSY), (twin, TWIN)):
         scenarios = [scenario for scenario in all_scenarios if only in scenario.name]
         needed = {name for scenario in scenarios for name in (scenario.us, *scenario.peers)}
         with _running([server for server in servers if server.name in needed], home) as running:
             for pair in range(pairs):
                 turns += (done := take_turns(running, scenarios, pair, tiny=tiny))
-                if servers is demo and not only:
+                if all_scenarios is DEMO and not only:
                     tokens, whole = done[0].stage.tokens, done[0].stage.requests.whole
                     batches = ceiling(CEILING_STREAMS, tokens.prompt // whole, tokens.output // whole)
                     ceilings.append(CeilingTurn(pair=pair, batches=tuple(batches)))
+    all_servers = (*demo, *agent, *twin)
     return PeerFindings(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         tiny=tiny,
         host=HostFacts.of(anyio.run(probe_host)),
         pairs=pairs,
-        contenders=tuple(Contender(name=each.name, version=each.version, flags=each.flags) for each in (*demo, *twin)),
+        contenders=tuple(Contender(name=each.name, version=each.version, flags=each.flags) for each in all_servers),
         turns=tuple(turns),
         ceilings=tuple(ceilings),
     )
@@ -143,7 +167,7 @@ def main() -> None:
         peer_report.write(findings, arguments.docs)
         print(f"wrote {arguments.docs / peer_report.PAGE}")
         return
-    for scenario in (*DEMO, *TWIN):
+    for scenario in SCENARIOS:
         ours = findings.stages(scenario.name, scenario.us)
         for peer in scenario.peers if ours else ():
             for each in peer_report.comparisons(ours, findings.stages(scenario.name, peer)):

@@ -26,6 +26,8 @@ SLOTS, CONTEXT = 16, 4096
 """Slots and tokens per slot that the model card of the demo model asks for."""
 THREADS = psutil.cpu_count(logical=False) or 1
 DEMO_CARD = Path(exo.__file__).parent / "cards" / "built_in" / "gemma-3-270m.toml"
+AGENT_SLOTS, AGENT_CONTEXT = 2, 20_480
+"""The same for an agent's long prompts."""
 _NO_END: dict[str, JsonValue] = {"318": -100.0, "319": -100.0}
 """Forbids the end-of-generation tokens of the tiny model, for which mlx_lm.server has no other means."""
 _START_SECONDS = 180.0

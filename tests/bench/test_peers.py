@@ -6,10 +6,9 @@ import pytest
 
 from bench.peer_report import (
     DATA,
-    DEMO,
     PAGE,
     PLOT,
-    TWIN,
+    SCENARIOS,
     Ceiling,
     CeilingTurn,
     Contender,
@@ -67,7 +66,7 @@ def test_a_line_of_llama_batched_bench_is_read() -> None:
 
 
 def test_every_scenario_is_a_load_that_can_be_asked_for() -> None:
-    for scenario in (*DEMO, *TWIN):
+    for scenario in SCENARIOS:
         for tiny in (True, False):
             BenchOptions.check(url="http://127.0.0.1:1", model="m", **scenario.sized(tiny=tiny))
 
@@ -80,7 +79,7 @@ def test_the_page_tells_every_scenario_and_its_data_gives_it_again(tmp_path: Pat
             server=server,
             stage=interrupted(0.1) if "among" in scenario.name else stage(1, 1, scenario.streams),
         )
-        for scenario in (*DEMO, *TWIN)
+        for scenario in SCENARIOS
         for server in (scenario.us, *scenario.peers)
     ]
     batches = tuple(
@@ -99,7 +98,7 @@ def test_the_page_tells_every_scenario_and_its_data_gives_it_again(tmp_path: Pat
     )
     write(findings, tmp_path)
     page = (tmp_path / PAGE).read_text()
-    for scenario in (*DEMO, *TWIN):
+    for scenario in SCENARIOS:
         assert f"| {scenario.name} |" in page
     assert "| greedy, 1 stream | 4.0 s | 3.0 s | 0.75 (0.75 to 0.75) |" in page
     assert "tiny sizes" not in page

@@ -95,6 +95,8 @@ class BenchOptions(_Frozen):
     """Words of a prompt that no other prompt shares. With "repeat": words of the whole prompt."""
     shared_words: int = Field(default=400, ge=1, le=1_000_000)
     """Words at the beginning of all prompts of a stage, for "shared-prefix"."""
+    sessions: int = Field(default=1, ge=1, le=1000)
+    """Beginnings that the prompts of "shared-prefix" have in turn."""
     long_words: int = Field(default=2000, ge=1, le=1_000_000)
     """Words of the prompt that arrives among running streams, for "long-prompt"."""
     output_tokens: int = Field(default=64, ge=1, le=1_000_000)

@@ -1,6 +1,7 @@
 """The prompts and bodies of a stage's requests. The same seed gives the same prompts, which are random words."""
 
 from collections.abc import Iterator
+from itertools import cycle
 from random import Random
 
 from pydantic import JsonValue
@@ -40,7 +41,8 @@ class Prompts:
     def __init__(self, options: BenchOptions, stage: str) -> None:
         self._options = options
         self._random = Random(f"{options.seed} {stage}")
-        self._prefix = self._words(options.shared_words) if options.workload == "shared-prefix" else []
+        shared = options.shared_words if options.workload == "shared-prefix" else 0
+        self._prefixes = cycle([self._words(shared) for _ in range(options.sessions)])
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -51,7 +53,7 @@ class Prompts:
             case "random" | "long-prompt":
                 return " ".join(self._words(words))
             case "shared-prefix":
-                return " ".join([*self._prefix, *self._words(words)])
+                return " ".join([*next(self._prefixes), *self._words(words)])
             case "repeat":
                 return "\n".join([" ".join(self._words(max(1, words // _REPEATS)))] * _REPEATS) + "\n"
 

@@ -17,6 +17,7 @@ def show(report: Report, console: Console) -> None:
     words = f"{options.prompt_words} words"
     if options.workload == "shared-prefix":
         words = f"{options.shared_words} shared words and {words}"
+        words += f" in {options.sessions} sessions" if options.sessions > 1 else ""
     if options.workload == "long-prompt":
         words = f"{options.long_words} words among streams of {words}"
     console.print(

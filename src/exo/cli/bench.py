@@ -35,6 +35,9 @@ def bench(
     shared_words: Annotated[
         int | None, typer.Option(help="Words at the beginning that all prompts share. Default: 400.")
     ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(help="Different such beginnings, which prompts have in turn. Default: 1.")
+    ] = None,
     long_words: Annotated[int | None, typer.Option(help="Words of the long prompt. Default: 2000.")] = None,
     output_tokens: Annotated[int | None, typer.Option(help="Tokens to generate per request. Default: 64.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: 0, which is greedy.")] = None,

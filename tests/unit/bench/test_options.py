@@ -100,6 +100,13 @@ def test_prompts_with_a_shared_prefix_share_just_that() -> None:
     assert len({tuple(each[30:]) for each in words}) == 4
 
 
+def test_sessions_have_their_shared_words_in_turn() -> None:
+    sizes = {"shared_words": 30, "prompt_words": 10, "sessions": 2}
+    words = [prompt.split() for prompt in first_prompts(workload="shared-prefix", **sizes)]
+    assert words[0][:30] == words[2][:30] != words[1][:30] == words[3][:30]
+    assert len({tuple(each[30:]) for each in words}) == 4
+
+
 def test_a_repeated_text_repeats_itself() -> None:
     (first, *_) = first_prompts(workload="repeat", prompt_words=40)
     lines = first.splitlines()
