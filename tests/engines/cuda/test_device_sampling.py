@@ -14,7 +14,7 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.loader import Loaded, load
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
-from exo.worker.runner_cuda.sampling.device_sampling import SIZES, Best, backend_sampling, needed
+from exo.worker.runner_cuda.sampling.device_sampling import SIZES, Best, Gains, backend_sampling, needed
 from exo.worker.runner_cuda.sampling.sampler import Sampler, choose
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step import Chunk, Step
@@ -173,6 +173,25 @@ def test_a_slot_keeps_its_chain_for_requests_that_need_no_more(loaded: Loaded) -
     sampling.read_whole(doubted)
     assert size(doubted) == 0
     assert size(sequence(0, 2, temperature=1, top_k=3)) == 64
+
+
+def test_each_step_decides_by_its_rows_whether_there_are_chains(loaded: Loaded) -> None:
+    sampling = loaded.sampling
+    sampling.gains = Gains({1: -0.004, 3: 0.003}, change=0.01)
+
+    def reduced(n_rows: int, **params: object) -> int:
+        """The rows that a chain has reduced."""
+        step = Step([Chunk(sequence(slot, 1, **params), 0, 1) for slot in range(n_rows)], [])
+        sampling.prepare(step)
+        decode(loaded, step)
+        return sum(sampling.chains.count(row, n_rows) > 0 for row in range(n_rows))
+
+    greedy = {"temperature": 0}
+    assert reduced(4, **greedy) == 4
+    assert [reduced(1, **greedy) for _ in range(4)] == [1, 1, 0, 0]
+    assert [reduced(4, temperature=1) for _ in range(5)] == [0] * 5
+    assert [reduced(4, **greedy) for _ in range(5)] == [0, 0, 0, 4, 4]
+    assert reduced(1, **greedy) == 1
 
 
 @pytest.mark.parametrize(
