@@ -101,8 +101,8 @@ def test_prompts_with_a_shared_prefix_share_just_that() -> None:
 
 
 def test_sessions_have_their_shared_words_in_turn() -> None:
-    sizes = {"shared_words": 30, "prompt_words": 10, "sessions": 2}
-    words = [prompt.split() for prompt in first_prompts(workload="shared-prefix", **sizes)]
+    prompts = first_prompts(workload="shared-prefix", shared_words=30, prompt_words=10, sessions=2)
+    words = [prompt.split() for prompt in prompts]
     assert words[0][:30] == words[2][:30] != words[1][:30] == words[3][:30]
     assert len({tuple(each[30:]) for each in words}) == 4
 

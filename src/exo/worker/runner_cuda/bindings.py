@@ -1,7 +1,7 @@
 """llama.cpp's model and its context for generation. Only one thread may use a ``Context``.
 
-The ctypes edge consists of this file, ``pooled_context``, ``llama_log`` and ``device_chains``, which own llama.cpp's
-handles.
+The ctypes edge consists of this file, ``pooled_context``, ``llama_log``, ``device_chains`` and ``head_context``, which
+own llama.cpp's handles.
 
 Field names and constants are those of llama-cpp-python 0.3.36. Every struct starts from its ``default_params``, because
 the layouts change in nearly every release.
@@ -54,14 +54,17 @@ class Model:
         devices: Sequence[Gpu],
         on_progress: Callable[[float], None],
         log: Log,
+        *,
+        head: bool = False,
     ) -> None:
         """Loads onto ``devices``, or into RAM if there are none. ``on_progress`` gets the share done, 0 to 1.
 
-        Raises LoadError with llama.cpp's own last error lines.
+        ``head``: with the head for multi-token prediction. Raises LoadError with llama.cpp's own last error lines.
         """
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers if devices else 0
         params.split_mode = SPLIT_MODES[options.split_mode if devices else "none"]
+        params.load_mtp = head
         params.use_extra_bufts = not options.exact  # repacked weights have other kernels from four rows on
         # Memory-mapped files cannot use huge pages, and stay in RAM beside rearranged weights.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE

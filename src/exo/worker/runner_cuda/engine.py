@@ -17,6 +17,8 @@ from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Ro
 from exo.worker.runner_cuda.sampling.device_sampling import Best
 from exo.worker.runner_cuda.sampling.sampler import Turn, choose, score
 from exo.worker.runner_cuda.sequence import Sequence
+from exo.worker.runner_cuda.speculation.head_context import states
+from exo.worker.runner_cuda.speculation.head_drafter import HeadDrafter
 from exo.worker.runner_cuda.step import Chunk, Step
 
 IDLE_SECONDS = 1.0
@@ -45,6 +47,7 @@ class CudaEngine:
         self._sight = loaded.sight
         self._tokenizer = loaded.tokenizer
         self._sampling = loaded.sampling
+        self._head = loaded.draft if isinstance(loaded.draft, HeadDrafter) else None
         self._threads = loaded.threads
         self._emitter = emitter
         self._steps = 0
@@ -97,6 +100,8 @@ class CudaEngine:
             done = StepDone(step.started, processed, diverged=step.diverged)
             if n_outputs:
                 self._read(step, self._context.logits(n_outputs), done)
+            if self._head is not None and not all(chunk.sequence.pictures for chunk in step.chunks):
+                self._head.observe(step.chunks, states(self._context, step.n_rows, self._head.width))
             for chunk in new:
                 chunk.sequence.n_told = chunk.stop
             self._steps += 1

@@ -45,7 +45,7 @@ class Sequence:
     drafter: Drafter | None = None
     """Made when it is first asked for a draft."""
     draft_rate: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(HOPE, 4.0))
-    """How often a draft model's guesses were right."""
+    """How often the guesses of a draft model or head were right."""
     pictures: list[Span] = field(default_factory=list[Span])
     """The tokens that stand for pictures, in ascending order."""
     boundaries: list[int] = field(default_factory=list[int])

@@ -20,6 +20,7 @@ from exo.worker.runner_cuda.loading.adapters import find_adapters
 from exo.worker.runner_cuda.loading.devices import GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.gguf_sizes import GgufSizes, cache_bytes
+from exo.worker.runner_cuda.loading.heads import with_head
 from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle, with_layout
 from exo.worker.runner_cuda.loading.loader import draft_file, draft_options, projector_file, read_options
 from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions, find_model
@@ -40,6 +41,7 @@ def estimate(command: Estimate) -> Estimated:
     headers = read_headers(path)
     check_architecture(options, headers[0])
     with_layout(options, headers[0])
+    options = with_head(options, headers)
     poolable = pool_obstacle(options, headers[0]) is None
     draft, projector = _draft(load, options), projector_file(options, path)
     adapters = [each.header for each in find_adapters(load, options, headers)]

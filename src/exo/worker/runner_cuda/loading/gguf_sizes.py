@@ -13,11 +13,13 @@ from exo.worker.runner_common.memory_plan import CACHE, USABLE, Part, Plan, cell
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
+from exo.worker.runner_cuda.loading.heads import uses_head
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
 from exo.worker.runner_cuda.loading.loader import chunks
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import Placement, is_expert, shared_out
 from exo.worker.runner_cuda.prompt_cuts import SCORED_ROWS
+from exo.worker.runner_cuda.speculation.head_drafter import WAITING
 
 _PROCESS = 73_000_000
 """Bytes of RAM for the interpreter and libraries."""
@@ -77,6 +79,8 @@ class GgufSizes:
     heads: int
     adapters: int = 0
     """The adapters' tensors that belong to no layer."""
+    head: CachedLayer | None = None
+    """What the head for multi-token prediction keeps, if it is used."""
     copies: bool = False
     """Whether a device computes long steps with copies of the weights that are in RAM."""
 
@@ -89,6 +93,8 @@ class GgufSizes:
         arch = header.text("general.architecture")
         caches = layer_caches(header, equal_values=options.flash_attn == "off", rollback=options.rollback)
         layers = [_LayerSizes(each) for each in caches]
+        head = uses_head(options, headers)
+        n_loaded = len(layers) - (0 if head else header.integer(f"{arch}.nextn_predict_layers", 0))
         embedding = rest = 0
         of_adapters = [tensor for each in adapters for tensor in each.tensors]
         for tensor in of_adapters:
@@ -106,6 +112,7 @@ class GgufSizes:
                 embedding += tensor.size
             else:
                 rest += tensor.size
+        layers[n_loaded:] = [_LayerSizes(each.cache) for each in layers[n_loaded:]]
         hidden = header.integer(f"{arch}.embedding_length", 1)
         heads = max(header.per_layer(f"{arch}.attention.head_count", len(layers), 1))
         return cls(
@@ -121,6 +128,7 @@ class GgufSizes:
             feed_forward=_feed_forward(header, arch, len(layers), hidden),
             heads=heads,
             adapters=sum(each.size for each in of_adapters) - sum(each.adapters for each in layers),
+            head=layer_caches(header, equal_values=options.flash_attn == "off", head=True)[-1] if head else None,
         )
 
     @property
@@ -177,6 +185,7 @@ class GgufSizes:
             Part("prefix cache", plan.prefix_cache_bytes, later=True),
             *self._compute(plan, where, n_ubatch),
             *self._texts(plan, where),
+            *self._of_head(plan, where),
         ]
 
     def _where(self, plan: Plan) -> _Where:
@@ -305,6 +314,19 @@ class GgufSizes:
             *self._graph("embedding", plan, where, rows, rows, n_cells),
             Part("embedding", 4 * rows * self.vocabulary, later=True),  # llama.cpp computes logits of every row
         ]
+
+    def _of_head(self, plan: Plan, where: _Where) -> list[Part]:
+        """Returns the memory of the head's context, without its weights, and of the states that it is given."""
+        if self.head is None:
+            return []
+        rows, n_cells = plan.slots * WAITING, cells(plan.n_ctx)
+        logits = 4 * plan.slots * self.vocabulary
+        size = plan.slots * n_cells * self._token(self.head, plan)
+        size += max(self._activations(rows), logits) + 2 * rows * n_cells
+        shares = where[len(self.layers) - 1]
+        states = 4 * self.hidden * (chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).budget + plan.slots + 2 * rows)
+        devices = {device: math.ceil(share * size) for device, share in shares.items()}
+        return [Part("head", states + logits + (0 if shares else size), devices=devices)]
 
     def _activations(self, rows: int) -> int:
         return 4 * rows * (4 * self.wide + 3 * self.feed_forward)

@@ -56,9 +56,10 @@ class CachedLayer:
         return min(cells(n_ctx), cells(n_windows * self.window + n_ubatch))
 
 
-def layer_caches(header: GgufHeader, *, equal_values: bool, rollback: int = 0) -> list[CachedLayer]:
+def layer_caches(header: GgufHeader, *, equal_values: bool, rollback: int = 0, head: bool = False) -> list[CachedLayer]:
     """Reads what each of a model's layers keeps. With ``equal_values``, values take as much in each layer.
 
+    A layer that is a head for multi-token prediction keeps something if ``head`` says that it is used.
     Where the engine can, it keeps the recurrent states before the last ``rollback`` tokens, too.
     Indexes of sparse attention (DeepSeek 3.2 and its relatives) are not counted.
     """
@@ -70,7 +71,6 @@ def layer_caches(header: GgufHeader, *, equal_values: bool, rollback: int = 0) -
     n_layers = number("block_count", 1)
     heads = header.per_layer(f"{arch}.attention.head_count", n_layers, 1)
     kv_heads = header.per_layer(f"{arch}.attention.head_count_kv", n_layers, max(heads))
-    # Layers that predict further tokens are not loaded.
     n_trunk = n_layers - number("nextn_predict_layers")
     windows = [*layer_windows(header, arch, n_trunk), *[None] * (n_layers - n_trunk)]
     recurrent = _recurrent(header, arch, kv_heads)
@@ -83,13 +83,14 @@ def layer_caches(header: GgufHeader, *, equal_values: bool, rollback: int = 0) -
     found = list[CachedLayer]()
     for layer in range(n_layers):
         windowed = windows[layer] is not None
+        has_keys = attends[layer] or (head and layer >= n_trunk)
         keys = number("attention.key_length_swa", length) if windowed else length
         values = number("attention.value_length_swa", length_of_values) if windowed else length_of_values
         found.append(
             CachedLayer(
                 heads=kv_heads[layer],
-                keys=kv_heads[layer] * keys if attends[layer] else 0,
-                values=kv_heads[layer] * values if attends[layer] and not compressed else 0,
+                keys=kv_heads[layer] * keys if has_keys else 0,
+                values=kv_heads[layer] * values if has_keys and not compressed else 0,
                 state=state if recurrent[layer] and layer < n_trunk else 0,
                 window=windows[layer],
             )

@@ -22,6 +22,7 @@ from exo.worker.runner_cuda.loading.adapters import find_adapters
 from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gpus
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, check_projector, read_headers
+from exo.worker.runner_cuda.loading.heads import uses_head, with_head
 from exo.worker.runner_cuda.loading.kv_layout import with_layout
 from exo.worker.runner_cuda.loading.llama_log import Log
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model, find_projector
@@ -34,6 +35,8 @@ from exo.worker.runner_cuda.prompt_cuts import SCORED_ROWS
 from exo.worker.runner_cuda.sampling.device_chains import Chains
 from exo.worker.runner_cuda.sampling.device_sampling import BackendSampling, backend_sampling
 from exo.worker.runner_cuda.scheduler import Scheduler
+from exo.worker.runner_cuda.speculation.head_context import HeadContext, keep_states
+from exo.worker.runner_cuda.speculation.head_drafter import WAITING, HeadDrafter
 from exo.worker.runner_cuda.speculation.model_drafter import LITTLE, DraftModel, check_vocabulary
 from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST
 from exo.worker.runner_cuda.speculation.speculation import Speculation
@@ -65,7 +68,7 @@ class Loaded:
     scheduler: Scheduler
     prefixes: PrefixCache
     chunk: int
-    draft: DraftModel | None
+    draft: DraftModel | HeadDrafter | None
     sampling: BackendSampling
     threads: Threads
     sight: Sight | None
@@ -105,7 +108,8 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     check_header(path)
     headers = read_headers(path)
     check_architecture(options, headers[0])
-    options = with_layout(options, headers[0])
+    options = with_layout(with_head(options, headers), headers[0])
+    head = uses_head(options, headers) and not score
     adapters = find_adapters(command, options, headers)
     on_gpu = bool(devices)
     if options.exact:
@@ -120,7 +124,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
             last = percent
             report(Status(state="Loading", layers_loaded=percent, total_layers=100))
 
-    model = Model(path, options, devices, progress, log)
+    model = Model(path, options, devices, progress, log, head=head)
     undo.callback(model.free)
     for adapter in adapters:
         model.add_adapter(adapter.path, adapter.key, adapter.scale, log)
@@ -149,7 +153,11 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     given = (context, chains, options)
     sampling = BackendSampling(chains) if score else backend_sampling(*given, can_cut=model.can_cut, on_gpus=on_gpus)
     threads = Threads(physical_cores(), len(usable_cpus()), _fixed_threads(command, options))
-    draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log, undo)
+    draft: DraftModel | HeadDrafter | None
+    if head and context.generates and context.rollback:
+        draft = _open_head(options, model, context, threads, undo)
+    else:
+        draft = None if score else _load_draft(command, options, devices, model, context, chunk, threads, log, undo)
     tokenizer = GgufTokenizer(model)
     projector = None if score else projector_file(options, path)
     sight = None
@@ -379,6 +387,14 @@ def _load_draft(
             raise LoadError("model_load_failed", "its cache cannot drop tokens, as a draft model must")
     _decode_one(guessing)
     return DraftModel(model, guessing, options.slots, chunk, draft.max_tokens, threads)
+
+
+def _open_head(options: CudaOptions, model: Model, context: Context, threads: Threads, undo: ExitStack) -> HeadDrafter:
+    """Raises LoadError."""
+    guessing = HeadContext(model, options, context.n_ctx, options.slots * WAITING)
+    undo.callback(guessing.free)
+    keep_states(context)
+    return HeadDrafter(guessing, options.slots, threads)
 
 
 @contextmanager

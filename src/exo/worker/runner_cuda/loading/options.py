@@ -120,9 +120,10 @@ class CudaOptions(ModelFile):
     """Whether sliding-window layers keep the cells of the whole context instead of those in their window. It takes
     more memory, and every prefix of a prompt in a slot can then be used again without a checkpoint."""
     speculate: Speculate | None = None
-    """The number of tokens to guess, from earlier text or with the draft model, and to verify in one step while no
-    prompt is computed. "auto" chooses the fastest number from the measured times of steps and the share of right
-    guesses. "off" guesses nothing and loads no draft model. The default is "auto" with a draft model, else "off".
+    """The number of tokens to guess, from earlier text or with the draft model or the model's own head, and to verify
+    in one step while no prompt is computed. "auto" chooses the fastest number from the measured times of steps and the
+    share of right guesses. "off" guesses nothing and loads neither. The default is "auto" with a draft model, or with
+    ``exact`` and a head; else "off".
 
     Each token is chosen as without a guess, but several rows at once are rounded a little differently from one, as
     prompts are. With quantised weights this can turn a choice between tokens that are nearly as good (the logits of a

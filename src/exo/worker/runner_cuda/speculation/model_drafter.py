@@ -115,16 +115,21 @@ class DraftModel:
     def _guess(self, streams: Sequence[Stream], n_rows: int, drafts: Sequence[list[int]]) -> None:
         """Computes the batch and appends a token to each draft. Raises NotFinite."""
         self._context.decode(n_rows)
-        logits: Logits = self._context.logits(len(streams))
-        turns: list[Turn] = []
-        for stream, row in zip(streams, logits, strict=True):
-            position = len(self._held[stream.slot])
-            stream.sampler.adjust(row, position)
-            turns.append(Turn(stream.sampler, row, position))
-        for draft, token in zip(drafts, choose(turns), strict=True):
-            if token is None:
-                raise NotFinite
+        positions = [len(self._held[stream.slot]) for stream in streams]
+        for draft, token in zip(drafts, guesses(streams, self._context.logits(len(streams)), positions), strict=True):
             draft.append(token)
+
+
+def guesses(streams: Sequence[Stream], logits: Logits, positions: Sequence[int]) -> list[int]:
+    """Returns the token that each sequence's sampler draws at its position. Changes the logits. Raises NotFinite."""
+    turns: list[Turn] = []
+    for stream, row, position in zip(streams, logits, positions, strict=True):
+        stream.sampler.adjust(row, position)
+        turns.append(Turn(stream.sampler, row, position))
+    tokens = [token for token in choose(turns) if token is not None]
+    if len(tokens) < len(turns):
+        raise NotFinite
+    return tokens
 
 
 def check_vocabulary(draft: Model, target: Model) -> None:

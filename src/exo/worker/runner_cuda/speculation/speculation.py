@@ -13,7 +13,7 @@ from exo.worker.runner_cuda.sequence import Sequence as Stream
 from exo.worker.runner_cuda.speculation.ngram_drafter import LONGEST, Drafter
 
 Source = Literal["lookup", "model"]
-"""The source of drafts: earlier text of the same sequence, or a draft model."""
+"""The source of drafts: earlier text of the same sequence, or a draft model or head."""
 
 _SIZES = (1, 2, 4, 8, LONGEST)
 _GAIN = 1.1
@@ -25,7 +25,7 @@ _TRUSTED = 0.998
 
 
 class Guesser(Protocol):
-    """A draft model, which ``model_drafter.DraftModel`` implements."""
+    """A draft model (``model_drafter.DraftModel``), or a model's own head (``head_drafter.HeadDrafter``)."""
 
     @property
     def longest(self) -> int:
@@ -141,7 +141,7 @@ class Speculation:
         """Yields each source that can guess now: its rate for each sequence, seconds per token, and longest draft."""
         if most > 0 and all(drafter.guesses for drafter in drafters):
             yield "lookup", [drafter.rate.share for drafter in drafters], 0.0, most
-        sighted = any(stream.pictures for stream in streams)  # a draft model sees no pictures
+        sighted = any(stream.pictures for stream in streams)  # neither a draft model nor a head sees pictures
         if most > 0 and self._model is not None and not sighted:
             rates = [stream.draft_rate.share for stream in streams]
             yield "model", rates, self._model.seconds, min(most, self._model.longest)
