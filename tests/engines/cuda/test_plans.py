@@ -122,6 +122,21 @@ def test_whole_layers_leave_the_gpu_only_after_all_experts(plans: dict[tuple[str
             assert plans[card.model_id, gpus].layers.get(RAM, 0) == 0
 
 
+@pytest.mark.parametrize("gpus", [(8, 8), (6, 8), (6, 6, 6)])
+def test_gpus_that_share_a_mixture_of_experts_are_filled_alike(gpus: tuple[int, ...]) -> None:
+    """The first layers, whose experts are in RAM, take much less than the others."""
+    kept = 0
+    for card in cards():
+        if not SHAPES[card.model_id].experts:
+            continue
+        plan = plan_table.plan(card.model_id, gpus)
+        filled = [plan.memory[f"CUDA{at}"] / size for at, size in enumerate(gpus)]
+        if plan.experts_in_ram:
+            assert min(filled) > 0.9 * max(filled), (card.model_id, plan)
+        kept += plan.experts_in_ram > 0
+    assert kept >= 3
+
+
 def test_the_table_in_the_documentation_is_that_of_these_plans() -> None:
     text = PAGE.read_text()
     assert text == plan_table.page(text), "python -m tests.support.plan_table writes it"

@@ -101,6 +101,9 @@ class Open:
     """The output counts as one more layer."""
     placements: tuple[tuple[OnDevices, ...], ...] = ()
     """Devices that the model may go on: groups of equally good ones, the best group first. Empty: the card says it."""
+    balanced: Callable[[Plan], tuple[float, ...]] | None = None
+    """Changes the ``tensor_split`` of a plan with experts in RAM, so that each device is filled as much as the others.
+    None: the proportions stay."""
     longest_divided: int | None = None
     """The most tokens of an open context on more than one device."""
     prefix_caches: tuple[int, ...] = ()
@@ -252,18 +255,25 @@ def _groups(plan: Plan, left: Open) -> Sequence[Sequence[OnDevices]]:
 
 def _variants(plan: Plan, left: Open, group: Sequence[OnDevices]) -> Iterator[Plan]:
     for prefixes, place in product(left.prefix_caches or (plan.prefix_cache_bytes,), group):
-        yield replace(plan, prefix_cache_bytes=prefixes, devices=place.names, tensor_split=place.tensor_split)
+        yield _placed(replace(plan, prefix_cache_bytes=prefixes), place, left)
+
+
+def _placed(plan: Plan, place: OnDevices, left: Open) -> Plan:
+    placed = replace(plan, devices=place.names, tensor_split=place.tensor_split)
+    if left.balanced is None or len(place.names) < 2 or not (plan.cpu_moe and plan.n_gpu_layers):
+        return placed
+    return replace(placed, tensor_split=left.balanced(placed))
 
 
 def _enough(good: Sequence[Plan], left: Open) -> tuple[int, int]:
     """Returns the index of the first plan that justifies unloading others, and the number of good ones behind it."""
     if not good:
         return 0, 0
-    passing = [(each.names, each.tensor_split) for group in left.placements for each in group if each.passing]
+    passing = [each for group in left.placements for each in group if each.passing]
     least = good[-1]
     for index, each in enumerate(good):
         same = replace(each, devices=least.devices, tensor_split=least.tensor_split) == least
-        if same and (each.devices, each.tensor_split) not in passing:
+        if same and each not in [_placed(each, place, left) for place in passing]:
             return index, len(good) - 1 - index
     return len(good) - 1, 0
 

@@ -133,6 +133,7 @@ def _open(
         longest_because=because,
         layers=len(model.layers) + 1,
         placements=ways,
+        balanced=None if by_tensor or options.tensor_split is not None else model.balanced,
         longest_divided=LONG if table.get("n_ctx") is None else None,
         prefix_caches=() if options.prefix_cache_bytes is not None else options.prefix_caches,
         most_cache=most_cache_in_ram(model.weights) if bounded else None,

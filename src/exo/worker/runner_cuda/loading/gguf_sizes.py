@@ -5,8 +5,10 @@ Weights and KV cache are counted exactly. The rest is fitted to measurements of 
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from exo.worker.protocol.events import RAM, Layout
 from exo.worker.runner_common.memory_plan import CACHE, USABLE, Part, Plan, cells
@@ -159,6 +161,27 @@ class GgufSizes:
     def size(self, plan: Plan) -> list[Part]:
         """Returns the memory of each part for a plan."""
         return self._parts(plan, chunks(self.options, on_gpu=bool(plan.n_gpu_layers)).alone)
+
+    def balanced(self, plan: Plan) -> tuple[float, ...]:
+        """Returns how many layers each device gets so that all are filled in the proportions of the plan.
+
+        Layers whose experts are in RAM take much less than the others. Each layer goes on the device on whose part of
+        all bytes its middle falls.
+        """
+        n_cells = self._n_cells(plan.n_ctx, chunks(self.options, on_gpu=True).alone)
+        sizes = [
+            layer.weights
+            - (layer.experts if at < plan.cpu_moe else 0)
+            + plan.parts * (count * self._token(layer.cache, plan) + layer.cache.state)
+            for at, (layer, count) in enumerate(zip(self.layers, n_cells, strict=True))
+        ]
+        sizes.append(self.rest + (self.embedding if self.tied else 0))
+        ends = [0, *accumulate(sizes[max(0, len(sizes) - (plan.n_gpu_layers or 0)) :])]
+        parts = list(accumulate(plan.tensor_split or (1.0,) * len(plan.devices)))
+        counts = [0] * len(parts)
+        for start, end in pairwise(ends):
+            counts[bisect_right(parts, parts[-1] * (start + end) / 2 / ends[-1])] += 1
+        return tuple(counts)
 
     def beside(self, plan: Plan) -> list[Part]:
         """Returns the memory that this model adds as the draft model of the one that ``plan`` is for."""
