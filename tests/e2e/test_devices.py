@@ -1,5 +1,6 @@
 """``exo serve`` on devices with memory of their own: what goes where, and what happens if it does not fit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pydantic import JsonValue
 
 from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
 from tests.support.rpc_devices import rpc_devices
-from tests.support.server import ServeProgram, write_card
+from tests.support.server import ServeProgram, environment, write_card
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.experts import write_experts
 
@@ -35,6 +36,15 @@ def ps(server: ServeProgram) -> str:
     command = [sys.executable, "-m", "exo", "ps", "-v", "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"})
     return done.stdout
+
+
+def shown(home: Path, model: str, **variables: str) -> dict[str, Any]:
+    """The plan of ``exo show``."""
+    command = [sys.executable, "-m", "exo", "show", model, "--json"]
+    own = {**environment(home), **variables}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+    (engine,) = [each for each in json.loads(done.stdout)["engines"] if each["runner"] == "cuda"]
+    return engine["plan"]
 
 
 def test_two_models_go_on_two_devices_and_one_that_fits_none_is_refused_by_name(tmp_path: Path) -> None:
@@ -130,6 +140,10 @@ def test_a_model_is_loaded_against_the_budgets_judgement_if_its_card_or_the_serv
             assert "loaded against the memory budget" in reply.headers["x-exo-warning"]
             assert "bytes of memory on RPC0, and at most" in ps(server)
             assert instance(server, "forced")["plan"]["memory"]["RPC0"] > DEVICE_CONTEXT
+        assert shown(tmp_path, "usual")["problem"].startswith("test/usual needs")
+        (note,) = shown(tmp_path, "forced")["notes"]
+        assert note.startswith("loaded against the memory budget: test/forced needs")
+        assert shown(tmp_path, "usual", EXO_FORCE_LOAD="1")["problem"] is None
         with ServeProgram(tmp_path, "--force-load") as server:
             reply = server.complete("usual", max_tokens=4)
             assert reply.status_code == 200, reply.text
@@ -149,3 +163,22 @@ def test_a_mixture_of_experts_that_does_not_fit_its_device_keeps_experts_in_ram(
         assert found["context_length"] == shape.context_length
         assert f"layers 7 on RPC0; the experts of {found['experts_in_ram']} of them in RAM" in ps(server)
         assert 0 < device.used() < 80 * MIB
+
+
+def test_two_devices_that_share_a_mixture_of_experts_are_filled_alike(tmp_path: Path) -> None:
+    shape = Shape("qwen3", layers=12, hidden=256, feed_forward=512)
+    write_experts(tmp_path / "experts.gguf", shape, 8)
+    of_a_layer = 3 * 8 * 4 * shape.hidden * shape.feed_forward
+    table: dict[str, JsonValue] = {"path": str(tmp_path / "experts.gguf"), "threads": 1}
+    write_card(tmp_path, "experts", {"cuda": table}, backends=["LlamaCppCuda"])
+    memory = DEVICE_CONTEXT + 80 * MIB
+    with rpc_devices(memory, memory) as devices, ServeProgram(tmp_path) as server:
+        loaded(server, "experts")
+        found = instance(server, "experts")
+        used = [each.used() for each in devices]
+        assert found["experts_in_ram"] == found["plan"]["experts_in_ram"]
+        assert found["layers"] == found["plan"]["layers"]
+        assert sum(found["layers"].values()) == 13
+        assert 0 < found["experts_in_ram"] < 6
+        assert abs(used[0] - used[1]) < 1.5 * of_a_layer
+        assert max(used) < 80 * MIB

@@ -125,7 +125,8 @@ async def placement_plan(engine: EngineRow, card: ModelCard, host: Host, setting
     here = capacity(host, settings.limits.memory)
     if settings.limits.memory is None:
         here = Memory(min(here.host, usable_ram(())), here.devices)
-    return await dry_run(RUNNERS[engine.runner].command, load, engine.runner, here)
+    forced = settings.limits.force_load or card.force_load
+    return await dry_run(RUNNERS[engine.runner].command, load, engine.runner, here, forced=forced)
 
 
 def render(shown: ShownModel, console: Console) -> None:
@@ -192,6 +193,8 @@ def _plan_rows(plan: PlacementPlan) -> Iterator[tuple[str, str]]:
         yield "context", f"{plan.context_length:,}{trained} tokens{f': {plan.limit}' if plan.limit else ''}"
         kind = f", KV cache {plan.kv_type}" if plan.kv_type else ""
         yield "slots", f"{plan.cache if plan.kv == 'pool' else plan.slots}{kind}"
+        if plan.kv_reason:
+            yield "pool", plan.kv_reason
     if plan.layers and (len(plan.layers) > 1 or "RAM" not in plan.layers):
         yield "layers", layers_in_words(plan.layers, plan.experts_in_ram)
     chosen = {key: value for key, value in plan.settings.items() if key not in _SHOWN}

@@ -18,26 +18,33 @@ _ESTIMATE_SECONDS = 30.0
 _LONGEST_LINE = 8 << 20
 
 
-async def dry_run(command: Sequence[str], load: Load, runner: str, capacity: Memory) -> PlacementPlan | None:
+async def dry_run(
+    command: Sequence[str], load: Load, runner: str, capacity: Memory, *, forced: bool = False
+) -> PlacementPlan | None:
     """Asks a new process of a runner how it would load a model if no other model were loaded.
 
-    ``runner`` is its name. Returns None without an answer or without the model's files.
+    ``runner`` is its name. ``forced``: the model is loaded even if it does not fit. Returns None without an answer or
+    without the model's files.
     """
     answer = await _estimate(command, load)
     if isinstance(answer, Failed) and answer.code != "model_not_found":
         return PlacementPlan(problem=answer.message)
-    return decided(load.model_id, runner, answer, capacity) if isinstance(answer, Estimated) else None
+    return decided(load.model_id, runner, answer, capacity, forced=forced) if isinstance(answer, Estimated) else None
 
 
-def decided(model_id: str, runner: str, answer: Estimated, capacity: Memory) -> PlacementPlan:
+def decided(model_id: str, runner: str, answer: Estimated, capacity: Memory, *, forced: bool = False) -> PlacementPlan:
     """Returns the memory budget's decision on a runner's answer, with no other model loaded."""
     budget = MemoryBudget(capacity)
-    budget.enter(runner, now := time.monotonic())
+    budget.enter(runner, now := time.monotonic(), forced=forced)
     budget.estimate(runner, answer)
     actions = budget.settle(now)
     if (refusal := actions.refused.get(runner)) is not None:
         return PlacementPlan(problem=refusal.message(model_id, runner))
-    return PlacementPlan.of(answer, actions.granted[runner], budget, capacity)
+    reservation = budget.reservation(runner)
+    if reservation is None or reservation.too_large is None:
+        return PlacementPlan.of(answer, actions.granted[runner], budget, capacity)
+    plan = PlacementPlan.of(answer, answer.choices[-1], budget, capacity)  # as estimated, and not as reserved
+    return plan.model_copy(update={"notes": (*plan.notes, reservation.too_large.forced_note(model_id))})
 
 
 async def _estimate(command: Sequence[str], load: Load) -> Estimated | Failed | None:

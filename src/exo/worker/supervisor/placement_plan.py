@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from exo.worker.protocol.events import RAM, Estimated, LoadOption
+from exo.worker.protocol.events import RAM, Estimated, Layout, LoadOption
 from exo.worker.supervisor.memory import HOST, Memory
 
 if TYPE_CHECKING:  # exo ps has no use for it
@@ -37,6 +37,8 @@ class PlacementPlan(BaseModel):
     """By place: "memory" is RAM, the others are devices."""
     limit: str = ""
     """Why the context is not longer."""
+    kv_reason: str = ""
+    """Why the slots share a KV cache."""
     problem: str | None = None
     """Why the model cannot be loaded."""
     notes: tuple[str, ...] = ()
@@ -57,7 +59,8 @@ class PlacementPlan(BaseModel):
         if (layout := option.layout) is None:
             return plan
         limit = _limit(estimated, option, layout.context_length, budget, room)
-        return plan.model_copy(update={**dict(layout), "limit": limit})
+        reason = _kv_reason(estimated, option, layout, budget, room) if layout.kv == "pool" else ""
+        return plan.model_copy(update={**dict(layout), "limit": limit, "kv_reason": reason})
 
 
 def layers_in_words(layers: Mapping[str, int], experts_in_ram: int) -> str:
@@ -81,6 +84,21 @@ def _limit(
     full = " and ".join("the memory" if name == HOST else name for name in short)
     reason = f"{full} {'are' if len(short) > 1 else 'is'} full" if short else estimated.longest_because
     return "; ".join(filter(None, (reason, _with_smaller_cache(estimated.longer, context_length, budget, room))))
+
+
+def _kv_reason(
+    estimated: Estimated, option: LoadOption, layout: Layout, budget: "MemoryBudget", room: Memory | None
+) -> str:
+    """Why the slots share a pool, and what they would have otherwise."""
+    if "kv" not in option.settings:
+        return "set by the model card"
+    split = [each for each in estimated.choices if each.layout is not None and each.layout.kv == "split"]
+    least = min((each.layout.slots for each in split if each.layout is not None), default=layout.slots)
+    reason = f"{least} slots of {layout.context_length:,} tokens do not fit"
+    for each in split:
+        if each.layout is not None and room is not None and budget.need(each).fits(room):
+            return f'{reason}; with kv "split" {each.layout.slots} of {each.layout.context_length:,} would'
+    return reason
 
 
 def _with_smaller_cache(longer: Sequence[LoadOption], context_length: int, budget: "MemoryBudget", room: Memory) -> str:

@@ -217,9 +217,9 @@ class RunnerPool:
             return instance.plan
         if self._budget.capacity is None or self._closed:
             return None
-        load = self._load_command(route, card)
+        command, load, capacity = self._commands[route.runner], self._load_command(route, card), self._budget.capacity
         async with self._planning:
-            return await dry_run(self._commands[route.runner], load, route.runner, self._budget.capacity)
+            return await dry_run(command, load, route.runner, capacity, forced=self._is_forced(card))
 
     def reports(self) -> tuple[InstanceReport, ...]:
         """Every instance, and the last failed one of each model and runner that has not worked since."""
@@ -265,12 +265,16 @@ class RunnerPool:
         self._instances[name] = instance
         keep = math.inf if card.pinned else card.keep_seconds(self._keep_seconds)
         kind = f"{card.model_id}@{route.runner}"
-        forced = self._force_load or card.force_load
+        forced = self._is_forced(card)
         self._budget.enter(name, anyio.current_time(), kind=kind, pinned=card.pinned, keep=keep, forced=forced)
         if not counted:
             self._budget.load(name)
         self._tasks.start_soon(self._run, instance, predecessors)
         return instance
+
+    def _is_forced(self, card: ModelCard) -> bool:
+        """Whether the model is loaded even if it does not fit."""
+        return self._force_load or card.force_load
 
     def _load_command(self, route: Route, card: ModelCard) -> Load:
         return Load(
@@ -294,7 +298,7 @@ class RunnerPool:
         reservation = self._budget.reservation(instance.id)
         if reservation is not None and (refusal := reservation.too_large) is not None:
             decision = estimated.choices[-1]  # as estimated, and not as reserved
-            note = f"loaded against the memory budget: {refusal.needs(instance.model_id)}"
+            note = refusal.forced_note(instance.model_id)
             log.warning("%s: %s", instance.id, note)
             instance.process.warnings += (note,)
         instance.plan = plan = PlacementPlan.of(estimated, decision, self._budget, room)

@@ -37,6 +37,10 @@ class DoesNotFit:
         ]
         return f"{model_id} needs {' and '.join(short)} here"
 
+    def forced_note(self, model_id: str) -> str:
+        """The note on a model that is loaded nevertheless."""
+        return f"loaded against the memory budget: {self.needs(model_id)}"
+
     def message(self, model_id: str, runner: str) -> str:
         """The error message for the client."""
         text = self.needs(model_id)

@@ -4,6 +4,7 @@ import pytest
 
 from exo.worker.protocol.events import Estimated, Layout
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
+from exo.worker.supervisor.dry_run import decided
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.placement_plan import PlacementPlan
@@ -64,7 +65,29 @@ def test_a_pool_is_told_by_its_tokens_and_slots() -> None:
     assert plan.cache == "pool of 58,624 tokens for 2 slots"
     assert plan.settings == {"n_ctx": 58_624, "slots": 2, "kv": "pool"}
     assert plan.limit == 'CUDA0 is full; with "q8_0" for cache_type_k and cache_type_v 114,688'
-    assert planned(choices(pool=True), 2 * TRAINED).cache == "2 of 131,072 tokens"
+    whole = planned(choices(pool=True), 2 * TRAINED)
+    assert (whole.cache, whole.kv_reason) == ("2 of 131,072 tokens", "")
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (TRAINED, '2 slots of 131,072 tokens do not fit; with kv "split" 2 of 58,624 would'),
+        (62_000, "2 slots of 58,624 tokens do not fit"),
+    ],
+)
+def test_a_plan_with_a_pool_says_why_and_what_a_split_cache_would_hold(device: int, reason: str) -> None:
+    assert planned(choices(pool=True), device).kv_reason == reason
+
+
+def test_a_forced_model_has_the_plan_with_which_it_is_loaded_and_a_note() -> None:
+    found, room = choices(n_ctx=False, slots=False), Memory(10, {"CUDA0": TRAINED})
+    refused = decided("test/large", "cuda", found, room)
+    assert refused.problem is not None
+    plan = decided("test/large", "cuda", found, room, forced=True)
+    assert (plan.problem, plan.context_length, plan.memory["CUDA0"]) == (None, TRAINED, 2 * TRAINED)
+    (note,) = plan.notes
+    assert note.startswith("loaded against the memory budget: test/large needs 262,144 bytes of memory on CUDA0")
 
 
 def test_what_the_card_sets_and_what_is_the_default_are_told() -> None:
