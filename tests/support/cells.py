@@ -56,6 +56,9 @@ class RecordedCells:
     def forgets(self) -> bool:
         return self.window is not None or not self.can_cut
 
+    def length(self, slot: int) -> int:
+        return len(self.held[slot])
+
     def least(self, slot: int) -> int:
         if not self.can_cut:
             return len(self._recent[slot])

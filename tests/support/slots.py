@@ -3,6 +3,7 @@
 from itertools import count
 
 from exo.worker.protocol.commands import SamplingParams
+from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.prefix.moved_cells import MovedCells
 from exo.worker.runner_cuda.sampling.sampler import Sampler
@@ -25,18 +26,21 @@ class Slots:
         cuts: bool = True,
         spare: int = 0,
         reuse: int | None = None,
+        idle_steps: int | None = None,
     ) -> None:
+        """With ``idle_steps``, the slots share a pool."""
         self.cells = RecordedCells(n_slots, window=window, can_cut=cuts, spare=spare)
+        pool = None if idle_steps is None else CellPool(self.cells, n_slots, idle_steps)
         moved = None if reuse is None else MovedCells(self.cells, reuse)
-        self.cache = PrefixCache(self.cells, capacity, moved=moved)
-        self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache)
+        self.cache = PrefixCache(pool or self.cells, capacity, moved=moved)
+        self.scheduler = Scheduler(n_slots, 512, 512, 512, Pace(1.0), self.cache, pool=pool)
         self.names = (str(number) for number in count())
 
     def add(
         self, prompt: list[int], *, scored: bool = False, boundaries: tuple[int, ...] = (), adapter: str = ""
     ) -> Sequence:
         name, sampler = next(self.names), Sampler(SamplingParams(seed=0))
-        sequence = Sequence(name, list(prompt), len(prompt), len(prompt), 10_000, sampler, boundaries=[*boundaries])
+        sequence = Sequence(name, list(prompt), len(prompt), len(prompt), 4000, sampler, boundaries=[*boundaries])
         sequence.adapter = adapter
         sequence.prompt_logprobs = 0 if scored else None
         self.scheduler.add(sequence)

@@ -51,6 +51,48 @@ def test_one_that_waits_for_another_goes_on_alone_when_that_one_is_cancelled() -
     assert slots.started() == {second.id: 512}
 
 
+def test_in_a_pool_a_free_slots_cells_move_to_ram_when_another_sequence_enters() -> None:
+    slots = Slots(4, capacity=CAPACITY, idle_steps=0)
+    slots.ran(prompt(0, 100))
+    slots.ran(prompt(1000, 80))
+    assert [len(held) for held in slots.cells.held if held] == [80]
+    slots.ran([*prompt(1000, 80), 5])
+    assert slots.cells.restored == 0, "a sequence keeps the cells that it begins with"
+    again = slots.add([*prompt(0, 100), 5])
+    assert slots.started() == {again.id: 100}
+    assert slots.cells.restored == 1
+
+
+@pytest.mark.parametrize("capacity", [0, 80 * 8])
+def test_in_a_pool_cells_stay_where_ram_has_no_room_for_them(capacity: int) -> None:
+    slots = Slots(4, capacity=capacity, idle_steps=0)
+    slots.ran(prompt(0, 100))
+    slots.ran(prompt(1000, 80))
+    assert [len(held) for held in slots.cells.held] == [100, 80, 0, 0]
+
+
+def test_in_a_pool_a_large_prefix_in_ram_does_not_give_way_to_cells() -> None:
+    slots = Slots(4, capacity=9000, idle_steps=0)
+    slots.ran(prompt(0, 150))
+    slots.ran(prompt(1000, 100))
+    slots.ran(prompt(2000, 20))
+    assert [len(held) for held in slots.cells.held] == [0, 100, 20, 0]
+    again = slots.add([*prompt(0, 150), 5])
+    assert slots.started() == {again.id: 150}
+
+
+def test_in_a_pool_on_a_gpu_cells_move_after_some_decode_steps_or_before_a_long_prompt() -> None:
+    slots = Slots(4, capacity=CAPACITY, idle_steps=8)
+    slots.ran(prompt(0, 100))
+    slots.ran(prompt(1000, 10), n_output=4)
+    slots.ran(prompt(2000, 10), n_output=6)
+    assert len(slots.cells.held[0]) == 100
+    slots.ran(prompt(3000, 10))
+    assert len(slots.cells.held[0]) == 0
+    slots.ran(prompt(4000, 200))
+    assert sum(len(held) for held in slots.cells.held) == 200
+
+
 def test_a_sequence_enters_a_slot_beside_those_that_run() -> None:
     slots = Slots(8)
     for first in range(0, 8000, 1000):

@@ -6,22 +6,29 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.runner_cuda.bindings import Context
+from exo.worker.runner_cuda.prefix.cells import Cells
 from exo.worker.runner_cuda.prefix.host_tier import State
 
+IDLE_STEPS_ON_GPU = 128
+"""See ``CellPool``. Moving a cell to RAM and back takes as long as reading it in about 200 steps: PCI Express has 10 to
+25 GB/s, and a GPU's memory about 1 TB/s. On a CPU it is 0."""
+_PROMPT_TOKENS = 8
+"""The tokens of a prompt that count as one decode step. A row of a prompt is computed faster than a step of one row."""
 Numbers = npt.NDArray[np.int32]
 
 
 class CellPool:
-    """Passes the prefix cache's operations on to the context, and counts the cells as llama.cpp does.
+    """Passes the prefix cache's operations on to the context's cells, and counts them as llama.cpp does.
 
     Each cell in use has a number of its own, which is not its place in llama.cpp's memory. A copied prefix shares its
     cells with the original. Invariants: ``_held[slot][i]`` is the cell of the slot's i-th token; a cell is free if no
     slot has it.
     """
 
-    def __init__(self, context: Context, n_slots: int) -> None:
+    def __init__(self, context: Cells, n_slots: int, idle_steps: int = 0) -> None:
+        """``idle_steps``: the decode steps of others after which the cells of a free slot should move to RAM."""
         self._context = context
+        self._idle_steps = idle_steps
         self.n_ctx = context.n_ctx
         self.can_cut, self.forgets = context.can_cut, context.forgets
         self._held = [array("i") for _ in range(n_slots)]
@@ -32,6 +39,13 @@ class CellPool:
     def n_free(self) -> int:
         """The number of free cells."""
         return len(self._free)
+
+    def should_move(self, n_idle: int, n_tokens: int) -> bool:
+        """Whether the cells of a free slot should move to RAM before ``n_tokens`` of a prompt are computed.
+
+        Attention goes through all cells in use, whosever they are. ``n_idle`` decode steps have done so for nothing.
+        """
+        return n_idle + n_tokens // _PROMPT_TOKENS >= self._idle_steps
 
     def room_beside(self, slots: Iterable[int], shared: int | None = None, length: int = 0) -> int:
         """Returns how many cells a sequence may have while ``slots`` keep theirs and every other slot is empty.
@@ -55,6 +69,9 @@ class CellPool:
     def least(self, slot: int) -> int:
         """See ``Cells``, as for the methods below."""
         return self._context.least(slot)
+
+    def length(self, slot: int) -> int:
+        return len(self._held[slot])
 
     def least_saved(self, length: int) -> int:
         return self._context.least_saved(length)

@@ -42,6 +42,8 @@ class Scheduler:
     - With a ``pool``, a sequence enters when its prompt and its longest output fit beside what the others have by then,
       and none overtakes one that does not fit. If cells run out, free slots give up theirs, then the sequence that came
       last goes back to the queue; its cells are kept in RAM.
+      When a sequence enters, free slots with cells that it does not begin with give them up to RAM, as
+      ``CellPool.should_move`` says.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Scheduler:
         self._cache = cache
         self._pool = pool
         self._sight = sight
+        self._decodes = 0  # decode steps so far
         self._speculation = speculation or Speculation("off")
         self._entered = 0
 
@@ -111,7 +114,7 @@ class Scheduler:
         else:
             slot = self.slots[sequence.slot]
             self._cache.leave(slot)
-            slot.sequence = None
+            slot.sequence, slot.left = None, self._decodes
         if sequence.phase is Phase.PREFILL:
             self._prefilling.remove(sequence)
         sequence.move(Phase.DONE)
@@ -151,6 +154,7 @@ class Scheduler:
         if step.prefills:
             self._pace.prefilled(step.n_rows, seconds)
         else:
+            self._decodes += 1
             self._pace.decoded(step.n_rows, seconds)
             self._speculation.computed(step.n_rows, seconds)
         self._cache.decoded()
@@ -278,6 +282,7 @@ class Scheduler:
                 found = None  # nothing else will be decoded, so waiting would never end
             if not self._has_room(sequence, found):
                 break
+            self._move_idle(sequence, found)
             slot = self._choose_slot(found)
             self._entered += 1
             slot.entered = self._entered
@@ -324,6 +329,17 @@ class Scheduler:
         while state is not None and len(state.cached) > pool.n_free and self._release_one():
             pass
         return True
+
+    def _move_idle(self, sequence: Sequence, found: CachedPrefix | None) -> None:
+        """Moves the cells of free slots to RAM before a sequence enters, except those that it begins with."""
+        length, holder = (found.length, found.holder) if found is not None else (0, None)
+        if self._pool is None:
+            return
+        for slot in self.slots:
+            if slot.sequence is not None or not slot.cached or slot is holder:
+                continue
+            if self._pool.should_move(self._decodes - slot.left, len(sequence.tokens) - length):
+                self._cache.move_to_ram(slot)
 
     def _with_room(self, chunks: list[Chunk]) -> list[Chunk]:
         """Makes room in the pool for the rows of chunks. Returns those whose sequences are still in their slots."""

@@ -15,6 +15,8 @@ class Slot:
     sequence: Sequence | None = None
     entered: int = 0
     """The running number of the last sequence that entered; 0 if there was none."""
+    left: int = 0
+    """The number of decode steps that had been computed when the last sequence left."""
     exact: int = sys.maxsize
     """The number of leading tokens whose cells were computed after the tokens that precede them now."""
     adapter: str = ""

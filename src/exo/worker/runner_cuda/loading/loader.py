@@ -15,7 +15,7 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import quality_notes
 from exo.worker.runner_cuda.bindings import Context, Model, Rows, engine_version
-from exo.worker.runner_cuda.cell_pool import CellPool
+from exo.worker.runner_cuda.cell_pool import IDLE_STEPS_ON_GPU, CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
 from exo.worker.runner_cuda.loading.adapters import find_adapters
@@ -170,7 +170,9 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     max_itl_ms = options.max_itl_ms or (GPU_MAX_ITL_MS if on_gpu else CPU_MAX_ITL_MS)
     pace = Pace(max_itl_ms / 1000)
     disk = None if score else open_disk_tier(command, options, path, model, context, pace)
-    pool = CellPool(context, options.slots) if context.is_pool and not score else None
+    pool = (
+        CellPool(context, options.slots, IDLE_STEPS_ON_GPU if on_gpu else 0) if context.is_pool and not score else None
+    )
     moved = None if options.cache_reuse is None else MovedCells(context, options.cache_reuse)
     cache = PrefixCache(pool or context, options.prefix_caches[0], disk, moved)
     speculate = options.speculation if context.rollback else "off"

@@ -155,6 +155,17 @@ class PrefixCache:
         self._keep(slot, 0)
         self._empty(slot)
 
+    def move_to_ram(self, slot: Slot) -> None:
+        """Empties a free slot if its tokens are cached in another place, or if RAM can be spared for its state."""
+        usable = self._host.usable(slot.cached)
+        if len(slot.cached) - self._search.held_elsewhere(slot, usable) >= BLOCK:
+            spare = self._host.spare()
+            saved = self._saved(slot, self._cells.save(slot.id, spare))
+            if not saved.state.size or saved.n_bytes > spare:
+                return
+            self._store(saved, usable)
+        self._empty(slot)
+
     def park(self, slot: Slot, sequence: Sequence) -> None:
         """Empties a sequence's slot, and keeps the state with the sequence if the RAM for prefixes has room for it."""
         state = self._cells.save(slot.id, self._host.room_for_copies())
@@ -364,10 +375,13 @@ class PrefixCache:
             return
         state = self._cells.save(slot.id, self._host.capacity)
         if state.size:
-            saved = self._saved(slot, state)
-            self._put(saved, usable)
-            if self._disk is not None and not self._disk.is_writing and self._is_due(saved):
-                self._write(saved)
+            self._store(self._saved(slot, state), usable)
+
+    def _store(self, saved: Saved, usable: Tokens[Usable]) -> None:
+        """Keeps a saved state in RAM, and has it written to disk if it is due there and nothing else is written."""
+        self._put(saved, usable)
+        if self._disk is not None and not self._disk.is_writing and self._is_due(saved):
+            self._write(saved)
 
     def _saved(self, slot: Slot, state: State) -> Saved:
         least = self._cells.least_saved(len(slot.cached)) if self._cells.forgets else 0

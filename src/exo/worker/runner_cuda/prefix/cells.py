@@ -25,6 +25,10 @@ class Cells(Protocol):
         """Whether some layers keep only a window of cells or a recurrent state."""
         ...
 
+    def length(self, slot: int) -> int:
+        """Returns the number of tokens that a slot's cells are for."""
+        ...
+
     def least(self, slot: int) -> int:
         """Returns the length of the shortest prefix, other than the empty one, to which a slot's cells can be cut."""
         ...

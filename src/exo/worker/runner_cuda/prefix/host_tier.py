@@ -130,6 +130,15 @@ class HostTier:
         kept = sum(each.n_bytes for each in self._kept if isinstance(each, Checkpoint))
         return max(0, self.capacity - self.lent - kept)
 
+    def spare(self) -> int:
+        """Returns the bytes of a state for which nothing is dropped that is worth more than a fast decode step.
+
+        Many small states are enough to choose from. A large one may be all that a conversation has left.
+        """
+        free = self.capacity - self.n_bytes
+        many = sum(1 for _ in self.saved()) >= _CANDIDATES
+        return max(free, self.capacity // _CANDIDATES if many else 0)
+
     def lend(self, n_bytes: int) -> None:
         """Counts ``n_bytes`` for a copy, for which saved slots are dropped, oldest first."""
         for each in list(self.saved()):
