@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -29,6 +31,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def send_signal(server: ServeProgram, number: signal.Signals) -> None:
     (runner,) = server.runners()
     os.kill(runner.pid, number)
+
+
+def instance(server: ServeProgram, model: str) -> dict[str, Any]:
+    (found,) = [each for each in server.client.get("/v1/instances").json()["data"] if each["model"] == model]
+    return found
 
 
 def chunks_of(reply: httpx.Response, at: int, disturb: Callable[[], None]) -> list[dict[str, JsonValue]]:
@@ -131,3 +138,29 @@ def test_a_reply_in_one_piece_survives_a_death(server: ServeProgram) -> None:
         chunks = streamed(server, "/v1/completions", body, 20, lambda: send_signal(server, signal.SIGKILL))
         assert reply.result() == undisturbed
     assert texts_of(chunks) == whole(server, seed=6)
+
+
+def test_streams_of_a_pool_go_on_when_their_runner_dies_while_one_of_them_is_parked(tmp_path: Path) -> None:
+    """Two choices need more cells than there are, so that one waits in RAM until the other has ended."""
+    cells, length = 2048, 1400
+    table = write_twins(tmp_path, n_ctx=cells)["cuda"]
+    for kv in ("split", "pool"):
+        write_card(tmp_path, kv, {"cuda": {**table, "kv": kv}}, backends=["LlamaCppCpu"])
+    body = {**BODY, "max_tokens": length, "n": 2, "return_token_ids": True}
+    texts, counts, killed = ["", ""], [0, 0], False
+    with ServeProgram(tmp_path) as server:
+        undisturbed = [each["text"] for each in server.complete("split", **body).json()["choices"]]
+        request = {"model": "pool", "stream": True, **body}
+        with server.client.stream("POST", "/v1/completions", json=request) as reply:
+            for line in reply.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                for choice in json.loads(line[6:])["choices"]:
+                    texts[choice["index"]] += choice["text"]
+                    counts[choice["index"]] += len(choice.get("token_ids") or ())
+                if not killed and sum(counts) > cells and max(counts) < length:
+                    os.kill(instance(server, "test/pool")["pid"], signal.SIGKILL)
+                    killed = True
+        deaths = instance(server, "test/pool")["deaths"]
+    assert (killed, deaths) == (True, 1)
+    assert (texts, counts) == (undisturbed, [length, length])

@@ -67,6 +67,7 @@ TABLES: tuple[tuple[dict[str, Any], list[str]], ...] = (
     ({"split_mode": "tensor"}, ["RPC0", "RPC1"]),
     ({"backend_sampling": "on"}, ["RPC0", "RPC1"]),
     ({"devices": ["CPU"]}, ["CPU"]),
+    ({"kv": "pool", "n_ctx": 2048}, ["RPC0", "RPC1"]),
 )
 
 
@@ -106,6 +107,8 @@ MEASURED: tuple[tuple[Architecture, dict[str, Any]], ...] = (
     ("llama", {"tensor_split": [3, 1], "backend_sampling": "on"}),
     ("llama", {"split_mode": "tensor"}),
     ("llama", {"devices": ["RPC1"], "flash_attn": "off"}),
+    ("llama", {"kv": "pool"}),
+    ("llama", {"kv": "pool", "devices": ["RPC1"], "flash_attn": "off"}),
 )
 
 

@@ -80,6 +80,7 @@ PLACES: tuple[tuple[dict[str, Any], dict[str, int], int], ...] = (
     ({"cpu_moe": LAYERS}, {"RPC0": LAYERS + 1}, LAYERS),
     ({"cpu_moe": 99, "n_gpu_layers": 4}, {"RAM": 3, "RPC0": 4}, 3),
     ({"cpu_moe": 4, "devices": ["RPC0", "RPC1"], "tensor_split": [3, 4]}, {"RPC0": 3, "RPC1": 4}, 4),
+    ({"cpu_moe": 2, "kv": "pool", "n_ctx": 4 * FULL}, {"RPC0": LAYERS + 1}, 2),
 )
 
 
