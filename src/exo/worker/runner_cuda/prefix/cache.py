@@ -157,7 +157,7 @@ class PrefixCache:
 
     def move_to_ram(self, slot: Slot) -> None:
         """Empties a free slot if its tokens are cached in another place, or if RAM can be spared for its state."""
-        usable = self._host.usable(slot.cached)
+        usable = self._host.usable(slot.cached, slot.adapter)
         if len(slot.cached) - self._search.held_elsewhere(slot, usable) >= BLOCK:
             spare = self._host.spare()
             saved = self._saved(slot, self._cells.save(slot.id, spare))
