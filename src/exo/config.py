@@ -49,6 +49,7 @@ _UPSTREAM_VARIABLES = ("ENABLE_DISAGGREGATION", "OVERRIDE_MEMORY_MB")
 _MIN_KEY_LENGTH = 8
 _KEY = re.compile(rf"(?:([A-Za-z0-9_.-]{{1,64}}):)?([!-9;-~]{{{_MIN_KEY_LENGTH},512}})")
 _HOST_PATTERN = re.compile(r"\*|[A-Za-z0-9_.-]{1,253}|[0-9a-fA-F:.]{2,45}")
+_IMAGE_HOST = re.compile(r"[a-z0-9_.-]{1,253}(:[0-9]{1,5})?")
 _URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _ORIGIN_PATTERN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]{1,255}")
 
@@ -252,6 +253,8 @@ class Settings:
     """Measured speeds of the runners; None keeps none."""
     prefix_directory: Path | None = None
     """Computed prefixes of prompts; None keeps none. Prompts are secret, so each user has a directory."""
+    image_hosts: tuple[str, ...] = ()
+    """The hosts from which the server fetches pictures in requests."""
     strict: bool = False
     """Whether the server refuses unknown request fields instead of warning about them."""
     log_json: bool = False
@@ -286,6 +289,7 @@ class Settings:
         limits: Limits | None = None,
         auto_pull: bool = False,
         prefer: str | None = None,
+        image_hosts: Sequence[str] = (),
         strict: bool = False,
         log_json: bool = False,
         log_prompts: bool = False,
@@ -318,6 +322,7 @@ class Settings:
             prefer=value_of("--prefer", prefer, "EXO_PREFER", _prefer, None),
             speeds_file=state / "speeds.json",
             prefix_directory=cache_directory() / f"prefix_cache-{os.geteuid()}",
+            image_hosts=matching("--allow-image-urls", image_hosts, _IMAGE_HOST, "a host name, such as example.org"),
             strict=strict or is_set("EXO_STRICT"),
             log_json=log_json or is_set("EXO_LOG_JSON"),
             log_prompts=log_prompts or is_set("EXO_LOG_PROMPTS"),

@@ -16,6 +16,7 @@ from exo.config import Access, ApiKey
 from tests.conftest import fake_card
 from tests.page.conftest import DEADLINE_MILLISECONDS, Visitor
 from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.pictures import random_png
 
 expect.set_options(timeout=DEADLINE_MILLISECONDS)
 
@@ -286,3 +287,30 @@ def test_without_javascript_the_page_says_where_the_api_is(url: str, visitor: Vi
     page = visitor.open(url, javascript=False)
     expect(page.locator("main")).to_contain_text("The API does not: it is at /v1 on this address")
     assert page.get_by_role("link", name="/docs").get_attribute("href") == "docs"
+
+
+def test_pictures_are_for_models_that_see_them(visitor: Visitor, tmp_path: Path) -> None:
+    sees = fake_card("fake/sees", chat_template=CHAT_TEMPLATE, mmproj="mmproj.gguf", answer="a cat")
+    blind = fake_card("fake/blind", chat_template=CHAT_TEMPLATE)
+    asked: list[dict[str, Any]] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/v1/chat/completions"):
+            asked.append(json.loads(request.post_data or ""))
+
+    with serve(tmp_path, sees, blind) as url:
+        page = visitor.open(url)
+        page.on("request", note)
+        chosen, pictures = page.get_by_label("Model", exact=True), page.get_by_label("Pictures")
+        chosen.select_option("fake/blind")
+        expect(pictures).to_be_hidden()
+        chosen.select_option("fake/sees")
+        file = {"name": "cat.png", "mimeType": "image/png", "buffer": random_png(1)}
+        pictures.set_input_files(files=[file])  # pyright: ignore[reportArgumentType]
+        page.get_by_label("Message", exact=True).fill("what is it?")
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_role("article", name="Question")).to_contain_text("Picture: cat.png")
+        expect(page.get_by_role("article", name="Answer")).to_contain_text("a cat")
+    picture, text = asked[0]["messages"][0]["content"]
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": "what is it?"}

@@ -291,7 +291,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text: "),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type: 'image' is not"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.source.type: must be of"),
     ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0.type: this field is req"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0: must be an object"),
     (

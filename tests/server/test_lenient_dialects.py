@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from exo.api.anthropic.history import readable
 from exo.api.anthropic.request import MessagesRequest
 from exo.api.http.middleware import WARNING_HEADER
-from exo.api.openai.messages import UNSEEN
+from exo.serving.pictures import UNSEEN
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 
@@ -127,14 +127,14 @@ def test_a_picture_in_an_earlier_result_does_not_end_the_session(url: str) -> No
 @pytest.mark.parametrize(
     ("last", "param"),
     [
-        ([{"type": "text", "text": "what is it?"}, PICTURE], "messages.2.content.1.type"),
-        ([result([PICTURE])], "messages.2.content.0.content.0.type"),
+        ([{"type": "text", "text": "what is it?"}, PICTURE], "messages.2.content.1.source"),
+        ([result([PICTURE])], "messages.2.content.0.content.0.source"),
     ],
 )
 def test_a_picture_that_the_reply_is_about_is_refused_by_name(url: str, last: object, param: str) -> None:
     reply = messages(url, messages=[USER, CALL, {"role": "user", "content": last}])
     assert reply.status_code == 400
-    assert f"{param}: 'image' is not supported here" in reply.text
+    assert f"'{param}' needs vision" in reply.text
 
 
 def test_blocks_that_are_text_in_other_words_are_read() -> None:
@@ -200,7 +200,7 @@ def test_pictures_in_ollamas_messages(url: str) -> None:
     assert reply.status_code == 200, reply.text
     assert UNSEEN in reply.headers[WARNING_HEADER]
     refused = ask(url, "/api/chat", messages=[USER, picture])
-    assert (refused.status_code, "messages.1.images: " in refused.text) == (400, True)
+    assert (refused.status_code, "'messages.1.images.0' needs vision" in refused.text) == (400, True)
 
 
 def test_a_result_may_name_its_tool_by_the_older_field(url: str) -> None:

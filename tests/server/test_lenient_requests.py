@@ -11,7 +11,7 @@ from exo.api.http.errors import from_validation
 from exo.api.http.middleware import WARNING_HEADER
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.common_request import IGNORED, UNSUPPORTED
-from exo.api.openai.messages import UNSEEN
+from exo.serving.pictures import UNSEEN
 from exo.serving.request import Conversation
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
@@ -221,21 +221,26 @@ def test_the_users_text_is_still_needed() -> None:
     assert refused({"role": "user"}) == "messages.0.content: this field is required"
 
 
-def test_a_picture_that_cannot_be_seen_is_refused() -> None:
-    message = refused({"role": "user", "content": [{"type": "text", "text": "what is it?"}, PICTURE]})
-    assert message == "messages.0.content.1.type: 'image_url' is not supported; accepted is 'text'"
-
-
 def test_a_picture_in_an_earlier_result_does_not_end_the_session() -> None:
+    """In any form. The others are needed, which only a model that sees can satisfy."""
     call: JsonValue = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "look"}}]}
-    result: JsonValue = {"role": "tool", "tool_call_id": "c", "content": [PICTURE]}
-    assert refused(USER, call, result).startswith("messages.2.content.0.type: 'image_url' is not supported")
+    foreign: JsonValue = {"type": "image_url", "image_url": {"url": "blob:x"}}
     said: JsonValue = {"role": "assistant", "content": "x"}
     histories: list[list[JsonValue]] = [[USER], [said, USER]]
     for rest in histories:
-        body = chat(USER, call, result, *rest)
-        assert body.messages[2].content == UNSEEN
-        assert warned(body) == ["messages.content.image_url"]
+        earlier: list[JsonValue] = [
+            {"role": "tool", "tool_call_id": "c", "content": [each]} for each in (PICTURE, foreign)
+        ]
+        first, second = (chat(USER, call, result, *rest) for result in earlier)
+        assert [each.answered for each in first.pictures.values()] == [False]
+        assert first.messages[2].content in first.pictures
+        assert second.messages[2].content == UNSEEN
+        assert warned(second) == ["messages.content.image_url"]
+    due = chat(USER, call, {"role": "tool", "tool_call_id": "c", "content": [PICTURE]}, {**said, "content": ""})
+    assert [each.answered for each in due.pictures.values()] == [False]
+    asked: JsonValue = {"role": "user", "content": [PICTURE]}
+    assert [each.answered for each in chat(asked, said, USER).pictures.values()] == [True]
+    assert refused({"role": "user", "content": [foreign]}).startswith("messages.0.content.0.image_url: must be a data:")
 
 
 # --- tools ---

@@ -10,7 +10,6 @@ from pydantic import JsonValue, ValidationError
 from exo.api.http.errors import from_validation
 from exo.api.http.middleware import WARNING_HEADER
 from exo.api.http.reply import Call, ReplyChoice
-from exo.api.openai.messages import UNSEEN
 from exo.api.openai.responses.input import InputItem, InputReference, told
 from exo.api.openai.responses.request import ResponsesRequest
 from exo.api.openai.responses.routes import ResponsesDialect, responses_request
@@ -19,6 +18,7 @@ from exo.api.openai.responses.tools import custom_arguments, custom_input
 from exo.chat.grammar.tool_schema import NamedChoice
 from exo.chat.output.events import Arguments, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted
+from exo.serving.pictures import UNSEEN
 from exo.serving.request import Conversation
 from exo.worker.protocol.events import Usage
 from tests.conftest import fake_card
@@ -215,10 +215,10 @@ def test_a_picture_in_an_earlier_result_does_not_end_the_session(called: dict[st
     call, result = ({"call_id": "c", **each} for each in (called, {"type": f"{called['type']}_output"}))
     result["output"] = picture
     user: JsonValue = {"role": "user", "content": "go on"}
-    assert refused(input=[call, result]).startswith("input.1.output.0.type: 'input_image' is not supported")
+    assert refused(input=[call, result]).startswith("input.1.output.0.image_url: a data: URL must have")
     assert told(given(request(input=[call, result, user])))[1]["content"] == UNSEEN
     message = refused(input=[{"role": "user", "content": picture}])
-    assert message.startswith("input.0.content.0.type: 'input_image' is not supported")
+    assert message.startswith("input.0.content.0.image_url: a data: URL must have")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def serve(
     commands: Mapping[str, Sequence[str]] = {"cuda": fake_runner.COMMAND},
     speeds_file: Path | None = None,
     strict: bool = False,
+    image_hosts: tuple[str, ...] = (),
 ) -> Generator[str]:
     """Yields the server's base URL. The runners' logs are in ``directory``."""
     settings = Settings(
@@ -45,6 +46,7 @@ def serve(
         access=access or Access(),
         speeds_file=speeds_file,
         strict=strict,
+        image_hosts=image_hosts,
     )
     aliases = {alias: (card.model_id,) for card in cards for alias in card.aliases}
     catalogue = Catalogue({card.model_id: card for card in cards}, aliases, ())

@@ -23,3 +23,14 @@ def picture_of(png: bytes) -> Picture:
 
 def random_picture(seed: int, width: int = 64, height: int = 48) -> Picture:
     return picture_of(random_png(seed, width, height))
+
+
+def picture_file(kind: str, size: tuple[int, int] = (24, 16), mode: str = "RGB", **options: object) -> bytes:
+    """A file of a format, by Pillow's name, whose picture has few colours, so that only JPEG changes them."""
+    width, height = size
+    picture = Image.new("RGB", size, "white")
+    picture.paste("red", (0, 0, width // 2, height // 2))
+    picture.paste("blue", (width // 2, height // 2, width, height))
+    file = BytesIO()
+    picture.convert(mode).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}), **options)
+    return file.getvalue()

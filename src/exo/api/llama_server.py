@@ -17,7 +17,7 @@ from exo.api.openai.common_request import MAX_DOCUMENTS, Inputs, TokenId
 from exo.api.openai.response import EmbeddingUsage, Reply
 from exo.serving.app_state import Services
 from exo.serving.embeddings import make_embeddings
-from exo.serving.prompt_builder import render
+from exo.serving.prompt_builder import render, without_pictures
 from exo.serving.unary import ask
 from exo.worker.protocol.commands import Rank, Text, Tokenize
 from exo.worker.protocol.events import Ranked, Tokenized
@@ -172,7 +172,8 @@ async def _text(services: Services, body: DetokenizeRequest) -> tuple[BaseModel,
 
 async def _prompt(services: Services, body: ChatCompletionRequest) -> tuple[BaseModel, Mapping[str, str]]:
     answered = await ask(services, services.routing.resolve(body.model))
-    texts = await render(services, answered.runner, body.conversation(), "messages")
+    conversation = without_pictures(answered.runner, body.conversation())
+    texts = await render(services, answered.runner, conversation, "messages")
     return TemplateApplied(prompt="".join(text.text for text in texts)), route_headers(answered.runner.route)
 
 

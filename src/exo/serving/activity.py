@@ -19,7 +19,7 @@ from exo.serving.events import (
     Prefill,
 )
 from exo.serving.request_totals import RequestTotals, Totals
-from exo.worker.protocol.commands import Text
+from exo.worker.protocol.commands import Picture, Text
 from exo.worker.protocol.events import Usage
 from exo.worker.router import Route
 
@@ -168,7 +168,7 @@ class RequestRecord:
         self._totals.routes[route.criterion] += 1
         self.enter("queued")
 
-    def note_prompts(self, prompts: Iterable[Sequence[Text] | Sequence[int]]) -> None:
+    def note_prompts(self, prompts: Iterable[Sequence[Text | Picture] | Sequence[int]]) -> None:
         """Its prompts, of which nothing is kept unless the operator wants them in the log."""
         if self._activity.keeps_prompts:
             self.prompts = tuple(["".join(map(_text, prompt))[:_PROMPT_CHARACTERS] for prompt in prompts])
@@ -282,7 +282,9 @@ class RequestRecord:
             self.enter("decode")
 
 
-def _text(part: Text | int) -> str:
+def _text(part: Text | Picture | int) -> str:
+    if isinstance(part, Picture):
+        return "<picture>"
     return f"<{part}>" if isinstance(part, int) else part.text
 
 

@@ -18,6 +18,7 @@ from exo.serving.activity import Activity
 from exo.serving.admission import Queues
 from exo.serving.host_prober import HostProber
 from exo.serving.loaded_models import LoadedModels
+from exo.serving.pictures import Pictures
 from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
 from exo.worker.host import Host, unused_gpus
@@ -51,6 +52,7 @@ class Services:
         self.activity = Activity(keeps_prompts=settings.log_prompts)
         self.templates = TemplateWorker()
         self.gbnf = GbnfWorker()
+        self.pictures = Pictures(settings.image_hosts)
         self.pulls = Pulls(settings, provides_files=commands is None)
         self.pool = RunnerPool(
             settings.models_directories,
@@ -98,6 +100,7 @@ class Services:
                 self.speeds.save(self.speeds.unsaved())
                 await self.templates.aclose()
                 await self.gbnf.aclose()
+                await self.pictures.aclose()
 
     def _set_host(self, memory_limit: int | None, host: Host) -> None:
         self.pool.set_capacity(

@@ -55,6 +55,15 @@ class ModelFacts:
         return self.files.chat_template if self.files is not None else None
 
     @property
+    def _sees(self) -> bool:
+        """Whether the model takes pictures; before it is loaded, whether its card says what that needs."""
+        if self.loaded is not None:
+            return self.loaded.vision
+        runner = _first_runner(self.card)
+        key = RUNNERS[runner].keys.get("vision") if runner else None
+        return bool(key and self.card.engines.get(runner, {}).get(key))
+
+    @property
     def capabilities(self) -> list[str]:
         """Ollama's names of the capabilities."""
         card = self.card
@@ -65,7 +74,7 @@ class ModelFacts:
             "embedding": "TextEmbedding" in card.tasks,
             "tools": form.known and form.write_calls is not None,
             "thinking": thinks,
-            "vision": self.loaded is not None and self.loaded.vision,
+            "vision": self._sees,
         }
         return [word for word, there in has.items() if there]
 

@@ -1,7 +1,7 @@
 """Makes the prompt and the grammar of a request, and the reader of its output."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from pydantic import JsonValue
@@ -23,10 +23,11 @@ from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
+from exo.serving.pictures import placed, unseen
 from exo.serving.reasoning_limit import reasoning_limit
 from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.serving.warnings import warn
-from exo.worker.protocol.commands import Grammar, ReasoningLimit, Text, Tokenize
+from exo.worker.protocol.commands import Grammar, Picture, ReasoningLimit, Text, Tokenize
 from exo.worker.protocol.events import Capabilities, Failed, Tokenized
 from exo.worker.supervisor.runner_error import RunnerError
 
@@ -41,7 +42,7 @@ _SWITCHES = ("enable_thinking", "thinking")
 class PreparedPrompt:
     """One prompt for a runner. ``echo`` is its text if the reply begins with it."""
 
-    prompt: tuple[Text, ...] | tuple[int, ...]
+    prompt: tuple[Text | Picture, ...] | tuple[int, ...]
     echo: str = ""
     grammar: Grammar | None = None
     reasoning: ReasoningLimit | None = None
@@ -89,6 +90,11 @@ async def _conversation(
 ) -> PreparedPrompt:
     model, card = runner.capabilities, runner.card
     form = format_of(runner, conversation)
+    pictures: dict[str, Picture] = {}
+    if model.vision:
+        pictures = await services.pictures.read(conversation.pictures)
+    else:
+        conversation = without_pictures(runner, conversation)
     texts = await render(services, runner, conversation, request.prompt_field)
     _check_length(sum(len(text.text) for text in texts), model)
     if conversation.tools and not form.known:
@@ -103,9 +109,23 @@ async def _conversation(
         if grammar is not None:
             grammar = form.after_reasoning(grammar, special_tokens=_special_ids(model), in_reasoning=inside)
     limit = reasoning_limit(conversation, form, model, request.max_tokens, inside=inside)
+    prompt = tuple(placed(texts, pictures))
+    if sum(isinstance(part, Picture) for part in prompt) < len(pictures):
+        first = next(iter(conversation.pictures.values())).param
+        message = f"{first}: the chat template of {card.model_id} leaves a picture out"
+        raise RequestError(message, code="template_error", param=first)
     return PreparedPrompt(
-        texts, grammar=grammar, reasoning=limit, conversation=conversation, form=form, in_reasoning=inside
+        prompt, grammar=grammar, reasoning=limit, conversation=conversation, form=form, in_reasoning=inside
     )
+
+
+def without_pictures(runner: LoadedRunner, conversation: Conversation) -> Conversation:
+    """The conversation for a model that sees no pictures. Raises ``RequestError`` if the reply is about one."""
+    if not conversation.pictures:
+        return conversation
+    why = f"{runner.card.model_id} sees no pictures here"
+    messages = unseen(conversation.messages, conversation.pictures, why)
+    return replace(conversation, messages=messages, pictures={})
 
 
 async def _grammar(services: Services, constraint: OutputConstraint | None) -> Grammar | None:

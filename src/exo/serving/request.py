@@ -9,6 +9,7 @@ from pydantic_core import from_json, to_json
 
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.errors import RequestError
+from exo.serving.pictures import GivenPicture
 from exo.serving.warnings import warn
 from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import Need
@@ -54,6 +55,8 @@ class Conversation:
     reasoning_tokens_param: str = "max_reasoning_tokens"
     continues: bool = False
     """Whether the reply continues the last message, which is the assistant's."""
+    pictures: Mapping[str, GivenPicture] = field(default_factory=dict[str, GivenPicture])
+    """The pictures in the messages, by the marks in their places."""
 
     @property
     def must_call(self) -> bool:
@@ -122,8 +125,12 @@ class GenerationRequest:
         """The features that a runner needs for this request, each with the field that requires it."""
         needs: dict[Need, str] = {}
         for prompt in self.prompts:
-            if isinstance(prompt, Conversation) and prompt.must_call:
+            if not isinstance(prompt, Conversation):
+                continue
+            if prompt.must_call:
                 needs["grammar"] = prompt.choice_param
+            if (seen := next((each for each in prompt.pictures.values() if each.answered), None)) is not None:
+                needs["vision"] = seen.param
         if self.constraint is not None:
             needs["grammar"] = self.constraint.param
         if self.logprobs is not None:

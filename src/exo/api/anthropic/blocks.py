@@ -9,6 +9,7 @@ from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, invalid, missing, unsupported
 from exo.chat.template.reshaping import short_id
+from exo.serving.pictures import joined
 
 MAX_BLOCKS = 10_000
 _TEXT_ONLY = ("text",)
@@ -68,8 +69,6 @@ def _known(value: JsonValue, kinds: Sequence[str]) -> JsonValue:
     kind = _kind(value)
     if kind is None:
         raise missing("type")
-    if kind == "image":
-        raise unsupported("'image' is not supported here: no model here can see pictures", "type")
     if kind not in kinds:
         accepted = ", ".join(repr(each) for each in kinds)
         raise unsupported(f"{str(kind)[:80]!r} is not supported here; accepted are {accepted}", "type")
@@ -94,7 +93,7 @@ class ToolResultBlock(Block):
 
     type: Literal["tool_result"] = Field(description="A result.")
     tool_use_id: str = Field(min_length=1, max_length=256, description="The id of the call that this answers.")
-    content: PlainContent = Field(default=[], description="Text, as a string or in blocks.")
+    content: PlainContent = Field(default=[], description="Text, as a string or in blocks, and pictures.")
     is_error: bool = Field(
         default=False, description="Puts 'Error: ' before the text, because chat templates have no flag."
     )
@@ -132,7 +131,8 @@ class AnthropicMessage(RequestBody):
 
     role: Literal["user", "assistant", "system"] = Field(description="The role of the speaker.")
     content: AnyContent = Field(
-        description="Text, or blocks: text; for the user also tool_result, for the assistant thinking and tool_use."
+        description="Text, or blocks: text; for the user also image (base64 of a PNG, JPEG, WebP or GIF) and "
+        "tool_result, for the assistant thinking and tool_use."
     )
 
     @model_validator(mode="after")
@@ -144,8 +144,8 @@ class AnthropicMessage(RequestBody):
 
 
 def plain_text(blocks: Iterable[TextBlock]) -> str:
-    """Joins blocks of text with line breaks."""
-    return "\n".join(block.text for block in blocks)
+    """Joins blocks of text with line breaks, but pictures without."""
+    return joined([block.text for block in blocks])
 
 
 def check_results(messages: Sequence[AnthropicMessage]) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pydantic import JsonValue
 
 from exo.api.http.body import note
-from exo.api.openai.messages import UNSEEN
+from exo.api.http.picture_parts import picture_text
+from exo.serving.pictures import UNSEEN
 
-_PICTURES = ("image", "document")
 _NOTHING: JsonValue = {"type": "thinking", "thinking": ""}
 """Replaces a dropped block, so that the others keep their numbers."""
 _LEFT_OUT = ("redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "compaction")
@@ -23,16 +23,19 @@ def readable(messages: JsonValue) -> JsonValue:
         return messages
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     newest = max((at for at, role in enumerate(roles) if role == "user"), default=-1)
-    return [_message(message, newest=at == newest) for at, message in enumerate(messages)]
+    return [_message(message, f"{at}.content", newest=at == newest) for at, message in enumerate(messages)]
 
 
-def _message(message: JsonValue, *, newest: bool) -> JsonValue:
+def _message(message: JsonValue, path: str, *, newest: bool) -> JsonValue:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not isinstance(content, list):
         return message
     own = message.get("role") == "assistant"
     answered = [newest and _is_answered(content, at) for at in range(len(content))]
-    return {**message, "content": [_block(each, own, due) for each, due in zip(content, answered, strict=True)]}
+    blocks = [
+        _block(each, f"{path}.{at}", own, due) for at, (each, due) in enumerate(zip(content, answered, strict=True))
+    ]
+    return {**message, "content": blocks}
 
 
 def _is_answered(content: Sequence[JsonValue], at: int) -> bool:
@@ -40,7 +43,7 @@ def _is_answered(content: Sequence[JsonValue], at: int) -> bool:
     return _kind(content[at]) != "tool_result" or all(_kind(each) == "tool_result" for each in content[at:])
 
 
-def _block(block: JsonValue, own: bool, answered: bool) -> JsonValue:
+def _block(block: JsonValue, path: str, own: bool, answered: bool) -> JsonValue:
     kind = _kind(block)
     if not isinstance(block, dict):
         return block
@@ -49,12 +52,12 @@ def _block(block: JsonValue, own: bool, answered: bool) -> JsonValue:
         return _NOTHING
     content = block.get("content")
     if kind == "tool_result" and isinstance(content, list):
-        return {**block, "content": [_part(each, answered) for each in content]}
-    return _part(block, answered)
+        return {**block, "content": [_part(each, f"{path}.content.{at}", answered) for at, each in enumerate(content)]}
+    return block if own and kind == "image" else _part(block, path, answered)
 
 
-def _part(part: JsonValue, answered: bool) -> JsonValue:
-    """One part of the user's text or of a result."""
+def _part(part: JsonValue, path: str, answered: bool) -> JsonValue:
+    """One part of the user's text or of a result. Pictures become marks."""
     if not isinstance(part, dict):
         return part
     match _kind(part):
@@ -64,8 +67,10 @@ def _part(part: JsonValue, answered: bool) -> JsonValue:
             return _text(_lines(part.get("title"), part.get("source"), *_texts(part.get("content"))))
         case "document" if (texts := _document(part)) is not None:
             return _text(_lines(part.get("title"), part.get("context"), *texts))
-        case kind if kind in _PICTURES and not answered:
-            note(f"messages.content.{kind}", f"the model reads {UNSEEN!r} in its place")
+        case "image":
+            return picture_text(part, "messages", path, answered=answered)
+        case "document" if not answered:
+            note("messages.content.document", f"the model reads {UNSEEN!r} in its place")
             return _text(UNSEEN)
         case _:
             return part

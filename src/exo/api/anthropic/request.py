@@ -187,6 +187,7 @@ class CountTokensRequest(RequestBody):
         choice = self.tool_choice
         return Conversation(
             messages=told(plain_text(self.system), self.messages),
+            pictures=self.pictures,
             tools=tuple(tool.tool() for tool in self.own_tools) if self._choice != "none" else (),
             choice=self._choice,
             parallel=choice is None or not choice.disable_parallel_tool_use,

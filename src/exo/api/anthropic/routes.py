@@ -15,8 +15,9 @@ from exo.api.http.reply import route_headers
 from exo.api.http.response import GenerationResponse
 from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
+from exo.serving.errors import RequestError
 from exo.serving.generation import Generation
-from exo.serving.prompt_builder import render
+from exo.serving.prompt_builder import render, without_pictures
 from exo.serving.unary import ask
 from exo.worker.protocol.commands import Tokenize
 from exo.worker.protocol.events import Tokenized
@@ -28,7 +29,15 @@ async def _count(services: Services, body: CountTokensRequest) -> tuple[TokenCou
     """Raises ``ServingError``."""
     model = services.routing.resolve(body.model)
     loaded = await ask(services, model, params=_PARAMS)
-    prompt = await render(services, loaded.runner, body.conversation(), "messages")
+    conversation = body.conversation()
+    if loaded.runner.capabilities.vision and conversation.pictures:
+        param = next(iter(conversation.pictures.values())).param
+        reason = (
+            "only the model itself counts a picture's tokens; send the message with max_tokens = 0 and read its usage"
+        )
+        raise RequestError(f"{param}: {reason}", code="unsupported_parameter", param=param)
+    conversation = without_pictures(loaded.runner, conversation)
+    prompt = await render(services, loaded.runner, conversation, "messages")
     command = Tokenize(id=f"count-{uuid4().hex}", prompt=prompt)
     answered = await ask(services, model, [command], params=_PARAMS)
     (answer,) = answered.answers

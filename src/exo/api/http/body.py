@@ -27,6 +27,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from exo.api.http.errors import ApiError, from_validation
+from exo.serving.picture_limits import MOST_PICTURES
+from exo.serving.pictures import GivenPicture, new_mark
 from exo.serving.warnings import MAX_WARNINGS, refuses_unknown_fields, warn
 from exo.worker.protocol.runners import RUNNERS, Need
 
@@ -106,6 +108,8 @@ def _names(body: type[BaseModel]) -> frozenset[str]:
 
 _notes: ContextVar[list[Note]] = ContextVar("notes")
 """Notes about the body whose fields are being validated."""
+_pictures: ContextVar[dict[str, GivenPicture]] = ContextVar("pictures")
+"""The pictures in that body, by their marks."""
 
 
 class RequestBody(BaseModel):
@@ -123,6 +127,7 @@ class RequestBody(BaseModel):
     refuses_unknown: ClassVar[bool] = False
     """Whether unknown fields are always refused, because a partial request would do harm."""
     _own_notes: list[Note] = PrivateAttr(default_factory=list[Note])
+    _own_pictures: dict[str, GivenPicture] = PrivateAttr(default_factory=dict[str, GivenPicture])
 
     @classmethod
     def why_unsupported(cls, name: str) -> str:
@@ -155,13 +160,21 @@ class RequestBody(BaseModel):
                 raise _unknown(name[:64], cls)
             else:
                 notes.append((name[:64], None))
-        token = _notes.set(notes)
+        pictures: dict[str, GivenPicture] = {}
+        token, other = _notes.set(notes), _pictures.set(pictures)
         try:
             body = handler(kept)
         finally:
             _notes.reset(token)
+            _pictures.reset(other)
         body._own_notes.extend(notes)
+        body._own_pictures.update(pictures)
         return body
+
+    @property
+    def pictures(self) -> Mapping[str, GivenPicture]:
+        """The pictures in the body, by the marks in its texts that stand for them."""
+        return self._own_pictures
 
     def notes(self, path: str = "") -> Iterator[tuple[str, str]]:
         """The fields without effect in this body and its parts, each with the reason. ``path`` is the body's own."""
@@ -180,6 +193,16 @@ class RequestBody(BaseModel):
 def note(param: str, text: str) -> None:
     """Adds a warning about ``param`` of the enclosing body. Validators of one field call this."""
     _notes.get().append((param, text))
+
+
+def add_picture(picture: GivenPicture) -> str:
+    """Adds a picture to the enclosing body. Returns the mark that stands for it. Validators of one field call this."""
+    pictures = _pictures.get()
+    if len(pictures) == MOST_PICTURES:
+        raise invalid(f"at most {MOST_PICTURES} pictures are accepted")
+    mark = new_mark()
+    pictures[mark] = picture
+    return mark
 
 
 def warn_of_notes(body: RequestBody) -> None:

@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import to_json
 
-from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing, note
+from exo.api.http.body import RequestBody, Unsupported, honoured, invalid, missing
+from exo.api.http.picture_parts import bare_picture
 from exo.api.ollama.options import EmbedOptions, OllamaOptions
 from exo.api.openai.chat_request import MaxReasoningTokens
 from exo.api.openai.common_request import MAX_INPUTS
-from exo.api.openai.messages import UNSEEN
 from exo.api.openai.tools import MAX_TOOLS, ToolDefinition, ToolName, check_tool_names
 from exo.chat.template.reshaping import short_id
+from exo.serving.picture_limits import MOST_PICTURES
 from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
@@ -163,12 +164,6 @@ class OllamaCall(RequestBody):
 class OllamaMessage(RequestBody):
     """One message."""
 
-    unsupported: ClassVar[Unsupported] = {"images": ([],)}
-
-    @classmethod
-    def why_unsupported(cls, name: str) -> str:
-        return "not supported: no model here can see pictures"
-
     role: Literal["system", "user", "assistant", "tool"] = Field(description="The role of the speaker.")
     content: str = Field(default="", description="The text; special tokens in it are ordinary text.")
     thinking: str | None = Field(default=None, description="From an earlier reply.")
@@ -184,26 +179,34 @@ class OllamaMessage(RequestBody):
         return self
 
 
-def _without_earlier_pictures(messages: JsonValue) -> JsonValue:
-    """Replaces pictures by text, except those in the messages that the reply answers."""
+def _with_pictures(messages: JsonValue) -> JsonValue:
+    """Puts marks for a message's pictures before its text. The reply is about those in the last messages."""
     if not isinstance(messages, list):
         return messages
     last = len(messages) - 1
     while last > 0 and _role(messages[last]) == "assistant":
         last -= 1
-    return [_without_pictures(each) if at < last else each for at, each in enumerate(messages)]
+    return [_with_marks(each, at, answered=at >= last) for at, each in enumerate(messages)]
 
 
 def _role(message: JsonValue) -> JsonValue:
     return message.get("role") if isinstance(message, dict) else None
 
 
-def _without_pictures(message: JsonValue) -> JsonValue:
-    if not isinstance(message, dict) or not isinstance(message.get("images"), list) or not message["images"]:
+def _with_marks(message: JsonValue, at: int, *, answered: bool) -> JsonValue:
+    if not isinstance(message, dict) or not isinstance(images := message.get("images"), list):
         return message
-    note("messages.images", f"the model reads {UNSEEN!r} in the place of an earlier picture")
+    paths = (f"{at}.images.{number}" for number in range(len(images)))
+    marks = [bare_picture(each, "messages", path, answered=answered) for path, each in zip(paths, images, strict=True)]
     kept = {name: value for name, value in message.items() if name != "images"}
-    return {**kept, "content": "\n".join(filter(None, (str(message.get("content") or ""), UNSEEN)))}
+    content = message.get("content") or ""
+    return {**kept, "content": "".join(marks) + content} if isinstance(content, str) else kept
+
+
+def _marks(images: JsonValue) -> JsonValue:
+    if not isinstance(images, list):
+        return images
+    return [bare_picture(each, "images", str(at), answered=True) for at, each in enumerate(images)]
 
 
 _OF_CONTEXT: Unsupported = {"truncate": (False,), "shift": (False,)}
@@ -216,7 +219,7 @@ class OllamaChatRequest(OllamaGeneration):
     ignored: ClassVar[Unsupported] = _OF_CONTEXT
 
     messages: Annotated[
-        list[OllamaMessage], BeforeValidator(_without_earlier_pictures, json_schema_input_type=list[OllamaMessage])
+        list[OllamaMessage], BeforeValidator(_with_pictures, json_schema_input_type=list[OllamaMessage])
     ] = Field(
         default=[],
         max_length=10_000,
@@ -236,6 +239,7 @@ class OllamaChatRequest(OllamaGeneration):
         last = self.messages[-1]
         return Conversation(
             messages=_told(self.messages),
+            pictures=self.pictures,
             tools=tuple(tool.function.tool() for tool in self.tools),
             effort=self.effort,
             effort_param="think",
@@ -252,13 +256,15 @@ class OllamaGenerateRequest(OllamaGeneration):
     unsupported: ClassVar[Unsupported] = {
         "context": ([],),
         "height": (),
-        "images": ([],),
         "steps": (),
         "template": ("",),
         "width": (),
     }
 
     prompt: str = Field(default="", description="The user's message; with raw, the complete prompt.")
+    images: Annotated[list[str], BeforeValidator(_marks)] = Field(
+        default=[], max_length=MOST_PICTURES, description="Pictures in base64, before the prompt."
+    )
     system: str = Field(default="", description="A system message before the prompt.")
     raw: bool = Field(default=False, description="Use the prompt without the model's chat template.")
     suffix: str = Field(
@@ -267,9 +273,9 @@ class OllamaGenerateRequest(OllamaGeneration):
 
     @model_validator(mode="after")
     def _raw_is_raw(self) -> "OllamaGenerateRequest":
-        for name in ("system", "think", "max_reasoning_tokens") if self.raw else ():
-            if getattr(self, name) not in ("", None):
-                raise invalid("not accepted where raw is true", name)
+        for name in ("system", "think", "max_reasoning_tokens", "images") if self.raw or self.suffix else ():
+            if getattr(self, name) not in ("", None, []) and (self.raw or name == "images"):
+                raise invalid(f"not accepted where {'raw is true' if self.raw else 'there is a suffix'}", name)
         return self
 
     def content(self) -> Prompt:
@@ -279,9 +285,14 @@ class OllamaGenerateRequest(OllamaGeneration):
         if self.raw:
             return self.prompt
         system: list[dict[str, JsonValue]] = [{"role": "system", "content": self.system}] if self.system else []
-        messages = (*system, {"role": "user", "content": self.prompt})
-        limit = self.max_reasoning_tokens
-        return Conversation(messages=messages, effort=self.effort, effort_param="think", reasoning_tokens=limit)
+        messages = (*system, {"role": "user", "content": "".join(self.images) + self.prompt})
+        return Conversation(
+            messages=messages,
+            pictures=self.pictures,
+            effort=self.effort,
+            effort_param="think",
+            reasoning_tokens=self.max_reasoning_tokens,
+        )
 
 
 class OllamaEmbedRequest(OllamaBody):

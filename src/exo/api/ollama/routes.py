@@ -57,7 +57,7 @@ def ollama_routes(services: Services) -> APIRouter:
     async def generate(request: Request) -> Response:
         """Replies to a prompt. With raw, continues it."""
         body = await read_body(request, OllamaGenerateRequest)
-        if not body.prompt and not body.suffix:
+        if not body.prompt and not body.suffix and not body.images:
             return load(body, chat=False)
         return generation(body, body.generation(body.content(), "prompt"), chat=False)
 

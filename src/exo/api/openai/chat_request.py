@@ -235,6 +235,7 @@ class ChatCompletionRequest(GenerationFields):
         effort, effort_param = self.effort
         reasoning_tokens, reasoning_tokens_param = self.reasoning_tokens
         return Conversation(
+            pictures=self.pictures,
             messages=tuple(message.told() for message in self.messages),
             tools=tuple(tool.function.tool() for tool in self.callable_functions),
             choice=self.choice,

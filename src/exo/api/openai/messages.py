@@ -6,16 +6,16 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, model_va
 from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, invalid, missing, note, unsupported
+from exo.api.http.picture_parts import PICTURE_PARTS, picture_text
 from exo.api.openai.tools import MAX_TOOLS
+from exo.serving.pictures import joined
 
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
-PICTURE_PARTS = ("image_url", "input_image", "image")
-UNSEEN = "[a picture that this model cannot see]"
 
 
 def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
-    """Joins content in parts with line breaks."""
+    """Joins content in parts with line breaks. Pictures have become marks before."""
     if not isinstance(content, list):
         return content
     where = info.field_name or ""
@@ -36,14 +36,15 @@ def text_of(content: JsonValue, info: ValidationInfo) -> JsonValue:
             if name not in ("type", "text", "refusal", "annotations", "logprobs") and value is not None:
                 note(f"{where}.{name[:64]}", "has no effect in a part of the content")
         texts.append(text)
-    return "\n".join(texts)
+    return joined(texts)
 
 
-def with_unseen_pictures(entries: JsonValue, where: str, results: tuple[str, ...], content: str) -> JsonValue:
-    """Replaces pictures in the results of calls by text, except in the results that the reply answers.
+def with_pictures(entries: JsonValue, where: str, results: tuple[str, ...], content: str) -> JsonValue:
+    """Replaces the pictures in messages or items by marks in their text.
 
-    An agent cannot take a picture out of its history again, so an error would end its session. ``where`` is the field
-    of ``entries``, ``results`` the roles or types of a result, and ``content`` its field that may hold parts.
+    An agent cannot take a picture out of its history again. Therefore those in the results of calls may remain unseen,
+    except in the results that the reply answers. ``where`` is the field of ``entries``, ``results`` the roles or types
+    of a result, and ``content`` its field that may hold parts.
     """
     if not isinstance(entries, list):
         return entries
@@ -51,7 +52,7 @@ def with_unseen_pictures(entries: JsonValue, where: str, results: tuple[str, ...
     while last and _is_result(entries[last - 1], results):
         last -= 1
     return [
-        _without_pictures(entry, where, content) if at < last and _is_result(entry, results) else entry
+        _with_marks(entry, where, str(at), content, answered=at >= last or not _is_result(entry, results))
         for at, entry in enumerate(entries)
     ]
 
@@ -60,19 +61,22 @@ def _is_result(entry: JsonValue, results: tuple[str, ...]) -> bool:
     return isinstance(entry, dict) and (entry.get("role") in results or entry.get("type") in results)
 
 
-def _without_pictures(entry: JsonValue, where: str, content: str) -> JsonValue:
-    parts = entry.get(content) if isinstance(entry, dict) else None
-    if not (isinstance(entry, dict) and isinstance(parts, list)):
+def _with_marks(entry: JsonValue, where: str, at: str, content: str, *, answered: bool) -> JsonValue:
+    if not isinstance(entry, dict):
         return entry
-    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
-    seen: list[JsonValue] = [
-        {"type": "text", "text": UNSEEN} if kind in PICTURE_PARTS else part
-        for kind, part in zip(kinds, parts, strict=True)
-    ]
-    for kind in kinds:
-        if kind in PICTURE_PARTS:
-            note(f"{where}.{content}.{kind}", f"the model reads {UNSEEN!r} in the place of an earlier result's picture")
-    return {**entry, content: seen}
+    field = content if isinstance(entry.get(content), list) else "content"
+    parts = entry.get(field)
+    if not isinstance(parts, list):
+        return entry
+    return {
+        **entry,
+        field: [
+            picture_text(part, where, f"{at}.{field}.{number}", answered=answered)
+            if isinstance(part, dict) and part.get("type") in PICTURE_PARTS
+            else part
+            for number, part in enumerate(parts)
+        ],
+    }
 
 
 Content = Annotated[str, BeforeValidator(text_of, json_schema_input_type=str | list[dict[str, JsonValue]])]
@@ -118,8 +122,8 @@ class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="The role of the speaker.")
     content: Content = Field(
         default="",
-        description="Text, or parts of type text; special tokens in it are ordinary text. May be left out by the "
-        "assistant and by tools.",
+        description="Text, or parts of type text and image_url; special tokens in it are ordinary text. A picture is a "
+        "data: URL of a PNG, JPEG, WebP or GIF. May be left out by the assistant and by tools.",
     )
     reasoning_content: str | None = Field(default=None, description="From an earlier reply.")
     reasoning: str | None = Field(default=None, description="Other servers' name of reasoning_content.")
@@ -151,8 +155,6 @@ class ChatMessage(RequestBody):
         return message
 
 
-def _without_unseen_pictures(messages: JsonValue) -> JsonValue:
-    return with_unseen_pictures(messages, "messages", ("tool",), "content")
-
-
-ChatMessages = Annotated[list[ChatMessage], BeforeValidator(_without_unseen_pictures)]
+ChatMessages = Annotated[
+    list[ChatMessage], BeforeValidator(lambda messages: with_pictures(messages, "messages", ("tool",), "content"))
+]

@@ -101,6 +101,10 @@ def serve(
     auto_pull: Annotated[
         bool, typer.Option("--auto-pull", help="Download a requested model that is not on disk. EXO_AUTO_PULL.")
     ] = False,
+    allow_image_urls: Annotated[
+        list[str] | None,
+        typer.Option(help="A host from which pictures may be fetched that a request names by address. Repeatable."),
+    ] = None,
     access: AccessOptions,
     limits: LimitOptions,
     prefer: Annotated[
@@ -126,6 +130,7 @@ def serve(
         limits=limits.limits(),
         auto_pull=auto_pull,
         prefer=prefer,
+        image_hosts=allow_image_urls or (),
         strict=strict,
         **asdict(logs),
     )

@@ -146,7 +146,7 @@ UNSUPPORTED_VALUES: list[tuple[dict[str, object], str]] = [
     ({"best_of": 2}, "best_of"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "messages.0.content.0.type",
+        "messages.0.content.0.image_url",
     ),
     ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
 ]

@@ -6,8 +6,9 @@ from pydantic import BeforeValidator, Field, JsonValue
 from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, invalid, note, unsupported
-from exo.api.openai.messages import Arguments, CalledName, with_unseen_pictures
+from exo.api.openai.messages import Arguments, CalledName, with_pictures
 from exo.api.openai.responses.tools import custom_arguments, told_name
+from exo.serving.pictures import joined
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
@@ -48,7 +49,7 @@ def _text_of(content: JsonValue) -> JsonValue:
         if kind is None or not isinstance(text, str):
             raise invalid('must be {"type": "input_text", "text": "…"}', str(at))
         texts.append(text)
-    return "\n".join(texts)
+    return joined(texts)
 
 
 PartsOrText = Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | list[dict[str, JsonValue]])]
@@ -61,7 +62,7 @@ class InputMessage(RequestBody):
 
     type: Literal["message"] = Field(default="message", description="A message.")
     role: Literal["system", "developer", "user", "assistant"] = Field(description="The role of the speaker.")
-    content: PartsOrText = Field(default="", description="Text, or parts of type input_text and output_text.")
+    content: PartsOrText = Field(default="", description="Text, or parts: input_text, output_text, input_image.")
     id: str | None = Field(default=None, max_length=256, description="Has no effect.")
     status: str | None = Field(default=None, max_length=32, description="Has no effect.")
 
@@ -169,7 +170,7 @@ def _item(value: JsonValue) -> InputItem | InputReference:
 def _items(value: JsonValue) -> JsonValue:
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
-    return with_unseen_pictures(value, "input", _OUTPUTS, "output")
+    return with_pictures(value, "input", _OUTPUTS, "output")
 
 
 Input = Annotated[

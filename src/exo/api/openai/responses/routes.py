@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, final
 from uuid import uuid4
 
@@ -25,6 +26,8 @@ from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoni
 from exo.serving.app_state import Services
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, GenerationEvent, Started
 from exo.serving.generation import Generation
+from exo.serving.pictures import Given, GivenPicture, marked
+from exo.serving.pictures import told as told_pictures
 from exo.serving.request import Conversation, GenerationRequest
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.events import TokenLogprobs, Usage
@@ -74,12 +77,14 @@ class ResponsesDialect:
         items: Sequence[InputItem],
         messages: Sequence[dict[str, JsonValue]],
         store: ResponseStore,
+        pictures: Given | None = None,
     ) -> None:
-        """``items`` are the request's input, ``messages`` the whole conversation."""
+        """``items`` are the request's input, ``messages`` the whole conversation, ``pictures`` those of both."""
         self._id = response_id
         self._body = body
         self._items = items
         self._messages = messages
+        self._pictures = pictures or {}
         self._store = store
         self._created = int(time.time())
         self._model = body.model
@@ -157,7 +162,7 @@ class ResponsesDialect:
                 stored_input(item, f"{self._id.removeprefix('resp_')}_{at}") for at, item in enumerate(self._items)
             ]
             messages = (*self._messages, *_said(self._output.items))
-            self._store.put(self._id, StoredResponse(response, items, messages))
+            self._store.put(self._id, StoredResponse(response, items, messages, self._pictures))
         return response
 
     def _wire(self, status: str, usage: Usage | None) -> dict[str, JsonValue]:
@@ -222,13 +227,16 @@ def _said(items: Sequence[Item]) -> list[dict[str, JsonValue]]:
     return [{**message, "tool_calls": calls} if calls else message]
 
 
-def responses_request(body: ResponsesRequest, messages: Sequence[dict[str, JsonValue]]) -> GenerationRequest:
-    """The request in no API's form; ``messages`` are the whole conversation."""
+def responses_request(
+    body: ResponsesRequest, messages: Sequence[dict[str, JsonValue]], pictures: Given | None = None
+) -> GenerationRequest:
+    """The request in no API's form; ``messages`` are the whole conversation, and ``pictures`` those in it."""
     system: list[dict[str, JsonValue]] = (
         [{"role": "system", "content": body.instructions}] if body.instructions is not None else []
     )
     conversation = Conversation(
         messages=(*system, *messages),
+        pictures=pictures or {},
         tools=body.callable_tools,
         choice=body.choice,
         parallel=body.parallel_tool_calls,
@@ -257,16 +265,24 @@ def responses_routes(services: Services) -> APIRouter:
         """Replies to a conversation, which the server may store for the next request."""
         body = await read_body(request, ResponsesRequest)
         earlier = body.previous_response_id
-        before = store.get(earlier, "previous_response_id").messages if earlier else ()
-        items = [
-            stored_item(store.item(item.id, f"input.{at}.id")) if isinstance(item, InputReference) else item
-            for at, item in enumerate(body.input)
-        ]
-        messages = (*before, *told(items))
+        before = store.get(earlier, "previous_response_id") if earlier else None
+        items: list[InputItem] = []
+        known: dict[str, GivenPicture] = {}
+        if before is not None:
+            known = {mark: replace(each, param="previous_response_id") for mark, each in before.pictures.items()}
+        for at, item in enumerate(body.input):
+            if isinstance(item, InputReference):
+                stored, theirs = store.item(item.id, f"input.{at}.id")
+                known |= {mark: replace(each, param=f"input.{at}.id") for mark, each in theirs.items()}
+                items.append(stored_item(stored))
+            else:
+                items.append(item)
+        messages = (*(before.messages if before is not None else ()), *told(items))
+        pictures = marked(list(messages), {**known, **body.pictures})
         response_id = f"resp_{uuid4().hex}"
         model = services.routing.resolve(body.model)
-        generation = Generation(services, model, responses_request(body, messages), response_id)
-        dialect = ResponsesDialect(response_id, body, items, messages, store)
+        generation = Generation(services, model, responses_request(body, messages, pictures), response_id)
+        dialect = ResponsesDialect(response_id, body, items, messages, store, pictures)
         return GenerationResponse(generation, dialect, stream=body.stream)
 
     @routes.get("/{response_id}", response_model=ResponseBody)
@@ -276,8 +292,8 @@ def responses_routes(services: Services) -> APIRouter:
 
     @routes.get("/{response_id}/input_items")
     async def input_items(response_id: ResponseId) -> InputItems:
-        """The input of a stored response."""
-        return InputItems(data=store.get(response_id).input)
+        """The input of a stored response, with sentences in the place of pictures."""
+        return InputItems(data=[told_pictures(item) for item in store.get(response_id).input])
 
     @routes.delete("/{response_id}")
     async def delete_response(response_id: ResponseId) -> Deleted:

@@ -1,12 +1,13 @@
 """A bounded store, in memory, of responses that later requests may continue."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 from pydantic_core import to_json
 
 from exo.api.http.errors import ApiError
+from exo.serving.pictures import Given, GivenPicture
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 64 << 20
@@ -15,11 +16,15 @@ MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """``body`` is the response as sent, ``input`` the items of its request, ``messages`` the whole conversation."""
+    """``body`` is the response as sent, ``input`` the items of its request, ``messages`` the whole conversation.
+
+    ``pictures`` are those of both, by the marks in their texts.
+    """
 
     body: dict[str, JsonValue]
     input: list[JsonValue]
     messages: tuple[dict[str, JsonValue], ...]
+    pictures: Given = field(default_factory=dict[str, GivenPicture])
 
     def items(self) -> dict[str, JsonValue]:
         """Its input and output items by their ids."""
@@ -61,12 +66,13 @@ class ResponseStore:
         self.get(response_id)
         self._forget(response_id)
 
-    def item(self, item_id: str, param: str) -> JsonValue:
-        """An input or output item of a stored response. Raises ``ApiError`` 400."""
+    def item(self, item_id: str, param: str) -> tuple[JsonValue, Given]:
+        """An input or output item of a stored response, and the response's pictures. Raises ``ApiError`` 400."""
         if item_id not in self._items:
             message = f"{param}: no item {item_id[:80]!r} is in memory; old ones make room for new ones"
             raise ApiError(400, message, code="item_not_found", param=param)
-        return self._items[item_id][1]
+        response_id, item = self._items[item_id]
+        return item, self._responses[response_id][0].pictures
 
     def _forget(self, response_id: str) -> None:
         response, freed = self._responses.pop(response_id)

@@ -13,6 +13,8 @@ export class Chat {
     this.log = h("div", { className: "log", tabIndex: 0, role: "group", "aria-label": "Conversation" });
     this.status = h("p", { className: "status", role: "status" });
     this.input = h("textarea", { rows: 3, placeholder: "Enter sends, Shift+Enter begins a line" });
+    this.pictures = h("input", { type: "file", multiple: true, accept: "image/png,image/jpeg,image/webp,image/gif" });
+    this.attaching = labelled("Pictures", this.pictures);
     this.system = h("textarea", { rows: 2 });
     this.temperature = h("input", { type: "number", min: 0, max: 2, step: 0.1 });
     this.limit = h("input", { type: "number", min: 1, step: 1 });
@@ -24,10 +26,12 @@ export class Chat {
       h("div", { className: "choice" }, labelled("Temperature", this.temperature), labelled("Most tokens", this.limit)),
     );
     const form = h(
-      "form", { on: { submit: (event) => this.submit(event) } }, labelled("Message", this.input), this.status,
+      "form", { on: { submit: (event) => this.submit(event) } }, labelled("Message", this.input), this.attaching, this.status,
       h("p", { className: "buttons" }, this.sending, this.stopping, this.regenerating, button("New chat", () => this.clear())),
     );
     section.append(this.choice.element, settings, this.log, form);
+    this.offerPictures();
+    this.choice.models.addEventListener("change", () => this.offerPictures());
     this.input.addEventListener("keydown", (event) => this.key(event));
     section.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.answer?.stop();
@@ -38,26 +42,36 @@ export class Chat {
   async open() {
     try {
       this.choice.show(await listModels());
+      this.offerPictures();
     } catch (error) {
       this.status.textContent = error.message;
     }
+  }
+
+  offerPictures() {
+    this.attaching.hidden = !this.choice.sees;
+    if (this.attaching.hidden) this.pictures.value = "";
   }
 
   key(event) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) this.submit(event);
   }
 
-  submit(event) {
+  async submit(event) {
     event.preventDefault();
-    const content = this.input.value;
-    if (this.answer || !content.trim()) return;
+    const text = this.input.value;
+    if (this.answer || !text.trim()) return;
     if (!this.choice.name) {
       this.status.textContent = "There is no model to answer.";
       return;
     }
-    this.input.value = "";
+    const files = [...this.pictures.files];
+    this.input.value = this.pictures.value = "";
+    const pictures = await Promise.all(files.map(readPicture));
+    const content = pictures.length ? [...pictures, { type: "text", text }] : text;
     this.messages.push({ role: "user", content });
-    this.append(h("article", { className: "question", "aria-label": "Question", dir: "auto" }, content));
+    const names = files.map((file) => h("p", { className: "hint" }, `Picture: ${file.name}`));
+    this.append(h("article", { className: "question", "aria-label": "Question", dir: "auto" }, ...names, text));
     this.ask();
   }
 
@@ -122,4 +136,14 @@ export class Chat {
     const { scrollTop, scrollHeight, clientHeight } = this.log;
     if (scrollTop + clientHeight > scrollHeight - 200) this.log.scrollTop = scrollHeight;
   }
+}
+
+/** Makes a part of a message of a file, as a data: URL. */
+function readPicture(file) {
+  const reader = new FileReader();
+  return new Promise((resolve, reject) => {
+    reader.onload = () => resolve({ type: "image_url", image_url: { url: reader.result } });
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
 }

@@ -32,10 +32,16 @@ export class ModelChoice {
     return model && this.engines.value ? `${model}@${this.engines.value}` : model;
   }
 
+  /** Whether the chosen model takes pictures, as far as the list says. */
+  get sees() {
+    return Boolean(this.seeing?.has(this.models.value));
+  }
+
   /** Shows these models and keeps the choice; at first a loaded one is chosen. */
   show(listed) {
     const chosen = this.models.value;
     const fit = listed.filter((model) => model.capabilities.includes("completion"));
+    this.seeing = new Set(fit.filter((model) => model.architecture.input_modalities.includes("image")).map((model) => model.id));
     const group = (label, models) =>
       h("optgroup", { label }, ...models.map((model) => h("option", { value: model.id }, model.id)));
     const here = fit.filter((model) => model.downloaded);

@@ -314,7 +314,7 @@ def test_instructions_come_first_and_only_this_time() -> None:
     [
         ([], "input"),
         ([{"type": "image"}], "type"),
-        ([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}], "content"),
+        ([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}], "must be a data:"),
         ([{"role": "user", "content": [{"type": "input_text"}]}], "content"),
         ([{**CALL, "name": ""}], "name"),
         ([7], "type"),
