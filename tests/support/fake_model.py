@@ -6,14 +6,14 @@ also depends on (seed, position). Among the tokens that a grammar allows, it tak
 """
 
 import math
+import random
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from exo.worker.protocol.commands import (
     Generate,
@@ -26,9 +26,10 @@ from exo.worker.protocol.events import (
     TokenLogprobs,
 )
 from exo.worker.protocol.messages import PART_LOGPROBS
-from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.detokenizer import TextStream
-from exo.worker.runner_common.keyed_rng import uniforms
+
+if TYPE_CHECKING:  # importing it takes as long as all the rest of the fake runner
+    from exo.worker.runner_common.constraint import Constraint
 
 BOS, EOS = 256, 257
 SPECIAL_TOKENS = {"<bos>": BOS, "<eos>": EOS}
@@ -45,7 +46,7 @@ class FakeSequence:
     text: TextStream
     state: int
     output: int
-    constraint: Constraint | None = None
+    constraint: "Constraint | None" = None
     processed: int = 0
 
     @property
@@ -59,17 +60,17 @@ class FakeSequence:
             return EOS
         sampling, choice = self.request.sampling, self.state
         if sampling.temperature > 0:
-            choice += int(uniforms(sampling.seed, len(self.prompt) + self.output, np.zeros(1, int))[0] * len(ALPHABET))
+            choice += zlib.crc32(struct.pack("<QI", sampling.seed, len(self.prompt) + self.output))
         if self.constraint is None or self.constraint.mask().all():
             return ord(ALPHABET[choice % len(ALPHABET)])
         return self.allowed_token(self.constraint, choice)
 
-    def allowed_token(self, constraint: Constraint, choice: int) -> int:
+    def allowed_token(self, constraint: "Constraint", choice: int) -> int:
         allowed = constraint.mask()
         if allowed[EOS] and not self.request.ignore_eos:
             return EOS
         soon = [token for token in ENDS_SOON if allowed[token]]
-        rest = [token for token in np.flatnonzero(allowed).tolist() if token != EOS]
+        rest = [token for token in range(EOS) if allowed[token]]
         return soon[0] if soon else rest[choice % len(rest)]
 
 
@@ -130,8 +131,10 @@ def hash_tokens(tokens: Sequence[int], state: int = 0) -> int:
 
 def vector_of(tokens: Sequence[int]) -> tuple[float, ...]:
     """Eight numbers that depend on the text."""
-    drawn = np.random.default_rng(hash_tokens(tokens)).standard_normal(8)
-    return tuple((drawn / np.linalg.norm(drawn)).tolist())
+    dice = random.Random(hash_tokens(tokens))
+    drawn = [dice.gauss() for _ in range(8)]
+    length = math.hypot(*drawn)
+    return tuple(each / length for each in drawn)
 
 
 def score_of(query: str, document: str) -> float:

@@ -9,9 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-import numpy as np
 from pydantic import ValidationError
 
 from exo.worker.protocol.commands import (
@@ -48,10 +47,7 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.messages import LINE_BYTES, Message
 from exo.worker.protocol.validation import describe
 from exo.worker.protocol.wire import encode, read_commands, take_protocol_stream
-from exo.worker.runner_common.constraint import Constraint
-from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_effort import effort
-from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from exo.worker.runner_common.request_checks import (
     input_refusal,
     length_limit,
@@ -75,6 +71,10 @@ from tests.support.fake_model import (
 )
 from tests.support.fake_options import CONTEXTS, FakeOptions
 
+if TYPE_CHECKING:
+    from exo.worker.runner_common.constraint import Constraint
+    from tests.support.fake_constraints import FakeConstraints
+
 COMMAND = (sys.executable, "-m", "tests.support.fake_program")
 
 
@@ -90,7 +90,7 @@ class FakeRunner:
     capabilities: Capabilities | None = None
     sequences: dict[str, FakeSequence] = field(default_factory=dict[str, FakeSequence])
     """In order of arrival; the first ``slots`` run, the others wait."""
-    compiler: GrammarCompiler | None = None
+    constraints: "FakeConstraints | None" = None
     questions: dict[str, Embed | Rank] = field(default_factory=dict[str, Embed | Rank])
     """In order of arrival; each step computes a chunk of the first."""
     computed: int = 0
@@ -269,10 +269,9 @@ class FakeRunner:
             return
         limit = length_limit(request, len(prompt), self.options.n_ctx)
         resumed = resume(request, len(prompt), limit, Vocabulary())
-        try:
-            constraint = self.constraint(request) if resumed.ended is None else None
-        except GrammarError as error:
-            self.emit(grammar_failure(request.id, error))
+        constraint = self.constraint(request) if resumed.ended is None else None
+        if isinstance(constraint, Failed):
+            self.emit(constraint)
             return
         self.begin()
         state = hash_tokens([*prompt, *request.delivered])
@@ -284,18 +283,14 @@ class FakeRunner:
         elif constraint is not None and constraint.finished:
             self.finish(sequence, "stop")
 
-    def constraint(self, request: Generate) -> Constraint | None:
+    def constraint(self, request: Generate) -> "Constraint | Failed | None":
         if request.grammar is None and request.reasoning is None:
             return None
-        grammar, budget, piece_of = None, None, Vocabulary().piece_of
-        if request.grammar is not None:
-            if self.compiler is None:
-                special = SPECIAL_TOKENS.values()
-                self.compiler = GrammarCompiler(piece_of, lambda token: token in special, [EOS], 258)
-            grammar = self.compiler.compile(request.grammar, request.delivered)
-        if (limit := request.reasoning) is not None:
-            budget = ReasoningBudget(limit, list(limit.closing.encode()), piece_of, request.delivered)
-        return Constraint(258, grammar, budget)
+        if self.constraints is None:
+            from tests.support.fake_constraints import FakeConstraints
+
+            self.constraints = FakeConstraints()
+        return self.constraints.of(request)
 
     def begin(self) -> None:
         """Reports the state before the first request is added."""
@@ -393,8 +388,8 @@ class FakeRunner:
     def only_an_end_is_left(self, sequence: FakeSequence) -> bool:
         if sequence.constraint is None:
             return False
-        allowed = np.flatnonzero(sequence.constraint.mask())
-        return allowed.tolist() == [EOS]
+        allowed = sequence.constraint.mask()
+        return bool(allowed[EOS]) and not allowed[:EOS].any()
 
     def decode(self, sequence: FakeSequence) -> Delta:
         request = sequence.request
