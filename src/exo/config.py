@@ -32,6 +32,7 @@ from exo.config_values import (
     matching,
     value_of,
 )
+from exo.worker.protocol.remote_host import HostsError, RemoteHost, read_hosts
 from exo.worker.protocol.runners import Prefer
 
 DEFAULT_PORT = 52415
@@ -266,6 +267,8 @@ class Settings:
     service_name: str = "exo"
     """The server's name in traces."""
     other_folders: OtherFolders = OtherFolders()
+    hosts: tuple[RemoteHost, ...] = ()
+    """Other machines that run models for the server."""
 
     @property
     def is_local(self) -> bool:
@@ -329,7 +332,15 @@ class Settings:
             otlp_endpoint=value_of("--otlp-endpoint", otlp_endpoint, "OTEL_EXPORTER_OTLP_ENDPOINT", _url, None),
             service_name=value_of("", None, "OTEL_SERVICE_NAME", lambda given: given.value, "exo"),
             other_folders=OtherFolders.load(),
+            hosts=_remote_hosts(data / "hosts.toml"),
         )
+
+
+def _remote_hosts(file: Path) -> tuple[RemoteHost, ...]:
+    try:
+        return read_hosts(file)
+    except HostsError as error:
+        raise SettingsError(str(error)) from error
 
 
 def variables_without_effect() -> list[str]:

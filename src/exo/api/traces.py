@@ -141,7 +141,7 @@ def _attributes(record: RequestRecord, operation: str) -> Iterator[tuple[str, At
         yield "error.type", record.error
     if record.route is not None:
         yield "gen_ai.response.model", record.model
-        yield "exo.runner", record.route.runner
+        yield "exo.runner", record.route.place
         yield "exo.backend", record.route.backend
         yield "exo.instance", record.instance
         yield "exo.route", record.route.reason

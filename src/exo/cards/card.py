@@ -171,6 +171,10 @@ class ModelCard(_CardTable):
     prefer: Prefer | None = None
     """How to choose between runners that have loaded the model. None takes the server's setting, whose default is the
     order of ``backends``."""
+    hosts: Annotated[Names, Field(min_length=1)] | None = None
+    """The hosts that may serve the model, in order of preference; "local" is this machine. None: all, it first."""
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """The most instances, one on each host. Another one is loaded when no instance has a free slot."""
     uses_cfg: bool = False
     trust_remote_code: bool = False
     """Upstream's key. It has no effect: exo never runs code that comes with weights."""

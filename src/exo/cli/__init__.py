@@ -28,6 +28,7 @@ COMMANDS = {
     "ps": ("exo.cli.server.ps:ps", "Show the models that the running server has loaded."),
     "top": ("exo.cli.server.top:top", "Show the running server's models, memory and requests, live."),
     "stop": ("exo.cli.server.stop:stop", "Unload a model from the running server."),
+    "node": ("exo.cli.node:node", "Tell a server on another machine what this one has. A server starts it."),
     "route": ("exo.cli.route:route", "Show which runner would serve a model here, and why."),
     "doctor": (
         "exo.cli.doctor.command:doctor",

@@ -12,7 +12,7 @@ from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import AsJson, Model, ModelsDir
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
-from exo.worker.router import Refusal, model_not_found, parse_model
+from exo.worker.router import NO_REMOTE_HOSTS, Refusal, model_not_found, parse_model
 from exo.worker.router import route as decide
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.speed_store import SpeedStore
@@ -29,10 +29,15 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
         decision = model_not_found(wish.name, catalogue.suggest(wish.name))
     else:
         host, speeds = anyio.run(probe_host), SpeedStore(settings.speeds_file)
+        remote = NO_REMOTE_HOSTS
+        if settings.hosts:
+            from exo.worker.supervisor.ask_hosts import ask_hosts
+
+            remote = anyio.run(ask_hosts, settings.hosts)
         speeds.set_host(host)
         known = known_speeds(speeds, card)
         preference = speeds.preference(card, card.prefer or settings.prefer, load=1, now=time.time())
-        decision = decide(wish.runner, card, host, (), card.needs, preference=preference)
+        decision = decide(wish.runner, card, host, (), card.needs, preference=preference, remote=remote)
     if isinstance(decision, Refusal):
         code = ExitCode.NOT_FOUND if decision.code == "model_not_found" else ExitCode.FAILED
         if as_json:
@@ -41,9 +46,11 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
         raise CommandError(decision.message, code)
     if as_json:
         answer = {"runner": decision.runner, "backend": decision.backend, "reason": decision.reason}
+        answer |= {"host": decision.host} if decision.host else {}
         out.print_json(json.dumps({**answer, "speeds": [each.model_dump() for each in known]}))
         return
-    say(f"{model} -> runner {decision.runner}, backend {decision.backend}")
+    where = f", host {decision.host}" if decision.host else ""
+    say(f"{model} -> runner {decision.runner}, backend {decision.backend}{where}")
     say(decision.reason)
     for each in known:
         say(f"  {each}")

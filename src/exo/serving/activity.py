@@ -157,14 +157,14 @@ class RequestRecord:
         self._activity.add(self)
 
     def routed(self, route: Route) -> None:
-        """The router has chosen a runner. This is a failover if the last one was of another kind."""
-        if self.route is not None and self.instance and route.runner != self.route.runner:
+        """The router has chosen a runner. This is a failover if the last one was of another kind or on another host."""
+        if self.route is not None and self.instance and route.place != self.route.place:
             self.failovers += 1
             self._totals.failovers += 1
         self.settle()
         self.route = route
         self.routes.append((time.monotonic(), route))
-        self._totals = self._activity.totals.requests[self.model, route.runner, route.backend]
+        self._totals = self._activity.totals.requests[self.model, route.place, route.backend]
         self._totals.routes[route.criterion] += 1
         self.enter("queued")
 

@@ -5,8 +5,10 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
+from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 
 from exo.cards.card import ModelCard
@@ -21,12 +23,17 @@ from exo.serving.loaded_models import LoadedModels
 from exo.serving.pictures import Pictures
 from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
-from exo.worker.host import Host, unused_gpus
+from exo.store.progress import DownloadProgress
+from exo.worker.host import Host, differing_engines, unused_gpus
+from exo.worker.router import Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.host_memory import capacity
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
 from exo.worker.supervisor.watchdog import Deadlines
+
+if TYPE_CHECKING:  # few servers have other hosts
+    from exo.serving.host_links import HostLinks
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class Services:
             Deadlines.of_load(limits.load_seconds),
             keep_seconds=limits.keep_seconds,
             on_measured=self._measured,
+            hosts=settings.hosts,
             prefix_directory=settings.prefix_directory,
             residence_seconds=limits.residence_seconds,
             evict_seconds=limits.evict_seconds,
@@ -68,9 +76,14 @@ class Services:
         )
         self.queues = Queues(limits.max_queue, self.pool.slots)
         self._prober = HostProber(commands, partial(self._set_host, limits.memory))
-        self.routing = Routing(self.cards, self._prober, self.pool, self.queues, self.speeds, settings.prefer)
+        self.links = _links(settings, self.pool)
+        self._auto_pull = settings.auto_pull
+        self._tasks: TaskGroup  # exists while the server runs
+        self.routing = Routing(
+            self.cards, self._prober, self.links, self.pool, self.queues, self.speeds, settings.prefer
+        )
         self.models = LoadedModels(
-            self.cards, self.routing, self.pool, self.pulls, self.templates, limits.drain_seconds
+            self.cards, self.routing, self.pool, self.ensure_files, self.templates, limits.drain_seconds
         )
 
     @property
@@ -82,13 +95,30 @@ class Services:
     def notices(self) -> list[str]:
         """Notes for the operator about this host, such as a GPU that is not used."""
         unused = unused_gpus(self._prober.host) if self._prober.host is not None else ""
-        return [unused] if unused else []
+        notices = [unused] if unused else []
+        if self.links is not None:
+            notices += (f"host {name} {why}" for name, why in self.links.down.items())
+            notices += () if self._prober.host is None else differing_engines(self._prober.host, self.links.up)
+        return notices
+
+    def ensure_files(self, route: Route, card: ModelCard) -> AsyncGenerator[DownloadProgress]:
+        """See ``Pulls.ensure``; on the host of the route."""
+        if self.links is None or not route.host:
+            return self.pulls.ensure(card, route.runner)
+        return self.links.ensure(route.host, card, route.runner, allowed=self._auto_pull)
+
+    def load_replica(self, card: ModelCard, route: Route) -> None:
+        """Loads one more instance of a model in the background."""
+        self._tasks.start_soon(self.models.load_replica, card, route)
 
     @asynccontextmanager
     async def running(self, load: Iterable[str] = ()) -> AsyncGenerator[None]:
         """Probes the host and loads the models ``load`` in the background; ends every process on leaving."""
         async with self.pool, self.pulls, anyio.create_task_group() as tasks:
+            self._tasks = tasks
             tasks.start_soon(self._prober.run)
+            if self.links is not None:
+                tasks.start_soon(self.links.run)
             tasks.start_soon(self._save_speeds)
             tasks.start_soon(self._follow_cards)
             for model in load:
@@ -129,3 +159,11 @@ class Services:
             except Exception:
                 log.exception("the files of the model cards could not be read; the cards stay as they are")
             await anyio.sleep(_CARDS_SECONDS)
+
+
+def _links(settings: Settings, pool: RunnerPool) -> "HostLinks | None":
+    if not settings.hosts:
+        return None
+    from exo.serving.host_links import HostLinks
+
+    return HostLinks(settings.hosts, pool)

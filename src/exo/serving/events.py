@@ -22,6 +22,8 @@ class Routed:
 
     runner: str
     reason: str
+    host: str = ""
+    """The remote host that serves it; empty for this machine."""
 
 
 @dataclass(frozen=True, slots=True)

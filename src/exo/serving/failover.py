@@ -1,6 +1,6 @@
 """Runners for one request: the first, and another one whenever one dies."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from itertools import count
@@ -11,10 +11,12 @@ import anyio
 
 from exo.cards.card import ModelCard
 from exo.serving.activity import current_record
+from exo.serving.affinity import prefix_keys
 from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, model_changed, unknown_model
 from exo.serving.events import Loading, Routed
 from exo.serving.pull_jobs import pull_note
+from exo.serving.request import Prompt
 from exo.serving.routing import RequestedModel
 from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Embed, Rank, Tokenize
@@ -55,16 +57,19 @@ class Failover:
         model: RequestedModel,
         needs: Mapping[Need, str] | None,
         keep_seconds: float | None = None,
+        prompts: Sequence[Prompt] = (),
     ) -> None:
         """``needs`` is passed to ``Routing.choose``.
 
-        ``keep_seconds`` is how long the model then stays loaded without being used; None changes nothing.
+        ``keep_seconds`` is how long the model then stays loaded without being used; None changes nothing. ``prompts``
+        are what the runner will compute.
         """
         self.runner: LoadedRunner  # the last one that ``connect`` has found
         self._services = services
         self._model = model
         self._needs = needs
         self._keep_seconds = keep_seconds
+        self._prefixes = prefix_keys(model.card.model_id, prompts) if services.links is not None else ()
         self._record = current_record()
         self._in_use = ExitStack()
         self._first: LoadedRunner | None = None  # it made the prompt, so all others must have the same model
@@ -97,19 +102,21 @@ class Failover:
             if attempt or self._first is not None:
                 self._look_at_card_again()
             card = self._model.card
-            route = await services.routing.choose(self._model, self._needs)
+            route = await services.routing.choose(self._model, self._needs, prefixes=self._prefixes)
             self._record.routed(route)
-            yield Routed(route.runner, route.reason)
+            yield Routed(route.runner, route.reason, route.host)
             process: RunnerProcess | None = None
             try:
                 if route.instance is None:
-                    async with aclosing(services.pulls.ensure(card, route.runner)) as pull:
+                    async with aclosing(services.ensure_files(route, card)) as pull:
                         async for progress in pull:
                             self._record.enter("loading")
                             yield Loading(pull_note(progress))
                 process = pool.acquire(route, card)
                 self._record.instance = self._in_use.enter_context(pool.using(process))
-                services.routing.sent(card, route)
+                services.routing.sent(card, route, self._prefixes, self._record.instance)
+                if route.replica is not None:
+                    services.load_replica(card, replace(route, host=route.replica, instance=None))
                 if self._keep_seconds is not None:
                     pool.keep_alive(card.model_id, self._keep_seconds)
                 if process.capabilities is None:
@@ -134,12 +141,12 @@ class Failover:
                     await anyio.sleep(error.retry_seconds)
                 elif error.failed.code != "runner_died":
                     # This runner would fail in the same way again; another engine may not.
-                    unable.add(route.runner)
+                    unable.add(route.place)
                     failed.append(error.failed)
                     other = await services.routing.choose(self._model, self._needs)
-                    if other.runner in unable:
+                    if other.place in unable:
                         raise
-                elif not budget.allows_replay(route.runner, produced_output=False):
+                elif not budget.allows_replay(route.place, produced_output=False):
                     raise RunnerError(spent(error.failed), _RETRY_SECONDS) from None
             else:
                 self._check_model()
@@ -178,7 +185,7 @@ class Failover:
         if failed.code not in DEATHS or not process.died_of(failed) or process.blames(failed.id):
             raise RunnerError(failed) from None
         if not process.displaced and not budget.allows_replay(
-            runner.route.runner, produced_output=process.produced_output.is_set()
+            runner.route.place, produced_output=process.produced_output.is_set()
         ):
             raise RunnerError(spent(failed), _RETRY_SECONDS) from None
 

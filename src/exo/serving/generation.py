@@ -174,7 +174,7 @@ class Generation:
         # a scope that is open while a generator yields would cancel its reader at the wrong place.
         with (
             self._services.queues.place(model_id, self.n_choices, names) as self.place,
-            Failover(self._services, self._model, request.needs, request.keep_seconds) as failover,
+            Failover(self._services, self._model, request.needs, request.keep_seconds, request.prompts) as failover,
         ):
             self.record.begin(model_id, self.n_choices, self.place, request.n)
             async with aclosing(self._events(failover)) as batches:

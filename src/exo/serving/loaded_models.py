@@ -1,19 +1,32 @@
 """Models in memory: those loaded at the start, and unloading."""
 
 import logging
+import math
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import final
 
+import anyio
+
+from exo.cards.card import ModelCard
 from exo.cards.catalogue import LiveCatalogue
 from exo.chat.template.renderer import TemplateError, TemplateWorker
 from exo.serving.errors import ServingError, unknown_model
-from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
+from exo.store.progress import DownloadProgress
+from exo.worker.protocol.events import Capabilities
+from exo.worker.protocol.remote_host import LOCAL
+from exo.worker.router import Route
 from exo.worker.supervisor.instance import InstanceReport, settings_digest
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_error import RunnerError
 
 log = logging.getLogger(__name__)
+
+_REPLICA_SECONDS = 60.0
+"""Time between two attempts to load a replica that fails."""
+
+EnsureFiles = Callable[[Route, ModelCard], AsyncGenerator[DownloadProgress]]
 
 
 @final
@@ -25,7 +38,7 @@ class LoadedModels:
         cards: LiveCatalogue,
         routing: Routing,
         pool: RunnerPool,
-        pulls: Pulls,
+        ensure_files: EnsureFiles,
         templates: TemplateWorker,
         drain_seconds: float,
     ) -> None:
@@ -34,21 +47,17 @@ class LoadedModels:
         self._cards = cards
         self._routing = routing
         self._pool = pool
-        self._pulls = pulls
+        self._ensure_files = ensure_files
         self._templates = templates
         self._drain_seconds = drain_seconds
+        self._replicas: dict[tuple[str, str], float] = {}  # by model and host: no replica is loaded before this time
 
     async def load(self, model: str) -> None:
         """Loads a model and compiles its chat template. A failure is logged and added to ``start_failures``."""
         try:
             requested = self._routing.resolve(model)
             chosen = await self._routing.choose(requested)
-            async with aclosing(self._pulls.ensure(requested.card, chosen.runner)) as pull:
-                async for _ in pull:
-                    pass
-            process = self._pool.acquire(chosen, requested.card)
-            with self._pool.using(process):
-                capabilities = await process.ready()
+            capabilities = await self._load(chosen, requested.card)
             if capabilities.chat_template is not None:
                 await self._templates.prepare(capabilities.chat_template)
         except (ServingError, RunnerError, TemplateError) as error:
@@ -57,6 +66,31 @@ class LoadedModels:
         except Exception as error:
             log.exception("%s could not be loaded", model)
             self.start_failures[model] = f"internal error: {error!r}"
+
+    async def load_replica(self, card: ModelCard, route: Route) -> None:
+        """Loads one more instance of a model, unless that is under way or has just failed."""
+        key, now = (card.model_id, route.host), anyio.current_time()
+        if self._replicas.get(key, -math.inf) > now:
+            return
+        self._replicas[key] = math.inf
+        log.info("%s has no free slot and is loaded on host %s as well", card.model_id, route.host or LOCAL)
+        try:
+            await self._load(route, card)
+            self._replicas[key] = -math.inf
+        except (ServingError, RunnerError) as error:
+            log.warning("%s is not loaded on host %s: %s", card.model_id, route.host or LOCAL, error)
+            self._replicas[key] = anyio.current_time() + _REPLICA_SECONDS
+        except Exception:
+            log.exception("%s could not be loaded on host %s", card.model_id, route.host or LOCAL)
+            self._replicas[key] = anyio.current_time() + _REPLICA_SECONDS
+
+    async def _load(self, route: Route, card: ModelCard) -> Capabilities:
+        async with aclosing(self._ensure_files(route, card)) as pull:
+            async for _ in pull:
+                pass
+        process = self._pool.acquire(route, card)
+        with self._pool.using(process):
+            return await process.ready()
 
     async def unload(self, name: str) -> tuple[str, bool]:
         """Unloads a model when its requests have ended or their time is over.

@@ -64,8 +64,10 @@ class Pulls:
         self._tasks.cancel_scope.cancel()
         return await self._tasks.__aexit__(kind, error, trace)
 
-    async def ensure(self, card: ModelCard, runner: str) -> AsyncGenerator[DownloadProgress]:
-        """Downloads the files of a runner that are missing.
+    async def ensure(
+        self, card: ModelCard, runner: str, *, allowed: bool | None = None
+    ) -> AsyncGenerator[DownloadProgress]:
+        """Downloads the files of a runner that are missing. ``allowed`` overrides the setting for that.
 
         If the card names no repository, or a file outside of it, nothing is downloaded and the runner explains the
         error. Raises ``ServingError``, also if files are missing and the settings do not allow downloads.
@@ -82,7 +84,7 @@ class Pulls:
             found = await run_sync(self._on_disk, source)
             if found.state == "present":
                 continue
-            if not self._settings.auto_pull:
+            if not (self._settings.auto_pull if allowed is None else allowed):
                 raise _not_downloaded(card, source, found)
             try:
                 async with aclosing(self._join(source)) as steps:

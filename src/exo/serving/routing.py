@@ -1,21 +1,34 @@
 """From the model that a request names to its model card and a runner."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import LiveCatalogue
 from exo.serving.admission import Queues
+from exo.serving.affinity import PrefixAffinity
 from exo.serving.errors import RequestError, from_refusal, unknown_model
 from exo.serving.host_prober import HostProber
 from exo.worker.host import Host
 from exo.worker.protocol.runners import Need, Prefer
-from exo.worker.router import Refusal, Route, Wish, adapter_not_found, parse_model, route
+from exo.worker.router import (
+    NO_REMOTE_HOSTS,
+    Refusal,
+    RemoteHosts,
+    Route,
+    Wish,
+    adapter_not_found,
+    parse_model,
+    route,
+)
 from exo.worker.speed import Preference
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
+
+if TYPE_CHECKING:
+    from exo.serving.host_links import HostLinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,7 @@ class Routing:
         self,
         cards: LiveCatalogue,
         prober: HostProber,
+        links: "HostLinks | None",
         pool: RunnerPool,
         queues: Queues,
         speeds: SpeedStore,
@@ -48,6 +62,8 @@ class Routing:
         """``prefer`` applies to model cards that do not state a preference."""
         self._cards = cards
         self._prober = prober
+        self._links = links
+        self._affinity = PrefixAffinity()
         self._pool = pool
         self._queues = queues
         self._speeds = speeds
@@ -85,21 +101,34 @@ class Routing:
         message = f"model: this field is required; loaded are {', '.join(loaded) or 'none'}"
         raise RequestError(message[:1000], code="missing_parameter", param="model")
 
-    async def choose(self, model: RequestedModel, needs: Mapping[Need, str] | None = None, arriving: int = 0) -> Route:
+    async def choose(
+        self,
+        model: RequestedModel,
+        needs: Mapping[Need, str] | None = None,
+        arriving: int = 0,
+        prefixes: Sequence[bytes] = (),
+    ) -> Route:
         """The route of a request. Waits until the host has been probed. Raises ``ServingError``.
 
         ``needs`` is passed to ``router.route``; None means what the model card is for. ``arriving`` is the number of
-        the request's sequences if it has no place in the queue yet.
+        the request's sequences if it has no place in the queue yet. ``prefixes`` are the keys of its prompt.
         """
-        decision = self._decide(model, self._prober.host or await self._prober.first(), needs, arriving)
+        if self._links is not None:
+            await self._links.tried()
+        decision = self._decide(model, self._prober.host or await self._prober.first(), needs, arriving, prefixes)
         if isinstance(decision, Refusal) and decision.code == "runner_unavailable":
-            decision = self._decide(model, await self._prober.probe_again(), needs, arriving)
+            decision = self._decide(model, await self._prober.probe_again(), needs, arriving, prefixes)
         if isinstance(decision, Refusal):
             raise from_refusal(decision, runner_requested=model.runner is not None)
         return decision
 
     def _decide(
-        self, model: RequestedModel, host: Host, needs: Mapping[Need, str] | None, arriving: int
+        self,
+        model: RequestedModel,
+        host: Host,
+        needs: Mapping[Need, str] | None,
+        arriving: int,
+        prefixes: Sequence[bytes],
     ) -> Route | Refusal:
         card = model.card
         prefer = card.prefer or self._prefer
@@ -108,10 +137,22 @@ class Routing:
             preference = self._speeds.preference(card, prefer, self._load(card, arriving), time.time())
         live, failing = self._pool.live_for(card), self._pool.avoided(card)
         needs = card.needs if needs is None else needs
-        return route(model.runner, card, host, live, needs, failing, preference, model.adapter)
+        remote = NO_REMOTE_HOSTS if self._links is None else self._remote(self._links, card, prefixes)
+        return route(model.runner, card, host, live, needs, failing, preference, model.adapter, remote)
 
-    def sent(self, card: ModelCard, route: Route) -> None:
-        """Notes that a request has taken this route; later decisions depend on it."""
+    def _remote(self, links: "HostLinks", card: ModelCard, prefixes: Sequence[bytes]) -> RemoteHosts:
+        up = links.up
+        full = [
+            (backend, host)
+            for backend in card.backends
+            for host in ("", *up)
+            if not self._pool.has_room(card, backend, host)
+        ]
+        return RemoteHosts(up, links.down, full, self._affinity.find(prefixes))
+
+    def sent(self, card: ModelCard, route: Route, prefixes: Sequence[bytes], instance: str) -> None:
+        """Notes that a request has taken this route to an instance; later decisions depend on it."""
+        self._affinity.note(prefixes, instance)
         if route.basis != "order":
             self._speeds.count_request(card.model_id, route.runner, self._load(card), route.basis)
 

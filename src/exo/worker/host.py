@@ -3,7 +3,7 @@
 ``supervisor/host_probe.py`` finds all of it out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from exo.worker.protocol.one_shot import Probe
@@ -71,6 +71,15 @@ def unused_gpus(host: Host) -> str:
     names = ", ".join(dict.fromkeys(each.name for each in host.nvidia_devices))
     remedy = f"; to fix it: {probe.remedy}" if probe.remedy else ""
     return f"llama.cpp does not use {names}: {'; '.join(probe.notes) or 'it gives no reason'}{remedy}"
+
+
+def differing_engines(here: Host, others: Mapping[str, Host]) -> Iterator[str]:
+    """A sentence for each engine that another host has in another version. Its texts may differ by rounding."""
+    for name, host in others.items():
+        for runner, there in host.probes.items():
+            ours = here.probes.get(runner)
+            if ours is not None and ours.installed and there.installed and ours.version != there.version:
+                yield f"host {name} has {there.engine} {there.version}, and this machine {ours.version}"
 
 
 def updated(before: Host, now: Host) -> Host:

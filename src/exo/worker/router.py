@@ -1,17 +1,21 @@
 """The router: a pure function from a request's needs and the state of the host to a runner, with an explanation.
 
 Its criteria, in order: the runner that the request names, the card's ``runner``, the card's ``backends`` in their
-order, the host's devices, the request's needs, repeated failures, measured speed where that is preferred, and load.
-Each one only narrows the choice that the one before it left, so a request never overrules its model card.
+order, the hosts' devices, the request's needs, repeated failures, measured speed where that is preferred, the room on
+the hosts, and load. Each one only narrows the choice that the one before it left, so a request never overrules its
+model card.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 from exo.cards.card import ModelCard, Task
 from exo.worker.host import Host
 from exo.worker.protocol.events import Capabilities, RunnerState
+from exo.worker.protocol.remote_host import LOCAL
 from exo.worker.protocol.runners import RUNNERS, Need
 from exo.worker.speed import Basis, Pick, Preference, pick
 
@@ -52,6 +56,18 @@ class LiveRunner:
     waiting: int
     capabilities: Capabilities | None
     """None until the model is loaded."""
+    host: str = ""
+    """The remote host where it runs; empty for this machine."""
+
+    @property
+    def place(self) -> str:
+        """See ``Route.place``."""
+        return place(self.runner, self.host)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another request would wait for a slot."""
+        return self.active + self.waiting >= max(self.slots, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,15 @@ class Route:
     """One sentence for the user, in printable ASCII because it becomes a header."""
     basis: Basis = "order"
     criterion: Criterion = field(default="preferred", compare=False)
+    host: str = ""
+    """The remote host where it runs; empty for this machine."""
+    replica: str | None = None
+    """The host where one more instance should be loaded, because all that there are have no free slot."""
+
+    @property
+    def place(self) -> str:
+        """Runner and host, such as "cuda@gpu2"; the runner alone for this machine."""
+        return place(self.runner, self.host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +99,28 @@ class Refusal:
     code: RefusalCode
     message: str
     param: str
+
+
+def place(runner: str, host: str) -> str:
+    """See ``Route.place``."""
+    return f"{runner}@{host}" if host else runner
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHosts:
+    """The remote hosts that can be used now, and what the choice between hosts depends on."""
+
+    hosts: Mapping[str, Host] = field(default_factory=dict[str, Host])
+    """By name, in the order of the user's file."""
+    down: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Why the others cannot be used, by name."""
+    full: Collection[tuple[str, str]] = ()
+    """Backend and host, where the model does not fit beside those that are loaded."""
+    cached_on: str | None = None
+    """The instance that has computed the longest prefix of the request."""
+
+
+NO_REMOTE_HOSTS = RemoteHosts()
 
 
 def parse_model(model: str) -> Wish:
@@ -103,13 +150,15 @@ def route(
     failing: Collection[str] = (),
     preference: Preference | None = None,
     adapter: str = "",
+    remote: RemoteHosts | None = None,
 ) -> Route | Refusal:
     """Chooses the runner of a request.
 
     ``wish`` is the runner that the request names, if any. ``needs`` maps each need of the request to the parameter that
-    causes it. The order of ``live`` does not matter. ``failing`` are runners that keep dying with this model; they are
-    the last resort. With a ``preference``, measured speed decides between runners that have loaded the model.
-    ``adapter`` is one of the card's, if the request names one.
+    causes it. The order of ``live`` does not matter. ``failing`` are places where runners keep dying with this model;
+    they are the last resort. With a ``preference``, measured speed decides between runners that have loaded the model.
+    ``adapter`` is one of the card's, if the request names one. ``remote`` are the other machines; None asks about this
+    one alone, whatever hosts the card names.
     """
     if wish is not None and wish not in RUNNERS:
         return Refusal("runner_not_found", f"there is no runner {wish!r}; known are {', '.join(RUNNERS)}", "model")
@@ -123,11 +172,17 @@ def route(
         message = f"adapters change generated text only; name {card.model_id} without {adapter!r}"
         return Refusal("unsupported_parameter", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
-    candidates = [_examine(backend, wish, card, host, mine, needs, adapter) for backend in card.backends]
+    places = [("", host)] if remote is None else _places(card, host, remote)
+    remote = remote or NO_REMOTE_HOSTS
+    candidates = [
+        _examine(backend, wish, card, each, name, mine, needs, adapter)
+        for backend in card.backends
+        for name, each in places
+    ]
     possible = [each for each in candidates if each.hurdle is None]
     if not possible:
-        return _refuse(wish, card, host, candidates, needs)
-    willing = [each for each in possible if each.runner not in failing] or possible
+        return _refuse(wish, card, dict(places), remote, candidates, needs)
+    willing = [each for each in possible if each.place not in failing] or possible
     able = [each for each in mine if not _lacking(_offer(each, card), needs)]
     loaded = {each.runner for each in able if each.state in _READY}
     runners = tuple(dict.fromkeys(each.runner for each in willing))
@@ -135,17 +190,41 @@ def route(
     if preference is not None and tasks is _GENERATION and len(runners) > 1:
         picked = pick([each for each in runners if each in loaded], preference)
     chosen = next((each for each in willing if picked is not None and each.runner == picked.runner), willing[0])
-    instances = [each for each in able if each.runner == chosen.runner]
-    left_out = {each.runner for each in possible} - {each.runner for each in willing}
-    passed_over = list(_passed_over(candidates[: candidates.index(chosen)], left_out, loaded))
+    hosts = {each.host: each for each in willing if (each.backend, each.runner) == (chosen.backend, chosen.runner)}
+    instances = [each for each in able if each.runner == chosen.runner and each.host in hosts]
+    roomy = [name for name in hosts if (chosen.backend, name) not in remote.full]
+    best = min(instances, key=partial(_rank, cached_on=remote.cached_on)) if instances else None
+    chosen = hosts[best.host] if best is not None else hosts[next(iter(roomy or hosts))]
+    left_out = {each.place for each in possible} - {each.place for each in willing}
+    full = remote.full if best is None else ()
+    passed_over = list(_passed_over(candidates, chosen, left_out, loaded, full))
     return Route(
         runner=chosen.runner,
-        instance=min(instances, key=_rank).instance if instances else None,
+        instance=None if best is None else best.instance,
         backend=chosen.backend,
         reason=_explain(wish, card, chosen, passed_over, picked),
         basis="order" if picked is None else picked.basis,
         criterion=_criterion(wish, card, picked, passed_over=bool(passed_over), left_out=bool(left_out)),
+        host=chosen.host,
+        replica=_replica(card, instances, roomy),
     )
+
+
+def _places(card: ModelCard, host: Host, remote: RemoteHosts) -> list[tuple[str, Host]]:
+    """The hosts that may serve the card, in order: those that it names, or else this machine and then all others."""
+    known = {"": host, **remote.hosts}
+    if card.hosts is None:
+        return list(known.items())
+    wanted = ("" if name == LOCAL else name for name in card.hosts)
+    return [(name, known[name]) for name in wanted if name in known]
+
+
+def _replica(card: ModelCard, instances: Sequence[LiveRunner], roomy: Sequence[str]) -> str | None:
+    """The host for one more instance when none has a free slot or is about to have one."""
+    most = math.inf if card.replicas == "auto" else card.replicas
+    if not instances or len(instances) >= most or not all(each.state in _READY and each.is_full for each in instances):
+        return None
+    return next((name for name in roomy if all(each.host != name for each in instances)), None)
 
 
 def _criterion(
@@ -172,6 +251,16 @@ class _Candidate:
     hurdle: Literal["excluded", "unserved", "host", "needs", "adapter"] | None = None
     why: str = "is available"
     need: Need | None = None
+    host: str = ""
+
+    @property
+    def place(self) -> str:
+        return place(self.runner, self.host)
+
+    @property
+    def subject(self) -> str:
+        """The backend, and where it is."""
+        return f"{self.backend} on {self.host}" if self.host else self.backend
 
 
 def _examine(
@@ -179,28 +268,33 @@ def _examine(
     wish: str | None,
     card: ModelCard,
     host: Host,
+    name: str,
     mine: Sequence[LiveRunner],
     needs: Mapping[Need, str],
     adapter: str,
 ) -> _Candidate:
+    """``name`` is the host's, empty for this machine."""
     runner = next((name for name, spec in RUNNERS.items() if backend in spec.backends), "")
     if wish not in (None, runner) or card.runner not in ("auto", runner):
-        return _Candidate(backend, runner, "excluded", "is not for the runner asked for")
+        return _Candidate(backend, runner, "excluded", "is not for the runner asked for", host=name)
     if not runner:
-        return _Candidate(backend, runner, "unserved", "is served by no runner of this version")
+        return _Candidate(backend, runner, "unserved", "is served by no runner of this version", host=name)
     probe = host.probes.get(runner)
+    where = "there" if name else "here"
     if probe is None or not probe.installed:
-        return _Candidate(backend, runner, "host", f"needs runner {runner}, which is not installed here")
+        why = f"needs runner {runner}, which is not installed {where}"
+        return _Candidate(backend, runner, "host", why, host=name)
     if backend not in probe.backends:
-        return _Candidate(backend, runner, "host", "has no device here")
+        return _Candidate(backend, runner, "host", f"has no device {where}", host=name)
     # A loaded instance shows what the model can do; a new instance of it could do the same.
     offers = [_offer(each, card) for each in mine if each.runner == runner and each.capabilities is not None]
     lacking = min(_lacking(offer, needs) for offer in offers or [_features(runner, card)])
     if lacking:
-        return _Candidate(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0])
+        return _Candidate(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0], name)
     if adapter and runner not in card.adapters.get(adapter, ()):
-        return _Candidate(backend, runner, "adapter", f"has no adapter {adapter!r} in [{runner}] of the model card")
-    return _Candidate(backend, runner)
+        why = f"has no adapter {adapter!r} in [{runner}] of the model card"
+        return _Candidate(backend, runner, "adapter", why, host=name)
+    return _Candidate(backend, runner, host=name)
 
 
 def _features(runner: str, card: ModelCard) -> frozenset[Need]:
@@ -221,21 +315,32 @@ def _lacking(offer: frozenset[Need], needs: Mapping[Need, str]) -> list[Need]:
     return [need for need in NEEDS if need in needs and need not in offer]
 
 
-def _rank(each: LiveRunner) -> tuple[bool, float, str]:
-    """Ready before loading, then by requests per slot. The instance's name only makes the order total."""
-    return each.state not in _READY, (each.active + each.waiting) / max(each.slots, 1), each.instance
+def _rank(each: LiveRunner, cached_on: str | None) -> tuple[bool, bool, float, str]:
+    """Ready before loading, then the one with the request's prefix if it has a free slot, then by requests per slot.
+
+    The instance's name only makes the order total.
+    """
+    no_prefix = each.instance != cached_on or each.is_full
+    return each.state not in _READY, no_prefix, (each.active + each.waiting) / max(each.slots, 1), each.instance
 
 
 def _passed_over(
-    before: Sequence[_Candidate], left_out: Collection[str], loaded: Collection[str]
+    candidates: Sequence[_Candidate],
+    chosen: _Candidate,
+    left_out: Collection[str],
+    loaded: Collection[str],
+    full: Collection[tuple[str, str]],
 ) -> Iterator[_Candidate]:
-    """The backends before the chosen one that were not compared with it by speed, each with the reason.
+    """The candidates before the chosen one that were not compared with it by speed, each with the reason.
 
-    ``left_out`` are the failing runners.
+    ``left_out`` are the failing places, ``full`` the backends and hosts without room.
     """
-    for each in before:
-        if each.hurdle is None and each.runner in left_out:
+    for each in candidates[: candidates.index(chosen)]:
+        if each.hurdle is None and each.place in left_out:
             yield replace(each, why=f"is left out while runner {each.runner} keeps failing")
+        elif each.hurdle is None and each.backend == chosen.backend:
+            if (each.backend, each.host) in full:
+                yield replace(each, why="has no room for it")
         elif each.hurdle is None and each.runner not in loaded:
             yield replace(each, why="is not loaded")
         elif each.hurdle not in (None, "excluded"):
@@ -246,27 +351,38 @@ def _explain(
     wish: str | None, card: ModelCard, chosen: _Candidate, passed_over: Sequence[_Candidate], picked: Pick | None
 ) -> str:
     if picked is not None and picked.runner is not None:
-        others = (f"{each.backend} {each.why}" for each in passed_over)
-        return "; ".join([f"{picked.why}, so {chosen.backend} is chosen", *others])
+        others = (f"{each.subject} {each.why}" for each in passed_over)
+        return "; ".join([f"{picked.why}, so {chosen.subject} is chosen", *others])
     first, *others = (*passed_over, chosen)
     if wish is not None:
-        opening = f"request asks for runner {wish}; {first.backend} {first.why}"
+        opening = f"request asks for runner {wish}; {first.subject} {first.why}"
     elif card.runner != "auto":
-        opening = f"card asks for runner {card.runner}; {first.backend} {first.why}"
+        opening = f"card asks for runner {card.runner}; {first.subject} {first.why}"
     else:
-        opening = f"card prefers {first.backend}, which {first.why}"
-    between = [f"{each.backend} {each.why}" for each in others[:-1]]
-    last = [f"{chosen.backend} is next and available"] if others else []
+        opening = f"card prefers {first.subject}, which {first.why}"
+    between = [f"{each.subject} {each.why}" for each in others[:-1]]
+    last = [f"{chosen.subject} is next and available"] if others else []
     return "; ".join([opening, *between, *last, *([] if picked is None else [picked.why])])
 
 
 def _refuse(
-    wish: str | None, card: ModelCard, host: Host, candidates: Sequence[_Candidate], needs: Mapping[Need, str]
+    wish: str | None,
+    card: ModelCard,
+    places: Mapping[str, Host],
+    remote: RemoteHosts,
+    candidates: Sequence[_Candidate],
+    needs: Mapping[Need, str],
 ) -> Refusal:
     """Names the hurdle of the backends that got furthest: a missing feature, a missing device, or an exclusion."""
     asked = wish or (card.runner if card.runner != "auto" else None)
     subject = f"runner {asked} cannot" if asked else "no runner can"
-    tried = "; ".join(f"{each.backend} {each.why}" for each in candidates if each.hurdle != "excluded")
+    down = [f"host {name} {why}" for name, why in remote.down.items() if card.hosts is None or name in card.hosts]
+    if not candidates:
+        known = [name for name in card.hosts or () if name not in remote.down]
+        absent = [f"no host is called {name}" for name in known]
+        message = f"{card.model_id} is for hosts {', '.join(card.hosts or ())}: {'; '.join([*down, *absent])}"
+        return Refusal("runner_unavailable", message, "model")
+    tried = "; ".join([*(f"{each.subject} {each.why}" for each in candidates if each.hurdle != "excluded"), *down])
     need: Need | None = next((each.need for each in candidates if each.need is not None), None)
     if need is not None:
         param = needs[need]
@@ -274,9 +390,9 @@ def _refuse(
         return Refusal("unsupported_parameter", message, param)
     if any(each.hurdle == "adapter" for each in candidates):
         return Refusal("unsupported_parameter", f"{subject} use that adapter of {card.model_id} here: {tried}", "model")
-    absent = dict.fromkeys(each.runner for each in candidates if each.hurdle == "host")
+    absent = dict.fromkeys((each.runner, each.host) for each in candidates if each.hurdle == "host")
     if absent:
-        probes = [host.probes[runner] for runner in absent if runner in host.probes]
+        probes = [places[name].probes[runner] for runner, name in absent if runner in places[name].probes]
         notes = "".join(f"; {note}" for probe in probes for note in probe.notes)
         remedies = "".join(f"; to fix it: {probe.remedy}" for probe in probes if probe.remedy)
         return Refusal("runner_unavailable", f"{subject} serve {card.model_id} here: {tried}{notes}{remedies}", "model")

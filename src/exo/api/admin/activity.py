@@ -35,6 +35,8 @@ class RequestActivity(BaseModel):
     model: str
     """The model id; empty if no model card has the name that was asked for."""
     runner: str
+    host: str = ""
+    """The other host where it runs; empty for this machine."""
     instance: str
     """The runner process; empty until the request has one."""
     route: str
@@ -79,6 +81,7 @@ class RequestActivity(BaseModel):
             path=record.path,
             model=record.model,
             runner="" if route is None else route.runner,
+            host="" if route is None else route.host,
             instance=record.instance,
             route="" if route is None else route.reason,
             phase=record.phase,
@@ -188,11 +191,11 @@ class _ActivityChanges:
         """The instances if one has changed, and new deaths."""
         reports = self._services.pool.reports()
         for report in reports:
-            kind = report.now.model_id, report.now.runner, report.settings
+            kind = report.now.model_id, report.now.place, report.settings
             if report.deaths > self._deaths.get(kind, 0) and (failed := report.last_failure) is not None:
                 self._deaths[kind] = report.deaths
                 yield _event("death", RunnerDeath(
-                    model=report.now.model_id, runner=report.now.runner, code=failed.code, message=failed.message,
+                    model=report.now.model_id, runner=report.now.place, code=failed.code, message=failed.message,
                     deaths=report.deaths, at=int(report.failed),
                 ))  # fmt: skip
         states = [
@@ -207,7 +210,7 @@ class _ActivityChanges:
 
     def _count_deaths(self) -> Iterator[tuple[tuple[str, str, str], int]]:
         for each in self._services.pool.reports():
-            yield (each.now.model_id, each.now.runner, each.settings), each.deaths
+            yield (each.now.model_id, each.now.place, each.settings), each.deaths
 
 
 def _event(name: str, body: BaseModel) -> bytes:

@@ -65,6 +65,8 @@ class _Scrape(Collector):
         for record in self._running:
             record.settle()
         self._gpus = gpus
+        links = services.links
+        self._hosts = {} if links is None else dict.fromkeys(links.up, True) | dict.fromkeys(links.down, False)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing has to be known before the scrape."""
@@ -78,12 +80,17 @@ class _Scrape(Collector):
         yield from self._failures()
         yield from self._loads()
         yield from self._devices()
+        if self._hosts:
+            up = GaugeMetricFamily("exo:host_up", "Whether another host can be used, 0 or 1.", labels=("host",))
+            for name, found in self._hosts.items():
+                up.add_metric((name,), int(found))
+            yield up
 
     def _load(self) -> Iterator[Metric]:
         running, waiting, tokens = Counter[Labels](), Counter[Labels](), Counter[Labels]()
         for record in self._running:
             assert record.route is not None
-            labels = record.model, record.route.runner, record.route.backend
+            labels = record.model, record.route.place, record.route.backend
             if record.phase in _RUNNING:
                 running[labels] += record.sequences
                 tokens[labels] += record.tokens_in_cache
@@ -150,7 +157,9 @@ class _Scrape(Collector):
         yield counts(
             "replayed_tokens", "Tokens of output that were not lost by that.", self._requests, "replayed_tokens"
         )
-        yield counts("failovers", "Requests that continued on another kind of runner.", self._requests, "failovers")
+        yield counts(
+            "failovers", "Requests that continued on another kind of runner, or host.", self._requests, "failovers"
+        )
         deaths = {each: totals.deaths for each, totals in self._instances.items()}
         yield _counter("runner_deaths", "Runner processes that failed.", deaths)
         refused = CounterMetricFamily("exo:refused_requests", "Requests that ended with an error.", labels=("code",))
@@ -194,7 +203,7 @@ class _Scrape(Collector):
 
 
 def _labels(report: InstanceReport) -> Labels:
-    return report.now.model_id, report.now.runner, report.backend
+    return report.now.model_id, report.now.place, report.backend
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -36,6 +36,8 @@ class Instance(BaseModel):
 
     model: str
     runner: str
+    host: str = ""
+    """The other host where it runs; empty for this machine. ``pid`` is the process there."""
     instance: str
     backend: str
     devices: list[str]
@@ -90,6 +92,11 @@ class Instance(BaseModel):
     retry_seconds: float
     """The time until this runner may be started with this model again; 0 if it runs or may be started now."""
 
+    @property
+    def place(self) -> str:
+        """Runner and host, such as "cuda@gpu2"; the runner alone for this machine."""
+        return f"{self.runner}@{self.host}" if self.host else self.runner
+
     @classmethod
     def of(cls, report: "InstanceReport", *, outdated: bool = False) -> Self:
         """The form of the API."""
@@ -98,6 +105,7 @@ class Instance(BaseModel):
         return cls(
             model=now.model_id,
             runner=now.runner,
+            host=now.host,
             instance=now.instance,
             backend=report.backend,
             devices=list(model.devices) if model else [],

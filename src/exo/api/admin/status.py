@@ -41,6 +41,8 @@ class RouteReport(BaseModel):
 
     model: str
     runner: str
+    host: str = ""
+    """The other host where it would run; empty for this machine."""
     instance: str | None
     backend: str
     reason: str
@@ -163,6 +165,7 @@ def server_routes(services: Services) -> APIRouter:
         return RouteReport(
             model=requested.card.model_id,
             runner=chosen.runner,
+            host=chosen.host,
             instance=chosen.instance,
             backend=chosen.backend,
             reason=chosen.reason,

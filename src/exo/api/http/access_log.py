@@ -32,7 +32,7 @@ def _words(record: RequestRecord) -> Iterator[str]:
     yield " ".join(filter(None, (record.client, record.method, record.path, f"({record.dialect})")))
     yield " ".join(filter(None, (str(record.status or "no reply"), record.phase, record.error)))
     if (route := record.route) is not None:
-        yield f"{record.model}@{route.runner} ({route.reason})"
+        yield f"{record.model}@{route.place} ({route.reason})"
         yield f"queue {record.seconds_in('queued'):.3f} s"
         if load := record.seconds_in("loading"):
             yield f"load {load:.3f} s"
@@ -57,6 +57,7 @@ def _facts(record: RequestRecord) -> dict[str, JsonValue]:
         "dialect": record.dialect,
         "model": record.model,
         "runner": None if route is None else route.runner,
+        **({"host": route.host} if route is not None and route.host else {}),
         "instance": record.instance or None,
         "route": None if route is None else route.reason,
         "phase": record.phase,

@@ -20,7 +20,7 @@ from exo.api.http.errors import ErrorBody
 from exo.config import Access, Settings, is_loopback
 from exo.serving.warnings import RequestWarnings, collecting
 
-EXPOSED_HEADERS = "retry-after, request-id, x-request-id, x-exo-runner, x-exo-route, x-exo-warning"
+EXPOSED_HEADERS = "retry-after, request-id, x-request-id, x-exo-runner, x-exo-host, x-exo-route, x-exo-warning"
 """The headers of a reply that a page of another origin may read."""
 WARNING_HEADER = "x-exo-warning"
 _PREFLIGHT_SECONDS = "600"

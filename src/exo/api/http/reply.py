@@ -72,5 +72,6 @@ class ReplyChoice:
 
 
 def route_headers(route: Route | Routed) -> dict[str, str]:
-    """The headers with the runner that serves the request, and the reason."""
-    return {"x-exo-runner": route.runner, "x-exo-route": route.reason}
+    """The headers with the runner that serves the request, its host if that is another machine, and the reason."""
+    headers = {"x-exo-runner": route.runner, "x-exo-route": route.reason}
+    return headers | {"x-exo-host": route.host} if route.host else headers

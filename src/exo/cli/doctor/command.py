@@ -20,9 +20,11 @@ from exo.setup.cuda import Plugin, installed_plugin, set_up_cuda
 from exo.setup.gpu_plugin import CUDA, GPU_BACKENDS, VULKAN, SelfTest, self_test
 from exo.setup.vulkan import VulkanPlugin, installed_vulkan
 from exo.terminal import printable
-from exo.worker.host import Host, NvidiaDevice, unused_gpus
+from exo.worker.host import Host, NvidiaDevice, differing_engines, unused_gpus
 from exo.worker.protocol.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
 from exo.worker.protocol.one_shot import Probe
+from exo.worker.router import NO_REMOTE_HOSTS, RemoteHosts
+from exo.worker.supervisor.ask_hosts import ask_hosts
 from exo.worker.supervisor.host_probe import TRY_SECONDS, probe_commands, probe_host
 
 _CROWDED = 0.1
@@ -43,17 +45,20 @@ def doctor(
     settings = Settings.load()
     catalogue = catalogue_of(settings)
     models = anyio.run(findings, catalogue, store_of(settings), host, settings)
+    remote = anyio.run(ask_hosts, settings.hosts) if settings.hosts else NO_REMOTE_HOSTS
     if as_json:
         by_backend = {each: asdict(result) for each, result in tested.items()}
         cuda = {"plugin": plugin and asdict(plugin), "self_test": by_backend.get(CUDA)}
         others = {"plugin": vulkan and asdict(vulkan), "self_test": by_backend.get(VULKAN)}
         prefixes = size_of_prefixes(settings.prefix_directory)
-        more = {
+        more: dict[str, object] = {
             "cuda": cuda,
             "vulkan": others,
             "models": [each.model_dump() for each in models],
             "prefix_bytes": prefixes,
         }
+        if settings.hosts:
+            more["hosts"] = {**{name: _as_json(each) for name, each in remote.hosts.items()}, **remote.down}
         out.print_json(json.dumps({**_as_json(host), **more, "unusable": catalogue.last_found.unusable}))
     else:
         texts = (
@@ -63,6 +68,7 @@ def doctor(
             *model_text(models),
             *others_text(catalogue.last_found),
             *prefix_text(settings),
+            *hosts_text(host, remote),
         )
         for line in texts:
             say(line)
@@ -83,9 +89,10 @@ def _as_json(host: Host) -> dict[str, object]:
     }
 
 
-def as_text(host: Host) -> Iterator[str]:
+def as_text(host: Host, *, is_here: bool = True) -> Iterator[str]:
+    """What a host has. The limits of its CPU are known only for this one."""
     yield f"host      {host.system} {host.machine}, {host.cpu_count} logical CPUs"
-    yield from _cpu()
+    yield from _cpu() if is_here else ()
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"
     if host.driver:
         yield f"driver    NVIDIA {host.driver}"
@@ -98,6 +105,19 @@ def as_text(host: Host) -> Iterator[str]:
         yield f"NVIDIA    {host.driver_problem or 'no device, or no driver'}"
     for name, probe in host.probes.items():
         yield from _runner(name, probe)
+
+
+def hosts_text(here: Host, remote: RemoteHosts) -> Iterator[str]:
+    """The other hosts: what each has, or why it cannot be used."""
+    for name, host in remote.hosts.items():
+        yield ""
+        yield f"-- host {name}"
+        yield from as_text(host, is_here=False)
+    for name, why in remote.down.items():
+        yield ""
+        yield f"-- host {name} {why}"
+    for each in differing_engines(here, remote.hosts):
+        yield f"  note    {each}; their texts may differ by rounding"
 
 
 def _device(device: NvidiaDevice) -> Iterator[str]:

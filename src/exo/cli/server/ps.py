@@ -62,7 +62,7 @@ def show(instances: InstanceList, console: Console, *, verbose: bool = False) ->
         slots = f"{each.active}/{each.slots} busy" + (f", {each.waiting} wait" if each.waiting else "")
         table.add_row(
             each.model,
-            each.runner,
+            each.place,
             each.backend,
             _devices(each),
             _state(each),
@@ -96,7 +96,7 @@ def _notes(instances: InstanceList) -> Iterator[str]:
     for each in instances.data:
         for note in each.notes:
             yield ""
-            yield f"{each.model}@{each.runner}: {printable(note)}"
+            yield f"{each.model}@{each.place}: {printable(note)}"
 
 
 def _placed(instances: InstanceList) -> Iterator[str]:
@@ -105,15 +105,15 @@ def _placed(instances: InstanceList) -> Iterator[str]:
         yield ""
         if each.layers:
             layers = layers_in_words(each.layers, each.experts_in_ram)
-            yield f"{each.model}@{each.runner}: layers {printable(layers)}"
+            yield f"{each.model}@{each.place}: layers {printable(layers)}"
         if (plan := each.plan) is None or plan.problem is not None:
             continue
         if plan.context_length:
             trained = f" of {plan.trained_length:,}" if plan.context_length < plan.trained_length else ""
             limit = f": {plan.limit}" if plan.limit else ""
-            yield f"{each.model}@{each.runner}: context {plan.context_length:,}{trained} tokens{printable(limit)}"
+            yield f"{each.model}@{each.place}: context {plan.context_length:,}{trained} tokens{printable(limit)}"
         sizes = (f"{size / 1e9:.2f} GB of {name.replace(HOST, RAM)}" for name, size in plan.memory.items())
-        yield f"{each.model}@{each.runner}: {printable(', '.join(sizes))} reserved by its plan"
+        yield f"{each.model}@{each.place}: {printable(', '.join(sizes))} reserved by its plan"
 
 
 def _cpu_use(instances: InstanceList) -> Iterator[str]:
@@ -122,7 +122,7 @@ def _cpu_use(instances: InstanceList) -> Iterator[str]:
         if (cpu := each.cpu) is None:
             continue
         yield ""
-        yield f"{each.model}@{each.runner} computes with {cpu.threads} thread{'s'[: cpu.threads > 1]}, {cpu.reason}"
+        yield f"{each.model}@{each.place} computes with {cpu.threads} thread{'s'[: cpu.threads > 1]}, {cpu.reason}"
         if cpu.delay >= TOLD_DELAY and each.active:
             yield f"its threads wait {cpu.delay:.0%} of the time for a core"
         if cpu.slowdown >= TOLD_SLOWDOWN and each.active:
@@ -137,7 +137,7 @@ def _prefixes(instances: InstanceList) -> Iterator[str]:
         found = f"{use.from_slots} in a slot, {use.from_ram} in RAM, {use.from_disk} on disk"
         kept = f"RAM has {use.ram_bytes / 1e9:.2f} GB, the disk {use.disk_bytes / 1e9:.2f} GB"
         yield ""
-        yield f"{each.model}@{each.runner}: of {use.prompts} prompts, prefixes were found: {found}"
+        yield f"{each.model}@{each.place}: of {use.prompts} prompts, prefixes were found: {found}"
         yield f"{use.tokens:,} tokens were not computed again; {kept}"
         if use.diverged_at is not None:
             place = f"differs at token {use.diverged_at + 1:,} and is the same later"
@@ -145,8 +145,8 @@ def _prefixes(instances: InstanceList) -> Iterator[str]:
 
 
 def _failures(instances: InstanceList, now: float) -> Iterator[str]:
-    """One failure per model and runner, for however many processes."""
-    kinds = {(each.model, each.runner): each for each in instances.data}
+    """One failure per model and place, for however many processes."""
+    kinds = {(each.model, each.place): each for each in instances.data}
     for (model, runner), each in kinds.items():
         if (failed := each.last_failure) is not None:
             yield ""

@@ -70,7 +70,7 @@ def _models(instances: Iterable[Instance]) -> Table:
     for each in instances:
         table.add_row(
             _plain(each.model),
-            each.runner,
+            each.place,
             each.state,
             f"{each.active}/{each.slots}" if each.slots else "-",
             str(each.waiting),

@@ -122,7 +122,7 @@ class ChildProcess(asyncio.SubprocessProtocol):
     def process_exited(self) -> None:
         # Helpers that the child started must not keep its pipes, or a device, open. Their group's number stays theirs
         # while one of them lives.
-        _signal_group(self.pid, signal.SIGKILL)
+        signal_group(self.pid, signal.SIGKILL)
         self.exited.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -182,7 +182,7 @@ class ChildProcess(asyncio.SubprocessProtocol):
     def signal(self, number: signal.Signals) -> None:
         """Signals the child and its own children, which are in its session. Does nothing once it is reaped."""
         if self._process.get_returncode() is None:
-            _signal_group(self.pid, number)
+            signal_group(self.pid, number)
 
     def cut_off(self) -> None:
         """Kills the child and ignores the rest of its output."""
@@ -310,6 +310,7 @@ async def spawn(command: Sequence[str], log: StderrLog) -> AsyncGenerator[ChildP
         await child.close()
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Signals all processes of a group, if there are any."""
     with suppress(ProcessLookupError):
         os.killpg(group, number)

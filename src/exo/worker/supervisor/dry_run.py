@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -19,17 +19,26 @@ _LONGEST_LINE = 8 << 20
 
 
 async def dry_run(
-    command: Sequence[str], load: Load, runner: str, capacity: Memory, *, forced: bool = False
+    command: Sequence[str],
+    load: Load,
+    runner: str,
+    capacity: Memory,
+    there: Callable[[Estimated], Estimated] | None = None,
+    *,
+    forced: bool = False,
 ) -> PlacementPlan | None:
     """Asks a new process of a runner how it would load a model if no other model were loaded.
 
-    ``runner`` is its name. ``forced``: the model is loaded even if it does not fit. Returns None without an answer or
-    without the model's files.
+    ``runner`` is its name. ``there`` makes the estimate of a runner on another host one by account. ``forced``: the
+    model is loaded even if it does not fit. Returns None without an answer or without the model's files.
     """
     answer = await _estimate(command, load)
     if isinstance(answer, Failed) and answer.code != "model_not_found":
         return PlacementPlan(problem=answer.message)
-    return decided(load.model_id, runner, answer, capacity, forced=forced) if isinstance(answer, Estimated) else None
+    if not isinstance(answer, Estimated):
+        return None
+    answer = answer if there is None else there(answer)
+    return decided(load.model_id, runner, answer, capacity, forced=forced)
 
 
 def decided(model_id: str, runner: str, answer: Estimated, capacity: Memory, *, forced: bool = False) -> PlacementPlan:

@@ -14,7 +14,8 @@ from exo.worker.protocol.events import (
     PrefixUse,
     Status,
 )
-from exo.worker.router import LiveRunner
+from exo.worker.protocol.remote_host import host_of
+from exo.worker.router import LiveRunner, place
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
@@ -68,7 +69,7 @@ class InstanceReport:
 
 
 Kind = tuple[str, str, str]
-"""Model id, runner, and the digest of its settings. Each kind has a circuit breaker."""
+"""Model id, place (see ``router.place``), and the digest of its settings. Each kind has a circuit breaker."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +84,8 @@ class RunnerInstance:
     backend: str
     started: float
     """In seconds since 1970."""
+    host: str = ""
+    """The remote host; empty for this machine."""
     process: RunnerProcess = field(init=False)
     decision: asyncio.Future[LoadOption | RunnerError] = field(default_factory=asyncio.Future[LoadOption | RunnerError])
     """The memory budget's decision: what it may load, or why it may not."""
@@ -104,12 +107,12 @@ class RunnerInstance:
     @property
     def kind(self) -> Kind:
         """See ``Kind``."""
-        return self.model_id, self.runner, self.settings
+        return self.model_id, place(self.runner, self.host), self.settings
 
     @property
     def labels(self) -> tuple[str, str, str]:
-        """Model id, runner and backend, by which a server counts."""
-        return self.model_id, self.runner, self.backend
+        """Model id, place and backend, by which a server counts."""
+        return self.model_id, place(self.runner, self.host), self.backend
 
     def describe(self) -> LiveRunner:
         """The router's view of it."""
@@ -125,9 +128,17 @@ class RunnerInstance:
             active=active,
             waiting=process.pending - active,
             capabilities=process.capabilities,
+            host=self.host,
         )
 
-    def report(self, now: float, breaker: CircuitBreaker, reservation: Reservation | None) -> InstanceReport:
+    def uses(self, host: str, reservation: Reservation | None) -> bool:
+        """Whether it is on a remote host, or has memory there."""
+        accounts = () if reservation is None else reservation.reserved.devices
+        return self.host == host or any(host_of(each) == host for each in accounts)
+
+    def report(
+        self, now: float, breaker: CircuitBreaker, reservation: Reservation | None, pid: int | None
+    ) -> InstanceReport:
         """``now`` is on the clock of ``breaker`` and ``reservation``."""
         return InstanceReport(
             now=self.describe(),
@@ -135,7 +146,7 @@ class RunnerInstance:
             status=self.process.status,
             backend=self.backend,
             settings=self.settings,
-            pid=self.process.pid,
+            pid=pid,
             started=self.started,
             deaths=breaker.deaths,
             last_failure=breaker.last,

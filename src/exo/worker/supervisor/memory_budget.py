@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import final
 
 from exo.worker.protocol.events import Estimated, LoadOption
+from exo.worker.protocol.remote_host import host_of
 from exo.worker.supervisor.memory import UNKNOWN, Memory
 from exo.worker.supervisor.reservation import DoesNotFit, Reservation
 
@@ -56,7 +57,7 @@ class MemoryBudget:
 
     def _devices(self, named: Mapping[str, int], first: int) -> dict[str, int]:
         known = self.capacity.devices if self.capacity is not None else ()
-        name = next(iter(known), UNKNOWN)
+        name = next((each for each in known if not host_of(each)), UNKNOWN)
         return {**named, name: named.get(name, 0) + first} if first else dict(named)
 
     @property

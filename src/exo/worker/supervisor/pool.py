@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import random
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -12,23 +13,24 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import anyio
 from anyio.abc import TaskGroup
 
 from exo.cards.card import ModelCard
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.cores import physical_cores, shares
+from exo.worker.protocol.cores import CPU_BACKENDS, physical_cores, shares
 from exo.worker.protocol.events import Estimated, Failed
-from exo.worker.protocol.runners import runner_commands
+from exo.worker.protocol.remote_host import RemoteHost, account, host_of
+from exo.worker.protocol.runners import RUNNERS, runner_commands
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
 from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.instance_totals import InstanceTotals
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory import HOST, Memory
 from exo.worker.supervisor.memory_budget import MemoryBudget
 from exo.worker.supervisor.memory_meter import MemoryMeter
 from exo.worker.supervisor.placement_plan import PlacementPlan
@@ -36,6 +38,10 @@ from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import Admission, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
+
+if TYPE_CHECKING:  # few servers have other hosts
+    from exo.worker.supervisor.node_messages import HostFound, HostUsage
+    from exo.worker.supervisor.remote_memory import RemoteState
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +64,7 @@ class RunnerPool:
         keep_seconds: float = math.inf,
         on_measured: OnMeasured = lambda _card, _runner, _measurement: None,
         *,
+        hosts: Sequence[RemoteHost] = (),
         prefix_directory: Path | None = None,
         residence_seconds: float = 0.0,
         evict_seconds: float = math.inf,
@@ -65,13 +72,17 @@ class RunnerPool:
     ) -> None:
         """``models_directories`` are passed to the runners. ``commands``, by runner name, default to the real runners.
 
-        Runners may keep computed prefixes in ``prefix_directory``.
+        ``hosts`` are other machines; they get runners while ``host_up`` says that they are there. Runners may keep
+        computed prefixes in ``prefix_directory``.
 
         ``keep_seconds``: how long an unused model stays loaded, unless its card sets that. ``residence_seconds``: how
         long a model stays loaded that alternates with another one. ``evict_seconds``: how long a runner's requests may
         keep others waiting for its memory. ``force_load``: models that do not fit by their estimate are loaded anyway,
         as those are whose card says so. ``on_measured`` gets each measurement of a runner's speed with a card.
         """
+        self._hosts = {each.name: each for each in hosts}
+        self._remote: dict[str, RemoteState] = {}  # the hosts that are up
+        self.id = secrets.token_hex(6)  # marks the processes of this server on other hosts
         self._models_directories = tuple(str(directory) for directory in models_directories)
         self._log_directory = log_directory
         self._prefixes = "" if prefix_directory is None else str(prefix_directory)
@@ -82,10 +93,10 @@ class RunnerPool:
         self._force_load = force_load
         self._instances: dict[str, RunnerInstance] = {}
         self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
-        self._meter = MemoryMeter(self._budget, lambda name: self._instances[name].process.pid)
+        self._meter = MemoryMeter(self._budget, self._local_pid)
         self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
         self.totals: defaultdict[tuple[str, str, str], InstanceTotals] = defaultdict(InstanceTotals)
-        self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and runner
+        self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and place
         self._n_cores = physical_cores()
         self._planning = anyio.Lock()  # one process at a time
         self._in_flight = RequestCount()  # the requests of all runners
@@ -121,13 +132,13 @@ class RunnerPool:
             raise RunnerError(Failed(code="shutdown", message="the server is shutting down"))
         settings = settings_digest(card, route.runner)
         usable = [each for each in self._usable() if (each.model_id, each.runner) == (card.model_id, route.runner)]
-        current = [each for each in usable if each.settings == settings]
+        current = [each for each in usable if each.settings == settings and each.host == route.host]
         wished = [each for each in current if each.id == route.instance]
         if (instance := next(iter(wished or current), None)) is None:
-            kind = card.model_id, route.runner, settings
-            self._breakers[kind].check_pause(card.model_id, route.runner, anyio.current_time())
+            kind = card.model_id, route.place, settings
+            self._breakers[kind].check_pause(card.model_id, route.place, anyio.current_time())
             instance = self._start(route, card, settings)
-            for each in usable:
+            for each in [each for each in usable if each.settings != settings]:
                 log.info("%s: the model card has changed; %s ends after its requests", card.model_id, each.id)
                 self._budget.dismiss(each.id)
             self._settle()
@@ -152,7 +163,52 @@ class RunnerPool:
         is fixed, but never counts for more than here.
         """
         self._meter.set_capacity(capacity, device_names, ram_is_fixed=ram_is_fixed)
+        for name in self._remote:
+            self._set_remote_capacity(name)
         self._settle()
+
+    def host_up(self, name: str, found: "HostFound") -> None:
+        """A remote host can be used, or has been probed again."""
+        from exo.worker.supervisor.remote_memory import RemoteState
+
+        self._remote[name] = RemoteState(self._hosts[name], found, dict(found.memory))
+        self._set_remote_capacity(name)
+
+    def host_usage(self, name: str, usage: "HostUsage") -> None:
+        """The memory of a remote host has been measured."""
+        remote, mine = self._remote[name], [each for each in self._instances.values() if each.host == name]
+        reserved = {each.id: found.reserved for each in mine if (found := self._budget.reservation(each.id))}
+        remote.update(usage, reserved)
+        for each in mine:
+            reservation, sizes = self._budget.reservation(each.id), remote.measured(each.id)
+            if reservation is not None and reservation.state == "loaded" and sizes is not None:
+                self._budget.measure(each.id, 0, sizes)
+        self._set_remote_capacity(name)
+
+    def host_down(self, name: str, why: str) -> None:
+        """A remote host is lost. The requests of every runner that has anything there continue elsewhere."""
+        self._remote.pop(name, None)
+        self._set_remote_capacity(name)
+        for each in [*self._instances.values()]:
+            if each.uses(name, self._budget.reservation(each.id)):
+                each.process.displace(f"host {name} {why}")
+
+    def _set_remote_capacity(self, name: str) -> None:
+        if (capacity := self._budget.capacity) is not None:
+            others = {each: size for each, size in capacity.devices.items() if host_of(each) != name}
+            there = self._remote[name].accounts if name in self._remote else {}
+            self._budget.capacity = Memory(capacity.host, {**others, **there})
+            self._settle()
+
+    def has_room(self, card: ModelCard, backend: str, host: str) -> bool:
+        """Whether a model's weights fit beside the loaded ones, by the size that its card states."""
+        if self._budget.capacity is None:
+            return True
+        free = self._budget.free
+        ram = free.devices.get(account(host, HOST), 0) if host else free.host
+        devices = [size for name, size in free.devices.items() if host_of(name) == host and name != account(host, HOST)]
+        room = sum(max(0, size) for size in devices) if devices and backend not in CPU_BACKENDS else ram
+        return room >= card.storage_size.in_bytes
 
     def keep_alive(self, model_id: str, seconds: float) -> None:
         """Sets how long a model stays loaded without being used: 0 not at all, infinity for ever.
@@ -183,13 +239,13 @@ class RunnerPool:
         return len(leaving)
 
     def avoided(self, card: ModelCard) -> dict[str, Failed]:
-        """The runners that keep failing with this version of the card, by name, and their last failures."""
+        """The places where runners keep failing with this version of the card, and the last failures."""
         now = anyio.current_time()
         return {
-            runner: each.last
-            for (model_id, runner, settings), each in self._breakers.items()
+            where: each.last
+            for (model_id, where, settings), each in self._breakers.items()
             if model_id == card.model_id and each.failures and each.last is not None and each.avoided(now)
-            if settings == settings_digest(card, runner)
+            if settings == settings_digest(card, where.partition("@")[0])
         }
 
     def live(self) -> tuple[LiveRunner, ...]:
@@ -217,17 +273,18 @@ class RunnerPool:
             return instance.plan
         if self._budget.capacity is None or self._closed:
             return None
-        command, load, capacity = self._commands[route.runner], self._load_command(route, card), self._budget.capacity
+        command, load, capacity = self._command(route), self._load_command(route, card), self._budget.capacity
         async with self._planning:
-            return await dry_run(command, load, route.runner, capacity, forced=self._is_forced(card))
+            there = remote.estimate if (remote := self._remote.get(route.host)) is not None else None
+            return await dry_run(command, load, route.runner, capacity, there, forced=self._is_forced(card))
 
     def reports(self) -> tuple[InstanceReport, ...]:
-        """Every instance, and the last failed one of each model and runner that has not worked since."""
-        there = {(each.model_id, each.runner) for each in self._instances.values()}
+        """Every instance, and the last failed one of each model and place that has not worked since."""
+        there = {each.kind[:2] for each in self._instances.values()}
         failed = [each for which, each in self._last_failed.items() if which not in there]
         now = anyio.current_time()
         return tuple(
-            each.report(now, self._breakers[each.kind], self._budget.reservation(each.id))
+            each.report(now, self._breakers[each.kind], self._budget.reservation(each.id), self._pid(each))
             for each in (*self._instances.values(), *failed)
         )
 
@@ -244,22 +301,46 @@ class RunnerPool:
         for each in self._instances.values():
             each.process.kill()
 
+    def _local_pid(self, name: str) -> int | None:
+        instance = self._instances[name]
+        return None if instance.host else instance.process.pid
+
+    def _pid(self, instance: RunnerInstance) -> int | None:
+        """The process id on the instance's host."""
+        if not instance.host:
+            return instance.process.pid
+        remote = self._remote.get(instance.host)
+        use = None if remote is None else remote.runners.get(instance.id)
+        return None if use is None else use.pid
+
+    def _command(self, route: Route, instance: str = "") -> Sequence[str]:
+        if not route.host:
+            return self._commands[route.runner]
+        label = f"{self.id}:{instance}" if instance else ""
+        return self._hosts[route.host].command(RUNNERS[route.runner].module, label=label)
+
     def _start(self, route: Route, card: ModelCard, settings: str) -> RunnerInstance:
-        names = (f"{card.model_id.replace('/', '--')}@{route.runner}-{number}" for number in count(1))
+        where = f"{route.runner}.{route.host}" if route.host else route.runner
+        names = (f"{card.model_id.replace('/', '--')}@{where}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
         load = self._load_command(route, card)
-        instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time())
+        instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time(), route.host)
         counted = self._budget.capacity is not None
+
+        def on_measured(measurement: Measurement) -> None:
+            if not route.host:  # speeds are compared on this machine only
+                self._on_measured(card, route.runner, measurement)
+
         instance.process = RunnerProcess(
-            self._commands[route.runner],
+            self._command(route, name),
             load,
             self._log_directory / f"{name}.log",
             self._deadlines,
             partial(self._admit, instance) if counted else None,
-            RequestTimer(self._in_flight, partial(self._on_measured, card, route.runner)),
+            RequestTimer(self._in_flight, on_measured),
             self._share_cores,
         )
-        others = [each for each in self._instances.values() if each.kind[:2] == (card.model_id, route.runner)]
+        others = [each for each in self._instances.values() if each.kind[:2] == (card.model_id, route.place)]
         # Where memory is counted, an instance with other settings may run beside this one if there is room for both.
         predecessors = [each.process for each in others if each.settings == settings or not counted]
         self._instances[name] = instance
@@ -277,18 +358,21 @@ class RunnerPool:
         return self._force_load or card.force_load
 
     def _load_command(self, route: Route, card: ModelCard) -> Load:
+        remote = self._remote.get(route.host)
         return Load(
             model_id=card.model_id,
             backend=route.backend,
             table=card.engines.get(route.runner, {}),
-            directories=self._models_directories,
-            prefixes=self._prefixes,
+            directories=self._models_directories if remote is None else remote.found.directories,
+            prefixes=self._prefixes if remote is None else remote.found.prefixes,
             tasks=card.tasks,
         )
 
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
         """See ``runner_process.Admit``."""
         await self._meter.measure_free()
+        if (remote := self._remote.get(instance.host)) is not None:
+            estimated = remote.estimate(estimated)
         self._budget.estimate(instance.id, estimated)
         self._settle()
         decision = await asyncio.shield(instance.decision)  # if the process dies meanwhile, the budget may still decide
@@ -351,7 +435,7 @@ class RunnerPool:
         busy = {
             name: each.process
             for name, each in self._instances.items()
-            if each.process.pending and each.process.computes_on_cpu
+            if each.process.pending and each.process.computes_on_cpu and not each.host
         }
         for name, share in shares(self._n_cores, busy).items():
             busy[name].share_cores(share)
@@ -400,7 +484,7 @@ class RunnerPool:
         async def note_output() -> None:
             await process.produced_output.wait()
             breaker.worked()
-            self._last_failed.pop((instance.model_id, instance.runner), None)
+            self._last_failed.pop(instance.kind[:2], None)
 
         async def note_load() -> None:
             with suppress(RunnerError):
@@ -416,7 +500,7 @@ class RunnerPool:
             if process.produced_output.is_set():  # ``note_output`` may not have run yet
                 breaker.worked()
             if failed.code != "shutdown" and not process.refused and not process.displaced:
-                self._last_failed[instance.model_id, instance.runner] = instance
+                self._last_failed[instance.kind[:2]] = instance
                 self.totals[instance.labels].deaths += 1
                 lasting = process.capabilities is None and failed.code != "runner_died"  # it stated why it cannot load
                 breaker.failed(failed, anyio.current_time(), random.random(), lasting=lasting)

@@ -31,8 +31,7 @@ class DoesNotFit:
     def needs(self, model_id: str) -> str:
         """What the model needs, and what there is, in words."""
         short = [
-            f"{needed:,} bytes of {'memory' if name == HOST else f'memory on {name}'}, "
-            f"and at most {room:,} can be freed for it"
+            f"{needed:,} bytes of {_named(name)}, and at most {room:,} can be freed for it"
             for name, needed, room in self.needed.beyond(self.room)
         ]
         return f"{model_id} needs {' and '.join(short)} here"
@@ -51,6 +50,12 @@ class DoesNotFit:
             for each in self.remedies
         )
         return f"{text}; with {', or '.join(ways)} in [{runner}] of its model card it would fit"
+
+
+def _named(account: str) -> str:
+    host, _, device = account.rpartition("/")
+    on = [each for each in ("" if device == HOST else device, host) if each]
+    return f"memory on {' of '.join(on)}" if on else "memory"
 
 
 @dataclass(slots=True)

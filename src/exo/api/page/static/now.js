@@ -109,7 +109,7 @@ export class Now {
     const failed = each.last_failure ? `, ${each.deaths} deaths` : "";
     const memory = [["RAM", each.memory_reserved], ...each.device_memory.map((one) => [one.device, one.reserved])];
     return cells(
-      `${each.model}@${each.runner}`, `${state}${failed}`, `${busy} of ${each.slots}`, String(own.length - busy),
+      `${each.model}@${each.runner}${each.host && `@${each.host}`}`, `${state}${failed}`, `${busy} of ${each.slots}`, String(own.length - busy),
       memory.filter(([, bytes]) => bytes).map(([place, bytes]) => `${place} ${size(bytes)}`).join(", "),
       h("span", {}, sparkline(`Tokens per second of ${each.model} in the last minute, now ${rounded(last)}`, speeds), ` ${rounded(last)}`),
     );
@@ -140,6 +140,6 @@ function requestRow(request) {
   return cells(
     request.model, `${request.phase}${end ? `: ${end}` : ""}${request.replays ? `, ${request.replays} replays` : ""}`, prompt,
     count(request.completion_tokens), request.tokens_per_second === null ? "" : rounded(request.tokens_per_second),
-    `${rounded(request.seconds)} s`, request.client, request.runner ? `${request.runner}: ${request.route}` : "",
+    `${rounded(request.seconds)} s`, request.client, request.runner ? `${request.runner}${request.host && `@${request.host}`}: ${request.route}` : "",
   );
 }
