@@ -1,8 +1,7 @@
 """Pictures in requests: every dialect's forms, what is refused and how, and histories with models that see nothing."""
 
 from base64 import b64encode
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Generator
 
 import httpx
 import pytest
@@ -11,13 +10,23 @@ from exo.api.http.middleware import WARNING_HEADER
 from exo.serving.pictures import UNSEEN
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.picture_requests import (
+    ASKED,
+    CAT,
+    DIALECTS,
+    DOG,
+    Json,
+    Make,
+    anthropic_part,
+    chat,
+    messages,
+    openai_part,
+    responses,
+    text_of,
+)
 from tests.support.pictures import picture_file, random_png
 
 SEES, BLIND = "fake/sees", "fake/blind"
-ASKED = "what is it?"
-CAT, DOG = (b64encode(random_png(seed)).decode() for seed in (1, 2))
-Json = dict[str, Any]
-Make = Callable[..., tuple[str, Json]]
 
 
 @pytest.fixture(scope="module")
@@ -33,71 +42,6 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
         yield client
 
 
-def data_url(data: str, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{data}"
-
-
-def openai_part(data: str, kind: str = "image/png") -> Json:
-    return {"type": "image_url", "image_url": {"url": data_url(data, kind), "detail": "high"}}
-
-
-def anthropic_part(data: str, kind: str = "image/png") -> Json:
-    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
-
-
-def chat(data: str, model: str = SEES) -> tuple[str, Json]:
-    content = [openai_part(data), {"type": "text", "text": ASKED}]
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 20, "temperature": 0}
-    return "/v1/chat/completions", body
-
-
-def responses(data: str, model: str = SEES) -> tuple[str, Json]:
-    content = [{"type": "input_image", "image_url": data_url(data)}, {"type": "input_text", "text": ASKED}]
-    body = {"input": [{"role": "user", "content": content}], "max_output_tokens": 20, "temperature": 0}
-    return "/v1/responses", {"model": model, **body}
-
-
-def messages(data: str, model: str = SEES) -> tuple[str, Json]:
-    content = [anthropic_part(data), {"type": "text", "text": ASKED}]
-    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 20, "temperature": 0}
-    return "/v1/messages", body
-
-
-OPTIONS = {"num_predict": 20, "temperature": 0}
-
-
-def ollama_chat(data: str, model: str = SEES) -> tuple[str, Json]:
-    message = {"role": "user", "content": ASKED, "images": [data]}
-    return "/api/chat", {"model": model, "messages": [message], "stream": False, "options": OPTIONS}
-
-
-def ollama_generate(data: str, model: str = SEES) -> tuple[str, Json]:
-    body = {"prompt": ASKED, "images": [data], "stream": False, "options": OPTIONS}
-    return "/api/generate", {"model": model, **body}
-
-
-DIALECTS = {
-    "messages.0.content.0.image_url": chat,
-    "input.0.content.0.image_url": responses,
-    "messages.0.content.0.source": messages,
-    "messages.0.images.0": ollama_chat,
-    "images.0": ollama_generate,
-}
-"""By the field of their picture."""
-
-
-def text_of(reply: httpx.Response) -> str:
-    assert reply.status_code == 200, reply.text
-    body = reply.json()
-    if "output" in body:
-        return body["output"][0]["content"][0]["text"]
-    if "choices" in body:
-        return body["choices"][0]["message"]["content"]
-    if "response" in body:
-        return body["response"]
-    return body["content"][0]["text"] if "content" in body else body["message"]["content"]
-
-
 def ask(http: httpx.Client, request: tuple[str, Json]) -> httpx.Response:
     path, body = request
     return http.post(path, json=body)
@@ -111,22 +55,22 @@ def refused(http: httpx.Client, request: tuple[str, Json]) -> str:
 
 
 def test_all_dialects_show_the_model_the_same_picture(http: httpx.Client) -> None:
-    cats = {text_of(ask(http, make(CAT))) for make in DIALECTS.values()}
-    dogs = {text_of(ask(http, make(DOG))) for make in DIALECTS.values()}
+    cats = {text_of(ask(http, make(CAT, SEES))) for make in DIALECTS.values()}
+    dogs = {text_of(ask(http, make(DOG, SEES))) for make in DIALECTS.values()}
     assert len(cats) == len(dogs) == 1
     assert cats != dogs
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
 def test_formats_without_loss_are_one_picture(http: httpx.Client, kind: str) -> None:
-    plain = text_of(ask(http, chat(b64encode(picture_file("PNG")).decode())))
-    assert text_of(ask(http, chat(b64encode(picture_file(kind)).decode()))) == plain
+    plain = text_of(ask(http, chat(b64encode(picture_file("PNG")).decode(), SEES)))
+    assert text_of(ask(http, chat(b64encode(picture_file(kind)).decode(), SEES))) == plain
 
 
 def test_jpeg_is_read_and_metadata_do_not_matter(http: httpx.Client) -> None:
     first, second = (b64encode(picture_file("JPEG", comment=comment)).decode() for comment in ("a", "b"))
     assert first != second
-    assert text_of(ask(http, chat(first))) == text_of(ask(http, chat(second)))
+    assert text_of(ask(http, chat(first, SEES))) == text_of(ask(http, chat(second, SEES)))
 
 
 @pytest.mark.parametrize(("field", "make"), DIALECTS.items())
@@ -147,7 +91,7 @@ def test_a_model_that_sees_nothing_refuses_a_picture_by_its_field(http: httpx.Cl
 def test_a_broken_picture_is_refused_by_its_field(
     http: httpx.Client, field: str, make: Make, data: str, reason: str
 ) -> None:
-    message = refused(http, make(data))
+    message = refused(http, make(data, SEES))
     assert message.startswith(f"{field}: the picture ")
     assert reason in message
 
@@ -220,11 +164,11 @@ def test_anthropics_results_may_have_pictures(http: httpx.Client) -> None:
 
 
 def test_a_stored_response_keeps_its_pictures(http: httpx.Client) -> None:
-    first = ask(http, responses(CAT)).json()
+    first = ask(http, responses(CAT, SEES)).json()
     follow: Json = {"model": SEES, "input": "and now?", "max_output_tokens": 20, "temperature": 0}
     continued = http.post("/v1/responses", json={**follow, "previous_response_id": first["id"]})
-    content = responses(CAT)[1]["input"][0]
-    said = {"role": "assistant", "content": text_of(ask(http, responses(CAT)))}
+    content = responses(CAT, SEES)[1]["input"][0]
+    said = {"role": "assistant", "content": text_of(ask(http, responses(CAT, SEES)))}
     whole = http.post(
         "/v1/responses", json={**follow, "input": [content, said, {"role": "user", "content": "and now?"}]}
     )
@@ -235,11 +179,11 @@ def test_a_stored_response_keeps_its_pictures(http: httpx.Client) -> None:
     assert "'previous_response_id' needs vision" in blind.json()["error"]["message"]
     reference = {"type": "item_reference", "id": items[0]["id"]}
     again = http.post("/v1/responses", json={**follow, "input": [reference]})
-    assert text_of(again) == text_of(ask(http, responses(CAT)))
+    assert text_of(again) == text_of(ask(http, responses(CAT, SEES)))
 
 
 def test_tokens_of_pictures_are_counted_by_the_model_alone(http: httpx.Client) -> None:
-    path, body = messages(CAT)
+    path, body = messages(CAT, SEES)
     counted = {name: body[name] for name in ("model", "messages")}
     error = refused(http, ("/v1/messages/count_tokens", counted))
     assert error.startswith("messages.0.content.0.source: only the model itself counts a picture's tokens")
