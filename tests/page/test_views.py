@@ -83,6 +83,42 @@ def test_requests_deaths_and_replays_are_seen_as_they_happen(url: str, visitor: 
     expect(requests.filter(has_text="cancelled")).to_have_count(2)
 
 
+HOSTILE = "<img/src=x/onerror=document.title='taken'><script>document.title='taken'</script>"
+
+
+def test_what_a_client_says_of_itself_is_only_shown(url: str, visitor: Visitor) -> None:
+    page = visitor.open(f"{url}/#now")
+    title = page.title()
+    headers = {"user-agent": HOSTILE, "x-request-id": "hostile"}
+    body = {"model": "fake/both", "prompt": "x", "max_tokens": 1}
+    with httpx.Client(base_url=url, timeout=None) as client:
+        assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+        expect(page.get_by_role("region", name="Requests")).to_contain_text("document.title='taken'")
+    assert page.locator("main img, main script").count() == 0
+    assert page.title() == title
+
+
+def test_a_tab_that_nobody_sees_asks_for_nothing_and_catches_up(url: str, visitor: Visitor) -> None:
+    def turn(hidden: str) -> None:  # what a browser does when its user changes tabs
+        page.evaluate(f"Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }})")
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+    page, other = visitor.open(f"{url}/#now"), visitor.open(f"{url}/#now")
+    rows, seen = (each.get_by_role("region", name="Requests").locator("tbody") for each in (page, other))
+    turn("true")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for name in ("unseen-1", "unseen-2"):
+        body = {"model": "fake/both", "prompt": "x", "max_tokens": 1}
+        reply = httpx.post(f"{url}/v1/completions", json=body, headers={"user-agent": name}, timeout=None)
+        assert reply.status_code == 200
+        expect(seen).to_contain_text(name)
+    assert "unseen-1" not in rows.inner_text()
+    assert asked == []
+    turn("false")
+    expect(rows).to_contain_text("unseen-2")
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_axe_finds_nothing_in_any_view(url: str, visitor: Visitor, dark: bool) -> None:
     page = visitor.open(url, dark=dark)

@@ -121,6 +121,17 @@ def test_errors_are_protected_as_well(http: httpx.Client) -> None:
         assert reply.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
 
 
+def test_requests_for_the_page_take_no_body_and_forge_no_line_of_the_log(http: httpx.Client) -> None:
+    for path in ("/", next(iter(Page.read().files))):
+        whole = http.get(path, headers=BROWSER)
+        for content in (b"x" * 1000, b"\x1f\x8b" + bytes(1000)):
+            reply = http.request("GET", path, headers={**BROWSER, "content-encoding": "gzip"}, content=content)
+            assert (reply.status_code, reply.content) == (200, whole.content)
+        part = http.get(path, headers={**BROWSER, "range": "bytes=0-0,0-0,1-2"})
+        assert (part.status_code, part.content) == (200, whole.content)
+        assert http.get(f"{path}?{'x=%0d%0aERROR' * 100}", headers=BROWSER).content == whole.content
+
+
 def test_only_files_of_the_page_are_found_below_its_folder(http: httpx.Client) -> None:
     folder = next(iter(Page.read().files)).rpartition("/")[0].removesuffix("/vendor")
     for name in (

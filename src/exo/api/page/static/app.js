@@ -8,8 +8,10 @@ import { Now } from "./now.js";
 const VIEWS = { chat: Chat, models: Models, now: Now, compare: Compare };
 const made = {};
 
+const chosen = () => (location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat");
+
 function show() {
-  const name = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat";
+  const name = chosen();
   for (const view of Object.keys(VIEWS)) {
     const section = document.getElementById(view);
     const link = document.querySelector(`nav a[href="#${view}"]`);
@@ -25,4 +27,6 @@ function show() {
 
 document.getElementById("no-script").remove();
 addEventListener("hashchange", show);
+// A tab that nobody sees asks the server for nothing. No answer is ended by that.
+document.addEventListener("visibilitychange", () => (document.hidden ? made[chosen()].close?.() : show()));
 show();

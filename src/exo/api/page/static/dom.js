@@ -33,3 +33,13 @@ export function labelled(text, control) {
 export function button(text, click, properties = {}) {
   return h("button", { type: "button", on: { click }, ...properties }, text);
 }
+
+/** Gives an element these children. Those that are equal to the present ones stay, so that nothing is drawn again. */
+export function update(parent, children) {
+  children.forEach((child, at) => {
+    const present = parent.children[at];
+    if (!present) parent.append(child);
+    else if (!present.isEqualNode(child)) present.replaceWith(child);
+  });
+  while (parent.children.length > children.length) parent.lastElementChild.remove();
+}

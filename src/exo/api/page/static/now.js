@@ -2,7 +2,7 @@
 
 import { follow, memoryOf } from "./activity.js";
 import { send } from "./api.js";
-import { h } from "./dom.js";
+import { h, update } from "./dom.js";
 import { count, rounded, size } from "./format.js";
 import { bar, sparkline } from "./svg.js";
 
@@ -41,7 +41,7 @@ export class Now {
       replay: (replay) => this.incident(`${replay.model}: request ${replay.request} continues after ${count(replay.tokens)} tokens`),
       state: (text) => (this.state.textContent = text),
     });
-    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => this.show(), 250), setInterval(() => this.measure(), 5000)];
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => this.measure(), 5000)];
     this.measure();
   }
 
@@ -57,8 +57,8 @@ export class Now {
       const speed = this.speed(request.model, request.runner);
       speed[speed.length - 1] += Math.max(0, request.completion_tokens - before.completion_tokens);
     }
-    this.requests.delete(key);
-    this.requests.set(key, request); // the newest last
+    if (ENDED.includes(request.phase)) this.requests.delete(key);
+    this.requests.set(key, request); // the running ones as they began, the others as they ended
     const ended = [...this.requests].filter(([, each]) => ENDED.includes(each.phase));
     for (const [old] of ended.slice(0, Math.max(0, ended.length - SHOWN))) this.requests.delete(old);
   }
@@ -80,6 +80,7 @@ export class Now {
       speed.shift();
       speed.push(0);
     }
+    this.show();
   }
 
   async measure() {
@@ -92,11 +93,11 @@ export class Now {
   }
 
   show() {
-    this.bars.replaceChildren(...Object.entries(this.memory).map(([device, sizes]) => memoryBar(device, sizes)));
+    update(this.bars, Object.entries(this.memory).map(([device, sizes]) => memoryBar(device, sizes)));
     const running = [...this.requests.values()].filter((each) => !ENDED.includes(each.phase));
-    this.runners.replaceChildren(...this.instances.map((each) => this.runner(each, running)));
+    update(this.runners, this.instances.map((each) => this.runner(each, running)));
     const past = [...this.requests.values()].filter((each) => ENDED.includes(each.phase));
-    this.rows.replaceChildren(...[...running.reverse(), ...past.reverse()].map(requestRow));
+    update(this.rows, [...running.reverse(), ...past.reverse()].map(requestRow));
     if (!this.state.textContent) this.state.textContent = this.notices.join("; ");
   }
 
