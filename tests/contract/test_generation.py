@@ -154,4 +154,13 @@ def test_a_prefix_computed_before_is_reused_without_a_trace_in_the_text(
     assert longer.finished.usage.cached_tokens >= 299 // block * block
 
 
+def test_a_request_may_have_its_prompt_computed_although_it_is_cached(sampling_program: Program) -> None:
+    prompt = long_prompt(200)
+    first = one(sampling_program, ask(next(name), prompt))
+    for _ in range(2):
+        fresh = one(sampling_program, ask(next(name), prompt).model_copy(update={"cache_prompt": False}))
+        assert fresh.tokens == first.tokens
+        assert fresh.finished.usage.cached_tokens == 0
+
+
 # --- log-probabilities ---

@@ -44,6 +44,17 @@ def test_penalties_change_what_is_chosen(sampling_program: Program) -> None:
     assert all(len(set(result.tokens)) > len(set(plain.tokens)) for result in varied)
 
 
+def test_a_repetition_penalty_may_count_the_last_tokens_only(sampling_program: Program) -> None:
+    every, whole, last = sampling_program.generate(
+        *(ask(next(name), max_tokens=60, repetition_penalty=1.8, repetition_window=size) for size in (0, 500, 3))
+    )
+    assert whole.tokens == every.tokens
+    assert len(set(last.tokens)) < len(set(every.tokens))
+    goes_on_from_everywhere(
+        sampling_program, ask(next(name), max_tokens=20, repetition_penalty=1.8, repetition_window=3)
+    )
+
+
 def test_penalties_count_the_tokens_delivered(sampling_program: Program) -> None:
     for temperature in (0.0, 1.0):
         request = ask(

@@ -162,7 +162,6 @@ OLLAMA: dict[str, tuple[dict[str, Any], str]] = {
         name: ({"options": {name: value}}, f"options.{name}")
         for name, value in {
             "num_keep": 5,
-            "repeat_last_n": 64,
             "num_thread": 8,
             "num_gpu": 99,
             "num_batch": 512,

@@ -104,6 +104,27 @@ def test_llama_servers_name_of_the_repetition_penalty_counts() -> None:
     assert chat(repeat_penalty=1.1, repetition_penalty=1.2).request().sampling == {"repetition_penalty": 1.2}
 
 
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({"repeat_last_n": 64}, {"repetition_window": 64}),
+        ({"repeat_last_n": -1}, {"repetition_window": 0}),
+        ({"repeat_last_n": 0, "repeat_penalty": 1.3}, {"repetition_penalty": 1.0}),
+        ({"repetition_context_size": 20}, {"repetition_window": 20}),
+        ({"repetition_context_size": 0}, {"repetition_window": 0}),
+    ],
+)
+def test_names_of_the_repetition_penaltys_window(fields: dict[str, object], sampling: dict[str, float]) -> None:
+    assert warned(chat(**fields)) == []
+    assert chat(**fields).request().sampling == sampling
+
+
+@pytest.mark.parametrize("name", ["cache_prompt", "use_prefix_cache"])
+def test_a_prompt_is_taken_from_the_cache_unless_the_request_says_no(name: str) -> None:
+    assert chat(**{name: True}).request().cache_prompt
+    assert not chat(**{name: False}).request().cache_prompt
+
+
 SCHEMA: dict[str, JsonValue] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 

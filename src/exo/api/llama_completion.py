@@ -81,7 +81,6 @@ class LlamaGenerationFields(GenerationFields):
         "n_discard": (0,),
         "n_indent": (0,),
         "n_keep": (0,),
-        "repeat_last_n": (-1,),
         "response_fields": ([],),
         "samplers": (),
         "t_max_predict_ms": (-1, 0),
@@ -342,8 +341,9 @@ def _settings(body: LlamaGenerationFields, sampling: SamplingParams) -> dict[str
     """The sampling parameters in force, by llama-server's names."""
     limit = body.max_tokens if body.n_predict is None else body.n_predict
     return {
-        **sampling.model_dump(exclude={"repetition_penalty", "logit_bias", "allowed"}),
+        **sampling.model_dump(exclude={"repetition_penalty", "repetition_window", "logit_bias", "allowed"}),
         "repeat_penalty": sampling.repetition_penalty,
+        "repeat_last_n": sampling.repetition_window or -1,
         "logit_bias": [{"token": token, "bias": bias} for token, bias in sampling.logit_bias.items()],
         "n_predict": -1 if limit is None else limit,
         "max_tokens": -1 if limit is None else limit,

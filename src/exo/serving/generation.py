@@ -325,6 +325,7 @@ class Generation:
                 max_tokens=request.max_tokens,
                 min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,
+                cache_prompt=request.cache_prompt,
                 grammar=each.grammar,
                 reasoning=each.reasoning,
                 logprobs=request.logprobs,

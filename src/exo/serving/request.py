@@ -103,6 +103,7 @@ class GenerationRequest:
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    cache_prompt: bool = True
     constraint: OutputConstraint | None = None
     logprobs: int | None = None
     """The number of alternatives whose log-probabilities are wanted besides the token's own; None for no values."""

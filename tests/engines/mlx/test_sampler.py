@@ -166,6 +166,16 @@ def test_repetition_penalty_counts_prompt_and_output_and_pulls_both_signs_down()
     assert choose(sequences, rows) == [1, 0, 2]
 
 
+def test_repetition_penalty_counts_the_last_tokens_of_its_window() -> None:
+    params = SamplingParams(seed=0, temperature=0, repetition_penalty=2, repetition_window=2)
+    row = np.array([3.0, 2.9, 2.8, 2.7], np.float32)
+    one = sequence(params, prompt=[0, 1, 2, 2])
+    sampler = MlxSampler([one, sequence(params, prompt=[1, 0, 1])], 4, mx.array([FAILED, 0]))
+    # The tokens before each choice: 2 2, 2 0, 0 1, 1 2 and 1 0, 0 2, 2 1, 1 0.
+    chosen = [cast(list[int], sampler.choose(mx.array(np.stack([row, row])), [at, at]).tolist()) for at in range(4, 8)]
+    assert chosen == [[0, 2], [1, 1], [2, 0], [0, 2]]
+
+
 def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     params = SamplingParams(seed=0, temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
     one = sequence(params, prompt=[0, 0, 0], output=[1, 1, 2])

@@ -5,7 +5,17 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, JsonValue
 
 from exo.api.http.body import RequestBody, Unsupported
-from exo.api.openai.common_request import FrequencyPenalty, MinP, PresencePenalty, Seed, Stops, TopK, TopP
+from exo.api.openai.common_request import (
+    FrequencyPenalty,
+    LastTokens,
+    MinP,
+    PresencePenalty,
+    Seed,
+    Stops,
+    TopK,
+    TopP,
+    penalty_window,
+)
 
 _NEUTRAL: Unsupported = {
     "embedding_only": (False,),
@@ -22,7 +32,6 @@ _NEUTRAL: Unsupported = {
     "num_thread": (0,),
     "numa": (False,),
     "penalize_newline": (True,),
-    "repeat_last_n": (-1,),
     "tfs_z": (1, 1.0),
     "typical_p": (1, 1.0),
     "use_mlock": (False,),
@@ -61,9 +70,8 @@ class OllamaOptions(LoadOptions):
     top_k: TopK = Field(default=0, description="Keep this many tokens; 0 or -1 keeps all.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")
     min_p: MinP = 0.0
-    repeat_penalty: float = Field(
-        default=1.0, ge=0.01, le=100, description="1 is none. Over all tokens so far: repeat_last_n is -1."
-    )
+    repeat_penalty: float = Field(default=1.0, ge=0.01, le=100, description="1 is none.")
+    repeat_last_n: LastTokens = None
     presence_penalty: PresencePenalty = 0.0
     frequency_penalty: FrequencyPenalty = 0.0
     seed: Seed = None
@@ -77,6 +85,8 @@ class OllamaOptions(LoadOptions):
         )
         if "repeat_penalty" in self.model_fields_set:
             given["repetition_penalty"] = self.repeat_penalty
+        if self.repeat_last_n is not None:
+            given |= penalty_window(self.repeat_last_n)
         return given
 
 

@@ -15,7 +15,7 @@ from exo.serving.request import Prompt as AnyPrompt
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.messages import MAX_LOGPROBS
 
-_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias", "allowed"}
+_SAMPLING = set(SamplingParams.model_fields) - {"seed", "logit_bias", "allowed", "repetition_window"}
 MAX_CHOICES = 1024
 """The maximum of prompts times ``n``."""
 MAX_INPUTS = 2048
@@ -42,7 +42,6 @@ UNSUPPORTED: Unsupported = {
 OF_CHAT: Unsupported = {"response_format": ({"type": "text"},), "tools": ([],)}
 """Fields of chat completions that change the answer. Completions do not have them."""
 IGNORED: Unsupported = {
-    "cache_prompt": (True,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "extra_body": ({},),
@@ -55,13 +54,11 @@ IGNORED: Unsupported = {
     "prompt_cache_options": ({},),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     "reasoning_format": ("auto", "deepseek"),
-    "repetition_context_size": (),
     "return_progress": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "top_n_sigma": (-1,),
     "typical_p": (1,),
-    "use_prefix_cache": (True,),
     "verbosity": ("medium",),
     "web_search_options": (),
     "xtc_probability": (0,),
@@ -85,7 +82,16 @@ PresencePenalty = Annotated[float, Field(ge=-2, le=2, description="Against token
 FrequencyPenalty = Annotated[
     float, Field(ge=-2, le=2, description="The same, multiplied by the number of occurrences.")
 ]
+LastTokens = Annotated[
+    int | None,
+    Field(ge=-1, le=1 << 30, description="The repetition penalty counts so many of the last tokens; -1: all, 0: none."),
+]
 Seed = Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 64, description="Same seed, same tokens.")]
+
+
+def penalty_window(last: int) -> dict[str, float]:
+    """The sampling parameters for a repetition penalty that counts so many of the last tokens."""
+    return {"repetition_window": max(last, 0)} if last else {"repetition_penalty": 1.0}
 
 
 def _stops(value: JsonValue) -> JsonValue:
@@ -179,6 +185,10 @@ class GenerationFields(RequestBody):
     repeat_penalty: float | None = Field(
         default=None, ge=0.01, le=100, description="llama-server's name of repetition_penalty."
     )
+    repeat_last_n: LastTokens = None
+    repetition_context_size: int | None = Field(
+        default=None, ge=0, le=1 << 30, description="mlx-lm's name of repeat_last_n, in which 0 means all."
+    )
     presence_penalty: PresencePenalty = 0.0
     frequency_penalty: FrequencyPenalty = 0.0
     logit_bias: Annotated[dict[TokenIdText, Bias], BeforeValidator(few), BeforeValidator(_pairs)] = Field(
@@ -205,6 +215,10 @@ class GenerationFields(RequestBody):
         description="Nothing but a limit or a grammar ends the output within its first tokens, this many.",
     )
     ignore_eos: bool = Field(default=False, description="End-of-generation tokens are never chosen.")
+    cache_prompt: bool = Field(
+        default=True, description="If false, the whole prompt is computed, even if the prefix cache has it."
+    )
+    use_prefix_cache: bool = Field(default=True, description="Upstream exo's name of cache_prompt.")
     grammar: str | None = Field(
         default=None,
         min_length=1,
@@ -262,6 +276,10 @@ class GenerationFields(RequestBody):
         chosen: dict[str, float] = self.model_dump(include=_SAMPLING, exclude_unset=True)
         if self.repeat_penalty is not None:
             chosen.setdefault("repetition_penalty", self.repeat_penalty)
+        if self.repetition_context_size is not None:
+            chosen["repetition_window"] = self.repetition_context_size
+        if self.repeat_last_n is not None:
+            chosen |= penalty_window(self.repeat_last_n)
         return chosen
 
     @model_validator(mode="after")
@@ -297,6 +315,7 @@ class GenerationFields(RequestBody):
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
+            cache_prompt=self.cache_prompt and self.use_prefix_cache,
             constraint=next(iter(self.constraints), None),
             logprobs=logprobs,
             echo=echo,

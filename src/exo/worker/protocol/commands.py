@@ -14,7 +14,8 @@ class SamplingParams(Message):
     0. Tokens that the request's grammar does not allow next are left out first.
     1. ``repetition_penalty`` r over the distinct tokens of prompt and output so far: positive logits are divided by r,
        negative ones multiplied (Keskar et al., "CTRL", 2019). ``presence_penalty`` and ``frequency_penalty`` subtract
-       from the logits of tokens already in the output, once or per occurrence (OpenAI's formula).
+       from the logits of tokens already in the output, once or per occurrence (OpenAI's formula). With a
+       ``repetition_window``, ``repetition_penalty`` counts only so many of the last tokens.
     2. ``logit_bias`` is added. With ``allowed`` tokens, all others are excluded, unless the grammar or the limit of
        reasoning leaves only such.
     3. ``temperature`` divides; 0 is greedy: the largest logit wins, the lowest id among equals.
@@ -31,6 +32,8 @@ class SamplingParams(Message):
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    repetition_window: int = Field(default=0, ge=0, le=1 << 30)
+    """0: all tokens."""
     presence_penalty: float = Field(default=0.0, ge=-100, le=100)
     frequency_penalty: float = Field(default=0.0, ge=-100, le=100)
     logit_bias: Mapping[int, float] = {}
@@ -157,6 +160,8 @@ class Generate(Message):
     """Report each token's log-probability, and this many of the most probable tokens in its place. None: neither."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """The same for the prompt's tokens, in ``PromptLogprobs`` before the first ``Deltas``."""
+    cache_prompt: bool = True
+    """False: every token of the prompt is computed, even if the prefix cache has it."""
     show_special: bool = False
     """The output's text has the texts of control tokens, except those that end generation."""
     delivered: tuple[int, ...] = ()

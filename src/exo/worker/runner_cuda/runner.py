@@ -72,6 +72,7 @@ def _prepare(loaded: Loaded, request: Generate) -> Prepared[Sequence]:
             constraint=constraint,
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            cache_prompt=request.cache_prompt,
             adapter=loaded.adapters[request.adapter] if request.adapter else "",
             exact=request.exact or bool(request.delivered),
             pictures=pictures,

@@ -38,6 +38,7 @@ class Sequence:
     """The restriction of the next token; has seen the whole output."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cache_prompt: bool = True
     adapter: str = ""
     """The key of the adapter that the sequence is computed with; empty for none."""
     exact: bool = False
@@ -69,6 +70,11 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     n_computed: int = 0
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether cached tokens of its prompt need not be computed."""
+        return self.cache_prompt and self.prompt_logprobs is None
 
     @property
     def n_missing(self) -> int:

@@ -70,6 +70,7 @@ def _prepare(tokenizer: TransformersTokenizer, adapters: Sequence[str], request:
             adapter=adapters.index(request.adapter),
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            cache_prompt=request.cache_prompt,
         )
 
     return Prepared(prompt, new_sequence)

@@ -192,9 +192,8 @@ class MlxScheduler:
 def _reusable(slot: MlxSlot, sequence: MlxSequence) -> int:
     """Returns how many leading tokens need not be computed again.
 
-    The last token is always computed, because the first new token is sampled from its logits. With prompt
-    log-probabilities, every token is computed.
+    The last token is always computed, because the first new token is sampled from its logits.
     """
-    if sequence.prompt_logprobs is not None or sequence.adapter != slot.adapter:
+    if not sequence.reads_cache or sequence.adapter != slot.adapter:
         return 0
     return min(common_prefix(slot.cached, sequence.tokens), len(sequence.tokens) - 1)

@@ -31,6 +31,7 @@ class MlxSequence:
     """The number of the adapter that the sequence is computed with; 0 for none."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cache_prompt: bool = True
     n_told: int = 0
     """Tokens of the prompt whose log-probabilities have been reported."""
     phase: Phase = Phase.WAITING
@@ -41,6 +42,11 @@ class MlxSequence:
 
     def __post_init__(self) -> None:
         self.n_prefill = len(self.tokens)
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether cached tokens of its prompt need not be computed."""
+        return self.cache_prompt and self.prompt_logprobs is None
 
     def move(self, phase: Phase) -> None:
         """Enters ``phase``. Raises ValueError for a transition that does not exist."""

@@ -56,6 +56,7 @@ def _prepare(tokenizer: TransformersTokenizer, request: Generate) -> Prepared[Vl
             ),
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            cache_prompt=request.cache_prompt,
         )
 
     return Prepared(prompt, new_sequence)

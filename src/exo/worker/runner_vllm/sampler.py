@@ -160,7 +160,7 @@ class Chooser(interface.LogitsProcessor):
         _count(row, logits)
         harder = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         penalty = sampling.presence_penalty + sampling.frequency_penalty * row.counts
-        logits.copy_(torch.where(row.seen, harder, logits))
+        logits.copy_(torch.where(_counted(row), harder, logits))
         logits -= torch.where(row.counts > 0, penalty, 0.0)
 
 
@@ -179,6 +179,17 @@ def _count(row: BatchRow, logits: Tensor) -> None:
     if generated:
         ids = torch.tensor(generated, device=logits.device)
         row.counts.index_add_(0, ids, torch.ones(len(generated), device=logits.device))
+
+
+def _counted(row: BatchRow) -> Tensor:
+    """Returns whether the repetition penalty counts each token, shape (vocabulary,)."""
+    if not (window := row.choice.sampling.repetition_window):
+        return row.seen
+    before = window - len(row.output)
+    recent = [*(row.prompt[-before:] if before > 0 else ()), *row.output[-window:]]
+    counted = torch.zeros_like(row.seen)
+    counted[torch.tensor(recent, device=counted.device)] = True
+    return counted
 
 
 def _bias(choice: Choice, logits: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class VllmSequence:
     choice: Choice
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cache_prompt: bool = True
     n_processed: int = 0
     """Tokens of the ``n_prefill`` that have been reported as computed."""
     n_prefill: int = field(init=False)

@@ -147,6 +147,7 @@ class Core:
             max_tokens=max(1, sequence.n_limit - sequence.n_prefill) + 1,
             logprobs=sequence.logprobs,
             prompt_logprobs=sequence.prompt_logprobs,
+            skip_reading_prefix_cache=None if sequence.cache_prompt else True,
             detokenize=False,
             extra_args={CHOICE: sequence.choice},
         )

@@ -104,7 +104,7 @@ class PrefixCache:
 
         Each place is returned once, since it is the same in every request of a client. ``found`` is the usable prefix.
         """
-        if sequence.prompt_logprobs is not None:
+        if not sequence.reads_cache:
             return None
         cached = [holder.tokens for holder in self._tree.holders() if holder.adapter == sequence.adapter]
         return self._divergences.new(sequence.tokens, cached, found.length if found is not None else 0)
@@ -123,7 +123,7 @@ class PrefixCache:
         ``sequence.moves`` are further cached tokens, which ``attach`` puts into the slot.
         """
         reach: Reach = 0, None
-        if sequence.prompt_logprobs is None:
+        if sequence.reads_cache:
             usable = () if self._copying else self._host.usable(sequence.tokens, sequence.adapter)
             same = slot.cached if slot.adapter == sequence.adapter else []
             own = min(common_prefix(same, sequence.tokens), len(sequence.tokens) - 1)
@@ -241,7 +241,7 @@ class PrefixCache:
     def awaits_disk(self, sequence: Sequence) -> bool:
         """Whether a request should wait until a file is in RAM. Begins to read the file if none is being read."""
         disk = self._disk
-        if disk is None or sequence.prompt_logprobs is not None:
+        if disk is None or not sequence.reads_cache:
             return False
         self._settle_disk()
         if not sequence.looked:

@@ -38,7 +38,7 @@ class MovedCells:
 
         None if a prefix of ``n_found`` tokens is nearly as good, or the request does without moved cells.
         """
-        if sequence.exact or sequence.prompt_logprobs is not None or sequence.pictures:
+        if sequence.exact or not sequence.reads_cache or sequence.pictures:
             return None
         tokens, most, best = sequence.tokens[:-1], n_found + self._least - 1, None
         for holder in holders if len(tokens) > most else ():

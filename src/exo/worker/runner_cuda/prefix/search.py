@@ -45,10 +45,9 @@ class PrefixSearch:
     def longest(self, sequence: Sequence) -> CachedPrefix | None:
         """Returns the longest prefix of a sequence that is cached or about to be, of at least one block.
 
-        The last token is always computed, because the first new token is sampled from its logits. With prompt
-        log-probabilities, every token is computed, so nothing is looked up.
+        The last token is always computed, because the first new token is sampled from its logits.
         """
-        if sequence.prompt_logprobs is not None or sequence.parked is not None or sequence.alone:
+        if not sequence.reads_cache or sequence.parked is not None or sequence.alone:
             return None
         tokens, adapter = sequence.tokens, sequence.adapter
         usable = self._host.usable(tokens, adapter)

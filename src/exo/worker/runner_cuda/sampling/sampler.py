@@ -4,6 +4,7 @@ Only sampling without top-k and min-p computes the exponentials of a whole row, 
 All rows of a step are sampled together.
 """
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ class Sampler:
     ends: Sequence[int] = ()
     """Token ids that are not chosen before position ``ends_at``."""
     ends_at: int = 0
-    seen: set[int] = field(default_factory=set[int])
-    """Distinct tokens of prompt and output."""
+    seen: set[int] | deque[int] = field(init=False)
+    """The distinct tokens of prompt and output, or the last tokens, as many as ``repetition_window``."""
     counts: dict[int, int] = field(default_factory=dict[int, int])
     """Occurrences in the output."""
     _bias_ids: Ids = field(init=False)
@@ -49,18 +50,22 @@ class Sampler:
     """The bias of tokens that are not allowed, shape (n_vocab,); made with the first row."""
 
     def __post_init__(self) -> None:
+        self.seen = deque[int](maxlen=window) if (window := self.params.repetition_window) else set[int]()
         self._bias_ids = np.fromiter(self.params.logit_bias.keys(), np.intp)
         self._bias = np.fromiter(self.params.logit_bias.values(), np.float32)
 
     def accept_prompt(self, tokens: Collection[int]) -> None:
         """Remembers the prompt for the repetition penalty."""
-        if self.params.repetition_penalty != 1.0:
+        if self.params.repetition_penalty == 1.0:
+            return
+        if isinstance(self.seen, deque):
+            self.seen.extend(tokens)
+        else:
             self.seen.update(tokens)
 
     def accept(self, token: int) -> None:
         """Remembers an output token for the penalties."""
-        if self.params.repetition_penalty != 1.0:
-            self.seen.add(token)
+        self.accept_prompt((token,))
         if self.params.presence_penalty or self.params.frequency_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
 

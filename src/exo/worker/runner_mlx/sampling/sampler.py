@@ -109,7 +109,7 @@ class Group:
         """Does the same as ``MlxSampler.choose`` for these rows."""
         logits = logits.astype(mx.float32)
         if self._kind.penalised:
-            logits = self._penalise(logits)
+            logits = self._penalise(logits, positions)
         if self._kind.biased:
             logits = logits + self._bias
         if self._kind.ending:
@@ -123,31 +123,36 @@ class Group:
             token = _draw(weights, _noise(self._seeds, positions, weights.shape[1]))
         token = mx.where(mx.abs(top[:, 0]) < mx.inf, token.astype(mx.int32), FAILED)
         if self._kind.penalised:
-            self._accept(token)
+            self._accept(token, positions)
         return token
 
     # --- penalties ---
 
     def _start_history(self, sequences: Rows[MlxSequence], n_vocab: int, unread: mx.array | None) -> None:
-        """Counts each token in the output, and notes the tokens of prompt and output, shape (rows, vocabulary)."""
+        """Counts each token in the output, and notes where each one was last, shape (rows, vocabulary)."""
         self._counts = _count([sequence.tokens[sequence.n_prompt :] for sequence in sequences], n_vocab)
-        self._seen = _count([sequence.tokens for sequence in sequences], n_vocab) > 0
+        last = np.full((len(sequences), n_vocab), -1, np.int32)
+        for row, sequence in zip(last, sequences, strict=True):
+            row[sequence.tokens] = np.arange(len(sequence.tokens))
+        self._last = mx.array(last)
         self._ids = mx.arange(n_vocab)
         self._repetition = _column(params.repetition_penalty for params in self._params)
         self._presence = _column(params.presence_penalty for params in self._params)
         self._frequency = _column(params.frequency_penalty for params in self._params)
         if unread is not None:
-            self._accept(unread)
+            self._accept(unread, [len(sequence.tokens) for sequence in sequences])
 
-    def _penalise(self, logits: mx.array) -> mx.array:
+    def _penalise(self, logits: mx.array, positions: Rows[int]) -> mx.array:
         harder = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)
-        logits = mx.where(self._seen, harder, logits)
+        windows = [params.repetition_window for params in self._params]
+        begins = [max(at - window, 0) if window else 0 for at, window in zip(positions, windows, strict=True)]
+        logits = mx.where(self._last >= mx.array(begins)[:, None], harder, logits)
         return logits - mx.where(self._counts > 0, self._presence + self._frequency * self._counts, 0.0)
 
-    def _accept(self, tokens: mx.array) -> None:
+    def _accept(self, tokens: mx.array, positions: Rows[int]) -> None:
         new = self._ids == tokens[:, None]
         self._counts = self._counts + new
-        self._seen = self._seen | new
+        self._last = mx.where(new, mx.array(positions)[:, None], self._last)
 
     # --- candidates ---
 

@@ -150,6 +150,17 @@ def test_repetition_penalty_counts_prompt_and_output_and_pulls_both_signs_down()
     np.testing.assert_allclose(adjusted, [2.0 / 1.2, 1.9 / 1.2, -1.0 * 1.2, -1.05], rtol=1e-6)
 
 
+def test_repetition_penalty_counts_the_last_tokens_of_its_window() -> None:
+    sampler = Sampler(SamplingParams(seed=0, temperature=0, repetition_penalty=2, repetition_window=2))
+    sampler.accept_prompt([0, 1, 1])
+    rows: list[Row] = []
+    for token in (2, 2, 3, 0):
+        rows.append(np.full(4, 2, np.float32))
+        sampler.adjust(rows[-1], 0)
+        sampler.accept(token)
+    assert np.stack(rows).tolist() == [[2, 1, 2, 2], [2, 1, 1, 2], [2, 2, 1, 2], [2, 2, 1, 1]]
+
+
 def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     sampler = Sampler(SamplingParams(seed=0, temperature=0, presence_penalty=0.5, frequency_penalty=0.25))
     sampler.accept_prompt([0, 0, 0])
