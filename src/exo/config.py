@@ -40,7 +40,8 @@ _OWN_VARIABLES = (
     *("EXO_API_KEY", "EXO_AUTO_PULL", "EXO_CUDA_PLUGIN", "EXO_DEFAULT_MODELS_DIR", "EXO_DRAIN_TIMEOUT"),
     *("EXO_EVICT_TIMEOUT", "EXO_FIND_MODELS", "EXO_FIND_MODELS_IN", "EXO_HOME", "EXO_HOST", "EXO_IDLE_TIMEOUT"),
     *("EXO_FORCE_LOAD", "EXO_LOAD_TIMEOUT", "EXO_LOG_JSON", "EXO_LOG_PROMPTS", "EXO_MAX_QUEUE"),
-    *("EXO_MEMORY_LIMIT", "EXO_MIN_RESIDENCE", "EXO_MODELS_DIRS", "EXO_MODELS_READ_ONLY_DIRS", "EXO_OFFLINE"),
+    *("EXO_MEMORY_LIMIT", "EXO_MIN_RESIDENCE", "EXO_MODELS_DIRS", "EXO_MODELS_READ_ONLY_DIRS"),
+    *("EXO_NO_UPSTREAM_API", "EXO_OFFLINE"),
     *("EXO_PORT", "EXO_PREFER", "EXO_STALL_TIMEOUT", "EXO_STRICT", "EXO_TTL", "EXO_URL", "EXO_LAUNCH_KEY"),
     *("EXO_TEST_RPC_SERVERS", "EXO_VULKAN_PLUGIN"),
 )
@@ -262,6 +263,8 @@ class Settings:
     """Whether each line of the server's log is a JSON object."""
     log_prompts: bool = False
     """Whether the access log has the text of prompts."""
+    upstream_api: bool = True
+    """Whether the server has upstream's routes for instances, the state of a cluster and benchmarks."""
     otlp_endpoint: str | None = None
     """The address of a collector of traces; None exports none."""
     service_name: str = "exo"
@@ -296,6 +299,7 @@ class Settings:
         strict: bool = False,
         log_json: bool = False,
         log_prompts: bool = False,
+        no_upstream_api: bool = False,
         otlp_endpoint: str | None = None,
     ) -> "Settings":
         """From the flags of the command line and the environment. Raises SettingsError.
@@ -329,6 +333,7 @@ class Settings:
             strict=strict or is_set("EXO_STRICT"),
             log_json=log_json or is_set("EXO_LOG_JSON"),
             log_prompts=log_prompts or is_set("EXO_LOG_PROMPTS"),
+            upstream_api=not (no_upstream_api or is_set("EXO_NO_UPSTREAM_API")),
             otlp_endpoint=value_of("--otlp-endpoint", otlp_endpoint, "OTEL_EXPORTER_OTLP_ENDPOINT", _url, None),
             service_name=value_of("", None, "OTEL_SERVICE_NAME", lambda given: given.value, "exo"),
             other_folders=OtherFolders.load(),

@@ -124,7 +124,7 @@ def objects(document: Document, schema: Document) -> Iterator[JsonValue]:
 
 def test_no_field_that_is_described_is_unknown_or_refused(client: httpx.Client, document: Document) -> None:
     for path, schema in bodies(document).items():
-        for body in objects(document, schema) if path != "/v1/models/pull" else ():
+        for body in objects(document, schema) if path not in ("/v1/models/pull", "/place_instance") else ():
             assert isinstance(body, dict)
             reply = client.post(path, json={**body, "model": MODEL})
             assert reply.status_code in (200, 400), reply.text

@@ -84,6 +84,9 @@ PRINTS: dict[tuple[str, str], str] = {
     ("POST /apply-template", "bash"): r"user\\nhi",
     ("POST /v1/rerank", "bash"): r'"results":\[\{"index":[01],"relevance_score":-?[0-9.e-]+\}\]',
     ("POST /v1/score", "bash"): r'"data":\[\{"index":0,"object":"score","score":-?[0-9.e-]+\},\{"index":1',
+    ("GET /instance/previews and POST /place_instance", "bash"): (
+        r'"instance_meta":"MlxRing".*"Command received.".*"type":"ready".*"Runner(Ready|Running)"'
+    ),
     ("The server itself", "bash"): r'"status":"ok".*"status":"ready".*"state":"R.*"reason":"card prefers',
     ("The server itself", "python"): r"test/tiny cuda R.*of 4 slots busy",
 }

@@ -33,6 +33,7 @@ def serve(
     speeds_file: Path | None = None,
     strict: bool = False,
     image_hosts: tuple[str, ...] = (),
+    upstream_api: bool = True,
 ) -> Generator[str]:
     """Yields the server's base URL. The runners' logs are in ``directory``."""
     settings = Settings(
@@ -47,6 +48,7 @@ def serve(
         speeds_file=speeds_file,
         strict=strict,
         image_hosts=image_hosts,
+        upstream_api=upstream_api,
     )
     aliases = {alias: (card.model_id,) for card in cards for alias in card.aliases}
     catalogue = Catalogue({card.model_id: card for card in cards}, aliases, ())

@@ -29,6 +29,7 @@ from exo.api.openai.responses.routes import responses_routes
 from exo.api.openai.routes import openai_routes
 from exo.api.page.routes import Page, page_routes
 from exo.api.traces import Traces
+from exo.api.upstream.routes import upstream_routes
 from exo.api.vllm_score import score_routes
 from exo.config import Settings
 from exo.serving.app_state import Services
@@ -70,6 +71,8 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(activity_routes(services))
     app.include_router(metric_routes(services))
     app.include_router(engine_routes(services))
+    if settings.upstream_api:
+        app.include_router(upstream_routes(services, settings.models_directory))
     app.include_router(page_routes(page))
     install(app)
     app.add_middleware(WarningHeader, strict=settings.strict)

@@ -92,15 +92,15 @@ class LoadedModels:
         with self._pool.using(process):
             return await process.ready()
 
-    async def unload(self, name: str) -> tuple[str, bool]:
-        """Unloads a model when its requests have ended or their time is over.
+    async def unload(self, name: str, runner: str | None = None) -> tuple[str, bool]:
+        """Unloads a model, from all runners or from one, when its requests have ended or their time is over.
 
         Returns its id and whether it was loaded or loading. A loaded model whose card is gone keeps the card's names.
         Raises ``ServingError``.
         """
         card = self._cards.known.get(name)
         model_id = self._started_as(name) if card is None else card.model_id
-        unloaded = await self._pool.unload(model_id, self._drain_seconds)
+        unloaded = await self._pool.unload(model_id, self._drain_seconds, runner)
         if card is None and not unloaded:
             raise self._unknown(name)
         return model_id, unloaded > 0

@@ -46,6 +46,9 @@ class ListedModel(Reply):
     """One available model. The context length is that of a request; it is absent until a runner has decided it."""
 
     id: str
+    name: str
+    """The last part of the id. This and the next field are upstream exo's."""
+    hugging_face_id: str
     parent: str | None = Field(default=None, exclude_if=absent)
     """The model that an adapter changes."""
     object: Literal["model"] = "model"
@@ -60,6 +63,8 @@ class ListedModel(Reply):
     context_length: int | None = Field(default=None, exclude_if=absent)
     max_model_len: int | None = Field(default=None, exclude_if=absent)
     meta: ModelMeta
+    storage_size_megabytes: int
+    """Upstream exo's form of ``meta.size``."""
     capabilities: list[str]
     architecture: ModelArchitecture
     supported_parameters: list[str]
@@ -75,8 +80,12 @@ class ListedModel(Reply):
             *(_REASONING if "thinking" in capabilities else ()),
         ]
         parameters += _EMBEDDING if "embedding" in capabilities else ()
+        name = f"{card.model_id}:{adapter}" if adapter else card.model_id
+        n_bytes = loaded.model_bytes if loaded is not None else card.storage_size.in_bytes
         return cls(
-            id=f"{card.model_id}:{adapter}" if adapter else card.model_id,
+            id=name,
+            name=name.rpartition("/")[2],
+            hugging_face_id=name,
             parent=card.model_id if adapter else None,
             created=created,
             owned_by=card.model_id.partition("/")[0],
@@ -90,8 +99,9 @@ class ListedModel(Reply):
                 n_ctx=length,
                 n_ctx_train=facts.trained_length,
                 n_vocab=loaded.vocabulary if loaded is not None else None,
-                size=loaded.model_bytes if loaded is not None else card.storage_size.in_bytes,
+                size=n_bytes,
             ),
+            storage_size_megabytes=n_bytes >> 20,
             capabilities=capabilities,
             architecture=ModelArchitecture(
                 input_modalities=["text", "image"] if "vision" in capabilities else ["text"]

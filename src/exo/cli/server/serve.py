@@ -114,6 +114,12 @@ def serve(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse unknown request fields instead of warning. EXO_STRICT.")
     ] = False,
+    no_upstream_api: Annotated[
+        bool,
+        typer.Option(
+            "--no-upstream-api", help="Leave upstream exo's /state, /instance and /bench. EXO_NO_UPSTREAM_API."
+        ),
+    ] = False,
     logs: LogOptions,
 ) -> None:
     """Serve models on one OpenAI-compatible endpoint until interrupted."""
@@ -133,6 +139,7 @@ def serve(
         image_hosts=allow_image_urls or (),
         strict=strict,
         **asdict(logs),
+        no_upstream_api=no_upstream_api,
     )
     named = [named_model(settings, model) for model in load or ()]
     own = _checked([model for each in named for model in each.own])

@@ -221,12 +221,16 @@ class RunnerPool:
                 self._budget.keep(instance.id, seconds)
         self._settle()
 
-    async def unload(self, model_id: str, seconds: float) -> int:
-        """Ends a model's runners and returns their number. Their requests have ``seconds`` to finish.
+    async def unload(self, model_id: str, seconds: float, runner: str | None = None) -> int:
+        """Ends a model's runners, or one kind of them, and returns their number. Forgets those that have failed.
 
-        A new request for the model loads it again.
+        Their requests have ``seconds`` to finish. A new request for the model loads it again.
         """
-        leaving = [each for each in self._instances.values() if each.model_id == model_id]
+        leaving = [
+            each for each in self._instances.values() if each.model_id == model_id and runner in (None, each.runner)
+        ]
+        for which in [each for each in self._last_failed if each[0] == model_id and runner in (None, each[1])]:
+            del self._last_failed[which]
         for each in leaving:
             self._budget.dismiss(each.id)
         self._settle()
