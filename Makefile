@@ -53,8 +53,9 @@ gpu-archive: setup  ## compile and pack for a machine with a GPU and no network;
 gpu-check:  ## on such a machine: test, measure, see docs/gpu.md; ARGS="--stages self-test,contract"
 	PYTHON=$(PYTHON) scripts/gpu_check $(ARGS)
 
-wheels: setup  ## build/wheels/exo-*.whl, tried in an empty environment: llama.cpp, the demo model, an answer
+wheels: setup  ## build/wheels/: exo, and its llama.cpp runner for upstream exo; exo is tried in an empty environment: llama.cpp, the demo model, an answer
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
+	$(BIN)/python scripts/runner_wheel.py build/wheels
 	$(PYTHON) -m venv --clear build/empty
 	build/empty/bin/pip install --quiet --constraint requirements.txt build/wheels/exo-*.whl
 	cd build && empty/bin/exo setup llama && empty/bin/exo setup demo && empty/bin/exo run gemma-3-270m "The capital of France is"

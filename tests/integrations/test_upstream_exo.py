@@ -12,8 +12,7 @@ import pytest
 
 from tests import ROOT
 
-STAND_INS = ROOT / "tests" / "support" / "upstream" / "exo"
-OURS = ("chat", "worker/protocol", "worker/runner_common")
+STAND_INS = ROOT / "tests" / "support" / "upstream"
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if tools %}{{ tools }}{% endif %}assistant:"
 )
@@ -25,14 +24,15 @@ from exo.shared.types.chunks import ErrorChunk, PrefillProgressChunk, TokenChunk
 from exo.shared.types.common import ModelId
 from exo.shared.types.tasks import TaskId, TextGeneration
 from exo.shared.types.text_generation import TextGenerationTaskParams
-from exo.shared.types.worker.instances import BoundInstance, Card, LlamaCppInstance, Shard
+from exo.shared.models.model_cards import ModelCard
+from exo.shared.types.worker.instances import BoundInstance, LlamaCppInstance, Shard
 from exo.shared.types.worker.runner_response import CancelledResponse, FinishedResponse
 from exo.utils.channels import MpReceiver
 from exo.worker.engines.llama_cpp.engine import LlamaCppBuilder
 
 cancels = MpReceiver()
 builder = LlamaCppBuilder(ModelId("me/model"), cancels)
-card = Card("me/model", 18, ["model.gguf"])
+card = ModelCard("me/model", 18, ["model.gguf"])
 told = {"chunks": {}, "loading": [], "failure": ""}
 script = json.loads(sys.argv[1])
 try:
@@ -62,11 +62,14 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package ``exo`` of the stand-ins, the adapter and exo's own folders."""
+    """A package ``exo`` of the stand-ins and the adapter, beside a package ``exo_llama_cpp`` with the fake runner."""
     folder = tmp_path_factory.mktemp("upstream")
-    shutil.copytree(STAND_INS, folder / "exo")
-    for name in OURS:
-        (folder / "exo" / name).symlink_to(ROOT / "src" / "exo" / name)
+    shutil.copytree(STAND_INS, folder, dirs_exist_ok=True)
+    package = folder / "exo_llama_cpp"
+    package.mkdir(exist_ok=True)
+    (package / "__main__.py").symlink_to(ROOT / "tests" / "support" / "fake_llama_cpp.py")
+    (package / "__init__.py").symlink_to(ROOT / "integrations" / "exo_llama_cpp" / "__init__.py")
+    (package / "tree").symlink_to(ROOT / "src")
     return folder
 
 
@@ -145,9 +148,9 @@ def test_a_model_that_does_not_load_is_an_error_with_the_runners_words(tree: Pat
 
 CALLS = """
 import json
+from exo.worker.engines.llama_cpp.mapping import Reply
 from exo.chat.grammar.tool_schema import Tool
 from exo.chat.output.registry import output_format
-from exo.worker.engines.llama_cpp.mapping import Reply
 from exo.worker.protocol.events import Delta, Finished, Usage
 tool = Tool("look", "", {"type": "object", "properties": {"at": {"type": "string"}}})
 parser = output_format(None, "hermes").parser(tools=[tool], in_reasoning=False)
@@ -173,12 +176,25 @@ def test_calls_are_handed_over_whole_with_the_usage(tree: Path) -> None:
 
 
 ROUTES = """
-from exo.worker.engines.llama_cpp.placement import route_instance_meta as route
-served = {"Ring": ["MlxMetal", "MlxCpu"], "LlamaCpp": ["LlamaCppCuda", "LlamaCppCpu"]}
-both = ["LlamaCppCuda", "MlxCpu", "LlamaCppCpu"]
-assert route("Ring", both, [["LlamaCppCpu"]], served) == "Ring", "what was asked for, if the card knows it"
-assert route("Ring", ["LlamaCppCuda", "LlamaCppCpu"], [["MlxCpu"], ["LlamaCppCpu"]], served) == "LlamaCpp"
-assert route("Ring", ["LlamaCppCuda"], [["MlxCpu"]], served) == "Ring", "nothing can, so placement says why"
+from exo.shared.models.model_cards import ModelCard
+from exo.shared.types.backends import Backend as B
+from exo.shared.types.worker.instances import InstanceMeta as Kind
+from exo.worker.engines.llama_cpp.placement import choose
+here = [B.MlxCpu, B.LlamaCppCpu]
+gguf = ModelCard("me/gguf", backends=[B.LlamaCppCuda, B.LlamaCppCpu])
+both = ModelCard("me/both", backends=[B.LlamaCppCpu, B.MlxCpu])
+metal = ModelCard("me/metal", backends=[B.MlxMetal])
+assert choose(Kind.MlxRing, gguf, here) == (Kind.LlamaCpp, B.LlamaCppCpu), "MLX cannot, whoever asks for it"
+assert choose(Kind.MlxRing, both, here) == (Kind.MlxRing, B.MlxCpu), "what was asked for, if the card knows it"
+assert choose(Kind.MlxJaccl, both, here) == (Kind.MlxJaccl, B.MlxCpu)
+assert choose(Kind.LlamaCpp, both, here) == (Kind.LlamaCpp, B.LlamaCppCpu)
+for asked, card, present in ((Kind.MlxRing, metal, here), (Kind.LlamaCpp, both, [B.MlxCpu]), (Kind.LlamaCpp, gguf, [])):
+    try:
+        print(choose(asked, card, present))
+    except ValueError as error:
+        assert "serve" in str(error), error
+    else:
+        raise AssertionError(card)
 import anyio
 from exo.worker.engines.llama_cpp.probe import llama_cpp_backends
 assert [each.value for each in anyio.run(llama_cpp_backends)] == ["LlamaCppCpu"]
@@ -191,3 +207,23 @@ assert anyio.run(llama_cpp_backends) == []
 def test_placement_follows_the_card_and_the_probe_tells_what_there_is(tree: Path) -> None:
     env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
     subprocess.run([sys.executable, "-P", "-c", ROUTES], env=env, check=True)
+
+
+COMMANDS = """
+from exo.worker.engines.llama_cpp.mapping import generate
+from exo.chat.output.registry import output_format
+from exo.shared.types.text_generation import TextGenerationTaskParams
+form = output_format(None, "none")
+def made(**fields):
+    return generate("a", TextGenerationTaskParams(**fields), [], form)
+assert made().cache_prompt
+assert not made(bench=True).cache_prompt
+assert made(bench=True, use_prefix_cache=True).cache_prompt
+assert made().sampling.repetition_window == 20
+assert made(repetition_context_size=64).sampling.repetition_window == 64
+"""
+
+
+def test_a_benchmark_bypasses_the_prefix_cache_and_the_penalty_has_upstreams_window(tree: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
+    subprocess.run([sys.executable, "-P", "-c", COMMANDS], env=env, check=True)

@@ -26,7 +26,7 @@ from exo.worker.protocol.commands import Generate, SamplingParams, Text
 from exo.worker.protocol.events import Delta, Finished, Logprob, TokenLogprobs
 
 # Upstream's MLX engine uses these where a request sets nothing.
-MAX_TOKENS, SEED = 32168, 42
+MAX_TOKENS, SEED, WINDOW = 32168, 42, 20
 SAMPLING: dict[str, float] = {"temperature": 0.7, "min_p": 0.05}
 Variables = dict[str, JsonValue]
 """Variables of a chat template."""
@@ -58,14 +58,11 @@ def effort(params: TextGenerationTaskParams) -> str | None:
 
 
 def generate(request: str, params: TextGenerationTaskParams, prompt: Sequence[Text], form: OutputFormat) -> Generate:
-    """The command for a request. Raises ValueError for values that the runner does not accept.
-
-    The runner has no counterpart of ``repetition_context_size`` and ``use_prefix_cache``: its penalty covers the whole
-    prompt and output, and it reuses a computed prompt wherever it can.
-    """
+    """The command for a request. Raises ValueError for values that the runner does not accept."""
     given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(params, name)) is not None}
     if given.get("top_k", 0) < 0:
         del given["top_k"]
+    given["repetition_window"] = WINDOW if (window := params.repetition_context_size) is None else window
     seed = (SEED if params.seed is None else params.seed) % (1 << 64)
     stop = params.stop or ()
     return Generate(
@@ -75,6 +72,7 @@ def generate(request: str, params: TextGenerationTaskParams, prompt: Sequence[Te
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         max_tokens=MAX_TOKENS if params.max_output_tokens is None else params.max_output_tokens,
         ignore_eos=params.bench,
+        cache_prompt=params.use_prefix_cache or not params.bench,
         logprobs=(params.top_logprobs or 0) if params.logprobs else None,
         show_special=form.special,
     )

@@ -13,8 +13,8 @@ PROBE_SECONDS = 60.0
 
 
 def runner_command() -> list[str]:
-    """The command of the runner: with EXO_LLAMA_CPP_PYTHON, or with this interpreter."""
-    return [os.environ.get("EXO_LLAMA_CPP_PYTHON") or sys.executable, "-m", "exo.worker.runner_cuda"]
+    """The command of the runner, in the environment of EXO_LLAMA_CPP_PYTHON or in this one."""
+    return [os.environ.get("EXO_LLAMA_CPP_PYTHON") or sys.executable, "-m", "exo_llama_cpp"]
 
 
 async def llama_cpp_backends() -> list[Backend]:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self, final
 
 START_SECONDS = 30.0
@@ -55,8 +56,11 @@ def command(module: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a sandbox program: only what it needs to find its modules."""
-    return {"PYTHONPATH": os.pathsep.join(sys.path)}
+    """The environment of a sandbox program: only what it needs to find its modules.
+
+    They are beside this one, also where the process has another package ``exo``.
+    """
+    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
 
 
 def line(content: Mapping[str, object]) -> bytes:

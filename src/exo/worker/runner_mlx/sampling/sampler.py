@@ -152,7 +152,7 @@ class Group:
     def _accept(self, tokens: mx.array, positions: Rows[int]) -> None:
         new = self._ids == tokens[:, None]
         self._counts = self._counts + new
-        self._last = mx.where(new, mx.array(positions)[:, None], self._last)
+        self._last = mx.where(new, mx.array(list(positions))[:, None], self._last)
 
     # --- candidates ---
 

@@ -1,6 +1,14 @@
 from dataclasses import dataclass
+from enum import StrEnum
 
+from exo.shared.models.model_cards import ModelCard
 from exo.shared.types.backends import Backend
+
+
+class InstanceMeta(StrEnum):
+    MlxRing = "MlxRing"
+    MlxJaccl = "MlxJaccl"
+    LlamaCpp = "LlamaCpp"
 
 
 @dataclass
@@ -9,15 +17,8 @@ class LlamaCppInstance:
 
 
 @dataclass
-class Card:
-    model_id: str
-    n_layers: int
-    files: list[str]
-
-
-@dataclass
 class Shard:
-    model_card: Card
+    model_card: ModelCard
 
 
 @dataclass
