@@ -56,3 +56,11 @@ def test_ggml_starts_no_debugger_in_the_runner() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "1"
+
+
+def test_a_part_of_the_model_that_has_gone_is_no_fault_of_the_model() -> None:
+    """Also while it loads: another process may find the host again."""
+    said = "/src/ggml-rpc.cpp:569: GGML_ABORT: Remote RPC server crashed or returned malformed response"
+    failed = diagnose("was killed by SIGABRT", said, loading=True)
+    assert failed.code == "runner_died"
+    assert "a process or a host that had a part of the model has gone" in failed.message

@@ -45,8 +45,8 @@ if(NOT EMSCRIPTEN)
   install(TARGETS exo-mtmd LIBRARY DESTINATION "${SKBUILD_PLATLIB_DIR}/llama_cpp/lib")
 endif()
 
-# The RPC back end is a plug-in in the wheel, for tests: nothing loads it unless EXO_TEST_RPC_SERVERS is set. It takes 4
-# CPU seconds of 200 to compile, and 190 kB.
+# The RPC back end is a plug-in in the wheel. Models that are divided among hosts load it, and tests of devices. It takes
+# 4 CPU seconds of 200 to compile, and 190 kB.
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND NOT GGML_RPC)
   set(RPC "${CMAKE_CURRENT_SOURCE_DIR}/ggml/src/ggml-rpc")
   add_library(exo-rpc MODULE "${RPC}/ggml-rpc.cpp" "${RPC}/transport.cpp")

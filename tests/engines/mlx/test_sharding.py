@@ -19,6 +19,7 @@ from exo.worker.protocol.commands import (
     Estimate,
     Generate,
     Load,
+    Peer,
     SamplingParams,
 )
 from exo.worker.protocol.runners import RUNNERS
@@ -34,6 +35,7 @@ from tests.contract import test_grammar as grammar_contract
 from tests.contract import test_logprobs as logprobs_contract
 from tests.contract import test_sampling as sampling_contract
 from tests.contract.cases import long_prompt
+from tests.support.peers import CABLE, cable, needs_namespaces, parts, peer
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.server import ServeProgram, write_card
 from tests.support.tiny import Shape, write_mlx
@@ -273,6 +275,77 @@ def test_a_stream_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
                     killed = True
         assert killed
         assert text == reply.json()["choices"][0]["text"]
+
+
+# --- on several hosts ---
+
+
+def on_hosts(folder: Path, *hosts: Peer, **table: JsonValue) -> Load:
+    return mlx_load(folder, n_ctx=512, **table).model_copy(update={"peers": hosts})
+
+
+@pytest.mark.parametrize(("table", "kind"), [({}, "pipeline"), (BY_TENSOR, "tensor")])
+def test_ranks_on_other_hosts_compute_what_one_process_does(
+    alone: Program, models: Models, table: dict[str, JsonValue], kind: str
+) -> None:
+    with Program(runner_command(RUNNERS["mlx"].module)) as program:
+        found = program.load(on_hosts(models.mlx("llama"), peer(RUNNERS["mlx"].module), slots=4, **table))
+        assert found.devices == (f"CPU (rank 0 of 2, {kind})", f"far/CPU (rank 1 of 2, {kind})")
+        assert furthest(program.generate(*crowd()), alone.generate(*crowd())) < 1e-4
+        request = next(name)
+        program.send(ask(request, max_tokens=400))
+        program.until(lambda: request in program.results and len(program.results[request].tokens) > 3)
+        (rank,) = parts(program.process.pid, "--rank")
+        rank.kill()
+        assert program.drain() != 0
+        assert program.results[request].end is None
+
+
+@needs_namespaces
+def test_hosts_that_only_a_cable_joins_compute_together(alone: Program, models: Models) -> None:
+    with cable() as hosts:
+        far = peer(RUNNERS["mlx"].module, hosts.prefix(hosts.there), address=CABLE[1])
+        with Program((*hosts.prefix(hosts.here), *runner_command(RUNNERS["mlx"].module))) as program:
+            program.load(on_hosts(models.mlx("llama"), far, slots=4))
+            assert furthest(program.generate(*crowd()), alone.generate(*crowd())) < 1e-4
+            (rank,) = parts(program.process.pid, "--rank")
+            hosts.cut()
+            program.process.kill()
+            wait_until_gone(rank)
+
+
+@pytest.mark.parametrize(
+    ("host", "table", "says"),
+    [
+        (peer("none"), {"tensor_parallel_size": 4}, "tensor_parallel_size is 4: each of the 2 hosts has one process"),
+        (peer("none", address="8.8.8.8"), {}, "8.8.8.8 is no address of a private network"),
+        (
+            Peer(name="far", command=("false",), address="127.0.0.1"),
+            {},
+            "rank 1 of 2 on far could not start: it exited",
+        ),
+        (
+            Peer(name="far", command=("echo", "up 127.0.0.1:1 mlx 0.1"), address="127.0.0.1"),
+            {},
+            "rank 1 of 2 on far could not join: it has mlx 0.1 --rank ring 127.0.0.1, and rank 0 has mlx",
+        ),
+    ],
+)
+def test_hosts_that_cannot_be_used_are_named(
+    models: Models, host: Peer, table: dict[str, JsonValue], says: str
+) -> None:
+    with Program(runner_command(RUNNERS["mlx"].module)) as program:
+        program.send(on_hosts(models.mlx("llama"), host, **table))
+        assert program.drain() != 0
+        assert program.failure is not None
+        assert says in program.failure.message
+
+
+def test_estimates_say_what_each_host_takes(models: Models) -> None:
+    one = estimate(Estimate(load=on_hosts(models.mlx("llama"), **BY_PIPELINE))).choices[0]
+    two = estimate(Estimate(load=on_hosts(models.mlx("llama"), peer("none")))).choices[0]
+    assert two.devices.keys() == {"far/memory"}
+    assert two.host + two.devices["far/memory"] == one.host
 
 
 # --- refusals and estimates ---

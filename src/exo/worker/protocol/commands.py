@@ -94,6 +94,19 @@ class ReasoningLimit(Message):
     """Reasoning may begin anywhere in the output, and not only before everything else."""
 
 
+class Peer(Message):
+    """Another host, which may hold a part of the model."""
+
+    name: str
+    """The name of the host, which precedes those of its devices, as in "gpu2/CUDA0"."""
+    command: tuple[str, ...]
+    """Starts this runner's program there, with its pipes here."""
+    address: str
+    """The host's address in the network between the hosts, where engines talk to each other."""
+    directories: tuple[str, ...] = ()
+    """The models directories there, for engines that read a part of the model on each host."""
+
+
 class Load(Message):
     """The first command, unless ``Estimate`` precedes it. ``table`` is the card's table for this runner, unread.
 
@@ -113,6 +126,8 @@ class Load(Message):
     smaller: Mapping[str, JsonValue] = {}
     """Values for ``table`` that take less memory. If memory runs out, the runner tries once more with them and says so
     in ``Capabilities.retried``. Empty: it does not."""
+    peers: tuple[Peer, ...] = ()
+    """Hosts among which the model is divided, besides this one. A runner that cannot do that fails."""
 
 
 class Estimate(Message):

@@ -34,8 +34,8 @@ def run(package: str, probe: "Callable[[], Probe]") -> None:
         from exo.worker.runner_common.scoring import answer_score
 
         exit_now(answer_score(protocol, import_module(f"{package}.score").open_reader))
-    threading.excepthook = lambda args: _die(args.exc_type, args.exc_value, args.exc_traceback)
-    sys.excepthook = _die
+    threading.excepthook = lambda args: die(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.excepthook = die
     emitter = Emitter(protocol)
     emitter.start()
     emitter.put(Status(state="Idle"))
@@ -43,8 +43,8 @@ def run(package: str, probe: "Callable[[], Probe]") -> None:
     exit_now(0)
 
 
-def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-    """Ends the process after an unexpected exception in any thread; the server handles the pending requests."""
+def die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """An exception hook that ends the process; the server handles the pending requests."""
     from exo.worker.protocol.wire import exit_now
 
     traceback.print_exception(kind, error, trace)

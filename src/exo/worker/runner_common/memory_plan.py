@@ -172,12 +172,12 @@ def most_cache_in_ram(weights: int) -> int:
 def completed(command: Load, found: Estimated, devices: Mapping[str, int]) -> Load:
     """Returns the command with the best choice that fits the free memory, for a load that nobody has reserved it for.
 
-    ``devices`` are free bytes by device. If nothing fits, it is the choice that takes least.
+    ``devices`` are free bytes by device; other devices have room. If nothing fits, it is the choice that takes least.
     """
     room = psutil.virtual_memory().available, next(iter(devices.values()), 0)
 
     def fits(option: LoadOption) -> bool:
-        named = all(size <= devices.get(name, 0) for name, size in option.devices.items())
+        named = all(size <= devices.get(name, size) for name, size in option.devices.items())
         return named and option.host <= room[0] and option.device <= room[1]
 
     option = next(filter(fits, found.choices), found.choices[-1])

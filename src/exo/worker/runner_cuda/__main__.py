@@ -1,6 +1,7 @@
 """The llama.cpp runner as a program: ``python -m exo.worker.runner_cuda``.
 
 ``--probe``, ``--probe-plugin BACKEND``, ``--self-test BACKEND`` and ``--score`` make it answer once and end.
+``--rpc-server ADDRESS`` lends devices to a runner on another host.
 """
 
 import os
@@ -39,6 +40,10 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         restart_with_huge_pages()
         sys.setswitchinterval(SWITCH_SECONDS)
+    if sys.argv[1:2] == ["--rpc-server"]:
+        from exo.worker.runner_cuda import rpc_server
+
+        rpc_server.main(sys.argv[2])
     from exo.worker.runner_common.main import run  # after the restart, so that it is imported once
     from exo.worker.runner_cuda.loading.devices import probe
 

@@ -98,7 +98,9 @@ class Model:
         self.n_layers = llama_cpp.llama_model_n_layer(handle)
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(handle)
         self.size_bytes = llama_cpp.llama_model_size(handle)
-        self.layers, self.experts_in_ram = log.layers, log.experts_in_ram
+        names = {each.logged: each.name for each in devices}
+        self.layers = {names.get(place, place): count for place, count in log.layers.items()}
+        self.experts_in_ram = log.experts_in_ram
         self.adapters: dict[str, tuple[llama_cpp.llama_adapter_lora_p, float]] = {}
         """The handle and scale of each adapter, by its key."""
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)

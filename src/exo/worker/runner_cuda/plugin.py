@@ -8,11 +8,12 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Any
 
 from exo.worker.protocol.nvidia_driver import Driver, Version
 
@@ -120,12 +121,13 @@ def rpc_servers() -> tuple[str, ...]:
 @cache
 def load_plugin() -> None:
     """Adds CUDA's devices, or those of ``rpc_servers``, to those of the loaded ggml. Raises PluginError."""
-    import llama_cpp
     from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
 
     ggml.ggml_backend_reg_by_name.argtypes, ggml.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
     if servers := rpc_servers():
-        _load_rpc(ggml, Path(llama_cpp.__file__).parent / "lib" / RPC_LIBRARY, servers)
+        ggml.ggml_backend_register.argtypes, ggml.ggml_backend_register.restype = [ctypes.c_void_p], None
+        for each in servers:
+            ggml.ggml_backend_register(rpc_function("add_server", ctypes.c_void_p, ctypes.c_char_p)(each.encode()))
         return
     if ggml.ggml_backend_reg_by_name(b"CUDA"):  # a wheel that was built with it
         return
@@ -182,16 +184,25 @@ def _load(ggml: ctypes.CDLL, file: Path) -> int:
     return registry
 
 
-def _load_rpc(ggml: ctypes.CDLL, file: Path, servers: Iterable[str]) -> None:
+def rpc_function(name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
+    """Returns ``ggml_backend_rpc_NAME`` of ggml's RPC back end, which it loads. Raises PluginError."""
+    from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
+
+    find = ggml.ggml_backend_reg_get_proc_address
+    find.argtypes, find.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
+    return ctypes.CFUNCTYPE(result, *arguments)(find(_load_rpc(), f"ggml_backend_rpc_{name}".encode()))
+
+
+@cache
+def _load_rpc() -> int:
+    """Returns ggml's handle of the RPC back end. Raises PluginError."""
+    import llama_cpp
+    from llama_cpp.llama_cpp import _lib as ggml  # pyright: ignore[reportPrivateUsage]
+
+    file = Path(llama_cpp.__file__).parent / "lib" / RPC_LIBRARY
     if not file.exists():
         raise PluginError(f"there is no {file}; make llama builds it")
-    address, text = ctypes.c_void_p, ctypes.c_char_p
-    find, register = ggml.ggml_backend_reg_get_proc_address, ggml.ggml_backend_register
-    find.argtypes, find.restype = [address, text], address
-    register.argtypes, register.restype = [address], None
-    add_server = ctypes.CFUNCTYPE(address, text)(find(_load(ggml, file), b"ggml_backend_rpc_add_server"))
-    for each in servers:
-        register(add_server(each.encode()))
+    return _load(ggml, file)
 
 
 def needed_libraries(major: int) -> tuple[str, ...]:

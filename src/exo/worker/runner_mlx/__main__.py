@@ -1,4 +1,9 @@
-"""The MLX runner as a program: ``python -m exo.worker.runner_mlx``, or with ``--probe`` or ``--score``."""
+"""The MLX runner as a program: ``python -m exo.worker.runner_mlx``, or with ``--probe`` or ``--score``.
+
+``--rank TRANSPORT ADDRESS`` computes a part of a model whose runner is on another host.
+"""
+
+import sys
 
 from exo.worker.runner_common.main import run
 from exo.worker.runner_mlx.probe import probe
@@ -6,6 +11,10 @@ from exo.worker.runner_mlx.probe import probe
 
 def main() -> None:
     """Runs the program."""
+    if sys.argv[1:2] == ["--rank"]:
+        from exo.worker.runner_mlx.ranks import rank_main
+
+        rank_main.main()
     run("exo.worker.runner_mlx", probe)
 
 

@@ -1,4 +1,5 @@
 """The vLLM runner as a program: ``python -m exo.worker.runner_vllm``, or with ``--probe`` or ``--score``.
+``--follow ADDRESS`` computes a share of a model whose runner is on another host.
 
 It runs in an environment of its own, which has neither the server's packages nor the other engines. ``--probe --try``
 also imports vLLM, which takes ten seconds, and exits with status 1 if that fails.
@@ -21,6 +22,10 @@ def main() -> None:
         found = try_engine(probe())
         protocol.write(encode(found))
         exit_now(0 if found.installed else 1)
+    if sys.argv[1:2] == ["--follow"]:
+        from exo.worker.runner_vllm import follower
+
+        follower.main(sys.argv[2])
     run("exo.worker.runner_vllm", probe)
 
 

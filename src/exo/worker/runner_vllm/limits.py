@@ -29,6 +29,16 @@ def check_limits(options: VllmOptions, config: Json, *, processors: bool, device
         raise _refused(f"{asked} = {method!r}: vLLM's CPU build supports only {', '.join(CPU_METHODS)}")
 
 
+def divided(options: VllmOptions, hosts: int, *, processors: bool) -> VllmOptions:
+    """Returns the options with a process for each host, unless the card says how many there are. Raises LoadError."""
+    if options.processes == 1:
+        # A pipeline sends least over the network, and the CPU build has none.
+        return options.model_copy(update={f"{'tensor' if processors else 'pipeline'}_parallel_size": hosts})
+    if options.processes % hosts:
+        raise _refused(f"tensor_parallel_size times pipeline_parallel_size is {options.processes}, for {hosts} hosts")
+    return options
+
+
 def quantisation(options: VllmOptions, config: Json) -> str | None:
     """Returns the quantisation method of the card, or else of the folder; None without one."""
     found = config.get("quantization_config")

@@ -1,6 +1,7 @@
 """Loads a model: from a ``Load`` command to a warm vLLM engine core and tokenizer."""
 
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +20,16 @@ from exo.worker.runner_common.model_files.model_folder import (
     read_optional,
     tell_ignored,
 )
+from exo.worker.runner_common.part_process import own_address, reserved
 from exo.worker.runner_vllm.checked import VllmChecked, check
+from exo.worker.runner_vllm.hosts import interface, start_followers
 from exo.worker.runner_vllm.limits import quantisation
 from exo.worker.runner_vllm.options import load_error
 from exo.worker.runner_vllm.probe import BACKEND, ENGINE, engine_version, nvidia_devices
 from exo.worker.runner_vllm.purpose import Purpose
 from exo.worker.runner_vllm.sequence import Choice, VllmSequence
 from exo.worker.runner_vllm.sizes import cache_bytes, layer_count, trained_context
-from exo.worker.runner_vllm.switches import set_compute
+from exo.worker.runner_vllm.switches import set_compute, set_network
 
 if TYPE_CHECKING:
     from exo.worker.runner_vllm.vllm_edge import Core
@@ -58,15 +61,15 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
     layers = layer_count(config)
     report(Status(state="Loading", total_layers=layers))
     tell_ignored(checked.folder)
-    eager = checked.processors if options.enforce_eager is None else options.enforce_eager
-    set_compute(options.threads or physical_cores() if checked.processors else None, eager=eager)
-    try:
-        from exo.worker.runner_vllm.vllm_edge import Core, open_tokenizer
-    except (ImportError, OSError, RuntimeError) as error:
-        raise load_error("vLLM does not load", error) from error
-    with presented(checked.folder, checked.folder.written) as view:
-        arguments = {"model": str(view), **_arguments(checked, eager=eager), **_cache(checked)}
-        core = Core.load(arguments, purpose.pooling)
+    set_engine_compute(checked)
+    with ExitStack() as meanwhile:
+        divided = _started_followers(command, meanwhile) if command.peers else {}
+        try:
+            from exo.worker.runner_vllm.vllm_edge import Core, open_tokenizer
+        except (ImportError, OSError, RuntimeError) as error:
+            raise load_error("vLLM does not load", error) from error
+        view = meanwhile.enter_context(presented(checked.folder, checked.folder.written))
+        core = Core.load({**engine_arguments(checked, view), **divided}, purpose.pooling)
         report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
         report(Status(state="WarmingUp"))
         found = open_tokenizer(view)
@@ -77,7 +80,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
         engine=ENGINE,
         engine_version=engine_version(),
         backend=BACKEND,
-        devices=("CPU",) if checked.processors else tuple(each.name for each in nvidia_devices()[: options.processes]),
+        devices=_devices(checked),
         context_length=purpose.n_ctx,
         slots=options.slots,
         vocabulary=tokenizer.n_vocab,
@@ -99,8 +102,36 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
     return VllmLoaded(core, tokenizer, capabilities, computed)
 
 
-def _arguments(checked: VllmChecked, *, eager: bool) -> dict[str, object]:
-    """Returns the engine's arguments, by vLLM's names, without those of the KV cache and of pooling.
+def _started_followers(command: Load, meanwhile: ExitStack) -> dict[str, object]:
+    """Starts the other hosts, and returns the engine's arguments for this one. Raises LoadError.
+
+    ``meanwhile`` keeps the port at which all meet.
+    """
+    address = own_address(command.peers)
+    place = meanwhile.enter_context(reserved(address))
+    set_network(address, interface(address))
+    return start_followers(command, address, int(place.rpartition(":")[2])).arguments
+
+
+def _devices(checked: VllmChecked) -> tuple[str, ...]:
+    hosts = ("", *(f"{each}/" for each in checked.peers))
+    own = ("CPU",) if checked.processors else tuple(each.name for each in nvidia_devices()[: checked.on_each])
+    return tuple(f"{host}{name}" for host in hosts for name in own)
+
+
+def set_engine_compute(checked: VllmChecked) -> None:
+    """Sets the environment variables that depend on the model card. Call it before vLLM is imported."""
+    threads = checked.options.threads or physical_cores()
+    set_compute(threads if checked.processors else None, eager=_eager(checked))
+
+
+def _eager(checked: VllmChecked) -> bool:
+    wanted = checked.options.enforce_eager
+    return checked.processors if wanted is None else wanted
+
+
+def engine_arguments(checked: VllmChecked, view: Path) -> dict[str, object]:
+    """Returns the engine's arguments, by vLLM's names, without those of pooling. ``view`` is the model's folder.
 
     Prompts are cut into chunks of a fixed size, no matter how many rows are being decoded, so that other requests
     change the computation as little as possible.
@@ -108,6 +139,8 @@ def _arguments(checked: VllmChecked, *, eager: bool) -> dict[str, object]:
     options, config, purpose = checked.options, checked.folder.config, checked.purpose
     n_ctx, chunk, generates = purpose.n_ctx, purpose.chunk, purpose.pooling is None
     return {
+        "model": str(view),
+        **_cache(checked),
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
         "load_format": "safetensors",
@@ -124,7 +157,7 @@ def _arguments(checked: VllmChecked, *, eager: bool) -> dict[str, object]:
         "enable_chunked_prefill": purpose.divides,
         "enable_prefix_caching": generates,
         "async_scheduling": False,
-        "enforce_eager": eager,
+        "enforce_eager": _eager(checked),
         "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0} if "vision_config" in config else {},
         "generation_config": "vllm",
         "logits_processors": ["exo.worker.runner_vllm.sampler:Chooser"] if generates else [],

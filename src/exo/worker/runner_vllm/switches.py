@@ -25,6 +25,11 @@ def set_defaults() -> None:
     )
 
 
+def set_network(address: str, interface: str) -> None:
+    """Sets the address and the network interface over which the processes of several hosts talk to each other."""
+    os.environ.update(VLLM_HOST_IP=address, GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+
+
 def set_compute(threads: int | None, *, eager: bool) -> None:
     """Sets the variables that depend on the model card. ``threads`` is None for a build that computes on GPUs."""
     if eager:

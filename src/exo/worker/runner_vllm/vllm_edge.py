@@ -117,8 +117,7 @@ class Core:
     def load(cls, settings: Mapping[str, object], pooling: Pooling | None) -> "Core":
         """Loads with vLLM's engine arguments; with ``pooling``, for embeddings. Raises LoadError."""
         try:
-            purpose = {"runner": "generate"} if pooling is None else _pooled(pooling)
-            config = arguments.EngineArgs(**settings, **purpose).create_engine_config()
+            config = _arguments(settings, pooling).create_engine_config()
             with _temporary_files():
                 return cls(engine_core.EngineCore(config, executor.Executor.get_class(config), log_stats=True))
         except BROKEN_MODEL as error:
@@ -217,9 +216,21 @@ class Core:
         return [] if batch is None else [_output(each) for each in batch.outputs]
 
 
-def _pooled(pooling: Pooling) -> dict[str, object]:
-    """Returns the engine's arguments for embeddings."""
-    return {"runner": "pooling", "pooler_config": pooler.PoolerConfig(seq_pooling_type=pooling.upper())}
+def follow(settings: Mapping[str, object], pooling: Pooling | None) -> None:
+    """Computes this host's share of a model, whose engine core is on another host, with the same engine arguments.
+
+    Returns when the workers of this host have ended.
+    """
+    config = _arguments(settings, pooling).create_engine_config(headless=True)
+    followers = import_module("vllm.v1.executor.multiproc_executor").MultiprocExecutor(config, monitor_workers=False)
+    followers.start_worker_monitor(inline=True)
+
+
+def _arguments(settings: Mapping[str, object], pooling: Pooling | None) -> Any:  # noqa: ANN401 -- it ships no types
+    if pooling is None:
+        return arguments.EngineArgs(**settings, runner="generate")
+    pooled = pooler.PoolerConfig(seq_pooling_type=pooling.upper())
+    return arguments.EngineArgs(**settings, runner="pooling", pooler_config=pooled)
 
 
 @contextmanager

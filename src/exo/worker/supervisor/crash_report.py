@@ -47,6 +47,9 @@ _HOST_MEMORY = (
 _NO_DRIVER = ("cuda driver version is insufficient", "no cuda-capable device", "cuda_error_no_device")
 _DEVICE = ("cuda error", "cudaerror", "cublas error", "an illegal memory access was encountered", "errordevicelost")
 
+_LOST_PART = ("remote rpc server crashed", "the runner cannot compute without it")
+"""llama.cpp's message, and that of ``part_process``."""
+
 _ASSERTION = re.compile(r"^(?:\S*/)?([^/\s]+:\d+): (.*(?:GGML_ASSERT|Assertion|GGML_ABORT).*)$", re.MULTILINE)
 """A failed assertion in ggml or llama.cpp, after its place in the source."""
 _CRASHES = tuple(f"was killed by {signal}" for signal in ("SIGABRT", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGILL"))
@@ -156,6 +159,8 @@ def diagnose(how: str, stderr: str, *, loading: bool = False) -> Failed:
         cause = "; the GPU ran out of memory: fewer slots, a shorter context or a smaller quantisation need less"
     elif mentions(*_NO_DRIVER):
         cause = "; the NVIDIA driver is missing, or too old for this version of CUDA: update the driver"
+    elif mentions(*_LOST_PART):
+        cause = "; a process or a host that had a part of the model has gone"
     elif mentions(*_DEVICE):
         cause = "; the GPU reported an error, after which its results cannot be trusted"
     elif mentions(*_HOST_MEMORY):

@@ -5,20 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
 from exo.worker.protocol.one_shot import Device, Probe
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_cuda import plugin, vulkan
-from exo.worker.runner_cuda.plugin import PluginError
+from exo.worker.runner_cuda.plugin import PluginError, rpc_function
 
 ENGINE = "llama.cpp"
 CUDA, VULKAN = "LlamaCppCuda", "LlamaCppVulkan"
 GPU_BACKENDS = {CUDA: "CUDA", VULKAN: "Vulkan"}
 """The card backends of GPUs, and what their plug-ins are called."""
 _REGISTRIES = {"CUDA": CUDA, "RPC": CUDA, "Vulkan": VULKAN}
-"""ggml's back ends by name; RPC servers stand for CUDA's devices in tests."""
+"""ggml's back ends by name; registered RPC servers stand for CUDA's devices in tests."""
 _LOADERS = {CUDA: plugin.load_plugin, VULKAN: vulkan.load_vulkan}
 PLUGIN_SECONDS = 12
 """For the plug-ins and the drivers; the server waits 15 s for the whole probe."""
@@ -119,7 +121,7 @@ class Gpu:
     """A GPU that this process sees. Listing it takes no memory on the device; ``memory`` does."""
 
     name: str
-    """A name such as "CUDA0" or "Vulkan0"."""
+    """A name such as "CUDA0" or "Vulkan0", on another host "gpu2/CUDA0"."""
     handle: int
     """ggml's handle of the device."""
     splits_rows: bool
@@ -128,6 +130,11 @@ class Gpu:
     """Whether it computes long steps with copies of the weights that are in RAM."""
     cuda: bool = False
     """Whether it is one of CUDA's."""
+
+    @property
+    def logged(self) -> str:
+        """The name that llama.cpp's log gives it."""
+        return _library().ggml_backend_dev_name(self.handle).decode()
 
     @property
     def buffers(self) -> str:
@@ -162,6 +169,25 @@ def gpus(backend: str) -> tuple[Gpu, ...]:
             name, kind = lib.ggml_backend_dev_name(handle).decode(), lib.ggml_backend_reg_name(registry)
             found.append(Gpu(name, handle, splits_rows, copies_weights=kind != b"RPC", cuda=kind == b"CUDA"))
     return tuple(found)
+
+
+def far_gpus(server: str, names: Sequence[str]) -> tuple[Gpu, ...]:
+    """Connects to the RPC server at "address:port", whose devices get these names. Raises PluginError.
+
+    A byte that is allocated on the first one keeps the connection open, through which all of them are used.
+    """
+    lib, address = _library(), ctypes.c_void_p
+    registry = rpc_function("add_server", address, ctypes.c_char_p)(server.encode())
+    handles = [lib.ggml_backend_reg_dev_get(registry, index) for index in range(len(names))]
+    lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_dev_buffer_type(handles[0]), 1)
+    return tuple(Gpu(name, handle, splits_rows=False) for name, handle in zip(names, handles, strict=True))
+
+
+def cpu() -> Gpu:
+    """Returns the processors as a device to lend to other hosts."""
+    lib = _library()
+    lib.ggml_backend_dev_by_name.argtypes, lib.ggml_backend_dev_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    return Gpu(HOST_RAM, lib.ggml_backend_dev_by_name(b"CPU"), splits_rows=False)
 
 
 def ggml_devices() -> tuple[Device, ...]:
@@ -228,6 +254,8 @@ def _library() -> ctypes.CDLL:
         ("ggml_backend_dev_memory", [handle, ctypes.POINTER(size), ctypes.POINTER(size)], None),
         ("ggml_backend_dev_get_props", [handle, ctypes.POINTER(_Properties)], None),
         ("ggml_backend_buft_name", [handle], text),
+        ("ggml_backend_buft_alloc_buffer", [handle, size], handle),
+        ("ggml_backend_reg_dev_get", [handle, size], handle),
         ("ggml_backend_reg_name", [handle], text),
         ("ggml_backend_reg_get_proc_address", [handle, text], handle),
     ):

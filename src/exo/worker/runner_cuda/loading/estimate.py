@@ -17,13 +17,14 @@ from exo.worker.runner_common.memory_plan import (
 )
 from exo.worker.runner_common.model_files.gguf import GgufHeader, quality_notes
 from exo.worker.runner_cuda.loading.adapters import find_adapters
-from exo.worker.runner_cuda.loading.devices import GPU_BACKENDS, Gpu, gpus
+from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
 from exo.worker.runner_cuda.loading.gguf_sizes import GgufSizes, cache_bytes
 from exo.worker.runner_cuda.loading.heads import with_head
 from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle, with_layout
 from exo.worker.runner_cuda.loading.loader import draft_file, draft_options, projector_file, read_options
 from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions, find_model
+from exo.worker.runner_cuda.loading.peers import all_gpus
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen, elsewhere, placements, tensor_splits
 from exo.worker.runner_cuda.loading.projector_memory import projector_parts
 
@@ -34,7 +35,7 @@ def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would, for a missing or broken file or wrong settings."""
     load = command.load
     options = read_options(load)
-    present = gpus(load.backend)
+    present = all_gpus(load)
     devices = chosen(options, load.backend, present)
     path = find_model(options, load.model_id, load.directories)
     check_header(path)
@@ -58,7 +59,7 @@ def with_choice(command: Load) -> Load:
     if all(isinstance(command.table.get(key), int) for key in ("n_ctx", "slots")):
         return command
     found = estimate(Estimate(load=command))
-    free = {each.name: each.memory()[0] for each in gpus(command.backend)}
+    free = {each.name: each.memory()[0] for each in all_gpus(command)}
     return completed(command, found, free)
 
 
@@ -81,7 +82,7 @@ def plans(
     """
     copies = any(each.copies_weights for each in devices)
     model = replace(GgufSizes.of(headers, options, adapters), copies=copies)
-    on_gpu, table = load.backend in GPU_BACKENDS, load.table
+    on_gpu, table = bool(present), load.table
     left = _open(load, options, model, devices, present, poolable=poolable)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
     small = table.get("cache_type_k") == AUTO

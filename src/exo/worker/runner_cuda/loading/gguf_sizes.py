@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from exo.worker.protocol.events import RAM, Layout
 from exo.worker.runner_common.memory_plan import CACHE, USABLE, Part, Plan, cells
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader
+from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
 from exo.worker.runner_cuda.loading.heads import uses_head
@@ -193,10 +194,9 @@ class GgufSizes:
     def _parts(self, plan: Plan, n_ubatch: int) -> list[Part]:
         """Returns the memory of each part for steps of up to ``n_ubatch`` rows in one graph."""
         on_gpu, where = plan.n_gpu_layers is not None, self._where(plan)
-        started = dict.fromkeys(plan.devices, DEVICE_CONTEXT)
         row = 4 * self.vocabulary * (_OUTPUT_COPIES if self._may_reduce(where) else 1)
         return [
-            Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=started),
+            Part("process", _PROCESS + (_DRIVER if on_gpu else 0), devices=_started(plan.devices)),
             Part("vocabulary", self.vocabulary * _TOKEN),
             self._weights(where, self._experts_in_ram(plan, where)),
             *self._adapters(where),
@@ -382,6 +382,18 @@ def _feed_forward(header: GgufHeader, arch: str, n_layers: int, hidden: int) -> 
     dense = max(header.per_layer(f"{arch}.feed_forward_length", n_layers, 4 * hidden))
     used = header.integer(f"{arch}.expert_used_count", 0) + header.integer(f"{arch}.expert_shared_count", 0)
     return max(dense, used * header.integer(f"{arch}.expert_feed_forward_length", 0))
+
+
+def _started(devices: Sequence[str]) -> dict[str, int]:
+    """Returns the bytes of each account that the use of devices takes, also of the RAM of the hosts that lend them."""
+    sizes: dict[str, int] = {}
+    for name in devices:
+        host, lent, device = name.rpartition("/")
+        if device != HOST_RAM:
+            sizes[name] = DEVICE_CONTEXT
+        if lent:
+            sizes[f"{host}/{HOST_RAM}"] = _PROCESS + (0 if device == HOST_RAM else _DRIVER)
+    return sizes
 
 
 def _devices(where: _Where) -> tuple[str, ...]:

@@ -19,13 +19,14 @@ from exo.worker.runner_cuda.cell_pool import IDLE_STEPS_ON_GPU, CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
 from exo.worker.runner_cuda.embedding_input import EmbeddingInput
 from exo.worker.runner_cuda.loading.adapters import find_adapters
-from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu, gpus
+from exo.worker.runner_cuda.loading.devices import ENGINE, GPU_BACKENDS, Gpu
 from exo.worker.runner_cuda.loading.exact import check_exact, use_one_kernel
 from exo.worker.runner_cuda.loading.gguf_check import check_header, check_projector, read_headers
 from exo.worker.runner_cuda.loading.heads import uses_head, with_head
 from exo.worker.runner_cuda.loading.kv_layout import with_layout
 from exo.worker.runner_cuda.loading.llama_log import Log
 from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model, find_projector
+from exo.worker.runner_cuda.loading.peers import all_gpus
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
 from exo.worker.runner_cuda.loading.threads import Threads
@@ -103,7 +104,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     """See ``load``. ``undo`` gets what frees the parts that are loaded."""
     log = Log()
     options = read_options(command)
-    devices = chosen(options, command.backend, gpus(command.backend))
+    devices = chosen(options, command.backend, all_gpus(command))
     path = find_model(options, command.model_id, command.directories)
     check_header(path)
     headers = read_headers(path)
@@ -263,11 +264,11 @@ def read_options(command: Load) -> CudaOptions:
     except ValidationError as error:
         raise LoadError("model_misconfigured", f"model card, [cuda] {describe(error)[1]}") from error
     updates: dict[str, object] = {"threads": options.threads or physical_cores()}
-    if command.backend == "LlamaCppCpu":
+    if command.backend == "LlamaCppCpu" and not command.peers:
         updates["n_gpu_layers"] = 0
-    elif command.backend not in GPU_BACKENDS:
+    elif command.backend not in (*GPU_BACKENDS, "LlamaCppCpu"):
         raise LoadError("model_load_failed", f"the llama.cpp runner does not serve the backend {command.backend!r}")
-    elif not gpus(command.backend):
+    elif not all_gpus(command):
         missing = f"llama.cpp finds no {GPU_BACKENDS[command.backend]} device here"
         raise LoadError("model_load_failed", f"{command.backend} was requested, but {missing}")
     elif options.devices == (CPU,):

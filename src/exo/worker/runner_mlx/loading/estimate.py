@@ -26,6 +26,7 @@ from exo.worker.runner_common.memory_plan import (
 )
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
+from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_mlx.loading.devices import device, use_backend
 from exo.worker.runner_mlx.loading.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.model import cached_elements
@@ -112,12 +113,13 @@ class _MlxSizes:
         """Returns the memory of each part for a plan, in all processes together."""
         longest = self.checked.options.embedding_ctx or min(plan.n_ctx, LONGEST)
         tokens = [self.width * each for each in self.cached]
-        ranks = len(tokens)
+        ranks, peers = len(tokens), self.checked.peers
         context = _DEVICE_CONTEXT if self.checked.backend == "MlxCuda" else 0
         process = self._part("process", [context] * ranks)
         logits = 4 * plan.slots * self.vocabulary
         return [
-            replace(process, host=process.host + _PROCESS * ranks),
+            replace(process, host=process.host + _PROCESS * (1 if peers else ranks)),
+            *(Part("process", devices={f"{peer}/{HOST_RAM}": _PROCESS}) for peer in peers),
             Part("tokenizer", int(self.tokenizer * _TOKENIZER)),
             self._part("weights", self.weights),
             *self._adapters(),
@@ -140,12 +142,17 @@ class _MlxSizes:
         )
 
     def _part(self, name: str, by_rank: Sequence[int], *, later: bool = False) -> Part:
-        """Returns a part's memory. Each CUDA device has one rank; Metal's memory is RAM as well."""
-        if self.checked.backend == "MlxCuda":
-            others = {f"CUDA{rank}": size for rank, size in enumerate(by_rank) if rank > 0}
-            return Part(name, 0, by_rank[0], later, others)
-        size = sum(by_rank)
-        return Part(name, size, 0 if self.checked.backend == "MlxCpu" else size, later)
+        """Returns a part's memory. Each CUDA device or host has one rank; Metal's memory is RAM as well."""
+        peers, on_cuda = self.checked.peers, self.checked.backend == "MlxCuda"
+        here, others = sum(by_rank), dict[str, int]()
+        if peers or on_cuda:
+            here, *sizes = by_rank
+            on_host = "CUDA0" if on_cuda else HOST_RAM
+            names = [f"{peer}/{on_host}" for peer in peers] or [f"CUDA{rank + 1}" for rank in range(len(sizes))]
+            others = dict(zip(names, sizes, strict=True))
+        if on_cuda:
+            return Part(name, 0, here, later, others)
+        return Part(name, here, 0 if self.checked.backend == "MlxCpu" else here, later, others)
 
 
 def _number(sizes: Json, key: str, default: int) -> int:

@@ -1,6 +1,6 @@
 """Loads a model: from a ``Load`` command to warm weights, KV cache and tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class MlxChecked:
     n_ctx: int
     sharding: Sharding | None
     positions: WantedPositions | None
+    peers: tuple[str, ...] = ()
+    """The names of the hosts that have the other processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,14 @@ def check(command: Load) -> MlxChecked:
         )
     trained = trained_context(config) if window is None else min(trained_context(config), window)
     n_ctx = options.n_ctx or min(trained, USABLE)
-    sharding = asked_for(options, config, backend)
+    peers = tuple(each.name for each in command.peers)
+    sharding = asked_for(options, config, backend, 1 + len(peers))
     if sharding is not None and sharding.kind == "tensor" and not hasattr(network, "shard"):
         reason = f"mlx-lm cannot divide the layers of {config['model_type']}; pipeline_parallel_size keeps layers whole"
         raise refusal(sharding.kind, sharding.size, reason)
     positions = wanted_positions(folder, read.unread, n_ctx, options.ignored_settings)
     adapters = find_adapters(options.lora, command.model_id, command.directories, folder, "mlx")
-    return MlxChecked(options, backend, folder, adapters, trained, n_ctx, sharding, positions)
+    return MlxChecked(options, backend, folder, adapters, trained, n_ctx, sharding, positions, peers)
 
 
 def open_model(
@@ -142,7 +145,7 @@ def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
         engine=ENGINE,
         engine_version=engine_version(),
         backend=backend,
-        devices=_devices(backend, checked.sharding),
+        devices=_devices(backend, checked.sharding, checked.peers),
         context_length=checked.n_ctx,
         slots=options.slots,
         vocabulary=tokenizer.n_vocab,
@@ -169,8 +172,8 @@ def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
     return MlxLoaded(model, cache, embedder, tokenizer, capabilities, chunk, settings, ranks)
 
 
-def _devices(backend: Backend, sharding: Sharding | None) -> tuple[str, ...]:
-    """Returns a device's description for each rank."""
+def _devices(backend: Backend, sharding: Sharding | None, peers: Sequence[str]) -> tuple[str, ...]:
+    """Returns a device's description for each rank. Ranks on other hosts have devices like this host's first one."""
 
     def name(index: int) -> str:
         return "CPU" if backend == "MlxCpu" else device(backend, index).name
@@ -178,7 +181,9 @@ def _devices(backend: Backend, sharding: Sharding | None) -> tuple[str, ...]:
     if sharding is None:
         return (name(0),)
     kind, size = sharding.kind, sharding.size
-    return tuple(f"{name(rank if backend == 'MlxCuda' else 0)} (rank {rank} of {size}, {kind})" for rank in range(size))
+    own = 0 if peers or backend != "MlxCuda" else size
+    hosts = ("", *(f"{each}/" for each in peers)) if peers else ("",) * size
+    return tuple(f"{host}{name(rank if own else 0)} (rank {rank} of {size}, {kind})" for rank, host in enumerate(hosts))
 
 
 def computed_in(options: MlxOptions, config: Json, backend: Backend) -> str | None:

@@ -7,22 +7,35 @@ import mlx.core as mx
 
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.part_process import reserved
 from exo.worker.runner_mlx.kv_cache import KVCache
 from exo.worker.runner_mlx.loading.loader import check, open_model
 from exo.worker.runner_mlx.model import MlxModel
-from exo.worker.runner_mlx.ranks.messages import PLANS, Clear, Pass, TextPass
+from exo.worker.runner_mlx.probe import engine_version
+from exo.worker.runner_mlx.ranks.meeting import meeting
+from exo.worker.runner_mlx.ranks.messages import PLANS, Clear, Meet, Pass, TextPass
 from exo.worker.runner_mlx.ranks.sharding import RankPart, Transport, join
 
 PASSES_PER_SWEEP = 256
 """The number of passes after which MLX frees the buffers that it keeps for reuse."""
 
 
-def follow(lines: SimpleQueue[bytes], said: BinaryIO, by: str) -> None:
-    """Executes the plans in ``lines`` for ever. Returns only if the model cannot be loaded. Raises MLX's errors."""
-    said.write(b"up\n")
-    load = PLANS.validate_json(lines.get())
-    assert isinstance(load, Load)
-    group = join(cast(Transport, by))
+def follow(lines: SimpleQueue[bytes], said: BinaryIO, by: str, address: str) -> None:
+    """Executes the plans in ``lines`` for ever. Returns only if the model cannot be loaded. Raises MLX's errors.
+
+    The ranks meet at this host's ``address``.
+    """
+    with reserved(address) as place:
+        said.write(f"up {place} {engine_version()}\n".encode())
+        meet, load = PLANS.validate_json(lines.get()), PLANS.validate_json(lines.get())
+        assert isinstance(meet, Meet)
+        assert isinstance(load, Load)
+        if load.backend == "MlxCpu":
+            # On a CPU, MLX compiles into files that all processes share without a lock. Ranks work in step, so they
+            # would write and open the same file at the same time.
+            mx.disable_compile()
+        with meeting(meet.rank, meet.places):
+            group = join(cast(Transport, by))
     try:
         model, cache = _load(load, group)
     except LoadError as error:
@@ -40,8 +53,8 @@ def follow(lines: SimpleQueue[bytes], said: BinaryIO, by: str) -> None:
                 model.states(_no_tokens(1, width), text, start)
             case Clear(slot=slot, start=start, stop=stop):
                 model.clear(cache, slot, start, stop)
-            case Load():
-                raise ValueError("a rank loads once")
+            case Meet() | Load():
+                raise ValueError("a rank meets the others and loads once")
         passes += 1
         if passes % PASSES_PER_SWEEP == 0:
             mx.clear_cache()

@@ -1,4 +1,4 @@
-"""The messages from rank 0 to the other ranks, one JSON object a line. The first one is the protocol's ``Load``."""
+"""The messages from rank 0 to the other ranks, one JSON object a line. The second one is the protocol's ``Load``."""
 
 from typing import Annotated, Literal
 
@@ -6,6 +6,14 @@ from pydantic import Field, TypeAdapter
 
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.messages import Message
+
+
+class Meet(Message):
+    """The first message: the number of the rank, and the addresses with ports of all ranks."""
+
+    type: Literal["meet"] = "meet"
+    rank: int
+    places: tuple[str, ...]
 
 
 class Pass(Message):
@@ -37,6 +45,6 @@ class Clear(Message):
     stop: int
 
 
-Plan = Annotated[Load | Pass | TextPass | Clear, Field(discriminator="type")]
+Plan = Annotated[Meet | Load | Pass | TextPass | Clear, Field(discriminator="type")]
 
 PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)

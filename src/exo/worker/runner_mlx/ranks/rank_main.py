@@ -1,18 +1,19 @@
-"""The program of every rank but rank 0: ``python -m exo.worker.runner_mlx.ranks.rank_main ring``. ``ranks`` starts it.
+"""The program of every rank but rank 0. ``ranks`` starts it: ``python -m exo.worker.runner_mlx.ranks.rank_main ring
+127.0.0.1``, or on another host ``python -m exo.worker.runner_mlx --rank ring 10.0.0.2``.
 
-It executes the messages on its standard input. On standard output it writes "up", and "loaded" after joining and
-loading, or the reason of a failure. It ends at once when its input closes.
+It executes the messages on its standard input. On standard output it writes "up", its address and its version, and
+"loaded" after joining and loading, or the reason of a failure. It ends at once when its input closes.
 """
 
 import ctypes
 import signal
 import sys
 import threading
-import traceback
 from queue import SimpleQueue
-from types import TracebackType
 
 from exo.worker.protocol.wire import exit_now, take_protocol_stream
+from exo.worker.runner_common.main import die
+from exo.worker.runner_common.part_process import lines_while_needed
 
 _PR_SET_PDEATHSIG = 1
 """From Linux's sys/prctl.h."""
@@ -21,23 +22,18 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Runs the program. Does not return."""
     said = take_protocol_stream()
-    sys.excepthook = _die
+    sys.excepthook = die
     _end_with_parent()
     lines: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_read, args=(lines,), name="reader", daemon=True).start()
     from exo.worker.runner_mlx.ranks.follower import follow
 
-    follow(lines, said, sys.argv[1])
-    exit_now(1)
-
-
-def _die(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-    traceback.print_exception(kind, error, trace)
+    follow(lines, said, *sys.argv[-2:])
     exit_now(1)
 
 
 def _read(lines: SimpleQueue[bytes]) -> None:
-    for line in sys.stdin.buffer:
+    for line in lines_while_needed():
         lines.put(line)
     exit_now(0)
 

@@ -43,16 +43,23 @@ class Sharding:
         return f"{self.size} ranks by {self.kind}"
 
 
-def asked_for(options: MlxOptions, config: Json, backend: Backend) -> Sharding | None:
-    """Returns the card's division; None for one process. Raises LoadError if config.json shows it to be impossible."""
+def asked_for(options: MlxOptions, config: Json, backend: Backend, hosts: int) -> Sharding | None:
+    """Returns the card's division; None for one process. Several ``hosts`` have one process each.
+
+    Raises LoadError if config.json shows it to be impossible.
+    """
     sizes: dict[Kind, int] = {"tensor": options.tensor_parallel_size, "pipeline": options.pipeline_parallel_size}
     kind = max(sizes, key=lambda kind: sizes[kind])
     size = sizes[kind]
+    if hosts > 1 and size == 1:
+        kind, size = "pipeline", hosts
     if size == 1:
         return None
+    if hosts not in (1, size):
+        raise refusal(kind, size, f"each of the {hosts} hosts has one process")
     if not mx.distributed.is_available(transport(backend, kind)):
         raise refusal(kind, size, "this build of MLX cannot join processes: it has no distributed backend")
-    if backend == "MlxCuda" and size > (found := mx.device_count(mx.gpu)):
+    if backend == "MlxCuda" and size // hosts > (found := mx.device_count(mx.gpu)):
         raise refusal(kind, size, f"each rank takes a GPU, and MLX finds {found}")
     sizes_of = language_config(config)
     for name in ("num_attention_heads", "num_key_value_heads") if kind == "tensor" else ():
@@ -68,7 +75,8 @@ def asked_for(options: MlxOptions, config: Json, backend: Backend) -> Sharding |
 def transport(backend: Backend, kind: Kind) -> Transport:
     """Returns the transport between the ranks: NCCL for tensor parallelism on CUDA if MLX's build has it, else TCP.
 
-    TCP uses the loopback device. MLX's CUDA back end has sums, but neither send nor receive, which a pipeline needs.
+    TCP uses the loopback device on a single host. MLX's CUDA back end has sums, but neither send nor receive, which a
+    pipeline needs.
     """
     return "nccl" if backend == "MlxCuda" and kind == "tensor" and mx.distributed.is_available("nccl") else "ring"
 
