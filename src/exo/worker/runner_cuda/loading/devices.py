@@ -130,6 +130,8 @@ class Gpu:
     """Whether it computes long steps with copies of the weights that are in RAM."""
     cuda: bool = False
     """Whether it is one of CUDA's."""
+    remote: bool = False
+    """Whether it is reached through a connection (RPC), which only one thread may use."""
 
     @property
     def logged(self) -> str:
@@ -167,7 +169,16 @@ def gpus(backend: str) -> tuple[Gpu, ...]:
             registry = lib.ggml_backend_dev_backend_reg(handle)
             splits_rows = bool(lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_split_buffer_type"))
             name, kind = lib.ggml_backend_dev_name(handle).decode(), lib.ggml_backend_reg_name(registry)
-            found.append(Gpu(name, handle, splits_rows, copies_weights=kind != b"RPC", cuda=kind == b"CUDA"))
+            found.append(
+                Gpu(
+                    name,
+                    handle,
+                    splits_rows,
+                    copies_weights=kind != b"RPC",
+                    cuda=kind == b"CUDA",
+                    remote=kind == b"RPC",
+                )
+            )
     return tuple(found)
 
 

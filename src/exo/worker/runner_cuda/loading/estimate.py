@@ -99,9 +99,11 @@ def plans(
         tensor_split=splits[-1] if splits else options.tensor_split,
     )
 
+    remote = [each.name for each in present if each.remote]
+
     def size(plan: Plan) -> list[Part]:
         parts = [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
-        return parts if projector is None else [*parts, *projector_parts(projector, options, plan)]
+        return parts if projector is None else [*parts, *projector_parts(projector, options, plan, remote)]
 
     return estimated(plan, left, size, _smaller_caches(options), model.layout)
 

@@ -4,6 +4,8 @@ The formula of the graph is fitted to the buffers that llama.cpp 0.5.0-dev reser
 of 336 to 896 pixels; it gives up to a fifth more.
 """
 
+from collections.abc import Collection
+
 from exo.worker.runner_common.memory_plan import Part, Plan
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_cuda.loading.options import CudaOptions
@@ -14,14 +16,15 @@ _DECODING = 128 << 20
 """Bytes of RAM for a picture with the most pixels: in the command, decoded, and in llama.cpp's copies."""
 
 
-def projector_parts(header: GgufHeader, options: CudaOptions, plan: Plan) -> list[Part]:
-    """Returns the memory of a projector, which is on the first device, or else in RAM.
+def projector_parts(header: GgufHeader, options: CudaOptions, plan: Plan, remote: Collection[str]) -> list[Part]:
+    """Returns the memory of a projector, which is on the first device that is not ``remote``, or else in RAM.
 
     Pages of its graph in RAM are taken by the first picture.
     """
     weights, graph = sum(tensor.size for tensor in header.tensors), _graph(header, options)
-    if plan.n_gpu_layers is not None and plan.devices:
-        place = [Part("projector", devices={plan.devices[0]: weights + graph})]
+    near = [name for name in plan.devices if name not in remote]
+    if plan.n_gpu_layers is not None and near:
+        place = [Part("projector", devices={near[0]: weights + graph})]
     else:
         place = [Part("projector", weights), Part("projector", graph, later=True)]
     return [*place, Part("projector", _DECODING, later=True)]
