@@ -53,6 +53,7 @@ def test_the_route_can_be_asked_for_without_running_anything(http: httpx.Client)
         "runner": "cuda",
         "instance": None,
         "backend": "LlamaCppCpu",
+        "host": "",
         "reason": "card prefers LlamaCppCpu, which is available",
         "speeds": [],
     }

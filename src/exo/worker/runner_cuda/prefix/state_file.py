@@ -93,7 +93,7 @@ def write(path: Path, head: PrefixHead, parts: Sequence[Bytes]) -> None:
 
     Raises OSError.
     """
-    text = head.model_dump_json().encode()
+    text = head.model_dump_json(exclude_defaults=True).encode()
     first = MAGIC + len(text).to_bytes(4, "little") + text
     digests: list[bytes] = []
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
