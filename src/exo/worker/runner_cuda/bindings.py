@@ -24,12 +24,9 @@ from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import experts_of
 from exo.worker.runner_cuda.prefix.moved import Move, in_order
+from exo.worker.runner_cuda.vision.span import Places, Vectors
 
 Logits = npt.NDArray[np.float32]
-Vectors = npt.NDArray[np.float32]
-"""What the model reads in the place of tokens: (n_tokens, size of a token's vector)."""
-Places = npt.NDArray[np.int32]
-"""Positions in four dimensions: (4, n_tokens)."""
 State = npt.NDArray[np.uint8]
 
 CACHE_TYPES = {

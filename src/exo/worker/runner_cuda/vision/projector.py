@@ -17,9 +17,10 @@ import llama_cpp
 import numpy as np
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.bindings import FLASH_ATTENTION, Model, Places, Vectors
+from exo.worker.runner_cuda.bindings import FLASH_ATTENTION, Model
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
+from exo.worker.runner_cuda.vision.span import EncodedPart, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,6 @@ class Extent:
 
     tokens: int
     positions: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedPart:
-    """A part of a picture as the model reads it."""
-
-    vectors: Vectors
-    places: Places | None
-    """The places of its tokens, if the model gives pictures two dimensions."""
 
 
 Piece = list[int] | Extent

@@ -4,12 +4,26 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from exo.worker.runner_common.pictures import Png
-from exo.worker.runner_cuda.bindings import Places, Vectors
-from exo.worker.runner_cuda.vision.projector import EncodedPart
+import numpy as np
+import numpy.typing as npt
 
+from exo.worker.runner_common.pictures import Png
+
+Vectors = npt.NDArray[np.float32]
+"""What the model reads in the place of tokens: (n_tokens, size of a token's vector)."""
+Places = npt.NDArray[np.int32]
+"""Positions in four dimensions: (4, n_tokens)."""
 STILL = -(1 << 30)
 """Ids below it stand for tokens of a picture after which the position is the same as before."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPart:
+    """A part of a picture as the model reads it."""
+
+    vectors: Vectors
+    places: Places | None
+    """The places of its tokens, if the model gives pictures two dimensions."""
 
 
 class SeenPicture:
