@@ -46,7 +46,7 @@ _MOST_ADDED = 0.5e-3
 _MODEL, _LOCAL, _FAR = "moving", "here", "far"
 
 
-class Report(BaseModel):
+class HostLossReport(BaseModel):
     """Times in seconds. ``gaps`` are the longest of each loss between two tokens of a stream, by kind."""
 
     seed: int
@@ -191,7 +191,7 @@ def note_time(moments: list[float]) -> None:
     moments.append(time.perf_counter())
 
 
-def run(losses: int, seed: int, home: Path) -> Report:
+def run(losses: int, seed: int, home: Path) -> HostLossReport:
     shape = Shape(context_length=2048)
     write_gguf(home / "tiny.gguf", shape)
     table: dict[str, JsonValue] = {"path": str(home / "tiny.gguf"), "n_ctx": 2048, "slots": STREAMS, "threads": 1}
@@ -219,12 +219,12 @@ def run(losses: int, seed: int, home: Path) -> Report:
 
 def report(
     seed: int, campaign: HostLosses, trips: tuple[float, float], tokens: tuple[float, float], orphans: int
-) -> Report:
+) -> HostLossReport:
     expected = {each.number: each for each in campaign.undisturbed}
     whole = [each for each in campaign.streams if each.done]
     lost = [each for each in campaign.streams if not each.done]
     found = [align(expected[each.number].ids, each.ids) for each in whole]
-    return Report(
+    return HostLossReport(
         seed=seed,
         losses=sum(map(len, campaign.gaps.values())),
         finished=campaign.finished,
@@ -246,7 +246,7 @@ def report(
     )
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: HostLossReport) -> Iterator[str]:
     yield f"== {report.losses} losses of a host by ssh, seed {report.seed}"
     yield f"streams       {report.streams} whole, {report.streams_lost} lost, {report.cuts} cuts"
     yield from (f"              {each}" for each in report.errors)
