@@ -175,6 +175,9 @@ class ModelCard(_CardTable):
     """The hosts that may serve the model, in order of preference; "local" is this machine. None: all, it first."""
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """The most instances, one on each host. Another one is loaded when no instance has a free slot."""
+    divide: Literal["auto"] | Names = "auto"
+    """The hosts among which the model is divided, besides this machine. "auto" takes those with an address if the model
+    does not fit this machine alone; an empty list never divides it."""
     uses_cfg: bool = False
     trust_remote_code: bool = False
     """Upstream's key. It has no effect: exo never runs code that comes with weights."""

@@ -27,7 +27,8 @@ from exo.worker.supervisor.state_machine import ENDINGS
 
 def settings_digest(card: ModelCard, runner: str) -> str:
     """Identifies the settings with which a runner loads a card's model. An edit of the card changes it."""
-    settings = json.dumps([card.engines.get(runner, {}), card.tasks], sort_keys=True)
+    divided = [] if card.divide == "auto" else [card.divide]
+    settings = json.dumps([card.engines.get(runner, {}), card.tasks, *divided], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
@@ -86,6 +87,8 @@ class RunnerInstance:
     """In seconds since 1970."""
     host: str = ""
     """The remote host; empty for this machine."""
+    peers: tuple[str, ...] = ()
+    """The hosts that have parts of the model, besides the runner's own."""
     process: RunnerProcess = field(init=False)
     decision: asyncio.Future[LoadOption | RunnerError] = field(default_factory=asyncio.Future[LoadOption | RunnerError])
     """The memory budget's decision: what it may load, or why it may not."""
@@ -132,9 +135,9 @@ class RunnerInstance:
         )
 
     def uses(self, host: str, reservation: Reservation | None) -> bool:
-        """Whether it is on a remote host, or has memory there."""
+        """Whether it is on a remote host, or has a part of its model or memory there."""
         accounts = () if reservation is None else reservation.reserved.devices
-        return self.host == host or any(host_of(each) == host for each in accounts)
+        return host in (self.host, *self.peers) or any(host_of(each) == host for each in accounts)
 
     def report(
         self, now: float, breaker: CircuitBreaker, reservation: Reservation | None, pid: int | None

@@ -135,12 +135,16 @@ class MemoryBudget:
         """Replaces the estimate of a loaded runner by its measurement. ``devices`` is None if the driver cannot tell.
 
         The first measurement corrects the estimate either way. A later one only raises the reservation: memory that is
-        free for the moment will be needed again.
+        free for the moment will be needed again. The accounts of other hosts keep their estimate.
         """
         reservation = self._reservations[name]
         assert reservation.state == "loaded"
         first = reservation.measured is None
         before = reservation.reserved - reservation.later if reservation.measured is None else reservation.measured
+        if devices is not None:
+            known = {"", *map(host_of, devices)}
+            elsewhere = {name: size for name, size in before.devices.items() if host_of(name) not in known}
+            devices = {**elsewhere, **devices}
         taken = Memory(host, before.devices if devices is None else devices)
         reservation.reserved = taken + reservation.later if first else reservation.reserved.at_least(taken)
         reservation.measured = taken

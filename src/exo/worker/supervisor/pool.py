@@ -27,6 +27,7 @@ from exo.worker.protocol.runners import RUNNERS, runner_commands
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
+from exo.worker.supervisor.division import Division
 from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.instance_totals import InstanceTotals
@@ -82,6 +83,7 @@ class RunnerPool:
         """
         self._hosts = {each.name: each for each in hosts}
         self._remote: dict[str, RemoteState] = {}  # the hosts that are up
+        self._division = Division(self._hosts)
         self.id = secrets.token_hex(6)  # marks the processes of this server on other hosts
         self._models_directories = tuple(str(directory) for directory in models_directories)
         self._log_directory = log_directory
@@ -176,12 +178,13 @@ class RunnerPool:
 
     def host_usage(self, name: str, usage: "HostUsage") -> None:
         """The memory of a remote host has been measured."""
-        remote, mine = self._remote[name], [each for each in self._instances.values() if each.host == name]
-        reserved = {each.id: found.reserved for each in mine if (found := self._budget.reservation(each.id))}
+        remote = self._remote[name]
+        there = [each for each in self._instances.values() if name in (each.host, *each.peers)]
+        reserved = {each.id: found.reserved for each in there if (found := self._budget.reservation(each.id))}
         remote.update(usage, reserved)
-        for each in mine:
+        for each in there:
             reservation, sizes = self._budget.reservation(each.id), remote.measured(each.id)
-            if reservation is not None and reservation.state == "loaded" and sizes is not None:
+            if each.host and reservation is not None and reservation.state == "loaded" and sizes is not None:
                 self._budget.measure(each.id, 0, sizes)
         self._set_remote_capacity(name)
 
@@ -277,7 +280,11 @@ class RunnerPool:
             return instance.plan
         if self._budget.capacity is None or self._closed:
             return None
-        command, load, capacity = self._command(route), self._load_command(route, card), self._budget.capacity
+        command, capacity = self._command(route), self._budget.capacity
+        try:
+            load = self._load_command(route, card)
+        except RunnerError as error:
+            return PlacementPlan(problem=error.failed.message)
         async with self._planning:
             there = remote.estimate if (remote := self._remote.get(route.host)) is not None else None
             return await dry_run(command, load, route.runner, capacity, there, forced=self._is_forced(card))
@@ -327,8 +334,9 @@ class RunnerPool:
         where = f"{route.runner}.{route.host}" if route.host else route.runner
         names = (f"{card.model_id.replace('/', '--')}@{where}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
-        load = self._load_command(route, card)
-        instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time(), route.host)
+        load = self._load_command(route, card, name)
+        peers = tuple(each.name for each in load.peers)
+        instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time(), route.host, peers)
         counted = self._budget.capacity is not None
 
         def on_measured(measurement: Measurement) -> None:
@@ -361,8 +369,11 @@ class RunnerPool:
         """Whether the model is loaded even if it does not fit."""
         return self._force_load or card.force_load
 
-    def _load_command(self, route: Route, card: ModelCard) -> Load:
+    def _load_command(self, route: Route, card: ModelCard, instance: str = "") -> Load:
+        """Raises ``RunnerError``."""
         remote = self._remote.get(route.host)
+        label = f"{self.id}:{instance}"
+        divided = not route.host and bool(self._hosts)
         return Load(
             model_id=card.model_id,
             backend=route.backend,
@@ -370,6 +381,7 @@ class RunnerPool:
             directories=self._models_directories if remote is None else remote.found.directories,
             prefixes=self._prefixes if remote is None else remote.found.prefixes,
             tasks=card.tasks,
+            peers=self._division.peers(card, route.runner, self._remote, label) if divided else (),
         )
 
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
@@ -414,6 +426,8 @@ class RunnerPool:
             instance = self._instances[name]
             message = refusal.message(instance.model_id, instance.runner)
             instance.decision.set_result(RunnerError(Failed(code="out_of_memory", message=message)))
+            if self._division.instead(instance, self._remote):
+                instance.process.displace(message)
         for name in (*actions.unload, *actions.displace):
             reservation = self._budget.reservation(name)
             if reservation is not None and reservation.evicting is not None and not reservation.dismissed:
