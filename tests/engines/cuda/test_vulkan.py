@@ -112,10 +112,11 @@ def test_each_device_computes_what_the_cpu_does(devices: list[str]) -> None:
     assert [(each["device"], each["failure"]) for each in json.loads(done.stdout)] == [(each, "") for each in devices]
 
 
-def test_a_model_is_divided_among_the_devices_and_generates(tmp_path: Path, devices: list[str]) -> None:
+@pytest.mark.parametrize("kv", ["split", "pool"])
+def test_a_model_is_divided_among_the_devices_and_generates(tmp_path: Path, devices: list[str], kv: str) -> None:
     write_gguf(tmp_path / "tiny.gguf", Shape(head_dim=64))
     # Mesa's software driver (22.3) crashes in the shader of flash attention for some lengths.
-    table = {"path": str(tmp_path / "tiny.gguf"), "n_ctx": 512, "slots": 2, "threads": 1, "flash_attn": "off"}
+    table = {"path": str(tmp_path / "tiny.gguf"), "n_ctx": 512, "slots": 2, "kv": kv, "threads": 1, "flash_attn": "off"}
     with Program(RUNNER) as program:
         capabilities = program.load(Load(model_id="test/tiny", backend=BACKEND, table=table))
         assert capabilities.backend == BACKEND
