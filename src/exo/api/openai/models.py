@@ -46,14 +46,14 @@ class ListedModel(Reply):
     """One available model. The context length is that of a request; it is absent until a runner has decided it."""
 
     id: str
-    name: str
-    """The last part of the id. This and the next field are upstream exo's."""
-    hugging_face_id: str
     parent: str | None = Field(default=None, exclude_if=absent)
     """The model that an adapter changes."""
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    name: str
+    """The last part of the id. This and the next field are upstream exo's."""
+    hugging_face_id: str
     aliases: list[str]
     downloaded: bool
     """Whether its files are on disk."""
