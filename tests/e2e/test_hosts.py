@@ -101,6 +101,10 @@ def test_a_stream_goes_on_here_when_its_host_is_gone(server: ServeProgram, host:
     wait_until(lambda: server.complete(THERE, **BODY).status_code == 200)
 
 
+def test_a_stream_waits_for_the_only_host_that_may_serve_it(server: ServeProgram, host: FakeHost) -> None:
+    assert streamed(server, THERE, lambda: host.signal(signal.SIGKILL)) == undisturbed(server)
+
+
 def test_a_host_that_falls_silent_is_left(server: ServeProgram, host: FakeHost) -> None:
     """Nothing ends, and nothing answers."""
     stopped: list[int] = []

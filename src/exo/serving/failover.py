@@ -33,6 +33,7 @@ from exo.worker.supervisor.replay import DEATHS, LONGEST_WAIT_SECONDS, ReplayBud
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess
 
+_HOST_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 """Time after which a client may repeat a request that has failed here."""
 
@@ -102,7 +103,7 @@ class Failover:
             if attempt or self._first is not None:
                 self._look_at_card_again()
             card = self._model.card
-            route = await services.routing.choose(self._model, self._needs, prefixes=self._prefixes)
+            route = await self._choose()
             self._record.routed(route)
             yield Routed(route.runner, route.reason, route.host)
             process: RunnerProcess | None = None
@@ -152,6 +153,19 @@ class Failover:
                 self._check_model()
                 self._record.enter("queued")
                 return
+
+    async def _choose(self) -> Route:
+        """See ``Routing.choose``. A request in flight waits a while for a lost host if no other can serve."""
+        links, deadline = self._services.links, anyio.current_time() + _HOST_SECONDS
+        while True:
+            try:
+                return await self._services.routing.choose(self._model, self._needs, prefixes=self._prefixes)
+            except ServingError as error:
+                left = deadline - anyio.current_time()
+                if error.code != "runner_unavailable" or self._first is None or links is None or left <= 0:
+                    raise
+            with anyio.move_on_after(left):
+                await links.comes_up()
 
     def _look_at_card_again(self) -> None:
         """Follows a change of the model card, unless a runner has begun the request. Raises ``ServingError``."""

@@ -73,6 +73,7 @@ class HostLinks:
         self._links = {each.name: _Link(each) for each in hosts}
         self._pool = pool
         self._numbers = count()
+        self._came_up = anyio.Event()
 
     @property
     def up(self) -> dict[str, Host]:
@@ -89,6 +90,10 @@ class HostLinks:
         with anyio.move_on_after(_TRIED_SECONDS):
             for each in self._links.values():
                 await each.tried.wait()
+
+    async def comes_up(self) -> None:
+        """Waits until a host can be used that could not."""
+        await self._came_up.wait()
 
     async def run(self) -> None:
         """Keeps the connections. Does not return."""
@@ -168,11 +173,13 @@ class HostLinks:
             case HostFound():
                 if event.version != exo.__version__:
                     return f"has exo {event.version}, and this server is exo {exo.__version__}: install the same there"
-                if link.found is None:
-                    log.info("host %s is there", link.host.name)
-                link.found = event.host
+                comes, link.found = link.found is None, event.host
                 self._pool.host_up(link.host.name, event)
                 link.tried.set()
+                if comes:
+                    log.info("host %s is there", link.host.name)
+                    self._came_up.set()
+                    self._came_up = anyio.Event()
             case HostUsage():
                 self._pool.host_usage(link.host.name, event)
             case Pulling() | PullEnded():

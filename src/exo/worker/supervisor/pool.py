@@ -182,10 +182,13 @@ class RunnerPool:
         there = [each for each in self._instances.values() if name in (each.host, *each.peers)]
         reserved = {each.id: found.reserved for each in there if (found := self._budget.reservation(each.id))}
         remote.update(usage, reserved)
-        for each in there:
-            reservation, sizes = self._budget.reservation(each.id), remote.measured(each.id)
-            if each.host and reservation is not None and reservation.state == "loaded" and sizes is not None:
-                self._budget.measure(each.id, 0, sizes)
+        loaded = {
+            each.name for each in self._budget if each.state == "loaded" and self._instances[each.name].host == name
+        }
+        for each in loaded & remote.loaded:  # the first measurement may have begun before the load had ended
+            if (sizes := remote.measured(each)) is not None:
+                self._budget.measure(each, 0, sizes)
+        remote.loaded = loaded
         self._set_remote_capacity(name)
 
     def host_down(self, name: str, why: str) -> None:

@@ -19,6 +19,8 @@ class RemoteState:
     """Bytes that all runners may take now, by the host's own names."""
     runners: Mapping[str, RunnerUse] = field(default_factory=dict[str, RunnerUse])
     """By instance."""
+    loaded: set[str] = field(default_factory=set[str])
+    """The instances that had loaded at the last measurement."""
 
     @property
     def accounts(self) -> dict[str, int]:
