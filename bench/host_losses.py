@@ -120,8 +120,9 @@ class HostLosses:
         await until(lambda: all(host.name in self._up() for host in self.hosts))
         await until(lambda: len([*self._in_flight()]) > STREAMS // 2)
         await asyncio.sleep(self.dice.uniform(0, _LONGEST_PAUSE))
-        await until(lambda: bool([*self._in_flight()]))
+        await until(lambda: bool([*self._in_flight()]) and any(each.runners() for each in self.hosts))
         host = next(each for each in self.hosts if each.runners())
+        print(f"{time.strftime('%H:%M:%S')} {host.name}: {kind}", file=sys.stderr, flush=True)
         died = time.perf_counter()
         strike(host, kind)
         cut = [*self._in_flight()]
