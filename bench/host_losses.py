@@ -96,6 +96,10 @@ class HostLosses:
     finished: bool = False
     _running: dict[int, WatchedStream] = field(default_factory=dict[int, WatchedStream])
     _over: bool = False
+    _last: dict[int, float] = field(default_factory=dict[int, float])
+    """The time of the last token, by stream."""
+    _gap: float = 0.0
+    """The longest time between two tokens since the last strike."""
 
     async def run(self, kinds: Sequence[Loss], limit: float) -> None:
         client = client_of(self.server.url)
@@ -113,26 +117,44 @@ class HostLosses:
     async def _keep_streaming(self, number: int) -> None:
         while not self._over:
             stream = self._running[number] = WatchedStream(number, _TOKENS)
-            await stream.read(client_of(self.server.url), body(_MODEL, number))
+            self._last.pop(number, None)
+            await stream.read(client_of(self.server.url), body(_MODEL, number), partial(self._on_tokens, number))
             self.streams.append(stream)
+
+    def _on_tokens(self, number: int) -> None:
+        now = time.perf_counter()
+        self._gap = max(self._gap, now - self._last.get(number, now))
+        self._last[number] = now
 
     async def _lose(self, kind: Loss) -> None:
         await until(lambda: all(host.name in self._up() for host in self.hosts))
         await until(lambda: len([*self._in_flight()]) > STREAMS // 2)
         await asyncio.sleep(self.dice.uniform(0, _LONGEST_PAUSE))
-        await until(lambda: bool([*self._in_flight()]) and any(each.runners() for each in self.hosts))
-        host = next(each for each in self.hosts if each.runners())
+        await until(lambda: self._serving() is not None and bool([*self._in_flight()]))
+        host = self._serving()
+        assert host is not None
         print(f"{time.strftime('%H:%M:%S')} {host.name}: {kind}", file=sys.stderr, flush=True)
-        died = time.perf_counter()
+        self._gap, died = 0.0, time.perf_counter()
         strike(host, kind)
-        cut = [*self._in_flight()]
-        for stream in cut:
+        for stream in self._in_flight():
             stream.cut(died)
-        await until(lambda: all(stream.cuts[-1].seconds is not None or stream.error for stream in cut))
-        gaps = [stream.cuts[-1].seconds for stream in cut]
-        self.gaps[kind].append(max(each for each in gaps if each is not None))
+        # Tokens that were under way still come. The loss counts from when the server knows of it.
+        await until(lambda: self._serving() is not host)
+        noticed, streams = time.perf_counter(), [*self._in_flight()]
+        await until(lambda: all(self._has_gone_on(each, noticed) for each in streams))
+        self.gaps[kind].append(self._gap)
         if kind == "cut":
             host.mend()
+
+    def _serving(self) -> SshHost | None:
+        """The host whose runner serves the streams now."""
+        data = self.server.client.get("/v1/instances").json()["data"]
+        serving = [each for each in data if each["state"] in ("Ready", "Running")]
+        names = {each["host"] for each in serving if each["model"] == f"test/{_MODEL}"}
+        return next((host for host in self.hosts if host.name in names), None)
+
+    def _has_gone_on(self, stream: WatchedStream, since: float) -> bool:
+        return stream.done or bool(stream.error) or self._last.get(stream.number, 0.0) > since
 
     def _up(self) -> list[str]:
         text = self.server.client.get("/metrics").text
