@@ -167,4 +167,4 @@ def test_the_dashboard_and_the_page_name_what_there_is(http: httpx.Client) -> No
     assert shown - there == set()
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     told = set(METRIC.findall((ROOT / "docs" / "monitoring.md").read_text()))
-    assert told == there
+    assert told == there | {"exo:host_up"}  # only where there are other hosts
