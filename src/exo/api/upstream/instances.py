@@ -69,8 +69,9 @@ def runner_form(report: InstanceReport) -> JsonObject:
         case "Loading":
             facts = {"layersLoaded": report.status.layers_loaded, "totalLayers": report.status.total_layers}
         case "Failed":
-            message = report.last_failure.message if report.last_failure is not None else None
-            facts = {"errorMessage": message, "diagnostics": []}
+            if report.last_failure is None:  # the reason is recorded in a moment
+                return {"RunnerShuttingDown": {}}
+            facts = {"errorMessage": report.last_failure.message, "diagnostics": []}
         case _:
             pass
     return {f"Runner{report.now.state}": facts}
