@@ -126,6 +126,7 @@ CASES = {
         vllm_table,
         small_chunks={"max_num_batched_tokens": 32},
         cache_block=32,
+        adapters=peft_adapters,
     ),
 }
 

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 
 from exo.worker.protocol.commands import Load
+from exo.worker.runner_common.model_files.adapter_folder import AdapterFolder, find_adapters
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder
 from exo.worker.runner_vllm.limits import check_limits, divided
 from exo.worker.runner_vllm.options import VllmOptions, read_options
 from exo.worker.runner_vllm.probe import nvidia_devices, on_cpu
 from exo.worker.runner_vllm.purpose import Purpose, find_purpose
+
+_LORA_RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM accepts, and 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,7 @@ class VllmChecked:
 
     options: VllmOptions
     folder: HfFolder
+    adapters: list[AdapterFolder]
     purpose: Purpose
     processors: bool
     """Whether this build of vLLM computes on the CPU."""
@@ -27,6 +32,20 @@ class VllmChecked:
         """The number of processes that compute on each host."""
         return self.options.processes // (1 + len(self.peers))
 
+    @property
+    def lora_slots(self) -> int:
+        """The adapters that vLLM makes room for.
+
+        On a CPU, vLLM 0.32 computes rows without an adapter with the last one if other rows have any. It stays empty.
+        """
+        return len(self.adapters) + self.processors
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank for which vLLM makes room in every matrix for each adapter; 0 without adapters."""
+        most = max((each.rank for each in self.adapters), default=0)
+        return next(rank for rank in _LORA_RANKS if rank >= most)
+
 
 def check(command: Load) -> VllmChecked:
     """Raises LoadError for a missing or broken folder, and for settings that are wrong or impossible here."""
@@ -34,5 +53,6 @@ def check(command: Load) -> VllmChecked:
     folder, processors = read_folder(find_folder(options, command.model_id, command.directories)), on_cpu()
     options = divided(options, hosts := 1 + len(command.peers), processors=processors)
     check_limits(options, folder.config, processors=processors, devices=hosts * len(nvidia_devices()))
+    adapters = find_adapters(options.lora, command.model_id, command.directories, folder, "vllm")
     purpose = find_purpose(command, options, folder.path, folder.config, processors=processors)
-    return VllmChecked(options, folder, purpose, processors, tuple(each.name for each in command.peers))
+    return VllmChecked(options, folder, adapters, purpose, processors, tuple(each.name for each in command.peers))

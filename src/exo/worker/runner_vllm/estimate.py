@@ -133,9 +133,16 @@ class _VllmSizes:
             *([] if self.checked.processors else [self._part("process", _DEVICE_CONTEXT)]),
             Part("tokenizer", self.tokenizer * _TOKENIZER),
             self._part("weights", -(-self.weights // processes)),
+            *([self._part("adapters", self._adapters())] if self.checked.adapters else []),
             self._part(CACHE, cache),
             self._part("compute", _WORKSPACE + self._outputs(plan), later=True),
         ]
+
+    def _adapters(self) -> int:
+        """Returns the bytes of adapters. vLLM makes room for each of them beside every matrix."""
+        matrices = (each.shape for each in self.checked.folder.tensors.values() if len(each.shape) == 2)
+        width = _WIDTHS[computed_in(self.checked.folder.config, self.checked.options)]
+        return self.checked.lora_slots * self.checked.lora_rank * width * sum(map(sum, matrices))
 
     def _outputs(self, plan: Plan) -> int:
         """Returns the bytes of a step's logits or, of a model for embeddings, of the layers' activations.

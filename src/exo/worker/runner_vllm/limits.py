@@ -14,6 +14,8 @@ CPU_METHODS = ("awq", "auto_awq", "gptq", "auto_gptq", "compressed-tensors")
 
 def check_limits(options: VllmOptions, config: Json, *, processors: bool, devices: int) -> None:
     """Raises LoadError with the key at fault. ``devices`` is the number of devices that the driver lists."""
+    if options.lora and options.processes > 1:
+        raise _refused("lora: adapters need a model that is on one device")
     if not processors:
         if options.processes > devices:
             sizes = f"tensor_parallel_size {options.tensor_parallel_size} times pipeline_parallel_size"

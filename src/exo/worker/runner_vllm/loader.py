@@ -61,6 +61,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
     layers = layer_count(config)
     report(Status(state="Loading", total_layers=layers))
     tell_ignored(checked.folder)
+    generates = purpose.pooling is None
     set_engine_compute(checked)
     with ExitStack() as meanwhile:
         divided = _started_followers(command, meanwhile) if command.peers else {}
@@ -70,12 +71,13 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
             raise load_error("vLLM does not load", error) from error
         view = meanwhile.enter_context(presented(checked.folder, checked.folder.written))
         core = Core.load({**engine_arguments(checked, view), **divided}, purpose.pooling)
+        for number, adapter in enumerate(checked.adapters if generates else (), start=1):
+            core.add_adapter(adapter.name, number, adapter.path)
         report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
         report(Status(state="WarmingUp"))
         found = open_tokenizer(view)
     tokenizer = TransformersTokenizer(found, core.n_vocab, _ends(checked.folder.path, config))
     _warm_up(core, checked.folder.path, purpose)
-    generates = purpose.pooling is None
     capabilities = Capabilities(
         engine=ENGINE,
         engine_version=engine_version(),
@@ -87,6 +89,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
         grammar=generates and options.processes == 1,
         logprobs=generates,
         embeddings=not generates,
+        adapters=tuple(core.adapters),
         model_bytes=sum(tensor.size for tensor in checked.folder.tensors.values()),
         chat_template=options.chat_template or usual(checked.folder.templates),
         notes=checked.folder.notes,
@@ -163,7 +166,14 @@ def engine_arguments(checked: VllmChecked, view: Path) -> dict[str, object]:
         "logits_processors": ["exo.worker.runner_vllm.sampler:Chooser"] if generates else [],
         "max_logprobs": _MOST_LOGPROBS,
         "seed": 0,
+        **(_adapters(checked) if generates and checked.adapters else {}),
     }
+
+
+def _adapters(checked: VllmChecked) -> dict[str, object]:
+    """Returns the arguments for the model card's adapters, all of which stay in memory."""
+    count = checked.lora_slots
+    return {"enable_lora": True, "max_loras": count, "max_cpu_loras": count, "max_lora_rank": checked.lora_rank}
 
 
 def _longer(config: Json, n_ctx: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field, JsonValue, ValidationError, field_vali
 from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_common.load_error import LoadError, from_library
+from exo.worker.runner_common.model_files.adapter_folder import AdapterOptions
 from exo.worker.runner_common.model_files.model_folder import FolderOptions
 
 
@@ -46,6 +47,9 @@ class VllmOptions(FolderOptions):
     true on a CPU only."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a CPU build. The default is one for each core."""
+    lora: tuple[AdapterOptions, ...] = Field(default=(), strict=False)
+    """Adapters in PEFT's format, of which each request may name one. vLLM computes all of them in one batch. A model on
+    several devices has none."""
     pooling: Pooling | None = None
     """How the vectors of tokens become one vector of the text. The default is the setting in the folder's
     1_Pooling/config.json, or else "mean". Only for a card with the task TextEmbedding and without TextGeneration: vLLM

@@ -57,6 +57,7 @@ def _prepare(tokenizer: TransformersTokenizer, request: Generate) -> Prepared[Vl
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
             cache_prompt=request.cache_prompt,
+            adapter=request.adapter,
         )
 
     return Prepared(prompt, new_sequence)

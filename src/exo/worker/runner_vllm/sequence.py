@@ -65,6 +65,7 @@ class VllmSequence:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_prompt: bool = True
+    adapter: str = ""
     n_processed: int = 0
     """Tokens of the ``n_prefill`` that have been reported as computed."""
     n_prefill: int = field(init=False)

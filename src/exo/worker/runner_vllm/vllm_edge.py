@@ -31,6 +31,7 @@ arguments = import_module("vllm.engine.arg_utils")
 engine = import_module("vllm.v1.engine")
 engine_core = import_module("vllm.v1.engine.core")
 executor = import_module("vllm.v1.executor")
+lora_request = import_module("vllm.lora.request")
 pooler = import_module("vllm.config.pooler")
 pooling_params = import_module("vllm.pooling_params")
 sampling_params = import_module("vllm.sampling_params")
@@ -109,6 +110,8 @@ class Core:
     """A loaded model with its requests: a wrapper around vLLM's engine core."""
 
     core: Any
+    adapters: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What names each adapter to vLLM."""
     steps: int = 0
     """The number of steps that computed something."""
     progress: dict[str, Progress] = field(default_factory=dict[str, Progress])
@@ -122,6 +125,16 @@ class Core:
                 return cls(engine_core.EngineCore(config, executor.Executor.get_class(config), log_stats=True))
         except BROKEN_MODEL as error:
             raise load_error(f"vLLM could not load {settings['model']}", error) from error
+
+    def add_adapter(self, name: str, number: int, folder: Path) -> None:
+        """Loads an adapter. Raises LoadError."""
+        request = lora_request.LoRARequest(name, number, str(folder))
+        try:
+            self.core.add_lora(request)
+            self.core.pin_lora(number)
+        except BROKEN_MODEL as error:
+            raise load_error(f"vLLM could not load the adapter {name} in {folder}", error) from error
+        self.adapters[name] = request
 
     @property
     def n_vocab(self) -> int:
@@ -150,7 +163,7 @@ class Core:
             detokenize=False,
             extra_args={CHOICE: sequence.choice},
         )
-        self._add(sequence.id, sequence.tokens, "sampling_params", params)
+        self._add(sequence.id, sequence.tokens, "sampling_params", params, sequence.adapter)
 
     def add_text(self, job: TextJob) -> None:
         """Queues a text to embed. The core must have been loaded with a pooling."""
@@ -159,7 +172,12 @@ class Core:
         self._add(job.id, job.tokens, "pooling_params", params)
 
     def _add(
-        self, name: str, tokens: list[int], kind: Literal["sampling_params", "pooling_params"], params: object
+        self,
+        name: str,
+        tokens: list[int],
+        kind: Literal["sampling_params", "pooling_params"],
+        params: object,
+        adapter: str = "",
     ) -> None:
         asked = engine.EngineCoreRequest(
             request_id=name,
@@ -167,7 +185,7 @@ class Core:
             mm_features=None,
             **{"sampling_params": None, "pooling_params": None, kind: params},
             arrival_time=time(),
-            lora_request=None,
+            lora_request=self.adapters[adapter] if adapter else None,
             cache_salt=None,
             data_parallel_rank=None,
         )
