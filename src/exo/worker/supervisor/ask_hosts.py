@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -54,4 +55,5 @@ async def _ask(host: RemoteHost) -> HostFound | str:
             said = b"".join([part async for part in process.stderr]).decode(errors="replace").strip()
             return f"cannot be reached: {said.rpartition(chr(10))[2][:300] or 'the connection ended'}"
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                process.kill()
