@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from exo.api.anthropic.history import readable
 from exo.api.anthropic.request import MessagesRequest
 from exo.api.http.middleware import WARNING_HEADER
-from exo.serving.pictures import UNSEEN
+from exo.serving.pictures.prompt_pictures import UNSEEN
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 

@@ -11,7 +11,7 @@ from exo.api.http.errors import from_validation
 from exo.api.http.middleware import WARNING_HEADER
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.common_request import IGNORED, UNSUPPORTED
-from exo.serving.pictures import UNSEEN
+from exo.serving.pictures.prompt_pictures import UNSEEN
 from exo.serving.request import Conversation
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from exo.serving.picture_fetch import FetchError, fetch
+from exo.serving.pictures.fetch import FetchError, fetch
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 from tests.support.pictures import random_png

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from exo.api.http.middleware import WARNING_HEADER
-from exo.serving.pictures import UNSEEN
+from exo.serving.pictures.prompt_pictures import UNSEEN
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
 from tests.support.picture_requests import (

@@ -18,7 +18,7 @@ from exo.api.openai.responses.tools import custom_arguments, custom_input
 from exo.chat.grammar.tool_schema import NamedChoice
 from exo.chat.output.events import Arguments, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted
-from exo.serving.pictures import UNSEEN
+from exo.serving.pictures.prompt_pictures import UNSEEN
 from exo.serving.request import Conversation
 from exo.worker.protocol.events import Usage
 from tests.conftest import fake_card

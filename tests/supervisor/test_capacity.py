@@ -10,7 +10,7 @@ from exo.config import Limits
 from exo.config_values import SettingsError
 from exo.worker.host import Host, NvidiaDevice
 from exo.worker.protocol.one_shot import Device, Probe
-from exo.worker.supervisor.host_memory import capacity, memory_of
+from exo.worker.supervisor.memory.host import capacity, memory_of
 from exo.worker.supervisor.request_timer import WINDOW_SECONDS, TokenRate
 from tests.support.nvml import FakeDevice, fake_nvml
 

@@ -12,11 +12,11 @@ from exo.worker.protocol.remote_host import RemoteHost
 from exo.worker.router import Route
 from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
 from exo.worker.supervisor.division import Division
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import Memory
+from exo.worker.supervisor.memory.remote import RemoteState
 from exo.worker.supervisor.node_messages import HostFound
 from exo.worker.supervisor.pool import RunnerPool
-from exo.worker.supervisor.remote_memory import RemoteState
 from exo.worker.supervisor.runner_error import RunnerError
 from tests.support.routing import make_card
 from tests.support.rpc_devices import RpcDevice, rpc_devices, variables

@@ -19,9 +19,9 @@ from exo.cards.card import ModelCard
 from exo.cli.server.ps import show
 from exo.worker.host import updated
 from exo.worker.protocol.one_shot import Probe
-from exo.worker.supervisor.host_memory import usable_memory, usable_ram
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.host import usable_memory, usable_ram
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_error import RunnerError
 from tests.conftest import fake_card
@@ -60,7 +60,7 @@ def complete(url: str) -> httpx.Response:
 def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.serving.host_prober.PROBE_SECONDS", 3.0)
+    monkeypatch.setattr("exo.serving.hosts.prober.PROBE_SECONDS", 3.0)
     mark = tmp_path / "mark"
     slow = runner(mark, f"open({str(mark)!r}, 'w').close(); time.sleep(1000)")
     with serve(tmp_path, fake_card(), commands={"cuda": slow}) as url:
@@ -71,7 +71,7 @@ def test_a_request_waits_for_a_runner_whose_first_probe_is_slow(
 def test_a_runner_that_is_installed_later_is_found_without_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.serving.host_prober._PROBE_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("exo.serving.hosts.prober._PROBE_AGAIN_SECONDS", 0.0)
     mark = tmp_path / "mark"
     with serve(tmp_path, fake_card(), commands={"cuda": runner(mark, "sys.exit('no engine')")}) as url:
         refused = complete(url)
@@ -166,7 +166,7 @@ async def test_ram_that_other_programs_use_is_given_to_no_model(
         def usable(_pids: Collection[int]) -> int:
             return gib * GIB
 
-        monkeypatch.setattr("exo.worker.supervisor.memory_meter.usable_ram", usable)
+        monkeypatch.setattr("exo.worker.supervisor.memory.meter.usable_ram", usable)
 
     others_leave(2)
     card = fake_card(memory=5 * GIB)

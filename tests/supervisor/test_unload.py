@@ -16,7 +16,7 @@ from exo.api.admin.runners import Instance
 from exo.cards.card import ModelCard
 from exo.worker.protocol.events import Finished
 from exo.worker.supervisor.instance import InstanceReport
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess

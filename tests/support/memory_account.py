@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.supervisor.memory_budget import MemoryActions, MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryActions, MemoryBudget
 from tests.support.random_reservations import CAPACITY
 
 

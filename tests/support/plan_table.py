@@ -18,7 +18,7 @@ from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import chosen
 from exo.worker.supervisor.dry_run import decided
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from tests import ROOT
 from tests.support.model_shapes import SHAPES, header

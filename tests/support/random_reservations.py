@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
-from exo.worker.supervisor.reservation import Reservation
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import Memory
+from exo.worker.supervisor.memory.reservation import Reservation
 
 CAPACITY = Memory(100, {"CUDA0": 50, "CUDA1": 30})
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from exo.config import Settings
-from exo.serving.node import run_node
+from exo.serving.hosts.node import run_node
 
 
 def node(server: Annotated[str, typer.Argument(help="The id of the server.")] = "") -> None:

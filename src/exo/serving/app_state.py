@@ -18,22 +18,22 @@ from exo.chat.template.renderer import TemplateWorker
 from exo.config import Settings
 from exo.serving.activity import Activity
 from exo.serving.admission import Queues
-from exo.serving.host_prober import HostProber
+from exo.serving.hosts.prober import HostProber
 from exo.serving.loaded_models import LoadedModels
-from exo.serving.pictures import Pictures
+from exo.serving.pictures.prompt_pictures import Pictures
 from exo.serving.pull_jobs import Pulls
 from exo.serving.routing import Routing
 from exo.store.progress import DownloadProgress
 from exo.worker.host import Host, differing_engines, unused_gpus
 from exo.worker.router import Route
 from exo.worker.speed import Measurement
-from exo.worker.supervisor.host_memory import capacity
+from exo.worker.supervisor.memory.host import capacity
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
 from exo.worker.supervisor.watchdog import Deadlines
 
 if TYPE_CHECKING:  # few servers have other hosts
-    from exo.serving.host_links import HostLinks
+    from exo.serving.hosts.links import HostLinks
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,6 @@ class Services:
 def _links(settings: Settings, pool: RunnerPool) -> "HostLinks | None":
     if not settings.hosts:
         return None
-    from exo.serving.host_links import HostLinks
+    from exo.serving.hosts.links import HostLinks
 
     return HostLinks(settings.hosts, pool)

@@ -23,7 +23,7 @@ from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
-from exo.serving.pictures import placed, unseen
+from exo.serving.pictures.prompt_pictures import placed, unseen
 from exo.serving.reasoning_limit import reasoning_limit
 from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.serving.warnings import warn

@@ -9,7 +9,7 @@ from pydantic_core import from_json, to_json
 
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.errors import RequestError
-from exo.serving.pictures import GivenPicture
+from exo.serving.pictures.prompt_pictures import GivenPicture
 from exo.serving.warnings import warn
 from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import Need

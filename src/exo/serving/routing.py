@@ -10,7 +10,7 @@ from exo.cards.catalogue import LiveCatalogue
 from exo.serving.admission import Queues
 from exo.serving.affinity import PrefixAffinity
 from exo.serving.errors import RequestError, from_refusal, unknown_model
-from exo.serving.host_prober import HostProber
+from exo.serving.hosts.prober import HostProber
 from exo.worker.host import Host
 from exo.worker.protocol.runners import Need, Prefer
 from exo.worker.router import (
@@ -28,7 +28,7 @@ from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
 
 if TYPE_CHECKING:
-    from exo.serving.host_links import HostLinks
+    from exo.serving.hosts.links import HostLinks
 
 
 @dataclass(frozen=True, slots=True)

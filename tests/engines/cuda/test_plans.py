@@ -11,8 +11,8 @@ from exo.worker.runner_common.hf_embedding import LONGEST
 from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.supervisor.dry_run import decided
-from exo.worker.supervisor.memory import HOST, Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import HOST, Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from tests.support import plan_table
 from tests.support.model_shapes import SHAPES, header

@@ -26,7 +26,7 @@ from exo.serving.app_state import Services
 from exo.serving.request_totals import Histogram, Labels, RequestTotals
 from exo.worker.supervisor.instance import InstanceReport
 from exo.worker.supervisor.instance_totals import prefix_hits
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.nvml import GpuGauges, read_gpus
 
 _LABELS = ("model", "runner", "backend")

@@ -9,7 +9,7 @@ from pydantic_core import to_json
 
 from exo.api.http.body import RequestBody, Unsupported, invalid, missing, unsupported
 from exo.chat.template.reshaping import short_id
-from exo.serving.pictures import joined
+from exo.serving.pictures.prompt_pictures import joined
 
 MAX_BLOCKS = 10_000
 _TEXT_ONLY = ("text",)

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from exo.api.http.body import note
 from exo.api.http.picture_parts import picture_text
-from exo.serving.pictures import UNSEEN
+from exo.serving.pictures.prompt_pictures import UNSEEN
 
 _NOTHING: JsonValue = {"type": "thinking", "thinking": ""}
 """Replaces a dropped block, so that the others keep their numbers."""

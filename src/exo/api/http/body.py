@@ -27,8 +27,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from exo.api.http.errors import ApiError, from_validation
-from exo.serving.picture_limits import MOST_PICTURES
-from exo.serving.pictures import GivenPicture, new_mark
+from exo.serving.pictures.limits import MOST_PICTURES
+from exo.serving.pictures.prompt_pictures import GivenPicture, new_mark
 from exo.serving.warnings import MAX_WARNINGS, refuses_unknown_fields, warn
 from exo.worker.protocol.runners import RUNNERS, Need
 

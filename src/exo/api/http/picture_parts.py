@@ -4,7 +4,7 @@ from pydantic import JsonValue
 from pydantic_core import PydanticCustomError
 
 from exo.api.http.body import add_picture, invalid, note, unsupported
-from exo.serving.pictures import UNSEEN, GivenPicture
+from exo.serving.pictures.prompt_pictures import UNSEEN, GivenPicture
 
 PICTURE_PARTS = ("image_url", "input_image", "image")
 _TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp", "image/gif")

@@ -15,7 +15,7 @@ from exo.api.openai.chat_request import MaxReasoningTokens
 from exo.api.openai.common_request import MAX_INPUTS
 from exo.api.openai.tools import MAX_TOOLS, ToolDefinition, ToolName, check_tool_names
 from exo.chat.template.reshaping import short_id
-from exo.serving.picture_limits import MOST_PICTURES
+from exo.serving.pictures.limits import MOST_PICTURES
 from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.worker.protocol.messages import MAX_LOGPROBS
 

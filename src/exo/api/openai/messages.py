@@ -8,7 +8,7 @@ from pydantic_core import to_json
 from exo.api.http.body import RequestBody, Unsupported, invalid, missing, note, unsupported
 from exo.api.http.picture_parts import PICTURE_PARTS, picture_text
 from exo.api.openai.tools import MAX_TOOLS
-from exo.serving.pictures import joined
+from exo.serving.pictures.prompt_pictures import joined
 
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")

@@ -22,9 +22,9 @@ from exo.worker.protocol.commands import Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Refusal, Route, route
 from exo.worker.supervisor.dry_run import dry_run
-from exo.worker.supervisor.host_memory import capacity, usable_ram
 from exo.worker.supervisor.host_probe import probe_host
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.host import capacity, usable_ram
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan, layers_in_words
 
 _SHOWN = ("n_ctx", "max_model_len", "slots", "kv", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")

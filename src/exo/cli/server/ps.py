@@ -16,7 +16,7 @@ from exo.cli.options import AsJson, ServerOptions
 from exo.cli.server.http_client import ask, foreign, server_client
 from exo.terminal import printable
 from exo.worker.protocol.events import RAM
-from exo.worker.supervisor.memory import HOST
+from exo.worker.supervisor.memory.memory import HOST
 from exo.worker.supervisor.placement_plan import layers_in_words
 
 TOLD_DELAY, TOLD_SLOWDOWN = 0.1, 1.3

@@ -13,7 +13,7 @@ from exo.worker.supervisor.instance import RunnerInstance, settings_digest
 from exo.worker.supervisor.runner_error import RunnerError
 
 if TYPE_CHECKING:  # few servers have other hosts
-    from exo.worker.supervisor.remote_memory import RemoteState
+    from exo.worker.supervisor.memory.remote import RemoteState
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated, Failed
 from exo.worker.protocol.wire import decode_event, encode
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
 
 _ESTIMATE_SECONDS = 30.0

@@ -17,9 +17,9 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.remote_host import host_of
 from exo.worker.router import LiveRunner, place
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.memory import Memory
+from exo.worker.supervisor.memory.reservation import Reservation
 from exo.worker.supervisor.placement_plan import PlacementPlan
-from exo.worker.supervisor.reservation import Reservation
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.state_machine import ENDINGS

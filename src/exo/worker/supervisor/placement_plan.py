@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Self
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from exo.worker.protocol.events import RAM, Estimated, Layout, LoadOption
-from exo.worker.supervisor.memory import HOST, Memory
+from exo.worker.supervisor.memory.memory import HOST, Memory
 
 if TYPE_CHECKING:  # exo ps has no use for it
-    from exo.worker.supervisor.memory_budget import MemoryBudget
+    from exo.worker.supervisor.memory.budget import MemoryBudget
 
 
 class PlacementPlan(BaseModel):

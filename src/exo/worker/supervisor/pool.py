@@ -31,9 +31,9 @@ from exo.worker.supervisor.division import Division
 from exo.worker.supervisor.dry_run import dry_run
 from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
 from exo.worker.supervisor.instance_totals import InstanceTotals
-from exo.worker.supervisor.memory import HOST, Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
-from exo.worker.supervisor.memory_meter import MemoryMeter
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import HOST, Memory
+from exo.worker.supervisor.memory.meter import MemoryMeter
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_error import RunnerError
@@ -41,8 +41,8 @@ from exo.worker.supervisor.runner_process import Admission, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
 
 if TYPE_CHECKING:  # few servers have other hosts
+    from exo.worker.supervisor.memory.remote import RemoteState
     from exo.worker.supervisor.node_messages import HostFound, HostUsage
-    from exo.worker.supervisor.remote_memory import RemoteState
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class RunnerPool:
 
     def host_up(self, name: str, found: "HostFound") -> None:
         """A remote host can be used, or has been probed again."""
-        from exo.worker.supervisor.remote_memory import RemoteState
+        from exo.worker.supervisor.memory.remote import RemoteState
 
         self._remote[name] = RemoteState(self._hosts[name], found, dict(found.memory))
         self._set_remote_capacity(name)

@@ -5,8 +5,8 @@ import pytest
 from exo.worker.protocol.events import Estimated, Layout
 from exo.worker.runner_common.memory_plan import Open, Part, Plan, estimated
 from exo.worker.supervisor.dry_run import decided
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
 
 TRAINED = 131_072

@@ -8,7 +8,7 @@ from pydantic_core import to_json
 from exo.api.http.body import RequestBody, Unsupported, invalid, note, unsupported
 from exo.api.openai.messages import Arguments, CalledName, with_pictures
 from exo.api.openai.responses.tools import custom_arguments, told_name
-from exo.serving.pictures import joined
+from exo.serving.pictures.prompt_pictures import joined
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")

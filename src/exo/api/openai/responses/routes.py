@@ -26,8 +26,8 @@ from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoni
 from exo.serving.app_state import Services
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, GenerationEvent, Started
 from exo.serving.generation import Generation
-from exo.serving.pictures import Given, GivenPicture, marked
-from exo.serving.pictures import told as told_pictures
+from exo.serving.pictures.prompt_pictures import Given, GivenPicture, marked
+from exo.serving.pictures.prompt_pictures import told as told_pictures
 from exo.serving.request import Conversation, GenerationRequest
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.events import TokenLogprobs, Usage

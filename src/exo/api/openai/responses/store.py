@@ -7,7 +7,7 @@ from pydantic import JsonValue
 from pydantic_core import to_json
 
 from exo.api.http.errors import ApiError
-from exo.serving.pictures import Given, GivenPicture
+from exo.serving.pictures.prompt_pictures import Given, GivenPicture
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from exo.chat.sandbox_pool import SandboxBusyError, SandboxPool
 from exo.serving.errors import RequestError, busy
-from exo.serving.picture_limits import LIMITS
+from exo.serving.pictures.limits import LIMITS
 from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Picture, Text
 from exo.worker.protocol.messages import PICTURES_BYTES
@@ -98,7 +98,7 @@ class Pictures:
     def __init__(self, hosts: Sequence[str]) -> None:
         """``hosts`` are those from which pictures may be fetched."""
         self._hosts = hosts
-        self._processes = SandboxPool("exo.serving.picture_main", LIMITS)
+        self._processes = SandboxPool("exo.serving.pictures.main", LIMITS)
 
     async def read(self, given: Given) -> dict[str, Picture]:
         """Returns the pictures for a runner, by mark. Raises ``ServingError`` that names the part."""
@@ -119,7 +119,7 @@ class Pictures:
     async def _fetched(self, picture: GivenPicture) -> GivenPicture:
         if not picture.url:
             return picture
-        from exo.serving.picture_fetch import FetchError, fetch  # few servers fetch any
+        from exo.serving.pictures.fetch import FetchError, fetch  # few servers fetch any
 
         try:
             return replace(picture, data=b64encode(await fetch(picture.url, self._hosts)).decode())

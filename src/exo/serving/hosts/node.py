@@ -29,9 +29,9 @@ from exo.worker.host import Host, updated
 from exo.worker.protocol.messages import Message
 from exo.worker.protocol.validation import describe
 from exo.worker.protocol.wire import encode, exit_now, take_protocol_stream
-from exo.worker.supervisor.host_memory import capacity, memory_of, usable_memory, usable_ram
 from exo.worker.supervisor.host_probe import PROBE_SECONDS, TRY_SECONDS, probe_host
-from exo.worker.supervisor.memory import HOST
+from exo.worker.supervisor.memory.host import capacity, memory_of, usable_memory, usable_ram
+from exo.worker.supervisor.memory.memory import HOST
 from exo.worker.supervisor.node_messages import (
     NODE_COMMANDS,
     Beat,

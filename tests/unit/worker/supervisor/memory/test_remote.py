@@ -3,10 +3,10 @@
 from exo.worker.host import Host
 from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.protocol.remote_host import RemoteHost
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import Memory
+from exo.worker.supervisor.memory.remote import RemoteState
 from exo.worker.supervisor.node_messages import HostFound, HostUsage, RunnerUse
-from exo.worker.supervisor.remote_memory import RemoteState
 
 
 def state(**memory: int) -> RemoteState:

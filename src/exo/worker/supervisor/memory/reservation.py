@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic_core import to_json
 
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.supervisor.memory import HOST, Memory
+from exo.worker.supervisor.memory.memory import HOST, Memory
 
 State = Literal["asking", "waiting", "loading", "loaded"]
 _TRANSITIONS: dict[State, tuple[State, ...]] = {

@@ -9,10 +9,10 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from exo.serving.picture_fetch import is_public
-from exo.serving.picture_limits import FORMATS
-from exo.serving.picture_main import answer, decoded
-from exo.serving.pictures import joined
+from exo.serving.pictures.fetch import is_public
+from exo.serving.pictures.limits import FORMATS
+from exo.serving.pictures.main import answer, decoded
+from exo.serving.pictures.prompt_pictures import joined
 from exo.worker.protocol.messages import PICTURE_PIXELS
 from tests.support.pictures import picture_file, random_png
 

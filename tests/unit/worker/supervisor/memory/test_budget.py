@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exo.worker.protocol.events import Estimated, LoadOption
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.memory import Memory
 from tests.support.memory_account import Account
 from tests.support.random_reservations import CAPACITY, EVENTS, Lives, takes
 

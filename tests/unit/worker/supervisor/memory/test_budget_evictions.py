@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from exo.worker.supervisor.memory_budget import ALTERNATING_SECONDS, MemoryBudget
+from exo.worker.supervisor.memory.budget import ALTERNATING_SECONDS, MemoryBudget
 from tests.support.memory_account import Account
 from tests.support.random_reservations import CAPACITY, takes
 

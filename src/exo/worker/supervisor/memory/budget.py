@@ -15,8 +15,8 @@ from typing import final
 
 from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.protocol.remote_host import host_of
-from exo.worker.supervisor.memory import UNKNOWN, Memory
-from exo.worker.supervisor.reservation import DoesNotFit, Reservation
+from exo.worker.supervisor.memory.memory import UNKNOWN, Memory
+from exo.worker.supervisor.memory.reservation import DoesNotFit, Reservation
 
 ALTERNATING_SECONDS = 60.0
 """A model that is requested so soon after its eviction alternates with another one. Both then stay for a while."""

@@ -11,7 +11,7 @@ from io import BytesIO
 
 from PIL import Image, ImageOps
 
-from exo.serving.picture_limits import FORMATS, LIMITS, MOST_PIXELS, MOST_RATIO
+from exo.serving.pictures.limits import FORMATS, LIMITS, MOST_PIXELS, MOST_RATIO
 from exo.worker.protocol.messages import PICTURE_PIXELS
 from exo.worker.runner_common.sandbox import serve
 

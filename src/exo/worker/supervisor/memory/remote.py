@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from exo.worker.protocol.events import Estimated, LoadOption
 from exo.worker.protocol.remote_host import RemoteHost, account
-from exo.worker.supervisor.memory import HOST, UNKNOWN, Memory
+from exo.worker.supervisor.memory.memory import HOST, UNKNOWN, Memory
 from exo.worker.supervisor.node_messages import HostFound, HostUsage, RunnerUse
 
 

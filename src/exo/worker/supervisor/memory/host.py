@@ -10,7 +10,7 @@ from typing import NamedTuple
 import psutil
 
 from exo.worker.host import Host
-from exo.worker.supervisor.memory import Memory
+from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.nvml import query_nvml
 
 _MARGIN, _LARGEST_MARGIN = 0.1, 4 << 30

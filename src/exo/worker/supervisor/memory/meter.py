@@ -6,9 +6,9 @@ from typing import final
 
 from anyio.to_thread import run_sync
 
-from exo.worker.supervisor.host_memory import memory_of, usable_memory, usable_ram
-from exo.worker.supervisor.memory import Memory
-from exo.worker.supervisor.memory_budget import MemoryBudget
+from exo.worker.supervisor.memory.budget import MemoryBudget
+from exo.worker.supervisor.memory.host import memory_of, usable_memory, usable_ram
+from exo.worker.supervisor.memory.memory import Memory
 
 log = logging.getLogger(__name__)
 
