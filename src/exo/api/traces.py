@@ -105,7 +105,7 @@ class Traces:
         whole.end(nanoseconds(record.marks[-1].at))
 
     def close(self) -> None:
-        """Exports what is left. May take some seconds."""
+        """Exports the remaining spans. May take some seconds."""
         self._provider.shutdown()
 
 

@@ -35,8 +35,8 @@ async def make_embeddings(
 ) -> Embeddings:
     """Makes a vector of length 1 of each text or list of token ids. Raises ``ServingError``.
 
-    Special tokens in a text are ordinary text. ``field`` is the client's name of the inputs. Of each vector only the
-    first ``dimensions`` components are kept, if that is given. ``keep_seconds`` is as in ``ask``.
+    Special tokens in a text are ordinary text. ``field`` is the client's name of the inputs. Each vector is cut to
+    its first ``dimensions`` components, if that is given. ``keep_seconds`` is as in ``ask``.
     """
     request = uuid4().hex
     commands = [

@@ -1,4 +1,4 @@
-"""What all requests of a server have taken and how they ended, by model, runner and backend."""
+"""Totals of all requests of a server by model, runner and backend: tokens, seconds, and how they ended."""
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict

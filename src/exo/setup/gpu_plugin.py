@@ -1,4 +1,4 @@
-"""What setting up any of ggml's GPU plug-ins needs: links in the environment, and a self-test on the GPU."""
+"""The steps that the set-up of each of ggml's GPU plug-ins shares: links in the environment, a self-test on the GPU."""
 
 import importlib.util
 import json

@@ -49,7 +49,7 @@ def _watch(program: int) -> None:
 def _end_with_input(program: int, handle: int) -> None:
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (1, 2):  # whoever reads the program's output must see its end
+    for descriptor in (1, 2):  # a reader of the program's output must see its end
         os.dup2(nothing, descriptor)
     poll = select.poll()
     poll.register(0, _ANY_HANGUP)

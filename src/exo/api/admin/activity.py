@@ -158,7 +158,7 @@ def activity_routes(services: Services) -> APIRouter:
 
 @final
 class _ActivityChanges:
-    """What has changed since the last look, as events of a stream. Holds no queue, however slow the client is."""
+    """The changes since the last look, as events of a stream. Holds no queue, however slow the client is."""
 
     def __init__(self, services: Services) -> None:
         self._services = services

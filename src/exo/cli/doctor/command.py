@@ -90,7 +90,7 @@ def _as_json(host: Host) -> dict[str, object]:
 
 
 def as_text(host: Host, *, is_here: bool = True) -> Iterator[str]:
-    """What a host has. The limits of its CPU are known only for this one."""
+    """The facts of a host. The limits of its CPU are known only for this one."""
     yield f"host      {host.system} {host.machine}, {host.cpu_count} logical CPUs"
     yield from _cpu() if is_here else ()
     yield f"memory    {_gib(host.memory_available)} available of {_gib(host.memory_total)}"

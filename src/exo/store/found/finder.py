@@ -1,7 +1,7 @@
 """Finds the models that other programs keep on this machine, and makes model cards of them in memory.
 
-Nothing is copied, written or hashed. Of a GGUF file the metadata ahead of the vocabulary is read, of a folder the
-configuration, and only once unless the file changes.
+Nothing is copied, written or hashed. A GGUF file is read up to its vocabulary, and a folder's configuration is read,
+only once each unless the file changes.
 """
 
 import re

@@ -51,7 +51,7 @@ class Look:
             return file.read(limit)
 
     def walk(self, root: Path, depth: int) -> Iterator[tuple[Path, list[str] | OSError]]:
-        """Each folder down to ``depth`` below ``root`` and the names of what is in it that is no folder.
+        """Each folder down to ``depth`` below ``root`` and the names of the files in it.
 
         Links are followed, and a folder that is reached twice is given once. A folder that cannot be listed has the
         error in place of names.

@@ -1,4 +1,4 @@
-"""What restricts the next token of a sequence: its grammar, the end of its reasoning, or both."""
+"""The restriction of the next token of a sequence: its grammar, the end of its reasoning, or both."""
 
 from typing import final
 

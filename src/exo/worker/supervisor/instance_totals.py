@@ -1,4 +1,4 @@
-"""What has happened to all instances of a model with one runner and backend since the server started."""
+"""Totals of all instances of a model with one runner and backend since the server started."""
 
 from dataclasses import dataclass, field
 

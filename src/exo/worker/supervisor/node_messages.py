@@ -16,7 +16,7 @@ class PullFiles(Message):
     type: Literal["pull"] = "pull"
     id: int
     card: str
-    """As TOML."""
+    """TOML text."""
     runner: str
     allowed: bool
 

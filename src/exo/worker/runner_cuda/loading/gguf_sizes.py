@@ -83,7 +83,7 @@ class GgufSizes:
     adapters: int = 0
     """The adapters' tensors that belong to no layer."""
     head: CachedLayer | None = None
-    """What the head for multi-token prediction keeps, if it is used."""
+    """The cache of the head for multi-token prediction, if it is used."""
     copies: bool = False
     """Whether a device computes long steps with copies of the weights that are in RAM."""
 

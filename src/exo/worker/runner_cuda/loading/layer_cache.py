@@ -34,7 +34,7 @@ _RECURRENT_SCALAR = 4
 
 @dataclass(frozen=True, slots=True)
 class CachedLayer:
-    """What one layer keeps. Keys and values are in elements for each token, the state is in bytes."""
+    """The cache of one layer. Keys and values are in elements for each token, the state is in bytes."""
 
     heads: int = 0
     """The number of KV heads. A device has whole heads."""

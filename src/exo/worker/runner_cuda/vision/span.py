@@ -10,7 +10,7 @@ import numpy.typing as npt
 from exo.worker.runner_common.pictures import Png
 
 Vectors = npt.NDArray[np.float32]
-"""What the model reads in the place of tokens: (n_tokens, size of a token's vector)."""
+"""The input of the model in the place of tokens: (n_tokens, size of a token's vector)."""
 Places = npt.NDArray[np.int32]
 """Positions in four dimensions: (4, n_tokens)."""
 STILL = -(1 << 30)

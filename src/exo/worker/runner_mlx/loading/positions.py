@@ -52,7 +52,7 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class WantedPositions:
-    """What a configuration asks for. ``unread`` says that mlx-lm's class does not read all of it."""
+    """A configuration's rotary embedding. ``unread`` says that mlx-lm's class does not read all of it."""
 
     rotation: Rotation
     unread: bool

@@ -29,7 +29,7 @@ class DoesNotFit:
     """For each setting, the smallest change with which the model would fit."""
 
     def needs(self, model_id: str) -> str:
-        """What the model needs, and what there is, in words."""
+        """The memory that the model needs and the memory that there is, in words."""
         short = [
             f"{needed:,} bytes of {_named(name)}, and at most {room:,} can be freed for it"
             for name, needed, room in self.needed.beyond(self.room)
