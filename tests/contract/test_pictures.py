@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from exo.worker.protocol.commands import Embed, Generate, Picture, Sibling, Text, Tokenize
 from exo.worker.protocol.messages import PICTURE_PIXELS
 from exo.worker.protocol.runners import RUNNERS
+from tests.conftest import needs_vllm
 from tests.contract.cases import LLAMA_BACKEND, Case, Shared, Table, goes_on_from_everywhere, one
 from tests.support.pictures import picture_of, random_picture, random_png
 from tests.support.program import Program, ask, names, runner_command
@@ -19,6 +20,8 @@ from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.gguf_file import write_flat_gguf
 from tests.support.tiny.hybrid import write_hybrid
 from tests.support.tiny.projector import TOKENS, Kind, write_projector
+from tests.support.tiny.seeing_folder import TOKENS as FOLDER_TOKENS
+from tests.support.tiny.seeing_folder import write_seeing
 
 BEFORE, AFTER = "Here is what the camera saw: ", "Describe it in a word."
 CAT, DOG = random_picture(1), random_picture(2)
@@ -50,6 +53,14 @@ def llama(kind: Kind, write: Callable[[Path], None] = plain, **table: JsonValue)
     return Case(LLAMA, LLAMA_BACKEND, complete)
 
 
+def vllm_table(folder: Path) -> Table:
+    path = folder / "seeing"
+    if not path.exists():
+        write_seeing(path, Shape(head_dim=64))
+    return {"path": str(path), "pictures": True, "dtype": "float32", "threads": 1}
+
+
+VLLM = Case(RUNNERS["vllm"].command, "Vllm", vllm_table, cache_block=32)
 SEEING: Mapping[str, Case] = {
     "whole": llama("gemma3"),
     "causal": llama("mlp"),
@@ -58,6 +69,7 @@ SEEING: Mapping[str, Case] = {
     "hybrid": llama("mlp", write_hybrid),
     "pool": llama("mlp", kv="pool"),
     "rpc": replace(llama("gemma3"), command=llama_command("LlamaCppCuda"), backend="LlamaCppCuda"),
+    "vllm": VLLM,
 }
 """Models whose pictures are computed whole, token by token, or in rows and columns; with window layers, with recurrent
 layers, with a pool, and on a device."""
@@ -76,12 +88,12 @@ def seers(folder: Path) -> Iterator[Shared]:
     runners.stop()
 
 
-@pytest.fixture(params=SEEING)
+@pytest.fixture(params=[pytest.param(each, marks=needs_vllm) if each == "vllm" else each for each in SEEING])
 def seer(request: pytest.FixtureRequest, seers: Shared) -> Program:
     return seers.program(SEEING[request.param])
 
 
-@pytest.fixture(params=[each for each in SEEING if each != "hybrid"])
+@pytest.fixture(params=[each for each in SEEING if each not in ("hybrid", "vllm")])
 def cutting_seer(request: pytest.FixtureRequest, seers: Shared) -> Program:
     """One that can use any prefix of a prompt again."""
     return seers.program(SEEING[request.param])
@@ -142,6 +154,17 @@ def test_usage_counts_the_tokens_of_a_picture(seers: Shared, case: str, kind: Ki
     text, seen = (one(program, look(*parts)).finished.usage for parts in ((BEFORE, AFTER), (BEFORE, CAT, AFTER)))
     around = sum(n_tokens(program, mark) for mark in MARKS[kind])
     assert seen.prompt_tokens - text.prompt_tokens == TOKENS[kind] + around
+
+
+@needs_vllm
+def test_vllm_counts_the_tokens_of_a_picture_and_finds_its_blocks_by_their_content(seers: Shared) -> None:
+    program, before = seers.program(VLLM), f"{next(name)} {BEFORE * 3}"
+    text = one(program, look(before, AFTER)).finished.usage.prompt_tokens
+    first, again, other = (one(program, look(before, each, AFTER * 3)).finished.usage for each in (CAT, CAT, DOG))
+    assert one(program, look(before, CAT, AFTER)).finished.usage.prompt_tokens == text + FOLDER_TOKENS
+    start = n_tokens(program, before)
+    assert first.cached_tokens == other.cached_tokens == start // 32 * 32
+    assert again.cached_tokens == (again.prompt_tokens - 1) // 32 * 32 > start + FOLDER_TOKENS
 
 
 def test_a_picture_in_the_middle_of_a_replay_is_seen_again(seer: Program) -> None:

@@ -67,8 +67,9 @@ RUNNERS: dict[str, RunnerSpec] = {
     "vllm": RunnerSpec(
         "exo.worker.runner_vllm",
         ("Vllm",),
-        frozenset({"grammar", "logprobs", "embeddings"}),
+        frozenset({"grammar", "logprobs", "embeddings", "vision"}),
         exclusive_tasks=frozenset({"embeddings"}),
+        keys={"vision": "pictures"},
         environment=".venv-vllm",
         setup="exo setup vllm",
     ),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from exo.worker.protocol.commands import Load
+from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.adapter_folder import AdapterFolder, find_adapters
 from exo.worker.runner_common.model_files.model_folder import HfFolder, find_folder, read_folder
 from exo.worker.runner_vllm.limits import check_limits, divided
@@ -10,6 +11,7 @@ from exo.worker.runner_vllm.options import VllmOptions, read_options
 from exo.worker.runner_vllm.probe import nvidia_devices, on_cpu
 from exo.worker.runner_vllm.purpose import Purpose, find_purpose
 
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _LORA_RANKS = (0, 8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM accepts, and 0."""
 
@@ -55,4 +57,17 @@ def check(command: Load) -> VllmChecked:
     check_limits(options, folder.config, processors=processors, devices=hosts * len(nvidia_devices()))
     adapters = find_adapters(options.lora, command.model_id, command.directories, folder, "vllm")
     purpose = find_purpose(command, options, folder.path, folder.config, processors=processors)
+    if options.pictures:
+        _check_sight(folder, purpose)
     return VllmChecked(options, folder, adapters, purpose, processors, tuple(each.name for each in command.peers))
+
+
+def _check_sight(folder: HfFolder, purpose: Purpose) -> None:
+    """Raises LoadError for a model that cannot take pictures."""
+    reason = ""
+    if purpose.pooling is not None:
+        reason = "a model for embeddings takes none"
+    elif not any((folder.path / name).is_file() for name in _PROCESSORS):
+        reason = f"{folder.path} has none of {', '.join(_PROCESSORS)}"
+    if reason:
+        raise LoadError("model_misconfigured", f"model card, [vllm] pictures: {reason}")

@@ -135,7 +135,7 @@ class _VllmSizes:
             self._part("weights", -(-self.weights // processes)),
             *([self._part("adapters", self._adapters())] if self.checked.adapters else []),
             self._part(CACHE, cache),
-            self._part("compute", _WORKSPACE + self._outputs(plan), later=True),
+            self._part("compute", _WORKSPACE + self._outputs(plan) + self._pictures(), later=True),
         ]
 
     def _adapters(self) -> int:
@@ -157,6 +157,24 @@ class _VllmSizes:
         )
         rows = self.checked.purpose.chunk if self.checked.purpose.divides else plan.n_ctx
         return rows * (2 * wide + 4 * narrow) * _WIDTHS[computed_in(self.checked.folder.config, self.checked.options)]
+
+    def _pictures(self) -> int:
+        """Returns the bytes for pictures: those of one in the encoder's layers, and the cache of encoded ones.
+
+        Encoders whose configuration does not say the size of a picture are counted without their layers.
+        """
+        options, config = self.checked.options, self.checked.folder.config
+        if not options.pictures:
+            return 0
+        encoder = config.get("vision_config")
+        sizes = encoder if isinstance(encoder, dict) else {}
+        side, patch, wide, narrow = (
+            value if isinstance(value := sizes.get(key), int) else 0
+            for key in ("image_size", "patch_size", "intermediate_size", "hidden_size")
+        )
+        patches = (side // patch) ** 2 if patch else 0
+        cached = (self.checked.purpose.chunk + options.slots) * number(config, "hidden_size", 0)
+        return (patches * (2 * wide + 4 * narrow) + cached) * _WIDTHS[computed_in(config, options)]
 
     def _part(self, name: str, size: int, *, later: bool = False) -> Part:
         """Returns a part that takes ``size`` bytes in each of the processes that share the model."""

@@ -16,6 +16,8 @@ def check_limits(options: VllmOptions, config: Json, *, processors: bool, device
     """Raises LoadError with the key at fault. ``devices`` is the number of devices that the driver lists."""
     if options.lora and options.processes > 1:
         raise _refused("lora: adapters need a model that is on one device")
+    if options.pictures and options.processes > 1:
+        raise _refused("pictures: they need a model that is on one device")
     if not processors:
         if options.processes > devices:
             sizes = f"tensor_parallel_size {options.tensor_parallel_size} times pipeline_parallel_size"

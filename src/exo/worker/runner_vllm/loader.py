@@ -32,6 +32,7 @@ from exo.worker.runner_vllm.sizes import cache_bytes, layer_count, trained_conte
 from exo.worker.runner_vllm.switches import set_compute, set_network
 
 if TYPE_CHECKING:
+    from exo.worker.runner_vllm.sight import VllmSight
     from exo.worker.runner_vllm.vllm_edge import Core
 
 CPU_BLOCK = 32
@@ -47,6 +48,7 @@ class VllmLoaded:
 
     core: "Core"
     tokenizer: TransformersTokenizer
+    sight: "VllmSight | None"
     capabilities: Capabilities
     settings: dict[str, str]
 
@@ -66,6 +68,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
     with ExitStack() as meanwhile:
         divided = _started_followers(command, meanwhile) if command.peers else {}
         try:
+            from exo.worker.runner_vllm.sight import VllmSight
             from exo.worker.runner_vllm.vllm_edge import Core, open_tokenizer
         except (ImportError, OSError, RuntimeError) as error:
             raise load_error("vLLM does not load", error) from error
@@ -75,8 +78,8 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
             core.add_adapter(adapter.name, number, adapter.path)
         report(Status(state="Loaded", layers_loaded=layers, total_layers=layers))
         report(Status(state="WarmingUp"))
-        found = open_tokenizer(view)
-    tokenizer = TransformersTokenizer(found, core.n_vocab, _ends(checked.folder.path, config))
+        tokenizer = TransformersTokenizer(open_tokenizer(view), core.n_vocab, _ends(checked.folder.path, config))
+        sight = VllmSight(core.config, tokenizer, purpose.chunk) if options.pictures else None
     _warm_up(core, checked.folder.path, purpose)
     capabilities = Capabilities(
         engine=ENGINE,
@@ -89,6 +92,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
         grammar=generates and options.processes == 1,
         logprobs=generates,
         embeddings=not generates,
+        vision=sight is not None,
         adapters=tuple(core.adapters),
         model_bytes=sum(tensor.size for tensor in checked.folder.tensors.values()),
         chat_template=options.chat_template or usual(checked.folder.templates),
@@ -102,7 +106,7 @@ def load(command: Load, report: Callable[[Status], None]) -> VllmLoaded:
     )
     used = quantisation(options, config) or "none"
     computed = {"computed in": core.dtype, "prompt chunk": str(purpose.chunk), "quantisation": used}
-    return VllmLoaded(core, tokenizer, capabilities, computed)
+    return VllmLoaded(core, tokenizer, sight, capabilities, computed)
 
 
 def _started_followers(command: Load, meanwhile: ExitStack) -> dict[str, object]:
@@ -144,7 +148,7 @@ def engine_arguments(checked: VllmChecked, view: Path) -> dict[str, object]:
     return {
         "model": str(view),
         **_cache(checked),
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not options.pictures,  # the processor of pictures takes a tokenizer
         "trust_remote_code": False,
         "load_format": "safetensors",
         "dtype": options.dtype or "auto",
@@ -161,13 +165,24 @@ def engine_arguments(checked: VllmChecked, view: Path) -> dict[str, object]:
         "enable_prefix_caching": generates,
         "async_scheduling": False,
         "enforce_eager": _eager(checked),
-        "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0} if "vision_config" in config else {},
+        **_media(checked),
         "generation_config": "vllm",
         "logits_processors": ["exo.worker.runner_vllm.sampler:Chooser"] if generates else [],
         "max_logprobs": _MOST_LOGPROBS,
         "seed": 0,
         **(_adapters(checked) if generates and checked.adapters else {}),
     }
+
+
+def _media(checked: VllmChecked) -> dict[str, object]:
+    """Returns the arguments for media. Without any, vLLM loads no encoders of them.
+
+    ``VllmSight`` hands over one picture at a time, and the engine core caches what the encoder has made of it.
+    """
+    if checked.options.pictures:
+        return {"limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0}, "mm_processor_cache_gb": 0}
+    none = {"image": 0, "video": 0, "audio": 0}
+    return {"limit_mm_per_prompt": none if "vision_config" in checked.folder.config else {}}
 
 
 def _adapters(checked: VllmChecked) -> dict[str, object]:

@@ -50,6 +50,9 @@ class VllmOptions(FolderOptions):
     lora: tuple[AdapterOptions, ...] = Field(default=(), strict=False)
     """Adapters in PEFT's format, of which each request may name one. vLLM computes all of them in one batch. A model on
     several devices has none."""
+    pictures: bool = False
+    """Whether prompts may have pictures. The model must see, and its folder have its processor's configuration. A model
+    on several devices, or for embeddings, takes none."""
     pooling: Pooling | None = None
     """How the vectors of tokens become one vector of the text. The default is the setting in the folder's
     1_Pooling/config.json, or else "mean". Only for a card with the task TextEmbedding and without TextGeneration: vLLM

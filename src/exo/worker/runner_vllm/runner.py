@@ -6,14 +6,14 @@ from exo.worker.protocol.commands import Generate, Load
 from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
-from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
+from exo.worker.runner_common.pictures import has_pictures
 from exo.worker.runner_common.sequence import ends_at
 from exo.worker.runner_vllm.engine import VllmEngine
 from exo.worker.runner_vllm.estimate import estimate, with_choice
-from exo.worker.runner_vllm.loader import load
+from exo.worker.runner_vllm.loader import VllmLoaded, load
 from exo.worker.runner_vllm.options import ran_out_of_memory
-from exo.worker.runner_vllm.sequence import Choice, VllmSequence
+from exo.worker.runner_vllm.sequence import Choice, Seen, VllmSequence
 
 
 def front_end(emitter: Emitter) -> FrontEnd[VllmSequence]:
@@ -31,7 +31,7 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[VllmSequence]:
         longest_text=loaded.capabilities.context_length,
         closing=loaded.tokenizer.closing,
         text_tokens=loaded.tokenizer.text_tokens,
-        prepare=partial(_prepare, loaded.tokenizer),
+        prepare=partial(_prepare, loaded),
         commands=engine.commands,
         run=engine.run,
         counts=engine.counts,
@@ -39,28 +39,35 @@ def _load(command: Load, emitter: Emitter) -> LoadedEngine[VllmSequence]:
     )
 
 
-def _prepare(tokenizer: TransformersTokenizer, request: Generate) -> Prepared[VllmSequence]:
-    prompt = tokenizer.encode(request.prompt)
+def _prepare(loaded: VllmLoaded, request: Generate) -> Prepared[VllmSequence]:
+    """Raises PictureError."""
+    if loaded.sight is not None and has_pictures(request.prompt):
+        seen = loaded.sight.encode_prompt(request.prompt)
+    else:
+        tokens = loaded.tokenizer.encode(request.prompt)
+        seen = Seen(tokens, tokens, [])
+    n_prompt = len(seen.prompt)
 
     def new_sequence(n_limit: int, constraint: Constraint | None) -> VllmSequence:
         return VllmSequence(
             id=request.id,
-            tokens=[*prompt, *request.delivered],
+            tokens=[*seen.tokens, *request.delivered],
             n_limit=n_limit,
             choice=Choice(
                 sampling=request.sampling,
-                n_prompt=len(prompt),
-                ends=tokenizer.eog_tokens,
-                ends_at=ends_at(request, len(prompt)),
+                n_prompt=n_prompt,
+                ends=loaded.tokenizer.eog_tokens,
+                ends_at=ends_at(request, n_prompt),
                 constraint=constraint,
             ),
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
             cache_prompt=request.cache_prompt,
             adapter=request.adapter,
+            pictures=seen.pictures,
         )
 
-    return Prepared(prompt, new_sequence)
+    return Prepared(seen.prompt, new_sequence)
 
 
 def _explain(error: Exception) -> Failed:

@@ -1,6 +1,7 @@
 """One request's sequence in the engine's loop and in the sampler."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.constraint import Constraint
@@ -54,6 +55,18 @@ class Choice:
         return bool(self.penalised or self.biased or self.ends_at > self.n_prompt or self.restricted)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A prompt with pictures."""
+
+    prompt: list[int]
+    """Token ids, with -1 for each token of a picture."""
+    tokens: list[int]
+    """The ids that vLLM computes."""
+    pictures: list[Any]
+    """vLLM's description of each picture: tensors, digest and place."""
+
+
 @dataclass(slots=True, eq=False)
 class VllmSequence:
     """Prompt and output. The sequence ends with reason "length" when it has ``n_limit`` tokens."""
@@ -66,6 +79,8 @@ class VllmSequence:
     prompt_logprobs: int | None = None
     cache_prompt: bool = True
     adapter: str = ""
+    pictures: list[Any] = field(default_factory=list[Any])
+    """As ``Seen`` has them."""
     n_processed: int = 0
     """Tokens of the ``n_prefill`` that have been reported as computed."""
     n_prefill: int = field(init=False)

@@ -1,4 +1,4 @@
-"""The edge to vLLM: only this file and ``sampler`` use it. Written for vLLM 0.32.
+"""The edge to vLLM: only this file, ``sampler`` and ``sight`` use it. Written for vLLM 0.32.
 
 vLLM's engine core batches requests of token ids, in this process and this thread. A step is one call, and no process is
 left over if this one is killed. A model on several devices has one process for each, which vLLM ends with this one.
@@ -137,6 +137,11 @@ class Core:
         self.adapters[name] = request
 
     @property
+    def config(self) -> Any:  # noqa: ANN401 -- it ships no types
+        """The whole configuration, as vLLM has it."""
+        return self.core.vllm_config
+
+    @property
     def n_vocab(self) -> int:
         """The width of the logits."""
         return int(self.core.vllm_config.model_config.get_vocab_size())
@@ -163,7 +168,7 @@ class Core:
             detokenize=False,
             extra_args={CHOICE: sequence.choice},
         )
-        self._add(sequence.id, sequence.tokens, "sampling_params", params, sequence.adapter)
+        self._add(sequence.id, sequence.tokens, "sampling_params", params, sequence)
 
     def add_text(self, job: TextJob) -> None:
         """Queues a text to embed. The core must have been loaded with a pooling."""
@@ -177,12 +182,13 @@ class Core:
         tokens: list[int],
         kind: Literal["sampling_params", "pooling_params"],
         params: object,
-        adapter: str = "",
+        sequence: VllmSequence | None = None,
     ) -> None:
+        adapter, pictures = ("", []) if sequence is None else (sequence.adapter, sequence.pictures)
         asked = engine.EngineCoreRequest(
             request_id=name,
             prompt_token_ids=list(tokens),
-            mm_features=None,
+            mm_features=list(pictures) or None,
             **{"sampling_params": None, "pooling_params": None, kind: params},
             arrival_time=time(),
             lora_request=self.adapters[adapter] if adapter else None,
