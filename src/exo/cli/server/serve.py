@@ -1,7 +1,7 @@
 """``exo serve``."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from exo.cli.models.named_model import named_model
 from exo.cli.options import ModelsDir, ServerOptions
 from exo.config import Limits, Settings
 from exo.exit_code import CommandError, ExitCode
+from exo.worker.protocol.remote_host import HostsError, RemoteHost
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,12 @@ def serve(
         str | None,
         typer.Option(help="latency or throughput: among runners with the model loaded, prefer the faster one."),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Use the nodes of a Ray cluster as hosts: HOST:PORT, or auto for the cluster that runs here."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse unknown request fields instead of warning. EXO_STRICT.")
     ] = False,
@@ -141,6 +148,8 @@ def serve(
         **asdict(logs),
         no_upstream_api=no_upstream_api,
     )
+    if ray is not None:
+        settings = replace(settings, hosts=_with_ray(settings.hosts, ray))
     named = [named_model(settings, model) for model in load or ()]
     own = _checked([model for each in named for model in each.own])
     try:
@@ -152,6 +161,18 @@ def serve(
         )
     except ListenError as error:
         raise CommandError(str(error)) from error
+
+
+def _with_ray(hosts: Sequence[RemoteHost], address: str) -> tuple[RemoteHost, ...]:
+    """The hosts, and the nodes of a Ray cluster. A host of the file hides the node with its name."""
+    from exo.serving.hosts.ray_cluster import ray_hosts
+
+    try:
+        nodes = ray_hosts(address)
+    except HostsError as error:
+        raise CommandError(str(error)) from error
+    known = {each.name for each in hosts}
+    return (*hosts, *(each for each in nodes if each.name not in known))
 
 
 def _checked(models: Sequence[FoundModel]) -> Sequence[FoundModel]:
