@@ -56,6 +56,7 @@ COMMANDS: dict[str, tuple[int, bool, list[str]]] = {
     "route": (0, True, ["long"]),
     "doctor": (0, True, []),
     "launch": (2, False, ["nothing"]),
+    "node": (0, False, []),  # ends with its input
     "setup": (2, False, ["nothing"]),
     "service": (2, False, ["nothing"]),
     "convert": (1, False, ["nosuch.gguf", "{home}/out"]),

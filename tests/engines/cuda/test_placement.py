@@ -18,7 +18,7 @@ from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.runner_cuda.bindings import Context, Logits, Model, Rows
 from exo.worker.runner_cuda.loading import estimate as estimates
-from exo.worker.runner_cuda.loading import loader
+from exo.worker.runner_cuda.loading import peers
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
 from exo.worker.runner_cuda.loading.llama_log import Log
@@ -213,8 +213,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def cards(_: str) -> Sequence[Gpu]:
         return CARDS
 
-    monkeypatch.setattr(estimates, "gpus", cards)
-    monkeypatch.setattr(loader, "gpus", cards)
+    monkeypatch.setattr(peers, "gpus", cards)
     write_gguf(tmp_path / "wide.gguf", WIDE)
     return tmp_path / "wide.gguf"
 

@@ -6,10 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from exo.worker.protocol.validation import describe
+from typing import ClassVar
 
 LOCAL = "local"
 """The name of this machine, where a name is shown."""
@@ -50,7 +47,7 @@ class RemoteHost:
 
 @dataclass(slots=True)
 class _HostEntry:
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     run: list[str] = field(default_factory=list[str])
     python: str = sys.executable
@@ -66,6 +63,10 @@ def read_hosts(file: Path) -> tuple[RemoteHost, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise HostsError(f"{file}: {error}") from error
     import tomllib
+
+    from pydantic import TypeAdapter, ValidationError  # settings are also read before anything is installed
+
+    from exo.worker.protocol.validation import describe
 
     try:
         entries = TypeAdapter(dict[str, _HostEntry]).validate_python(tomllib.loads(text))
