@@ -61,7 +61,7 @@ def test_the_model_of_a_request_names_the_adapter(server: ServeProgram) -> None:
 
 
 def test_another_model_of_that_name_has_precedence(server: ServeProgram) -> None:
-    """As the tags of Ollama's models have."""
+    """A model id with a colon, which the tags of Ollama's models have."""
     reply = server.complete("tiny:second", max_tokens=1)
     assert reply.json()["model"] == "test/tiny:second"
     assert server.complete("test/tiny:second", max_tokens=1).json()["model"] == "test/tiny:second"
@@ -132,7 +132,7 @@ def test_an_adapter_on_the_hub_is_pulled_with_its_model_and_shown(tmp_path: Path
 
 
 def adapter_files(home: Path) -> FileState:
-    """What ``exo show`` tells of the adapter's files."""
+    """The facts that ``exo show`` prints of the adapter's files."""
     catalogue = Catalogue.load(home / "custom_model_cards")
     card = catalogue.get("tiny")
     assert card is not None

@@ -184,7 +184,7 @@ here = [B.MlxCpu, B.LlamaCppCpu]
 gguf = ModelCard("me/gguf", backends=[B.LlamaCppCuda, B.LlamaCppCpu])
 both = ModelCard("me/both", backends=[B.LlamaCppCpu, B.MlxCpu])
 metal = ModelCard("me/metal", backends=[B.MlxMetal])
-assert choose(Kind.MlxRing, gguf, here) == (Kind.LlamaCpp, B.LlamaCppCpu), "MLX cannot, whoever asks for it"
+assert choose(Kind.MlxRing, gguf, here) == (Kind.LlamaCpp, B.LlamaCppCpu), "MLX reads no GGUF files"
 assert choose(Kind.MlxRing, both, here) == (Kind.MlxRing, B.MlxCpu), "what was asked for, if the card knows it"
 assert choose(Kind.MlxJaccl, both, here) == (Kind.MlxJaccl, B.MlxCpu)
 assert choose(Kind.LlamaCpp, both, here) == (Kind.LlamaCpp, B.LlamaCppCpu)

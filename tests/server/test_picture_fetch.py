@@ -65,7 +65,7 @@ def host() -> Generator[str]:
 
 
 async def get(host: str, path: str) -> bytes:
-    """As if the loopback interface were the internet."""
+    """Has the loopback addresses count as public ones."""
     return await fetch(f"http://{host}{path}", [host], lambda _: True)
 
 

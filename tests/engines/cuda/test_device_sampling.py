@@ -32,7 +32,7 @@ def command(path: Path, **table: JsonValue) -> Load:
 
 
 def handed_back(row: Row, size: int, order: np.random.Generator) -> Best:
-    """Of equals at the border any, all in any order: what devices do differs."""
+    """Devices differ in the order of equal logits, and in which of those at the border they keep."""
     shuffled = order.permutation(row.size)
     kept = shuffled[np.argsort(-row[shuffled], kind="stable")][:size]
     kept = order.permutation(kept)
@@ -210,7 +210,7 @@ def test_whatever_changes_logits_or_needs_them_all_gets_them_all(params: dict[st
 
 
 def test_finding_out_whether_it_is_faster_leaves_no_trace(tmp_path: Path) -> None:
-    """As on a GPU: on the processors, which compute whole rows anyway, either may come out."""
+    """The measurement is that for GPUs. On a CPU, which computes whole rows anyway, either outcome is possible."""
     write_gguf(tmp_path / "twin.gguf", Shape())
     done = load(command(tmp_path / "twin.gguf", slots=4), lambda _: None)
     chains = done.sampling.chains

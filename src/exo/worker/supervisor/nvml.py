@@ -1,4 +1,4 @@
-"""NVML, NVIDIA's library for questions to the driver; and what it tells of the GPUs: memory, use, heat and power."""
+"""Asks NVML, NVIDIA's library for its driver, for the memory, utilisation, temperature and power of the GPUs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

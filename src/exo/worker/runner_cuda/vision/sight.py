@@ -121,7 +121,7 @@ class Sight:
 def _ids(digest: bytes, part: int, extent: Extent) -> list[int]:
     """Returns negative numbers that stand for the tokens of a part of a picture in the prefix cache.
 
-    As many are at least ``STILL`` as the part has positions.
+    The number of ids that are ``STILL`` or more equals the number of positions of the part.
     """
     data = hashlib.shake_256(digest + part.to_bytes(4, "little")).digest(4 * extent.tokens)
     ids = np.frombuffer(data, np.int32) | np.int32(STILL)
