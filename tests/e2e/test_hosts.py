@@ -16,6 +16,7 @@ from tests.support.hosts import FakeHost, wait_until, write_hosts
 from tests.support.hub import REPO, LocalHub
 from tests.support.program import DEADLINE_SECONDS
 from tests.support.server import ServeProgram, environment, long_story, write_card
+from tests.support.ssh_host import SshHost
 from tests.support.tiny import Shape, write_gguf
 from tests.support.twins import write_twins
 
@@ -26,14 +27,8 @@ LOCAL, THERE, BOTH = "local", "there", "both"
 HOSTS: dict[str, list[JsonValue]] = {LOCAL: ["local"], THERE: ["gpu2"], BOTH: ["gpu2", "local"]}
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> FakeHost:
-    return FakeHost(tmp_path_factory.mktemp("hosts"), "gpu2")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, host: FakeHost) -> Iterator[ServeProgram]:
-    home = tmp_path_factory.mktemp("home")
+def served(home: Path, host: FakeHost | SshHost) -> Iterator[ServeProgram]:
+    """A server with the models of ``HOSTS``. After it, no process of its own stays on the host."""
     table = write_twins(home)["cuda"]
     for name, hosts in HOSTS.items():
         write_card(home, name, {"cuda": table}, hosts=hosts)
@@ -41,6 +36,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: FakeHost) -> Iterator
     with ServeProgram(home) as program:
         yield program
     wait_until(lambda: not [*host.processes()])
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> FakeHost:
+    return FakeHost(tmp_path_factory.mktemp("hosts"), "gpu2")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, host: FakeHost) -> Iterator[ServeProgram]:
+    yield from served(tmp_path_factory.mktemp("home"), host)
 
 
 @pytest.fixture(autouse=True)

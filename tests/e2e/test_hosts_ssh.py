@@ -4,11 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.test_hosts import BOTH, HOSTS, THERE, streamed, undisturbed
-from tests.support.hosts import wait_until, write_hosts
-from tests.support.server import ServeProgram, write_card
+from tests.e2e.test_hosts import BOTH, THERE, served, streamed, undisturbed
+from tests.support.hosts import wait_until
+from tests.support.server import ServeProgram
 from tests.support.ssh_host import SshHost, server_namespace, why_not
-from tests.support.twins import write_twins
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +22,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshHost]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, host: SshHost) -> Iterator[ServeProgram]:
-    home = tmp_path_factory.mktemp("home")
-    table = write_twins(home)["cuda"]
-    for name, hosts in HOSTS.items():
-        write_card(home, name, {"cuda": table}, hosts=hosts)
-    write_hosts(home, host)
-    with ServeProgram(home) as program:
-        yield program
-    wait_until(lambda: not [*host.processes()])
+    yield from served(tmp_path_factory.mktemp("home"), host)
 
 
 def is_up(server: ServeProgram) -> bool:
