@@ -39,8 +39,6 @@ PAGE = "one_user.md"
 STREAMS = (1, 4)
 OUTPUT_TOKENS, FEW_TOKENS = 48, 12
 """Output tokens of each stream beside another process. The second number is for a very slow server."""
-LONE_PAIRS = 3
-"""Few, because long prompts take long and their times vary little."""
 SECOND = "demo/second"
 """The second model: the same file with another name."""
 LONG_CONTEXT, LONG_SLOTS = 12_288, 2
@@ -55,6 +53,7 @@ LONE = {
         {"requests": 3, "workload": "shared-prefix", "shared_words": 6000, "prompt_words": 300, "output_tokens": 8},
     )
 }
+LONE_WARM_UP = Scenario("", 1, (), {"requests": 1, "prompt_words": 250, "output_tokens": 8})
 IDLE_SECONDS = 60.0
 _LIMIT_SECONDS = 3 * 3600.0
 
@@ -137,14 +136,20 @@ def two_models(home: Path, starts: int) -> Iterator[Row]:
 
 
 def lone_prompts(home: Path, pairs: int) -> Iterator[Row]:
-    """The time to the first token of prompts that find the server idle."""
+    """The time to the first token of prompts that find the server idle.
+
+    The same program with the same settings is up to a tenth faster or slower after another start, probably because its
+    memory lies elsewhere. Each pair therefore starts both servers anew.
+    """
     exo = demo_server(home / "long", (f"n_ctx = {LONG_CONTEXT}", f"slots = {LONG_SLOTS}"))
     llama = llama_server(LONG_SLOTS, LONG_CONTEXT)
-    with exo.running(home / "long.log"), llama.running(home / "llama-long.log"):
-        found: dict[tuple[str, str], list[float]] = {}
-        for pair in range(min(pairs, LONE_PAIRS)):
+    found: dict[tuple[str, str], list[float]] = {}
+    for pair in range(pairs):
+        with exo.running(home / "long.log"), llama.running(home / "llama-long.log"):
+            for server in (exo, llama):
+                ask(server, replace(LONE_WARM_UP, name="warm-up"), pair, tiny=False)
             for name, scenario in LONE.items():
-                for server in (exo, llama):
+                for server in (exo, llama) if pair % 2 else (llama, exo):
                     stage = ask(server, replace(scenario, name=name), pair, tiny=False)
                     _print(pair, f"{name}, {server.name}", stage)
                     found.setdefault((name, server.name), []).append(stage.ttft.p50 if stage.ttft else 0.0)

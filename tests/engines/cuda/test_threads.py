@@ -10,7 +10,14 @@ import pytest
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.loader import load
-from exo.worker.runner_cuda.loading.threads import CpuWindow, ThreadCount, Threads, Trial, others_running
+from exo.worker.runner_cuda.loading.threads import (
+    CROWDED_WINDOWS,
+    CpuWindow,
+    ThreadCount,
+    Threads,
+    Trial,
+    others_running,
+)
 from tests.support.program import DEADLINE_SECONDS
 from tests.support.tiny import Shape, write_gguf
 
@@ -64,19 +71,38 @@ def test_a_count_that_is_no_better_is_tried_ever_more_seldom() -> None:
     assert tries < 30
 
 
-def test_a_count_that_is_much_slower_costs_two_steps() -> None:
+@pytest.mark.parametrize(("usual", "steps"), [(0.01, 2), (0.4, 1)])
+@pytest.mark.parametrize("other", [0.5, 2.0])
+def test_a_trial_ends_early_where_the_difference_is_clear(usual: float, steps: int, other: float) -> None:
     trial = Trial(usual=2, other=1, began=0.0)
     tried = 0
     while trial.verdict(ONE_ROW) is None:
         tried += trial.count == 1
-        trial.note(ONE_ROW, 1.0 if trial.count == 1 else 0.1)
-    assert not trial.verdict(ONE_ROW)
-    assert tried == 2
+        trial.note(ONE_ROW, other * usual if trial.count == 1 else usual)
+    assert trial.verdict(ONE_ROW) is (other < 1)
+    assert tried == steps
+
+
+def test_a_program_that_computes_for_a_moment_changes_nothing() -> None:
+    threads = ThreadCount(2, 2)
+    for step in range(20):
+        threads.look(CROWDED if step % 2 else QUIET, 10.0 + step)
+        assert threads.now() == 2
+
+
+def test_a_long_prompt_uses_all_cores_soon_after_they_are_idle() -> None:
+    threads = ThreadCount(2, 2)
+    now = serve(threads, CROWDED, {2: 0.09, 1: 0.05}, 60, 10.0)
+    serve(threads, ONE_IDLE, {2: 0.4, 1: 0.7}, 4, now + 10)
+    assert threads.count == 2
 
 
 def test_a_trial_ends_where_no_two_steps_are_alike() -> None:
     threads = ThreadCount(2, 2)
-    threads.look(CROWDED, 10.0)
+    for _ in range(CROWDED_WINDOWS):
+        threads.look(CROWDED, 10.0)
+    threads.computed((False, 0), 0.01, 10.0)
+    assert threads.now() == 1
     for step in range(1000):
         threads.computed((False, step), 0.01, 10.0 + 0.01 * step)
     assert threads.now() == 2

@@ -19,13 +19,18 @@ from exo.worker.protocol.events import CpuUse
 
 TURNS = 6
 """Steps with each count in a trial."""
-HOPELESS = 1.25
-"""A trial ends after two steps with each count if the new one takes this many times as long."""
+CLEAR = 1.25
+"""A trial ends early if the steps with one count take this many times as long: after two steps with each count, or
+after one if the steps are long."""
+LONG_STEP = 0.1
+"""Seconds. The steps of a long prompt take this long, so a whole trial would last for most of the prompt."""
 WORTH_MORE = 1.03
 """How many times as fast more threads must be. The text of a token, the server and the client need a core too: they
 stop a thread, for which the others then wait."""
 CROWDED = 0.12
-"""Fewer threads are tried if the computing threads wait for a core for this share of the time."""
+"""Fewer threads are tried if the computing threads wait for a core for this share of the time, in two windows in a row.
+A program that computes for a moment only does not change the count."""
+CROWDED_WINDOWS = 2
 IDLE_CORE = 0.7
 """More threads are tried if this many cores are idle."""
 WINDOW_SECONDS = 0.5
@@ -137,8 +142,11 @@ class Trial:
         """Whether ``other`` is better; None while that is not known."""
         usual, other = self.times.get((kind, self.usual), []), self.times.get((kind, self.other), [])
         n = min(len(usual), len(other))
-        if n >= 2 and fmean(other) > HOPELESS * fmean(usual):
-            return False
+        if n >= (1 if min(usual, default=0.0) >= LONG_STEP else 2):
+            if fmean(other) > CLEAR * fmean(usual):
+                return False
+            if fmean(usual) > CLEAR * fmean(other):
+                return True
         if n < TURNS:
             return None
         worth = WORTH_MORE if self.other > self.usual else 1.0
@@ -154,6 +162,7 @@ class ThreadCount:
         """The most threads to use."""
         self.count = cores
         self._trial: Trial | None = None
+        self._crowded = 0  # the number of crowded windows in a row
         self._next = {True: 0.0, False: 0.0}  # the time from which more (True) or fewer threads may be tried
         self._pause = {True: FIRST_PAUSE, False: FIRST_PAUSE}
 
@@ -196,10 +205,11 @@ class ThreadCount:
 
     def look(self, window: CpuWindow, now: float) -> None:
         """Begins a trial if the window suggests that another count is better."""
+        self._crowded = self._crowded + 1 if window.delay >= CROWDED else 0
         if self._trial is not None:
             return
         step = max(1, self.count // 4)
-        if window.delay >= CROWDED and self.count > 1 and now >= self._next[False]:
+        if self._crowded >= CROWDED_WINDOWS and self.count > 1 and now >= self._next[False]:
             self._trial = Trial(self.count, self.count - step, now)
         elif window.idle >= IDLE_CORE and self.count < self.limit and now >= self._next[True]:
             self._trial = Trial(self.count, min(self.limit, self.count + step), now)
