@@ -154,12 +154,12 @@ from exo.chat.output.registry import output_format
 from exo.worker.protocol.events import Delta, Finished, Usage
 tool = Tool("look", "", {"type": "object", "properties": {"at": {"type": "string"}}})
 parser = output_format(None, "hermes").parser(tools=[tool], in_reasoning=False)
-reply, kinds = Reply("me/model", parser, 0.0), []
+reply, kinds = Reply("me/model", parser, 7, 0.0), []
 text = 'Yes.<tool_call>{"name": "look", "arguments": {"at": "it"}}</tool_call>'
 for token, piece in enumerate(text):
-    kinds += [each.text for each in reply.delta(Delta(id="a", tokens=(token,), text=piece), 1.0)]
+    kinds += [each.text for each in reply.chunks(Delta(id="a", tokens=(token,), text=piece), 1.0)]
 usage = Usage(prompt_tokens=4, completion_tokens=len(text), cached_tokens=3)
-*_, last = reply.finished(Finished(id="a", reason="stop", usage=usage), 2.0, 7)
+*_, last = reply.chunks(Finished(id="a", reason="stop", usage=usage), 2.0)
 print(json.dumps(["".join(kinds).strip(), last.model_dump()]))
 """
 

@@ -5,12 +5,8 @@ EXO_UPSTREAM names a checkout of upstream, EXO_UPSTREAM_PYTHON a Python 3.13 wit
 
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,16 +14,18 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from pydantic import JsonValue
 
 from tests.support.tiny import Shape, write_gguf, write_scripted
 from tests.support.tiny.tool_template import TEMPLATE
 from tests.support.upstream_node.edits import edited
+from tests.support.upstream_node.node import add_model, environment, running, state, statuses, until
 
 UPSTREAM, PYTHON = os.environ.get("EXO_UPSTREAM", ""), os.environ.get("EXO_UPSTREAM_PYTHON", "")
 pytestmark = pytest.mark.skipif(
     not (UPSTREAM and PYTHON), reason="needs EXO_UPSTREAM and EXO_UPSTREAM_PYTHON, see docs/upstream.md"
 )
-DEADLINE_SECONDS = 240.0
+TABLE: dict[str, JsonValue] = {"n_ctx": 2048, "slots": 4, "threads": 1, "chat_template": TEMPLATE}
 TINY, TALKER = "me/tiny", "me/talker"
 CALL = ("<tool_call>", '{"name": "look", "arguments": {"place": "here"}}', "</tool_call>")
 CARD = """model_id = "{model}"
@@ -49,76 +47,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return edited(Path(UPSTREAM), tmp_path_factory.mktemp("upstream"))
 
 
-def environment(tree: Path, home: Path) -> dict[str, str]:
-    """Upstream's, without this environment's own settings of exo."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("EXO_", "PYTHON"))}
-    return {
-        **inherited,
-        "PYTHONPATH": str(tree),
-        "PYTHONSAFEPATH": "1",
-        "EXO_HOME": str(home),
-        "EXO_OFFLINE": "true",
-        "EXO_RESOURCES_DIR": str(home / "resources"),
-        "EXO_DASHBOARD_DIR": str(home),
-        "EXO_MODELS_READ_ONLY_DIRS": str(home / "given"),
-        "EXO_LLAMA_CPP_PYTHON": sys.executable,
-        "EXO_LLAMA_CPP_TABLE": json.dumps({"n_ctx": 2048, "slots": 4, "threads": 1, "chat_template": TEMPLATE}),
-    }
-
-
 @pytest.fixture(scope="module")
 def node(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
     """Both models are placed."""
     home = tmp_path_factory.mktemp("home")
-    cards = home / "resources" / "inference_model_cards"
-    cards.mkdir(parents=True)
-    for model in (TINY, TALKER):
-        name = model.replace("/", "--")
-        (cards / f"{name}.toml").write_text(CARD.format(model=model))
-        (home / "given" / name).mkdir(parents=True)
-    write_gguf(home / "given" / "me--tiny" / "model.gguf", Shape(context_length=4096))
-    write_scripted(home / "given" / "me--talker" / "model.gguf", CALL)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (home / "node.log").open("wb") as log:
-        command = [PYTHON, "-m", "exo", "--offline", "--api-port", str(port)]
-        process = subprocess.Popen(command, env=environment(tree, home), cwd=home, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE_SECONDS) as client:
-            until(lambda: process.poll() is not None or bool(state(client, "nodeBackends")))
-            assert process.poll() is None, (home / "node.log").read_text()[-4000:]
-            for model in (TINY, TALKER):
-                assert client.post("/place_instance", json={"model_id": model}).status_code == 200
-            until(lambda: statuses(client) == ["RunnerReady"] * 2)
-            yield client
-    finally:
-        family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        for each in family:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def state(node: httpx.Client, part: str) -> Any:  # noqa: ANN401 -- JSON
-    with suppress(httpx.TransportError):
-        reply = node.get(f"/state/{part}")
-        return reply.json() if reply.status_code == 200 else None
-    return None
-
-
-def statuses(node: httpx.Client) -> list[str]:
-    runners: dict[str, dict[str, object]] = state(node, "runners") or {}
-    return [next(iter(each)) for each in runners.values()]
+    write_gguf(add_model(home, TINY, CARD.format(model=TINY)) / "model.gguf", Shape(context_length=4096))
+    write_scripted(add_model(home, TALKER, CARD.format(model=TALKER)) / "model.gguf", CALL)
+    with running(tree, home, PYTHON, TABLE) as client:
+        for model in (TINY, TALKER):
+            assert client.post("/place_instance", json={"model_id": model}).status_code == 200
+        until(lambda: statuses(client) == ["RunnerReady"] * 2)
+        yield client
 
 
 def chat(node: httpx.Client, text: str = "hello", **fields: object) -> dict[str, Any]:
@@ -211,7 +150,7 @@ def test_models_whose_processes_are_killed_are_loaded_again(node: httpx.Client) 
 def test_upstreams_own_tests_of_the_edited_files_pass(tree: Path, tmp_path: Path) -> None:
     folders = [str(tree / "exo" / name) for name in THEIR_TESTS]
     options = ["-q", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto", "--rootdir", str(tree), "-m", "not slow"]
-    env = {**environment(tree, tmp_path), "EXO_TESTS": "1", "HOME": str(tmp_path)}
+    env = {**environment(tree, tmp_path, TABLE), "EXO_TESTS": "1", "HOME": str(tmp_path)}
     del env["EXO_HOME"], env["EXO_OFFLINE"]
     env["EXO_RESOURCES_DIR"] = str(Path(UPSTREAM).resolve() / "resources")
     command = [PYTHON, "-m", "pytest", *options, *folders]

@@ -1,9 +1,12 @@
 """Upstream exo's routes: its quick start, the questions of its benchmark, and the flag that leaves them out."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,6 +16,7 @@ from pydantic import JsonValue
 from exo.config import Settings
 from tests.conftest import fake_card
 from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.nvml import FakeDevice, fake_nvml
 
 MODEL, BROKEN, BOTH = "fake/model", "fake/broken", "fake/both"
 NAME = "fake--model@cuda"
@@ -21,7 +25,9 @@ DEADLINE_SECONDS = 300
 
 
 @pytest.fixture
-def http(tmp_path: Path) -> Generator[httpx.Client]:
+def http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[httpx.Client]:
+    """A server on a machine without GPUs."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     cards = (
         fake_card(MODEL, chat_template=CHAT_TEMPLATE, n_ctx=256, eos_after=3),
         fake_card(BROKEN, fail_load="no such file"),
@@ -136,6 +142,45 @@ def test_a_benchmarks_reply_goes_on_to_its_limit_and_has_the_speed(http: httpx.C
     *_, told, end = http.post("/bench/chat/completions", json={**CHAT, "stream": True}).text.strip().split("\n\n")
     assert end == "data: [DONE]"
     assert json.loads(told.removeprefix(": generation_stats "))["generation_tokens"] == 8
+
+
+def test_on_a_gpu_a_benchmark_learns_of_its_load_and_of_the_energy_of_a_reply(
+    tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings: list[int] = []
+
+    def energy(_: FakeDevice) -> int:
+        readings.append(int(time.monotonic() * 100_000))  # 100 W, in millijoules
+        return readings[-1]
+
+    def told(answer: object) -> Callable[..., object]:
+        return lambda *_: answer
+
+    nvml = fake_nvml(FakeDevice(0x41))
+    nvml.__dict__.update(
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetTotalEnergyConsumption=energy,
+        nvmlDeviceGetUtilizationRates=told(SimpleNamespace(gpu=40)),
+        nvmlDeviceGetTemperature=told(61),
+        nvmlDeviceGetPowerUsage=told(100_000),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    card = fake_card(MODEL, chat_template=CHAT_TEMPLATE, load_gate=str(gate))
+    with (
+        serve(tmp_path, card) as url,
+        httpx.Client(base_url=url, timeout=DEADLINE_SECONDS) as http,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        reply = pool.submit(http.post, "/bench/chat/completions", json=CHAT)
+        until(lambda: len(readings) > 1)
+        gate.open("wb").close()
+        power = reply.result().json()["power_usage"]
+        assert http.get("/state/nodeSystem/local").json() == {"gpuUsage": 0.4, "temp": 61, "sysPower": 100}
+    prefill, generation = power["prefill_energy_joules"], power["generation_energy_joules"]
+    assert prefill > 0
+    assert generation > 0
+    assert power["total_energy_joules"] == prefill + generation
+    assert power["total_avg_sys_power_watts"] > 0
 
 
 def test_a_flag_leaves_the_routes_out(tmp_path: Path) -> None:

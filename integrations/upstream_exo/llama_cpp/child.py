@@ -1,8 +1,8 @@
 """The runner's process, which speaks one JSON object per line."""
 
 import subprocess
-import threading
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import final
 
 from exo.worker.engines.llama_cpp.probe import runner_command
@@ -24,7 +24,7 @@ class Child:
     def __init__(self) -> None:
         self._process = subprocess.Popen(runner_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._events: SimpleQueue[Event | None] = SimpleQueue()
-        threading.Thread(target=self._read, name="llama.cpp", daemon=True).start()
+        Thread(target=self._read, name="llama.cpp", daemon=True).start()
 
     def send(self, command: Command) -> None:
         """Raises LlamaCppError if the process has ended."""
@@ -35,22 +35,17 @@ class Child:
         except OSError as error:
             raise self._ended() from error
 
-    def get(self, seconds: float) -> Event:
-        """Returns the next event. Raises Empty without one, LlamaCppError if the process has failed or ended."""
-        event = self._events.get(timeout=seconds)
+    def get(self, seconds: float) -> Event | None:
+        """Returns the next event, or None if there is none in this time. Raises LlamaCppError if the process fails."""
+        try:
+            event = self._events.get(timeout=seconds)
+        except Empty:
+            return None
         if event is None:
-            self._events.put(None)
             raise self._ended()
         if isinstance(event, Failed) and event.id is None:
             raise LlamaCppError(f"{event.code}: {event.message}")
         return event
-
-    def wait(self, seconds: float) -> Event:
-        """Returns the next event. Heartbeats are events, so silence for so many seconds raises LlamaCppError."""
-        try:
-            return self.get(seconds)
-        except Empty:
-            raise LlamaCppError(f"llama.cpp has been silent for {seconds:g} s") from None
 
     def close(self) -> None:
         """Ends the process."""

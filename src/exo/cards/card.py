@@ -236,6 +236,14 @@ class ModelCard(_CardTable):
         return {"rerank": "model"} if "TextRanking" in self.tasks else {}
 
     @property
+    def runners(self) -> tuple[str, ...]:
+        """The runners that may serve it, in the order of its back ends."""
+        if self.runner != "auto":
+            return (self.runner,)
+        served = {backend: name for name, spec in RUNNERS.items() for backend in spec.backends}
+        return tuple(dict.fromkeys(served[backend] for backend in self.backends if backend in served))
+
+    @property
     def adapters(self) -> dict[str, tuple[str, ...]]:
         """The runners in whose tables each adapter is, by its name. The runners validate the tables."""
         found: dict[str, tuple[str, ...]] = {}

@@ -20,6 +20,7 @@ from exo.worker.router import Route
 from exo.worker.supervisor.instance import InstanceReport, settings_digest
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_error import RunnerError
+from exo.worker.supervisor.runner_process import RunnerProcess
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,15 @@ class LoadedModels:
             log.exception("%s could not be loaded on host %s", card.model_id, route.host or LOCAL)
             self._replicas[key] = anyio.current_time() + _REPLICA_SECONDS
 
-    async def _load(self, route: Route, card: ModelCard) -> Capabilities:
+    async def start(self, route: Route, card: ModelCard) -> RunnerProcess:
+        """Starts a runner, unless it runs, once its files are there. Raises ``ServingError`` and ``RunnerError``."""
         async with aclosing(self._ensure_files(route, card)) as pull:
             async for _ in pull:
                 pass
-        process = self._pool.acquire(route, card)
+        return self._pool.acquire(route, card)
+
+    async def _load(self, route: Route, card: ModelCard) -> Capabilities:
+        process = await self.start(route, card)
         with self._pool.using(process):
             return await process.ready()
 

@@ -38,7 +38,7 @@ class ModelFacts:
         """The most tokens of one request, prompt and output together; None until a runner has decided it."""
         if self.loaded is not None:
             return self.loaded.context_length
-        table = self.card.engines.get(_first_runner(self.card), {})
+        table = self.card.engines.get(next(iter(self.card.runners), ""), {})
         stated = table.get("n_ctx", table.get("max_model_len"))
         return stated if isinstance(stated, int) and not isinstance(stated, bool) else None
 
@@ -59,7 +59,7 @@ class ModelFacts:
         """Whether the model takes pictures; before it is loaded, whether its card says what that needs."""
         if self.loaded is not None:
             return self.loaded.vision
-        runner = _first_runner(self.card)
+        runner = next(iter(self.card.runners), "")
         key = RUNNERS[runner].keys.get("vision") if runner else None
         return bool(key and self.card.engines.get(runner, {}).get(key))
 
@@ -95,11 +95,3 @@ async def model_facts(services: Services, cards: Sequence[ModelCard]) -> list[Mo
         found_in = keeper.program if keeper is not None else None
         facts.append(ModelFacts(card, state, on_disk or bool(own), loaded, described, slots, found_in))
     return facts
-
-
-def _first_runner(card: ModelCard) -> str:
-    """The runner that the card prefers."""
-    if card.runner != "auto":
-        return card.runner
-    served = {backend: name for name, spec in RUNNERS.items() for backend in spec.backends}
-    return next((served[backend] for backend in card.backends if backend in served), "")

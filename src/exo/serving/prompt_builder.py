@@ -9,15 +9,13 @@ from pydantic import JsonValue
 from exo.chat.grammar.gbnf import GbnfError
 from exo.chat.output.registry import OutputFormat, OutputParser, output_format
 from exo.chat.sandbox_pool import SandboxBusyError
-from exo.chat.template.reasoning import effort_variables, empty_reasoning
+from exo.chat.template.reasoning import SWITCHES, reasoning_prompt
 from exo.chat.template.renderer import (
-    GIVEN,
     ConversationRefusedError,
     PromptTooLongError,
     TemplateError,
     ToolsUnsupportedError,
     VariableRefusedError,
-    chat_prompt,
 )
 from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.app_state import Services
@@ -35,7 +33,6 @@ _LONGEST_TOKEN = 1024
 """Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""
 _CHARACTERS_PER_TOKEN = 4
 """An estimate for English text. It measures a text that is too long to be tokenized."""
-_SWITCHES = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,50 +265,25 @@ async def render(
 
 
 async def _render(services: Services, runner: LoadedRunner, conversation: Conversation) -> tuple[Text, ...]:
-    """Renders the prompt. It ends with an empty reasoning block if nothing else keeps the model from reasoning.
-
-    Raises the exceptions of ``chat_prompt``.
-    """
-    model, variables = runner.capabilities, dict(conversation.variables)
-    template = model.template(tools=bool(conversation.tools))
-    assert template is not None
-    ways: list[dict[str, JsonValue]] = [{}]
-    if conversation.effort is not None:
-        ways = effort_variables(template, conversation.effort)
-    texts: tuple[Text, ...] | None = None
-    way: dict[str, JsonValue] = {}
-    while texts is None:
-        way = {**ways[0], **variables}
-        try:
-            texts = await chat_prompt(
-                services.templates,
-                model,
-                conversation.messages,
-                tools=[tool.definition() for tool in conversation.tools],
-                variables=way,
-                continue_final_message=conversation.continues,
-            )
-        except VariableRefusedError as error:
-            if error.name in GIVEN:
-                raise
-            if error.name not in variables:
-                del ways[0]
-            elif variables.pop(error.name) is not False or error.name not in _SWITCHES:
-                warn(f"chat_template_kwargs.{error.name}", "this model's chat template does not read it")
-    form = format_of(runner, conversation)
-    off = conversation.effort == "none" or any(conversation.variables.get(name) is False for name in _SWITCHES)
-    if off and not conversation.continues:
-        prompt = "".join(text.text for text in texts)
-        switched = way.get("reasoning_effort") == "none" or any(name in way for name in _SWITCHES)
-        if form.starts_in_reasoning(prompt) or not switched:
-            return (*texts, *_special_text(empty_reasoning(form, prompt)))
-    elif conversation.effort not in (None, "none"):
-        _tell_effect(conversation, form, way)
-    return texts
-
-
-def _special_text(text: str) -> tuple[Text, ...]:
-    return (Text(text=text, special=True),) if text else ()
+    """Renders the prompt, and warns of what the template does not read. Raises the exceptions of ``chat_prompt``."""
+    given, form = conversation.variables, format_of(runner, conversation)
+    made = await reasoning_prompt(
+        services.templates,
+        runner.capabilities,
+        conversation.messages,
+        form,
+        conversation.effort,
+        tools=[tool.definition() for tool in conversation.tools],
+        variables=given,
+        continue_final_message=conversation.continues,
+    )
+    for name, value in given.items():
+        if name not in made.variables and (name not in SWITCHES or value is not False):
+            warn(f"chat_template_kwargs.{name}", "this model's chat template does not read it")
+    off = any(given.get(name) is False for name in SWITCHES) and not conversation.continues
+    if conversation.effort not in (None, "none") and not off:
+        _tell_effect(conversation, form, made.variables)
+    return made.texts
 
 
 def _tell_effect(conversation: Conversation, form: OutputFormat, way: Mapping[str, JsonValue]) -> None:

@@ -1,4 +1,4 @@
-"""A copy of upstream exo's package with the edits that ``integrations/upstream_exo/README.md`` names."""
+"""Copies of upstream exo's package, as it is and with the edits that ``integrations/upstream_exo/README.md`` names."""
 
 import shutil
 from pathlib import Path
@@ -43,17 +43,22 @@ PLACED = """        case InstanceMeta.LlamaCpp:
 """
 
 
-def edited(checkout: Path, folder: Path) -> Path:
-    """Returns ``folder``, which then has upstream's package with the adapter, beside the packages that it needs."""
-    exo, package = folder / "exo", folder / "exo_llama_cpp"
-    shutil.copytree(checkout / "src" / "exo", exo)
-    shutil.copytree(ROOT / "integrations" / "upstream_exo" / "llama_cpp", exo / "worker" / "engines" / "llama_cpp")
-    shutil.copytree(ROOT / "integrations" / "exo_llama_cpp", package)
-    (package / "tree").symlink_to(ROOT / "src")
+def unedited(checkout: Path, folder: Path) -> Path:
+    """Returns ``folder``, which then has upstream's package as it is, beside a stand-in for its Rust bindings."""
+    shutil.copytree(checkout / "src" / "exo", folder / "exo")
     shutil.copy(Path(__file__).with_name("exo_rs.py"), folder)
     metadata = folder / "exo-0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: exo\nVersion: 0\n")
+    return folder
+
+
+def edited(checkout: Path, folder: Path) -> Path:
+    """Returns ``folder``, which then has upstream's package with the adapter, beside the packages that it needs."""
+    exo, package = unedited(checkout, folder) / "exo", folder / "exo_llama_cpp"
+    shutil.copytree(ROOT / "integrations" / "upstream_exo" / "llama_cpp", exo / "worker" / "engines" / "llama_cpp")
+    shutil.copytree(ROOT / "integrations" / "exo_llama_cpp", package)
+    (package / "tree").symlink_to(ROOT / "src")
     types = exo / "shared" / "types"
     _insert(types / "backends.py", "    Vllm =", "".join(f'    {each} = "{each}"\n' for each in BACKENDS))
     instances = types / "worker" / "instances.py"

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 import anyio
@@ -69,16 +70,26 @@ class Dialect(Protocol):
 
 
 class GenerationResponse(Response):
-    """Runs the generation while it replies, and cancels it when the client leaves. ``headers`` are further headers."""
+    """Runs the generation while it replies, and cancels it when the client leaves.
+
+    ``headers`` are further headers. ``during`` is a context in which all of that happens.
+    """
 
     def __init__(
-        self, generation: Generation, dialect: Dialect, *, stream: bool, headers: Mapping[str, str] | None = None
+        self,
+        generation: Generation,
+        dialect: Dialect,
+        *,
+        stream: bool,
+        headers: Mapping[str, str] | None = None,
+        during: AbstractAsyncContextManager[None] | None = None,
     ) -> None:
         super().__init__()
         self._generation = generation
         self._dialect = dialect
         self._stream = stream
         self._headers = dict(headers or {})
+        self._during = nullcontext() if during is None else during
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -93,7 +104,7 @@ class GenerationResponse(Response):
                 await response(scope, receive, send)
             over.set()
 
-        async with anyio.create_task_group() as tasks:
+        async with self._during, anyio.create_task_group() as tasks:
             # Each batch of events resumes this task alone, and not the applications around it.
             tasks.start_soon(reply)
             await asyncio.sleep(0)  # it goes first

@@ -6,7 +6,7 @@ Chunks are joined from bytes, because a server may write thousands per second.
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
@@ -268,7 +268,6 @@ def choice_logprobs(items: Sequence[TokenLogprobs]) -> ChoiceLogprobs:
     )
 
 
-@final
 class ChatDialect(ChunkWriter):
     """``/v1/chat/completions``."""
 

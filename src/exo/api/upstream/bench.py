@@ -1,21 +1,28 @@
 """``/bench/chat/completions``: chat completions that are measured as upstream's benchmark expects."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import final
+from uuid import uuid4
 
+from fastapi import APIRouter, Request
 from pydantic import Field
 from pydantic_core import to_json
 
 from exo.api.http import sse
-from exo.api.http.errors import ErrorBody
+from exo.api.http.body import read_body
+from exo.api.http.openapi_schema import json_body
+from exo.api.http.raw_route import DirectRoute
 from exo.api.http.reply import ReplyChoice
+from exo.api.http.response import GenerationResponse
 from exo.api.openai.chat_request import ChatCompletionRequest
-from exo.api.openai.response import ChatDialect
-from exo.api.openai.timings import Stopwatch
-from exo.serving.events import ChoiceDelta, Completed, GenerationEvent, Started
+from exo.api.openai.response import ChatCompletion, ChatDialect
+from exo.serving.app_state import Services
+from exo.serving.generation import Generation
 from exo.serving.request import GenerationRequest
 from exo.worker.protocol.events import Usage
+from exo.worker.supervisor.gpu_energy import GpuEnergy
 
 
 class BenchChatRequest(ChatCompletionRequest):
@@ -29,44 +36,22 @@ class BenchChatRequest(ChatCompletionRequest):
 
 
 @final
-class BenchDialect:
+class BenchDialect(ChatDialect):
     """The replies of chat completions with the speed of the prompt and of the output."""
 
-    media_type = ChatDialect.media_type
-
-    def __init__(self, reply_id: str, used_memory: Callable[[], int]) -> None:
+    def __init__(self, reply_id: str, energy: GpuEnergy, used_memory: Callable[[], int]) -> None:
         """``used_memory`` returns the bytes that the model's runners use."""
-        self._chat = ChatDialect(reply_id)
-        self._used_memory = used_memory
-        self._watch = Stopwatch()
-
-    def write(self, event: GenerationEvent) -> bytes:
-        """See ``Dialect``. A stream has the speed in a comment before its end."""
-        match event:
-            case Started():
-                self._watch = Stopwatch()
-            case ChoiceDelta(tokens=tokens):
-                self._watch.took(len(tokens))
-            case Completed(usage):
-                stats = sse.comment(f"generation_stats {self._stats(usage).decode()}")
-                return stats + self._chat.write(event)
-            case _:
-                pass
-        return self._chat.write(event)
+        super().__init__(reply_id)
+        self._energy, self._used_memory = energy, used_memory
 
     def whole(self, choices: Sequence[ReplyChoice], usage: Usage) -> bytes:
-        """See ``Dialect``."""
-        self._watch.first = min((choice.began for choice in choices if choice.began), default=0)
-        body = self._chat.whole(choices, usage)
-        return body[:-1] + b',"generation_stats":%b,"power_usage":null}' % self._stats(usage)
+        """Adds speed and energy."""
+        body = super().whole(choices, usage)  # sets the time of the first token
+        return body[:-1] + b',"generation_stats":%b,"power_usage":%b}' % (self._stats(usage), to_json(self._power()))
 
-    def error(self, body: ErrorBody) -> bytes:
-        """See ``Dialect``."""
-        return self._chat.error(body)
-
-    def note(self, text: str) -> bytes:
-        """See ``Dialect``."""
-        return self._chat.note(text)
+    def end(self, usage: Usage) -> bytes:
+        """Adds the speed in a comment."""
+        return sse.comment(f"generation_stats {self._stats(usage).decode()}") + super().end(usage)
 
     def _stats(self, usage: Usage) -> bytes:
         """The first token belongs to the prompt's time."""
@@ -81,3 +66,38 @@ class BenchDialect:
             "prefix_cache_hit": "none" if not usage.cached_tokens else "partial" if computed > 1 else "exact",
         }
         return to_json(stats)
+
+    def _power(self) -> dict[str, float] | None:
+        """The energy in joules and the mean power in watts of all GPUs; None if their driver counts no energy."""
+        begun, now = self._watch.begun, time.monotonic_ns()
+        first = self._watch.first or now
+        prefill, generation = self._energy.joules(begun, first), self._energy.joules(first, now)
+        if prefill is None or generation is None:
+            return None
+        return {
+            "total_avg_sys_power_watts": (prefill + generation) / (now - begun) * 1e9,
+            "total_energy_joules": prefill + generation,
+            "prefill_energy_joules": prefill,
+            "generation_energy_joules": generation,
+        }
+
+
+def bench_routes(services: Services) -> APIRouter:
+    """The benchmark's chat completions."""
+    routes = APIRouter(route_class=DirectRoute)
+
+    @routes.post("/bench/chat/completions", response_model=ChatCompletion, openapi_extra=json_body(BenchChatRequest))
+    async def bench_chat_completions(request: Request) -> GenerationResponse:
+        """Replies to a conversation and measures it."""
+        body = await read_body(request, BenchChatRequest)
+        model, reply_id, energy = services.routing.resolve(body.model), f"chatcmpl-{uuid4().hex}", GpuEnergy()
+
+        def used_memory() -> int:
+            mine = (each.measured for each in services.pool.reports() if each.now.model_id == model.card.model_id)
+            return sum(each.host + each.device for each in mine if each is not None)
+
+        generation = Generation(services, model, body.request(), reply_id)
+        dialect = BenchDialect(reply_id, energy, used_memory)
+        return GenerationResponse(generation, dialect, stream=body.stream, during=energy.followed())
+
+    return routes

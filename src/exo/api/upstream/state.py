@@ -1,8 +1,12 @@
-"""The state of a cluster in the form of upstream's API. The cluster is this machine."""
+"""The state of a cluster in the form of upstream's API, with what upstream's clients read. The cluster is this machine.
+
+A model has one instance for each runner, so both make its id. An instance of one node is a ring of one, the only kind
+that these clients accept there.
+"""
 
 import platform
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import final
 
@@ -11,122 +15,113 @@ from anyio.to_thread import run_sync
 from pydantic import JsonValue
 
 from exo.api.http.errors import ApiError
-from exo.api.upstream.instances import NODE, JsonObject, instance_form, instance_id, runner_form, shard_form, size
+from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
 from exo.serving.model_facts import model_facts
 from exo.worker.supervisor.instance import InstanceReport
-from exo.worker.supervisor.nvml import read_gpus
+from exo.worker.supervisor.nvml import GpuGauges, read_gpus
+
+JsonObject = dict[str, JsonValue]
+NODE = "local"
+"""The id of this machine, the only node."""
+SECTIONS = ("instances", "runners", "downloads", "topology", "nodeIdentities", "nodeMemory", "nodeDisk", "nodeSystem")
+
+
+def instance_id(card: ModelCard, runner: str) -> str:
+    """The id of an instance and of its runner. It is one part of a path."""
+    return f"{card.model_id.replace('/', '--')}@{runner}"
+
+
+def instance_form(card: ModelCard, runner: str) -> JsonObject:
+    """An instance, which need not exist."""
+    name = instance_id(card, runner)
+    shards: JsonObject = {"runnerToShard": {name: _shard(card)}, "nodeToRunner": {NODE: name}}
+    return {"MlxRingInstance": {"instanceId": name, "shardAssignments": {"modelId": card.model_id, **shards}}}
+
+
+def inside(value: JsonValue, *path: str) -> JsonValue:
+    """What a JSON value holds at ``path``, in which a list has its indexes; None if it holds nothing there."""
+    for key in path:
+        if isinstance(value, list):
+            value = {str(index): each for index, each in enumerate(value)}
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _shard(card: ModelCard) -> JsonObject:
+    return {"PipelineShardMetadata": {"modelCard": {"modelId": card.model_id}}}
+
+
+def _runner(report: InstanceReport) -> JsonObject:
+    state, failure = report.now.state, report.last_failure
+    facts: JsonObject = {"layersLoaded": report.status.layers_loaded, "totalLayers": report.status.total_layers}
+    if state == "Failed" and failure is None:  # the reason is recorded in a moment
+        return {"RunnerShuttingDown": facts}
+    return {f"Runner{state}": {**facts, "errorMessage": failure.message if failure is not None else None}}
+
+
+def _download(card: ModelCard) -> JsonObject:
+    """A model on disk. The API has no means to delete it."""
+    total: JsonObject = {"inBytes": card.storage_size.in_bytes}
+    return {"DownloadCompleted": {"shardMetadata": _shard(card), "total": total, "readOnly": True}}
+
+
+def _gpus(gpus: Sequence[GpuGauges]) -> JsonObject:
+    """The busiest and the hottest GPU, and the power of all; nothing without GPUs."""
+    if not gpus:
+        return {}
+    busy, hot = max(each.utilisation or 0.0 for each in gpus), max(each.celsius or 0.0 for each in gpus)
+    return {NODE: {"gpuUsage": busy, "temp": hot, "sysPower": sum(each.watts or 0.0 for each in gpus)}}
 
 
 @final
 class ClusterState:
-    """Makes the parts of the state that a request names. Nothing is kept."""
+    """Makes the parts of the state that a request names."""
 
     def __init__(self, services: Services, models_directory: Path) -> None:
-        self._services = services
-        self._models_directory = models_directory
-        self._sections: Mapping[str, Callable[[], Awaitable[JsonValue]]] = {
-            "instances": self._instances,
-            "runners": self._runners,
-            "downloads": self._downloads,
-            "topology": self._topology,
-            "nodeIdentities": self._identity,
-            "nodeMemory": self._memory,
-            "nodeDisk": self._disk,
-            "nodeSystem": self._system,
-        }
+        self._services, self._models_directory = services, models_directory
 
     def reports(self) -> Mapping[str, InstanceReport]:
         """The instances by id; of those with the same id, the youngest."""
-        return {instance_id(each.now.model_id, each.now.runner): each for each in self._services.pool.reports()}
+        return {instance_id(each.card, each.now.runner): each for each in self._services.pool.reports()}
+
+    def report(self, name: str) -> InstanceReport:
+        """The instance with this id. Raises ``ApiError``."""
+        if (report := self.reports().get(name)) is None:
+            raise ApiError(404, f"there is no instance {name!r}", code="not_found")
+        return report
 
     async def at(self, path: str) -> JsonValue:
         """The part of the state at ``path``, whose parts are separated by "/". Raises ``ApiError``."""
-        names = [name for name in path.split("/") if name]
-        if not names:
-            return {name: await section() for name, section in self._sections.items()}
-        section = self._sections.get(names[0])
-        value = None if section is None else await section()
-        for name in names[1:]:
-            if isinstance(value, list):
-                value = value[int(name)] if name.isascii() and name.isdigit() and int(name) < len(value) else None
-            else:
-                value = value.get(name) if isinstance(value, dict) else None
-        if value is None:
+        section, *keys = path.split("/")
+        if (part := inside(await self.section(section), *keys)) is None:
             raise ApiError(404, f"the state has nothing at {path[:200]!r}", code="not_found")
-        return value
+        return part
 
-    async def _instances(self) -> JsonObject:
-        return {name: instance_form(each.card, each.now.runner) for name, each in self.reports().items()}
-
-    async def _runners(self) -> JsonObject:
-        return {name: runner_form(each) for name, each in self.reports().items()}
-
-    async def _downloads(self) -> JsonObject:
-        """Says that the files cannot be deleted, which this API has no means for."""
-        facts = await model_facts(self._services, list(self._services.cards.known.cards.values()))
-        done: list[JsonValue] = [
-            {
-                "DownloadCompleted": {
-                    "nodeId": NODE,
-                    "shardMetadata": shard_form(each.card),
-                    "modelDirectory": "",
-                    "total": size(each.card.storage_size.in_bytes),
-                    "readOnly": True,
+    async def section(self, name: str) -> JsonValue:
+        """One of ``SECTIONS``; None for another name."""
+        match name:
+            case "instances":
+                return {key: instance_form(each.card, each.now.runner) for key, each in self.reports().items()}
+            case "runners":
+                return {key: _runner(each) for key, each in self.reports().items()}
+            case "downloads":
+                cards = list(self._services.cards.known.cards.values())
+                return {
+                    NODE: [_download(each.card) for each in await model_facts(self._services, cards) if each.on_disk]
                 }
-            }
-            for each in facts
-            if each.on_disk
-        ]
-        return {NODE: done}
-
-    async def _topology(self) -> JsonObject:
-        return {"nodes": [NODE], "connections": {}}
-
-    async def _identity(self) -> JsonObject:
-        host = self._services.host
-        chips = [] if host is None else [each.name for each in host.nvidia_devices] or [host.processor]
-        return {
-            NODE: {
-                "modelId": f"{platform.system()} {platform.machine()}",
-                "chipId": ", ".join(filter(None, chips)) or "Unknown",
-                "friendlyName": platform.node(),
-                "osVersion": platform.release(),
-                "osBuildVersion": platform.version(),
-            }
-        }
-
-    async def _memory(self) -> JsonObject:
-        ram, swap = psutil.virtual_memory(), psutil.swap_memory()
-        return {
-            NODE: {
-                "ramTotal": size(ram.total),
-                "ramAvailable": size(ram.available),
-                "swapTotal": size(swap.total),
-                "swapAvailable": size(swap.free),
-            }
-        }
-
-    async def _disk(self) -> JsonObject:
-        """The file system of the models directory, which may not have been made yet."""
-        folder = self._models_directory
-        there = next(each for each in (folder, *folder.parents) if each.exists())
-        usage = await run_sync(shutil.disk_usage, there)
-        return {NODE: {"total": size(usage.total), "available": size(usage.free)}}
-
-    async def _system(self) -> JsonObject:
-        """The busiest and the hottest GPU, and the power of all; nothing without GPUs."""
-        host = self._services.host
-        names = [] if host is None else [each.id or each.address for each in host.nvidia_devices]
-        gpus = await run_sync(read_gpus, names, abandon_on_cancel=True)
-        if not gpus:
-            return {}
-        return {
-            NODE: {
-                "gpuUsage": max(each.utilisation or 0.0 for each in gpus),
-                "temp": max(each.celsius or 0.0 for each in gpus),
-                "sysPower": sum(each.watts or 0.0 for each in gpus),
-                "pcpuUsage": psutil.cpu_percent() / 100,
-                "ecpuUsage": 0.0,
-            }
-        }
+            case "topology":
+                return {"nodes": [NODE]}
+            case "nodeIdentities":
+                return {NODE: {"friendlyName": platform.node()}}
+            case "nodeMemory":
+                return {NODE: {"ramTotal": {"inBytes": psutil.virtual_memory().total}}}
+            case "nodeDisk":
+                folders = (self._models_directory, *self._models_directory.parents)  # the first may not exist yet
+                usage = await run_sync(shutil.disk_usage, next(each for each in folders if each.exists()))
+                return {NODE: {"available": {"inBytes": usage.free}}}
+            case "nodeSystem":
+                names = [each.address for each in self._services.host.nvidia_devices] if self._services.host else []
+                return _gpus(await run_sync(read_gpus, names, abandon_on_cancel=True))
+            case _:
+                return None

@@ -31,7 +31,11 @@ _SOME_TOOL: dict[str, JsonValue] = {
 }
 
 
-class TemplateError(Exception):
+class PromptError(Exception):
+    """No prompt can be made of the conversation."""
+
+
+class TemplateError(PromptError):
     """The chat template is faulty, too slow, or needs too much memory."""
 
 
@@ -39,7 +43,7 @@ class TemplateFailedError(TemplateError):
     """The chat template raised a Python exception, perhaps because of the messages."""
 
 
-class ConversationRefusedError(Exception):
+class ConversationRefusedError(PromptError):
     """The chat template refused the messages. The text of the error is the template's."""
 
 
@@ -55,7 +59,7 @@ class VariableRefusedError(ConversationRefusedError):
         self.name = name
 
 
-class PromptTooLongError(Exception):
+class PromptTooLongError(PromptError):
     """The prompt cannot fit the context, however it is tokenized. It has ``tokens`` or more."""
 
     def __init__(self, tokens: int) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import FoundModel
 from exo.cli.console import out, warn
-from exo.cli.models.local_models import FileState, catalogue_of, kept, runners_of, store_of
+from exo.cli.models.local_models import FileState, catalogue_of, kept, store_of
 from exo.cli.options import AsJson, ModelsDir
 from exo.config import Settings
 from exo.store.store import Store
@@ -71,9 +71,7 @@ def _row(card: ModelCard, store: Store, found: FoundModel | None) -> ListRow:
         size_bytes=card.storage_size.in_bytes,
         runner=card.runner,
         backends=list(card.backends),
-        on_disk={
-            each.source.runner: FileState.of(each.source, each.found) for each in kept(store, card, runners_of(card))
-        },
+        on_disk={each.source.runner: FileState.of(each.source, each.found) for each in kept(store, card, card.runners)},
         found_in=found.program if found is not None else None,
     )
 

@@ -106,14 +106,6 @@ def check_runner(runner: str | None) -> None:
         raise CommandError(message, ExitCode.USAGE)
 
 
-def runners_of(card: ModelCard) -> list[str]:
-    """The runners that may serve a model, in the order of the card's back ends."""
-    if card.runner != "auto":
-        return [card.runner]
-    served = {backend: name for name, spec in RUNNERS.items() for backend in spec.backends}
-    return list(dict.fromkeys(served[backend] for backend in card.backends if backend in served))
-
-
 def kept(store: Store, card: ModelCard, runners: Iterable[str], quant: str | None = None) -> Iterator[Kept]:
     """The files for each runner whose table in the card is valid."""
     for runner in runners:

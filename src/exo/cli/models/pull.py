@@ -7,7 +7,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 
 from exo.cards.card import ModelCard
 from exo.cli.console import err, say, warn
-from exo.cli.models.local_models import card_of, catalogue_of, check_runner, runners_of, store_of
+from exo.cli.models.local_models import card_of, catalogue_of, check_runner, store_of
 from exo.cli.models.named_model import card_of_reference
 from exo.cli.options import Model, ModelsDir, Quant, Runner
 from exo.config import Settings
@@ -132,7 +132,7 @@ def _runner(card: ModelCard, wish: str | None) -> str:
     """The runner to download for. The host is probed only if the card leaves a choice."""
     if wish is not None:
         return wish
-    if len(served := runners_of(card)) == 1:
+    if len(served := card.runners) == 1:
         return served[0]
     decision = route(None, card, anyio.run(probe_host), (), card.needs)
     if isinstance(decision, Refusal):

@@ -16,7 +16,6 @@ from exo.cli.models.local_models import (
     catalogue_of,
     check_runner,
     kept,
-    runners_of,
     size_of_prefixes,
     store_of,
 )
@@ -51,7 +50,7 @@ def remove(
     try:
         if (found := catalogue.found.get(card.model_id)) is not None:
             raise CommandError(f"{card.model_id} is in {found.program}, where exo deletes nothing; {found.removal}")
-        wanted = _wanted(store, card, [runner] if runner else runners_of(card), quant)
+        wanted = _wanted(store, card, [runner] if runner else card.runners, quant)
     except CommandError:
         if prefixes is None:
             raise

@@ -32,3 +32,9 @@ class TextGenerationTaskParams(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     images: list[str] = []
+
+
+def resolve_reasoning_params(effort: str | None, thinking: bool | None) -> tuple[str | None, bool | None]:
+    if effort is None and thinking is not None:
+        effort = "medium" if thinking else "none"
+    return effort, thinking
