@@ -4,6 +4,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import anyio
+import anyio.lowlevel
 import psutil
 import pytest
 
@@ -119,6 +121,17 @@ async def test_a_probe_that_hangs_is_killed_at_the_deadline() -> None:
     probe = (await probe_host({"abacus": ("sleep", "4321")}, deadline=2)).probes["abacus"]
     assert probe.notes == ("the probe of runner abacus did not answer within 2 s",)
     assert not [child for child in psutil.Process().children() if "4321" in child.cmdline()]
+
+
+async def test_a_probe_that_is_given_up_while_its_process_starts_leaves_none() -> None:
+    for turns in range(12):  # of the event loop, which starts a process within a few
+        before = {*psutil.Process().children()}
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(probe_host, {"abacus": ("sleep", "4321")})
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+        assert {*psutil.Process().children()} <= before
 
 
 async def test_every_real_runner_answers_in_one_line_without_its_engine_here() -> None:

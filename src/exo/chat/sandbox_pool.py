@@ -74,9 +74,10 @@ class SandboxProcess:
 
     async def _start(self) -> Process:
         try:
-            process = await anyio.open_process(
-                command(self._module), stderr=None, env=environment(), start_new_session=True
-            )
+            with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
+                process = await anyio.open_process(
+                    command(self._module), stderr=None, env=environment(), start_new_session=True
+                )
         except OSError as error:
             raise SandboxBusyError(
                 "no process could be started to work on it; see the limits on open files and processes"

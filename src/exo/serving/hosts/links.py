@@ -127,7 +127,8 @@ class HostLinks:
         """Runs the node program and handles its lines. Returns why it has ended."""
         command = link.host.command("exo", "node", self._pool.id)
         try:
-            process = await anyio.open_process(command, stderr=subprocess.PIPE, start_new_session=True)
+            with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
+                process = await anyio.open_process(command, stderr=subprocess.PIPE, start_new_session=True)
         except OSError as error:
             return f"cannot be reached: {command[0]}: {error.strerror}"
         link.process = process

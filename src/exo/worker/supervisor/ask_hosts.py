@@ -34,7 +34,8 @@ async def ask_hosts(hosts: Sequence[RemoteHost]) -> RemoteHosts:
 async def _ask(host: RemoteHost) -> HostFound | str:
     command = host.command("exo", "node")
     try:
-        process = await anyio.open_process(command, stderr=subprocess.PIPE)
+        with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
+            process = await anyio.open_process(command, stderr=subprocess.PIPE)
     except OSError as error:
         return f"cannot be reached: {command[0]}: {error.strerror}"
     async with process:

@@ -3,9 +3,11 @@
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
+from pydantic import ValidationError
 
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated, Failed
@@ -59,7 +61,9 @@ def decided(model_id: str, runner: str, answer: Estimated, capacity: Memory, *, 
 async def _estimate(command: Sequence[str], load: Load) -> Estimated | Failed | None:
     """The runner's answer; None if there is none in time."""
     with anyio.move_on_after(_ESTIMATE_SECONDS):
-        async with await anyio.open_process(command, stderr=subprocess.DEVNULL) as process:
+        with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
+            process = await anyio.open_process(command, stderr=subprocess.DEVNULL)
+        async with process:
             assert process.stdin is not None
             assert process.stdout is not None
             lines = BufferedByteReceiveStream(process.stdout)
@@ -71,6 +75,9 @@ async def _estimate(command: Sequence[str], load: Load) -> Estimated | Failed | 
                         return event
             except (anyio.BrokenResourceError, anyio.IncompleteRead):
                 return None  # the runner has ended
+            except (anyio.DelimiterNotFound, ValidationError):
+                return None  # it is another version of exo
             finally:
-                process.terminate()
+                with suppress(ProcessLookupError):  # it may have ended by itself
+                    process.terminate()
     return None

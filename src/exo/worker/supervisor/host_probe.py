@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import psutil
+from anyio.abc import ByteReceiveStream
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
@@ -92,19 +93,31 @@ def _unusable(name: str, why: str) -> Probe:
 
 async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
     """Raises ``TimeoutError``."""
+    output, errors = bytearray(), bytearray()
     try:
         with anyio.fail_after(deadline):
-            done = await anyio.run_process(command, stdin=subprocess.DEVNULL, check=False)
+            with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
+                process = await anyio.open_process(command, stdin=subprocess.DEVNULL)
+            async with process, anyio.create_task_group() as tasks:
+                tasks.start_soon(_read, process.stdout, output)
+                tasks.start_soon(_read, process.stderr, errors)
     except TimeoutError:  # a subclass of OSError
         raise
     except OSError as error:
         return _unusable(name, f"did not start: {error}")
     try:
-        return Probe.model_validate_json(done.stdout)
+        return Probe.model_validate_json(bytes(output))
     except ValidationError:
-        last_line = (done.stderr.decode(errors="replace").strip() or "nothing on standard error").splitlines()[-1]
-        ended = f"ended with status {done.returncode} and without an answer" if done.returncode else "gave no answer"
+        last_line = (errors.decode(errors="replace").strip() or "nothing on standard error").splitlines()[-1]
+        status = process.returncode
+        ended = f"ended with status {status} and without an answer" if status else "gave no answer"
         return _unusable(name, f"{ended}: {last_line[:500]}")
+
+
+async def _read(stream: ByteReceiveStream | None, data: bytearray) -> None:
+    assert stream is not None
+    async for part in stream:
+        data += part
 
 
 def _nvidia_driver(nvml: ModuleType) -> tuple[Sequence[NvidiaDevice], str]:
