@@ -40,20 +40,26 @@ def why_not() -> str:
 
 
 class SshHost(FakeHost):
-    """``namespace`` is the server's. Each host of a server has another ``number``."""
+    """``namespace`` is the server's. Each host of a server has another ``number``. ``here`` and ``address`` are the
+    addresses of the cable's two ends.
+    """
+
+    session = "sshd"
+    """How the name of a process begins that runs the programs of one connection."""
 
     def __init__(self, folder: Path, name: str, namespace: str, number: int = 0) -> None:
         super().__init__(folder, name)
         self.namespace, self.there = namespace, f"{namespace}-{number}"
         self._cable = f"cable{number}"
-        self._here, self._address = f"198.18.{number}.1", f"198.18.{number}.2"
+        self.here, self.address = f"198.18.{number}.1", f"198.18.{number}.2"
         self._folder = folder / f"{name}-sshd"
         self._folder.mkdir()
         options = ["UserKnownHostsFile=/dev/null", "StrictHostKeyChecking=no", "LogLevel=ERROR"]
         key = str(self._folder / "key")
         self._ssh = ["ssh", "-F", "/dev/null", "-i", key, "-p", _PORT, *(f"-o{each}" for each in options)]
-        self._ssh.append(f"root@{self._address}")
-        self.run = [*self._ssh, "cd", str(ROOT), "&&", *self.run, f"PYTHONPATH={ROOT / 'src'}"]
+        self._ssh.append(f"root@{self.address}")
+        self.marked = (*self.run, f"PYTHONPATH={ROOT / 'src'}")
+        self.run = [*self._ssh, "cd", str(ROOT), "&&", *self.marked]
 
     def cut(self) -> None:
         """Cuts the cable."""
@@ -64,10 +70,10 @@ class SshHost(FakeHost):
         _ip("-n", self.namespace, "link", "set", self._cable, "up")
 
     def end_sessions(self) -> None:
-        """Kills the processes of sshd that have runners."""
+        """Kills the processes that have runners."""
         for runner in self.runners():
             with suppress(psutil.NoSuchProcess):
-                next(each for each in runner.parents() if each.name() == "sshd").kill()
+                next(each for each in runner.parents() if each.name().startswith(self.session)).kill()
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -76,7 +82,7 @@ class SshHost(FakeHost):
         try:
             far_end = ("type", "veth", "peer", "name", self._cable, "netns", self.there)
             _ip("-n", self.namespace, "link", "add", self._cable, *far_end)
-            for name, address in ((self.namespace, self._here), (self.there, self._address)):
+            for name, address in ((self.namespace, self.here), (self.there, self.address)):
                 _ip("-n", name, "address", "add", f"{address}/30", "dev", self._cable)
                 for link in ("lo", self._cable):
                     _ip("-n", name, "link", "set", link, "up")
@@ -95,7 +101,7 @@ class SshHost(FakeHost):
         settings = {
             "AuthorizedKeysFile": folder / "authorized",
             "HostKey": folder / "host_key",
-            "ListenAddress": f"{self._address}:{_PORT}",
+            "ListenAddress": f"{self.address}:{_PORT}",
             "PermitRootLogin": "prohibit-password",
             "PidFile": "none",
             "StrictModes": "no",
