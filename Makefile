@@ -8,12 +8,12 @@ BIN = .venv/bin
 # Three files at once on two cores, because tests wait for a quarter of their time: for deadlines, watchdogs, processes.
 DIST = --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-fast check demo-model llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs wheels screenshots setup setup-dev setup-clients setup-peers setup-vllm clean
+.PHONY: run test test-fast check demo-model llama cuda-plugin faults bench bench-peers bench-server gpu-archive gpu-check docs wheels screenshots setup setup-dev setup-clients setup-peers setup-ray setup-vllm clean
 
 run: setup demo-model  ## serve on 127.0.0.1:52415 and show a first answer
 	@$(BIN)/python scripts/first_answer.py
 
-test: setup-clients demo-model  ## all tests; those of vLLM run where make setup-vllm has made its environment
+test: setup-clients demo-model  ## all tests; those of vLLM and Ray run where make setup-vllm and make setup-ray have made the environments
 	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),3) $(DIST)
 
 test-fast: setup-dev  ## the unit tests: one module at a time, no process started
@@ -79,8 +79,11 @@ setup-clients:
 setup-peers: setup-dev
 	@$(BIN)/python scripts/setup_env.py --peers
 
+setup-ray:  ## the environment of Ray for exo serve --ray, .venv-ray: 300 MB
+	@$(PYTHON) scripts/setup_env.py --ray
+
 setup-vllm:  ## the vLLM runner's own environment, .venv-vllm: 3 GB on a CPU, more with CUDA
 	@$(SETUP) --vllm
 
 clean:  ## remove the virtual environment and caches of this checkout
-	rm -rf .venv .venv-clients .venv-docs .venv-peers .venv-vllm .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-clients .venv-docs .venv-peers .venv-ray .venv-vllm .pytest_cache .ruff_cache .hypothesis src/*.egg-info

