@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+import exo
 from tests.support.hosts import FakeHost, wait_until, write_hosts
 from tests.support.hub import REPO, LocalHub
 from tests.support.program import DEADLINE_SECONDS
@@ -158,6 +159,7 @@ def test_a_second_instance_is_loaded_on_the_other_host_when_all_slots_are_busy(t
         assert hosts == ["", "gpu2"]
         number = next(number for number, text in enumerate(texts) if text is not None)
         assert all_equal(server, number, texts[number])
+        assert repeated_where_its_prefix_is(server)
     wait_until(lambda: not [*other.processes()])
 
 
@@ -165,6 +167,17 @@ def all_equal(server: ServeProgram, seed: int, text: str | None) -> bool:
     """Whether both instances give this text, which a request alone gets from the one that has its prefix."""
     replies = [server.complete("tiny", **{**BODY, "seed": seed}) for _ in range(2)]
     return all(each.json()["choices"][0]["text"] == text for each in replies)
+
+
+def repeated_where_its_prefix_is(server: ServeProgram) -> bool:
+    """Whether a request that one instance has served goes there again when both are idle."""
+    request = {"prompt": "a story that one of them knows", "max_tokens": 2}
+    busy = {"model": "tiny", "stream": True, **BODY, "prompt": "a slot is busy"}
+    with server.client.stream("POST", "/v1/completions", json=busy):
+        first = server.complete("tiny", **request)
+    again = server.complete("tiny", **request)
+    cached = again.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return cached > 0 and first.headers.get("x-exo-host") == again.headers.get("x-exo-host")
 
 
 def test_nothing_stays_on_the_host_when_the_server_is_killed(tmp_path: Path) -> None:
@@ -214,10 +227,38 @@ def test_commands_without_a_server_ask_the_hosts(tmp_path: Path) -> None:
     broken.run = ["sh", "-c", "echo no route to gpu3 >&2; exit 255"]
     write_card(tmp_path, "tiny", {"cuda": write_twins(tmp_path)["cuda"]}, hosts=["gpu3", "gpu2"])
     write_hosts(tmp_path, there, broken)
-    assert "host gpu2" in exo(tmp_path, "route", "tiny")
-    text = exo(tmp_path, "doctor")
+    assert "host gpu2" in program(tmp_path, "route", "tiny")
+    text = program(tmp_path, "doctor")
     assert "-- host gpu2\nhost      Linux" in text
     assert "-- host gpu3 cannot be reached: no route to gpu3" in text
+
+
+def test_other_versions_are_told(tmp_path: Path) -> None:
+    """Host gpu2 has another exo and is left out; gpu3 has another llama.cpp and serves."""
+    old, other = FakeHost(tmp_path, "gpu2"), FakeHost(tmp_path, "gpu3")
+    change_output(old, f's/"version":"{exo.__version__}"/"version":"0.0.1"/')
+    change_output(other, 's/"engine":"llama.cpp","version":"[^"]*"/"engine":"llama.cpp","version":"b1"/')
+    reason = f"host gpu2 has exo 0.0.1, and this machine exo {exo.__version__}: install the same there"
+    differs = "host gpu3 has llama.cpp b1, and this machine "
+    table = write_twins(tmp_path)["cuda"]
+    write_card(tmp_path, "old", {"cuda": table}, hosts=["gpu2"])
+    write_card(tmp_path, "other", {"cuda": table}, hosts=["gpu3"])
+    write_hosts(tmp_path, old, other)
+    doctor = program(tmp_path, "doctor")
+    assert reason in doctor
+    assert differs in doctor
+    with ServeProgram(tmp_path) as server:
+        assert reason in server.complete("old").json()["error"]["message"]
+        assert server.complete("other", max_tokens=2).headers["x-exo-host"] == "gpu3"
+        shown = program(tmp_path, "ps", "--port", server.url.rpartition(":")[2])
+        assert reason in shown
+        assert differs in shown
+        assert "cuda@gpu3" in shown
+
+
+def change_output(host: FakeHost, command: str) -> None:
+    """Has ``sed`` change what the programs of a host write."""
+    host.run = ["sh", "-c", '"$@" | sed -u "$0"', command, *host.run]
 
 
 def test_a_broken_file_of_hosts_ends_the_server_with_the_reason(tmp_path: Path) -> None:
@@ -232,7 +273,7 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False)
 
 
-def exo(home: Path, *arguments: str) -> str:
+def program(home: Path, *arguments: str) -> str:
     done = run(home, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout

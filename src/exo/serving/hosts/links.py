@@ -15,7 +15,6 @@ from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import ValidationError
 
-import exo
 from exo.cards.card import ModelCard
 from exo.serving.errors import ServingError
 from exo.store.progress import DownloadProgress
@@ -172,8 +171,8 @@ class HostLinks:
             case Beat():
                 pass
             case HostFound():
-                if event.version != exo.__version__:
-                    return f"has exo {event.version}, and this server is exo {exo.__version__}: install the same there"
+                if why := event.other_version():
+                    return why
                 comes, link.found = link.found is None, event.host
                 self._pool.host_up(link.host.name, event)
                 link.tried.set()

@@ -47,7 +47,7 @@ async def _ask(host: RemoteHost) -> HostFound | str:
                 while True:
                     event = NODE_EVENTS.validate_json(await lines.receive_until(b"\n", _LONGEST_LINE))
                     if isinstance(event, HostFound):
-                        return event
+                        return event.other_version() or event
         except TimeoutError:
             return f"does not answer within {_ANSWER_SECONDS:g} s"
         except ValidationError:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+import exo
 from exo.store.progress import DownloadProgress
 from exo.worker.host import Host
 from exo.worker.protocol.messages import Message
@@ -46,6 +47,12 @@ class HostFound(Message):
     """Where models are."""
     prefixes: str
     """Where computed prefixes of prompts may be kept; empty for nowhere."""
+
+    def other_version(self) -> str:
+        """Why the host cannot be used, as a predicate, if it has another version of exo."""
+        if self.version == exo.__version__:
+            return ""
+        return f"has exo {self.version}, and this machine exo {exo.__version__}: install the same there"
 
 
 class RunnerUse(Message):
