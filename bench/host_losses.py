@@ -1,6 +1,6 @@
 """Takes hosts away from ``exo serve`` while eight streams run on them, and checks every token.
 
-``python -m bench.host_losses [--ray] [--losses N] [--kinds cut,node] [--seed N] [--json FILE]``. Two hosts behind
+``python -m bench.host_losses [--ray] [--losses N] [--kinds cut node] [--seed N] [--json FILE]``. Two hosts behind
 sshd, or two nodes of a Ray cluster, each in a network namespace of its own, take turns; this machine computes only the
 undisturbed run. Needs root and openssh-server. Exits with status 1 if a promise is broken.
 """
@@ -273,17 +273,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.host_losses", description=__doc__)
     parser.add_argument("--ray", action="store_true", help="with the nodes of a Ray cluster")
     parser.add_argument("--losses", type=int, default=_LOSSES)
-    parser.add_argument("--kinds", default=",".join(_KINDS), help="of losses, separated by commas")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="of losses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    wanted = [kind for kind in _KINDS if kind in arguments.kinds.split(",")]
-    if not wanted:
-        parser.error(f"--kinds: one or several of {', '.join(_KINDS)}")
     if reason := why_not() or (arguments.ray and why_no_ray()):
         sys.exit(reason)
     end_within(arguments.losses * _SECONDS_EACH + _FURTHER_SECONDS)
-    kinds = [*islice(cycle(wanted), arguments.losses)]
+    kinds = [*islice(cycle(arguments.kinds), arguments.losses)]
     with tempfile.TemporaryDirectory() as home:
         found = run(Path(home), kinds, arguments.seed, ray=arguments.ray)
     print(*lines(found), sep="\n", flush=True)

@@ -222,6 +222,18 @@ def test_a_model_is_downloaded_on_the_host_that_serves_it(tmp_path: Path) -> Non
     assert [*(tmp_path / "models").rglob("tiny.gguf")] == []
 
 
+def test_without_hosts_nothing_of_them_is_there(tmp_path: Path) -> None:
+    """A Ray that cannot be imported shows that nobody tries."""
+    (tmp_path / "ray.py").write_text("raise SystemExit('imported')")
+    path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    write_card(tmp_path, "tiny", {"cuda": write_twins(tmp_path)["cuda"]})
+    with ServeProgram(tmp_path, PYTHONPATH=path) as server:
+        reply = server.complete("tiny", max_tokens=2)
+        assert reply.status_code == 200, reply.text
+        assert "x-exo-host" not in reply.headers
+        assert "exo:host_up" not in server.client.get("/metrics").text
+
+
 def test_commands_without_a_server_ask_the_hosts(tmp_path: Path) -> None:
     there, broken = FakeHost(tmp_path, "gpu2"), FakeHost(tmp_path, "gpu3")
     broken.run = ["sh", "-c", "echo no route to gpu3 >&2; exit 255"]
