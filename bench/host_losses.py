@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -280,7 +279,7 @@ def main() -> None:
     if reason := why_not() or (arguments.ray and why_no_ray()):
         sys.exit(reason)
     end_within(arguments.losses * _SECONDS_EACH + _FURTHER_SECONDS)
-    kinds = [*islice(cycle(arguments.kinds), arguments.losses)]
+    kinds: list[Loss] = [arguments.kinds[number % len(arguments.kinds)] for number in range(arguments.losses)]
     with tempfile.TemporaryDirectory() as home:
         found = run(Path(home), kinds, arguments.seed, ray=arguments.ray)
     print(*lines(found), sep="\n", flush=True)

@@ -7,6 +7,7 @@ import anyio
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
+from exo.start_process import start_process
 from exo.worker.runner_common.sandbox import (
     START_SECONDS,
     SandboxError,
@@ -74,10 +75,7 @@ class SandboxProcess:
 
     async def _start(self) -> Process:
         try:
-            with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
-                process = await anyio.open_process(
-                    command(self._module), stderr=None, env=environment(), start_new_session=True
-                )
+            process = await start_process(command(self._module), stderr=None, env=environment(), start_new_session=True)
         except OSError as error:
             raise SandboxBusyError(
                 "no process could be started to work on it; see the limits on open files and processes"

@@ -3,7 +3,6 @@
 import logging
 import random
 import signal
-import subprocess
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from exo.cards.card import ModelCard
 from exo.serving.errors import ServingError
+from exo.start_process import start_process
 from exo.store.progress import DownloadProgress
 from exo.terminal import printable
 from exo.worker.host import Host
@@ -126,8 +126,7 @@ class HostLinks:
         """Runs the node program and handles its lines. Returns why it has ended."""
         command = link.host.command("exo", "node", self._pool.id)
         try:
-            with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
-                process = await anyio.open_process(command, stderr=subprocess.PIPE, start_new_session=True)
+            process = await start_process(command, start_new_session=True)
         except OSError as error:
             return f"cannot be reached: {command[0]}: {error.strerror}"
         link.process = process

@@ -1,6 +1,5 @@
 """Asks other hosts once what they have, for commands that run without a server."""
 
-import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -8,6 +7,7 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import ValidationError
 
+from exo.start_process import start_process
 from exo.worker.protocol.remote_host import RemoteHost
 from exo.worker.router import RemoteHosts
 from exo.worker.supervisor.node_messages import NODE_EVENTS, HostFound
@@ -34,8 +34,7 @@ async def ask_hosts(hosts: Sequence[RemoteHost]) -> RemoteHosts:
 async def _ask(host: RemoteHost) -> HostFound | str:
     command = host.command("exo", "node")
     try:
-        with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
-            process = await anyio.open_process(command, stderr=subprocess.PIPE)
+        process = await start_process(command)
     except OSError as error:
         return f"cannot be reached: {command[0]}: {error.strerror}"
     async with process:

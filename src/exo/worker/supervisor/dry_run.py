@@ -9,6 +9,7 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 from pydantic import ValidationError
 
+from exo.start_process import start_process
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated, Failed
 from exo.worker.protocol.wire import decode_event, encode
@@ -61,8 +62,7 @@ def decided(model_id: str, runner: str, answer: Estimated, capacity: Memory, *, 
 async def _estimate(command: Sequence[str], load: Load) -> Estimated | Failed | None:
     """The runner's answer; None if there is none in time."""
     with anyio.move_on_after(_ESTIMATE_SECONDS):
-        with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
-            process = await anyio.open_process(command, stderr=subprocess.DEVNULL)
+        process = await start_process(command, stderr=subprocess.DEVNULL)
         async with process:
             assert process.stdin is not None
             assert process.stdout is not None

@@ -14,6 +14,7 @@ from anyio.abc import ByteReceiveStream
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
+from exo.start_process import start_process
 from exo.worker.host import GpuProcess, Host, NvidiaDevice, with_engine_names
 from exo.worker.protocol import nvidia_driver
 from exo.worker.protocol.one_shot import Probe
@@ -96,8 +97,7 @@ async def _probe(name: str, command: Sequence[str], deadline: float) -> Probe:
     output, errors = bytearray(), bytearray()
     try:
         with anyio.fail_after(deadline):
-            with anyio.CancelScope(shield=True):  # nothing would wait for a process whose start is cancelled
-                process = await anyio.open_process(command, stdin=subprocess.DEVNULL)
+            process = await start_process(command, stdin=subprocess.DEVNULL)
             async with process, anyio.create_task_group() as tasks:
                 tasks.start_soon(_read, process.stdout, output)
                 tasks.start_soon(_read, process.stderr, errors)
