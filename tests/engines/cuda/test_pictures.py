@@ -12,6 +12,7 @@ from exo.worker.protocol.commands import Generate, Load, Picture, Text
 from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
+from tests.support.edited_gguf import Edit, rewrite
 from tests.support.pictures import random_picture
 from tests.support.program import Program, ask, names, runner_command
 from tests.support.tiny import Shape, write_gguf
@@ -163,10 +164,24 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
+def of_type(kind: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        write_projector(path.with_suffix(".sound"), "mlp", 64)
+        rewrite(path.with_suffix(".sound"), path, Edit(keys={"clip.projector_type": kind}))
+
+    return write
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a language model": (lambda path: write_gguf(path, Shape()), "it is no projector for pictures"),
     "another model's": (lambda path: write_projector(path, "mlp", 32), "mismatch between text model"),
     "large patches": (lambda path: write_projector(path, "qwen2vl_merger", 64, Sizes(patch=128)), "larger than the"),
+    "a type that needs the whole prompt": (
+        of_type("deepseek4v"),
+        "is a projector of type 'deepseek4v': those make more",
+    ),
+    "a type of a later llama.cpp": (of_type("new"), "is a projector of type 'new', which is unknown to this llama.cpp"),
+    "without a type": (of_type(""), "is a projector of type '', which is unknown"),
     "truncated": (truncated, ""),
     "empty": (lambda path: path.write_bytes(b""), ""),
 }

@@ -36,6 +36,19 @@ _OTHER_TYPES = {
     "clip": "a projector, the part of a model that sees pictures: get the model itself",
 }
 """By general.type or general.architecture."""
+_PROJECTORS = frozenset({
+    "adapter", "cogvlm", "deepseekocr", "deepseekocr2", "dots3note_v", "dots_ocr", "exaone4_5", "gemma3", "gemma3nv",
+    "gemma4uv", "gemma4v", "glm4v", "glm5v", "granite4_vision", "idefics3", "internvl", "janus_pro", "kimik25",
+    "kimivl", "ldp", "ldpv2", "lfm2", "lightonocr", "ling3vl", "llama4", "mimovl", "minicpmv4_6", "minimax_m3", "mlp",
+    "muse-glimmer", "nemotron_v2_vl", "paddleocr", "phi4", "pixtral", "qwen2.5o", "qwen2.5vl_merger", "qwen2vl_merger",
+    "qwen3vl_merger", "resampler", "step3vl", "yasa2", "youtuvl",
+})  # fmt: skip
+"""The types of projectors for pictures that the library in llama-cpp-python 0.3.36 can load."""
+_DEPENDENT_PROJECTORS = {
+    "deepseek4v": "make more or fewer tokens of a picture depending on the text before it",
+    "hunyuanvl": "number the pictures of a prompt",
+}
+"""The types that the library has, too, but for which one picture alone does not become what it is in a prompt."""
 _ADAPTER_TYPES = (0, 1, 8, 30)
 """F32, F16, Q8_0 and BF16."""
 _NO_VOCABULARY = ("none", "no_vocab")
@@ -107,6 +120,11 @@ def check_projector_file(path: Path) -> None:
     if header.text("general.architecture") != "clip" or not header.value("clip.has_vision_encoder"):
         raise HeaderError("is no projector for pictures")
     _check_values(header)
+    kind = projector_kind(header)
+    if (why := _DEPENDENT_PROJECTORS.get(kind)) is not None:
+        raise HeaderError(f"is a projector of type {kind!r}: those {why}, which this runner cannot do")
+    if kind not in _PROJECTORS:
+        raise HeaderError(f"is a projector of type {ascii(kind)[:_SHOWN]}, which is unknown to this llama.cpp")
     sides = {key: header.integer(f"clip.vision.{key}", 0) for key in ("image_size", "patch_size")}
     for key, side in sides.items():
         if not 0 < side <= _LONGEST_SIDE:
@@ -118,6 +136,11 @@ def check_projector_file(path: Path) -> None:
         raise HeaderError(f"has {heads} attention heads for vectors of {size} numbers")
     if not 0 < header.integer("clip.vision.block_count", 0) <= _MOST_LAYERS:
         raise HeaderError(f"has a number of layers that is not in 1 to {_MOST_LAYERS}")
+
+
+def projector_kind(header: GgufHeader) -> str:
+    """Returns the type of a projector for pictures, as llama.cpp reads it; empty if none is stated."""
+    return header.text("clip.projector_type") or header.text("clip.vision.projector_type")
 
 
 def _check_values(header: GgufHeader) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from exo.worker.runner_common.memory_plan import Part, Plan
 from exo.worker.runner_common.model_files.gguf import GgufHeader
+from exo.worker.runner_cuda.loading.gguf_check import projector_kind
 from exo.worker.runner_cuda.loading.options import CudaOptions
 
 _PATCHES = {"gemma4v": 1120 * 9, "gemma4uv": 1120} | {f"qwen{each}vl_merger": 4096 * 4 for each in ("2", "2.5", "3")}
@@ -38,7 +39,6 @@ def _graph(header: GgufHeader, options: CudaOptions) -> int:
 
     side, patch, width = number("image_size"), max(1, number("patch_size")), number("embedding_length")
     pixels = max(side * side, number("image_max_pixels"))
-    kind = header.text("clip.vision.projector_type") or header.text("clip.projector_type")
-    patches = _PATCHES.get(kind, pixels // patch**2)
+    patches = _PATCHES.get(projector_kind(header), pixels // patch**2)
     scores = patches * number("attention.head_count") if options.flash_attn == "off" else 0
     return 4 * (patches * (3 * width + number("feed_forward_length") + scores) + 3 * pixels)
