@@ -260,6 +260,10 @@ def test_route_explains_and_refuses(home: Path) -> None:
     assert "runner cuda, backend LlamaCppC" in done.stdout
     assert json.loads(exo(home, "route", "tiny@cuda", "--json").stdout)["runner"] == "cuda"
     assert exo(home, "route", "tinny").returncode == 3
+    write_card(home, "adapted", {"cuda": {"path": "tiny.gguf", "lora": [{"name": "sql", "path": "sql.gguf"}]}})
+    assert "adapted:sql -> runner cuda" in exo(home, "route", "adapted:sql").stdout
+    absent = exo(home, "route", "adapted:other")
+    assert (absent.returncode, "has no adapter 'other'; it has sql" in absent.stderr) == (3, True)
     refused = exo(home, "route", "tiny@quantum")
     assert refused.returncode == 1
     assert "quantum" in refused.stderr

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from exo.worker.protocol.commands import Generate
+from exo.worker.protocol.commands import Generate, UsedAdapter
 from tests.contract.cases import ADAPTED, ADAPTERS, CASES, Case, Shared, goes_on_from_everywhere, long_prompt, one
 from tests.support.program import Program, Result, ask, names
 
@@ -26,7 +26,7 @@ def adapted(case: Case, shared: Shared) -> Program:
 def asked(adapter: str, prompt: str | list[int] = "once upon a time", max_tokens: int = 16, seed: int = 0) -> Generate:
     """Every other seed samples at temperature 1."""
     request = ask(next(NAME), prompt, max_tokens=max_tokens, seed=seed, temperature=seed % 2)
-    return request.model_copy(update={"adapter": adapter})
+    return request.model_copy(update={"adapters": (UsedAdapter(name=adapter),) if adapter else ()})
 
 
 def logprobs(result: Result) -> np.ndarray:
@@ -76,8 +76,30 @@ def test_a_request_goes_on_with_its_adapter(adapted: Program) -> None:
 
 def test_an_unknown_adapter_is_refused_and_the_known_ones_are_named(adapted: Program) -> None:
     failed = one(adapted, asked("three")).failed
-    assert (failed.code, failed.param) == ("invalid_request", "adapter")
-    assert failed.message == "adapter: there is no adapter 'three'; accepted are one, two"
+    assert (failed.code, failed.param) == ("invalid_request", "adapters")
+    assert failed.message == "adapters: there is no adapter 'three'; accepted are one, two"
+
+
+def test_scales_and_several_adapters_are_used_or_refused(adapted: Program) -> None:
+    assert adapted.capabilities is not None
+    base, first, second = (one(adapted, asked(each)) for each in ALL)
+    both = (UsedAdapter(name="one", scale=1), UsedAdapter(name="two", scale=1))
+    half, none, together = (
+        one(adapted, asked("").model_copy(update={"adapters": used}))
+        for used in ((UsedAdapter(name="one", scale=0.5),), (UsedAdapter(name="one", scale=0),), both)
+    )
+    if adapted.capabilities.adapter_scales:
+        assert none.tokens == base.tokens
+        assert len({tuple(each.tokens) for each in (base, first, second, half, together)}) == 5
+        return
+    for refused in (half, none, together):
+        assert (refused.failed.code, refused.failed.param) == ("invalid_request", "adapters")
+        assert refused.failed.message == "adapters: only one adapter can be used here, with its own scale"
+
+
+def test_an_adapter_is_used_once(adapted: Program) -> None:
+    failed = one(adapted, asked("").model_copy(update={"adapters": (UsedAdapter(name="one"),) * 2})).failed
+    assert failed.message == "adapters: 'one' is used twice"
 
 
 def test_all_runners_choose_the_same_tokens(shared: Shared) -> None:

@@ -60,6 +60,59 @@ def test_the_model_of_a_request_names_the_adapter(server: ServeProgram) -> None:
     assert answered.json()["model"] == "test/tiny:first"
 
 
+def scaled(*lora: JsonValue, model: str = "tiny") -> dict[str, object]:
+    return {**long_story(TOKENS), "model": model, "lora": [*lora]}
+
+
+FIRST: JsonValue = {"id": 0, "scale": 1}
+
+
+def completed(server: ServeProgram, body: dict[str, object]) -> str:
+    reply = server.client.post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["text"]
+
+
+def test_a_request_states_the_scales_of_adapters(server: ServeProgram) -> None:
+    base, adapted = text(server, "tiny"), text(server, "tiny:first")
+    assert completed(server, scaled({"name": "first", "scale": 0}, {"id": 1, "scale": 0})) == base
+    assert completed(server, scaled(FIRST)) == completed(server, scaled({"name": "first", "scale": 1})) == adapted
+    half = completed(server, scaled({"id": 0, "scale": 0.5}))
+    both = completed(server, scaled(FIRST, {"id": 1, "scale": 1}))
+    assert len({base, adapted, half, both}) == 4
+    llama = {**scaled(FIRST), "n_predict": TOKENS, "max_tokens": None}
+    assert server.client.post("/completion", json=llama).json()["content"] == adapted
+    messages: JsonValue = [{"role": "user", "content": "tell"}]
+    chat = {**scaled(FIRST), "prompt": None, "messages": messages}
+    named = {**chat, "lora": [], "model": "tiny:first"}
+    replies = [server.client.post("/v1/chat/completions", json=each).json()["choices"] for each in (chat, named)]
+    assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "reason"),
+    [
+        (scaled({"id": 2, "scale": 1}), "lora.0", "test/tiny has no such adapter; it has first (id 0), second (id 1)"),
+        (scaled(FIRST, {"name": "third", "scale": 1}), "lora.1", "test/tiny has no such adapter"),
+        (scaled(FIRST, {"name": "first", "scale": 1}), "lora.1", "the adapter 'first' is there twice"),
+        (scaled(FIRST, model="tiny:second"), "lora.0", "test/tiny:second has no such adapter; it has none"),
+        (scaled({"id": 0}), "lora.0.scale", "required"),
+        (scaled({"scale": 1}), "lora.0", "give either id or name"),
+        (scaled({"id": 0, "scale": 1000}), "lora.0.scale", "100"),
+        (scaled(FIRST, model="tiny@mlx"), "lora", "needs adapter_scales"),
+        (scaled(FIRST, model="tiny:first"), "lora", "the model has the adapter 'first' already; name test/tiny alone"),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_refused_by_their_field(
+    server: ServeProgram, body: dict[str, object], param: str, reason: str
+) -> None:
+    reply = server.client.post("/v1/completions", json=body)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param
+    assert reason in error["message"]
+
+
 def test_another_model_of_that_name_has_precedence(server: ServeProgram) -> None:
     """A model id with a colon, which the tags of Ollama's models have."""
     reply = server.complete("tiny:second", max_tokens=1)
@@ -88,14 +141,25 @@ def test_adapters_are_listed_behind_their_model(server: ServeProgram) -> None:
     assert "parent" not in models["test/tiny"]
     assert server.client.get("/v1/models/tiny:first").json()["id"] == "test/tiny:first"
     assert server.client.get("/v1/models/tiny:third").status_code == 404
+    tags = {each["name"]: each["details"] for each in server.client.get("/api/tags").json()["models"]}
+    assert {"test/tiny:first", "tiny:first", "test/tiny:second", "tiny:second"} < tags.keys()
+    assert tags["tiny:first"]["parent_model"] == "test/tiny"
+    assert tags["tiny:second"]["parent_model"] == "", "another model has that name"
+    known = server.client.get("/lora-adapters", params={"model": "tiny"}).json()
+    assert [(each["id"], each["name"]) for each in known] == [(0, "first"), (1, "second")]
 
 
-def test_a_stream_goes_on_with_its_adapter_where_its_runner_was_killed(server: ServeProgram) -> None:
-    undisturbed = text(server, "tiny:first")
-    body = {"model": "tiny:first", "stream": True, **long_story(TOKENS)}
+BOTH = scaled({"id": 0, "scale": 0.5}, {"id": 1, "scale": 1.5})
+
+
+@pytest.mark.parametrize("body", [{"model": "tiny:first", **long_story(TOKENS)}, BOTH])
+def test_a_stream_goes_on_with_its_adapters_where_its_runner_was_killed(
+    server: ServeProgram, body: dict[str, object]
+) -> None:
+    undisturbed = completed(server, body)
     before = {each.pid for each in server.runners()}
     found = ""
-    with server.client.stream("POST", "/v1/completions", json=body) as reply:
+    with server.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as reply:
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
                 continue

@@ -132,8 +132,8 @@ def test_pairs_of_texts_are_scored_as_vllm_does(client: httpx.Client) -> None:
 
 
 def test_what_llama_server_does_to_slots_and_adapters_is_named_where_it_is_missing(client: httpx.Client) -> None:
-    assert client.get("/lora-adapters").json() == []
-    for path, word in (("/slots/0?action=save", "prefix_disk_bytes"), ("/lora-adapters", "LoRA")):
+    assert client.get("/lora-adapters", params={"model": "embeds"}).json() == []
+    for path, word in (("/slots/0?action=save", "prefix_disk_bytes"), ("/lora-adapters", "lora")):
         refused = client.post(path, json={"filename": "a.bin"})
         assert refused.status_code == 501
         assert word in refused.json()["error"]["message"]

@@ -1,7 +1,7 @@
 """llama-server's endpoints that tell what a server is and does: properties and slots."""
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel
 
 from exo import __version__
 from exo.api.http.errors import ApiError
@@ -44,6 +44,14 @@ class SlotState(BaseModel):
     n_ctx: int
     is_processing: bool
     model: str
+
+
+class LoraAdapter(BaseModel):
+    """An adapter, by its number and its name in the model card. ``scale`` is that without a request's ``lora``."""
+
+    id: int
+    name: str
+    scale: float = 0.0
 
 
 def llama_status_routes(services: Services) -> APIRouter:
@@ -93,13 +101,14 @@ def llama_status_routes(services: Services) -> APIRouter:
         )
 
     @routes.get("/lora-adapters")
-    async def lora_adapters() -> list[JsonValue]:
-        """None: no runner loads adapters."""
-        return []
+    async def lora_adapters(model: str = _MODEL) -> list[LoraAdapter]:
+        """The adapters of a model. A request uses none unless it names it."""
+        adapters = services.routing.resolve(model).card.adapters
+        return [LoraAdapter(id=number, name=name) for number, name in enumerate(adapters)]
 
     @routes.post("/lora-adapters", include_in_schema=False)
     async def set_lora_adapters() -> None:
-        message = "no runner loads LoRA adapters; merge an adapter into its model, and serve the result"
+        message = "scales are not set for all requests: each states them in its field lora, or the model card does"
         raise ApiError(501, message, code="not_implemented")
 
     return routes

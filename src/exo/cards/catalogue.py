@@ -127,6 +127,18 @@ class Catalogue:
         owners = self.aliases.get(name, ())
         return self.cards.get(name) or (self.cards[owners[0]] if len(owners) == 1 else None)
 
+    def with_adapter(self, name: str) -> tuple[ModelCard | None, str]:
+        """The card of a name that may have ":adapter" behind it, and the adapter's name; empty without one.
+
+        A model id or alias may contain colons, and precedes one with an adapter. The card may lack that adapter, but
+        not have none at all.
+        """
+        if (card := self.get(name)) is not None:
+            return card, ""
+        base, _, adapter = name.rpartition(":")
+        card = self.get(base)
+        return (card, adapter) if card is not None and card.adapters else (None, "")
+
     def suggest(self, name: str) -> tuple[str, ...]:
         """Suggestions for the error message about an unknown name: the models of an ambiguous alias, or near misses."""
         if owners := self.aliases.get(name):

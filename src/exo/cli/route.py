@@ -12,7 +12,7 @@ from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import AsJson, Model, ModelsDir
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
-from exo.worker.router import NO_REMOTE_HOSTS, Refusal, model_not_found, parse_model
+from exo.worker.router import NO_REMOTE_HOSTS, Refusal, adapter_not_found, model_not_found, parse_model
 from exo.worker.router import route as decide
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.speed_store import SpeedStore
@@ -24,9 +24,11 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     catalogue = catalogue_of(settings)
     known: list[SpeedAtLoad] = []
     wish = parse_model(model)
-    card = catalogue.get(wish.name)
+    card, adapter = catalogue.with_adapter(wish.name)
     if card is None:
         decision = model_not_found(wish.name, catalogue.suggest(wish.name))
+    elif adapter and adapter not in card.adapters:
+        decision = adapter_not_found(card, adapter)
     else:
         host, speeds = anyio.run(probe_host), SpeedStore(settings.speeds_file)
         remote = NO_REMOTE_HOSTS
@@ -37,7 +39,10 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
         speeds.set_host(host)
         known = known_speeds(speeds, card)
         preference = speeds.preference(card, card.prefer or settings.prefer, load=1, now=time.time())
-        decision = decide(wish.runner, card, host, (), card.needs, preference=preference, remote=remote)
+        adapters = (adapter,) if adapter else ()
+        decision = decide(
+            wish.runner, card, host, (), card.needs, preference=preference, adapters=adapters, remote=remote
+        )
     if isinstance(decision, Refusal):
         code = ExitCode.NOT_FOUND if decision.code == "model_not_found" else ExitCode.FAILED
         if as_json:

@@ -159,7 +159,7 @@ class Generation:
         self.n_choices = self.request.choices
         self.place: Place  # in the queue of the model; it exists once ``running`` is entered
         self._services = services
-        self._model = model
+        self._model = model.with_adapters(request.adapters)
         self._prompt_logprobs = 0
 
     @asynccontextmanager
@@ -296,7 +296,7 @@ class Generation:
             "prompt_logprobs": "logprobs",
             "stop_tokens": "stop_token_ids",
             "allowed": "allowed_token_ids",
-            "adapter": "model",
+            "adapters": "lora" if request.adapters else "model",
         }
         failed, member = naming_tools(error.failed, request), prompt if len(request.prompts) > 1 else None
         return from_failed(failed, params=names, retry_seconds=error.retry_seconds, member=member)
@@ -331,7 +331,7 @@ class Generation:
                 logprobs=request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
                 show_special=each.special,
-                adapter=self._model.adapter,
+                adapters=self._model.adapters,
                 exact=request.seed is not None,
             )
             sequences.append(first)

@@ -77,6 +77,15 @@ class Infill:
     suffix_param: str = "suffix"
 
 
+@dataclass(frozen=True, slots=True)
+class WantedAdapter:
+    """An adapter that a request names by its number in the model's list or, without one, by its name."""
+
+    number: int | None
+    name: str
+    scale: float
+
+
 Prompt = Conversation | Infill | str | tuple[int | str, ...]
 """In a text, control tokens are special. Token ids may be mixed with texts."""
 
@@ -113,6 +122,8 @@ class GenerationRequest:
     context_param: str = "num_ctx"
     keep_seconds: float | None = None
     """How long the model stays loaded afterwards without being used; None changes nothing."""
+    adapters: tuple[WantedAdapter, ...] = ()
+    """The adapters that the field ``lora`` names."""
     echo: bool = False
     """Whether the reply begins with the prompt, which is text or token ids. With ``logprobs``, it has those of both."""
 
@@ -136,6 +147,8 @@ class GenerationRequest:
             needs["grammar"] = self.constraint.param
         if self.logprobs is not None:
             needs["logprobs"] = self.logprobs_param
+        if any(each.scale for each in self.adapters):
+            needs["adapter_scales"] = "lora"
         return needs
 
 

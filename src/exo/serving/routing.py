@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from exo.cards.card import ModelCard
@@ -11,7 +11,9 @@ from exo.serving.admission import Queues
 from exo.serving.affinity import PrefixAffinity
 from exo.serving.errors import RequestError, from_refusal, unknown_model
 from exo.serving.hosts.prober import HostProber
+from exo.serving.request import WantedAdapter
 from exo.worker.host import Host
+from exo.worker.protocol.commands import UsedAdapter
 from exo.worker.protocol.runners import Need, Prefer
 from exo.worker.router import (
     NO_REMOTE_HOSTS,
@@ -33,16 +35,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RequestedModel:
-    """The model card of a request, and the runner and the adapter if the request names them."""
+    """The model card of a request, and the runner and the adapter if the request's ``model`` names them."""
 
     card: ModelCard
     runner: str | None
     adapter: str = ""
+    adapters: tuple[UsedAdapter, ...] = ()
+    """The adapters to use: that one, or those of another field of the request."""
 
     @property
     def name(self) -> str:
         """The model's name in replies."""
         return f"{self.card.model_id}:{self.adapter}" if self.adapter else self.card.model_id
+
+    def with_adapters(self, wanted: Sequence[WantedAdapter]) -> "RequestedModel":
+        """The model with the adapters that a request's field ``lora`` names. Raises RequestError."""
+        if wanted and self.adapter:
+            raise _wrong("lora", f"the model has the adapter {self.adapter!r} already; name {self.card.model_id} alone")
+        numbers = dict(enumerate(self.card.adapters))
+        used: dict[str, UsedAdapter] = {}
+        for at, each in enumerate(wanted):
+            name = each.name if each.number is None else numbers.get(each.number, "")
+            if name not in self.card.adapters:
+                known = ", ".join(f"{name} (id {number})" for number, name in numbers.items()) or "none"
+                raise _wrong(f"lora.{at}", f"{self.card.model_id} has no such adapter; it has {known}")
+            if name in used:
+                raise _wrong(f"lora.{at}", f"the adapter {name!r} is there twice")
+            used[name] = UsedAdapter(name=name, scale=each.scale)
+        return replace(self, adapters=tuple(each for each in used.values() if each.scale)) if wanted else self
+
+
+def _wrong(param: str, why: str) -> RequestError:
+    return RequestError(f"{param}: {why}", code="invalid_value", param=param)
 
 
 @final
@@ -78,20 +102,15 @@ class Routing:
     def resolve(self, model: str, tag: str = "") -> RequestedModel:
         """Finds a request's model: a model id or alias, then perhaps ":adapter" and "@runner"; ``tag`` as in ``parse``.
 
-        A model id or alias may contain colons, and precedes one with an adapter. An empty ``model`` means the only
-        loaded model, or else the only known one. Raises ``ServingError``.
+        An empty ``model`` means the only loaded model, or else the only known one. Raises ``ServingError``.
         """
         name, runner = self.parse(model or self._only_model(), tag)
-        catalogue = self._cards.known
-        if (card := catalogue.get(name)) is not None:
-            return RequestedModel(card, runner)
-        base, _, adapter = name.rpartition(":")
-        card = catalogue.get(base)
-        if card is None or not card.adapters:
-            raise unknown_model(name, catalogue.suggest(name))
-        if adapter not in card.adapters:
+        card, adapter = self._cards.known.with_adapter(name)
+        if card is None:
+            raise unknown_model(name, self._cards.known.suggest(name))
+        if adapter and adapter not in card.adapters:
             raise from_refusal(adapter_not_found(card, adapter))
-        return RequestedModel(card, runner, adapter)
+        return RequestedModel(card, runner, adapter, (UsedAdapter(name=adapter),) if adapter else ())
 
     def _only_model(self) -> str:
         loaded = sorted({each.model_id for each in self._pool.live()})
@@ -138,7 +157,8 @@ class Routing:
         live, failing = self._pool.live_for(card), self._pool.avoided(card)
         needs = card.needs if needs is None else needs
         remote = NO_REMOTE_HOSTS if self._links is None else self._remote(self._links, card, prefixes)
-        return route(model.runner, card, host, live, needs, failing, preference, model.adapter, remote)
+        names = tuple(each.name for each in model.adapters)
+        return route(model.runner, card, host, live, needs, failing, preference, names, remote)
 
     def _remote(self, links: "HostLinks", card: ModelCard, prefixes: Sequence[bytes]) -> RemoteHosts:
         up = links.up

@@ -149,7 +149,7 @@ def route(
     needs: Mapping[Need, str],
     failing: Collection[str] = (),
     preference: Preference | None = None,
-    adapter: str = "",
+    adapters: Sequence[str] = (),
     remote: RemoteHosts | None = None,
 ) -> Route | Refusal:
     """Chooses the runner of a request.
@@ -157,7 +157,7 @@ def route(
     ``wish`` is the runner that the request names, if any. ``needs`` maps each need of the request to the parameter that
     causes it. The order of ``live`` does not matter. ``failing`` are places where runners keep dying with this model;
     they are the last resort. With a ``preference``, measured speed decides between runners that have loaded the model.
-    ``adapter`` is one of the card's, if the request names one. ``remote`` are the other machines; None asks about this
+    ``adapters`` are those of the card that the request uses. ``remote`` are the other machines; None asks about this
     one alone, whatever hosts the card names.
     """
     if wish is not None and wish not in RUNNERS:
@@ -168,14 +168,14 @@ def route(
             f"{card.model_id} is for {', '.join(card.tasks) or 'nothing'}; this request needs {' or '.join(tasks)}"
         )
         return Refusal("unsupported_task", message, "model")
-    if adapter and tasks is not _GENERATION:
-        message = f"adapters change generated text only; name {card.model_id} without {adapter!r}"
+    if adapters and tasks is not _GENERATION:
+        message = f"adapters change generated text only; name {card.model_id} without {adapters[0]!r}"
         return Refusal("unsupported_parameter", message, "model")
     mine = [each for each in live if each.model_id == card.model_id and each.state not in _GONE]
     places = [("", host)] if remote is None else _places(card, host, remote)
     remote = remote or NO_REMOTE_HOSTS
     candidates = [
-        _examine(backend, wish, card, each, name, mine, needs, adapter)
+        _examine(backend, wish, card, each, name, mine, needs, adapters)
         for backend in card.backends
         for name, each in places
     ]
@@ -271,7 +271,7 @@ def _examine(
     name: str,
     mine: Sequence[LiveRunner],
     needs: Mapping[Need, str],
-    adapter: str,
+    adapters: Sequence[str],
 ) -> _Candidate:
     """``name`` is the host's, empty for this machine."""
     runner = next((name for name, spec in RUNNERS.items() if backend in spec.backends), "")
@@ -291,8 +291,9 @@ def _examine(
     lacking = min(_lacking(offer, needs) for offer in offers or [_features(runner, card)])
     if lacking:
         return _Candidate(backend, runner, "needs", f"does not support {lacking[0]}", lacking[0], name)
-    if adapter and runner not in card.adapters.get(adapter, ()):
-        why = f"has no adapter {adapter!r} in [{runner}] of the model card"
+    absent = next((each for each in adapters if runner not in card.adapters.get(each, ())), None)
+    if absent is not None:
+        why = f"has no adapter {absent!r} in [{runner}] of the model card"
         return _Candidate(backend, runner, "adapter", why, host=name)
     return _Candidate(backend, runner, host=name)
 

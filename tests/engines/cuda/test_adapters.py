@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import Estimate, Generate, Load
+from exo.worker.protocol.commands import Estimate, Generate, Load, UsedAdapter
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.estimate import estimate
 from tests.support.program import Program, ask, names
@@ -68,16 +68,22 @@ def _written(folder: Path, shape: Shape, backend: str, running: ExitStack) -> Se
 def asked(adapter: str, prompt: str | list[int] = "once upon a time", max_tokens: int = 16, seed: int = 0) -> Generate:
     """Every other seed samples at temperature 1."""
     request = ask(next(NAME), prompt, max_tokens=max_tokens, seed=seed, temperature=seed % 2)
-    return request.model_copy(update={"adapter": adapter})
+    return using(request, **({adapter: None} if adapter else {}))
+
+
+def using(request: Generate, **scales: float | None) -> Generate:
+    used = tuple(UsedAdapter(name=name, scale=scale) for name, scale in scales.items())
+    return request.model_copy(update={"id": next(NAME), "adapters": used})
 
 
 def words(seed: int, length: int) -> list[int]:
     return [97 + (seed + index) * (index + 7) % 23 for index in range(length)]
 
 
-def logprobs(program: Program, adapter: str) -> np.ndarray:
-    """The log-probability of each token in the first place."""
+def logprobs(program: Program, adapter: str = "", **scales: float) -> np.ndarray:
+    """The log-probability of each token in the first place, with one adapter or with those of ``scales``."""
     request = asked(adapter, max_tokens=1).model_copy(update={"logprobs": 20})
+    request = using(request, **scales) if scales else request
     (found,) = program.generate(request)[0].logprobs
     return np.array([each.logprob for each in sorted(found.top, key=lambda each: each.token)])
 
@@ -96,6 +102,47 @@ def test_an_adapter_changes_the_logits_in_proportion_to_its_scale(setup: Setup) 
     np.testing.assert_allclose(twice, alpha, atol=1e-4)
     assert not np.allclose(half, base, atol=0.05)
     assert not np.allclose(twice, half, atol=0.05)
+
+
+def test_a_request_states_scales_and_uses_several_adapters(setup: Setup) -> None:
+    """A scale takes the place of the card's. Two adapters together are one that adds what both add."""
+    write_gguf_adapter(setup.folder / "sum.gguf", setup.shape, 1, also=2, alpha=2 * RANK)
+    names = {"one": "one", "half": "one", "two": "two", "sum": "sum"}
+    cards: list[JsonValue] = [
+        {"name": name, "path": str(setup.folder / f"{file}.gguf"), "scale": 0.5 if name == "half" else 1}
+        for name, file in names.items()
+    ]
+    program = setup.start(lora=cards)
+    assert np.array_equal(logprobs(program, one=0, two=0), logprobs(program))
+    for scaled in ({"one": 0.5}, {"half": 0.5}):
+        assert np.array_equal(logprobs(program, **scaled), logprobs(program, "half"))
+    assert np.array_equal(logprobs(program, one=0.25, half=0.25), logprobs(program, "half"))
+    both = logprobs(program, one=1, two=1)
+    np.testing.assert_allclose(both, logprobs(program, "sum"), atol=1e-4)
+    assert not np.allclose(both, logprobs(program, "one"), atol=0.05)
+
+
+def test_scales_of_others_change_no_text(setup: Setup) -> None:
+    program = setup.start()
+    scales = ({}, {"one": 1.0}, {"one": 0.5}, {"one": 1.0, "two": 0.5}, {"one": 0.5, "two": 1.0})
+    requests = [using(asked("", words(3, 40), 24), **each) for each in scales]
+    alone = [program.generate(each)[0].tokens for each in requests]
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+    together = program.generate(*(each.model_copy(update={"id": next(NAME)}) for each in requests * 2))
+    assert [result.tokens for result in together] == alone * 2
+
+
+def test_a_prefix_is_used_again_with_the_same_scales_only(setup: Setup) -> None:
+    stem, more = words(4, 500), words(5, 30)
+    program = setup.start()
+
+    def cached(prompt: list[int], **scales: float) -> int:
+        return program.generate(using(asked("", prompt), **scales))[0].finished.usage.cached_tokens
+
+    for scales in ({"one": 0.5}, {"one": 1.0, "two": 1.0}, {"one": 1.0}, {}):
+        assert cached(stem, **scales) == 0
+    for scales in ({"one": 0.5}, {"two": 1.0, "one": 1.0}, {"one": 0.0}):
+        assert cached(stem + more, **scales) == len(stem)
 
 
 @pytest.mark.parametrize("slots", [1, 4])

@@ -18,13 +18,22 @@ Pairs = dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]]
 """The matrices A [rank, in] and B [out, rank], by layer and module."""
 
 
-def write_gguf_adapter(path: Path, shape: Shape, seed: int = 1, *, alpha: float = float(RANK)) -> None:
-    """Write an adapter as GGUF. With the default ``alpha``, what it adds is as large as what the modules compute."""
+def write_gguf_adapter(
+    path: Path, shape: Shape, seed: int = 1, *, alpha: float = float(RANK), also: int | None = None
+) -> None:
+    """Write an adapter as GGUF. With the default ``alpha``, what it adds is as large as what the modules compute.
+
+    One with ``also`` adds what the adapters of both seeds add, if ``alpha`` is twice as large.
+    """
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    more = {} if also is None else _pairs(shape, also)
     for (layer, module), (a, b) in _pairs(shape, seed).items():
+        if also is not None:
+            other = more[layer, module]
+            a, b = np.concatenate([a, other[0]]), np.concatenate([b, other[1]], axis=1)
         name = f"blk.{layer}.{BLOCK_NAMES[module]}.weight"
         writer.add_tensor(f"{name}.lora_a", a)
         writer.add_tensor(f"{name}.lora_b", b)

@@ -120,16 +120,19 @@ def digest(card: ModelCard) -> str:
     return sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def listed(name: str, facts: ModelFacts, started: str) -> OllamaModel:
-    """A model in the list, under its model id or an alias."""
+def listed(name: str, facts: ModelFacts, started: str, adapter: str = "") -> OllamaModel:
+    """A model in the list, under its model id or an alias, or one of its adapters."""
     card = facts.card
+    details = OllamaDetails.of(card)
+    if adapter:
+        name, details = f"{name}:{adapter}", details.model_copy(update={"parent_model": card.model_id})
     return OllamaModel(
         name=name,
         model=name,
         modified_at=started,
         size=card.storage_size.in_bytes,
         digest=digest(card),
-        details=OllamaDetails.of(card),
+        details=details,
         downloaded=facts.on_disk,
         found_in=facts.found_in,
     )
@@ -188,12 +191,19 @@ def model_routes(services: Services) -> APIRouter:
 
     @routes.get("/tags")
     async def tags() -> OllamaModels:
-        """Every model, once under its id and once under each alias; those on disk first."""
+        """Every model and adapter, once under the model's id and once under each alias; those on disk first."""
         catalogue = services.cards.known
         named = {name: card for name in (*catalogue.cards, *catalogue.aliases) if (card := catalogue.get(name))}
         facts = await model_facts(services, list(named.values()))
         found = sorted(zip(named, facts, strict=True), key=lambda each: each[1].place)
-        return OllamaModels(models=[listed(name, each, started) for name, each in found])
+        return OllamaModels(
+            models=[
+                listed(name, each, started, adapter)
+                for name, each in found
+                for adapter in ("", *each.card.adapters)
+                if not adapter or f"{name}:{adapter}" not in named
+            ]
+        )
 
     @routes.post("/show", response_model=OllamaShown, openapi_extra=json_body(OllamaShowRequest))
     async def show(request: Request) -> OllamaShown:

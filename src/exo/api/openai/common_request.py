@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_va
 from pydantic_core import to_json
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, few, honoured, invalid
-from exo.serving.request import GenerationRequest, Infill, OutputConstraint
+from exo.serving.request import GenerationRequest, Infill, OutputConstraint, WantedAdapter
 from exo.serving.request import Prompt as AnyPrompt
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.protocol.messages import MAX_LOGPROBS
@@ -29,7 +29,6 @@ UNSUPPORTED: Unsupported = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "length_penalty": (1,),
-    "lora": ([],),
     "modalities": (["text"],),
     "n_probs": (0,),
     "prompt_logprobs": (False,),
@@ -170,6 +169,20 @@ class StructuredOutputs(RequestBody):
         return OutputConstraint("json_schema", _schema_text(self.json_), f"{where}.json")
 
 
+class LoraScale(RequestBody):
+    """An adapter of the model, by its number or its name."""
+
+    id: int | None = Field(default=None, ge=0, description="Its number in the list of /lora-adapters.")
+    name: str = Field(default="", max_length=100, description="Its name in the model card.")
+    scale: float = Field(ge=-100, le=100, description="The factor of what it changes, instead of the model card's.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "LoraScale":
+        if (self.id is None) == (self.name == ""):
+            raise invalid("give either id or name")
+        return self
+
+
 class GenerationFields(RequestBody):
     """Common fields of both endpoints. If a request does not set one, the model card decides, then the default."""
 
@@ -238,6 +251,12 @@ class GenerationFields(RequestBody):
     )
     guided_grammar: str | None = Field(
         default=None, min_length=1, description="Older name of structured_outputs.grammar."
+    )
+    lora: list[LoraScale] = Field(
+        default=[],
+        max_length=100,
+        description="Adapters to use together, instead of one behind the model's name.",
+        json_schema_extra=honoured("adapter_scales"),
     )
     return_token_ids: bool = Field(default=False, description="Return the ids of the generated tokens.")
     timings_per_token: bool = Field(
@@ -318,6 +337,7 @@ class GenerationFields(RequestBody):
             cache_prompt=self.cache_prompt and self.use_prefix_cache,
             constraint=next(iter(self.constraints), None),
             logprobs=logprobs,
+            adapters=tuple(WantedAdapter(each.id, each.name, each.scale) for each in self.lora),
             echo=echo,
         )
 

@@ -144,6 +144,14 @@ class Sibling(Message):
     seed: int = Field(ge=0, lt=1 << 64)
 
 
+class UsedAdapter(Message):
+    """One of the model's adapters, which changes its weights for a request."""
+
+    name: str
+    scale: float | None = Field(default=None, ge=-100, le=100, allow_inf_nan=False)
+    """The factor of the change; None: the one of the model card or of the adapter's files."""
+
+
 class Generate(Message):
     """One sequence to generate. ``prompt`` is token ids, or text that the runner tokenizes, with BOS where due.
 
@@ -182,8 +190,8 @@ class Generate(Message):
     delivered: tuple[int, ...] = ()
     exact: bool = False
     """The result must be repeatable to the last bit: nothing may change its rounding, such as the number of threads."""
-    adapter: str = ""
-    """The name of one of the model's adapters, which changes its weights for this request; empty for none."""
+    adapters: tuple[UsedAdapter, ...] = ()
+    """Each adapter at most once. Only ``Capabilities.adapter_scales`` allows several of them, or a scale."""
     also: tuple[Sibling, ...] = ()
     """More sequences with the same prompt, which is sent once. None of them has ``delivered`` tokens."""
 

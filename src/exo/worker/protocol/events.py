@@ -46,7 +46,9 @@ class Capabilities(Message):
     rerank: bool = False
     vision: bool = False
     adapters: tuple[str, ...] = ()
-    """The names of the adapters that ``Generate.adapter`` may have."""
+    """The names of the adapters that ``Generate.adapters`` may have."""
+    adapter_scales: bool = False
+    """Whether a request may use several adapters, and give each a scale."""
     model_bytes: int = 0
     kv_type: str = ""
     """The number format of the KV cache, or those of keys and values; empty if it is the model's own."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Need = Literal["grammar", "logprobs", "embeddings", "rerank", "vision"]
+Need = Literal["grammar", "logprobs", "embeddings", "rerank", "vision", "adapter_scales"]
 """A request's needs beyond plain generation. ``Capabilities`` has a field of the same name for each."""
 Prefer = Literal["latency", "throughput"]
 """The aim of a choice between runners: each request's latency, or the tokens a second of all requests together."""
@@ -58,8 +58,8 @@ RUNNERS: dict[str, RunnerSpec] = {
     "cuda": RunnerSpec(
         "exo.worker.runner_cuda",
         ("LlamaCppCuda", "LlamaCppVulkan", "LlamaCppCpu"),
-        frozenset({"grammar", "logprobs", "embeddings", "rerank", "vision"}),
-        keys={"vision": "mmproj"},
+        frozenset({"grammar", "logprobs", "embeddings", "rerank", "vision", "adapter_scales"}),
+        keys={"vision": "mmproj", "adapter_scales": "lora"},
     ),
     "mlx": RunnerSpec(
         "exo.worker.runner_mlx", ("MlxMetal", "MlxCuda", "MlxCpu"), frozenset({"grammar", "logprobs", "embeddings"})

@@ -200,8 +200,7 @@ class FrontEnd(Generic[SequenceT]):
         except PictureError as error:
             self._emitter.put(Refused(refused(request.id, "prompt", str(error))))
             return
-        able = engine.capabilities
-        if wrong := refusal(request, prepared.prompt, engine.tokenizer.n_vocab, able.context_length, able.adapters):
+        if wrong := refusal(request, prepared.prompt, engine.capabilities):
             self._emitter.put(Refused(wrong))
         elif not engine.capabilities.grammar and (request.grammar is not None or request.reasoning is not None):
             param = "reasoning" if request.grammar is None else "grammar"

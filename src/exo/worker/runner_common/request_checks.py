@@ -1,6 +1,6 @@
 """Checks a request against the loaded model before the engine gets it. All runners refuse in the same words."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from exo.worker.protocol.commands import (
@@ -10,6 +10,7 @@ from exo.worker.protocol.commands import (
     Request,
     Text,
     Tokenize,
+    UsedAdapter,
 )
 from exo.worker.protocol.events import (
     Capabilities,
@@ -27,19 +28,16 @@ from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 from exo.worker.runner_common.pictures import has_pictures
 
 
-def refusal(
-    request: Generate, prompt: Sequence[int], vocabulary: int, n_ctx: int, adapters: Collection[str] = ()
-) -> Failed | None:
+def refusal(request: Generate, prompt: Sequence[int], able: Capabilities) -> Failed | None:
     """Returns the refusal of a request whose prompt has these token ids; None if it can be served.
 
-    Ids below 0 stand for pictures. ``vocabulary`` is the number of the model's tokens, ``n_ctx`` the most tokens of one
-    sequence. ``adapters`` are the names of the model's adapters.
+    Ids below 0 stand for pictures.
     """
+    vocabulary, n_ctx = able.vocabulary, able.context_length
     if not prompt:
         return refused(request.id, "prompt", "it is empty; at least one token is needed")
-    if request.adapter and request.adapter not in adapters:
-        known = f"accepted are {', '.join(adapters)}" if adapters else "the model has none here"
-        return refused(request.id, "adapter", f"there is no adapter {request.adapter!r}; {known}")
+    if wrong := _wrong_adapters(request.adapters, able):
+        return refused(request.id, "adapters", wrong)
     tokens = {
         "prompt": () if has_pictures(request.prompt) else prompt,
         "logit_bias": request.sampling.logit_bias,
@@ -68,6 +66,19 @@ def refusal(
         )
         return _overflow(request.id, "prompt", message, len(prompt), n_ctx)
     return None
+
+
+def _wrong_adapters(used: Sequence[UsedAdapter], able: Capabilities) -> str:
+    names = [each.name for each in used]
+    for name in names:
+        if name not in able.adapters:
+            known = f"accepted are {', '.join(able.adapters)}" if able.adapters else "the model has none here"
+            return f"there is no adapter {name!r}; {known}"
+        if names.count(name) > 1:
+            return f"{name!r} is used twice"
+    if not able.adapter_scales and (len(used) > 1 or any(each.scale is not None for each in used)):
+        return "only one adapter can be used here, with its own scale"
+    return ""
 
 
 def picture_refusal(request: Request, capabilities: Capabilities) -> Failed | None:

@@ -42,6 +42,11 @@ def ends_at(request: Generate, n_prompt: int) -> int:
     return NEVER if request.ignore_eos else n_prompt + request.min_tokens
 
 
+def adapter_name(request: Generate) -> str:
+    """Returns the name of the only adapter that a request may have here; empty if it has none."""
+    return request.adapters[0].name if request.adapters else ""
+
+
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """Returns how many leading tokens two texts share."""
     differences = (at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_cuda.adapter_key import adapters_of
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
 from exo.worker.runner_cuda.loading.options import CudaOptions
@@ -98,8 +99,8 @@ class Model:
         names = {each.logged: each.name for each in devices}
         self.layers = {names.get(place, place): count for place, count in log.layers.items()}
         self.experts_in_ram = log.experts_in_ram
-        self.adapters: dict[str, tuple[llama_cpp.llama_adapter_lora_p, float]] = {}
-        """The handle and scale of each adapter, by its key."""
+        self.adapters: dict[str, llama_cpp.llama_adapter_lora_p] = {}
+        """The handle of each adapter, by what identifies it in an ``adapter_key``."""
         self.can_cut = not llama_cpp.llama_model_is_recurrent(handle) and not llama_cpp.llama_model_is_hybrid(handle)
         """Whether a sequence's last tokens can be removed from the cache."""
         self.window = llama_cpp.llama_model_n_swa(handle)
@@ -125,15 +126,14 @@ class Model:
                 return None if length < 0 else buffer.value.decode(errors="replace")
             size = length + 1
 
-    def add_adapter(self, path: Path, key: str, scale: float, log: Log) -> None:
-        """Loads an adapter, which ``Context.use_adapter`` knows by its key. Contexts must be made later.
-
-        Raises LoadError.
-        """
+    def add_adapter(self, path: Path, identity: str, log: Log) -> None:
+        """Loads an adapter, unless it is loaded. Contexts must be made later. Raises LoadError."""
+        if identity in self.adapters:
+            return
         handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
         if not handle:
             raise load_failure(f"llama.cpp could not load the adapter {path}", log)
-        self.adapters[key] = handle, scale
+        self.adapters[identity] = handle
 
     def free(self) -> None:
         """Frees the model and its adapters. Call it after every context over this model is freed."""
@@ -242,7 +242,7 @@ class Context:
         """Whether some layers keep only a window of cells or a recurrent state, also in a saved state."""
         self.rollback = sys.maxsize if model.can_cut else llama_cpp.llama_n_rs_seq(handle)
         """The most tokens of the last step that can be removed from a slot."""
-        self._adapter = ""
+        self._adapters = ""
         self.position: Callable[[int, int], int] = lambda _, length: length
         """Returns the position after a slot's first so many tokens. A picture's tokens may share positions."""
         self._aside = options.slots  # the sequence that holds cells which are aside
@@ -280,17 +280,16 @@ class Context:
         address = llama_cpp.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(address, shape=(n_outputs, self.n_vocab))
 
-    def use_adapter(self, key: str) -> None:
-        """Has the next steps computed with an adapter, or without one if the key is empty."""
-        if key == self._adapter:
+    def use_adapters(self, key: str) -> None:
+        """Has the next steps computed with the adapters of an ``adapter_key``, or without any if it is empty."""
+        if key == self._adapters:
             return
-        handles, scales = None, None
-        if key:
-            handle, scale = self._model.adapters[key]
-            handles, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(handle), (ctypes.c_float * 1)(scale)
+        used = adapters_of(key)
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(used))(*(self._model.adapters[each] for each, _ in used))
+        scales = (ctypes.c_float * len(used))(*(scale for _, scale in used))
         # The bindings declare the array without the type of its elements.
-        llama_cpp.llama_set_adapters_lora(self.handle, handles, int(bool(key)), scales)  # pyright: ignore[reportUnknownMemberType]
-        self._adapter = key
+        llama_cpp.llama_set_adapters_lora(self.handle, handles, len(used), scales)  # pyright: ignore[reportUnknownMemberType]
+        self._adapters = key
 
     def use_threads(self, one_row: int, more: int) -> None:
         """Sets the number of CPU threads for steps of one row and for steps of more."""

@@ -87,7 +87,7 @@ class CudaEngine:
                 continue
             n_outputs = self._fill(step)
             self._sampling.prepare(step)
-            self._context.use_adapter(step.adapter)
+            self._context.use_adapters(step.adapter)
             exact = any(chunk.sequence.exact for chunk in step.chunks)
             self._context.use_threads(*self._threads.counts(exact=exact))
             began = time.perf_counter()

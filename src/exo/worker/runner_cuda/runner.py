@@ -2,13 +2,14 @@
 
 from functools import partial
 
-from exo.worker.protocol.commands import Generate, Load
+from exo.worker.protocol.commands import Generate, Load, UsedAdapter
 from exo.worker.protocol.events import Failed
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.pictures import has_pictures
 from exo.worker.runner_common.sequence import ends_at
+from exo.worker.runner_cuda.adapter_key import Scaled, adapter_key
 from exo.worker.runner_cuda.bindings import EngineError
 from exo.worker.runner_cuda.engine import CudaEngine
 from exo.worker.runner_cuda.loading.estimate import estimate, with_choice
@@ -73,13 +74,18 @@ def _prepare(loaded: Loaded, request: Generate) -> Prepared[Sequence]:
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
             cache_prompt=request.cache_prompt,
-            adapter=loaded.adapters[request.adapter] if request.adapter else "",
+            adapter=adapter_key(_scaled(loaded, each) for each in request.adapters),
             exact=request.exact or bool(request.delivered),
             pictures=pictures,
             boundaries=[at for at, token in enumerate(prompt) if tokenizer.is_control(token)],
         )
 
     return Prepared(prompt, new_sequence)
+
+
+def _scaled(loaded: Loaded, used: UsedAdapter) -> Scaled:
+    identity, scale = loaded.adapters[used.name]
+    return identity, scale if used.scale is None else used.scale
 
 
 def _explain(error: Exception) -> Failed | None:

@@ -36,8 +36,8 @@ class Scheduler:
       the context has room for its logits only.
     - Tokens of a picture are computed once it is encoded, in a step of their own. Meanwhile, other prompts and streams
       go on.
-    - The sequences of a step have the same adapter. Each round of decode steps, between which no prompt is computed,
-      has one for each adapter.
+    - The sequences of a step have the same adapters. Each round of decode steps, between which no prompt is computed,
+      has one for each combination of adapters.
     - Drafts, which ``speculation`` makes, are verified only while no prompt is being prefilled.
     - With a ``pool``, a sequence enters when its prompt and its longest output fit beside what the others have by then,
       and none overtakes one that does not fit. If cells run out, free slots give up theirs, then the sequence that came

@@ -40,7 +40,7 @@ class Sequence:
     prompt_logprobs: int | None = None
     cache_prompt: bool = True
     adapter: str = ""
-    """The key of the adapter that the sequence is computed with; empty for none."""
+    """The ``adapter_key`` of the adapters that the sequence is computed with; empty for none."""
     exact: bool = False
     """Whether the number of threads must not change its rounding."""
     drafter: Drafter | None = None

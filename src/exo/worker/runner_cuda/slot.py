@@ -20,7 +20,7 @@ class Slot:
     exact: int = sys.maxsize
     """The number of leading tokens whose cells were computed after the tokens that precede them now."""
     adapter: str = ""
-    """The key of the adapter with which the cells were computed; empty if there was none."""
+    """The key of the adapters with which the cells were computed; empty if there were none."""
 
     @property
     def tokens(self) -> list[int]:

@@ -47,7 +47,7 @@ class Step:
     A mixed batch would gain nothing: llama.cpp joins only as many rows of each sequence as all have, so it would
     compute the two parts one after the other, and every row would attend to as many cells as the longest sequence has.
     Tokens of a picture have a step of their own, since they are computed from vectors. The sequences of a step have the
-    same adapter, because a context has one for all rows.
+    same adapters, because a context has them for all rows.
     """
 
     chunks: list[Chunk]
@@ -59,7 +59,7 @@ class Step:
 
     @property
     def adapter(self) -> str:
-        """The key of the adapter that all its sequences are computed with."""
+        """The key of the adapters that all its sequences are computed with."""
         return self.chunks[0].sequence.adapter
 
     @property

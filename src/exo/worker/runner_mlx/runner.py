@@ -9,7 +9,7 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.output_processor import Emitter
-from exo.worker.runner_common.sequence import ends_at
+from exo.worker.runner_common.sequence import adapter_name, ends_at
 from exo.worker.runner_mlx.engine import MlxEngine
 from exo.worker.runner_mlx.loading.estimate import estimate, with_choice
 from exo.worker.runner_mlx.loading.loader import load
@@ -67,7 +67,7 @@ def _prepare(tokenizer: TransformersTokenizer, adapters: Sequence[str], request:
             ends=tokenizer.eog_tokens,
             ends_at=ends_at(request, len(prompt)),
             constraint=constraint,
-            adapter=adapters.index(request.adapter),
+            adapter=adapters.index(adapter_name(request)),
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
             cache_prompt=request.cache_prompt,

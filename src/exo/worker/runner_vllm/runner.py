@@ -8,7 +8,7 @@ from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
 from exo.worker.runner_common.output_processor import Emitter
 from exo.worker.runner_common.pictures import has_pictures
-from exo.worker.runner_common.sequence import ends_at
+from exo.worker.runner_common.sequence import adapter_name, ends_at
 from exo.worker.runner_vllm.engine import VllmEngine
 from exo.worker.runner_vllm.estimate import estimate, with_choice
 from exo.worker.runner_vllm.loader import VllmLoaded, load
@@ -63,7 +63,7 @@ def _prepare(loaded: VllmLoaded, request: Generate) -> Prepared[VllmSequence]:
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
             cache_prompt=request.cache_prompt,
-            adapter=request.adapter,
+            adapter=adapter_name(request),
             pictures=seen.pictures,
         )
 

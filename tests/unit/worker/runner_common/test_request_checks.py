@@ -22,6 +22,19 @@ from tests.support.program import ask
 N_CTX = 10
 
 
+def capable(*, embeddings: bool = False, rerank: bool = False, n_ctx: int = N_CTX) -> Capabilities:
+    return Capabilities(
+        engine="x",
+        engine_version="1",
+        backend="x",
+        context_length=n_ctx,
+        slots=1,
+        vocabulary=SIZE,
+        embeddings=embeddings,
+        rerank=rerank,
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "prompt", "param", "reason"),
     [
@@ -36,7 +49,7 @@ N_CTX = 10
 def test_a_request_that_cannot_be_served_is_refused_by_its_field(
     change: dict[str, object], prompt: list[int], param: str, reason: str
 ) -> None:
-    failed = refusal(ask("a").model_copy(update=change), prompt, SIZE, N_CTX)
+    failed = refusal(ask("a").model_copy(update=change), prompt, capable())
     assert failed is not None
     assert (failed.id, failed.code, failed.param) == ("a", "invalid_request", param)
     assert failed.message.startswith(f"{param}: ")
@@ -44,14 +57,14 @@ def test_a_request_that_cannot_be_served_is_refused_by_its_field(
 
 
 def test_a_bias_of_a_token_that_is_not_there_is_refused() -> None:
-    failed = refusal(ask("a", logit_bias={SIZE: 1.0}), [1], SIZE, N_CTX)
+    failed = refusal(ask("a", logit_bias={SIZE: 1.0}), [1], capable())
     assert failed is not None
     assert (failed.code, failed.param) == ("invalid_request", "logit_bias")
 
 
 def test_a_prompt_must_leave_room_for_one_token() -> None:
-    assert refusal(ask("a"), [0] * (N_CTX - 1), SIZE, N_CTX) is None
-    failed = refusal(ask("a"), [0] * N_CTX, SIZE, N_CTX)
+    assert refusal(ask("a"), [0] * (N_CTX - 1), capable()) is None
+    failed = refusal(ask("a"), [0] * N_CTX, capable())
     assert failed is not None
     assert (failed.code, failed.param) == ("context_length_exceeded", "prompt")
     assert "the prompt has 10 tokens, but the context holds 10" in failed.message
@@ -61,20 +74,7 @@ def test_a_prompt_must_leave_room_for_one_token() -> None:
 def test_the_last_token_of_the_vocabulary_and_the_longest_scored_prompt_are_served() -> None:
     long = [SIZE - 1] * (MAX_PROMPT_LOGPROBS // 2)
     request = ask("a", logit_bias={SIZE - 1: 1.0}).model_copy(update={"prompt_logprobs": 1})
-    assert refusal(request, long, SIZE, len(long) + 1) is None
-
-
-def capable(*, embeddings: bool, rerank: bool) -> Capabilities:
-    return Capabilities(
-        engine="x",
-        engine_version="1",
-        backend="x",
-        context_length=N_CTX,
-        slots=1,
-        vocabulary=SIZE,
-        embeddings=embeddings,
-        rerank=rerank,
-    )
+    assert refusal(request, long, capable(n_ctx=len(long) + 1)) is None
 
 
 EMBED = Embed(id="a", prompt=(Text(text="x"),))

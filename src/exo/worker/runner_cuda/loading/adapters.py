@@ -26,10 +26,9 @@ class Adapter:
     header: GgufHeader
 
     @property
-    def key(self) -> str:
-        """Identifies the adapter with its scale: what is computed with it depends on nothing else of it."""
-        text = json.dumps([identity(self.path), self.scale])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+    def identity(self) -> str:
+        """Identifies the file."""
+        return hashlib.sha256(json.dumps(identity(self.path)).encode()).hexdigest()[:32]
 
 
 def find_adapters(command: Load, options: CudaOptions, headers: Sequence[GgufHeader]) -> list[Adapter]:

@@ -14,6 +14,7 @@ from exo.worker.protocol.validation import describe
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import USABLE
 from exo.worker.runner_common.model_files.gguf import quality_notes
+from exo.worker.runner_cuda.adapter_key import Scaled, adapter_key
 from exo.worker.runner_cuda.bindings import Context, Model, Rows, engine_version
 from exo.worker.runner_cuda.cell_pool import IDLE_STEPS_ON_GPU, CellPool
 from exo.worker.runner_cuda.embedding import RANKING_HEADS, Embedder
@@ -74,8 +75,8 @@ class Loaded:
     threads: Threads
     sight: Sight | None
     """None if the model takes no pictures."""
-    adapters: dict[str, str]
-    """The key of each adapter, by its name."""
+    adapters: dict[str, Scaled]
+    """The model card's adapters, by name."""
 
     def free(self) -> None:
         """Frees the contexts first: they borrow from the model and from the sampler chains."""
@@ -128,7 +129,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
     model = Model(path, options, devices, progress, log, head=head)
     undo.callback(model.free)
     for adapter in adapters:
-        model.add_adapter(adapter.path, adapter.key, adapter.scale, log)
+        model.add_adapter(adapter.path, adapter.identity, log)
     report(Status(state="Loaded", layers_loaded=model.n_layers, total_layers=model.n_layers))
     sizes = chunks(options, on_gpu=on_gpu)
     chunk, budget = sizes.beside, sizes.budget
@@ -199,7 +200,7 @@ def _load(command: Load, report: Callable[[Status], None], undo: ExitStack, *, s
         sampling,
         threads,
         sight,
-        {adapter.name: adapter.key for adapter in adapters},
+        {adapter.name: (adapter.identity, adapter.scale) for adapter in adapters},
     )
 
 
@@ -226,6 +227,7 @@ def _capabilities(
         embeddings=embedder.pooling != "rank",
         rerank=embedder.pooling == "rank",
         adapters=tuple(each.name for each in options.lora) if context.generates else (),
+        adapter_scales=bool(options.lora) and context.generates,
         model_bytes=model.size_bytes,
         kv_type="/".join(dict.fromkeys((options.cache_type_k, options.cache_type_v))),
         layers=model.layers,
@@ -291,16 +293,16 @@ def _has_tensor(path: Path, names: Collection[str]) -> bool:
 def _warm_up(context: Context, embedder: Embedder, score: bool, adapters: Iterable[str]) -> None:
     """Computes one token, so that weights are paged in and kernels built before the first request.
 
-    It does so with each adapter as well, because that allocates what the larger graph needs. For an encoder, creates
-    the context for texts instead. Raises LoadError.
+    It does so with all adapters together as well, because that allocates what the largest graph needs. For an encoder,
+    creates the context for texts instead. Raises LoadError.
     """
     if not context.generates:
         if score:
             raise LoadError("model_load_failed", "this model is an encoder, which predicts no next token")
         embedder.open()
         return
-    for key in (*adapters, ""):
-        context.use_adapter(key)
+    for key in dict.fromkeys((adapter_key((each, 1.0) for each in adapters), "")):
+        context.use_adapters(key)
         _decode_one(context)
 
 

@@ -60,7 +60,7 @@ class PrefixHead(BaseModel):
     key: Mapping[str, JsonValue]
     """The model and every setting that the state depends on."""
     adapter: str = ""
-    """The key of the adapter that it was computed with; empty if there was none."""
+    """The key of the adapters that it was computed with; empty if there were none."""
     n_tokens: Length
     least: Length
     """See ``host_tier.Saved``."""
