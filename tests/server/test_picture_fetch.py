@@ -21,10 +21,18 @@ class Files(BaseHTTPRequestHandler):
     """One picture, and paths that lead elsewhere. ``asked`` are the paths of all requests."""
 
     asked: list[str] = []  # noqa: RUF012 - one list for the server's life
+    inside = ""
+    """The host to which "/inside" leads."""
+    gone = threading.Event()
+    """"/silent" answers once it is set."""
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         targets = {"/moved": "/cat.png", "/round": "/round", "/away": "http://other.example/cat.png"}
+        targets["/inside"] = f"http://{self.inside}/cat.png"
+        if self.path == "/silent":
+            self.gone.wait()
+            return
         if (target := targets.get(self.path)) is not None:
             self.send_response(302)
             self.send_header("location", target)
@@ -107,6 +115,27 @@ async def test_an_allowed_name_with_a_private_address_is_not_asked(host: str) ->
     with pytest.raises(FetchError, match="the host has an address of a private network"):
         await fetch(f"http://{host}/cat.png", [host])
     assert Files.asked == []
+
+
+async def test_a_redirect_to_an_allowed_name_with_a_private_address_is_not_followed(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([True, False])
+    with files() as other:
+        monkeypatch.setattr(Files, "inside", other)
+        Files.asked.clear()
+        with pytest.raises(FetchError, match="the host has an address of a private network"):
+            await fetch(f"http://{host}/inside", [host, other], lambda _: next(answers))
+    assert Files.asked == ["/inside"]
+
+
+async def test_a_host_that_does_not_answer_is_given_up(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exo.serving.pictures.fetch._SECONDS", 0.5)
+    try:
+        with pytest.raises(FetchError, match=r"did not come within 0\.5 s"):
+            await get(host, "/silent")
+    finally:
+        Files.gone.set()
 
 
 def test_the_server_names_the_part_and_asks_nobody(host: str, tmp_path: Path) -> None:

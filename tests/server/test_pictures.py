@@ -1,5 +1,7 @@
 """Pictures in requests: every dialect's forms, what is refused and how, and histories with models that see nothing."""
 
+import json
+import zlib
 from base64 import b64encode
 from collections.abc import Generator
 
@@ -24,7 +26,7 @@ from tests.support.picture_requests import (
     responses,
     text_of,
 )
-from tests.support.pictures import picture_file, random_png
+from tests.support.pictures import picture_file, png_of, random_png
 
 SEES, BLIND = "fake/sees", "fake/blind"
 
@@ -86,6 +88,7 @@ def test_a_model_that_sees_nothing_refuses_a_picture_by_its_field(http: httpx.Cl
         ("", "is none of PNG, JPEG, WEBP, GIF"),
         (b64encode(b"<svg></svg>").decode(), "is none of PNG, JPEG, WEBP, GIF"),
         (b64encode(random_png(1)[:200]).decode(), "cannot be decoded"),
+        (b64encode(png_of(20_000, 20_000, zlib.compress(bytes(1 << 20)))).decode(), "has 20000 x 20000 pixels"),
     ],
 )
 def test_a_broken_picture_is_refused_by_its_field(
@@ -94,6 +97,13 @@ def test_a_broken_picture_is_refused_by_its_field(
     message = refused(http, make(data, SEES))
     assert message.startswith(f"{field}: the picture ")
     assert reason in message
+
+
+@pytest.mark.parametrize("make", [chat, responses, messages])
+def test_a_stated_type_that_is_none_of_the_accepted_is_refused(http: httpx.Client, make: Make) -> None:
+    path, body = make(CAT, SEES)
+    named = json.loads(json.dumps(body).replace("image/png", "image/svg+xml"))
+    assert "accepted types are image/png, image/jpeg, image/webp and image/gif" in refused(http, (path, named))
 
 
 def user(*parts: Json) -> tuple[str, Json]:

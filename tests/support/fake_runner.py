@@ -264,7 +264,7 @@ class FakeRunner:
         if self.capabilities is None:
             self.emit(Failed(id=request.id, code="invalid_request", message="the model is not loaded yet"))
             return
-        if refused := refusal(request, prompt, self.capabilities.vocabulary, self.options.n_ctx):
+        if refused := refusal(request, prompt, self.capabilities):
             self.emit(refused)
             return
         limit = length_limit(request, len(prompt), self.options.n_ctx)

@@ -116,6 +116,13 @@ SHAPES: dict[str, Shape] = {
     ),
 }  # fmt: skip
 """By model id."""
+_PROJECTORS = {
+    "google/gemma-3-4b-it": ("gemma3", 896, 14, 851_251_104),
+    "google/gemma-3-12b-it": ("gemma3", 896, 14, 854_200_224),
+    "google/gemma-3-27b-it": ("gemma3", 896, 14, 857_739_168),
+    "Qwen/Qwen3.5-9B": ("qwen3vl_merger", 768, 16, 918_166_080),
+}
+"""Type, pixels of a side and of a patch, and bytes of the files that the built-in model cards name."""
 _DENSE = {"zai-org/GLM-4.7-Flash": 10240}
 
 
@@ -142,6 +149,23 @@ def header(model_id: str) -> GgufHeader:
         data += struct.pack("<I", number)
     fields["tokenizer.ggml.tokens"] = GgufField(_UINT8, shape.vocabulary, len(data))
     return GgufHeader(fields, tuple(_stored(shape, _DENSE.get(model_id, shape.feed_forward))), data)
+
+
+def projector(model_id: str) -> GgufHeader | None:
+    """The header of a model's projector; None without one. One tensor has the bytes of all."""
+    if model_id not in _PROJECTORS:
+        return None
+    kind, side, patch, size = _PROJECTORS[model_id]
+    numbers = {
+        "image_size": side, "patch_size": patch, "embedding_length": 1152, "feed_forward_length": 4304,
+        "attention.head_count": 16,
+    }  # fmt: skip
+    data = struct.pack("<Q", len(kind)) + kind.encode()
+    fields = {"clip.projector_type": GgufField(STRING, None, 0)}
+    for key, number in numbers.items():
+        fields[f"clip.vision.{key}"] = GgufField(UINT32, None, len(data))
+        data += struct.pack("<I", number)
+    return GgufHeader(fields, (GgufTensor("v.all", (size,), 0, 0, size),), data)
 
 
 def _stored(shape: Shape, dense: int) -> Iterator[GgufTensor]:

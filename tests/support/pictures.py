@@ -1,5 +1,7 @@
 """Random pictures, as a prompt has them."""
 
+import struct
+import zlib
 from base64 import b64encode
 from io import BytesIO
 
@@ -34,3 +36,13 @@ def picture_file(kind: str, size: tuple[int, int] = (24, 16), mode: str = "RGB",
     file = BytesIO()
     picture.convert(mode).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}), **options)
     return file.getvalue()
+
+
+def png_of(width: int, height: int, data: bytes) -> bytes:
+    """A PNG of one bit for each pixel whose head says this, whatever follows."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")

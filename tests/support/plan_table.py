@@ -21,7 +21,7 @@ from exo.worker.supervisor.dry_run import decided
 from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from tests import ROOT
-from tests.support.model_shapes import SHAPES, header
+from tests.support.model_shapes import SHAPES, header, projector
 
 GIB = 1 << 30
 PAGE = ROOT / "docs" / "plans.md"
@@ -61,7 +61,8 @@ def estimated(card: ModelCard, gpus: Sequence[int], **table: JsonValue) -> Estim
     model = header(card.model_id)
     poolable = pool_obstacle(options, model) is None
     devices = chosen(options, load.backend, present)
-    return plans(load, options, [model], None, devices, present, poolable=poolable)
+    seeing = projector(card.model_id) if options.mmproj is not None else None
+    return plans(load, options, [model], None, devices, present, seeing, poolable=poolable)
 
 
 @cache
@@ -86,6 +87,8 @@ def _cell(found: PlacementPlan) -> str:
         return "no"
     joined = "share" if found.kv == "pool" else "x"
     text = f"{found.slots} {joined} {found.context_length:,}"
+    if found.settings.get("mmproj_offload") is False:
+        text += "; projector in RAM"
     if found.experts_in_ram:
         text += f"; experts of {found.experts_in_ram} layers in RAM"
     if in_ram := found.layers.get(RAM, 0):

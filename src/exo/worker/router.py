@@ -390,7 +390,8 @@ def _refuse(
         message = f"parameter {param!r} needs {need}, and {subject} do that for {card.model_id} here: {tried}"
         return Refusal("unsupported_parameter", message, param)
     if any(each.hurdle == "adapter" for each in candidates):
-        return Refusal("unsupported_parameter", f"{subject} use that adapter of {card.model_id} here: {tried}", "model")
+        param = needs.get("adapter_scales", "model")
+        return Refusal("unsupported_parameter", f"{subject} use that adapter of {card.model_id} here: {tried}", param)
     absent = dict.fromkeys((each.runner, each.host) for each in candidates if each.hurdle == "host")
     if absent:
         probes = [places[name].probes[runner] for runner, name in absent if runner in places[name].probes]

@@ -114,9 +114,9 @@ def test_a_request_states_scales_and_uses_several_adapters(setup: Setup) -> None
     ]
     program = setup.start(lora=cards)
     assert np.array_equal(logprobs(program, one=0, two=0), logprobs(program))
-    for scaled in ({"one": 0.5}, {"half": 0.5}):
-        assert np.array_equal(logprobs(program, **scaled), logprobs(program, "half"))
-    assert np.array_equal(logprobs(program, one=0.25, half=0.25), logprobs(program, "half"))
+    half = logprobs(program, "half")
+    for same in (logprobs(program, one=0.5), logprobs(program, half=0.5), logprobs(program, one=0.25, half=0.25)):
+        assert np.array_equal(same, half)
     both = logprobs(program, one=1, two=1)
     np.testing.assert_allclose(both, logprobs(program, "sum"), atol=1e-4)
     assert not np.allclose(both, logprobs(program, "one"), atol=0.05)
@@ -124,7 +124,7 @@ def test_a_request_states_scales_and_uses_several_adapters(setup: Setup) -> None
 
 def test_scales_of_others_change_no_text(setup: Setup) -> None:
     program = setup.start()
-    scales = ({}, {"one": 1.0}, {"one": 0.5}, {"one": 1.0, "two": 0.5}, {"one": 0.5, "two": 1.0})
+    scales: list[dict[str, float]] = [{}, {"one": 1}, {"one": 0.5}, {"one": 1, "two": 0.5}, {"one": 0.5, "two": 1}]
     requests = [using(asked("", words(3, 40), 24), **each) for each in scales]
     alone = [program.generate(each)[0].tokens for each in requests]
     assert len({tuple(tokens) for tokens in alone}) == len(alone)
@@ -139,10 +139,10 @@ def test_a_prefix_is_used_again_with_the_same_scales_only(setup: Setup) -> None:
     def cached(prompt: list[int], **scales: float) -> int:
         return program.generate(using(asked("", prompt), **scales))[0].finished.usage.cached_tokens
 
-    for scales in ({"one": 0.5}, {"one": 1.0, "two": 1.0}, {"one": 1.0}, {}):
-        assert cached(stem, **scales) == 0
-    for scales in ({"one": 0.5}, {"two": 1.0, "one": 1.0}, {"one": 0.0}):
-        assert cached(stem + more, **scales) == len(stem)
+    others: list[dict[str, float]] = [{"one": 0.5}, {"one": 1, "two": 1}, {"one": 1}, {}]
+    equal: list[dict[str, float]] = [{"one": 0.5}, {"two": 1, "one": 1}, {"one": 0}]
+    assert [cached(stem, **each) for each in others] == [0] * len(others)
+    assert [cached(stem + more, **each) for each in equal] == [len(stem)] * len(equal)
 
 
 @pytest.mark.parametrize("slots", [1, 4])

@@ -15,6 +15,7 @@ from exo.worker.runner_cuda.speculation.ngram_drafter import Drafter
 from tests.support.edited_gguf import Edit, rewrite
 from tests.support.pictures import random_picture
 from tests.support.program import Program, ask, names, runner_command
+from tests.support.rpc_devices import llama_command
 from tests.support.tiny import Shape, write_gguf
 from tests.support.tiny.gguf_file import write_flat_gguf
 from tests.support.tiny.projector import Kind, Sizes, write_projector
@@ -114,7 +115,10 @@ def test_a_computed_picture_outlasts_the_runner_on_disk(folder: Path, start: Sta
 
 
 def test_streams_go_on_while_a_picture_is_encoded(plain: Path, start: Start) -> None:
-    """The picture takes some 50 billion operations to encode, and a token of the stream some 100,000."""
+    """The picture takes some 50 billion operations to encode, and a token of the stream some 100,000.
+
+    The text before the picture has been computed, and no token of it is, before its encoding has ended.
+    """
     write_projector(
         plain / "mmproj.gguf", "mlp", 64, Sizes(side=448, patch=14, width=1024, feed_forward=4096, heads=16)
     )
@@ -127,9 +131,10 @@ def test_streams_go_on_while_a_picture_is_encoded(plain: Path, start: Start) -> 
     program.send(stream)
     program.until(lambda: n_streamed() > 0)
     program.send(seen)
-    program.until(lambda: seen.id in program.results)
-    before = n_streamed()
-    program.until(lambda: program.results[seen.id].prefill[-1].processed > 1024)
+    program.until(lambda: seen.id in program.results and program.results[seen.id].prefill[-1].processed > 0)
+    text, before = program.results[seen.id].prefill[-1].processed, n_streamed()
+    assert text < 64
+    program.until(lambda: program.results[seen.id].prefill[-1].processed > text)
     assert n_streamed() >= before + 5
     program.cancel(stream.id)
     program.until(program.ended(stream.id, seen.id))
@@ -143,6 +148,27 @@ def test_a_picture_that_is_computed_whole_needs_room(plain: Path, start: Start) 
     assert "picture 1: its 64 tokens are computed in one step, which has at most 32" in refused.failed.message
     (seen,) = start(plain, n_ubatch=64).generate(look("A picture: ", CAT, "What is it?"))
     assert seen.finished.reason == "length"
+
+
+def test_the_library_for_pictures_is_loaded_for_a_card_with_a_projector_only(plain: Path, start: Start) -> None:
+    write_projector(plain / "mmproj.gguf", "mlp", 64)
+    seeing, blind = start(plain), start(plain, mmproj=None)
+    if Path("/proc/self/maps").exists():
+        loaded = ["libmtmd" in Path(f"/proc/{each.process.pid}/maps").read_text() for each in (seeing, blind)]
+        assert loaded == [True, False]
+    failed = blind.generate(look("A picture: ", CAT, "What is it?"))[0].failed
+    assert failed.message == "prompt: this model takes no pictures here"
+
+
+def test_a_projector_in_ram_sees_the_same_beside_a_model_on_a_device(plain: Path) -> None:
+    write_projector(plain / "mmproj.gguf", "mlp", 64)
+    answers: list[list[int]] = []
+    for offload in (True, False):
+        with Program(llama_command("LlamaCppCuda")) as program:
+            program.load(load(plain, mmproj_offload=offload).model_copy(update={"backend": "LlamaCppCuda"}))
+            (result,) = program.generate(look("A picture: ", CAT, "What is it?"))
+            answers.append(result.tokens)
+    assert answers[0] == answers[1]
 
 
 def failure(folder: Path) -> Failed:

@@ -52,6 +52,21 @@ def test_every_built_in_card_for_llama_cpp_has_a_shape_of_its_files_size() -> No
         assert number(found, "context_length") == card.context_length
 
 
+def test_a_model_that_sees_pictures_keeps_its_layers_on_the_gpu(plans: dict[tuple[str, str], PlacementPlan]) -> None:
+    """Whoever sends no picture has the context and the speed that there would be without the projector, or 32,768."""
+    seeing = [card for card in cards() if "mmproj" in card.engines["cuda"]]
+    assert len(seeing) == 4
+    places: set[object] = set()
+    for card, (name, gpus) in product(seeing, GPUS.items()):
+        blind = card.model_copy(update={"engines": {"cuda": {**card.engines["cuda"], "mmproj": None}}})
+        before = decided(card.model_id, "cuda", estimated(blind, gpus), capacity(gpus))
+        after = plans[card.model_id, name]
+        assert after.layers == before.layers, (card.model_id, name)
+        assert after.context_length >= min(USABLE, before.context_length)
+        places.add(after.settings["mmproj_offload"])
+    assert places == {True, False}
+
+
 def number(found: GgufHeader, key: str) -> int:
     return found.integer(f"{found.architecture}.{key}", -1)
 

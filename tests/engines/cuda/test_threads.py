@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from exo.worker.runner_cuda.loading.threads import (
     Threads,
     Trial,
     others_running,
+    task_times,
 )
+from exo.worker.runner_cuda.prefix.state_file import be_nice
 from tests.support.program import DEADLINE_SECONDS
 from tests.support.tiny import Shape, write_gguf
 
@@ -178,3 +181,25 @@ def test_counts_change_no_results_of_several_rows(tmp_path: Path) -> None:
         loaded.context.use_threads(count, count)
         assert logits(loaded.context, tokens) == before
     loaded.free()
+
+
+def test_threads_that_give_way_are_no_sign_of_a_crowded_machine() -> None:
+    ready, done, ids = threading.Barrier(3), threading.Event(), dict[str, str]()
+
+    def wait(name: str) -> None:
+        ids[name] = str(threading.get_native_id())
+        if name == "nice":
+            be_nice()
+        ready.wait()
+        done.wait()
+
+    waiting = [threading.Thread(target=wait, args=(name,)) for name in ("nice", "usual")]
+    for each in waiting:
+        each.start()
+    ready.wait()
+    seen = dict(task_times())
+    done.set()
+    for each in waiting:
+        each.join()
+    assert ids["usual"] in seen or not seen, "some kernels do not tell the times of threads"
+    assert ids["nice"] not in seen

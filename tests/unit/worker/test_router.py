@@ -2,6 +2,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
+from pydantic import JsonValue
 
 from exo.cards.card import ModelCard, Task
 from exo.worker.host import Host
@@ -14,6 +15,7 @@ from tests.support.routing import LIVE, SPECS, able, make_card, make_host
 pytestmark = pytest.mark.usefixtures("several_runners")
 
 REAL = dict(RUNNERS)
+Needs = dict[Need, str]
 
 
 def routed(
@@ -214,6 +216,40 @@ def test_a_picture_needs_a_card_that_names_what_sees_it(monkeypatch: pytest.Monk
     assert (answer.code, answer.param) == ("unsupported_parameter", "messages[0].content[1]")
     seeing = make_card().model_copy(update={"engines": {"cuda": {"mmproj": "mmproj.gguf"}}})
     assert routed(seeing, make_host("LlamaCppCpu"), needs=needs).runner == "cuda"
+
+
+def test_a_picture_goes_to_the_engine_that_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(SPECS["cuda"], features=frozenset({"vision"}), keys={"vision": "mmproj"})
+    monkeypatch.setitem(RUNNERS, "cuda", spec)
+    needs: dict[Need, str] = {"vision": "messages.0.content.0.image_url"}
+    card = make_card(["MlxCpu", "LlamaCppCpu"]).model_copy(update={"engines": {"cuda": {"mmproj": "mmproj.gguf"}}})
+    host = make_host("MlxCpu", "LlamaCppCpu")
+    answer = routed(card, host, needs=needs)
+    assert (answer.runner, "MlxCpu, which does not support vision" in answer.reason) == ("cuda", True)
+    assert routed(card, host).runner == "mlx"
+    blind = refused(card, host, wish="mlx", needs=needs)
+    assert (blind.code, blind.param) == ("unsupported_parameter", "messages.0.content.0.image_url")
+    assert "needs vision, and runner mlx cannot do that" in blind.message
+
+
+def test_scales_of_adapters_go_to_an_engine_that_has_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(SPECS["cuda"], features=frozenset({"adapter_scales"}), keys={"adapter_scales": "lora"})
+    monkeypatch.setitem(RUNNERS, "cuda", spec)
+    lora: list[JsonValue] = [{"name": "sql"}, {"name": "legal"}]
+    engines: dict[str, dict[str, JsonValue]] = {"mlx": {"lora": lora}, "cuda": {"lora": lora[:1]}}
+    card = make_card(["MlxCpu", "LlamaCppCpu"]).model_copy(update={"engines": engines})
+    host, scaled = make_host("MlxCpu", "LlamaCppCpu"), Needs({"adapter_scales": "lora"})
+
+    def chosen(*adapters: str, needs: Needs, wish: str | None = None) -> str:
+        answer = route(wish, card, host, (), needs, adapters=adapters)
+        return answer.runner if isinstance(answer, Route) else f"{answer.param}: {answer.message}"
+
+    assert chosen("sql", needs={}) == chosen("legal", needs={}) == "mlx"
+    assert chosen("sql", needs=scaled) == "cuda"
+    for wish in (None, "cuda"):
+        refusal = chosen("sql", "legal", needs=scaled, wish=wish)
+        assert refusal.startswith("lora: ")
+        assert "has no adapter 'legal' in [cuda] of the model card" in refusal
 
 
 def test_what_a_loaded_model_can_do_counts_more_than_what_its_runner_can_do() -> None:

@@ -28,7 +28,7 @@ class FileState(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     source: str | None = None
-    """The repository with the GGUF file or pattern, or the path."""
+    """The repository with the GGUF file or pattern, or the path; and the projector."""
     state: str | None = None
     """present, partial or absent. None if the model card's table for the runner is broken."""
     bytes: int = 0
@@ -41,8 +41,9 @@ class FileState(BaseModel):
 
     @classmethod
     def of(cls, source: Source, found: OnDisk) -> Self:
+        files = source.path or source.file, source.mmproj
         return cls(
-            source=": ".join(part for part in (source.repo, source.path or source.file) if part) or None,
+            source=": ".join(filter(None, (source.repo, " and ".join(filter(None, files))))) or None,
             state=found.state,
             bytes=found.bytes,
             total=found.total,

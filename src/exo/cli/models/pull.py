@@ -91,7 +91,8 @@ async def _pull(source: Source, store: Store, hub: Hub) -> tuple[PullPlan, OnDis
         planned = await plan(source, hub)
         err.print(
             f"pulling {len(planned.files)} files, {planned.total:,} bytes, of {source.repo}"
-            f" at {planned.revision[:12]} for runner {source.runner}",
+            f" at {planned.revision[:12]} for runner {source.runner}"
+            f"{', the projector for pictures among them' if source.mmproj else ''}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -43,6 +43,8 @@ class Plan:
     """By name; empty where the runner uses the first one or none."""
     tensor_split: tuple[float, ...] | None = None
     """How much goes on each of ``devices``, in proportion to the others; None: as much on each."""
+    projector_on_gpu: bool = True
+    """Whether a model's projector is on a device; without effect where the model is not, or has none."""
 
     @property
     def parts(self) -> int:
@@ -87,6 +89,8 @@ class Open:
     """Whether the plan's slots may also share one KV cache."""
     n_gpu_layers: bool = False
     cpu_moe: bool = False
+    projector: bool = False
+    """Whether the model's projector may be in RAM."""
     experts: tuple[int, ...] = ()
     """Values of ``Plan.cpu_moe``, each of which keeps the experts of one layer more in RAM than the one before."""
     small_cache: str | None = None
@@ -129,8 +133,9 @@ def estimated(
     the largest one of those that may be reduced.
 
     A longer context comes before more slots, as long as there is one slot, or two beyond ``LONG``. A pool, if the slots
-    may share one, takes the place of a single slot. At ``USABLE`` tokens in one slot, or in the pool, the smaller type
-    of the KV cache comes next, then experts in RAM, then fewer layers on the device, then shorter contexts.
+    may share one, takes the place of a single slot. At ``USABLE`` tokens in one slot, or in the pool, the projector
+    leaves the device, and longer contexts are tried again. The smaller type of the KV cache comes next, then experts in
+    RAM, then fewer layers on the device, then shorter contexts.
     ``cache_types`` are those that are smaller than the card's, the largest first.
     """
     describe = describe or _layout
@@ -210,7 +215,10 @@ def _whole(plan: Plan, left: Open) -> Iterator[Plan]:
 
 
 def _reduced(plan: Plan, left: Open) -> Iterator[Plan]:
-    """Plans with what a user notices: a smaller type of the cache, less on the device, a short context."""
+    """Plans with what a user notices: slow pictures, a smaller type of cache, less on the device, a short context."""
+    if left.projector:
+        plan = replace(plan, projector_on_gpu=False)
+        yield from _whole(plan, left)
     lengths, groups = _lengths(plan, left), _groups(plan, left)
     usable = min(lengths[0], max(USABLE, lengths[-1]))
     least = replace(_fewest(plan, left), n_ctx=usable, cache_type=left.small_cache or plan.cache_type)
@@ -290,6 +298,8 @@ def _chosen(plan: Plan, left: Open) -> dict[str, JsonValue]:
         values["n_gpu_layers"] = plan.n_gpu_layers
     if left.cpu_moe:
         values["cpu_moe"] = plan.cpu_moe
+    if left.projector:
+        values["mmproj_offload"] = plan.projector_on_gpu
     if left.small_cache is not None and plan.cache_type is not None:
         values |= {"cache_type_k": plan.cache_type, "cache_type_v": plan.cache_type}
     if left.prefix_caches:

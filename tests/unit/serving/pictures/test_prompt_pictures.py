@@ -1,7 +1,6 @@
 """The decoding of pictures, hostile ones too, and of what models get to see of them."""
 
 import json
-import struct
 import zlib
 from base64 import b64encode
 from io import BytesIO
@@ -14,7 +13,7 @@ from exo.serving.pictures.limits import FORMATS
 from exo.serving.pictures.main import answer, decoded
 from exo.serving.pictures.prompt_pictures import joined
 from exo.worker.protocol.messages import PICTURE_PIXELS
-from tests.support.pictures import picture_file, random_png
+from tests.support.pictures import picture_file, png_of, random_png
 
 
 def shown(file: bytes) -> Image.Image:
@@ -63,24 +62,14 @@ def test_the_same_file_gives_the_same_bytes() -> None:
     assert decoded(picture_file("JPEG")) == decoded(picture_file("JPEG"))
 
 
-def png(width: int, height: int, data: bytes) -> bytes:
-    """A PNG of one bit for each pixel whose head says this, whatever follows."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        (png(20_000, 20_000, zlib.compress(bytes(1 << 20))), "at most"),
-        (png(1 << 31, 1 << 31, b""), ""),
-        (png(3000, 8, zlib.compress(bytes(100))), "one side may be at most 100 times the other"),
-        (png(16, 16, zlib.compress(b"")), "cannot be decoded"),
-        (png(16, 16, b"not compressed"), "cannot be decoded"),
+        (png_of(20_000, 20_000, zlib.compress(bytes(1 << 20))), "at most"),
+        (png_of(1 << 31, 1 << 31, b""), ""),
+        (png_of(3000, 8, zlib.compress(bytes(100))), "one side may be at most 100 times the other"),
+        (png_of(16, 16, zlib.compress(b"")), "cannot be decoded"),
+        (png_of(16, 16, b"not compressed"), "cannot be decoded"),
         (random_png(1)[:-30], "cannot be decoded"),
         (picture_file("JPEG")[:200], ""),
         (picture_file("BMP"), "is none of PNG, JPEG, WEBP, GIF"),

@@ -57,6 +57,23 @@ def test_fewer_layers_on_the_device_are_a_remedy_that_costs_memory_of_the_proces
     assert [each.device for each in estimate.remedies] == [203, 103, 3]
 
 
+def test_a_projector_leaves_the_device_before_layers_do_and_costs_no_context_below_a_usable_one() -> None:
+    def with_projector(plan: Plan) -> list[Part]:
+        return [*size(plan), Part("projector", device=500 if plan.projector_on_gpu else 0)]
+
+    left = Open(n_ctx=True, slots=True, n_gpu_layers=True, layers=3, trained=2 * USABLE, projector=True)
+    estimate = estimated(Plan(2 * USABLE, 2, n_gpu_layers=3), left, with_projector)
+    places = [each.settings["mmproj_offload"] is True for each in estimate.choices]
+    assert places == sorted(places, reverse=True)
+    assert places[estimate.enough]
+    on_gpu, in_ram = estimate.choices[: places.count(True)], estimate.choices[places.count(True) :]
+    assert all(each.settings["n_gpu_layers"] == 3 for each in on_gpu)
+    assert [{**each.settings, "mmproj_offload": True} for each in in_ram[: len(on_gpu)]] == [
+        each.settings for each in on_gpu
+    ]
+    assert in_ram[-1].settings["n_gpu_layers"] == 0
+
+
 def fitting(estimate: Estimated, memory: int) -> LoadOption:
     """The best option for so many bytes of RAM, with devices that hold anything."""
     return next(each for each in estimate.choices if each.host <= memory)

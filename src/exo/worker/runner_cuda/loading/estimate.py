@@ -95,6 +95,7 @@ def plans(
         cpu_moe=options.cpu_moe,
         cache_type=options.cache_type_k if small else None,
         prefix_cache_bytes=options.prefix_caches[-1],
+        projector_on_gpu=options.mmproj_offload is not False,
         devices=tuple(each.name for each in devices),
         tensor_split=splits[-1] if splits else options.tensor_split,
     )
@@ -128,6 +129,7 @@ def _open(
         slots=slots and options.kv != "pool",
         pool=poolable and options.kv == AUTO and options.slots > 1 and (n_ctx or slots),
         n_gpu_layers=bool(devices) and table.get("n_gpu_layers") in (None, AUTO),
+        projector=bool(devices) and options.mmproj is not None and options.mmproj_offload is None,
         cpu_moe=bool(devices and model.experts) and table.get("cpu_moe") in (None, AUTO) and not by_tensor,
         experts=() if by_tensor else model.experts,
         small_cache=_SMALLER_CACHES[0] if table.get("cache_type_k") == AUTO else None,

@@ -334,10 +334,10 @@ def _load_sight(
     log: Log,
     undo: ExitStack,
 ) -> Sight:
-    """Loads the projector onto the first device of this machine, or into RAM without any. Raises LoadError."""
+    """Loads the projector onto the first device of this machine, or else into RAM. Raises LoadError."""
     if not context.generates:
         raise LoadError("model_misconfigured", "model card, [cuda] mmproj: this model generates no text")
-    device = next((each for each in devices if not each.remote), None)
+    device = next((each for each in devices if not each.remote and options.mmproj_offload is not False), None)
     threads = options.threads_batch or options.threads or physical_cores()
     projector = Projector(path, model, device, threads, options.flash_attn, log)
     found = path.stat()

@@ -77,7 +77,9 @@ class CudaOptions(ModelFile):
 
     mmproj: str | None = Field(default=None, min_length=1)
     """The projector, with which the model sees pictures: a file beside the model's, or a pattern that one file there
-    matches. It is pulled with the model, and put on the first device."""
+    matches. It is pulled with the model."""
+    mmproj_offload: bool | None = None
+    """Whether the projector is on the first device. None: if the model has enough room beside it."""
     n_gpu_layers: int = Field(default=-1, ge=-1)
     """Layers on the GPU. -1 is all of them. The default is "auto": all of them if they fit with a context of 32,768
     tokens, or else as many as do."""

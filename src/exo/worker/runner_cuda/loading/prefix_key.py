@@ -13,10 +13,10 @@ from exo.worker.runner_cuda.prefix.disk_tier import DiskTier
 from exo.worker.runner_cuda.step_time import Pace
 
 _WITHOUT_EFFECT = {
-    *("path", "repo", "file", "mmproj", "n_gpu_layers", "n_ctx", "slots", "n_batch", "n_ubatch", "max_itl_ms"),
+    *("path", "repo", "file", "mmproj", "mmproj_offload", "n_gpu_layers", "n_ctx", "slots", "n_batch", "n_ubatch"),
     *("prefix_cache_bytes", "prefix_disk_bytes", "speculate", "draft", "lora", "backend_sampling", "threads"),
     *("threads_batch", "devices", "split_mode", "tensor_split", "main_gpu", "chat_template", "pooling"),
-    "embedding_ctx",
+    *("embedding_ctx", "max_itl_ms"),
 }
 """The options that change nothing in a state but its rounding. Every other one is part of the key, also one that is
 added later, such as a setting of the positions. Each state is kept with the adapter that it was computed with."""

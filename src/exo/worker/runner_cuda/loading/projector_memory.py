@@ -18,13 +18,13 @@ _DECODING = 128 << 20
 
 
 def projector_parts(header: GgufHeader, options: CudaOptions, plan: Plan, remote: Collection[str]) -> list[Part]:
-    """Returns the memory of a projector, which is on the first device that is not ``remote``, or else in RAM.
+    """Returns the memory of a projector, which is on the first device that is not ``remote``, or in RAM.
 
     Pages of its graph in RAM are taken by the first picture.
     """
     weights, graph = sum(tensor.size for tensor in header.tensors), _graph(header, options)
     near = [name for name in plan.devices if name not in remote]
-    if plan.n_gpu_layers is not None and near:
+    if plan.n_gpu_layers is not None and near and plan.projector_on_gpu:
         place = [Part("projector", devices={near[0]: weights + graph})]
     else:
         place = [Part("projector", weights), Part("projector", graph, later=True)]

@@ -65,7 +65,7 @@ class CpuWatch:
         self._cpus = usable_cpus()
         self._since = time.monotonic()
         self._idle = self._idle_seconds()
-        self._tasks = dict(_task_times())
+        self._tasks = dict(task_times())
 
     def window(self, n_threads: int) -> CpuWindow | None:
         """The window that ends now, for ``n_threads`` computing threads; None until it has lasted half a second."""
@@ -73,7 +73,7 @@ class CpuWatch:
         seconds = now - self._since
         if seconds < WINDOW_SECONDS:
             return None
-        tasks, idle = dict(_task_times()), self._idle_seconds()
+        tasks, idle = dict(task_times()), self._idle_seconds()
         spent = sorted(
             ((ran - self._tasks.get(task, (0, 0))[0], waited - self._tasks.get(task, (0, 0))[1]))
             for task, (ran, waited) in tasks.items()
@@ -85,7 +85,7 @@ class CpuWatch:
 
     def restart(self) -> None:
         """Begins a new window, after a pause in which nothing was computed."""
-        self._since, self._tasks, self._idle = time.monotonic(), dict(_task_times()), self._idle_seconds()
+        self._since, self._tasks, self._idle = time.monotonic(), dict(task_times()), self._idle_seconds()
 
     def _idle_seconds(self) -> float:
         times = psutil.cpu_times(percpu=True)
@@ -107,11 +107,19 @@ def others_running() -> int | None:
     return max(0, min(found))
 
 
-def _task_times() -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yields each thread's id, and its nanoseconds of running and of waiting for a core (Linux's ``schedstat``)."""
+def task_times() -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yields each thread's id, and its nanoseconds of running and of waiting for a core (Linux's ``schedstat``).
+
+    Leaves out threads that give way to others, such as those that encode pictures: they wait when streams are computed.
+    """
     tasks = Path("/proc/self/task")
-    for name in os.listdir(tasks) if tasks.exists() else ():
+    if not tasks.exists():
+        return
+    usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    for name in os.listdir(tasks):
         try:
+            if os.getpriority(os.PRIO_PROCESS, int(name)) > usual:
+                continue
             ran, waited, _ = (tasks / name / "schedstat").read_text().split()
         except (OSError, ValueError):  # the thread has ended, or this kernel does not report it
             continue
