@@ -14,8 +14,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _SSH_OPTIONS = {
     "BatchMode": "yes",  # a question for a password would wait for ever
     "ConnectTimeout": "5",
-    "ServerAliveInterval": "1",  # a host that is cut off is noticed after three of these
-    "ServerAliveCountMax": "3",
+    "ServerAliveInterval": "1",  # a host that is cut off is noticed at the third of these, within four seconds
+    "ServerAliveCountMax": "2",
 }
 
 

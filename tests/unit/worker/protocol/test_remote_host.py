@@ -20,7 +20,7 @@ def test_a_name_alone_is_reached_by_ssh_and_its_loss_noticed(tmp_path: Path) -> 
     (host,) = hosts_in(tmp_path, '[gpu2]\npython = "/opt/exo/bin/python"\n')
     words = host.command("exo.worker.runner_cuda", label="a:b")
     assert words[:2] == ("ssh", "-T")
-    assert {"-oBatchMode=yes", "-oServerAliveInterval=1", "-oServerAliveCountMax=3"} <= {*words}
+    assert {"-oBatchMode=yes", "-oServerAliveInterval=1", "-oServerAliveCountMax=2"} <= {*words}
     command = ("/opt/exo/bin/python", *GUARDED, "--label", "a:b", "exo.worker.runner_cuda")
     assert words[-len(command) - 1 :] == ("gpu2", *command)
 
