@@ -1,6 +1,7 @@
 """The OpenAPI document: it tells of every field, and what it tells is so."""
 
 from collections.abc import Generator, Iterator, Mapping
+from html import escape
 from typing import Any
 
 import httpx
@@ -159,7 +160,10 @@ def test_errors_look_as_they_are_documented(client: httpx.Client, document: Docu
             assert shape(reply.json()) == shape(example), path
 
 
-def test_the_page_is_there(client: httpx.Client) -> None:
+def test_a_browser_gets_every_route_without_a_script(client: httpx.Client, document: Document) -> None:
     page = client.get("/docs")
-    assert page.status_code == 200
-    assert "/openapi.json" in page.text
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<script" not in page.text
+    for path, method, operation in operations(document):
+        assert f"<strong>{method.upper()} {path}</strong> {escape(operation['summary'])}" in page.text
+    assert client.get("/redoc").status_code == 404

@@ -98,6 +98,22 @@ def test_what_a_client_says_of_itself_is_only_shown(url: str, visitor: Visitor) 
     assert page.title() == title
 
 
+def test_text_stays_selected_while_requests_come(url: str, visitor: Visitor) -> None:
+    page = visitor.open(f"{url}/#now")
+    rows = page.get_by_role("region", name="Requests").locator("tbody tr")
+
+    def ask(name: str) -> None:
+        body = {"model": "fake/both", "prompt": "x", "max_tokens": 1}
+        reply = httpx.post(f"{url}/v1/completions", json=body, headers={"user-agent": name}, timeout=None)
+        assert reply.status_code == 200
+        expect(rows.filter(has_text=name)).to_be_visible()
+
+    ask("selected-1")
+    rows.filter(has_text="selected-1").evaluate("row => getSelection().selectAllChildren(row)")
+    ask("selected-2")
+    assert "selected-1" in page.evaluate("getSelection().toString()")
+
+
 def test_a_tab_that_nobody_sees_asks_for_nothing_and_catches_up(url: str, visitor: Visitor) -> None:
     def turn(hidden: str) -> None:  # what a browser does when its user changes tabs
         page.evaluate(f"Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }})")

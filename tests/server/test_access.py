@@ -54,7 +54,6 @@ def routes(http: httpx.Client) -> list[tuple[str, str]]:
     described = [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
     assert len(described) >= 6
     hidden = [
-        ("GET", "/docs"),
         ("GET", "/redoc"),
         ("GET", "/openapi.json"),
         ("GET", "/page"),
@@ -63,7 +62,8 @@ def routes(http: httpx.Client) -> list[tuple[str, str]]:
         ("GET", "/docs/oauth2-redirect"),
     ]
     unknown = [("POST", "/v1/embeddings"), *OPEN, ("GET", "/HEALTH"), ("GET", "//health//x")]
-    methods = [("PUT", "/v1/models"), ("DELETE", "/health/x"), ("OPTIONS", "/v1/chat/completions"), ("HEAD", "/docs")]
+    methods = [("PUT", "/v1/models"), ("DELETE", "/health/x"), ("OPTIONS", "/v1/chat/completions")]
+    methods.append(("HEAD", "/openapi.json"))
     return [*described, *hidden, *unknown, *methods]
 
 

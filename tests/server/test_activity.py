@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,13 @@ def test_a_late_listener_hears_of_requests_in_flight(http: httpx.Client) -> None
     assert steps == sorted(set(steps))
 
 
+def test_a_listener_may_ask_for_fewer_messages(http: httpx.Client) -> None:
+    with endless(http, "rarely"), http.stream("GET", "/v1/activity/events", params={"interval": 0.5}) as stream:
+        events = (data for name, data in events_of(stream) if name == "request" and data["id"] == "rarely")
+        told = [next(events) for _ in range(3)]
+    assert all(after["seconds"] - before["seconds"] > 0.49 for before, after in pairwise(told))
+
+
 @pytest.mark.parametrize("path", ["/v1/activity", "/v1/activity/events"])
 def test_keys_guard_the_activity(tmp_path: Path, path: str) -> None:
     access = Access(keys=(ApiKey("me", "secret-key"), ApiKey("you", "other-key")))
@@ -230,7 +238,13 @@ def test_the_head_of_the_stream_ends(http: httpx.Client) -> None:
     assert head.headers["content-type"].startswith("text/event-stream")
 
 
-@pytest.mark.parametrize("limit", ["0", "1001", "many"])
-def test_a_limit_that_cannot_be(http: httpx.Client, limit: str) -> None:
-    reply = http.get("/v1/activity", params={"limit": limit})
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "limit")
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        *(("/v1/activity", {"limit": limit}) for limit in ("0", "1001", "many")),
+        *(("/v1/activity/events", {"interval": interval}) for interval in ("-1", "5.1", "nan", "often")),
+    ],
+)
+def test_a_query_that_cannot_be(http: httpx.Client, path: str, query: dict[str, str]) -> None:
+    reply = http.get(path, params=query)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, next(iter(query)))

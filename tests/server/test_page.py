@@ -47,7 +47,7 @@ def files(http: httpx.Client) -> Iterator[httpx.Response]:
         yield reply
         folder = path.rpartition("/")[0]
         text = reply.text if "/vendor/" not in path else ""
-        names = re.findall(r'(?:src|href)="(page/[^"]+)"', text) + re.findall(r'from "\./([^"]+)"', text)
+        names = re.findall(r'(?:src|href)="(docs|page/[^"]+)"', text) + re.findall(r'from "\./([^"]+)"', text)
         paths += [f"{folder}/{name}" for name in names]
 
 
@@ -91,7 +91,7 @@ def test_no_file_needs_another_host_or_code_of_the_page_itself(http: httpx.Clien
 
 def test_a_browser_keeps_the_files_and_asks_for_the_page_again(http: httpx.Client) -> None:
     for reply in files(http):
-        kept = "no-cache" if reply.url.path == "/" else "public, max-age=31536000, immutable"
+        kept = "no-cache" if reply.url.path in ("/", "/docs") else "public, max-age=31536000, immutable"
         assert reply.headers["cache-control"] == kept
         for tag in (reply.headers["etag"], f'"other", W/{reply.headers["etag"]}'):
             again = http.get(reply.url.path, headers={**BROWSER, "if-none-match": tag})

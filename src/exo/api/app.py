@@ -53,7 +53,9 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
             await run_sync(traces.close)
 
     page = Page.read()
-    app = FastAPI(title="exo", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(  # its own pages about the API take their scripts from another host
+        title="exo", version=__version__, lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     app.include_router(openai_routes(services))
     app.include_router(model_list_routes(services))
     app.include_router(responses_routes(services))

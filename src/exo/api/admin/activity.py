@@ -149,9 +149,11 @@ def activity_routes(services: Services) -> APIRouter:
         return ActivityList(requests=[RequestActivity.of(each) for each in records])
 
     @routes.get("/v1/activity/events", response_class=Response)
-    async def events() -> Response:
+    async def events(
+        interval: float = Query(default=0, ge=0, le=5, description="The least seconds between two writes."),
+    ) -> Response:
         """Server-sent events: ``request``, ``instances``, ``death`` and ``replay``."""
-        return _ActivityStream(services)
+        return _ActivityStream(services, interval)
 
     return routes
 
@@ -221,9 +223,11 @@ def _event(name: str, body: BaseModel) -> bytes:
 class _ActivityStream(Response):
     """Begins with the instances and the requests in flight. Ends when the server stops."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, interval: float) -> None:
         super().__init__()
         self._services = services
+        self._pause = max(_PAUSE_SECONDS, interval)
+        self._tick = max(_TICK_SECONDS, interval)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -243,12 +247,12 @@ class _ActivityStream(Response):
         yield b"".join((*changes.runners(), *changes.requests(progress=True)))
         ticked = wrote = anyio.current_time()
         while not (once or self._services.queues.closed):
-            await anyio.sleep(_PAUSE_SECONDS)
-            with anyio.move_on_after(max(0.0, ticked + _TICK_SECONDS - anyio.current_time())):
+            await anyio.sleep(self._pause)
+            with anyio.move_on_after(max(0.0, ticked + self._tick - anyio.current_time())):
                 await self._services.activity.wait(changes.version)
             now = anyio.current_time()
             parts: list[bytes] = []
-            if ticks := now >= ticked + _TICK_SECONDS:
+            if ticks := now >= ticked + self._tick:
                 ticked = now
                 parts += changes.runners()
             parts += changes.requests(progress=ticks)

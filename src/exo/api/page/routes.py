@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from exo.api.http.errors import PROTECTION
+from exo.api.page.reference import reference_page
 from exo.worker.protocol.runners import RUNNERS
 
 _FOLDER = Path(__file__).parent / "static"
@@ -65,6 +66,7 @@ class Page:
 
     index: PageFile
     files: Mapping[str, PageFile]
+    folder: str
 
     @classmethod
     def read(cls) -> Self:
@@ -74,19 +76,28 @@ class Page:
         folder = f"page/{sha256(parts).hexdigest()[:16]}"
         index = found.pop("index.html").decode().replace("{folder}", folder).replace("{runners}", " ".join(RUNNERS))
         return cls(
-            PageFile(index.encode(), _MEDIA_TYPES[".html"], "no-cache"),
+            _html(index),
             {
                 f"/{folder}/{name}": PageFile(
                     body, _MEDIA_TYPES[Path(name).suffix], "public, max-age=31536000, immutable"
                 )
                 for name, body in found.items()
             },
+            folder,
         )
 
     @property
     def paths(self) -> frozenset[str]:
-        """The paths of the page and its files, which hold nothing secret."""
-        return frozenset(("/", *self.files))
+        """The paths of the page, its files and the description of the API, which hold nothing secret."""
+        return frozenset(("/", "/docs", *self.files))
+
+    def reference(self, document: Mapping[str, Any]) -> PageFile:
+        """The page that describes the API."""
+        return _html(reference_page(document, self.folder))
+
+
+def _html(text: str) -> PageFile:
+    return PageFile(text.encode(), _MEDIA_TYPES[".html"], "no-cache")
 
 
 def _files() -> Iterator[tuple[str, bytes]]:
@@ -104,6 +115,10 @@ def page_routes(page: Page) -> APIRouter:
         if "text/html" in request.headers.get("accept", ""):
             return page.index.response(request)
         return PlainTextResponse(_TEXT, headers={**PROTECTION, "vary": "accept"})
+
+    @routes.get("/docs")
+    async def docs(request: Request) -> Response:
+        return page.reference(request.app.openapi()).response(request)
 
     async def file(request: Request) -> Response:
         return page.files[request.scope["path"]].response(request)

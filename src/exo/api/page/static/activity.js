@@ -2,18 +2,20 @@
 
 import { getJson, stream } from "./api.js";
 
+const INTERVAL = 1; // seconds between two messages of the stream, however much happens
 const PAUSE = 2000; // milliseconds before the stream is asked for again
 
 /**
  * Follows the activity until the signal aborts.
  * @param {AbortSignal} signal
- * @param {object} listeners Functions by event name: request, instances, death, replay, and state(text).
+ * @param {object} listeners Functions by event name: request, instances, death, replay; known(requests) as the
+ * stream begins; and state(text).
  */
 export async function follow(signal, listeners) {
   while (!signal.aborted) {
     try {
-      for (const request of (await getJson("v1/activity?limit=50", { signal })).requests.reverse()) listeners.request(request);
-      const events = stream("v1/activity/events", { signal });
+      listeners.known((await getJson("v1/activity?limit=50", { signal })).requests.reverse());
+      const events = stream(`v1/activity/events?interval=${INTERVAL}`, { signal });
       listeners.state("");
       for await (const { name, data } of events) if (data) listeners[name]?.(JSON.parse(data));
       if (!signal.aborted) listeners.state("The server has ended the stream.");

@@ -34,12 +34,35 @@ export function button(text, click, properties = {}) {
   return h("button", { type: "button", on: { click }, ...properties }, text);
 }
 
-/** Gives an element these children. Those that are equal to the present ones stay, so that nothing is drawn again. */
-export function update(parent, children) {
-  children.forEach((child, at) => {
-    const present = parent.children[at];
-    if (!present) parent.append(child);
-    else if (!present.isEqualNode(child)) present.replaceWith(child);
-  });
-  while (parent.children.length > children.length) parent.lastElementChild.remove();
+/** Sets the text of an element. One that is there already is left alone, so that nothing is laid out or painted again. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** The same for an attribute. */
+export function setAttribute(element, name, value) {
+  if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+}
+
+/** Children of one element, by key. A child stays the same element for as long as its key is shown. */
+export class Children {
+  /** make(key) returns a new child. */
+  constructor(parent, make) {
+    this.parent = parent;
+    this.make = make;
+    this.shown = new Map();
+  }
+
+  /** Shows the children of these keys in this order, and returns them. */
+  show(keys) {
+    const wanted = new Map(keys.map((key) => [key, this.shown.get(key) ?? this.make(key)]));
+    for (const [key, child] of this.shown) if (!wanted.has(key)) child.element.remove();
+    this.shown = wanted;
+    let next = this.parent.firstElementChild;
+    for (const { element } of wanted.values()) {
+      if (element === next) next = next.nextElementSibling;
+      else this.parent.insertBefore(element, next);
+    }
+    return [...wanted.values()];
+  }
 }

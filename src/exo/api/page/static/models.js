@@ -2,7 +2,7 @@
 
 import { getJson, send, stream } from "./api.js";
 import { engineName, listModels } from "./choice.js";
-import { button, h, labelled } from "./dom.js";
+import { button, h, labelled, setText } from "./dom.js";
 import { count, rounded, size } from "./format.js";
 
 const REFRESH = 5000; // milliseconds
@@ -41,7 +41,7 @@ export class Models {
         } else if (!row.element.isConnected) this.list.append(row.element);
       }
       const disk = listed.filter((model) => model.downloaded).length;
-      this.status.textContent = `${count(listed.length)} models, ${count(disk)} on disk`;
+      setText(this.status, `${count(listed.length)} models, ${count(disk)} on disk`);
       this.sift();
     } catch (error) {
       this.status.textContent = error.message;
@@ -81,7 +81,7 @@ class ModelRow {
     const state = model.status.value === "unloaded" ? (model.downloaded ? "on disk" : "not on disk") : model.status.value;
     const facts = [state, size(model.meta.size)];
     if (model.context_length) facts.push(`${count(model.context_length)} tokens`);
-    this.state.textContent = [...facts, ...model.aliases, ...model.capabilities].join(" \u00b7 ");
+    setText(this.state, [...facts, ...model.aliases, ...model.capabilities].join(" \u00b7 "));
     this.words = [this.id, ...model.aliases, state].join(" ").toLowerCase();
     this.load.hidden = model.status.value !== "unloaded" || !model.downloaded;
     this.unload.hidden = model.status.value === "unloaded";

@@ -2,11 +2,12 @@
 
 import { follow, memoryOf } from "./activity.js";
 import { send } from "./api.js";
-import { h, update } from "./dom.js";
+import { Children, h, setText } from "./dom.js";
 import { count, rounded, size } from "./format.js";
-import { bar, sparkline } from "./svg.js";
+import { Bar, Sparkline } from "./svg.js";
 
 const SECONDS = 60; // of a sparkline
+const QUIET = 2000; // milliseconds without a message after which the view is drawn anyway
 const SHOWN = 30; // requests and incidents
 const ENDED = ["finished", "failed", "cancelled"];
 
@@ -18,15 +19,18 @@ export class Now {
     this.speeds = new Map(); // by model and runner: tokens in each of the last seconds, the newest last
     this.memory = {};
     this.state = h("p", { className: "status", role: "status" });
-    this.bars = h("div");
-    this.runners = h("tbody");
-    this.rows = h("tbody");
+    const bars = h("div");
+    const runners = h("tbody");
+    const rows = h("tbody");
+    this.bars = new Children(bars, () => new DeviceMemory());
+    this.runners = new Children(runners, () => new RunnerRow());
+    this.rows = new Children(rows, () => new Row(8));
     this.incidents = h("ol", { "aria-live": "polite", "aria-label": "Deaths and replays" });
     section.append(
-      this.state, h("h2", {}, "Memory"), this.bars,
-      h("h2", {}, "Runners"), table(["Model", "State", "Running", "Waiting", "Memory", "Tokens/s"], this.runners, "Runners"),
+      this.state, h("h2", {}, "Memory"), bars,
+      h("h2", {}, "Runners"), table(["Model", "State", "Running", "Waiting", "Memory", "Tokens/s"], runners, "Runners"),
       h("h2", {}, "Requests"),
-      table(["Model", "Phase", "Prompt", "Output", "Tokens/s", "Time", "Client", "Route"], this.rows, "Requests"),
+      table(["Model", "Phase", "Prompt", "Output", "Tokens/s", "Time", "Client", "Route"], rows, "Requests"),
       h("h2", {}, "Deaths and replays"), this.incidents,
     );
   }
@@ -34,33 +38,47 @@ export class Now {
   open() {
     this.close();
     this.following = new AbortController();
+    this.requests.clear();
+    this.drawn = performance.now();
+    const drawn = (take) => (data) => {
+      take(data);
+      this.draw(0); // once the other events of the message are taken
+    };
     follow(this.following.signal, {
-      request: (request) => this.request(request),
-      instances: ({ data, notices }) => Object.assign(this, { instances: data, notices }),
+      known: drawn((requests) => requests.forEach((each) => this.keep(each))),
+      request: drawn((request) => this.request(request)),
+      instances: drawn(({ data, notices }) => Object.assign(this, { instances: data, notices })),
       death: (death) => this.incident(`${death.model} on ${death.runner} died (${death.code}): ${death.message}`),
       replay: (replay) => this.incident(`${replay.model}: request ${replay.request} continues after ${count(replay.tokens)} tokens`),
-      state: (text) => (this.state.textContent = text),
+      state: (text) => setText(this.state, text),
     });
-    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => this.measure(), 5000)];
+    this.measuring = setInterval(() => this.measure(), 5000);
     this.measure();
+    this.draw(QUIET);
   }
 
   close() {
     this.following?.abort();
-    this.timers?.forEach(clearInterval);
+    clearInterval(this.measuring);
+    clearTimeout(this.drawing);
   }
 
-  request(request) {
-    const key = `${request.id} ${request.started}`;
-    const before = this.requests.get(key);
-    if (before) {
-      const speed = this.speed(request.model, request.runner);
-      speed[speed.length - 1] += Math.max(0, request.completion_tokens - before.completion_tokens);
-    }
+  // Takes a request whose tokens so far were made before the view was opened.
+  keep(request) {
+    const key = keyOf(request);
     if (ENDED.includes(request.phase)) this.requests.delete(key);
     this.requests.set(key, request); // the running ones as they began, the others as they ended
     const ended = [...this.requests].filter(([, each]) => ENDED.includes(each.phase));
     for (const [old] of ended.slice(0, Math.max(0, ended.length - SHOWN))) this.requests.delete(old);
+  }
+
+  request(request) {
+    const made = request.completion_tokens - (this.requests.get(keyOf(request))?.completion_tokens ?? 0);
+    if (made > 0) {
+      const speed = this.speed(request.model, request.runner);
+      speed[speed.length - 1] += made;
+    }
+    this.keep(request);
   }
 
   speed(model, runner) {
@@ -75,12 +93,19 @@ export class Now {
     while (this.incidents.children.length > SHOWN) this.incidents.lastElementChild.remove();
   }
 
-  tick() {
-    for (const speed of this.speeds.values()) {
-      speed.shift();
-      speed.push(0);
-    }
-    this.show();
+  draw(after) {
+    clearTimeout(this.drawing);
+    this.drawing = setTimeout(() => {
+      const now = performance.now();
+      const seconds = Math.round((now - this.drawn) / 1000);
+      if (seconds) this.drawn = now;
+      for (const speed of this.speeds.values()) {
+        speed.push(...new Array(Math.min(seconds, SECONDS)).fill(0));
+        speed.splice(0, speed.length - SECONDS);
+      }
+      this.show();
+      this.draw(QUIET);
+    }, after);
   }
 
   async measure() {
@@ -93,54 +118,89 @@ export class Now {
   }
 
   show() {
-    update(this.bars, Object.entries(this.memory).map(([device, sizes]) => memoryBar(device, sizes)));
-    const running = [...this.requests.values()].filter((each) => !ENDED.includes(each.phase));
-    update(this.runners, this.instances.map((each) => this.runner(each, running)));
-    const past = [...this.requests.values()].filter((each) => ENDED.includes(each.phase));
-    update(this.rows, [...running.reverse(), ...past.reverse()].map(requestRow));
+    const devices = Object.keys(this.memory);
+    this.bars.show(devices).forEach((bar, at) => bar.show(devices[at], this.memory[devices[at]]));
+    const all = [...this.requests].reverse();
+    const running = all.filter(([, each]) => !ENDED.includes(each.phase));
+    const shown = [...running, ...all.filter(([, each]) => ENDED.includes(each.phase))];
+    this.rows.show(shown.map(([key]) => key)).forEach((row, at) => row.show(requestCells(shown[at][1])));
+    const rows = this.runners.show(this.instances.map((each) => each.instance));
+    rows.forEach((row, at) => {
+      const { model, runner } = this.instances[at];
+      const own = running.filter(([, each]) => each.model === model && each.runner === runner).map(([, each]) => each);
+      row.show(this.instances[at], own, this.speed(model, runner).slice(0, -1)); // the last second is not over
+    });
     if (!this.state.textContent) this.state.textContent = this.notices.join("; ");
   }
-
-  runner(each, running) {
-    const own = running.filter((request) => request.model === each.model && request.runner === each.runner);
-    const busy = own.filter((request) => ["prefill", "decode"].includes(request.phase)).length;
-    const speeds = this.speed(each.model, each.runner).slice(0, -1); // the last second is not over
-    const last = speeds.slice(-5).reduce((sum, value) => sum + value, 0) / 5;
-    const state = each.state === "Loading" && each.total_layers ? `Loading ${each.layers_loaded}/${each.total_layers}` : each.state;
-    const failed = each.last_failure ? `, ${each.deaths} deaths` : "";
-    const memory = [["RAM", each.memory_reserved], ...each.device_memory.map((one) => [one.device, one.reserved])];
-    return cells(
-      `${each.model}@${each.runner}${each.host && `@${each.host}`}`, `${state}${failed}`, `${busy} of ${each.slots}`, String(own.length - busy),
-      memory.filter(([, bytes]) => bytes).map(([place, bytes]) => `${place} ${size(bytes)}`).join(", "),
-      h("span", {}, sparkline(`Tokens per second of ${each.model} in the last minute, now ${rounded(last)}`, speeds), ` ${rounded(last)}`),
-    );
-  }
 }
+
+const keyOf = (request) => `${request.id} ${request.started}`;
 
 function table(columns, body, label) {
   const head = h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name))));
-  return h("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": label }, h("table", {}, head, body));
+  return h("div", { className: "scroll steady", tabIndex: 0, role: "region", "aria-label": label }, h("table", {}, head, body));
 }
 
-const cells = (...values) => h("tr", {}, ...values.map((value) => h("td", {}, value)));
+/** A row of a table, of so many cells. */
+class Row {
+  constructor(columns) {
+    this.cells = Array.from({ length: columns }, () => h("td"));
+    this.element = h("tr", {}, ...this.cells);
+  }
 
-function memoryBar(device, { reserved = 0, used, free }) {
-  const total = used === undefined ? reserved : used + free;
-  const text = used === undefined
-    ? `${device}: ${size(reserved)} reserved`
-    : `${device}: ${size(reserved)} reserved, ${size(used)} of ${size(total)} used`;
-  const shares = [["reserved", reserved / (total || 1), 0], ["used", (used ?? 0) / (total || 1), 1]];
-  return h("div", { className: "memory" }, h("p", {}, text), bar(text, shares));
+  show(texts) {
+    texts.forEach((text, at) => setText(this.cells[at], text));
+  }
 }
 
-function requestRow(request) {
+/** A runner, its requests, and the tokens of its model in each of the last seconds. */
+class RunnerRow extends Row {
+  constructor() {
+    super(5);
+    this.line = new Sparkline();
+    this.rate = h("span");
+    this.element.append(h("td", {}, this.line.element, " ", this.rate));
+  }
+
+  show(each, requests, speeds) {
+    const busy = requests.filter((request) => ["prefill", "decode"].includes(request.phase)).length;
+    const last = rounded(speeds.slice(-5).reduce((sum, value) => sum + value, 0) / 5);
+    const state = each.state === "Loading" && each.total_layers ? `Loading ${each.layers_loaded}/${each.total_layers}` : each.state;
+    const failed = each.last_failure ? `, ${each.deaths} deaths` : "";
+    const memory = [["RAM", each.memory_reserved], ...each.device_memory.map((one) => [one.device, one.reserved])];
+    super.show([
+      `${each.model}@${each.runner}${each.host && `@${each.host}`}`, `${state}${failed}`, `${busy} of ${each.slots}`,
+      String(requests.length - busy), memory.filter(([, bytes]) => bytes).map(([place, bytes]) => `${place} ${size(bytes)}`).join(", "),
+    ]);
+    this.line.show(`Tokens per second of ${each.model} in the last minute, now ${last}`, speeds);
+    setText(this.rate, last);
+  }
+}
+
+class DeviceMemory {
+  constructor() {
+    this.text = h("p");
+    this.bar = new Bar();
+    this.element = h("div", { className: "memory" }, this.text, this.bar.element);
+  }
+
+  show(device, { reserved = 0, used, free }) {
+    const total = used === undefined ? reserved : used + free;
+    const told = used === undefined ? "" : `, ${size(used)} of ${size(total)} used`;
+    const text = `${device}: ${size(reserved)} reserved${told}`;
+    setText(this.text, text);
+    this.bar.show(text, reserved / (total || 1), (used ?? 0) / (total || 1));
+  }
+}
+
+function requestCells(request) {
   const prompt = request.phase === "prefill"
     ? `${count(request.prefill_done)} of ${count(request.prompt_tokens)}`
     : `${count(request.prompt_tokens)}${request.cached_tokens ? ` (${count(request.cached_tokens)} cached)` : ""}`;
   const end = request.error ?? request.finish_reason;
-  return cells(
+  return [
     request.model, `${request.phase}${end ? `: ${end}` : ""}${request.replays ? `, ${request.replays} replays` : ""}`, prompt,
     count(request.completion_tokens), request.tokens_per_second === null ? "" : rounded(request.tokens_per_second),
     `${rounded(request.seconds)} s`, request.client, request.runner ? `${request.runner}${request.host && `@${request.host}`}: ${request.route}` : "",
-  );
+  ];
 }

@@ -1,4 +1,6 @@
-// Small drawings: a bar of memory and a line of speeds.
+// Small drawings: a bar of memory and a line of speeds. Only what differs from the last drawing is changed.
+
+import { setAttribute } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -9,17 +11,36 @@ function s(tag, attributes, ...children) {
   return element;
 }
 
-/** A bar with parts [class, share from 0 to 1, 0 for the upper half of the bar or 1 for the lower one]. */
-export function bar(label, parts) {
-  const drawn = parts.map(([name, share, half]) =>
-    s("rect", { class: name, x: 0, y: 8 * half, width: 100 * Math.min(1, share), height: 8 }));
-  return s("svg", { class: "bar", viewBox: "0 0 100 16", preserveAspectRatio: "none", role: "img", "aria-label": label }, ...drawn);
+const drawing = (className, viewBox, ...children) =>
+  s("svg", { class: className, viewBox, preserveAspectRatio: "none", role: "img" }, ...children);
+
+/** A bar with two halves. */
+export class Bar {
+  constructor() {
+    this.reserved = s("rect", { class: "reserved", x: 0, y: 0, height: 8 });
+    this.used = s("rect", { class: "used", x: 0, y: 8, height: 8 });
+    this.element = drawing("bar", "0 0 100 16", this.reserved, this.used);
+  }
+
+  /** Shows shares from 0 to 1: what is reserved in the upper half, what is used in the lower one. */
+  show(label, reserved, used) {
+    setAttribute(this.element, "aria-label", label);
+    setAttribute(this.reserved, "width", 100 * Math.min(1, reserved));
+    setAttribute(this.used, "width", 100 * Math.min(1, used));
+  }
 }
 
-/** A line through the values, from 0 to the greatest. */
-export function sparkline(label, values) {
-  const top = Math.max(1, ...values);
-  const points = values.map((value, at) => `${(100 * at) / Math.max(1, values.length - 1)},${19 - (18 * value) / top}`);
-  const line = s("polyline", { points: points.join(" "), "vector-effect": "non-scaling-stroke" });
-  return s("svg", { class: "sparkline", viewBox: "0 0 100 20", preserveAspectRatio: "none", role: "img", "aria-label": label }, line);
+/** A line through values, from 0 to the greatest. */
+export class Sparkline {
+  constructor() {
+    this.line = s("polyline", { "vector-effect": "non-scaling-stroke" });
+    this.element = drawing("sparkline", "0 0 100 20", this.line);
+  }
+
+  show(label, values) {
+    const top = Math.max(1, ...values);
+    const points = values.map((value, at) => `${(100 * at) / Math.max(1, values.length - 1)},${19 - (18 * value) / top}`);
+    setAttribute(this.element, "aria-label", label);
+    setAttribute(this.line, "points", points.join(" "));
+  }
 }
