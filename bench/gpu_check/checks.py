@@ -20,7 +20,7 @@ from exo.compare.engine import ComparedEngine
 from exo.compare.run import CompareOptions, Subject, examine
 from exo.setup.gpu_plugin import self_test
 from exo.worker.protocol.commands import Estimate, Load
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import RUNNERS, runner_commands
 from exo.worker.supervisor.host_probe import probe_host
 from tests.conftest import fake_card

@@ -12,7 +12,7 @@ from exo.cards.catalogue import Catalogue
 from exo.cli.models.show import ShownModel, render, show_model
 from exo.store.store import Store
 from exo.worker.host import Host
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from tests.support.hub import LocalHub
 from tests.support.model_cards import SMALL
 from tests.support.pulling import gguf_card, hub_at, pull_card

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS, PART_LOGPROBS
-from exo.worker.protocol.one_shot import Score
+from exo.worker.protocol.score import Score
 from tests.contract.cases import CASES, REGEX, SAMPLING, Shared, Start, constrained, long_prompt, one
 from tests.support.program import Program, ask, names
 

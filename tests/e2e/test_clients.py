@@ -15,8 +15,8 @@ import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.one_shot import Score, Scored
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.score import Score, Scored
 from tests import ROOT
 from tests.support.program import runner_command
 from tests.support.server import ServeProgram, write_card

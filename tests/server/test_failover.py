@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from tests.conftest import fake_card
 from tests.support.api_server import serve
 from tests.support.fake_model import expected_text

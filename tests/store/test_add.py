@@ -16,7 +16,7 @@ from exo.store.file_selection import Source
 from exo.store.hub import Hub
 from exo.store.store import Store
 from exo.worker.host import Host
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Route, route
 from tests.support.gguf_bytes import LLAMA, field, header, text

@@ -9,7 +9,7 @@ import pytest
 from exo.config import Limits
 from exo.config_values import SettingsError
 from exo.worker.host import Host, NvidiaDevice
-from exo.worker.protocol.one_shot import Device, Probe
+from exo.worker.protocol.probe import Device, Probe
 from exo.worker.supervisor.memory.host import capacity, memory_of
 from exo.worker.supervisor.request_timer import WINDOW_SECONDS, TokenRate
 from tests.support.nvml import FakeDevice, fake_nvml

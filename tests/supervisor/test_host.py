@@ -11,7 +11,7 @@ import pytest
 
 from exo.cli.doctor.command import as_text
 from exo.worker.host import Host, NvidiaDevice, unused_gpus, with_engine_names
-from exo.worker.protocol.one_shot import Device, Probe
+from exo.worker.protocol.probe import Device, Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.host_probe import probe_commands, probe_host
 from tests.support.nvml import FakeDevice, fake_nvml

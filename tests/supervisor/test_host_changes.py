@@ -18,7 +18,7 @@ from exo.api.admin.runners import InstanceList
 from exo.cards.card import ModelCard
 from exo.cli.server.ps import show
 from exo.worker.host import updated
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.memory.host import usable_memory, usable_ram
 from exo.worker.supervisor.memory.memory import Memory

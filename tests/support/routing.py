@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from exo.cards.card import UPSTREAM_BACKENDS, ModelCard
 from exo.worker.host import Host
 from exo.worker.protocol.events import Capabilities
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import Need, RunnerSpec
 from exo.worker.router import LiveRunner
 

@@ -8,7 +8,7 @@ from exo.shared.models.model_cards import ModelCard
 from exo.shared.types.backends import Backend
 from exo.shared.types.worker.instances import InstanceMeta
 from exo.worker.host import Host
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.router import Refusal, route
 

@@ -7,7 +7,7 @@ from anyio import fail_after, run_process
 
 from exo.shared.logging import logger
 from exo.shared.types.backends import Backend
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 
 PROBE_SECONDS = 60.0
 

@@ -12,7 +12,7 @@ from exo.compare.comparison import CompareError, TokenisationDifference
 from exo.compare.engine import ComparedEngine
 from exo.worker.protocol.commands import Text
 from exo.worker.protocol.events import Capabilities, Failed
-from exo.worker.protocol.one_shot import Score, Scored
+from exo.worker.protocol.score import Score, Scored
 from exo.worker.protocol.wire import encode
 
 Tokens = tuple[int, ...]

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from tests.support.nvidia_driver import (
     CRASHES,
     FITTING,

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import RUNNERS
 from tests.support.program import runner_command
 

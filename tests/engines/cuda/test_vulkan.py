@@ -14,7 +14,7 @@ import llama_cpp
 import pytest
 
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.runner_cuda.vulkan import LIBRARY, LOADER, VulkanPlugin, installed_vulkan
 from tests.support.nvidia_driver import CRASHES, OLD_INTERFACE, StandIn, compiled, exo, install_driver, needs_gcc
 from tests.support.program import Program, ask

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnkn
 
 from exo.worker.protocol.commands import Generate, Grammar, SamplingParams
 from exo.worker.protocol.events import TokenLogprobs
-from exo.worker.protocol.one_shot import Score
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.score import Score
 from exo.worker.runner_mlx.sampling.logprobs import SUM_BLOCK, score
 from tests.support.program import Program, Result, ask, names, runner_command
 from tests.support.tiny import Shape, write_mlx

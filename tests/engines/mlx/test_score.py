@@ -12,8 +12,8 @@ from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariable
 
 from exo.worker.protocol.commands import Load, Text
 from exo.worker.protocol.events import Failed
-from exo.worker.protocol.one_shot import Score, Scored
 from exo.worker.protocol.runners import RUNNERS
+from exo.worker.protocol.score import Score, Scored
 from tests.support.program import Program, ask, runner_command
 from tests.support.tiny import Shape, write_mlx
 

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from safetensors.numpy import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from exo.worker.protocol.commands import Estimate, Grammar, Load
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_vllm.limits import check_limits

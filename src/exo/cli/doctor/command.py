@@ -22,7 +22,7 @@ from exo.setup.vulkan import VulkanPlugin, installed_vulkan
 from exo.terminal import printable
 from exo.worker.host import Host, NvidiaDevice, differing_engines, unused_gpus
 from exo.worker.protocol.cores import cpu_pressure, cpu_quota, physical_cores, usable_cpus
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.router import NO_REMOTE_HOSTS, RemoteHosts
 from exo.worker.supervisor.ask_hosts import ask_hosts
 from exo.worker.supervisor.host_probe import TRY_SECONDS, probe_commands, probe_host

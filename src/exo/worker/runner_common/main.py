@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from exo.worker.runner_common.collection import collect_rarely
 
 if TYPE_CHECKING:  # a probe needs none of the protocol
-    from exo.worker.protocol.one_shot import Probe
+    from exo.worker.protocol.probe import Probe
 
 
 def run(package: str, probe: "Callable[[], Probe]") -> None:

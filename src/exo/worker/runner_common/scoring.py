@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import Capabilities, Failed
-from exo.worker.protocol.one_shot import Score, Scored
+from exo.worker.protocol.score import Score, Scored
 from exo.worker.protocol.wire import encode
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.tokenizer import Tokenizer

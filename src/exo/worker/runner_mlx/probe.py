@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 
 ENGINE = "MLX"
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from exo.worker.protocol.one_shot import Device, Probe
+from exo.worker.protocol.probe import Device, Probe
 from exo.worker.runner_vllm.switches import set_compute
 
 ENGINE = "vLLM"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from exo.start_process import start_process
 from exo.worker.host import GpuProcess, Host, NvidiaDevice, with_engine_names
 from exo.worker.protocol import nvidia_driver
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.nvml import nvml_errors, query_nvml
 

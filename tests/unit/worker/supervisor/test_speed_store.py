@@ -16,7 +16,7 @@ from exo.worker.protocol.events import (
     FinishReason,
     Usage,
 )
-from exo.worker.protocol.one_shot import Probe
+from exo.worker.protocol.probe import Probe
 from exo.worker.protocol.runners import Prefer
 from exo.worker.speed import NEEDED, Measurement, Point, figure_at, level
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer

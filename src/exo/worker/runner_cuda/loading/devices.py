@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
-from exo.worker.protocol.one_shot import Device, Probe
+from exo.worker.protocol.probe import Device, Probe
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_cuda import plugin, vulkan

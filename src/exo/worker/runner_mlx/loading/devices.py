@@ -4,7 +4,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from exo.worker.protocol.one_shot import Device
+from exo.worker.protocol.probe import Device
 from exo.worker.runner_common.load_error import LoadError
 
 Backend = Literal["MlxMetal", "MlxCuda", "MlxCpu"]
