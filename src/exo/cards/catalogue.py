@@ -139,8 +139,13 @@ class Catalogue:
         card = self.get(base)
         return (card, adapter) if card is not None and card.adapters else (None, "")
 
+    def unknown(self, name: str) -> str:
+        """The error message about a name that finds no card."""
+        meant = " or ".join(self.suggest(name))
+        return f"no model card is called {name!r}{f'; did you mean {meant}?' if meant else ''}"
+
     def suggest(self, name: str) -> tuple[str, ...]:
-        """Suggestions for the error message about an unknown name: the models of an ambiguous alias, or near misses."""
+        """The models that an unknown name may mean: those of an ambiguous alias, or near misses."""
         if owners := self.aliases.get(name):
             return owners
         known = {model_id.rpartition("/")[2].lower(): model_id for model_id in self.cards}

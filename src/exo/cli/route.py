@@ -12,7 +12,7 @@ from exo.cli.models.local_models import catalogue_of
 from exo.cli.options import AsJson, Model, ModelsDir
 from exo.config import Settings
 from exo.exit_code import CommandError, ExitCode
-from exo.worker.router import NO_REMOTE_HOSTS, Refusal, adapter_not_found, model_not_found, parse_model
+from exo.worker.router import NO_REMOTE_HOSTS, Refusal, adapter_not_found, parse_model
 from exo.worker.router import route as decide
 from exo.worker.supervisor.host_probe import probe_host
 from exo.worker.supervisor.speed_store import SpeedStore
@@ -26,7 +26,7 @@ def route(model: Model, models_dir: ModelsDir = None, as_json: AsJson = False) -
     wish = parse_model(model)
     card, adapter = catalogue.with_adapter(wish.name)
     if card is None:
-        decision = model_not_found(wish.name, catalogue.suggest(wish.name))
+        decision = Refusal("model_not_found", catalogue.unknown(wish.name), "model")
     elif adapter and adapter not in card.adapters:
         decision = adapter_not_found(card, adapter)
     else:

@@ -32,7 +32,6 @@ from exo.compare.scoring import Scoring, score, score_same
 from exo.config import Settings
 from exo.worker.host import Host
 from exo.worker.protocol.runners import runner_commands
-from exo.worker.router import model_not_found
 from exo.worker.supervisor.host_probe import probe_host
 
 Note = Callable[[str], None]
@@ -69,7 +68,7 @@ def compare(
     """
     card = catalogue.get(model)
     if card is None:
-        raise CompareError(model_not_found(model, catalogue.suggest(model)).message)
+        raise CompareError(catalogue.unknown(model))
     names = engine_names(card, engines)
     started = partial(_start, settings, card, names, options, note, commands or runner_commands())
     return anyio.run(started, backend_options={"use_uvloop": True})

@@ -18,6 +18,7 @@ from exo.chat.template.renderer import TemplateWorker
 from exo.config import Settings
 from exo.serving.activity import Activity
 from exo.serving.admission import Queues
+from exo.serving.affinity import PrefixAffinity
 from exo.serving.hosts.prober import HostProber
 from exo.serving.loaded_models import LoadedModels
 from exo.serving.pictures.prompt_pictures import Pictures
@@ -74,6 +75,7 @@ class Services:
             evict_seconds=limits.evict_seconds,
             force_load=limits.force_load,
         )
+        self.affinity = PrefixAffinity()
         self.queues = Queues(limits.max_queue, self.pool.slots)
         self._prober = HostProber(commands, partial(self._set_host, limits.memory))
         self.links = _links(settings, self.pool)

@@ -3,15 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from exo.serving.app_state import Services
 from exo.serving.errors import RequestError
 from exo.serving.failover import LoadedRunner
-from exo.serving.routing import RequestedModel
+from exo.serving.request import RequestedModel
 from exo.serving.unary import ask
 from exo.worker.protocol.commands import Embed, Text
 from exo.worker.protocol.events import Embedded
+
+if TYPE_CHECKING:
+    from exo.serving.app_state import Services
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Embeddings:
 
 
 async def make_embeddings(
-    services: Services,
+    services: "Services",
     model: RequestedModel,
     inputs: Sequence[str | list[int]],
     *,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from exo.chat.sandbox_pool import SandboxBusyError
 from exo.worker.protocol.events import ErrorCode, Failed
-from exo.worker.router import Refusal, model_not_found
 
 _RETRY_SECONDS = 1.0
 
@@ -92,16 +91,9 @@ def _overflow_message(overflow: Overflow, param: str | None) -> str:
     )
 
 
-def from_refusal(refusal: Refusal, *, runner_requested: bool = True) -> ServingError:
-    """The router's refusal. If the request names no runner, its client cannot fix an unavailable one."""
-    fixable = runner_requested or refusal.code != "runner_unavailable"
-    kind = RequestError if fixable else ServingError
-    return kind(refusal.message, code=refusal.code, param=refusal.param)
-
-
-def unknown_model(name: str, suggestions: tuple[str, ...]) -> ServingError:
-    """No model card has this name."""
-    return from_refusal(model_not_found(name, suggestions))
+def unknown_model(message: str) -> ServingError:
+    """No model card has the requested name; ``message`` is that of ``Catalogue.unknown``."""
+    return RequestError(message, code="model_not_found", param="model")
 
 
 def queue_full(model_id: str, held: int) -> ServingError:

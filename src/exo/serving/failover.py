@@ -5,19 +5,17 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import anyio
 
 from exo.cards.card import ModelCard
 from exo.serving.activity import current_record
 from exo.serving.affinity import prefix_keys
-from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, model_changed, unknown_model
 from exo.serving.events import Loading, Routed
 from exo.serving.pull_jobs import pull_note
-from exo.serving.request import Prompt
-from exo.serving.routing import RequestedModel
+from exo.serving.request import Prompt, RequestedModel
 from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Embed, Rank, Tokenize
 from exo.worker.protocol.events import (
@@ -32,6 +30,9 @@ from exo.worker.router import Route
 from exo.worker.supervisor.replay import DEATHS, LONGEST_WAIT_SECONDS, ReplayBudget, other_model, spent
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess
+
+if TYPE_CHECKING:
+    from exo.serving.app_state import Services
 
 _HOST_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
@@ -54,7 +55,7 @@ class Failover:
 
     def __init__(
         self,
-        services: Services,
+        services: "Services",
         model: RequestedModel,
         needs: Mapping[Need, str] | None,
         keep_seconds: float | None = None,
@@ -115,7 +116,8 @@ class Failover:
                             yield Loading(pull_note(progress))
                 process = pool.acquire(route, card)
                 self._record.instance = self._in_use.enter_context(pool.using(process))
-                services.routing.sent(card, route, self._prefixes, self._record.instance)
+                services.routing.sent(card, route)
+                services.affinity.note(self._prefixes, self._record.instance)
                 if route.replica is not None:
                     services.load_replica(card, replace(route, host=route.replica, instance=None))
                 if self._keep_seconds is not None:
@@ -159,7 +161,8 @@ class Failover:
         links, deadline = self._services.links, anyio.current_time() + _HOST_SECONDS
         while True:
             try:
-                return await self._services.routing.choose(self._model, self._needs, prefixes=self._prefixes)
+                cached_on = self._services.affinity.find(self._prefixes)
+                return await self._services.routing.choose(self._model, self._needs, cached_on=cached_on)
             except ServingError as error:
                 left = deadline - anyio.current_time()
                 if error.code != "runner_unavailable" or self._first is None or links is None or left <= 0:
@@ -175,7 +178,7 @@ class Failover:
             if now is None or now.engines != self._first.card.engines:
                 raise model_changed(model_id, f"its model card {'is gone' if now is None else 'has changed'}")
         elif now is None:
-            raise unknown_model(model_id, catalogue.suggest(model_id))
+            raise unknown_model(catalogue.unknown(model_id))
         else:
             self._model = replace(self._model, card=now)
 

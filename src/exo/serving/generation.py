@@ -6,14 +6,13 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from exo.cards.card import ModelCard
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.chat.output.registry import OutputParser
 from exo.serving.activity import current_record
 from exo.serving.admission import Place
-from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, ServingError, from_failed
 from exo.serving.events import (
     ChoiceDelta,
@@ -27,8 +26,7 @@ from exo.serving.events import (
 )
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.prompt_builder import PreparedPrompt, prepare
-from exo.serving.request import GenerationRequest, naming_tools, with_enforced_schemas
-from exo.serving.routing import RequestedModel
+from exo.serving.request import GenerationRequest, RequestedModel, naming_tools, with_enforced_schemas
 from exo.serving.warnings import warn_of_context
 from exo.worker.protocol.commands import Generate, SamplingParams
 from exo.worker.protocol.events import (
@@ -44,6 +42,9 @@ from exo.worker.protocol.messages import MAX_PROMPT_LOGPROBS
 from exo.worker.supervisor.replay import Replay, ReplayBudget
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.state_machine import RequestEvents
+
+if TYPE_CHECKING:
+    from exo.serving.app_state import Services
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,9 @@ class _RunningChoice:
 class Generation:
     """Serves one request. The events that have arrived come in one batch, so a slow reader gets fewer batches."""
 
-    def __init__(self, services: Services, model: RequestedModel, request: GenerationRequest, request_id: str) -> None:
+    def __init__(
+        self, services: "Services", model: RequestedModel, request: GenerationRequest, request_id: str
+    ) -> None:
         """Raises ``ServingError``."""
         self.record = current_record()
         self.record.model = model.card.model_id

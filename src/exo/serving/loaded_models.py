@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import anyio
 
@@ -18,9 +18,11 @@ from exo.worker.protocol.events import Capabilities
 from exo.worker.protocol.remote_host import LOCAL
 from exo.worker.router import Route
 from exo.worker.supervisor.instance import InstanceReport, settings_digest
-from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess
+
+if TYPE_CHECKING:
+    from exo.worker.supervisor.pool import RunnerPool
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class LoadedModels:
         self,
         cards: LiveCatalogue,
         routing: Routing,
-        pool: RunnerPool,
+        pool: "RunnerPool",
         ensure_files: EnsureFiles,
         templates: TemplateWorker,
         drain_seconds: float,
@@ -119,7 +121,7 @@ class LoadedModels:
         return found.pop()
 
     def _unknown(self, name: str) -> ServingError:
-        return unknown_model(name, self._cards.known.suggest(name))
+        return unknown_model(self._cards.known.unknown(name))
 
     def is_outdated(self, report: InstanceReport) -> bool:
         """Whether the model card has changed or gone since the instance was started."""

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from exo.cards.card import ModelCard
 from exo.chat.output.registry import output_format
-from exo.serving.app_state import Services
 from exo.store.discover.description import Description
 from exo.worker.protocol.events import Capabilities
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.supervisor.state_machine import ENDINGS
+
+if TYPE_CHECKING:
+    from exo.serving.app_state import Services
 
 ModelState = Literal["loaded", "loading", "unloaded"]
 
@@ -79,7 +81,7 @@ class ModelFacts:
         return [word for word, there in has.items() if there]
 
 
-async def model_facts(services: Services, cards: Sequence[ModelCard]) -> list[ModelFacts]:
+async def model_facts(services: "Services", cards: Sequence[ModelCard]) -> list[ModelFacts]:
     """The facts about these models, in the same order. Looks at their files."""
     live = [each for each in services.pool.live() if each.state not in ENDINGS]
     files = await services.pulls.describe_all(cards)

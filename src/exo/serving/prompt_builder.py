@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from pydantic import JsonValue
@@ -18,7 +19,6 @@ from exo.chat.template.renderer import (
     VariableRefusedError,
 )
 from exo.chat.template.special_tokens import NoncharacterError
-from exo.serving.app_state import Services
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.pictures.prompt_pictures import placed, unseen
@@ -28,6 +28,9 @@ from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Grammar, Picture, ReasoningLimit, Text, Tokenize
 from exo.worker.protocol.events import Capabilities, Failed, Tokenized
 from exo.worker.supervisor.runner_error import RunnerError
+
+if TYPE_CHECKING:
+    from exo.serving.app_state import Services
 
 _LONGEST_TOKEN = 1024
 """Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""
@@ -60,7 +63,9 @@ class PreparedPrompt:
         return self.form.parser(tools=tools, in_reasoning=self.in_reasoning)
 
 
-async def prepare(services: Services, failover: Failover, request: GenerationRequest, prompt: Prompt) -> PreparedPrompt:
+async def prepare(
+    services: "Services", failover: Failover, request: GenerationRequest, prompt: Prompt
+) -> PreparedPrompt:
     """Prepares a prompt for ``failover.runner``. Raises ``ServingError`` and ``RunnerError``."""
     runner = failover.runner
     match prompt:
@@ -83,7 +88,7 @@ async def prepare(services: Services, failover: Failover, request: GenerationReq
 
 
 async def _conversation(
-    services: Services, runner: LoadedRunner, request: GenerationRequest, conversation: Conversation
+    services: "Services", runner: LoadedRunner, request: GenerationRequest, conversation: Conversation
 ) -> PreparedPrompt:
     model, card = runner.capabilities, runner.card
     form = format_of(runner, conversation)
@@ -125,7 +130,7 @@ def without_pictures(runner: LoadedRunner, conversation: Conversation) -> Conver
     return replace(conversation, messages=messages, pictures={})
 
 
-async def _grammar(services: Services, constraint: OutputConstraint | None) -> Grammar | None:
+async def _grammar(services: "Services", constraint: OutputConstraint | None) -> Grammar | None:
     """The constraint in a notation that runners know. The runner checks it. Raises ``ServingError``."""
     if constraint is None:
         return None
@@ -234,7 +239,7 @@ def format_of(runner: LoadedRunner, conversation: Conversation) -> OutputFormat:
 
 
 async def render(
-    services: Services, runner: LoadedRunner, conversation: Conversation, prompt_field: str
+    services: "Services", runner: LoadedRunner, conversation: Conversation, prompt_field: str
 ) -> tuple[Text, ...]:
     """The conversation's prompt. Raises ``ServingError``."""
     model = runner.capabilities
@@ -264,7 +269,7 @@ async def render(
         raise from_failed(failed, params={"prompt": prompt_field}) from None
 
 
-async def _render(services: Services, runner: LoadedRunner, conversation: Conversation) -> tuple[Text, ...]:
+async def _render(services: "Services", runner: LoadedRunner, conversation: Conversation) -> tuple[Text, ...]:
     """Renders the prompt, and warns of what the template does not read. Raises the exceptions of ``chat_prompt``."""
     given, form = conversation.variables, format_of(runner, conversation)
     made = await reasoning_prompt(

@@ -1,16 +1,18 @@
 """A request to generate text, in no API's form, and its JSON Schemas in the form that grammars can enforce."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
+from exo.cards.card import ModelCard
 from exo.chat.grammar.tool_schema import NamedChoice, Tool, ToolChoice
 from exo.serving.errors import RequestError
 from exo.serving.pictures.prompt_pictures import GivenPicture
 from exo.serving.warnings import warn
+from exo.worker.protocol.commands import UsedAdapter
 from exo.worker.protocol.events import Failed
 from exo.worker.protocol.runners import Need
 from exo.worker.runner_common.grammar.grammar_errors import named
@@ -84,6 +86,38 @@ class WantedAdapter:
     number: int | None
     name: str
     scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedModel:
+    """The model card of a request, and the runner and the adapter if the request's ``model`` names them."""
+
+    card: ModelCard
+    runner: str | None
+    adapter: str = ""
+    adapters: tuple[UsedAdapter, ...] = ()
+    """The adapters to use: that one, or those of another field of the request."""
+
+    @property
+    def name(self) -> str:
+        """The model's name in replies."""
+        return f"{self.card.model_id}:{self.adapter}" if self.adapter else self.card.model_id
+
+    def with_adapters(self, wanted: Sequence[WantedAdapter]) -> "RequestedModel":
+        """The model with the adapters that a request's field ``lora`` names. Raises RequestError."""
+        if wanted and self.adapter:
+            raise _wrong("lora", f"the model has the adapter {self.adapter!r} already; name {self.card.model_id} alone")
+        numbers = dict(enumerate(self.card.adapters))
+        used: dict[str, UsedAdapter] = {}
+        for at, each in enumerate(wanted):
+            name = each.name if each.number is None else numbers.get(each.number, "")
+            if name not in self.card.adapters:
+                known = ", ".join(f"{name} (id {number})" for number, name in numbers.items()) or "none"
+                raise _wrong(f"lora.{at}", f"{self.card.model_id} has no such adapter; it has {known}")
+            if name in used:
+                raise _wrong(f"lora.{at}", f"the adapter {name!r} is there twice")
+            used[name] = UsedAdapter(name=name, scale=each.scale)
+        return replace(self, adapters=tuple(each for each in used.values() if each.scale)) if wanted else self
 
 
 Prompt = Conversation | Infill | str | tuple[int | str, ...]
@@ -212,3 +246,7 @@ def _enforced_tool(tool: Tool, param: str) -> Tool:
         }
         parameters = {**parameters, "properties": owned}
     return replace(tool, parameters=named(parameters, owner))
+
+
+def _wrong(param: str, why: str) -> RequestError:
+    return RequestError(f"{param}: {why}", code="invalid_value", param=param)

@@ -1,17 +1,15 @@
 """From the model that a request names to its model card and a runner."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import LiveCatalogue
 from exo.serving.admission import Queues
-from exo.serving.affinity import PrefixAffinity
-from exo.serving.errors import RequestError, from_refusal, unknown_model
+from exo.serving.errors import RequestError, ServingError, unknown_model
 from exo.serving.hosts.prober import HostProber
-from exo.serving.request import WantedAdapter
+from exo.serving.request import RequestedModel
 from exo.worker.host import Host
 from exo.worker.protocol.commands import UsedAdapter
 from exo.worker.protocol.runners import Need, Prefer
@@ -26,47 +24,11 @@ from exo.worker.router import (
     route,
 )
 from exo.worker.speed import Preference
-from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.speed_store import SpeedStore
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # both are given to it
     from exo.serving.hosts.links import HostLinks
-
-
-@dataclass(frozen=True, slots=True)
-class RequestedModel:
-    """The model card of a request, and the runner and the adapter if the request's ``model`` names them."""
-
-    card: ModelCard
-    runner: str | None
-    adapter: str = ""
-    adapters: tuple[UsedAdapter, ...] = ()
-    """The adapters to use: that one, or those of another field of the request."""
-
-    @property
-    def name(self) -> str:
-        """The model's name in replies."""
-        return f"{self.card.model_id}:{self.adapter}" if self.adapter else self.card.model_id
-
-    def with_adapters(self, wanted: Sequence[WantedAdapter]) -> "RequestedModel":
-        """The model with the adapters that a request's field ``lora`` names. Raises RequestError."""
-        if wanted and self.adapter:
-            raise _wrong("lora", f"the model has the adapter {self.adapter!r} already; name {self.card.model_id} alone")
-        numbers = dict(enumerate(self.card.adapters))
-        used: dict[str, UsedAdapter] = {}
-        for at, each in enumerate(wanted):
-            name = each.name if each.number is None else numbers.get(each.number, "")
-            if name not in self.card.adapters:
-                known = ", ".join(f"{name} (id {number})" for number, name in numbers.items()) or "none"
-                raise _wrong(f"lora.{at}", f"{self.card.model_id} has no such adapter; it has {known}")
-            if name in used:
-                raise _wrong(f"lora.{at}", f"the adapter {name!r} is there twice")
-            used[name] = UsedAdapter(name=name, scale=each.scale)
-        return replace(self, adapters=tuple(each for each in used.values() if each.scale)) if wanted else self
-
-
-def _wrong(param: str, why: str) -> RequestError:
-    return RequestError(f"{param}: {why}", code="invalid_value", param=param)
+    from exo.worker.supervisor.pool import RunnerPool
 
 
 @final
@@ -78,7 +40,7 @@ class Routing:
         cards: LiveCatalogue,
         prober: HostProber,
         links: "HostLinks | None",
-        pool: RunnerPool,
+        pool: "RunnerPool",
         queues: Queues,
         speeds: SpeedStore,
         prefer: Prefer | None,
@@ -87,7 +49,6 @@ class Routing:
         self._cards = cards
         self._prober = prober
         self._links = links
-        self._affinity = PrefixAffinity()
         self._pool = pool
         self._queues = queues
         self._speeds = speeds
@@ -107,9 +68,9 @@ class Routing:
         name, runner = self.parse(model or self._only_model(), tag)
         card, adapter = self._cards.known.with_adapter(name)
         if card is None:
-            raise unknown_model(name, self._cards.known.suggest(name))
+            raise unknown_model(self._cards.known.unknown(name))
         if adapter and adapter not in card.adapters:
-            raise from_refusal(adapter_not_found(card, adapter))
+            raise _from_refusal(adapter_not_found(card, adapter))
         return RequestedModel(card, runner, adapter, (UsedAdapter(name=adapter),) if adapter else ())
 
     def _only_model(self) -> str:
@@ -125,20 +86,21 @@ class Routing:
         model: RequestedModel,
         needs: Mapping[Need, str] | None = None,
         arriving: int = 0,
-        prefixes: Sequence[bytes] = (),
+        cached_on: str | None = None,
     ) -> Route:
         """The route of a request. Waits until the host has been probed. Raises ``ServingError``.
 
         ``needs`` is passed to ``router.route``; None means what the model card is for. ``arriving`` is the number of
-        the request's sequences if it has no place in the queue yet. ``prefixes`` are the keys of its prompt.
+        the request's sequences if it has no place in the queue yet. ``cached_on`` is the instance that has computed the
+        longest prefix of its prompt.
         """
         if self._links is not None:
             await self._links.tried()
-        decision = self._decide(model, self._prober.host or await self._prober.first(), needs, arriving, prefixes)
+        decision = self._decide(model, self._prober.host or await self._prober.first(), needs, arriving, cached_on)
         if isinstance(decision, Refusal) and decision.code == "runner_unavailable":
-            decision = self._decide(model, await self._prober.probe_again(), needs, arriving, prefixes)
+            decision = self._decide(model, await self._prober.probe_again(), needs, arriving, cached_on)
         if isinstance(decision, Refusal):
-            raise from_refusal(decision, runner_requested=model.runner is not None)
+            raise _from_refusal(decision, runner_requested=model.runner is not None)
         return decision
 
     def _decide(
@@ -147,7 +109,7 @@ class Routing:
         host: Host,
         needs: Mapping[Need, str] | None,
         arriving: int,
-        prefixes: Sequence[bytes],
+        cached_on: str | None,
     ) -> Route | Refusal:
         card = model.card
         prefer = card.prefer or self._prefer
@@ -156,11 +118,11 @@ class Routing:
             preference = self._speeds.preference(card, prefer, self._load(card, arriving), time.time())
         live, failing = self._pool.live_for(card), self._pool.avoided(card)
         needs = card.needs if needs is None else needs
-        remote = NO_REMOTE_HOSTS if self._links is None else self._remote(self._links, card, prefixes)
+        remote = NO_REMOTE_HOSTS if self._links is None else self._remote(self._links, card, cached_on)
         names = tuple(each.name for each in model.adapters)
         return route(model.runner, card, host, live, needs, failing, preference, names, remote)
 
-    def _remote(self, links: "HostLinks", card: ModelCard, prefixes: Sequence[bytes]) -> RemoteHosts:
+    def _remote(self, links: "HostLinks", card: ModelCard, cached_on: str | None) -> RemoteHosts:
         up = links.up
         full = [
             (backend, host)
@@ -168,14 +130,20 @@ class Routing:
             for host in ("", *up)
             if not self._pool.has_room(card, backend, host)
         ]
-        return RemoteHosts(up, links.down, full, self._affinity.find(prefixes))
+        return RemoteHosts(up, links.down, full, cached_on)
 
-    def sent(self, card: ModelCard, route: Route, prefixes: Sequence[bytes], instance: str) -> None:
-        """Notes that a request has taken this route to an instance; later decisions depend on it."""
-        self._affinity.note(prefixes, instance)
+    def sent(self, card: ModelCard, route: Route) -> None:
+        """Notes that a request has taken this route; later decisions depend on it."""
         if route.basis != "order":
             self._speeds.count_request(card.model_id, route.runner, self._load(card), route.basis)
 
     def _load(self, card: ModelCard, arriving: int = 0) -> int:
         """The sequences of a model that are running, waiting or arriving."""
         return max(1, self._queues.held(card.model_id) + arriving)
+
+
+def _from_refusal(refusal: Refusal, *, runner_requested: bool = True) -> ServingError:
+    """The router's refusal. If the request names no runner, its client cannot fix an unavailable one."""
+    fixable = runner_requested or refusal.code != "runner_unavailable"
+    kind = RequestError if fixable else ServingError
+    return kind(refusal.message, code=refusal.code, param=refusal.param)

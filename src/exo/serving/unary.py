@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import anyio
 
 from exo.serving.activity import current_record
-from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, from_failed
 from exo.serving.failover import Failover, LoadedRunner
-from exo.serving.routing import RequestedModel
+from exo.serving.request import RequestedModel
 from exo.worker.protocol.commands import Embed, Rank, Tokenize
 from exo.worker.protocol.events import Embedded, Ranked, Tokenized, Usage
 from exo.worker.protocol.runners import Need
 from exo.worker.supervisor.replay import ReplayBudget
 from exo.worker.supervisor.runner_error import RunnerError
+
+if TYPE_CHECKING:
+    from exo.serving.app_state import Services
 
 Command = Embed | Rank | Tokenize
 Answer = Embedded | Ranked | Tokenized
@@ -29,7 +32,7 @@ class Answered:
 
 
 async def ask(
-    services: Services,
+    services: "Services",
     model: RequestedModel,
     commands: Sequence[Command] = (),
     *,

@@ -135,12 +135,6 @@ def adapter_not_found(card: ModelCard, adapter: str) -> Refusal:
     return Refusal("model_not_found", f"{card.model_id} has no adapter {adapter!r}; it has {known}", "model")
 
 
-def model_not_found(name: str, suggestions: Sequence[str] = ()) -> Refusal:
-    """The refusal of a name without a model card."""
-    hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
-    return Refusal("model_not_found", f"no model card is called {name!r}{hint}", "model")
-
-
 def route(
     wish: str | None,
     card: ModelCard,

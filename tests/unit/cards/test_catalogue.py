@@ -109,6 +109,7 @@ def test_an_ambiguous_alias_finds_nothing_and_is_reported_for_both(tmp_path: Pat
     catalogue = Catalogue.load(tmp_path)
     assert catalogue.get("it") is None
     assert catalogue.suggest("it") == ("me/one", "me/two")
+    assert catalogue.unknown("it") == "no model card is called 'it'; did you mean me/one or me/two?"
     assert catalogue.get("one") is catalogue.get("me/one")
     assert catalogue.problems == (
         BrokenCard(str(one), "aliases", f"it is also a name of me/two ({two})"),
@@ -150,6 +151,7 @@ def test_a_near_miss_is_suggested_and_a_far_one_is_not(tmp_path: Path) -> None:
     assert catalogue.suggest("qwen3:8")[0] == "qwen3:8b"
     assert catalogue.suggest("llama-3.2-1b-4bits")[0] == "someone/Llama-3.2-1B-4bit"
     assert catalogue.suggest("xyzzy") == ()
+    assert catalogue.unknown("xyzzy") == "no model card is called 'xyzzy'"
 
 
 @pytest.mark.parametrize("blocks", [True, False])

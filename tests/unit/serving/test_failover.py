@@ -9,7 +9,7 @@ from exo.cards.catalogue import Catalogue
 from exo.config import Settings
 from exo.serving.app_state import Services
 from exo.serving.failover import Failover, LoadedRunner
-from exo.serving.routing import RequestedModel
+from exo.serving.request import RequestedModel
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import Capabilities, ErrorCode, Failed
 from exo.worker.router import Route

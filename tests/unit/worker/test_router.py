@@ -8,7 +8,7 @@ from exo.cards.card import ModelCard, Task
 from exo.worker.host import Host
 from exo.worker.protocol.events import RunnerState
 from exo.worker.protocol.runners import RUNNERS, Need
-from exo.worker.router import LiveRunner, Refusal, Route, Wish, model_not_found, parse_model, route
+from exo.worker.router import LiveRunner, Refusal, Route, Wish, parse_model, route
 from exo.worker.speed import Point, Preference
 from tests.support.routing import LIVE, SPECS, able, make_card, make_host
 
@@ -287,13 +287,6 @@ def test_the_least_loaded_runner_is_used_and_a_ready_one_before_one_that_loads()
     assert routed(make_card(), host, loading).instance == "a"
     twin = replace(busy, instance="e")
     assert routed(make_card(), host, busy, twin) == routed(make_card(), host, twin, busy)
-
-
-def test_a_name_without_card_is_refused_with_suggestions() -> None:
-    assert model_not_found("gema", ("gemma-3-270m", "gemma-3-1b")) == Refusal(
-        "model_not_found", "no model card is called 'gema'; did you mean gemma-3-270m or gemma-3-1b?", "model"
-    )
-    assert model_not_found("xyzzy").message == "no model card is called 'xyzzy'"
 
 
 def test_a_runner_that_keeps_failing_is_left_out_where_another_will_do() -> None:

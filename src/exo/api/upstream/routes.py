@@ -25,7 +25,7 @@ from exo.api.upstream.state import NODE, SECTIONS, ClusterState, JsonObject, ins
 from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
 from exo.serving.errors import ServingError, from_failed
-from exo.serving.routing import RequestedModel
+from exo.serving.request import RequestedModel
 from exo.worker.supervisor.runner_error import RunnerError
 
 _DOWNLOAD = "/download/start"

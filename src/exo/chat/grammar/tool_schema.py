@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+LONGEST_NAME = 256
+"""Characters. No tool has a longer name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tool:

@@ -4,12 +4,10 @@ import json
 import re
 from dataclasses import dataclass
 
+from exo.chat.grammar.tool_schema import LONGEST_NAME
 from exo.chat.output.json_scanner import JsonObject, loose_json
 from exo.chat.output.parser import ReplyState
 from exo.chat.output.scanner import Scanner, Steps
-
-LONGEST_NAME = 256
-"""Characters. No tool has a longer name."""
 
 _STRING_PIECES = {quote: re.compile(rf"[^{quote}\\\x00-\x1f]*") for quote in "\"'"}
 _ANY = re.compile(r"[^\x00-\x1f]*")

@@ -1,4 +1,4 @@
-"""Arguments in a notation like JSON's: ``key=value`` or ``key:value``, with other quotes and constants.
+"""Values in a notation like JSON's, with other quotes and constants, and how such a notation writes arguments.
 
 Python has ``True`` and ``'text'``, Gemma's notation ``<escape>text<escape>`` and keys without quotes.
 """
@@ -7,11 +7,8 @@ import json
 import re
 from dataclasses import dataclass
 
-from exo.chat.output.json_call import LONGEST_NAME
-from exo.chat.output.parser import ReplyState
 from exo.chat.output.scanner import Scanner, Steps, markers
 
-_KEY = re.compile(r"[^\s=:,(){}\[\]<>\"']*")
 _WORD = re.compile(r"[^\s=:,(){}\[\]<\"']*")
 _AFTER_STRING = ("", ",", ":", ")", "]", "}")
 _ANY = re.compile(r".*", re.DOTALL)
@@ -34,43 +31,12 @@ class Notation:
     """Additional quotes. A string between them has no escapes."""
 
 
-def loose_call(reply: ReplyState, name: str, notation: Notation) -> Steps[bool]:
-    """Reads a call's arguments up to the closing character. The call begins with the first whole argument.
-
-    Returns false if the arguments are invalid or cut off.
-    """
-    scanner = reply.scanner
-    begun = False
-    yield from scanner.space()
-    end = yield from scanner.either(notation.close)
-    while not end:
-        yield from scanner.space()
-        key = yield from scanner.run(_KEY, LONGEST_NAME)
-        yield from scanner.space()
-        if not key or not (yield from scanner.either(notation.assign)):
-            return False
-        value = yield from _value(scanner, notation)
-        if value is None or not (end := (yield from scanner.either(",", notation.close))):
-            return False
-        if not begun:
-            yield reply.call(name)
-            begun = True
-        yield reply.argument(key, value)
-        if end == ",":
-            yield from scanner.space()
-            end = yield from scanner.either(notation.close)
-    if not begun:
-        yield reply.call(name)
-    yield reply.end_arguments()
-    return True
-
-
 def loose_value(text: str) -> str | None:
     """Returns an object or array in a notation like JSON's as JSON, or None if it is invalid."""
     scanner = Scanner()
     scanner.feed(text)
     scanner.end(cut_off=False)
-    steps = _value(scanner, Notation(assign="", close=""))
+    steps = read_value(scanner, Notation(assign="", close=""))
     while True:
         try:
             next(steps)
@@ -79,7 +45,7 @@ def loose_value(text: str) -> str | None:
             return value if scanner.at_end else None
 
 
-def _value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
+def read_value(scanner: Scanner, notation: Notation) -> Steps[str | None]:
     """Reads one value, up to a comma or the closing character, and returns it as JSON, or None if it is invalid."""
     tokens: list[str] = []
     depth = 0

@@ -13,9 +13,10 @@ from typing import final
 
 from pydantic import JsonValue
 
+from exo.chat.grammar.tool_schema import LONGEST_NAME
 from exo.chat.output.arguments import argument_names, argument_strings, to_json, typed_to_json
 from exo.chat.output.events import Arguments, Part
-from exo.chat.output.json_call import LONGEST_NAME, json_call
+from exo.chat.output.json_call import json_call
 from exo.chat.output.parser import ReplyState
 from exo.chat.output.scanner import Steps, markers
 

@@ -19,7 +19,6 @@ from exo.store.file_selection import Source
 from exo.store.found.finder import Finder
 from exo.store.store import OnDisk, Store
 from exo.worker.protocol.runners import RUNNERS
-from exo.worker.router import model_not_found
 
 
 class FileState(BaseModel):
@@ -83,7 +82,7 @@ def card_of(catalogue: Catalogue, name: str) -> ModelCard:
     """The model card with an id or alias. Raises CommandError, which suggests similar names."""
     card = catalogue.get(name)
     if card is None:
-        raise CommandError(model_not_found(name, catalogue.suggest(name)).message, ExitCode.NOT_FOUND)
+        raise CommandError(catalogue.unknown(name), ExitCode.NOT_FOUND)
     return card
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from exo.chat.grammar.builder import GrammarBuilder
-from exo.chat.grammar.tool_schema import Tool
+from exo.chat.grammar.tool_schema import LONGEST_NAME, Tool
 from exo.chat.output.format import OutputFormat, WriteCalls
-from exo.chat.output.json_call import LONGEST_NAME, json_call, json_string
+from exo.chat.output.json_call import json_call, json_string
 from exo.chat.output.parser import ReplyState, Thinking
 from exo.chat.output.scanner import Steps
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from exo.chat.grammar.builder import GrammarBuilder
-from exo.chat.grammar.tool_schema import Tool
+from exo.chat.grammar.tool_schema import LONGEST_NAME, Tool
 from exo.chat.output.arguments import Field, fields, to_json
 from exo.chat.output.format import OutputFormat
-from exo.chat.output.json_call import LONGEST_NAME
 from exo.chat.output.parser import ReplyState, Thinking
 from exo.chat.output.scanner import Scanner, Steps, markers
 

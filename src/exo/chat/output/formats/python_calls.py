@@ -12,18 +12,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo.chat.grammar.builder import GrammarBuilder
-from exo.chat.grammar.tool_schema import Tool
+from exo.chat.grammar.tool_schema import LONGEST_NAME, Tool
 from exo.chat.output.arguments import Field, fields
 from exo.chat.output.format import OutputFormat
-from exo.chat.output.json_call import LONGEST_NAME, json_call
+from exo.chat.output.json_call import json_call
 from exo.chat.output.parser import ReplyState, Thinking
-from exo.chat.output.python_literal import Notation, loose_call
+from exo.chat.output.python_literal import Notation, read_value
 from exo.chat.output.scanner import Steps
 
 _NAME = re.compile(r"[\w.-]*")
 _MARKED_NAME = re.compile(r"[^\s{}<>]*")
+_KEY = re.compile(r"[^\s=:,(){}\[\]<>\"']*")
 _PYTHON = Notation(assign="=", close=")")
 _CODE, _JSON, _FENCE = "```tool_code", "```json", "```"
+
+
+def _loose_call(reply: ReplyState, name: str, notation: Notation) -> Steps[bool]:
+    """Reads a call's arguments up to the closing character. The call begins with the first whole argument.
+
+    Returns false if the arguments are invalid or cut off.
+    """
+    scanner = reply.scanner
+    begun = False
+    yield from scanner.space()
+    end = yield from scanner.either(notation.close)
+    while not end:
+        yield from scanner.space()
+        key = yield from scanner.run(_KEY, LONGEST_NAME)
+        yield from scanner.space()
+        if not key or not (yield from scanner.either(notation.assign)):
+            return False
+        value = yield from read_value(scanner, notation)
+        if value is None or not (end := (yield from scanner.either(",", notation.close))):
+            return False
+        if not begun:
+            yield reply.call(name)
+            begun = True
+        yield reply.argument(key, value)
+        if end == ",":
+            yield from scanner.space()
+            end = yield from scanner.either(notation.close)
+    if not begun:
+        yield reply.call(name)
+    yield reply.end_arguments()
+    return True
 
 
 def _read_python(reply: ReplyState, *, listed: bool) -> Steps[bool]:
@@ -34,7 +66,7 @@ def _read_python(reply: ReplyState, *, listed: bool) -> Steps[bool]:
         name = yield from scanner.run(_NAME, LONGEST_NAME)
         if not name or not (yield from scanner.either("(")):
             return False
-        if not (yield from loose_call(reply, name, _PYTHON)):
+        if not (yield from _loose_call(reply, name, _PYTHON)):
             return False
         yield from scanner.space()
         if listed and (yield from scanner.either(",", "]")) != ",":
@@ -147,7 +179,7 @@ class _GemmaCalls:
         name = yield from scanner.run(_MARKED_NAME, LONGEST_NAME)
         if not name or not (yield from scanner.either("{")):
             return False
-        return (yield from loose_call(reply, name, Notation(assign=":", close="}", quotes=(self.quote,))))
+        return (yield from _loose_call(reply, name, Notation(assign=":", close="}", quotes=(self.quote,))))
 
     def write(self, grammar: GrammarBuilder, tools: Sequence[Tool], parallel: bool) -> str:
         """Returns the expression of calls."""
