@@ -9,7 +9,8 @@ import pytest
 from fastapi import FastAPI
 
 from exo.api.http.body import BODY_LIMIT
-from exo.api.http.errors import error_body, install
+from exo.api.http.error_reply import install
+from exo.api.http.errors import error_body
 from exo.serving.errors import from_failed
 from exo.worker.protocol.events import ErrorCode, Failed
 from tests.conftest import fake_card

@@ -138,7 +138,7 @@ def test_the_sdk_is_imported_only_where_an_endpoint_is_set(tmp_path: Path) -> No
     source = """
 import sys
 from pathlib import Path
-from exo.api.app import create_app
+from exo.api.server import create_app
 from exo.cards.catalogue import Catalogue
 from exo.config import Settings
 from exo.serving.app_state import Services

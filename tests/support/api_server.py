@@ -8,8 +8,8 @@ from pathlib import Path
 
 import uvicorn
 
-from exo.api.app import create_app
 from exo.api.http.connection import BoundedConnection
+from exo.api.server import create_app
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
 from exo.config import Access, Limits, Settings

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
 from exo.api.http.body import RequestBody, read_body
+from exo.api.http.error_reply import error_reply
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.unary_response import UnaryResponse, cancel_when_client_leaves
@@ -131,7 +132,7 @@ class _PullStream(Response):
             elif self._started:
                 await self._write(send, sse.event(error.openai()), more=False)
             else:
-                await error.response(scope["path"])(scope, receive, send)
+                await error_reply(error, scope["path"])(scope, receive, send)
             tasks.cancel_scope.cancel()
 
     async def _run(self, send: Send) -> ErrorBody | None:

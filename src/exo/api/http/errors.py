@@ -1,26 +1,15 @@
-"""Errors in the envelope of the client's API."""
+"""Errors with their HTTP status, in the envelope of the client's API."""
 
-import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import cast
-from uuid import uuid4
+from dataclasses import dataclass, field
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import to_json
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from exo.serving.activity import current_record
 from exo.serving.errors import Overflow, RequestError, ServingError
 from exo.worker.protocol.validation import describe
-
-log = logging.getLogger(__name__)
 
 PROTECTION = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -81,21 +70,6 @@ class ErrorBody:
         if is_anthropic(path):
             return self.anthropic()
         return self.ollama() if path.startswith("/api/") else self.openai()
-
-    def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
-        """The reply to a request for ``path``. ``headers`` are added to the error's own."""
-        current_record().error = self.code
-        own = dict(self.headers)
-        if is_anthropic(path):
-            own["request-id"] = f"req_{uuid4().hex}"
-        if self.status >= 500 and "retry-after" not in own:
-            own["x-should-retry"] = "false"  # OpenAI's clients otherwise retry, and would load a broken model again
-        return Response(
-            self.in_envelope(path),
-            status_code=self.status,
-            headers={**PROTECTION, **own, **(headers or {})},
-            media_type="application/json",
-        )
 
 
 _ANTHROPIC_TYPES = {
@@ -194,48 +168,3 @@ def from_validation(error: ValidationError) -> ApiError:
         return ApiError(400, f"{param}: this field is required", code="missing_parameter", param=param)
     message = message.removeprefix(": ")[:1000]
     return ApiError(400, message, code="invalid_value", param=param or None)
-
-
-async def _serving_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ServingError)
-    return error_body(error).response(request.url.path)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    known = {
-        404: ErrorBody(status=404, message=f"there is no {where}; /docs lists what there is", code="not_found"),
-        405: ErrorBody(status=405, message=f"{where}: this method is not allowed here", code="method_not_allowed"),
-    }
-    body = known.get(error.status_code) or ErrorBody(
-        status=error.status_code, message=str(error.detail), code="http_error"
-    )
-    return replace(body, headers=error.headers or {}).response(request.url.path)
-
-
-async def _query_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first: Mapping[str, object] = error.errors()[0]
-    param = str(cast(tuple[object, ...], first["loc"])[-1])
-    code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
-    body = ErrorBody(status=400, message=f"{param}: {first['msg']}", code=code, param=param)
-    return body.response(request.url.path)
-
-
-async def _client_left(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return INTERNAL_ERROR.response(request.url.path)
-
-
-def install(app: FastAPI) -> None:
-    """Has ``app`` answer every error in the envelope of the client's API."""
-    app.add_exception_handler(ServingError, _serving_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _query_error)
-    app.add_exception_handler(ClientDisconnect, _client_left)
-    app.add_exception_handler(Exception, _unexpected)

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from exo.api.http.error_reply import error_reply
 from exo.api.http.errors import ErrorBody
 from exo.config import Access, Settings, is_loopback
 from exo.serving.warnings import RequestWarnings, collecting
@@ -69,7 +70,7 @@ class AccessControl:
             if route_path(scope["path"]) not in self._open_paths:
                 self._check_key(headers)
         except DeniedError as denied:
-            await denied.body.response(route_path(scope["path"]), self._cors(origin))(scope, receive, send)
+            await error_reply(denied.body, route_path(scope["path"]), self._cors(origin))(scope, receive, send)
             return
         await self._app(scope, receive, send if origin is None else self._sharing(send, origin))
 

@@ -5,7 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 from fastapi.responses import Response
@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from exo.api.http import sse
+from exo.api.http.error_reply import error_reply
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
 from exo.api.http.reply import ReplyChoice, route_headers
 from exo.api.http.unary_response import cancel_when_client_leaves
@@ -29,8 +30,10 @@ from exo.serving.events import (
     Routed,
     Started,
 )
-from exo.serving.generation import Generation
 from exo.worker.protocol.events import Usage
+
+if TYPE_CHECKING:
+    from exo.serving.generation import Generation
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class GenerationResponse(Response):
 
     def __init__(
         self,
-        generation: Generation,
+        generation: "Generation",
         dialect: Dialect,
         *,
         stream: bool,
@@ -122,7 +125,7 @@ class GenerationResponse(Response):
         """Streams the reply. Returns an error that comes before anything is sent."""
         error = await self._run(stream)
         if error is not None and stream.abandon():
-            return error.response(path, self._headers)
+            return error_reply(error, path, self._headers)
         await stream.close(error)
         return None
 
@@ -130,7 +133,7 @@ class GenerationResponse(Response):
         whole = _Whole(self._dialect, self._headers)
         error = await self._run(whole)
         if error is not None:
-            return error.response(path, self._headers)
+            return error_reply(error, path, self._headers)
         choices = [whole.choices[number] for number in range(self._generation.n_choices)]
         body = self._dialect.whole(choices, whole.usage)
         return Response(body, headers=self._headers, media_type="application/json")
@@ -185,7 +188,7 @@ class _Stream:
     """
 
     def __init__(
-        self, generation: Generation, dialect: Dialect, headers: dict[str, str], send: Send, grace_seconds: float
+        self, generation: "Generation", dialect: Dialect, headers: dict[str, str], send: Send, grace_seconds: float
     ) -> None:
         self._generation = generation
         self._dialect = dialect

@@ -13,6 +13,7 @@ from pydantic import BaseModel, RootModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from exo.api.http.error_reply import error_reply
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
 from exo.serving.errors import ServingError
 
@@ -39,7 +40,7 @@ class UnaryResponse(Response):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(cancel_when_client_leaves, receive, tasks)
             result = await self._run()
-            reply = result.response(scope["path"]) if isinstance(result, ErrorBody) else result
+            reply = error_reply(result, scope["path"]) if isinstance(result, ErrorBody) else result
             await reply(scope, receive, send)
             tasks.cancel_scope.cancel()
 

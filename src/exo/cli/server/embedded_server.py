@@ -35,8 +35,7 @@ def _own_server(settings: Settings, catalogue: "Catalogue") -> Generator[Setting
     """The settings to reach it: its port, and a random key that keeps others on this machine out."""
     import uvicorn
 
-    from exo.api.app import create_app
-    from exo.api.server import listen
+    from exo.api.server import create_app, listen
     from exo.serving.app_state import Services
 
     access = Access(keys=(ApiKey("own", secrets.token_hex(32)),))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from exo.cards.card import ModelCard
 from exo.worker.protocol.events import (
@@ -21,8 +22,10 @@ from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.memory.reservation import Reservation
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.runner_error import RunnerError
-from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.state_machine import ENDINGS
+
+if TYPE_CHECKING:
+    from exo.worker.supervisor.runner_process import RunnerProcess
 
 
 def settings_digest(card: ModelCard, runner: str) -> str:
@@ -89,7 +92,7 @@ class RunnerInstance:
     """The remote host; empty for this machine."""
     peers: tuple[str, ...] = ()
     """The hosts that have parts of the model, besides the runner's own."""
-    process: RunnerProcess = field(init=False)
+    process: "RunnerProcess" = field(init=False)
     decision: asyncio.Future[LoadOption | RunnerError] = field(default_factory=asyncio.Future[LoadOption | RunnerError])
     """The memory budget's decision: what it may load, or why it may not."""
     plan: PlacementPlan | None = None
