@@ -7,8 +7,7 @@ import pytest
 from exo.cards.card import ModelCard
 from exo.cards.catalogue import Catalogue
 from exo.worker.protocol.events import RAM, LoadOption
-from exo.worker.runner_common.hf_embedding import LONGEST
-from exo.worker.runner_common.memory_plan import USABLE
+from exo.worker.runner_common.memory_plan import LONGEST_TEXT, USABLE
 from exo.worker.runner_common.model_files.gguf import GgufHeader
 from exo.worker.supervisor.dry_run import decided
 from exo.worker.supervisor.memory.budget import MemoryBudget
@@ -37,7 +36,7 @@ def plans() -> dict[tuple[str, str], PlacementPlan]:
 
 def longest(card: ModelCard) -> int:
     """The most tokens that exo gives a request if memory does not limit it."""
-    return LONGEST if "TextEmbedding" in card.tasks else card.context_length
+    return LONGEST_TEXT if "TextEmbedding" in card.tasks else card.context_length
 
 
 def test_every_built_in_card_for_llama_cpp_has_a_shape_of_its_files_size() -> None:

@@ -10,6 +10,8 @@ from typing import ClassVar
 
 LOCAL = "local"
 """The name of this machine, where a name is shown."""
+HOST_RAM = "memory"
+"""The name of another host's RAM in the memory budget, after the host's, as in "gpu2/memory"."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _SSH_OPTIONS = {
     "BatchMode": "yes",  # a question for a password would wait for ever

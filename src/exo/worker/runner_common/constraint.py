@@ -1,11 +1,12 @@
 """The restriction of the next token of a sequence: its grammar, the end of its reasoning, or both."""
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from exo.worker.runner_common.grammar.guided_decoding import GrammarState, Mask
-from exo.worker.runner_common.reasoning_budget import ReasoningBudget
+if TYPE_CHECKING:
+    from exo.worker.runner_common.grammar.guided_decoding import GrammarState, Mask
+    from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 
 
 @final
@@ -15,7 +16,7 @@ class Constraint:
     A token that closes reasoning is the only one allowed, unless the grammar excludes it.
     """
 
-    def __init__(self, n_vocab: int, grammar: GrammarState | None, budget: ReasoningBudget | None) -> None:
+    def __init__(self, n_vocab: int, grammar: "GrammarState | None", budget: "ReasoningBudget | None") -> None:
         """Both have seen the whole output. Raises GrammarError."""
         self._n_vocab = n_vocab
         self._grammar = grammar
@@ -41,7 +42,7 @@ class Constraint:
         if self._grammar is not None and self._forced is None:
             self._grammar.prepare()
 
-    def mask(self) -> Mask:
+    def mask(self) -> "Mask":
         """Returns an array of shape (n_vocab,), true for the tokens allowed next. Raises GrammarError."""
         if self._forced is not None:
             mask = np.zeros(self._n_vocab, np.bool_)

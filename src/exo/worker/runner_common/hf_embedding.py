@@ -11,9 +11,6 @@ from exo.worker.runner_common.model_files.model_folder import read_optional
 Pooling = Literal["mean", "cls", "last"]
 """How tokens' vectors become one of the text."""
 
-LONGEST = 2048
-"""Tokens of a text, where the card does not say."""
-
 _MODES: dict[str, Pooling] = {
     "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
 }  # fmt: skip

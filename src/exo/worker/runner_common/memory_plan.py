@@ -9,12 +9,13 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import Estimated, Layout, LoadOption
-from exo.worker.runner_common.hf_embedding import LONGEST
 
 SHORTEST = 512
 """Tokens of context that an open context goes down to, as far as the model was trained for more."""
 USABLE = 32_768
 """Tokens of context for whose sake slots are given up, others are unloaded, and layers are kept off the device."""
+LONGEST_TEXT = 2048
+"""Tokens of a text to embed, where the card does not say."""
 LONG = 131_072
 """Tokens of context beyond which a second slot is worth more, and a second device is not."""
 CACHE = "KV cache"
@@ -165,7 +166,7 @@ def default_longest(tasks: Sequence[str], *, in_ram: bool) -> tuple[int | None, 
     ``tasks`` are the model card's. ``in_ram``: the KV cache is in RAM, which everything else on the machine needs too.
     """
     if tasks and "TextGeneration" not in tasks:
-        return LONGEST, "the most of a text to embed"
+        return LONGEST_TEXT, "the most of a text to embed"
     return (USABLE, 'the default in RAM; n_ctx = "auto" takes as much as fits') if in_ram else (None, "")
 
 

@@ -34,6 +34,7 @@ from exo.worker.protocol.wire import encode, exit_now
 from exo.worker.runner_common.detokenizer import TextStream, Vocabulary
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.runner_common.request_checks import Resumed
+from exo.worker.runner_common.sequence import Sampled, Scores
 
 HEARTBEAT_SECONDS = 1.0
 LEAST_LOGPROB = -9999.0
@@ -60,32 +61,11 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Log-probabilities (natural logarithms) of one place, before grammar, penalties, bias and temperature.
-
-    ``top`` are the most probable tokens there, in descending order, the lowest id first among equals.
-    """
-
-    chosen: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True, slots=True)
 class TextAccepted:
     """A request for a vector or a score is valid and queued."""
 
     id: str
     n_prompt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One new token, with a ``reason`` if it ends the sequence, and ``scores`` if the request wants them."""
-
-    id: str
-    token: int
-    reason: FinishReason | None
-    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)

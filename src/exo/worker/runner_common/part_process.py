@@ -21,8 +21,6 @@ from exo.worker.protocol.commands import Peer
 from exo.worker.protocol.wire import exit_now
 from exo.worker.runner_common.load_error import LoadError
 
-HOST_RAM = "memory"
-"""The name of another host's RAM in the memory budget, after the host's, as in "gpu2/memory"."""
 BEAT_SECONDS = 2.0
 """Time between two empty lines, which say that the runner lives."""
 SILENCE_SECONDS = 20.0

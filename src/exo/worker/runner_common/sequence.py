@@ -1,14 +1,16 @@
 """The part of a sequence's life that is the same in every engine: its phases, and the effect of a new token."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from exo.worker.protocol.commands import Generate
 from exo.worker.protocol.events import Failed, FinishReason
-from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.detokenizer import Vocabulary
-from exo.worker.runner_common.output_processor import Sampled, Scores
+
+if TYPE_CHECKING:
+    from exo.worker.runner_common.constraint import Constraint
 
 NEVER = 1 << 62
 """A position that no sequence reaches."""
@@ -53,6 +55,27 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return next(differences, min(len(one), len(other)))
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities (natural logarithms) of one place, before grammar, penalties, bias and temperature.
+
+    ``top`` are the most probable tokens there, in descending order, the lowest id first among equals.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One new token, with a ``reason`` if it ends the sequence, and ``scores`` if the request wants them."""
+
+    id: str
+    token: int
+    reason: FinishReason | None
+    scores: Scores | None = None
+
+
 class GeneratingSequence(Protocol):
     """The attributes of an engine's sequence that a new token affects."""
 
@@ -63,7 +86,7 @@ class GeneratingSequence(Protocol):
     """Length at which the sequence ends with finish reason "length"."""
 
     @property
-    def constraint(self) -> Constraint | None:
+    def constraint(self) -> "Constraint | None":
         """The restriction of the next token; has seen the whole output."""
         ...
 

@@ -19,13 +19,12 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.runner_common.commands import TextJob, answer
 from exo.worker.runner_common.load_error import LoadError
+from exo.worker.runner_common.memory_plan import LONGEST_TEXT
 from exo.worker.runner_cuda.bindings import Model
 from exo.worker.runner_cuda.loading.llama_log import Log
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
 from exo.worker.runner_cuda.pooled_context import POOLING, PooledContext, Vector
 
-LONGEST = 2048
-"""The most tokens of a text, unless the card sets that."""
 MOST_TEXTS = 64
 """The most texts computed together."""
 LOGITS_BYTES = 256 << 20
@@ -101,8 +100,8 @@ class Embedder:
     def __post_init__(self) -> None:
         model, options = self.model, self.options
         self.pooling = options.pooling or _stored_pooling(model)
-        usual = self.n_ctx if self.causal else options.n_ctx or LONGEST
-        self.longest = min(model.n_ctx_train, options.embedding_ctx or min(usual, LONGEST))
+        usual = self.n_ctx if self.causal else options.n_ctx or LONGEST_TEXT
+        self.longest = min(model.n_ctx_train, options.embedding_ctx or min(usual, LONGEST_TEXT))
         narrow = max(32, LOGITS_BYTES // (4 * model.n_vocab))
         self._n_rows = min(self.longest, self.chunk, narrow) if self.causal else self.longest
         has_state = llama_cpp.llama_model_is_recurrent(model.handle) or llama_cpp.llama_model_is_hybrid(model.handle)

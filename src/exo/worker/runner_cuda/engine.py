@@ -8,9 +8,9 @@ from exo.worker.protocol.events import FinishReason
 from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.constraint import Constraint
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, Mask, grammar_failure
-from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
+from exo.worker.runner_common.output_processor import Emitter, PromptScored, StepDone
 from exo.worker.runner_common.request_checks import refused
-from exo.worker.runner_common.sequence import append, not_finite
+from exo.worker.runner_common.sequence import Sampled, Scores, append, not_finite
 from exo.worker.runner_cuda.bindings import Logits
 from exo.worker.runner_cuda.loading.loader import Loaded
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row

@@ -8,8 +8,8 @@ import numpy as np
 from exo.worker.protocol.events import Failed, FinishReason
 from exo.worker.runner_common.commands import Commands
 from exo.worker.runner_common.grammar.guided_decoding import GrammarError, grammar_failure
-from exo.worker.runner_common.output_processor import Emitter, PromptScored, Sampled, Scores, StepDone
-from exo.worker.runner_common.sequence import Phase, append, not_finite
+from exo.worker.runner_common.output_processor import Emitter, PromptScored, StepDone
+from exo.worker.runner_common.sequence import Phase, Sampled, Scores, append, not_finite
 from exo.worker.runner_mlx.inflight_step import InflightStep, inputs
 from exo.worker.runner_mlx.loading.loader import MlxLoaded
 from exo.worker.runner_mlx.model import queue

@@ -5,7 +5,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from exo.worker.runner_common.output_processor import Scores
+from exo.worker.runner_common.sequence import Scores
 from exo.worker.runner_mlx.model import wait_for
 from exo.worker.runner_mlx.sampling.logprobs import ScoreArrays
 from exo.worker.runner_mlx.sampling.sampler import FAILED

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated, Layout, LoadOption
+from exo.worker.protocol.remote_host import HOST_RAM
 from exo.worker.runner_common.memory_plan import (
     CACHE,
     Open,
@@ -20,7 +21,6 @@ from exo.worker.runner_common.memory_plan import (
     most_cache_in_ram,
 )
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
-from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.probe import on_cpu
 from exo.worker.runner_vllm.sizes import (

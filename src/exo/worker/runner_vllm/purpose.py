@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo.worker.protocol.commands import Load
-from exo.worker.runner_common.hf_embedding import LONGEST, Pooling, choose_pooling, dense_layers
+from exo.worker.runner_common.hf_embedding import Pooling, choose_pooling, dense_layers
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.memory_plan import USABLE
+from exo.worker.runner_common.memory_plan import LONGEST_TEXT, USABLE
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_common.model_files.model_folder import file_tensors
 from exo.worker.runner_vllm.options import VllmOptions
@@ -36,7 +36,7 @@ def find_purpose(command: Load, options: VllmOptions, folder: Path, config: Json
         message = "it is only for a card with the task TextEmbedding and without TextGeneration"
         raise LoadError("model_misconfigured", f"model card, [vllm] pooling: {message}")
     pooling = _pooling(options, folder) if embeds else None
-    n_ctx = options.max_model_len or min(trained_context(config), LONGEST if embeds else USABLE)
+    n_ctx = options.max_model_len or min(trained_context(config), LONGEST_TEXT if embeds else USABLE)
     usual = options.max_num_batched_tokens or (CPU_CHUNK if processors else GPU_CHUNK)
     divides = pooling is None or (pooling == "last" and _is_causal(config))
     if not divides and (options.max_num_batched_tokens or n_ctx) < n_ctx:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from exo.worker.runner_common.commands import TextJob
 from exo.worker.runner_common.hf_embedding import Pooling
 from exo.worker.runner_common.hf_tokenizer import HfTokenizer
-from exo.worker.runner_common.output_processor import Scores
+from exo.worker.runner_common.sequence import Scores
 from exo.worker.runner_vllm.options import load_error
 from exo.worker.runner_vllm.sampler import CHOICE
 from exo.worker.runner_vllm.sequence import VllmSequence

@@ -38,7 +38,8 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.wire import decode_event
 from exo.worker.runner_common.commands import Commands, TextJob
 from exo.worker.runner_common.front_end import FrontEnd, LoadedEngine, Prepared
-from exo.worker.runner_common.output_processor import Emitter, Item, Sampled, StepDone
+from exo.worker.runner_common.output_processor import Emitter, Item, StepDone
+from exo.worker.runner_common.sequence import Sampled
 
 SECONDS = 30
 N_CTX = 16

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from exo.worker.protocol.nvidia_driver import Driver, DriverError, driver
 from exo.worker.protocol.probe import Device, Probe
+from exo.worker.protocol.remote_host import HOST_RAM
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_cuda import plugin, vulkan
 from exo.worker.runner_cuda.plugin import PluginError, rpc_function
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from exo.worker.protocol.events import RAM, Layout
-from exo.worker.runner_common.memory_plan import CACHE, USABLE, Part, Plan, cells
+from exo.worker.protocol.remote_host import HOST_RAM
+from exo.worker.runner_common.memory_plan import CACHE, LONGEST_TEXT, USABLE, Part, Plan, cells
 from exo.worker.runner_common.model_files.gguf import TENSOR_TYPES, GgufHeader
-from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_cuda.bindings import CACHE_TYPES
-from exo.worker.runner_cuda.embedding import LOGITS_BYTES, LONGEST, MOST_TEXTS
+from exo.worker.runner_cuda.embedding import LOGITS_BYTES, MOST_TEXTS
 from exo.worker.runner_cuda.loading.heads import uses_head
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
 from exo.worker.runner_cuda.loading.loader import chunks
@@ -327,7 +327,7 @@ class GgufSizes:
         """Returns the memory of the context for embeddings; see ``runner_cuda/embedding.py``."""
         options = self.options
         chunk = chunks(options, on_gpu=bool(plan.n_gpu_layers)).beside
-        longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST))
+        longest = min(self.trained, options.embedding_ctx or min(plan.n_ctx, LONGEST_TEXT))
         rows = min(longest, chunk, max(32, LOGITS_BYTES // (4 * max(1, self.vocabulary))))
         alone = self.options.exact or any(layer.cache.state for layer in self.layers)
         n_texts = 1 if alone else min(MOST_TEXTS, rows)

@@ -13,7 +13,7 @@ import numpy as np
 
 from exo.worker.protocol.commands import SamplingParams
 from exo.worker.runner_common.keyed_rng import BLOCK, gumbels, key
-from exo.worker.runner_common.output_processor import Scores
+from exo.worker.runner_common.sequence import Scores
 from exo.worker.runner_cuda.sampling.candidates import (
     Candidates,
     Ids,

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from exo.worker.protocol.commands import Estimate, Load
 from exo.worker.protocol.events import Estimated
-from exo.worker.runner_common.hf_embedding import LONGEST
+from exo.worker.protocol.remote_host import HOST_RAM
 from exo.worker.runner_common.memory_plan import (
     CACHE,
+    LONGEST_TEXT,
     Open,
     Part,
     Plan,
@@ -26,7 +27,6 @@ from exo.worker.runner_common.memory_plan import (
 )
 from exo.worker.runner_common.model_files.folder_config import Json, language_config
 from exo.worker.runner_common.model_files.safetensors import SafetensorsTensor
-from exo.worker.runner_common.part_process import HOST_RAM
 from exo.worker.runner_mlx.loading.devices import device, use_backend
 from exo.worker.runner_mlx.loading.loader import MlxChecked, check, computed_in
 from exo.worker.runner_mlx.model import cached_elements
@@ -111,7 +111,7 @@ class _MlxSizes:
 
     def size(self, plan: Plan) -> list[Part]:
         """Returns the memory of each part for a plan, in all processes together."""
-        longest = self.checked.options.embedding_ctx or min(plan.n_ctx, LONGEST)
+        longest = self.checked.options.embedding_ctx or min(plan.n_ctx, LONGEST_TEXT)
         tokens = [self.width * each for each in self.cached]
         ranks, peers = len(tokens), self.checked.peers
         context = _DEVICE_CONTEXT if self.checked.backend == "MlxCuda" else 0

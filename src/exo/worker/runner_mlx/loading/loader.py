@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import Capabilities, Status
-from exo.worker.runner_common.hf_embedding import LONGEST, choose_pooling, dense_layers
+from exo.worker.runner_common.hf_embedding import choose_pooling, dense_layers
 from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_common.memory_plan import USABLE
+from exo.worker.runner_common.memory_plan import LONGEST_TEXT, USABLE
 from exo.worker.runner_common.model_files.adapter_folder import AdapterFolder, find_adapters
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
@@ -139,7 +139,7 @@ def load(command: Load, report: Callable[[Status], None]) -> MlxLoaded:
     found = open_tokenizer(checked.folder, model.eos_token_ids)
     tokenizer = TransformersTokenizer(found, n_vocab, found.eos_token_ids)
     chunk = options.prefill_chunk or (CPU_CHUNK if backend == "MlxCpu" else GPU_CHUNK)
-    longest = options.embedding_ctx or min(checked.n_ctx, LONGEST)
+    longest = options.embedding_ctx or min(checked.n_ctx, LONGEST_TEXT)
     embedder = MlxEmbedder(model, choose_pooling(options.pooling, folder, "mlx"), longest, chunk)
     capabilities = Capabilities(
         engine=ENGINE,

@@ -4,7 +4,7 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from exo.worker.runner_common.output_processor import Scores
+from exo.worker.runner_common.sequence import Scores
 
 SUM_BLOCK = 512
 """Probabilities are summed in blocks, then the sums, because float32's rounding error grows with the terms of a sum."""
