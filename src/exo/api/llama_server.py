@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, RootModel, model_validator
 
 from exo.api.http.body import MODEL, RequestBody, Unsupported, honoured, invalid, read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.reply import route_headers
+from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse, in_pieces
 from exo.api.openai.chat_request import ChatCompletionRequest
 from exo.api.openai.common_request import MAX_DOCUMENTS, Inputs, TokenId

@@ -24,10 +24,9 @@ from exo.api.admin.status import server_routes
 from exo.api.anthropic.routes import anthropic_routes
 from exo.api.http.connection import BoundedConnection, connection_limit, limited_connection, raise_file_limit
 from exo.api.http.error_reply import install
-from exo.api.http.log import JsonFormatter, OneLineFormatter
+from exo.api.http.log import JsonFormatter, OneLineFormatter, add_request_id
 from exo.api.http.middleware import AccessControl, ForgivingPaths, WarningHeader
 from exo.api.http.openapi_schema import describe
-from exo.api.http.request_id import add_request_id
 from exo.api.http.request_record import RequestRecords
 from exo.api.http.tls import Handshake, TlsListener
 from exo.api.llama_completion import llama_completion_routes

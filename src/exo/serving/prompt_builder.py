@@ -1,5 +1,6 @@
 """Makes the prompt and the grammar of a request, and the reader of its output."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from pydantic import JsonValue
 from exo.chat.grammar.gbnf import GbnfError
 from exo.chat.output.registry import OutputFormat, OutputParser, output_format
 from exo.chat.sandbox_pool import SandboxBusyError
-from exo.chat.template.reasoning import SWITCHES, reasoning_prompt
+from exo.chat.template.reasoning import SWITCHES, closing, reasoning_prompt
 from exo.chat.template.renderer import (
     ConversationRefusedError,
     PromptTooLongError,
@@ -22,7 +23,6 @@ from exo.chat.template.special_tokens import NoncharacterError
 from exo.serving.errors import RequestError, busy, from_failed
 from exo.serving.failover import Failover, LoadedRunner
 from exo.serving.pictures.prompt_pictures import placed, unseen
-from exo.serving.reasoning_limit import reasoning_limit
 from exo.serving.request import Conversation, GenerationRequest, Infill, OutputConstraint, Prompt
 from exo.serving.warnings import warn
 from exo.worker.protocol.commands import Grammar, Picture, ReasoningLimit, Text, Tokenize
@@ -36,6 +36,10 @@ _LONGEST_TOKEN = 1024
 """Characters. The longest tokens of known vocabularies are runs of some hundred spaces."""
 _CHARACTERS_PER_TOKEN = 4
 """An estimate for English text. It measures a text that is too long to be tokenized."""
+_MOST_OF_A_REPLY = 0.8
+_LEVELS = {"minimal": (512, 0.1), "low": (2048, 0.2), "medium": (8192, 0.5), "high": (32_768, _MOST_OF_A_REPLY)}
+"""Tokens of reasoning for an effort, and the most of them as a share of the whole reply's limit."""
+_SWITCH = re.compile(r"\b(enable_thinking|reasoning_effort|thinking|thinking_mode)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ async def _conversation(
         grammar = await _grammar(services, request.constraint)
         if grammar is not None:
             grammar = form.after_reasoning(grammar, special_tokens=_special_ids(model), in_reasoning=inside)
-    limit = reasoning_limit(conversation, form, model, request.max_tokens, inside=inside)
+    limit = _reasoning_limit(conversation, form, model, request.max_tokens, inside=inside)
     prompt = tuple(placed(texts, pictures))
     if sum(isinstance(part, Picture) for part in prompt) < len(pictures):
         first = next(iter(conversation.pictures.values())).param
@@ -119,6 +123,45 @@ async def _conversation(
     return PreparedPrompt(
         prompt, grammar=grammar, reasoning=limit, conversation=conversation, form=form, in_reasoning=inside
     )
+
+
+def _reasoning_limit(
+    conversation: Conversation, form: OutputFormat, model: Capabilities, max_tokens: int | None, *, inside: bool
+) -> ReasoningLimit | None:
+    """The limit of the reasoning in a reply; None if there is none. Warns if one cannot be enforced.
+
+    ``max_tokens`` limits the whole reply. With ``inside``, the reply begins in reasoning.
+    """
+    most, param = conversation.reasoning_tokens, conversation.reasoning_tokens_param
+    given = most is not None
+    if most is None and conversation.effort in _LEVELS:
+        param, (most, share) = conversation.effort_param, _LEVELS[conversation.effort]
+        if max_tokens is not None:
+            most = min(most, int(max_tokens * share))
+    if most is None:
+        return None
+    if form.thinking is None:
+        switched = _SWITCH.search(model.template(tools=bool(conversation.tools)) or "")
+        if switched:
+            warn(param, "does not limit the reasoning: this model's marker at the end of reasoning is unknown")
+        elif given and conversation.effort is None:
+            warn(param, "this model does not reason, so it has no effect")
+    elif not model.grammar:
+        warn(param, "does not limit the reasoning: this model runs in several processes, where no token is prescribed")
+    else:
+        thinking = form.thinking
+        if max_tokens and most >= max_tokens:
+            most = int(max_tokens * _MOST_OF_A_REPLY)
+            warn(param, f"is not less than the reply's limit; {most} tokens of reasoning leave room for an answer")
+        return ReasoningLimit(
+            max_tokens=most,
+            begin=thinking.begin,
+            end=thinking.end,
+            closing=closing(form),
+            inside=inside,
+            anywhere=thinking.anywhere,
+        )
+    return None
 
 
 def without_pictures(runner: LoadedRunner, conversation: Conversation) -> Conversation:

@@ -12,7 +12,7 @@ from exo.api.admin.speeds import SpeedAtLoad, known_speeds
 from exo.api.http.body import RequestBody, read_body
 from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.reply import route_headers
+from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.errors import shutting_down

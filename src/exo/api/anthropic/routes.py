@@ -11,8 +11,7 @@ from exo.api.anthropic.response import AnthropicReplyMessage, MessagesDialect, T
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.reply import route_headers
-from exo.api.http.response import GenerationResponse
+from exo.api.http.response import GenerationResponse, route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.serving.app_state import Services
 from exo.serving.errors import RequestError

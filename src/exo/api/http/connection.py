@@ -22,9 +22,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from exo.api.http.access_log import log_refusal
 from exo.api.http.errors import PROTECTION, ErrorBody
-from exo.api.http.request_id import REQUEST_ID_HEADER, new_request_id
+from exo.api.http.log import log_refusal
+from exo.api.http.request_record import REQUEST_ID_HEADER, new_request_id
 
 HEAD_LIMIT = 64 << 10
 """Bytes of a request's line and headers."""

@@ -1,12 +1,11 @@
-"""What a reply of any dialect consists of: finished choices with their calls, and the headers that name the runner."""
+"""The finished choices of a reply in any dialect, with their calls."""
 
 import time
 from dataclasses import dataclass, field
 
 from exo.chat.output.events import Arguments, BrokenCall, Content, Reasoning, ToolCall
-from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoicePrompt, Reason, Routed
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoicePrompt, Reason
 from exo.worker.protocol.events import TokenLogprobs, Usage
-from exo.worker.router import Route
 
 
 @dataclass(slots=True)
@@ -69,9 +68,3 @@ class ReplyChoice:
         self.calls = [call for call in self.calls if call.whole]
         if self.calls:
             self.reason = "tool_calls"
-
-
-def route_headers(route: Route | Routed) -> dict[str, str]:
-    """The headers with the runner that serves the request, its host if that is another machine, and the reason."""
-    headers = {"x-exo-runner": route.runner, "x-exo-route": route.reason}
-    return headers | {"x-exo-host": route.host} if route.host else headers

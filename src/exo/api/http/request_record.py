@@ -1,20 +1,33 @@
 """Gives each request an id and a record, which holds its facts and progress until the end of its reply."""
 
+import re
 from collections.abc import Callable
 from typing import final
+from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exo.api.http.access_log import log_access
 from exo.api.http.errors import is_anthropic
+from exo.api.http.log import log_access
 from exo.api.http.middleware import route_path
-from exo.api.http.request_id import REQUEST_ID_HEADER, accepted_or_new
 from exo.serving.activity import Activity, Dialect, RequestRecord, set_current
 from exo.terminal import printable
 
+REQUEST_ID_HEADER = "x-request-id"
+_ACCEPTED = re.compile(r"[!-~]{1,128}")
 _CLIENT_CHARACTERS = 80
 _PATH_CHARACTERS = 200
+
+
+def new_request_id() -> str:
+    """An id for a request whose client has sent none."""
+    return f"req_{uuid4().hex}"
+
+
+def accepted_or_new(given: str) -> str:
+    """The client's id if it is short, printable ASCII; otherwise a new one."""
+    return given if _ACCEPTED.fullmatch(given) else new_request_id()
 
 
 @final

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from exo.api.http import sse
 from exo.api.http.error_reply import error_reply
 from exo.api.http.errors import INTERNAL_ERROR, ErrorBody, error_body
-from exo.api.http.reply import ReplyChoice, route_headers
+from exo.api.http.reply import ReplyChoice
 from exo.api.http.unary_response import cancel_when_client_leaves
 from exo.serving.errors import ServingError
 from exo.serving.events import (
@@ -31,6 +31,7 @@ from exo.serving.events import (
     Started,
 )
 from exo.worker.protocol.events import Usage
+from exo.worker.router import Route
 
 if TYPE_CHECKING:
     from exo.serving.generation import Generation
@@ -48,6 +49,12 @@ SHORT_REQUEST = 4096
 """Bytes of a body whose prompt fits every usual context."""
 PLACE_SECONDS = 0.5
 """The minimum time between two notes of the place in the queue."""
+
+
+def route_headers(route: Route | Routed) -> dict[str, str]:
+    """The headers with the runner that serves the request, its host if that is another machine, and the reason."""
+    headers = {"x-exo-runner": route.runner, "x-exo-route": route.reason}
+    return headers | {"x-exo-host": route.host} if route.host else headers
 
 
 class Dialect(Protocol):

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.reply import route_headers
+from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.api.ollama.request import LATEST, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from exo.api.ollama.response import OllamaReply

@@ -10,8 +10,7 @@ from pydantic import BaseModel
 from exo.api.http.body import read_body
 from exo.api.http.openapi_schema import json_body
 from exo.api.http.raw_route import DirectRoute
-from exo.api.http.reply import route_headers
-from exo.api.http.response import GenerationResponse
+from exo.api.http.response import GenerationResponse, route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.api.ollama.request import LATEST, OllamaChatRequest, OllamaGenerateRequest, OllamaGeneration
 from exo.api.ollama.response import OllamaChatResponse, OllamaDialect, OllamaGenerateResponse, loaded

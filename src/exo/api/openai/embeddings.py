@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, JsonValue
 
 from exo.api.http.body import MODEL, RequestBody, honoured, read_body
 from exo.api.http.openapi_schema import json_body
-from exo.api.http.reply import route_headers
+from exo.api.http.response import route_headers
 from exo.api.http.unary_response import UnaryResponse
 from exo.api.openai.common_request import Inputs
 from exo.api.openai.response import EmbeddingUsage, Reply

@@ -14,6 +14,7 @@ Use, for each request::
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from exo.chat.output.format import OutputFormat
 from exo.chat.output.formats import harmony, json_calls, kimi_k3, minimax_m3, python_calls, tags
@@ -84,6 +85,7 @@ _TAG_DIALECTS = ("post_last_user", "suffix", "tool_conditional")
 _CHANNEL_DIALECT = "channel"
 
 
+@lru_cache(maxsize=64)
 def output_format(template: str | None, tool_format: str = "auto", reasoning_dialect: str = "none") -> OutputFormat:
     """Returns the format that a card names, or else the one recognised in the chat template.
 
