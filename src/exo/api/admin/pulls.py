@@ -132,7 +132,7 @@ class _PullStream(Response):
             elif self._started:
                 await self._write(send, sse.event(error.openai()), more=False)
             else:
-                await error_reply(error, scope["path"])(scope, receive, send)
+                await error_reply(error)(scope, receive, send)
             tasks.cancel_scope.cancel()
 
     async def _run(self, send: Send) -> ErrorBody | None:

@@ -12,32 +12,40 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from exo.api.http.errors import INTERNAL_ERROR, PROTECTION, ErrorBody, error_body, is_anthropic
-from exo.serving.activity import current_record
+from exo.api.http.errors import INTERNAL_ERROR, PROTECTION, ErrorBody, error_body
+from exo.serving.activity import Dialect, current_record
 from exo.serving.errors import ServingError
 
 log = logging.getLogger(__name__)
 
 
-def error_reply(error: ErrorBody, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The reply to a request for ``path``, whose record gets the error. ``headers`` are added to the error's own."""
-    current_record().error = error.code
+def error_reply(error: ErrorBody, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply to the current request, whose record gets the error. ``headers`` are added to the error's own."""
+    record = current_record()
+    record.error = error.code
     own = dict(error.headers)
-    if is_anthropic(path):
+    if record.dialect == "anthropic":
         own["request-id"] = f"req_{uuid4().hex}"
     if error.status >= 500 and "retry-after" not in own:
         own["x-should-retry"] = "false"  # OpenAI's clients otherwise retry, and would load a broken model again
     return Response(
-        error.in_envelope(path),
+        in_envelope(error, record.dialect),
         status_code=error.status,
         headers={**PROTECTION, **own, **(headers or {})},
         media_type="application/json",
     )
 
 
+def in_envelope(error: ErrorBody, dialect: Dialect) -> bytes:
+    """The error in the envelope of an API."""
+    if dialect == "anthropic":
+        return error.anthropic()
+    return error.ollama() if dialect == "ollama" else error.openai()
+
+
 async def _serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return error_reply(error_body(error), request.url.path)
+    return error_reply(error_body(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -50,7 +58,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     body = known.get(error.status_code) or ErrorBody(
         status=error.status_code, message=str(error.detail), code="http_error"
     )
-    return error_reply(replace(body, headers=error.headers or {}), request.url.path)
+    return error_reply(replace(body, headers=error.headers or {}))
 
 
 async def _query_error(request: Request, error: Exception) -> Response:
@@ -59,7 +67,7 @@ async def _query_error(request: Request, error: Exception) -> Response:
     param = str(cast(tuple[object, ...], first["loc"])[-1])
     code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
     body = ErrorBody(status=400, message=f"{param}: {first['msg']}", code=code, param=param)
-    return error_reply(body, request.url.path)
+    return error_reply(body)
 
 
 async def _client_left(_: Request, error: Exception) -> Response:
@@ -68,7 +76,7 @@ async def _client_left(_: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_reply(INTERNAL_ERROR, request.url.path)
+    return error_reply(INTERNAL_ERROR)
 
 
 def install(app: FastAPI) -> None:

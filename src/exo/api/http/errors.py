@@ -1,4 +1,4 @@
-"""Errors with their HTTP status, in the envelope of the client's API."""
+"""Errors with their HTTP status, in the envelopes of the APIs."""
 
 import math
 import re
@@ -65,12 +65,6 @@ class ErrorBody:
             return {}
         return {"n_prompt_tokens": self.overflow.prompt_tokens, "n_ctx": self.overflow.context_length}
 
-    def in_envelope(self, path: str) -> bytes:
-        """The error in the envelope of the API that ``path`` belongs to."""
-        if is_anthropic(path):
-            return self.anthropic()
-        return self.ollama() if path.startswith("/api/") else self.openai()
-
 
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -81,11 +75,6 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-
-
-def is_anthropic(path: str) -> bool:
-    """Whether ``path`` belongs to Anthropic's API."""
-    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 class ApiError(ServingError):

@@ -70,7 +70,7 @@ class AccessControl:
             if route_path(scope["path"]) not in self._open_paths:
                 self._check_key(headers)
         except DeniedError as denied:
-            await error_reply(denied.body, route_path(scope["path"]), self._cors(origin))(scope, receive, send)
+            await error_reply(denied.body, self._cors(origin))(scope, receive, send)
             return
         await self._app(scope, receive, send if origin is None else self._sharing(send, origin))
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from exo.api.http import sse
+from exo.api.http.error_reply import in_envelope
 from exo.api.http.errors import ErrorBody
+from exo.api.http.request_record import dialect_of
 
 _REF = "#/components/schemas/{model}"
 _DESCRIPTION = """
@@ -98,5 +100,6 @@ def _errors(path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _error(path: str, status: int, meaning: str) -> dict[str, Any]:
-    example = ErrorBody(status=status, message="what is wrong", code="a_word_for_programs").in_envelope(path)
+    error = ErrorBody(status=status, message="what is wrong", code="a_word_for_programs")
+    example = in_envelope(error, dialect_of(path))
     return {"description": meaning, "content": {"application/json": {"example": json.loads(example)}}}

@@ -8,7 +8,6 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exo.api.http.errors import is_anthropic
 from exo.api.http.log import log_access
 from exo.api.http.middleware import route_path
 from exo.serving.activity import Activity, Dialect, RequestRecord, set_current
@@ -50,7 +49,7 @@ class RequestRecords:
         headers = Headers(scope=scope)
         own = accepted_or_new(headers.get(REQUEST_ID_HEADER, ""))
         path = route_path(scope["path"])
-        record = RequestRecord(self._activity, own, _client(scope, headers), _dialect(path), _shown(path))
+        record = RequestRecord(self._activity, own, _client(scope, headers), dialect_of(path), _shown(path))
         record.method = scope["method"]
 
         async def send_with_id(message: Message) -> None:
@@ -76,8 +75,9 @@ def _client(scope: Scope, headers: Headers) -> str:
     return " ".join(filter(None, (printable(words[0])[:_CLIENT_CHARACTERS] if words else "", address)))
 
 
-def _dialect(path: str) -> Dialect:
-    if is_anthropic(path):
+def dialect_of(path: str) -> Dialect:
+    """The API that a path belongs to."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
     if path.startswith("/api/"):
         return "ollama"

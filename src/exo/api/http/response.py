@@ -108,8 +108,7 @@ class GenerationResponse(Response):
         stream = _Stream(self._generation, self._dialect, self._headers, send, grace) if self._stream else None
 
         async def reply() -> None:
-            path = scope["path"]
-            response = await (self._whole(path) if stream is None else self._streamed(stream, path))
+            response = await (self._whole() if stream is None else self._streamed(stream))
             if response is not None:
                 await response(scope, receive, send)
             over.set()
@@ -128,19 +127,19 @@ class GenerationResponse(Response):
                 await over.wait()
                 tasks.cancel_scope.cancel()
 
-    async def _streamed(self, stream: "_Stream", path: str) -> Response | None:
+    async def _streamed(self, stream: "_Stream") -> Response | None:
         """Streams the reply. Returns an error that comes before anything is sent."""
         error = await self._run(stream)
         if error is not None and stream.abandon():
-            return error_reply(error, path, self._headers)
+            return error_reply(error, self._headers)
         await stream.close(error)
         return None
 
-    async def _whole(self, path: str) -> Response:
+    async def _whole(self) -> Response:
         whole = _Whole(self._dialect, self._headers)
         error = await self._run(whole)
         if error is not None:
-            return error_reply(error, path, self._headers)
+            return error_reply(error, self._headers)
         choices = [whole.choices[number] for number in range(self._generation.n_choices)]
         body = self._dialect.whole(choices, whole.usage)
         return Response(body, headers=self._headers, media_type="application/json")

@@ -40,7 +40,7 @@ class UnaryResponse(Response):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(cancel_when_client_leaves, receive, tasks)
             result = await self._run()
-            reply = error_reply(result, scope["path"]) if isinstance(result, ErrorBody) else result
+            reply = error_reply(result) if isinstance(result, ErrorBody) else result
             await reply(scope, receive, send)
             tasks.cancel_scope.cancel()
 
