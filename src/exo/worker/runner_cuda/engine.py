@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from exo.worker.protocol.events import FinishReason
 from exo.worker.runner_common.commands import Commands
@@ -12,7 +12,6 @@ from exo.worker.runner_common.output_processor import Emitter, PromptScored, Ste
 from exo.worker.runner_common.request_checks import refused
 from exo.worker.runner_common.sequence import Sampled, Scores, append, not_finite
 from exo.worker.runner_cuda.bindings import Logits
-from exo.worker.runner_cuda.loading.loader import Loaded
 from exo.worker.runner_cuda.sampling.candidates import Candidates, NotFinite, Row
 from exo.worker.runner_cuda.sampling.device_sampling import Best
 from exo.worker.runner_cuda.sampling.sampler import Turn, choose, score
@@ -20,6 +19,9 @@ from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.speculation.head_context import states
 from exo.worker.runner_cuda.speculation.head_drafter import HeadDrafter
 from exo.worker.runner_cuda.step import Chunk, Step
+
+if TYPE_CHECKING:
+    from exo.worker.runner_cuda.loading.loader import Loaded
 
 IDLE_SECONDS = 1.0
 """The time without work after which a prefix is written to disk. Agents call most tools in less."""
@@ -40,7 +42,7 @@ class CudaEngine:
     emitter. The emitter makes text of them while the next step computes.
     """
 
-    def __init__(self, loaded: Loaded, emitter: Emitter) -> None:
+    def __init__(self, loaded: "Loaded", emitter: Emitter) -> None:
         self._context = loaded.context
         self._embedder = loaded.embedder
         self._scheduler = loaded.scheduler
