@@ -117,7 +117,8 @@ class Failover:
                 process = pool.acquire(route, card)
                 self._record.instance = self._in_use.enter_context(pool.using(process))
                 services.routing.sent(card, route)
-                services.affinity.note(self._prefixes, self._record.instance)
+                if services.links is not None:
+                    services.affinity.note(self._prefixes, self._record.instance)
                 if route.replica is not None:
                     services.load_replica(card, replace(route, host=route.replica, instance=None))
                 if self._keep_seconds is not None:
@@ -161,7 +162,7 @@ class Failover:
         links, deadline = self._services.links, anyio.current_time() + _HOST_SECONDS
         while True:
             try:
-                cached_on = self._services.affinity.find(self._prefixes)
+                cached_on = None if links is None else self._services.affinity.find(self._prefixes)
                 return await self._services.routing.choose(self._model, self._needs, cached_on=cached_on)
             except ServingError as error:
                 left = deadline - anyio.current_time()

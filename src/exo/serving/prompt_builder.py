@@ -115,11 +115,13 @@ async def _conversation(
         if grammar is not None:
             grammar = form.after_reasoning(grammar, special_tokens=_special_ids(model), in_reasoning=inside)
     limit = _reasoning_limit(conversation, form, model, request.max_tokens, inside=inside)
-    prompt = tuple(placed(texts, pictures))
-    if sum(isinstance(part, Picture) for part in prompt) < len(pictures):
-        first = next(iter(conversation.pictures.values())).param
-        message = f"{first}: the chat template of {card.model_id} leaves a picture out"
-        raise RequestError(message, code="template_error", param=first)
+    prompt: tuple[Text | Picture, ...] = texts
+    if pictures:
+        prompt = tuple(placed(texts, pictures))
+        if sum(isinstance(part, Picture) for part in prompt) < len(pictures):
+            first = next(iter(conversation.pictures.values())).param
+            message = f"{first}: the chat template of {card.model_id} leaves a picture out"
+            raise RequestError(message, code="template_error", param=first)
     return PreparedPrompt(
         prompt, grammar=grammar, reasoning=limit, conversation=conversation, form=form, in_reasoning=inside
     )

@@ -105,7 +105,9 @@ class RequestedModel:
 
     def with_adapters(self, wanted: Sequence[WantedAdapter]) -> "RequestedModel":
         """The model with the adapters that a request's field ``lora`` names. Raises RequestError."""
-        if wanted and self.adapter:
+        if not wanted:
+            return self
+        if self.adapter:
             raise _wrong("lora", f"the model has the adapter {self.adapter!r} already; name {self.card.model_id} alone")
         numbers = dict(enumerate(self.card.adapters))
         used: dict[str, UsedAdapter] = {}
@@ -117,7 +119,7 @@ class RequestedModel:
             if name in used:
                 raise _wrong(f"lora.{at}", f"the adapter {name!r} is there twice")
             used[name] = UsedAdapter(name=name, scale=each.scale)
-        return replace(self, adapters=tuple(each for each in used.values() if each.scale)) if wanted else self
+        return replace(self, adapters=tuple(each for each in used.values() if each.scale))
 
 
 Prompt = Conversation | Infill | str | tuple[int | str, ...]
