@@ -102,17 +102,16 @@ def test_a_browser_keeps_the_files_and_asks_for_the_page_again(http: httpx.Clien
 
 
 def test_errors_are_protected_as_well(http: httpx.Client) -> None:
-    path = next(iter(Page.read().files))
+    paths = ("/", "/docs", next(iter(Page.read().files)))
     raised = [
         (401, http.get("/page/nothing")),
         (404, http.get("/page/nothing", headers={"x-api-key": "secret"})),
         (401, http.get("/v1/models", headers=BROWSER)),
-        (403, http.get("/", headers={**BROWSER, "host": "evil.example"})),
-        (403, http.get(path, headers={"host": "evil.example"})),
-        (403, http.get(path, headers={"origin": "https://evil.example"})),
-        (405, http.post("/")),
-        (405, http.delete(path)),
-        (431, http.get("/", headers={"x-long": "x" * 100_000})),
+        *((403, http.get(each, headers={**BROWSER, "host": "evil.example"})) for each in paths),
+        *((403, http.get(each, headers={**BROWSER, "origin": "https://evil.example"})) for each in paths),
+        *((405, http.request(method, each)) for each in paths for method in ("POST", "PUT", "DELETE", "PATCH")),
+        *((431, http.get(each, headers={"x-long": "x" * 100_000})) for each in paths),
+        *((431, http.get(each, headers=[(f"x-{n}", "1") for n in range(1000)])) for each in paths),
     ]
     for status, reply in raised:
         assert reply.status_code == status, reply.url
@@ -122,7 +121,7 @@ def test_errors_are_protected_as_well(http: httpx.Client) -> None:
 
 
 def test_requests_for_the_page_take_no_body_and_forge_no_line_of_the_log(http: httpx.Client) -> None:
-    for path in ("/", next(iter(Page.read().files))):
+    for path in ("/", "/docs", next(iter(Page.read().files))):
         whole = http.get(path, headers=BROWSER)
         for content in (b"x" * 1000, b"\x1f\x8b" + bytes(1000)):
             reply = http.request("GET", path, headers={**BROWSER, "content-encoding": "gzip"}, content=content)

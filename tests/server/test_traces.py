@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from tests.support.api_server import CHAT_TEMPLATE
 from tests.support.server import ServeProgram, environment, write_card
 
 BODY = {"model": "tiny", "prompt": "my secret question", "max_tokens": 3, "temperature": 0}
@@ -74,7 +75,7 @@ def collector() -> Generator[Collector]:
 
 
 @contextmanager
-def serving(home: Path, url: str, **table: int) -> Generator[ServeProgram]:
+def serving(home: Path, url: str, **table: int | str) -> Generator[ServeProgram]:
     write_card(home, "tiny", {"cuda": dict(table)}, backends=["LlamaCppCpu"])
     with ServeProgram(home, fake=True, OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_BSP_SCHEDULE_DELAY="50") as program:
         yield program
@@ -115,6 +116,41 @@ def test_the_spans_of_a_request(collector: Collector, tmp_path: Path) -> None:
         len([span for span in collector.spans() if not span.parent_span_id or span.parent_span_id.hex() == PARENT]) == 2
     )
     assert all(b"secret" not in body for body in collector.bodies)
+
+
+OPERATIONS = {
+    "/v1/chat/completions": ({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}, "chat"),
+    "/v1/messages": ({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}, "chat"),
+    "/v1/responses": ({"input": "hi", "max_output_tokens": 1}, "chat"),
+    "/api/chat": ({"messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 1}}, "chat"),
+    "/api/generate": ({"prompt": "hi", "options": {"num_predict": 1}}, "text_completion"),
+    "/completion": ({"prompt": "hi", "n_predict": 1}, "text_completion"),
+    "/v1/embeddings": ({"input": "hi"}, "embeddings"),
+    "/api/embed": ({"input": "hi"}, "embeddings"),
+}
+"""Requests of each kind, and what the conventions for generative AI call it."""
+
+
+def test_each_kind_of_request_has_its_name(collector: Collector, tmp_path: Path) -> None:
+    with serving(tmp_path, collector.url, chat_template=CHAT_TEMPLATE) as server:
+        for path, (body, _) in OPERATIONS.items():
+            reply = server.client.post(path, json={"model": "tiny", **body}, headers={"x-request-id": path[1:]})
+            assert reply.status_code == 200, (path, reply.text)
+    for path, (_, operation) in OPERATIONS.items():
+        root, _ = collector.trace(path[1:])
+        assert root.name == f"{operation} test/tiny"
+        assert attributes(root)["gen_ai.operation.name"] == operation
+        assert attributes(root)["gen_ai.usage.input_tokens"] > 0
+        assert not root.parent_span_id
+
+
+@pytest.mark.parametrize("parent", ["nonsense", f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE}-{'0' * 16}-01", "x" * 5000])
+def test_a_broken_traceparent_costs_nothing(collector: Collector, tmp_path: Path, parent: str) -> None:
+    headers = {"x-request-id": "odd", "traceparent": parent}
+    with serving(tmp_path, collector.url) as server:
+        assert server.client.post("/v1/completions", json=BODY, headers=headers).status_code == 200
+    root, _ = collector.trace("odd")
+    assert not root.parent_span_id
 
 
 def test_a_replay_has_a_span(collector: Collector, tmp_path: Path) -> None:
