@@ -41,6 +41,7 @@ from exo.api.openai.responses.routes import responses_routes
 from exo.api.openai.routes import openai_routes
 from exo.api.page.routes import Page, page_routes
 from exo.api.traces import Traces, TracesError
+from exo.api.upstream.bench import bench_routes
 from exo.api.upstream.routes import upstream_routes
 from exo.api.vllm_score import score_routes
 from exo.cards.catalogue import Catalogue
@@ -93,6 +94,7 @@ def create_app(settings: Settings, services: Services, *, load: Iterable[str] = 
     app.include_router(engine_routes(services))
     if settings.upstream_api:
         app.include_router(upstream_routes(services, settings.models_directory))
+        app.include_router(bench_routes(services))
     app.include_router(page_routes(page))
     install(app)
     app.add_middleware(WarningHeader, strict=settings.strict)

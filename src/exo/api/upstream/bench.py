@@ -84,7 +84,7 @@ class BenchDialect(ChatDialect):
 
 def bench_routes(services: Services) -> APIRouter:
     """The benchmark's chat completions."""
-    routes = APIRouter(route_class=DirectRoute)
+    routes = APIRouter(tags=["upstream exo"], route_class=DirectRoute)
 
     @routes.post("/bench/chat/completions", response_model=ChatCompletion, openapi_extra=json_body(BenchChatRequest))
     async def bench_chat_completions(request: Request) -> GenerationResponse:

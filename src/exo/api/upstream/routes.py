@@ -20,7 +20,6 @@ from exo.api.http import sse
 from exo.api.http.body import RequestBody, read_body
 from exo.api.http.errors import ApiError
 from exo.api.http.openapi_schema import json_body
-from exo.api.upstream.bench import bench_routes
 from exo.api.upstream.state import NODE, SECTIONS, ClusterState, JsonObject, inside, instance_form, instance_id
 from exo.cards.card import ModelCard
 from exo.serving.app_state import Services
@@ -59,7 +58,7 @@ class StartDownloadRequest(RequestBody):
 
 
 def upstream_routes(services: Services, models_directory: Path) -> APIRouter:
-    """Instances, the state of the cluster, and the benchmark."""
+    """Instances and the state of the cluster."""
     routes, state = APIRouter(tags=["upstream exo"]), ClusterState(services, models_directory)
 
     @routes.get("/node_id")
@@ -79,7 +78,6 @@ def upstream_routes(services: Services, models_directory: Path) -> APIRouter:
 
     _add_commands(routes, services)
     _add_instances(routes, services, state)
-    routes.include_router(bench_routes(services))
     return routes
 
 
