@@ -62,7 +62,7 @@ def test_two_engines_answer_side_by_side(url: str, visitor: Visitor) -> None:
 def test_requests_deaths_and_replays_are_seen_as_they_happen(url: str, visitor: Visitor) -> None:
     page = visitor.open(f"{url}/#now")
     requests = page.get_by_role("region", name="Requests").locator("tbody tr")
-    with ThreadPoolExecutor() as pool, httpx.Client(base_url=url, timeout=None) as client:
+    with httpx.Client(base_url=url, timeout=None) as client, ThreadPoolExecutor() as pool:
         try:
             asked = [pool.submit(client.post, "/v1/completions", json=ENDLESS, headers={"x-request-id": "one"})]
             expect(requests.filter(has_text="decode")).to_have_count(1)

@@ -1,8 +1,10 @@
 // Numbers for people.
 
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+
 /** About three digits. */
 export function rounded(number) {
-  return number >= 100 ? Math.round(number).toLocaleString("en") : String(Number(number.toPrecision(2)));
+  return number >= 100 ? whole.format(number) : String(Number(number.toPrecision(2)));
 }
 
 /** Bytes in the unit that suits them. */
@@ -13,4 +15,4 @@ export function size(bytes) {
 }
 
 /** A whole number with separators. */
-export const count = (number) => number.toLocaleString("en");
+export const count = (number) => whole.format(number);

@@ -24,7 +24,7 @@ export class Now {
     const rows = h("tbody");
     this.bars = new Children(bars, () => new DeviceMemory());
     this.runners = new Children(runners, () => new RunnerRow());
-    this.rows = new Children(rows, () => new Row(8));
+    this.rows = new Children(rows, () => new RequestRow());
     this.incidents = h("ol", { "aria-live": "polite", "aria-label": "Deaths and replays" });
     section.append(
       this.state, h("h2", {}, "Memory"), bars,
@@ -123,7 +123,7 @@ export class Now {
     const all = [...this.requests].reverse();
     const running = all.filter(([, each]) => !ENDED.includes(each.phase));
     const shown = [...running, ...all.filter(([, each]) => ENDED.includes(each.phase))];
-    this.rows.show(shown.map(([key]) => key)).forEach((row, at) => row.show(requestCells(shown[at][1])));
+    this.rows.show(shown.map(([key]) => key)).forEach((row, at) => row.show(shown[at][1]));
     const rows = this.runners.show(this.instances.map((each) => each.instance));
     rows.forEach((row, at) => {
       const { model, runner } = this.instances[at];
@@ -193,14 +193,22 @@ class DeviceMemory {
   }
 }
 
-function requestCells(request) {
-  const prompt = request.phase === "prefill"
-    ? `${count(request.prefill_done)} of ${count(request.prompt_tokens)}`
-    : `${count(request.prompt_tokens)}${request.cached_tokens ? ` (${count(request.cached_tokens)} cached)` : ""}`;
-  const end = request.error ?? request.finish_reason;
-  return [
-    request.model, `${request.phase}${end ? `: ${end}` : ""}${request.replays ? `, ${request.replays} replays` : ""}`, prompt,
-    count(request.completion_tokens), request.tokens_per_second === null ? "" : rounded(request.tokens_per_second),
-    `${rounded(request.seconds)} s`, request.client, request.runner ? `${request.runner}${request.host && `@${request.host}`}: ${request.route}` : "",
-  ];
+class RequestRow extends Row {
+  constructor() {
+    super(8);
+  }
+
+  show(request) {
+    if (request === this.request) return;
+    this.request = request;
+    const prompt = request.phase === "prefill"
+      ? `${count(request.prefill_done)} of ${count(request.prompt_tokens)}`
+      : `${count(request.prompt_tokens)}${request.cached_tokens ? ` (${count(request.cached_tokens)} cached)` : ""}`;
+    const end = request.error ?? request.finish_reason;
+    super.show([
+      request.model, `${request.phase}${end ? `: ${end}` : ""}${request.replays ? `, ${request.replays} replays` : ""}`, prompt,
+      count(request.completion_tokens), request.tokens_per_second === null ? "" : rounded(request.tokens_per_second),
+      `${rounded(request.seconds)} s`, request.client, request.runner ? `${request.runner}${request.host && `@${request.host}`}: ${request.route}` : "",
+    ]);
+  }
 }
