@@ -18,8 +18,7 @@ from exo.worker.runner_cuda.bindings import CACHE_TYPES
 from exo.worker.runner_cuda.embedding import LOGITS_BYTES, MOST_TEXTS
 from exo.worker.runner_cuda.loading.heads import uses_head
 from exo.worker.runner_cuda.loading.layer_cache import CachedLayer, layer_caches
-from exo.worker.runner_cuda.loading.loader import chunks
-from exo.worker.runner_cuda.loading.options import CudaOptions
+from exo.worker.runner_cuda.loading.options import CudaOptions, chunks
 from exo.worker.runner_cuda.loading.placement import Placement, is_expert, shared_out
 from exo.worker.runner_cuda.prompt_cuts import SCORED_ROWS
 from exo.worker.runner_cuda.speculation.head_drafter import WAITING

@@ -26,7 +26,7 @@ from exo.worker.runner_cuda.loading.gguf_check import check_header, check_projec
 from exo.worker.runner_cuda.loading.heads import uses_head, with_head
 from exo.worker.runner_cuda.loading.kv_layout import with_layout
 from exo.worker.runner_cuda.loading.llama_log import Log
-from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, find_model, find_projector
+from exo.worker.runner_cuda.loading.options import CPU, CudaOptions, DraftOptions, chunks, find_model, find_projector
 from exo.worker.runner_cuda.loading.peers import all_gpus
 from exo.worker.runner_cuda.loading.placement import check_architecture, chosen
 from exo.worker.runner_cuda.loading.prefix_key import open_disk_tier
@@ -47,13 +47,9 @@ from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 from exo.worker.runner_cuda.vision.projector import Projector
 from exo.worker.runner_cuda.vision.sight import Sight
 
-CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
-"""The most prompt tokens on a CPU: of one prompt beside streams, of one prompt alone, and of all prompts between two
-decode steps. Steps are short, so that a cancelled prompt ends soon."""
 CPU_ENOUGH = 32
 """On a CPU, a prefill step with this many tokens takes no further prompt, so that the first one begins its output
 sooner: larger steps are hardly faster per token. On a GPU they are."""
-GPU_CHUNK, GPU_BUDGET = 512, 2048
 CPU_MAX_ITL_MS, GPU_MAX_ITL_MS = 260, 100
 
 
@@ -241,22 +237,6 @@ def _capabilities(
         special_ids=tuple(tokenizer.special.values()),
         fim=tokenizer.fim(),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The most prompt tokens of a step: of one prompt beside streams, of one prompt alone, and of all prompts."""
-
-    beside: int
-    alone: int
-    budget: int
-
-
-def chunks(options: CudaOptions, *, on_gpu: bool) -> Chunks:
-    """Returns the model card's sizes, or else the fastest ones measured on such a device."""
-    beside = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
-    alone = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_ALONE)
-    return Chunks(beside, alone, max(alone, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET)))
 
 
 def read_options(command: Load) -> CudaOptions:

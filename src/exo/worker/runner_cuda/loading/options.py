@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -27,6 +28,10 @@ PREFIX_CACHE_SHARE = 1 / 8
 """The share of this machine's RAM that it takes at most, unless it has the smallest size."""
 AUTO_ROLLBACK = 4
 """See ``CudaOptions.rollback``."""
+CPU_CHUNK, CPU_ALONE, CPU_BUDGET = 128, 512, 768
+"""The most prompt tokens on a CPU: of one prompt beside streams, of one prompt alone, and of all prompts between two
+decode steps. Steps are short, so that a cancelled prompt ends soon."""
+GPU_CHUNK, GPU_BUDGET = 512, 2048
 _OPEN = ("n_ctx", "n_gpu_layers", "cpu_moe", "cache_type_k", "cache_type_v")
 """The keys that may be "auto"."""
 UNQUANTISED: tuple[CacheType, ...] = ("f32", "f16", "bf16")
@@ -287,6 +292,22 @@ class CudaOptions(ModelFile):
             given = f"{self.cache_type_k} and {self.cache_type_v}"
             raise ValueError(f'split_mode "tensor" needs cache types among {", ".join(UNQUANTISED)}, not {given}')
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The most prompt tokens of a step: of one prompt beside streams, of one prompt alone, and of all prompts."""
+
+    beside: int
+    alone: int
+    budget: int
+
+
+def chunks(options: CudaOptions, *, on_gpu: bool) -> Chunks:
+    """Returns the model card's sizes, or else the fastest ones measured on such a device."""
+    beside = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_CHUNK)
+    alone = options.n_ubatch or (GPU_CHUNK if on_gpu else CPU_ALONE)
+    return Chunks(beside, alone, max(alone, options.n_batch or (GPU_BUDGET if on_gpu else CPU_BUDGET)))
 
 
 def find_model(options: ModelFile, model_id: str, directories: Sequence[str]) -> Path:
