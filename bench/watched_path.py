@@ -103,7 +103,7 @@ def watched(url: str, pages: Pages, cpu: list[Cpu]) -> Generator[None]:
     """Has other processes watch the server."""
     command = [sys.executable, "-m", "bench.watched_path", "--watch", url]
     command += ["--readers", str(0 if pages.count else 2)]
-    with ExitStack() as closing, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ExitStack() as closing:
         closing.callback(process.kill)
         assert process.stdout is not None
         assert process.stdout.readline() == "watching\n"
