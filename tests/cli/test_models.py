@@ -78,6 +78,23 @@ def test_a_pull_says_where_the_model_is_and_is_not_done_twice(home: Path, hub: L
     assert "cuda 0.00 GB" in exo(home, "list").stdout
 
 
+def test_a_pull_and_show_tell_of_the_projector(home: Path, hub: LocalHub) -> None:
+    """Also where the model itself has been on disk before."""
+    assert exo(home, "pull", "big", hub=hub).returncode == 0
+    projector = bytes(300_000)
+    hub.commit({Q4: CONTENT, "mmproj-F16.gguf": projector})
+    write_card(home, "big", {"cuda": {"repo": REPO, "file": Q4, "mmproj": "mmproj-*.gguf"}})
+    shown = exo(home, "show", "big").stdout
+    assert f"{REPO}: {Q4} and mmproj-*.gguf" in shown
+    assert "in part, " in shown
+    done = exo(home, "pull", "big", hub=hub)
+    assert done.returncode == 0, done.stderr
+    assert f"pulling 2 files, {len(CONTENT) + len(projector):,} bytes" in done.stderr
+    assert "for runner cuda, the projector for pictures among them" in done.stderr
+    assert (folder(home) / "mmproj-F16.gguf").read_bytes() == projector
+    assert hub.starts == [0, 0], "the model's file is not downloaded again"
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_next_pull_does(home: Path, hub: LocalHub) -> None:
     hub.state.faults.append(Fault("stall", at=300_000))
     with Terminal(home, "pull", "big", HF_ENDPOINT=hub.url) as terminal:
