@@ -11,10 +11,9 @@ from exo.worker.host import Host
 from exo.worker.protocol.remote_host import RemoteHost
 from exo.worker.router import Route
 from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
-from exo.worker.supervisor.division import Division
+from exo.worker.supervisor.live_hosts import LiveHosts
 from exo.worker.supervisor.memory.budget import MemoryBudget
 from exo.worker.supervisor.memory.memory import Memory
-from exo.worker.supervisor.memory.remote import RemoteState
 from exo.worker.supervisor.node_messages import HostFound
 from exo.worker.supervisor.pool import RunnerPool
 from exo.worker.supervisor.runner_error import RunnerError
@@ -74,15 +73,17 @@ async def test_a_model_that_does_not_fit_alone_is_divided_and_ends_when_the_othe
 
 def test_a_card_names_the_hosts_and_each_must_be_usable() -> None:
     host, hidden = RemoteHost("gpu2", ("ssh", "gpu2"), "python", "10.0.0.2"), RemoteHost("gpu3", ("ssh", "gpu3"))
-    division, card = Division({"gpu2": host, "gpu3": hidden}), make_card()
-    up = {each.name: RemoteState(each, found(), {}) for each in (host, hidden)}
-    assert division.peers(card, "cuda", up, "x") == ()
-    (peer,) = division.peers(card.model_copy(update={"divide": ("gpu2",)}), "cuda", up, "x")
+    hosts, card = LiveHosts((host, hidden), {}), make_card()
+    for each in (host, hidden):
+        hosts.add(each.name, found())
+    assert hosts.peers(card, "cuda", "x") == ()
+    (peer,) = hosts.peers(card.model_copy(update={"divide": ("gpu2",)}), "cuda", "x")
     assert (peer.name, peer.address, peer.directories) == ("gpu2", "10.0.0.2", ("/models",))
-    assert peer.command == host.command("exo.worker.runner_cuda", label="x")
+    assert peer.command == host.command("exo.worker.runner_cuda", label=f"{hosts.server_id}:x")
+    hosts.remove("gpu2")
     for name, why in (("gpu3", "has no address"), ("gpu4", "there is no host gpu4"), ("gpu2", "cannot be used now")):
         with pytest.raises(RunnerError, match=why):
-            division.peers(card.model_copy(update={"divide": (name,)}), "cuda", {"gpu3": up["gpu3"]}, "x")
+            hosts.peers(card.model_copy(update={"divide": (name,)}), "cuda", "x")
 
 
 def test_a_measurement_here_leaves_what_is_reserved_on_other_hosts() -> None:

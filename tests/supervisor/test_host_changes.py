@@ -141,7 +141,7 @@ async def test_memory_that_another_program_frees_is_used_without_a_restart(
 async def test_who_waits_for_a_device_gets_what_another_program_frees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo.worker.supervisor.pool._MEASURE_SECONDS", 0.1)
+    monkeypatch.setattr("exo.worker.supervisor.memory.meter._MEASURE_SECONDS", 0.1)
     use_driver(monkeypatch, FakeDevice(0, used=40 * GIB))
     with anyio.fail_after(DEADLINE_SECONDS):
         async with RunnerPool((), tmp_path, {"cuda": COMMAND}) as instances:

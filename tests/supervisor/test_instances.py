@@ -135,9 +135,9 @@ async def test_a_runner_that_fails_in_a_row_is_not_started_for_a_while_and_other
         assert await finishes(well)
         other = Route(runner="other", instance=None, backend="LlamaCppCpu", reason="the tests")
         await instances.acquire(other, fake_card("org/broken")).ready()
-        assert instances.avoided(broken).keys() == {"cuda"}
+        assert instances.history.avoided(broken).keys() == {"cuda"}
         corrected = fake_card("org/broken", slots=2)
-        assert not instances.avoided(corrected)
+        assert not instances.history.avoided(corrected)
         at_once = instances.acquire(ANEW, corrected)
         await at_once.ready()
         assert await finishes(at_once)
@@ -148,15 +148,15 @@ async def test_a_runner_that_cannot_load_is_to_be_avoided_until_it_works(tmp_pat
         template = tmp_path / "template"
         card = fake_card(template_file=str(template))
         await fail(instances, card)
-        assert instances.avoided(card).keys() == {"cuda"}
+        assert instances.history.avoided(card).keys() == {"cuda"}
         template.touch()
         well = instances.acquire(ANEW, card)
         await well.ready()
-        assert instances.avoided(card).keys() == {"cuda"}
+        assert instances.history.avoided(card).keys() == {"cuda"}
         assert await finishes(well)
         await anyio.lowlevel.checkpoint()  # all events may come at once, and wake this test before the pool
-        assert not instances.avoided(card)
-        assert not instances.avoided(fake_card("fake/other"))
+        assert not instances.history.avoided(card)
+        assert not instances.history.avoided(fake_card("fake/other"))
 
 
 async def test_a_runner_that_dies_is_to_be_avoided_when_it_does_so_again_and_again(
@@ -165,10 +165,10 @@ async def test_a_runner_that_dies_is_to_be_avoided_when_it_does_so_again_and_aga
     monkeypatch.setattr("exo.worker.supervisor.circuit_breaker.FIRST_PAUSE_SECONDS", 0)
     async with opened(tmp_path, (sys.executable, "-c", "raise SystemExit(3)")) as instances:
         for _ in range(FAILURES_TO_AVOID):
-            assert not instances.avoided(fake_card())
+            assert not instances.history.avoided(fake_card())
             failed = await instances.acquire(ANEW, fake_card()).ended()
             assert failed.message == "the runner exited with code 3"
-        assert instances.avoided(fake_card()).keys() == {"cuda"}
+        assert instances.history.avoided(fake_card()).keys() == {"cuda"}
 
 
 async def test_reports_show_the_living_and_those_that_failed_last(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class Failover:
                 self._tell_notes()
             except ServingError:
                 # That another engine's files are missing does not explain why this model's own cannot be loaded.
-                reasons = [*failed, *pool.avoided(card).values()]
+                reasons = [*failed, *pool.history.avoided(card).values()]
                 if reasons:
                     raise RunnerError(reasons[0]) from None
                 raise

@@ -116,7 +116,7 @@ class Routing:
         preference: Preference | None = None
         if prefer is not None:
             preference = self._speeds.preference(card, prefer, self._load(card, arriving), time.time())
-        live, failing = self._pool.live_for(card), self._pool.avoided(card)
+        live, failing = self._pool.live_for(card), self._pool.history.avoided(card)
         needs = card.needs if needs is None else needs
         remote = NO_REMOTE_HOSTS if self._links is None else self._remote(self._links, card, cached_on)
         names = tuple(each.name for each in model.adapters)

@@ -24,8 +24,8 @@ from prometheus_client.registry import Collector
 
 from exo.serving.app_state import Services
 from exo.serving.request_totals import Histogram, Labels, RequestTotals
+from exo.worker.supervisor.history import prefix_hits
 from exo.worker.supervisor.instance import InstanceReport
-from exo.worker.supervisor.instance_totals import prefix_hits
 from exo.worker.supervisor.memory.memory import Memory
 from exo.worker.supervisor.nvml import GpuGauges, read_gpus
 
@@ -59,7 +59,7 @@ class _Scrape(Collector):
     def __init__(self, services: Services, gpus: list[GpuGauges]) -> None:
         self._requests = services.activity.totals.requests
         self._refused = services.activity.totals.refused
-        self._instances = services.pool.totals
+        self._instances = services.pool.history.totals
         self._reports = services.pool.reports()
         self._running = [record for record in services.activity.running if record.route is not None]
         for record in self._running:

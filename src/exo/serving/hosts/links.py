@@ -124,7 +124,7 @@ class HostLinks:
 
     async def _follow(self, link: _Link) -> str:
         """Runs the node program and handles its lines. Returns why it has ended."""
-        command = link.host.command("exo", "node", self._pool.id)
+        command = link.host.command("exo", "node", self._pool.hosts.server_id)
         try:
             process = await start_process(command, start_new_session=True)
         except OSError as error:

@@ -3,18 +3,13 @@
 import asyncio
 import hashlib
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.events import (
-    CpuUse,
-    Failed,
-    LoadOption,
-    PrefixUse,
-    Status,
-)
+from exo.worker.protocol.events import CpuUse, Estimated, Failed, LoadOption, PrefixUse, Status
 from exo.worker.protocol.remote_host import host_of
 from exo.worker.router import LiveRunner, place
 from exo.worker.supervisor.circuit_breaker import CircuitBreaker
@@ -25,7 +20,10 @@ from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.state_machine import ENDINGS
 
 if TYPE_CHECKING:
+    from exo.worker.supervisor.memory.budget import MemoryBudget
     from exo.worker.supervisor.runner_process import RunnerProcess
+
+log = logging.getLogger(__name__)
 
 
 def settings_digest(card: ModelCard, runner: str) -> str:
@@ -97,7 +95,7 @@ class RunnerInstance:
     """The memory budget's decision: what it may load, or why it may not."""
     plan: PlacementPlan | None = None
     """How it is loaded; None before the decision, and where memory is not counted."""
-    smaller: tuple[LoadOption, PlacementPlan] | None = None
+    _smaller: tuple[LoadOption, PlacementPlan] | None = None
     """How it is loaded if memory runs out otherwise."""
 
     @property
@@ -119,6 +117,34 @@ class RunnerInstance:
     def labels(self) -> tuple[str, str, str]:
         """Model id, place and backend, by which a server counts."""
         return self.model_id, place(self.runner, self.host), self.backend
+
+    def grant(
+        self, estimated: Estimated, option: LoadOption, budget: "MemoryBudget"
+    ) -> tuple[LoadOption, LoadOption | None]:
+        """Notes how it is loaded, and returns the option and the next smaller one that fits if memory runs out."""
+        reservation, room = budget.reservation(self.id), None
+        if budget.capacity is not None:
+            room = budget.free + budget.need(option)
+        if reservation is not None and (refusal := reservation.too_large) is not None:
+            option = estimated.choices[-1]  # as estimated, and not as reserved
+            note = refusal.forced_note(self.model_id)
+            log.warning("%s: %s", self.id, note)
+            self.process.warnings += (note,)
+        self.plan = plan = PlacementPlan.of(estimated, option, budget, room)
+        if plan.context_length:
+            log.info("%s: slots: %s (%s)", self.id, plan.cache, plan.limit)
+        fits = (each for each in estimated.smaller(option) if room is None or budget.need(each).fits(room))
+        if (smaller := next(fits, None)) is not None:
+            self._smaller = smaller, PlacementPlan.of(estimated, smaller, budget, room)
+        return option, smaller
+
+    def shrink(self, budget: "MemoryBudget") -> None:
+        """It has loaded the smaller option, because memory had run out with the granted one."""
+        assert self._smaller is not None
+        option, plan = self._smaller
+        budget.reduce(self.id, option)
+        self.plan = plan.model_copy(update={"limit": "memory ran out at the first attempt"})
+        log.warning("%s: %s", self.id, "; ".join(self.process.notes))
 
     def describe(self) -> LiveRunner:
         """The router's view of it."""

@@ -3,10 +3,7 @@
 import asyncio
 import logging
 import math
-import random
-import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,18 +16,16 @@ import anyio
 from anyio.abc import TaskGroup
 
 from exo.cards.card import ModelCard
-from exo.worker.protocol.commands import Load
 from exo.worker.protocol.cores import CPU_BACKENDS, physical_cores, shares
 from exo.worker.protocol.events import Estimated, Failed
 from exo.worker.protocol.remote_host import RemoteHost, account, host_of
-from exo.worker.protocol.runners import RUNNERS, runner_commands
+from exo.worker.protocol.runners import runner_commands
 from exo.worker.router import LiveRunner, Route
 from exo.worker.speed import Measurement
-from exo.worker.supervisor.circuit_breaker import CircuitBreaker
-from exo.worker.supervisor.division import Division
 from exo.worker.supervisor.dry_run import dry_run
-from exo.worker.supervisor.instance import InstanceReport, Kind, RunnerInstance, settings_digest
-from exo.worker.supervisor.instance_totals import InstanceTotals
+from exo.worker.supervisor.history import RunnerHistory
+from exo.worker.supervisor.instance import InstanceReport, RunnerInstance, settings_digest
+from exo.worker.supervisor.live_hosts import LiveHosts
 from exo.worker.supervisor.memory.budget import MemoryBudget
 from exo.worker.supervisor.memory.memory import HOST, Memory
 from exo.worker.supervisor.memory.meter import MemoryMeter
@@ -41,15 +36,11 @@ from exo.worker.supervisor.runner_process import Admission, RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
 
 if TYPE_CHECKING:  # few servers have other hosts
-    from exo.worker.supervisor.memory.remote import RemoteState
     from exo.worker.supervisor.node_messages import HostFound, HostUsage
 
 log = logging.getLogger(__name__)
 
 OnMeasured = Callable[[ModelCard, str, Measurement], None]
-
-_MEASURE_SECONDS = 5.0
-"""Time between two measurements of the runners' memory."""
 
 
 @final
@@ -81,14 +72,11 @@ class RunnerPool:
         keep others waiting for its memory. ``force_load``: models that do not fit by their estimate are loaded anyway,
         as those are whose card says so. ``on_measured`` gets each measurement of a runner's speed with a card.
         """
-        self._hosts = {each.name: each for each in hosts}
-        self._remote: dict[str, RemoteState] = {}  # the hosts that are up
-        self._division = Division(self._hosts)
-        self.id = secrets.token_hex(6)  # marks the processes of this server on other hosts
-        self._models_directories = tuple(str(directory) for directory in models_directories)
+        commands = runner_commands() if commands is None else commands
+        prefixes = "" if prefix_directory is None else str(prefix_directory)
+        self.hosts = LiveHosts(hosts, commands, tuple(map(str, models_directories)), prefixes)
+        self.history = RunnerHistory()
         self._log_directory = log_directory
-        self._prefixes = "" if prefix_directory is None else str(prefix_directory)
-        self._commands = runner_commands() if commands is None else commands
         self._deadlines = deadlines
         self._keep_seconds = keep_seconds
         self._on_measured = on_measured
@@ -96,16 +84,12 @@ class RunnerPool:
         self._instances: dict[str, RunnerInstance] = {}
         self._budget = MemoryBudget(None, residence_seconds, evict_seconds)
         self._meter = MemoryMeter(self._budget, self._local_pid)
-        self._breakers: defaultdict[Kind, CircuitBreaker] = defaultdict(CircuitBreaker)
-        self.totals: defaultdict[tuple[str, str, str], InstanceTotals] = defaultdict(InstanceTotals)
-        self._last_failed: dict[tuple[str, str], RunnerInstance] = {}  # by model id and place
         self._n_cores = physical_cores()
         self._planning = anyio.Lock()  # one process at a time
         self._in_flight = RequestCount()  # the requests of all runners
         self._tasks: TaskGroup  # these two exist once the context is entered
         self._background: anyio.CancelScope
         self._changed = anyio.Event()  # the budget's next expiry may have changed
-        self._loaded = anyio.Event()  # another runner has loaded, and should be measured
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -137,8 +121,7 @@ class RunnerPool:
         current = [each for each in usable if each.settings == settings and each.host == route.host]
         wished = [each for each in current if each.id == route.instance]
         if (instance := next(iter(wished or current), None)) is None:
-            kind = card.model_id, route.place, settings
-            self._breakers[kind].check_pause(card.model_id, route.place, anyio.current_time())
+            self.history.check_pause((card.model_id, route.place, settings))
             instance = self._start(route, card, settings)
             for each in [each for each in usable if each.settings != settings]:
                 log.info("%s: the model card has changed; %s ends after its requests", card.model_id, each.id)
@@ -165,45 +148,34 @@ class RunnerPool:
         is fixed, but never counts for more than here.
         """
         self._meter.set_capacity(capacity, device_names, ram_is_fixed=ram_is_fixed)
-        for name in self._remote:
-            self._set_remote_capacity(name)
-        self._settle()
+        self._count_hosts()
 
     def host_up(self, name: str, found: "HostFound") -> None:
         """A remote host can be used, or has been probed again."""
-        from exo.worker.supervisor.memory.remote import RemoteState
-
-        self._remote[name] = RemoteState(self._hosts[name], found, dict(found.memory))
-        self._set_remote_capacity(name)
+        self.hosts.add(name, found)
+        self._count_hosts()
 
     def host_usage(self, name: str, usage: "HostUsage") -> None:
         """The memory of a remote host has been measured."""
-        remote = self._remote[name]
-        there = [each for each in self._instances.values() if name in (each.host, *each.peers)]
-        reserved = {each.id: found.reserved for each in there if (found := self._budget.reservation(each.id))}
-        remote.update(usage, reserved)
-        loaded = {
-            each.name for each in self._budget if each.state == "loaded" and self._instances[each.name].host == name
-        }
-        for each in loaded & remote.loaded:  # the first measurement may have begun before the load had ended
-            if (sizes := remote.measured(each)) is not None:
-                self._budget.measure(each, 0, sizes)
-        remote.loaded = loaded
-        self._set_remote_capacity(name)
+        there = [each for each in self._budget if self._instances[each.name].host == name]
+        reserved = {each.name: each.reserved for each in self._budget}
+        loaded = {each.name for each in there if each.state == "loaded"}
+        for instance, sizes in self.hosts.up[name].update(usage, reserved, loaded).items():
+            self._budget.measure(instance, 0, sizes)
+        self._count_hosts()
 
     def host_down(self, name: str, why: str) -> None:
         """A remote host is lost. The requests of every runner that has anything there continue elsewhere."""
-        self._remote.pop(name, None)
-        self._set_remote_capacity(name)
+        self.hosts.remove(name)
+        self._count_hosts()
         for each in [*self._instances.values()]:
             if each.uses(name, self._budget.reservation(each.id)):
                 each.process.displace(f"host {name} {why}")
 
-    def _set_remote_capacity(self, name: str) -> None:
-        if (capacity := self._budget.capacity) is not None:
-            others = {each: size for each, size in capacity.devices.items() if host_of(each) != name}
-            there = self._remote[name].accounts if name in self._remote else {}
-            self._budget.capacity = Memory(capacity.host, {**others, **there})
+    def _count_hosts(self) -> None:
+        """The memory of other hosts has changed."""
+        if self._budget.capacity is not None:
+            self._budget.capacity = self.hosts.beside(self._budget.capacity)
             self._settle()
 
     def has_room(self, card: ModelCard, backend: str, host: str) -> bool:
@@ -235,8 +207,7 @@ class RunnerPool:
         leaving = [
             each for each in self._instances.values() if each.model_id == model_id and runner in (None, each.runner)
         ]
-        for which in [each for each in self._last_failed if each[0] == model_id and runner in (None, each[1])]:
-            del self._last_failed[which]
+        self.history.forget(model_id, runner)
         for each in leaving:
             self._budget.dismiss(each.id)
         self._settle()
@@ -247,16 +218,6 @@ class RunnerPool:
             for each in leaving:
                 tasks.start_soon(each.process.close)
         return len(leaving)
-
-    def avoided(self, card: ModelCard) -> dict[str, Failed]:
-        """The places where runners keep failing with this version of the card, and the last failures."""
-        now = anyio.current_time()
-        return {
-            where: each.last
-            for (model_id, where, settings), each in self._breakers.items()
-            if model_id == card.model_id and each.failures and each.last is not None and each.avoided(now)
-            if settings == settings_digest(card, where.partition("@")[0])
-        }
 
     def live(self) -> tuple[LiveRunner, ...]:
         """The runners that load or serve."""
@@ -283,23 +244,21 @@ class RunnerPool:
             return instance.plan
         if self._budget.capacity is None or self._closed:
             return None
-        command, capacity = self._command(route), self._budget.capacity
+        command, capacity = self.hosts.command(route.runner, route.host), self._budget.capacity
         try:
-            load = self._load_command(route, card)
+            load = self.hosts.load(route, card)
         except RunnerError as error:
             return PlacementPlan(problem=error.failed.message)
         async with self._planning:
-            there = remote.estimate if (remote := self._remote.get(route.host)) is not None else None
+            there = remote.estimate if (remote := self.hosts.up.get(route.host)) is not None else None
             return await dry_run(command, load, route.runner, capacity, there, forced=self._is_forced(card))
 
     def reports(self) -> tuple[InstanceReport, ...]:
         """Every instance, and the last failed one of each model and place that has not worked since."""
-        there = {each.kind[:2] for each in self._instances.values()}
-        failed = [each for which, each in self._last_failed.items() if which not in there]
-        now = anyio.current_time()
+        instances, now = self._instances.values(), anyio.current_time()
         return tuple(
-            each.report(now, self._breakers[each.kind], self._budget.reservation(each.id), self._pid(each))
-            for each in (*self._instances.values(), *failed)
+            each.report(now, self.history.breakers[each.kind], self._budget.reservation(each.id), self.hosts.pid(each))
+            for each in (*instances, *self.history.failed_before(instances))
         )
 
     async def close(self) -> None:
@@ -319,25 +278,11 @@ class RunnerPool:
         instance = self._instances[name]
         return None if instance.host else instance.process.pid
 
-    def _pid(self, instance: RunnerInstance) -> int | None:
-        """The process id on the instance's host."""
-        if not instance.host:
-            return instance.process.pid
-        remote = self._remote.get(instance.host)
-        use = None if remote is None else remote.runners.get(instance.id)
-        return None if use is None else use.pid
-
-    def _command(self, route: Route, instance: str = "") -> Sequence[str]:
-        if not route.host:
-            return self._commands[route.runner]
-        label = f"{self.id}:{instance}" if instance else ""
-        return self._hosts[route.host].command(RUNNERS[route.runner].module, label=label)
-
     def _start(self, route: Route, card: ModelCard, settings: str) -> RunnerInstance:
         where = f"{route.runner}.{route.host}" if route.host else route.runner
         names = (f"{card.model_id.replace('/', '--')}@{where}-{number}" for number in count(1))
         name = next(each for each in names if each not in self._instances)
-        load = self._load_command(route, card, name)
+        load = self.hosts.load(route, card, name)
         peers = tuple(each.name for each in load.peers)
         instance = RunnerInstance(name, route.runner, card, settings, route.backend, time.time(), route.host, peers)
         counted = self._budget.capacity is not None
@@ -347,7 +292,7 @@ class RunnerPool:
                 self._on_measured(card, route.runner, measurement)
 
         instance.process = RunnerProcess(
-            self._command(route, name),
+            self.hosts.command(route.runner, route.host, name),
             load,
             self._log_directory / f"{name}.log",
             self._deadlines,
@@ -372,53 +317,17 @@ class RunnerPool:
         """Whether the model is loaded even if it does not fit."""
         return self._force_load or card.force_load
 
-    def _load_command(self, route: Route, card: ModelCard, instance: str = "") -> Load:
-        """Raises ``RunnerError``."""
-        remote = self._remote.get(route.host)
-        label = f"{self.id}:{instance}"
-        divided = not route.host and bool(self._hosts)
-        return Load(
-            model_id=card.model_id,
-            backend=route.backend,
-            table=card.engines.get(route.runner, {}),
-            directories=self._models_directories if remote is None else remote.found.directories,
-            prefixes=self._prefixes if remote is None else remote.found.prefixes,
-            tasks=card.tasks,
-            peers=self._division.peers(card, route.runner, self._remote, label) if divided else (),
-        )
-
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
         """See ``runner_process.Admit``."""
         await self._meter.measure_free()
-        if (remote := self._remote.get(instance.host)) is not None:
+        if (remote := self.hosts.up.get(instance.host)) is not None:
             estimated = remote.estimate(estimated)
         self._budget.estimate(instance.id, estimated)
         self._settle()
         decision = await asyncio.shield(instance.decision)  # if the process dies meanwhile, the budget may still decide
         if isinstance(decision, RunnerError):
             raise decision
-        room = None if self._budget.capacity is None else self._budget.free + self._budget.need(decision)
-        reservation = self._budget.reservation(instance.id)
-        if reservation is not None and (refusal := reservation.too_large) is not None:
-            decision = estimated.choices[-1]  # as estimated, and not as reserved
-            note = refusal.forced_note(instance.model_id)
-            log.warning("%s: %s", instance.id, note)
-            instance.process.warnings += (note,)
-        instance.plan = plan = PlacementPlan.of(estimated, decision, self._budget, room)
-        if plan.context_length:
-            log.info("%s: slots: %s (%s)", instance.id, plan.cache, plan.limit)
-        fits = (each for each in estimated.smaller(decision) if room is None or self._budget.need(each).fits(room))
-        if (smaller := next(fits, None)) is not None:
-            instance.smaller = smaller, PlacementPlan.of(estimated, smaller, self._budget, room)
-        return Admission(decision, smaller)
-
-    def _note_retry(self, instance: RunnerInstance) -> None:
-        """A runner has loaded the smaller option, because memory had run out with the granted one."""
-        assert instance.smaller is not None
-        option, plan = instance.smaller
-        self._budget.reduce(instance.id, option)
-        instance.plan = plan.model_copy(update={"limit": "memory ran out at the first attempt"})
-        log.warning("%s: %s", instance.id, "; ".join(instance.process.notes))
+        return Admission(*instance.grant(estimated, decision, self._budget))
 
     def _settle(self) -> None:
         """Does what the memory budget decides. Call it after every change of the budget."""
@@ -429,12 +338,12 @@ class RunnerPool:
             instance = self._instances[name]
             message = refusal.message(instance.model_id, instance.runner)
             instance.decision.set_result(RunnerError(Failed(code="out_of_memory", message=message)))
-            if self._division.instead(instance, self._remote):
+            if self.hosts.divide(instance):
                 instance.process.displace(message)
         for name in (*actions.unload, *actions.displace):
             reservation = self._budget.reservation(name)
             if reservation is not None and reservation.evicting is not None and not reservation.dismissed:
-                self.totals[self._instances[name].labels].evictions += 1
+                self.history.totals[self._instances[name].labels].evictions += 1
         for name in actions.unload:
             log.info("%s is unloaded", self._instances[name].model_id)
             self._tasks.start_soon(self._close, self._instances[name])
@@ -465,24 +374,13 @@ class RunnerPool:
         """Settles the budget when time alone changes it, and measures the runners."""
         with self._background:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._measure_regularly)
+                tasks.start_soon(self._meter.run, self._settle)
                 while True:
                     self._changed = anyio.Event()
                     with anyio.move_on_after(max(0.0, self._budget.next_expiry() - anyio.current_time())):
                         await self._changed.wait()
                         continue
                     self._settle()
-
-    async def _measure_regularly(self) -> None:
-        while True:
-            with anyio.move_on_after(_MEASURE_SECONDS):
-                await self._loaded.wait()
-            self._loaded = anyio.Event()
-            if self._budget.has_waiters:
-                await self._meter.measure_free()
-                self._settle()
-            await self._meter.measure_loaded()
-            self._settle()
 
     def _usable(self) -> Iterator[RunnerInstance]:
         """The instances that take requests."""
@@ -499,44 +397,34 @@ class RunnerPool:
             instance.process.kill()
 
     async def _run(self, instance: RunnerInstance, predecessors: Sequence[RunnerProcess]) -> None:
-        """An instance's life, and the only writer of its circuit breaker. An error in it ends no other instance."""
-        process, breaker = instance.process, self._breakers[instance.kind]
+        """An instance's life. An error in it ends no other instance."""
+        process, history = instance.process, self.history
 
         async def note_output() -> None:
             await process.produced_output.wait()
-            breaker.worked()
-            self._last_failed.pop(instance.kind[:2], None)
+            history.worked(instance)
 
         async def note_load() -> None:
             with suppress(RunnerError):
                 capabilities = await process.ready()
                 if capabilities.retried:
-                    self._note_retry(instance)
+                    instance.shrink(self._budget)
                 self._budget.loaded(instance.id, anyio.current_time())
-                self.totals[instance.labels].note_load(time.time() - instance.started)
-                self._loaded.set()
+                history.totals[instance.labels].note_load(time.time() - instance.started)
+                self._meter.runner_loaded()
                 self._settle()
-
-        def note_end(failed: Failed) -> None:
-            if process.produced_output.is_set():  # ``note_output`` may not have run yet
-                breaker.worked()
-            if failed.code != "shutdown" and not process.refused and not process.displaced:
-                self._last_failed[instance.kind[:2]] = instance
-                self.totals[instance.labels].deaths += 1
-                lasting = process.capabilities is None and failed.code != "runner_died"  # it stated why it cannot load
-                breaker.failed(failed, anyio.current_time(), random.random(), lasting=lasting)
 
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(note_output)
                 tasks.start_soon(note_load)
-                await process.run(after=predecessors, on_end=note_end)
+                await process.run(after=predecessors, on_end=partial(history.ended, instance))
                 tasks.cancel_scope.cancel()
         except Exception:
             log.exception("%s has ended by an error of the server", instance.id)
         finally:
             if process.prefixes is not None:
-                self.totals[instance.labels].note_prefixes(process.prefixes)
+                history.totals[instance.labels].note_prefixes(process.prefixes)
             del self._instances[instance.id]
             self._budget.release(instance.id)
             self._settle()

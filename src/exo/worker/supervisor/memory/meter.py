@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import final
 
+import anyio
 from anyio.to_thread import run_sync
 
 from exo.worker.supervisor.memory.budget import MemoryBudget
@@ -11,6 +12,9 @@ from exo.worker.supervisor.memory.host import memory_of, usable_memory, usable_r
 from exo.worker.supervisor.memory.memory import Memory
 
 log = logging.getLogger(__name__)
+
+_MEASURE_SECONDS = 5.0
+"""Time between two measurements of the runners' memory."""
 
 
 @final
@@ -21,6 +25,7 @@ class MemoryMeter:
         self._budget = budget
         self._pid_of = pid_of
         self._device_names: tuple[str, ...] = ()
+        self._loaded = anyio.Event()
         self._most_ram: int | None = None  # None where the limit is the user's, whatever other programs take
 
     def set_capacity(self, capacity: Memory, device_names: Sequence[str], *, ram_is_fixed: bool) -> None:
@@ -30,10 +35,25 @@ class MemoryMeter:
         self._budget.capacity = Memory(capacity.host, {**capacity.devices, **known})
         self._device_names = tuple(device_names)
 
+    def runner_loaded(self) -> None:
+        """Has the runners measured now, because another one has loaded."""
+        self._loaded.set()
+
+    async def run(self, on_measured: Callable[[], None]) -> None:
+        """Measures regularly: the runners, and what is free while one waits for memory. Does not return."""
+        while True:
+            with anyio.move_on_after(_MEASURE_SECONDS):
+                await self._loaded.wait()
+            self._loaded = anyio.Event()
+            if self._budget.has_waiters:
+                await self.measure_free()
+                on_measured()
+            await self.measure_loaded()
+            on_measured()
+
     async def measure_free(self) -> None:
         """Updates the capacity: other programs take and free memory."""
-        capacity = self._budget.capacity
-        if capacity is None:
+        if self._budget.capacity is None:
             return
         holders = {
             pid: tuple(each.reserved.devices) for each in self._budget if (pid := self._pid_of(each.name)) is not None
@@ -46,6 +66,7 @@ class MemoryMeter:
         except Exception:
             log.exception("the free memory could not be measured")
             return
+        capacity = self._budget.capacity  # another host may have come or gone meanwhile
         devices = {name: found.get(name, size) for name, size in capacity.devices.items()}
         self._budget.capacity = Memory(capacity.host if self._most_ram is None else min(self._most_ram, ram), devices)
 

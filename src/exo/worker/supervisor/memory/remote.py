@@ -1,6 +1,6 @@
 """Remote hosts in the memory budget: there, RAM and devices have accounts named "gpu2/memory" and "gpu2/CUDA0"."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from exo.worker.protocol.events import Estimated, LoadOption
@@ -19,7 +19,7 @@ class RemoteState:
     """Bytes that all runners may take now, by the host's own names."""
     runners: Mapping[str, RunnerUse] = field(default_factory=dict[str, RunnerUse])
     """By instance."""
-    loaded: set[str] = field(default_factory=set[str])
+    _loaded: Set[str] = frozenset()
     """The instances that had loaded at the last measurement."""
 
     @property
@@ -27,10 +27,13 @@ class RemoteState:
         """The capacity by account of the budget."""
         return {account(self.host.name, device): size for device, size in self.capacity.items()}
 
-    def update(self, usage: HostUsage, reserved: Mapping[str, Memory]) -> None:
-        """Takes a measurement. ``reserved`` are the reservations by instance.
+    def update(
+        self, usage: HostUsage, reserved: Mapping[str, Memory], loaded: Set[str] = frozenset()
+    ) -> dict[str, Mapping[str, int]]:
+        """Takes a measurement, and returns by account the memory of each ``loaded`` instance, where it is known.
 
-        A device keeps its capacity if the driver does not report there the memory of a runner that has some.
+        ``reserved`` are the reservations by instance. A device keeps its capacity if the driver does not report there
+        the memory of a runner that has some.
         """
         self.runners = usage.runners
         for device, free in usage.free.items():
@@ -43,6 +46,9 @@ class RemoteState:
             else:
                 most = self.found.memory.get(device, 0)
                 self.capacity[device] = min(most, free + ours) if device == HOST else free + ours
+        both = loaded & self._loaded  # the first measurement may have begun before the load had ended
+        self._loaded = loaded
+        return {each: sizes for each in both if (sizes := self.measured(each)) is not None}
 
     def measured(self, instance: str) -> Mapping[str, int] | None:
         """The memory of a runner by account; None if it is not known everywhere."""
