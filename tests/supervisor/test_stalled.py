@@ -23,8 +23,9 @@ from exo.worker.protocol.events import (
 )
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
+from exo.worker.supervisor.model_load import Admission, Admit
 from exo.worker.supervisor.runner_error import RunnerError
-from exo.worker.supervisor.runner_process import Admission, Admit, RunnerProcess
+from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.watchdog import Deadlines, LoadProgress
 from tests.support.fake_runner import COMMAND
 from tests.support.program import DEADLINE_SECONDS, ask, runner_command

@@ -29,10 +29,11 @@ from exo.worker.supervisor.live_hosts import LiveHosts
 from exo.worker.supervisor.memory.budget import MemoryBudget
 from exo.worker.supervisor.memory.memory import HOST, Memory
 from exo.worker.supervisor.memory.meter import MemoryMeter
+from exo.worker.supervisor.model_load import Admission
 from exo.worker.supervisor.placement_plan import PlacementPlan
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer
 from exo.worker.supervisor.runner_error import RunnerError
-from exo.worker.supervisor.runner_process import Admission, RunnerProcess
+from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.watchdog import DEADLINES, Deadlines
 
 if TYPE_CHECKING:  # few servers have other hosts
@@ -318,7 +319,7 @@ class RunnerPool:
         return self._force_load or card.force_load
 
     async def _admit(self, instance: RunnerInstance, estimated: Estimated) -> Admission:
-        """See ``runner_process.Admit``."""
+        """See ``model_load.Admit``."""
         await self._meter.measure_free()
         if (remote := self.hosts.up.get(instance.host)) is not None:
             estimated = remote.estimate(estimated)

@@ -3,21 +3,17 @@
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final, overload
 
 import anyio
-from pydantic import JsonValue
-from pydantic_core import to_json
 
 from exo.worker.protocol.commands import (
     Cancel,
     Cores,
     Embed,
-    Estimate,
     Generate,
     Load,
     Rank,
@@ -31,11 +27,9 @@ from exo.worker.protocol.events import (
     CpuUse,
     Deltas,
     Embedded,
-    Estimated,
     Event,
     Failed,
     Finished,
-    LoadOption,
     PrefixUse,
     Ranked,
     Status,
@@ -44,6 +38,7 @@ from exo.worker.protocol.events import (
 from exo.worker.protocol.wire import ProtocolError
 from exo.worker.supervisor.child_process import ChildProcess, Outbox, spawn
 from exo.worker.supervisor.crash_report import StderrLog, diagnose
+from exo.worker.supervisor.model_load import Admit, ModelLoad
 from exo.worker.supervisor.request_timer import RequestCount, RequestTimer, TokenRate
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.state_machine import (
@@ -59,31 +54,13 @@ from exo.worker.supervisor.state_machine import (
     UnaryRequest,
     for_request,
 )
-from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, HeartbeatWatchdog, LoadProgress
+from exo.worker.supervisor.watchdog import DEADLINES, Deadlines, HeartbeatWatchdog
 
 log = logging.getLogger(__name__)
 
 _EXIT_SECONDS = 2.0
 """Time between a runner's final state and its exit, before it is killed."""
 _SHUT_DOWN = Failed(code="shutdown", message="the runner was shut down")
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """The option to load, and a smaller one to load if memory runs out nevertheless."""
-
-    option: LoadOption
-    smaller: LoadOption | None = None
-
-    @property
-    def changes(self) -> dict[str, JsonValue]:
-        """The settings of the smaller option that differ."""
-        settings: Mapping[str, JsonValue] = {} if self.smaller is None else self.smaller.settings
-        return {key: value for key, value in settings.items() if self.option.settings.get(key) != value}
-
-
-Admit = Callable[[Estimated], Awaitable[Admission]]
-"""Waits until there is memory. Raises ``RunnerError`` if there will be none."""
 
 
 @final
@@ -108,16 +85,13 @@ class RunnerProcess:
         on_activity: Callable[[], None] = lambda: None,
     ) -> None:
         self._command = tuple(command)
-        self._load = load
+        self._load = ModelLoad(load, admit, deadlines)
         self._log = log
         self._deadlines = deadlines
-        self._admit = admit
         self._timer = timer or RequestTimer(RequestCount(), lambda _: None)
         self._on_activity = on_activity
         self._machine = RunnerStateMachine(deadlines.step)
         self._watchdog = HeartbeatWatchdog(deadlines)
-        self._progress: LoadProgress | None = None  # of the estimate or load under way
-        self._estimate: asyncio.Future[Estimated] = asyncio.get_running_loop().create_future()
         self._greeted, self._final = asyncio.Event(), asyncio.Event()  # its first message; its final state
         self._life = anyio.CancelScope()
         self._child: ChildProcess | None = None
@@ -127,15 +101,12 @@ class RunnerProcess:
         self._cores: int | None = None  # the share of the CPU that it was sent last
         # Why it ended. Several of these may hold; ``_cause`` orders them.
         self._closing = False
-        self.refused: Failed | None = None  # there was no memory for its model, which is no fault of the runner
         self.displaced: Failed | None = None  # it worked, and another process must take over its requests
         self._violation: str | None = None  # of the protocol or a deadline, as a predicate of the runner
         self._culprit: str | None = None  # the request whose answer broke the protocol
-        self._stalled = False
         self.failure: Failed | None = None  # None while the process exists
         self.told_notes = False  # whether a reply has had its notes
         self.warnings: tuple[str, ...] = ()  # the server's own notes for the user
-        self._admission: Admission | None = None
         self.produced_output = self._machine.produced_output
         self.rate = TokenRate()
 
@@ -152,13 +123,12 @@ class RunnerProcess:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about this process: how it was loaded, and its model's faults."""
-        return (*self.warnings, *self._retry(), *(self.capabilities.notes if self.capabilities is not None else ()))
+        return (*self.warnings, *(self._load.notes(self.capabilities) if self.capabilities is not None else ()))
 
-    def _retry(self) -> Iterator[str]:
-        if self._admission is not None and self.capabilities is not None and self.capabilities.retried:
-            settings = (f"{key} = {to_json(value).decode()}" for key, value in self._admission.changes.items())
-            why = self.capabilities.retried
-            yield f"loaded with {' and '.join(settings)}, because memory ran out without: {why}"
+    @property
+    def refused(self) -> Failed | None:
+        """Why there was no memory for its model, which is no fault of the runner."""
+        return self._load.refused
 
     @property
     def pid(self) -> int | None:
@@ -381,8 +351,7 @@ class RunnerProcess:
             tasks.start_soon(self._cut_off_if_silent, child)
             tasks.start_soon(self._cut_off_if_late, child)
             tasks.start_soon(outbox.run)
-            if self._admit is not None:
-                tasks.start_soon(self._load_when_admitted, child, self._admit)
+            tasks.start_soon(self._load.run, child)
             try:
                 await child.listen(self._on_event)
             except ProtocolError as error:
@@ -394,18 +363,15 @@ class RunnerProcess:
         """Raises ``ProtocolError``."""
         self._watchdog.reset()
         now = asyncio.get_running_loop().time()
-        if self._progress is not None and (fault := self._progress.take(event, self.status, now)) is not None:
-            self._stalled = True
-            raise ProtocolError(fault)
+        if self._load.take(event, self.status, now):
+            return
         if not self._greeted.is_set():
-            self._handshake(event)
+            self._handshake(event, now)
         elif isinstance(event, Deltas):
             self._machine.take(event)
             tokens = sum([len(delta.tokens) for delta in event.items])
             self.rate.add(tokens, now)
             self._timer.deltas(event.items, tokens, now)
-        elif isinstance(event, Estimated) and self._admit is not None and not self._estimate.done():
-            self._estimate.set_result(event)
         else:
             self._machine.take(event)
             self._timer.take(event, now)
@@ -413,34 +379,18 @@ class RunnerProcess:
             if self.status.state in FINAL:
                 self._final.set()
 
-    def _handshake(self, first: Event) -> None:
+    def _handshake(self, first: Event, now: float) -> None:
         """A runner's first message is the status Idle; then it gets its load. Raises ``ProtocolError``."""
+        assert self._child is not None
         self._greeted.set()
         match first:
             case Status(state="Idle"):
-                self._start(self._load if self._admit is None else Estimate(load=self._load))
+                self._load.begin(self._child, now)
             case Failed(id=None):
                 self._machine.take(first)
                 self._final.set()
             case _:
                 raise ProtocolError(f"its first message was {first.type!r} instead of the status Idle")
-
-    def _start(self, command: Estimate | Load) -> None:
-        assert self._child is not None
-        estimates = command.type == "estimate"
-        phase = "while it estimated the memory that loading takes" if estimates else "after the load command"
-        self._progress = LoadProgress(self._deadlines, asyncio.get_running_loop().time(), phase)
-        self._child.send(command)
-
-    async def _load_when_admitted(self, child: ChildProcess, admit: Admit) -> None:
-        try:
-            self._admission = admission = await admit(await self._estimate)
-        except RunnerError as error:
-            self.refused = error.failed
-            child.signal(signal.SIGKILL)
-        else:
-            table = {**self._load.table, **admission.option.settings}
-            self._start(self._load.model_copy(update={"table": table, "smaller": admission.changes}))
 
     async def _cut_off_if_silent(self, child: ChildProcess) -> None:
         self._cut_off(child, await self._watchdog.expired(lambda: self.status.state in LOADING))
@@ -467,6 +417,6 @@ class RunnerProcess:
         if (known := self.refused or self._machine.failure) is not None:
             return known
         failed = diagnose(how, stderr, loading=self.capabilities is None)
-        if self._stalled and failed.code == "runner_died":  # another process would most likely hang as well
+        if self._load.stalled and failed.code == "runner_died":  # another process would most likely hang as well
             return failed.model_copy(update={"code": "model_load_failed"})
         return failed
