@@ -2,9 +2,8 @@
 
 from exo.worker.protocol.commands import Generate
 from exo.worker.protocol.events import Failed
-from exo.worker.runner_common.constraint import Constraint
+from exo.worker.runner_common.constraint import Constraint, ReasoningBudget
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
-from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from tests.support.fake_model import EOS, SPECIAL_TOKENS, Vocabulary
 
 

@@ -36,14 +36,13 @@ from exo.worker.protocol.events import (
     Status,
 )
 from exo.worker.protocol.wire import exit_now
-from exo.worker.runner_common.collection import collect_as_usual
 from exo.worker.runner_common.commands import Commands, SequenceT, TextJob
-from exo.worker.runner_common.constraint import Constraint
+from exo.worker.runner_common.constraint import Constraint, ReasoningBudget
 from exo.worker.runner_common.grammar.guided_decoding import GrammarCompiler, GrammarError, grammar_failure
 from exo.worker.runner_common.load_error import LoadError, from_library
+from exo.worker.runner_common.main import collect_as_usual
 from exo.worker.runner_common.output_processor import Accepted, Emitter, Refused, TextAccepted
 from exo.worker.runner_common.pictures import PictureError
-from exo.worker.runner_common.reasoning_budget import ReasoningBudget
 from exo.worker.runner_common.request_checks import (
     input_refusal,
     length_limit,

@@ -7,16 +7,21 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from exo.worker.protocol.commands import (
-    Embed,
-    Prompt,
-    Rank,
-    Text,
-)
-from exo.worker.runner_common.fim import fim_tokens
+from exo.worker.protocol.commands import Embed, Prompt, Rank, Text
+from exo.worker.protocol.events import FimTokens
 from exo.worker.runner_common.tokenizer import PromptEncoder
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_FIM = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),
+    ("<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁hole\uff5c>", "<\uff5cfim▁end\uff5c>"),
+)
+_FIM_REPOSITORY = ("<|repo_name|>", "<reponame>")
+_FIM_FILE = ("<|file_sep|>", "<|file_separator|>", "<file_sep>")
+"""Control tokens for filling in the middle of a text, by the texts that families of models give them."""
 
 
 class AddedToken(Protocol):
@@ -73,7 +78,7 @@ class TransformersTokenizer:
             added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }
         """The ids of the control tokens by their text."""
-        self.fim = fim_tokens([added.content for added in tokenizer.added_tokens_decoder.values()])
+        self.fim = _fim_tokens([added.content for added in tokenizer.added_tokens_decoder.values()])
         self._control = frozenset(self.special.values())
         self._pieces = _pieces_of_all(tokenizer)
 
@@ -142,3 +147,11 @@ def _byte_level_spelling() -> dict[str, bytes]:
     return {chr(byte): bytes([byte]) for byte in visible} | {
         chr(256 + index): bytes([byte]) for index, byte in enumerate(others)
     }
+
+
+def _fim_tokens(texts: Collection[str]) -> FimTokens:
+    """Finds the control tokens for filling in the middle of a text among the texts of added tokens."""
+    prefix, suffix, middle = next((each for each in _FIM if set(each) <= set(texts)), ("", "", ""))
+    repository = next((each for each in _FIM_REPOSITORY if each in texts), "")
+    file = next((each for each in _FIM_FILE if each in texts), "")
+    return FimTokens(prefix=prefix, suffix=suffix, middle=middle, repository=repository, file=file)

@@ -1,5 +1,6 @@
 """A runner as a program: it serves commands from standard input, or answers ``--probe`` or ``--score`` and ends."""
 
+import gc
 import sys
 import threading
 import traceback
@@ -8,10 +9,15 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from exo.worker.runner_common.collection import collect_rarely
-
 if TYPE_CHECKING:  # a probe needs none of the protocol
     from exo.worker.protocol.probe import Probe
+
+_USUAL = gc.get_threshold()
+_AT_START = 50_000
+"""Objects made between two garbage collections until the model is loaded; seventy times Python's own number.
+
+An engine's libraries make up to a million objects that stay. To look through them again and again takes a quarter of
+vLLM's start."""
 
 
 def run(package: str, probe: "Callable[[], Probe]") -> None:
@@ -21,7 +27,7 @@ def run(package: str, probe: "Callable[[], Probe]") -> None:
     are imported when the library can no longer print into the protocol stream, and ``runner`` after the server has been
     told that the runner lives. The process ends at once when standard input closes, since no server is left then.
     """
-    collect_rarely()
+    gc.set_threshold(_AT_START)
     if sys.argv[1:] == ["--probe"]:
         print(probe().model_dump_json())
         return
@@ -49,3 +55,12 @@ def die(kind: type[BaseException], error: BaseException | None, trace: Traceback
 
     traceback.print_exception(kind, error, trace)
     exit_now(1)
+
+
+def collect_as_usual() -> None:
+    """Has objects collected as Python does, once the model is loaded.
+
+    All objects that exist now are left out: to collect among them would delay each stream by a third of a second.
+    """
+    gc.freeze()
+    gc.set_threshold(*_USUAL)
