@@ -11,6 +11,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.cli import COMMANDS as COMMAND_NAMES
+from exo.worker.supervisor.host_probe import probe_host
 from tests import ROOT
 from tests.support.server import environment, without_vllm, write_card
 from tests.support.tiny import write_scripted
@@ -93,10 +94,11 @@ def test_an_answer_comes_although_standard_error_is_full(home: Path) -> None:
     assert exo(home, "run", "scripted", "hi", shell="2> /dev/full")[:2] == (0, b"xyz\n")
 
 
-def test_every_engine_is_probed_in_a_locale_of_ascii(home: Path) -> None:
-    usual, ascii_only = (json.loads(exo(home, "doctor", "--json", **more)[1])["runners"] for more in ({}, ASCII))
-    assert {name: each["installed"] for name, each in usual.items()} == {
-        name: each["installed"] for name, each in ascii_only.items()
+async def test_every_engine_is_probed_in_a_locale_of_ascii(home: Path) -> None:
+    found = json.loads(exo(home, "doctor", "--json", **ASCII)[1])["runners"]
+    usual = (await probe_host()).probes
+    assert {name: each["installed"] for name, each in found.items()} == {
+        name: each.installed for name, each in usual.items()
     }
 
 

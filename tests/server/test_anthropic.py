@@ -1,7 +1,7 @@
 """Anthropic's API over a real server: with Anthropic's own client, and its faults with plain HTTP."""
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,13 @@ from exo.cards.card import SamplingDefaults
 from exo.chat.template.reshaping import short_id
 from exo.config import Access, ApiKey
 from tests.conftest import fake_card
-from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.api_server import CHAT_TEMPLATE, TOOLS_TEMPLATE, serve
 from tests.support.fake_model import expected_text
-from tests.support.server import ServeProgram, write_card
-from tests.support.tiny import Shape, write_gguf
 
 MODEL = "fake/model"
 USER_HI: list[MessageParam] = [{"role": "user", "content": "hi"}]
 HI = "user: hi\n"
 """What the template makes of it: as many tokens as it has characters."""
-TEMPLATE = (
-    "{% if tools %}<tools>{{ tools | tojson }}</tools> <tool_call>{% endif %}"
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{% if message.reasoning_content %} ({{ message.reasoning_content }}){% endif %}"
-    "{% for call in message.tool_calls or [] %} {{ call.id }}={{ call.function.name }}{% endfor %}"
-    "{% if message.tool_call_id %} for {{ message.tool_call_id }} of {{ message.name }}{% endif %}{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
-)
-"""Knows tools, earlier calls and a switch for reasoning."""
 TOOL: ToolParam = {
     "name": "count",
     "description": "Counts.",
@@ -54,7 +42,7 @@ TOOL: ToolParam = {
 def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     cards = [
         fake_card(MODEL, chat_template=CHAT_TEMPLATE),
-        fake_card("fake/tools", chat_template=TEMPLATE),
+        fake_card("fake/tools", chat_template=TOOLS_TEMPLATE),
         fake_card("fake/told", chat_template="{{ raise_exception(messages | tojson) }}"),
         fake_card("fake/eos", chat_template=CHAT_TEMPLATE, eos_after=3),
         fake_card("fake/dies", chat_template=CHAT_TEMPLATE, die_at=3),
@@ -361,42 +349,3 @@ def test_a_stream_that_fails_says_so_in_the_stream(client: anthropic.Anthropic) 
     ):
         stream.until_done()
     assert failed.value.type in ("overloaded_error", "api_error")
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
-    home = tmp_path_factory.mktemp("home")
-    write_gguf(home / "twin.gguf", Shape())
-    table = {"path": str(home / "twin.gguf"), "threads": 1, "n_ctx": 2048, "chat_template": TEMPLATE}
-    write_card(home, "twin", {"cuda": {**table}})
-    with ServeProgram(home) as program:
-        yield program
-
-
-def test_a_real_runner_speaks_it_too(twin: ServeProgram) -> None:
-    with anthropic.Anthropic(
-        base_url=twin.url, api_key="none", max_retries=0, _strict_response_validation=True
-    ) as client:
-        greedy = {"temperature": 0}  # which the client has no parameter for
-        long: list[MessageParam] = [{"role": "user", "content": "once upon a time " * 20}]  # worth keeping
-        first = client.messages.create(model="twin", max_tokens=12, messages=long, extra_body=greedy)
-        with client.messages.stream(model="twin", max_tokens=12, messages=long, extra_body=greedy) as stream:
-            assert [block.to_dict() for block in stream.get_final_message().content] == [
-                block.to_dict() for block in first.content
-            ]
-            again = stream.get_final_message().usage
-        assert (again.cache_read_input_tokens or 0) > 0
-        counted = client.messages.count_tokens(model="twin", messages=long).input_tokens
-        assert again.input_tokens + (again.cache_read_input_tokens or 0) == counted
-        # Weights are random: a call of one integer ends soon, whatever is sampled.
-        only_to: ToolParam = {**TOOL, "input_schema": {**TOOL["input_schema"], "additionalProperties": False}}
-        call = client.messages.create(
-            model="twin",
-            max_tokens=1500,
-            messages=USER_HI,
-            tools=[only_to],
-            tool_choice={"type": "any", "disable_parallel_tool_use": True},
-            extra_body={"seed": 1},
-        )
-        assert call.stop_reason == "tool_use"
-        assert [block.name for block in call.content if block.type == "tool_use"] == ["count"]

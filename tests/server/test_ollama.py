@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,27 +17,14 @@ from exo import __version__
 from exo.api.ollama.models import OLLAMA_VERSION
 from exo.cards.card import ModelCard, SamplingDefaults
 from tests.conftest import fake_card
-from tests.support.api_server import CHAT_TEMPLATE, serve
+from tests.support.api_server import CHAT_TEMPLATE, TOOLS_TEMPLATE, serve
 from tests.support.fake_model import expected_text
 from tests.support.program import DEADLINE_SECONDS
-from tests.support.server import ServeProgram, write_card
-from tests.support.tiny import Shape, write_gguf
 
 MODEL = "fake/model"
 USER_HI = [{"role": "user", "content": "hi"}]
 HI = "user: hi\n"
 """What the template makes of it: as many tokens as it has characters."""
-TEMPLATE = (
-    "{% if tools %}<tools>{{ tools | tojson }}</tools> <tool_call>{% endif %}"
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{% if message.reasoning_content %} ({{ message.reasoning_content }}){% endif %}"
-    "{% for call in message.tool_calls or [] %} {{ call.id }}={{ call.function.name }}"
-    "{{ call.function.arguments | tojson }}{% endfor %}"
-    "{% if message.tool_call_id %} for {{ message.tool_call_id }} of {{ message.name }}{% endif %}{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
-)
-"""Knows tools, earlier calls and a switch for reasoning."""
 
 
 def card(name: str, **table: JsonValue) -> ModelCard:
@@ -50,7 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
         card(MODEL, chat_template=CHAT_TEMPLATE).model_copy(
             update={"family": "fake", "quantization": "Q4_K_M", "context_length": 512, "capabilities": ("thinking",)}
         ),
-        card("fake/tools", chat_template=TEMPLATE),
+        card("fake/tools", chat_template=TOOLS_TEMPLATE),
         card("fake/told", chat_template="{{ raise_exception(messages | tojson) }}"),
         card("fake/eos", chat_template=CHAT_TEMPLATE, eos_after=3),
         card("fake/dies", chat_template=CHAT_TEMPLATE, die_at=3),
@@ -419,39 +406,3 @@ def test_a_stream_that_fails_says_so_in_the_stream(client: ollama.Client) -> Non
     with pytest.raises(ollama.ResponseError) as failed:
         streamed(client, "fake/dies", options={"num_predict": 50})
     assert failed.value.status_code == -1  # there was a 200, and then the error among the lines
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProgram]:
-    home = tmp_path_factory.mktemp("home")
-    write_gguf(home / "twin.gguf", Shape())
-    table: dict[str, JsonValue] = {
-        "path": str(home / "twin.gguf"),
-        "threads": 1,
-        "n_ctx": 2048,
-        "chat_template": TEMPLATE,
-    }
-    write_card(home, "twin", {"cuda": table})
-    with ServeProgram(home) as program:
-        yield program
-
-
-def test_a_real_runner_speaks_it_too(twin: ServeProgram) -> None:
-    options = {"num_predict": 12, "temperature": 0}
-    schema = {"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"], "additionalProperties": False}
-    with connected(twin.url) as client:
-        whole = chat(client, "twin:latest", options=options)
-        assert whole.eval_count == 12
-        hot = {"num_predict": 12, "temperature": 2.0, "seed": 7}
-        assert chat(client, "twin", options=hot).message.content != whole.message.content
-        assert chat(client, "twin", options={**hot, "top_p": 0}).message.content == whole.message.content
-        pieces = streamed(client, "twin", options=options)
-        assert "".join(piece.message.content or "" for piece in pieces) == whole.message.content
-        raw = client.generate("twin", "once", raw=True, options=options, logprobs=True)
-        assert len(raw.logprobs or ()) == 12
-        formatted = chat(client, "twin", options={"num_predict": 100, "temperature": 0}, format=schema)
-        assert json.loads(formatted.message.content or "") == {"a": "b"}
-        first, second = client.embed("twin", ["once", "upon a time"]).embeddings
-        assert len(first) == len(second) == 64
-        (loaded,) = client.ps().models
-        assert (loaded.context_length, loaded.size_vram) == (2048, 0)

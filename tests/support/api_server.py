@@ -21,6 +21,18 @@ CHAT_TEMPLATE = (
     "{% if messages[-1].role == 'assistant' %}{{ raise_exception('the last message must be the user\\'s') }}{% endif %}"
 )
 
+TOOLS_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools> <tool_call>{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.reasoning_content %} ({{ message.reasoning_content }}){% endif %}"
+    "{% for call in message.tool_calls or [] %} {{ call.id }}={{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}"
+    "{% if message.tool_call_id %} for {{ message.tool_call_id }} of {{ message.name }}{% endif %}{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
+)
+"""Knows tools, earlier calls and a switch for reasoning."""
+
 
 @contextmanager
 def serve(

@@ -52,9 +52,17 @@ class Start:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.running: list[Program] = []
+        self._shared: dict[str, Program] = {}
 
     def mlx(self, path: Path, **table: JsonValue) -> Program:
         return self._program("mlx", mlx_load(path, **table))
+
+    def shared(self, path: Path, **table: JsonValue) -> Program:
+        """The runner of earlier tests with these settings, which all leave it as they found it."""
+        key = mlx_load(path, **table).model_dump_json()
+        if key not in self._shared or self._shared[key].process.poll() is not None:
+            self._shared[key] = self.mlx(path, **table)
+        return self._shared[key]
 
     def cuda(self, path: Path) -> Program:
         table = {**FLOAT32, "path": str(path)}

@@ -7,15 +7,16 @@ from typing import Annotated, Any
 import typer
 from pydantic import JsonValue
 
-from exo.cards.catalogue import Catalogue
 from exo.config import Access, Settings
 from exo.config_values import SettingsError
-from exo.store.found.finder import Finder
 from exo.worker.protocol.runners import RUNNERS
 
 
 def complete_model(incomplete: str) -> list[str]:
     """Model ids and aliases with this beginning, for the shell. Broken model cards are ignored."""
+    from exo.cards.catalogue import Catalogue  # most commands complete nothing
+    from exo.store.found.finder import Finder
+
     try:
         settings = Settings.load()
         catalogue = Catalogue.load(settings.cards_directory, Finder(settings.other_folders))

@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(models: Models) -> Iterator[Start]:
     starter = Start(models)
     yield starter
@@ -83,7 +83,9 @@ def test_a_cancelled_prompt_leaves_a_prefix_that_is_still_right(start: Start) ->
     program.until(program.ended(cancelled))
     result = one(program, ask(next(name), long[:300], max_tokens=20))
     assert result.finished.usage.cached_tokens == 299
-    assert result.tokens == one(start.mlx(start.models.mlx("llama")), ask(next(name), long[:300], max_tokens=20)).tokens
+    assert (
+        result.tokens == one(start.shared(start.models.mlx("llama")), ask(next(name), long[:300], max_tokens=20)).tokens
+    )
 
 
 # --- rows that come and go ---
@@ -112,7 +114,7 @@ def crowd(*, seeded: bool) -> list[Generate]:
 def test_rows_that_join_and_leave_do_not_change_each_other(
     start: Start, architecture: Architecture, seeded: bool
 ) -> None:
-    program = start.mlx(start.models.mlx(architecture), slots=5)
+    program = start.shared(start.models.mlx(architecture), slots=5)
     alone = [one(program, request).tokens for request in crowd(seeded=seeded)]
     together = crowd(seeded=seeded)
     for index, request in enumerate(together):
@@ -124,7 +126,7 @@ def test_rows_that_join_and_leave_do_not_change_each_other(
 
 
 def test_a_request_goes_on_after_its_neighbours_were_cancelled(start: Start) -> None:
-    program = start.mlx(start.models.mlx("llama"), slots=4)
+    program = start.shared(start.models.mlx("llama"), slots=5)
     alone = one(program, ask(next(name), prompt(10), max_tokens=900))
     ids = list(islice(name, 4))
     program.send(*(ask(request, prompt(10 + index), max_tokens=900) for index, request in enumerate(ids)))
@@ -188,7 +190,7 @@ def texts(program: Program, prompts: Sequence[str]) -> list[list[int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_text_is_that_of_llama_cpp_on_the_same_weights(start: Start, architecture: Architecture) -> None:
     prompts = ["once upon a time", "naïve café", "The stopper and the world: 1234 things; don't!", "x"]
-    mlx = texts(start.mlx(start.models.mlx(architecture)), prompts)
+    mlx = texts(start.shared(start.models.mlx(architecture)), prompts)
     assert mlx == texts(start.cuda(start.models.gguf(architecture)), prompts)
 
 
@@ -196,6 +198,6 @@ def test_greedy_text_is_that_of_llama_cpp_on_the_same_weights(start: Start, arch
 
 
 def test_the_limit_of_open_files_is_left_as_it_was(start: Start) -> None:
-    program = start.mlx(start.models.mlx("llama"))
+    program = start.shared(start.models.mlx("llama"))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE) == limit
