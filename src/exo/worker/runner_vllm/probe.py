@@ -1,5 +1,6 @@
 """Answers ``--probe``. Does not import vLLM, which would take longer than a server may take to start."""
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -65,6 +66,7 @@ def try_engine(found: Probe) -> Probe:
     """Imports vLLM, which takes about ten seconds. Returns ``found``, or the reason why the import failed."""
     if not found.installed:
         return found
+    gc.disable()  # a quarter of the import would be garbage collections
     try:
         set_compute(None, eager=True)
         import_module("exo.worker.runner_vllm.vllm_edge")
