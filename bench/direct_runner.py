@@ -7,20 +7,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from exo.worker.protocol.commands import (
-    Command,
-    Generate,
-    Load,
-    SamplingParams,
-    Text,
-)
-from exo.worker.protocol.events import (
-    Deltas,
-    Event,
-    Failed,
-    Finished,
-    Status,
-)
+from exo.worker.protocol.commands import Command, Generate, Load, SamplingParams, Text
+from exo.worker.protocol.events import Deltas, Event, Failed, Finished, Status
 from exo.worker.protocol.wire import decode_event, encode
 
 

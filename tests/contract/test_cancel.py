@@ -4,12 +4,7 @@ from itertools import islice
 
 import pytest
 
-from exo.worker.protocol.commands import (
-    Cancel,
-    Sibling,
-    Text,
-    Tokenize,
-)
+from exo.worker.protocol.commands import Cancel, Sibling, Text, Tokenize
 from tests.contract.cases import SAMPLING, long_prompt, one
 from tests.support.program import Program, ask, names
 

@@ -8,13 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exo.worker.protocol.commands import (
-    Cancel,
-    Embed,
-    Rank,
-    Text,
-    Tokenize,
-)
+from exo.worker.protocol.commands import Cancel, Embed, Rank, Text, Tokenize
 from exo.worker.protocol.events import Capabilities
 from exo.worker.protocol.messages import MAX_TOKENIZED, PART_TOKENS
 from exo.worker.runner_common.request_checks import within

@@ -15,13 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import (
-    Embed,
-    Load,
-    Rank,
-    Text,
-    Tokenize,
-)
+from exo.worker.protocol.commands import Embed, Load, Rank, Text, Tokenize
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.hf_embedding import choose_pooling
 from tests.support.program import DEADLINE_SECONDS, Program, ask, names, runner_command

@@ -11,21 +11,8 @@ import anyio
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import (
-    Embed,
-    Load,
-    Rank,
-    Text,
-    Tokenize,
-)
-from exo.worker.protocol.events import (
-    Capabilities,
-    Delta,
-    Embedded,
-    Finished,
-    Status,
-    Usage,
-)
+from exo.worker.protocol.commands import Embed, Load, Rank, Text, Tokenize
+from exo.worker.protocol.events import Capabilities, Delta, Embedded, Finished, Status, Usage
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import Deadlines, RunnerProcess

@@ -16,11 +16,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.events import (
-    Estimated,
-    Failed,
-    Heartbeat,
-)
+from exo.worker.protocol.events import Estimated, Failed, Heartbeat
 from exo.worker.runner_common.load_effort import effort
 from exo.worker.supervisor import child_process
 from exo.worker.supervisor.model_load import Admission, Admit

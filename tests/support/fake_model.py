@@ -15,16 +15,8 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from exo.worker.protocol.commands import (
-    Generate,
-    Picture,
-    Text,
-)
-from exo.worker.protocol.events import (
-    Logprob,
-    PromptLogprobs,
-    TokenLogprobs,
-)
+from exo.worker.protocol.commands import Generate, Picture, Text
+from exo.worker.protocol.events import Logprob, PromptLogprobs, TokenLogprobs
 from exo.worker.protocol.messages import PART_LOGPROBS
 from exo.worker.runner_common.detokenizer import TextStream
 

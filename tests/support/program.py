@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from exo.worker.protocol.commands import (
-    Cancel,
-    Generate,
-    Load,
-    Request,
-    SamplingParams,
-    Shutdown,
-    Text,
-)
+from exo.worker.protocol.commands import Cancel, Generate, Load, Request, SamplingParams, Shutdown, Text
 from exo.worker.protocol.events import (
     Capabilities,
     Deltas,

@@ -11,14 +11,7 @@ import pytest
 from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.events import (
-    Capabilities,
-    Delta,
-    Failed,
-    Finished,
-    Heartbeat,
-    Status,
-)
+from exo.worker.protocol.events import Capabilities, Delta, Failed, Finished, Heartbeat, Status
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.runner_process import RunnerProcess
 from exo.worker.supervisor.state_machine import RequestEvent, RequestEvents

@@ -10,14 +10,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple, final
 
 from exo.serving.admission import Place
-from exo.serving.events import (
-    ChoiceDelta,
-    ChoiceFinished,
-    ChoiceStarted,
-    Completed,
-    GenerationEvent,
-    Prefill,
-)
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, GenerationEvent, Prefill
 from exo.serving.request_totals import RequestTotals, Totals
 from exo.worker.protocol.commands import Picture, Text
 from exo.worker.protocol.events import Usage

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import (
-    Estimate,
-    Generate,
-    Grammar,
-    Load,
-)
+from exo.worker.protocol.commands import Estimate, Generate, Grammar, Load
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_cuda.loading.estimate import estimate

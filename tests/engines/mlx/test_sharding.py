@@ -14,14 +14,7 @@ import psutil
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.protocol.commands import (
-    Embed,
-    Estimate,
-    Generate,
-    Load,
-    Peer,
-    SamplingParams,
-)
+from exo.worker.protocol.commands import Embed, Estimate, Generate, Load, Peer, SamplingParams
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_mlx.kv_cache import LayerCache

@@ -8,15 +8,7 @@ import anyio
 import pytest
 
 from exo.worker.protocol.commands import COMMANDS, Load, Sibling
-from exo.worker.protocol.events import (
-    Delta,
-    Failed,
-    Finished,
-    PrefillProgress,
-    PromptLogprobs,
-    Status,
-    Usage,
-)
+from exo.worker.protocol.events import Delta, Failed, Finished, PrefillProgress, PromptLogprobs, Status, Usage
 from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.watchdog import Deadlines

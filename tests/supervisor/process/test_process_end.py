@@ -11,14 +11,7 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from exo.worker.protocol.commands import Load
-from exo.worker.protocol.events import (
-    Failed,
-    Finished,
-    Heartbeat,
-    PrefillProgress,
-    Status,
-    Usage,
-)
+from exo.worker.protocol.events import Failed, Finished, Heartbeat, PrefillProgress, Status, Usage
 from exo.worker.protocol.wire import encode
 from exo.worker.supervisor.runner_error import RunnerError
 from exo.worker.supervisor.runner_process import RunnerProcess

@@ -11,15 +11,7 @@ from exo.api.http.errors import ErrorBody
 from exo.api.http.reply import ReplyChoice
 from exo.api.openai.response import absent, call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
-from exo.serving.events import (
-    ChoiceDelta,
-    ChoiceFinished,
-    ChoiceStarted,
-    Completed,
-    GenerationEvent,
-    Reason,
-    Started,
-)
+from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, GenerationEvent, Reason, Started
 from exo.worker.protocol.events import Usage
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]

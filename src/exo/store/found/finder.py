@@ -16,13 +16,7 @@ from pydantic import ValidationError
 
 from exo.cards.catalogue import Found, FoundModel, Stamp, stamp_of
 from exo.config import OtherFolders
-from exo.store.discover.description import (
-    HEADER_LIMIT,
-    SENTENCE_TRANSFORMER,
-    Description,
-    DescriptionError,
-    from_gguf,
-)
+from exo.store.discover.description import HEADER_LIMIT, SENTENCE_TRANSFORMER, Description, DescriptionError, from_gguf
 from exo.store.discover.new_card import folder_tables, gguf_tables, new_card
 from exo.store.found.folders import further_models, llamacpp_models, lmstudio_models, stem
 from exo.store.found.huggingface import huggingface_models

@@ -14,12 +14,7 @@ from exo.worker.runner_common.hf_tokenizer import TransformersTokenizer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.folder_config import Json
 from exo.worker.runner_common.model_files.folder_templates import TOOL_USE, usual
-from exo.worker.runner_common.model_files.model_folder import (
-    end_tokens,
-    presented,
-    read_optional,
-    tell_ignored,
-)
+from exo.worker.runner_common.model_files.model_folder import end_tokens, presented, read_optional, tell_ignored
 from exo.worker.runner_common.part_process import own_address, reserved
 from exo.worker.runner_vllm.checked import VllmChecked, check
 from exo.worker.runner_vllm.hosts import interface, start_followers

@@ -12,17 +12,7 @@ from typing import cast, final
 import anyio
 from pydantic import ValidationError
 
-from exo.worker.protocol.commands import (
-    Command,
-    Embed,
-    Generate,
-    Picture,
-    Rank,
-    Request,
-    Sibling,
-    Text,
-    Tokenize,
-)
+from exo.worker.protocol.commands import Command, Embed, Generate, Picture, Rank, Request, Sibling, Text, Tokenize
 from exo.worker.protocol.events import Event, Failed
 from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.protocol.validation import describe

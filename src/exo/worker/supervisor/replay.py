@@ -7,13 +7,7 @@ undisturbed run. A runner makes text from tokens alone, and ``Generate.delivered
 from dataclasses import dataclass, field
 
 from exo.worker.protocol.commands import Generate
-from exo.worker.protocol.events import (
-    Capabilities,
-    Delta,
-    ErrorCode,
-    Failed,
-    PromptLogprobs,
-)
+from exo.worker.protocol.events import Capabilities, Delta, ErrorCode, Failed, PromptLogprobs
 
 FRUITLESS_REPLAYS = 3
 """Replays in a row, on one kind of runner, of a request under which processes die before they compute any token."""

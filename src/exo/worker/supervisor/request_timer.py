@@ -5,15 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from exo.worker.protocol.events import (
-    Delta,
-    Embedded,
-    Event,
-    Failed,
-    Finished,
-    Ranked,
-    Tokenized,
-)
+from exo.worker.protocol.events import Delta, Embedded, Event, Failed, Finished, Ranked, Tokenized
 from exo.worker.speed import Measurement
 
 WINDOW_SECONDS = 5.0

@@ -10,17 +10,7 @@ from typing import final, overload
 
 import anyio
 
-from exo.worker.protocol.commands import (
-    Cancel,
-    Cores,
-    Embed,
-    Generate,
-    Load,
-    Rank,
-    Request,
-    Shutdown,
-    Tokenize,
-)
+from exo.worker.protocol.commands import Cancel, Cores, Embed, Generate, Load, Rank, Request, Shutdown, Tokenize
 from exo.worker.protocol.cores import CPU_BACKENDS
 from exo.worker.protocol.events import (
     Capabilities,

@@ -6,13 +6,7 @@ from typing import Self, final
 
 import anyio
 
-from exo.worker.protocol.events import (
-    Capabilities,
-    Estimated,
-    Event,
-    Heartbeat,
-    Status,
-)
+from exo.worker.protocol.events import Capabilities, Estimated, Event, Heartbeat, Status
 
 _CHECKS = 5
 """Checks per deadline. A server that was itself stopped for a while, as by Ctrl-Z, misses only one of them, so it does

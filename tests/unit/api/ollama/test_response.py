@@ -14,12 +14,7 @@ from exo.api.ollama.response import OllamaDialect
 from exo.api.openai.response import call_id
 from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Reason, Started
-from exo.worker.protocol.events import (
-    Capabilities,
-    Logprob,
-    TokenLogprobs,
-    Usage,
-)
+from exo.worker.protocol.events import Capabilities, Logprob, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=30, completion_tokens=5, cached_tokens=10)
 MODEL = Capabilities(

@@ -10,12 +10,7 @@ from exo.api.openai.completions import CompletionDialect
 from exo.api.openai.response import ChatDialect, call_id
 from exo.chat.output.events import Arguments, Content, Part, Reasoning, ToolCall
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoicePrompt, ChoiceStarted, Completed, Reason, Started
-from exo.worker.protocol.events import (
-    Capabilities,
-    Logprob,
-    TokenLogprobs,
-    Usage,
-)
+from exo.worker.protocol.events import Capabilities, Logprob, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 CHAT_HEAD = (

@@ -3,18 +3,8 @@ import io
 import pytest
 from pydantic import ValidationError
 
-from exo.worker.protocol.commands import (
-    Cancel,
-    Generate,
-    SamplingParams,
-    Sibling,
-)
-from exo.worker.protocol.events import (
-    Delta,
-    Deltas,
-    Failed,
-    Heartbeat,
-)
+from exo.worker.protocol.commands import Cancel, Generate, SamplingParams, Sibling
+from exo.worker.protocol.events import Delta, Deltas, Failed, Heartbeat
 from exo.worker.protocol.messages import LINE_BYTES
 from exo.worker.protocol.wire import decode_event, encode, read_commands
 from tests.support.program import ask

@@ -1,11 +1,4 @@
-from exo.worker.protocol.events import (
-    Capabilities,
-    Delta,
-    Failed,
-    Logprob,
-    PromptLogprobs,
-    TokenLogprobs,
-)
+from exo.worker.protocol.events import Capabilities, Delta, Failed, Logprob, PromptLogprobs, TokenLogprobs
 from exo.worker.supervisor.replay import FRUITLESS_REPLAYS, UNLUCKY_REPLAYS, Replay, ReplayBudget, other_model, spent
 from tests.support.program import ask
 

@@ -19,12 +19,7 @@ from exo.chat.output.events import Arguments, BrokenCall, Content, Part, Reasoni
 from exo.serving.events import ChoiceDelta, ChoiceFinished, ChoiceStarted, Completed, Started
 from exo.serving.request import Conversation
 from exo.worker.protocol.commands import SamplingParams
-from exo.worker.protocol.events import (
-    Capabilities,
-    Logprob,
-    TokenLogprobs,
-    Usage,
-)
+from exo.worker.protocol.events import Capabilities, Logprob, TokenLogprobs, Usage
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 LLAMA = Capabilities(

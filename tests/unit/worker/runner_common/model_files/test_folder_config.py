@@ -3,12 +3,7 @@
 import pytest
 from pydantic import JsonValue
 
-from exo.worker.runner_common.model_files.folder_config import (
-    inexpressible,
-    normalised,
-    sliding_pattern,
-    wrong_setting,
-)
+from exo.worker.runner_common.model_files.folder_config import inexpressible, normalised, sliding_pattern, wrong_setting
 
 Json = dict[str, JsonValue]
 LLAMA3: Json = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
