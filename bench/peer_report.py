@@ -56,22 +56,13 @@ DEMO = (
         ("llama-server",),
         {"workload": "long-prompt", "long_words": 4000, "output_tokens": 16},
     ),
-    Scenario(
-        "repeated text, 1 stream",
-        1,
-        ("llama-server",),
-        _REPEAT,
-    ),
+    Scenario("repeated text, 1 stream", 1, ("llama-server",), _REPEAT),
     Scenario("repeated text, 1 stream, told to speculate", 1, ("llama-server",), _REPEAT, "exo, speculating"),
 )
 """With the demo model on llama.cpp."""
 BUSY = (
     Scenario(
-        "another process on one core, 1 stream",
-        1,
-        ("llama-server",),
-        {"requests": 2, "output_tokens": 16},
-        busy=True,
+        "another process on one core, 1 stream", 1, ("llama-server",), {"requests": 2, "output_tokens": 16}, busy=True
     ),
 )
 """With the same servers, started anew and last: they remember how busy the machine was."""

@@ -104,10 +104,7 @@ def test_text_that_reads_like_a_control_token_is_text(constraints: GrammarCompil
     assert take(constraint, b"<|end|>").finished
 
 
-@pytest.mark.parametrize(
-    ("reference", "token"),
-    [("<|call|>", CALL), (f"<[{CALL}]>", CALL), (f"<[{INST}]>", INST)],
-)
+@pytest.mark.parametrize(("reference", "token"), [("<|call|>", CALL), (f"<[{CALL}]>", CALL), (f"<[{INST}]>", INST)])
 def test_a_control_token_is_reached_by_name_or_id(constraints: GrammarCompiler, reference: str, token: int) -> None:
     constraint = constraints.compile(lark(f'start: {reference} "a"'))
     assert allowed(constraint) == {token}

@@ -73,8 +73,7 @@ def test_a_character_that_is_cut_in_two_is_whole_in_the_end(sampling_program: Pr
     """Only x and bytes of é, € and 😀 may be drawn, so that characters are whole, broken and cut at random."""
     bias = dict.fromkeys("é€😀x".encode(), 10_000.0)
     whole = goes_on_from_everywhere(
-        sampling_program,
-        ask(next(name), max_tokens=60, temperature=50.0, seed=1, logit_bias=bias, stop=["x\ufffdxxx"]),
+        sampling_program, ask(next(name), max_tokens=60, temperature=50.0, seed=1, logit_bias=bias, stop=["x\ufffdxxx"])
     )
     assert not whole.text.isascii()
     assert whole.finished.usage.completion_tokens > 5

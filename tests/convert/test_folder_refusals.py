@@ -80,11 +80,7 @@ def write(file: str, content: bytes) -> Change:
 @pytest.mark.parametrize(
     ("architecture", "change", "message"),
     [
-        (
-            "llama",
-            settings(model_type="mamba"),
-            "config.json: model_type: 'mamba' cannot be converted; accepted: l",
-        ),
+        ("llama", settings(model_type="mamba"), "config.json: model_type: 'mamba' cannot be converted; accepted: l"),
         ("llama", settings(hidden_size=0), "config.json: has hidden_size = 0, expected a whole number"),
         ("llama", settings(hidden_size="64"), "config.json: has hidden_size = '64', expected a whole number"),
         ("llama", settings(num_hidden_layers=9_000), "config.json: num_hidden_layers: is 9000, but there are"),
@@ -96,11 +92,7 @@ def write(file: str, content: bytes) -> Change:
         ("llama", settings(rope_scaling={"type": "yarn", "factor": 4.0}), "config.json: rope_scaling: is 'yarn', exp"),
         ("qwen3", settings(rope_scaling={"type": "llama3", "factor": 4.0}), "config.json: rope_scaling: is llama3, w"),
         ("qwen2", settings(use_sliding_window=True), "config.json: use_sliding_window: Input should be False"),
-        (
-            "qwen3",
-            settings(layer_types=["full_attention"]),
-            "config.json: layer_types: is ['full_a",
-        ),
+        ("qwen3", settings(layer_types=["full_attention"]), "config.json: layer_types: is ['full_a"),
         ("gemma3", settings(sliding_window=None), "config.json: sliding_window: is None, expected a number of tokens"),
         ("gemma3", settings(sliding_window_pattern=2), "config.json: sliding_window_pattern: is 2, expected 6"),
         ("gemma3", settings(query_pre_attn_scalar=17), "config.json: query_pre_attn_scalar: is 17.0, expected 16, wh"),
@@ -117,26 +109,10 @@ def write(file: str, content: bytes) -> Change:
         ("llama", packed(None), "model.layers.0.self_attn.q_proj.weight: is stored as U32, but config.json has"),
         ("llama", packed(AFFINE), "model.layers.0.self_attn.q_proj.scales: is"),
         ("qwen2", tensors(lm_head__weight=np.ones((320, 64), np.float32)), "lm_head.weight: differs from model.embed"),
-        (
-            "llama",
-            index("../model.safetensors"),
-            "model.safetensors.index.json: lists '../model",
-        ),
-        (
-            "llama",
-            index("other.safetensors"),
-            "model.safetensors.index.json: lists other.s",
-        ),
-        (
-            "llama",
-            write("model.safetensors", bytes(7)),
-            "model.safetensors: is not a safetensors file: it c",
-        ),
-        (
-            "llama",
-            write("model.safetensors", b"\xff" * 9),
-            "model.safetensors: is not a safetensors file: it c",
-        ),
+        ("llama", index("../model.safetensors"), "model.safetensors.index.json: lists '../model"),
+        ("llama", index("other.safetensors"), "model.safetensors.index.json: lists other.s"),
+        ("llama", write("model.safetensors", bytes(7)), "model.safetensors: is not a safetensors file: it c"),
+        ("llama", write("model.safetensors", b"\xff" * 9), "model.safetensors: is not a safetensors file: it c"),
         ("llama", model(type="Unigram"), "tokenizer.json: model.type: Input should be 'BPE'"),
         ("llama", model(dropout=0.1), "tokenizer.json: model.dropout: Input should be 0"),
         ("llama", model(ignore_merges=True), "tokenizer.json: ignore_merges: expected false for gpt-2"),
@@ -148,18 +124,10 @@ def write(file: str, content: bytes) -> Change:
             model(merges=[["a b", "c"]], vocab={"a b": 0, "c": 1, "a bc": 2}),
             "tokenizer.json: merges: ('a b', 'c') has a spac",
         ),
-        (
-            "llama",
-            model(vocab={"a": 0, "b": 0}),
-            "tokenizer.json: the tokens 'a' and 'b' have the same ",
-        ),
+        ("llama", model(vocab={"a": 0, "b": 0}), "tokenizer.json: the tokens 'a' and 'b' have the same "),
         ("llama", model(vocab={"a": 320}), "tokenizer.json: has the token id 320, but config.json's voc"),
         ("llama", tokenizer(normalizer={"type": "Lowercase"}), "tokenizer.json: normalizer: is {'type': 'Lowercas"),
-        (
-            "llama",
-            tokenizer(pre_tokenizer=WORDS),
-            "tokenizer.json: pre_tokenizer: is none that l",
-        ),
+        ("llama", tokenizer(pre_tokenizer=WORDS), "tokenizer.json: pre_tokenizer: is none that l"),
         ("llama", added_token(lstrip=True), "tokenizer.json: added_tokens.0.lstrip: Input should be False"),
         ("llama", added_token(id=0, content="b"), "tokenizer.json: 'b' is two tokens, which a GGUF file cannot say"),
     ],
@@ -175,10 +143,7 @@ def test_a_folder_that_cannot_be_said_otherwise(
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (
-            {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]},
-            f"{NO_FILE}: t is F32 of shape (2,) at bytes 0 to 9",
-        ),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}, f"{NO_FILE}: t is F32 of shape (2,) at bytes 0 to 9"),
         (
             {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
             f"{NO_FILE}: t is F32 of shape (2,) at bytes 4 to 12",
@@ -187,10 +152,7 @@ def test_a_folder_that_cannot_be_said_otherwise(
             {"dtype": "F32", "shape": [2**62, 2], "data_offsets": [0, 8]},
             f"{NO_FILE}: t is F32 of shape (4611686018427387904, 2) at",
         ),
-        (
-            {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]},
-            f"{NO_FILE}: its header is broken: t",
-        ),
+        ({"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}, f"{NO_FILE}: its header is broken: t"),
         ({"dtype": "F32", "shape": [1, 1, 2], "data_offsets": [0, 8]}, "t: has shape [1, 1, 2], expected a vector"),
         ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "t: is stored as F8_E4M3; accepted: F32"),
         ({"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}, f"{NO_FILE}: its header is broken: t"),

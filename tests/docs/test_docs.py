@@ -19,10 +19,7 @@ LISTED = "Refused unless they ask for nothing: "
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
     card = fake_card(MODEL, chat_template=CHAT_TEMPLATE, n_ctx=64, eos_after=2)
-    with (
-        serve(tmp_path_factory.mktemp("server"), card) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
+    with serve(tmp_path_factory.mktemp("server"), card) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 

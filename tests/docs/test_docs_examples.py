@@ -108,12 +108,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServeProgram]:
     coder: dict[str, JsonValue] = {"path": str(home / "coder.gguf"), "threads": 1}
     write_card(home, "coder", {"cuda": coder}, backends=["LlamaCppCpu"], aliases=["my-coder"])
     write_card(
-        home,
-        "ranker",
-        {"cuda": ranker},
-        backends=["LlamaCppCpu"],
-        aliases=["my-reranker"],
-        tasks=["TextRanking"],
+        home, "ranker", {"cuda": ranker}, backends=["LlamaCppCpu"], aliases=["my-reranker"], tasks=["TextRanking"]
     )
     with ServeProgram(home) as program:
         assert program.complete("gemma-3-270m", max_tokens=1).status_code == 200
@@ -154,8 +149,7 @@ def test_every_path_is_told_of(server: ServeProgram) -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/api/chat"],
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/api/chat"]
 )
 def test_a_table_has_all_the_fields_there_are_and_no_others(server: ServeProgram, path: str) -> None:
     document: dict[str, Any] = server.client.get("/openapi.json").json()

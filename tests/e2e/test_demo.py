@@ -35,9 +35,7 @@ def events(server: ServeProgram, path: str, body: Mapping[str, object]) -> list[
 def test_it_answers_a_question(server: ServeProgram) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     chunks = events(
-        server,
-        "/v1/chat/completions",
-        {"messages": question, "max_tokens": 48, "temperature": 0, "stop": ["\nUser:"]},
+        server, "/v1/chat/completions", {"messages": question, "max_tokens": 48, "temperature": 0, "stop": ["\nUser:"]}
     )
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
     assert "Paris" in text

@@ -69,11 +69,7 @@ TRIALS = {
         '{"cmd": "touch made"}',
     ),
     "opencode": Trial(("run", "{}"), "bash", '{"command": "touch made", "description": "x"}'),
-    "qwen": Trial(
-        ("--yolo", "-p", "{}"),
-        "run_shell_command",
-        '{"command": "touch made", "is_background": false}',
-    ),
+    "qwen": Trial(("--yolo", "-p", "{}"), "run_shell_command", '{"command": "touch made", "is_background": false}'),
     "cline": Trial(("{}",), "run_commands", '{"commands": ["touch made"]}'),
     "pi": Trial(("-p", "{}"), "bash", '{"command": "touch made"}'),
     "aider": Trial(("--no-git", "--yes-always", "--no-check-update", "--analytics-disable", "--message", "{}")),

@@ -111,11 +111,7 @@ def test_penalties_and_stop_strings_hold_across_a_death(server: ServeProgram) ->
     stop = [text[400:404], text[-2:] + "never"]
     undisturbed = whole(server, **penalties, stop=stop)
     chunks = streamed(
-        server,
-        "/v1/completions",
-        {**BODY, **penalties, "stop": stop},
-        20,
-        lambda: send_signal(server, signal.SIGKILL),
+        server, "/v1/completions", {**BODY, **penalties, "stop": stop}, 20, lambda: send_signal(server, signal.SIGKILL)
     )
     assert texts_of(chunks) == undisturbed
 

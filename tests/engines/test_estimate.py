@@ -73,9 +73,7 @@ def compare(case: Case) -> None:
         process = psutil.Process(program.process.pid)
         at_first = process.memory_info().rss
         lengths = [case.longest, *[40] * (capabilities.slots - 1)]
-        program.generate(
-            *(ask(f"{at}", prompt(length, at), max_tokens=2) for at, length in enumerate(lengths)),
-        )
+        program.generate(*(ask(f"{at}", prompt(length, at), max_tokens=2) for at, length in enumerate(lengths)))
         if case.runner == "cuda":
             scored = ask("scored", prompt(40, 9), max_tokens=1)
             program.generate(scored.model_copy(update={"prompt_logprobs": 1}))

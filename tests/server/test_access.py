@@ -36,10 +36,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
 def unlocked(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
     """A server as it is by default."""
     card = fake_card(MODEL, chat_template=CHAT_TEMPLATE)
-    with (
-        serve(tmp_path_factory.mktemp("server"), card) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
+    with serve(tmp_path_factory.mktemp("server"), card) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 

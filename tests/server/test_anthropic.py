@@ -298,10 +298,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name: there is no such tool"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name: this field is required"),
     ({"tool_choice": {"type": "auto", "name": "x"}}, "tool_choice.name: not accepted"),
-    (
-        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "no"}}}},
-        "output_config.format.schema",
-    ),
+    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "no"}}}}, "output_config.format.schema"),
     (
         {
             "tools": [TOOL],

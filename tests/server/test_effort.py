@@ -71,12 +71,7 @@ def applied(http: httpx.Client, name: str, **fields: JsonValue) -> tuple[str, st
         ("always", "low", "<think>\n", "reasoning_effort: this model's chat template knows no levels"),
         ("opens itself", "none", "<think>\n\n</think>\n\n", ""),
         ("opens itself", "medium", "", ""),
-        (
-            "channels",
-            "none",
-            "<|start|>assistant<|channel|>analysis<|message|><|end|><|start|>assistant",
-            "",
-        ),
+        ("channels", "none", "<|start|>assistant<|channel|>analysis<|message|><|end|><|start|>assistant", ""),
         ("channels", "high", "high<|start|>assistant", ""),
     ],
 )

@@ -332,10 +332,7 @@ def test_a_demanded_call_takes_the_place_of_a_response_format() -> None:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
     template = {"engines": {"cuda": {"chat_template": CHAT_TEMPLATE}}}
     cards = [fake_card(name).model_copy(update=template) for name in ("fake/one", "fake/two")]
-    with (
-        serve(tmp_path_factory.mktemp("server"), *cards) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
+    with serve(tmp_path_factory.mktemp("server"), *cards) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 

@@ -30,10 +30,7 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
         fake_card(STATED, n_ctx=1024).model_copy(update=trained),
         fake_card(OPEN, n_ctx="auto").model_copy(update=trained),
     )
-    with (
-        serve(tmp_path_factory.mktemp("server"), *cards) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
+    with serve(tmp_path_factory.mktemp("server"), *cards) as url, httpx.Client(base_url=url, timeout=60) as client:
         body = {"model": LOADED, "prompt": "hi", "max_tokens": 1}
         assert client.post("/v1/completions", json=body).status_code == 200
         yield client

@@ -327,11 +327,7 @@ def test_a_server_is_there(url: str) -> None:
 
 
 def test_what_is_not_there_says_so(client: ollama.Client, url: str) -> None:
-    for ask in (
-        lambda: client.push("x"),
-        lambda: client.delete("x"),
-        lambda: client.copy("x", "y"),
-    ):
+    for ask in (lambda: client.push("x"), lambda: client.delete("x"), lambda: client.copy("x", "y")):
         with pytest.raises(ollama.ResponseError) as missing:
             ask()
         assert missing.value.status_code == 501

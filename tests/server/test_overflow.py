@@ -39,10 +39,7 @@ OPENAI_PHRASES = (
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Generator[httpx.Client]:
     card = fake_card(MODEL, chat_template=CHAT_TEMPLATE, n_ctx=CONTEXT)
-    with (
-        serve(tmp_path_factory.mktemp("server"), card) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-    ):
+    with serve(tmp_path_factory.mktemp("server"), card) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 

@@ -202,10 +202,7 @@ def test_a_load_that_fails_gives_every_place_back(tmp_path: Path) -> None:
 
 def test_a_client_that_does_not_read_is_cut_off_and_its_slot_is_free(tmp_path: Path) -> None:
     write_card(tmp_path, "fake", {"cuda": {"slots": 1, "n_ctx": 1_000_000_000}}, backends=["LlamaCppCpu"])
-    with (
-        ServeProgram(tmp_path, fake=True, EXO_STALL_TIMEOUT="0.2") as program,
-        socket.socket() as connection,
-    ):
+    with ServeProgram(tmp_path, fake=True, EXO_STALL_TIMEOUT="0.2") as program, socket.socket() as connection:
         assert program.complete("fake", max_tokens=1).status_code == 200
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         url = httpx.URL(program.url)

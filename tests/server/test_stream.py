@@ -107,10 +107,7 @@ def test_a_load_that_fails_late_is_an_error_in_the_stream_without_done(
     tmp_path: Path, gate: Path, grace: Callable[[float], None]
 ) -> None:
     grace(0)
-    with (
-        server(tmp_path, load_gate=str(gate), fail_load="the weights are torn") as http,
-        stream(http, SHORT) as lines,
-    ):
+    with server(tmp_path, load_gate=str(gate), fail_load="the weights are torn") as http, stream(http, SHORT) as lines:
         next(lines)
         open_gate(gate)
         *comments, last = list(lines)

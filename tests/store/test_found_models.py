@@ -86,10 +86,7 @@ def test_a_repository_of_which_each_commit_brought_one_file(tmp_path: Path, hub:
     newer = download(tmp_path / "hub", hub, "tiny-Q8_0.gguf")
     assert older != newer
     paths = {each.card.model_id: each.path for each in look(tmp_path).models}
-    assert paths == {
-        "hf/org/model:Q4_K_M": older / "tiny-Q4_K_M.gguf",
-        "hf/org/model:Q8_0": newer / "tiny-Q8_0.gguf",
-    }
+    assert paths == {"hf/org/model:Q4_K_M": older / "tiny-Q4_K_M.gguf", "hf/org/model:Q8_0": newer / "tiny-Q8_0.gguf"}
 
 
 def test_a_folder_of_safetensors_in_the_cache(tmp_path: Path, folder: Path) -> None:
@@ -249,11 +246,7 @@ def test_llama_cpps_manifests_tell_the_repository(tmp_path: Path, tiny: Path) ->
         (root / f"manifest=org=model={tag}.json").write_text(json.dumps({"ggufFile": {"rfilename": name}}))
     (root / "manifest=org=broken=latest.json").write_text("{}")
     found = look(tmp_path)
-    assert names(found) == [
-        "llama.cpp/org/model:Q4_K_M",
-        "llama.cpp/org/model:Q8_0",
-        "llama.cpp/other_name_tiny-Q8_0",
-    ]
+    assert names(found) == ["llama.cpp/org/model:Q4_K_M", "llama.cpp/org/model:Q8_0", "llama.cpp/other_name_tiny-Q8_0"]
     assert [line.partition(": ")[0] for line in found.unusable] == [str(root / "manifest=org=broken=latest.json")]
 
 

@@ -186,10 +186,7 @@ async def test_reports_show_the_living_and_those_that_failed_last(tmp_path: Path
         assert (living.now.model_id, living.now.state, living.pid) == ("fake/model", "Ready", child.pid)
         assert (living.deaths, living.last_failure, living.pause) == (0, None, 0)
         assert (failed.now.model_id, failed.now.state, failed.pid) == ("org/broken", "Failed", None)
-        assert (failed.deaths, failed.last_failure) == (
-            2,
-            Failed(code="model_load_failed", message="no such file"),
-        )
+        assert (failed.deaths, failed.last_failure) == (2, Failed(code="model_load_failed", message="no such file"))
         assert living.started >= failed.started
         assert failed.failed >= failed.started
         await well.close()

@@ -31,8 +31,7 @@ def accepted(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Json:
         "boolean": st.booleans,
         "null": st.none,
         "array": lambda: cast(
-            Json,
-            st.lists(accepted(schema["items"], schemas), min_size=schema.get("minItems", 0), max_size=4),
+            Json, st.lists(accepted(schema["items"], schemas), min_size=schema.get("minItems", 0), max_size=4)
         ),
         "object": lambda: _object(schema, schemas),
     }

@@ -15,11 +15,7 @@ Array = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Kind = gguf.GGMLQuantizationType
 
-_LARGEST = {
-    Kind.F16: 65504.0,
-    Kind.BF16: float.fromhex("0x1.fep127"),
-    Kind.Q8_0: 65504.0 * 127,
-}
+_LARGEST = {Kind.F16: 65504.0, Kind.BF16: float.fromhex("0x1.fep127"), Kind.Q8_0: 65504.0 * 127}
 """The largest magnitude that each type can hold; Q8_0's scale is a float16."""
 
 

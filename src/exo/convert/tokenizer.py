@@ -64,8 +64,7 @@ PRE_TOKENIZERS = (
     PreTokenizer(("llama-bpe", "llama3", "llama-v3"), _split(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True),
     PreTokenizer(("qwen2", "deepseek-r1-qwen"), _split(r"\p{N}"), normalizer={"type": "NFC"}),
     PreTokenizer(
-        ("smollm",),
-        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+        ("smollm",), {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
     ),
 )
 

@@ -133,8 +133,7 @@ class Download:
             missing = self._file.size - self._path.stat().st_size
             message = f"no room in {self._folder.directory}: {self._file.name} needs {missing:,} bytes more"
             raise PullError(
-                "disk_full",
-                f"{message} ({error.strerror}); what has come is kept, so pull again when there is room",
+                "disk_full", f"{message} ({error.strerror}); what has come is kept, so pull again when there is room"
             ) from error
 
     def _complete(self) -> str:

@@ -184,10 +184,7 @@ def test_the_ledger_counts_a_head(tmp_path: Path) -> None:
     assert extra == pytest.approx(cells, rel=0.1)
 
 
-KINDS: dict[str, Keys] = {
-    "qwen35": LINEAR,
-    "qwen35moe": {**LINEAR, **EXPERTS, "expert_shared_feed_forward_length": 64},
-}
+KINDS: dict[str, Keys] = {"qwen35": LINEAR, "qwen35moe": {**LINEAR, **EXPERTS, "expert_shared_feed_forward_length": 64}}
 
 
 @pytest.mark.parametrize("architecture", KINDS)

@@ -206,12 +206,7 @@ def test_a_difference_that_is_followed_by_the_same_tokens_is_told_once() -> None
 
 @pytest.mark.parametrize(
     "new",
-    [
-        prompt(0, 700),
-        prompt(0, 400) + prompt(20_000, 600),
-        prompt(20_000, 30) + prompt(100, 300),
-        prompt(20_000, 1000),
-    ],
+    [prompt(0, 700), prompt(0, 400) + prompt(20_000, 600), prompt(20_000, 30) + prompt(100, 300), prompt(20_000, 1000)],
     ids=["more of the same", "another end", "little is the same", "nothing is the same"],
 )
 def test_other_prompts_do_not_diverge(new: list[int]) -> None:

@@ -61,10 +61,7 @@ def others(runner: str, load: Load) -> npt.NDArray[np.float64]:
 
 @pytest.mark.parametrize(
     ("architecture", "pooling", "table"),
-    [
-        ("qwen3", "mean", {"tensor_parallel_size": 2}),
-        ("gemma3", "last", {"max_num_batched_tokens": 32}),
-    ],
+    [("qwen3", "mean", {"tensor_parallel_size": 2}), ("gemma3", "last", {"max_num_batched_tokens": 32})],
 )
 def test_the_vectors_are_those_of_the_other_runners_and_take_the_memory_that_was_counted(
     tmp_path: Path, architecture: Architecture, pooling: str, table: dict[str, JsonValue]

@@ -125,10 +125,7 @@ def _norms(draw: _Draw, shape: Shape, layer: int) -> dict[str, Tensor]:
     before_attention = _reading_norm(draw, shape, 1.0 if layer == 0 else ATTENTION)
     before_feed_forward = _reading_norm(draw, shape, ATTENTION)
     if shape.architecture != "gemma3":
-        return {
-            "input_layernorm.weight": before_attention,
-            "post_attention_layernorm.weight": before_feed_forward,
-        }
+        return {"input_layernorm.weight": before_attention, "post_attention_layernorm.weight": before_feed_forward}
     blocks = float(np.sqrt(shape.layer_count))
     return {
         "input_layernorm.weight": before_attention,

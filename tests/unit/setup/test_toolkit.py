@@ -8,11 +8,7 @@ from exo.setup.toolkit import parse_architectures
 
 @pytest.mark.parametrize(
     ("architectures", "machine_code", "ptx"),
-    [
-        ("90-real", ("90",), ()),
-        ("86-real;89", ("86", "89"), ("89",)),
-        ("75-virtual;120-real", ("120a",), ("75",)),
-    ],
+    [("90-real", ("90",), ()), ("86-real;89", ("86", "89"), ("89",)), ("75-virtual;120-real", ("120a",), ("75",))],
 )
 def test_machine_code_and_ptx_are_told_apart(
     architectures: str, machine_code: tuple[str, ...], ptx: tuple[str, ...]

@@ -112,8 +112,7 @@ AnyBlock = Annotated[
 AnyContent = Annotated[
     list[AnyBlock],
     BeforeValidator(
-        _as_blocks,
-        json_schema_input_type=str | list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock],
+        _as_blocks, json_schema_input_type=str | list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock]
     ),
     Field(max_length=MAX_BLOCKS),
 ]

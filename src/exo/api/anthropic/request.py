@@ -230,9 +230,7 @@ class MessagesRequest(CountTokensRequest):
     ignored: ClassVar[Unsupported] = _IGNORED
 
     max_tokens: Annotated[int | None, NoLimit] = Field(
-        ge=0,
-        le=1 << 31,
-        description="-1: until the context is full. 0 only computes and caches the prompt.",
+        ge=0, le=1 << 31, description="-1: until the context is full. 0 only computes and caches the prompt."
     )
     temperature: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most probable token.")
     top_p: TopP = Field(default=1.0, description="Keep the most probable tokens up to this sum; 0 keeps one.")

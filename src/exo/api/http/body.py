@@ -349,8 +349,5 @@ def _validate(body: bytearray, model: type[Body]) -> Body:
 def _too_large() -> ApiError:
     # The rest of the body is not read, which ends the connection.
     return ApiError(
-        413,
-        f"the body is larger than {BODY_LIMIT} bytes",
-        code="request_too_large",
-        headers={"connection": "close"},
+        413, f"the body is larger than {BODY_LIMIT} bytes", code="request_too_large", headers={"connection": "close"}
     )

@@ -253,13 +253,7 @@ class OllamaGenerateRequest(OllamaGeneration):
 
     ignored: ClassVar[Unsupported] = _OF_CONTEXT
 
-    unsupported: ClassVar[Unsupported] = {
-        "context": ([],),
-        "height": (),
-        "steps": (),
-        "template": ("",),
-        "width": (),
-    }
+    unsupported: ClassVar[Unsupported] = {"context": ([],), "height": (), "steps": (), "template": ("",), "width": ()}
 
     prompt: str = Field(default="", description="The user's message; with raw, the complete prompt.")
     images: Annotated[list[str], BeforeValidator(_marks)] = Field(

@@ -63,12 +63,7 @@ class OutputFormat:
         return self.thinking is not None and prompt.rstrip().endswith(self.thinking.begin.rstrip())
 
     def call_grammar(
-        self,
-        tools: Sequence[Tool],
-        *,
-        parallel: bool,
-        special_tokens: Mapping[str, int],
-        in_reasoning: bool = False,
+        self, tools: Sequence[Tool], *, parallel: bool, special_tokens: Mapping[str, int], in_reasoning: bool = False
     ) -> str:
         """Returns a grammar in llguidance's Lark of a call of one of ``tools``, or with ``parallel`` of one or more.
 

@@ -48,13 +48,7 @@ class _Invocation:
 
 
 def launch(
-    program: Annotated[
-        str,
-        typer.Argument(
-            help=f"The program: {_NAMES}.",
-            autocompletion=_complete_program,
-        ),
-    ],
+    program: Annotated[str, typer.Argument(help=f"The program: {_NAMES}.", autocompletion=_complete_program)],
     args: Annotated[list[str] | None, typer.Argument(help="Arguments of the program, after --.")] = None,
     *,
     model: Annotated[

@@ -108,10 +108,7 @@ def _qwen_files(target: Target) -> Mapping[str, str]:
         "name": target.model,
         "envKey": _KEY,
         "baseUrl": target.openai,
-        "generationConfig": {
-            "contextWindowSize": target.context,
-            "samplingParams": {"max_tokens": target.reply},
-        },
+        "generationConfig": {"contextWindowSize": target.context, "samplingParams": {"max_tokens": target.reply}},
     }
     settings = {
         "modelProviders": {"openai": [model]},
@@ -180,11 +177,7 @@ def _open_webui_environment(target: Target) -> Mapping[str, str]:
 PROGRAMS: Mapping[str, Program] = MappingProxyType(
     {
         "claude": Program(
-            "Claude Code",
-            "claude",
-            "npm install -g @anthropic-ai/claude-code",
-            20_000,
-            environment=_claude_environment,
+            "Claude Code", "claude", "npm install -g @anthropic-ai/claude-code", 20_000, environment=_claude_environment
         ),
         "codex": Program(
             "Codex",

@@ -19,8 +19,7 @@ from exo.store.hub import Hub
 
 def add(
     reference: Annotated[
-        str,
-        typer.Argument(metavar="REPO[:QUANT]", help="A repository on the hub: OWNER/NAME, or hf.co/OWNER/NAME."),
+        str, typer.Argument(metavar="REPO[:QUANT]", help="A repository on the hub: OWNER/NAME, or hf.co/OWNER/NAME.")
     ],
     name: Annotated[str | None, typer.Option(help="The card's model id. Default: the repository's name.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card with that model id.")] = False,

@@ -127,13 +127,7 @@ def found_model(model: UnreadModel) -> FoundModel:
         if model.quantization:
             description = replace(description, quantization=model.quantization)
         card = new_card(
-            model_id,
-            description,
-            tables,
-            backends,
-            model.size,
-            aliases=model.aliases,
-            sampling=model.sampling,
+            model_id, description, tables, backends, model.size, aliases=model.aliases, sampling=model.sampling
         )
     except (HeaderError, DescriptionError, OSError) as error:
         raise UnusableError(path, reason_of(error)) from error

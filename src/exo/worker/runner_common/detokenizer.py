@@ -35,12 +35,7 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        stop: Sequence[str] = (),
-        min_tokens: int = 0,
-        stop_tokens: Iterable[int] = (),
-        *,
-        show_stop: bool = False,
+        self, stop: Sequence[str] = (), min_tokens: int = 0, stop_tokens: Iterable[int] = (), *, show_stop: bool = False
     ) -> None:
         """The first ``min_tokens`` tokens are no stop tokens, and no stop string is looked for in their text.
 

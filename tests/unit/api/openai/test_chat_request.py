@@ -108,8 +108,7 @@ def test_a_number_must_be_finite(number: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
-    ["", "{", "nul", '{"model": "m"} x', '{"model": "\\ud800"}', '{"a": ' + "[" * 10_000 + "]" * 10_000 + "}"],
+    "body", ["", "{", "nul", '{"model": "m"} x', '{"model": "\\ud800"}', '{"a": ' + "[" * 10_000 + "]" * 10_000 + "}"]
 )
 def test_what_is_no_json_is_refused(body: str) -> None:
     assert refusal(ChatCompletionRequest, body).code == "invalid_json"

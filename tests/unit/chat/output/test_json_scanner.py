@@ -70,18 +70,7 @@ def test_what_is_whole_is_json_and_json_is_whole(pieces: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "[1]",
-        "1",
-        '{"a": NaN}',
-        '{"a": Infinity}',
-        '{"a": 01}',
-        "{a: 1}",
-        '{"a",}',
-        '{"a": 1,,}',
-        "{,}",
-        '{"a" 1}',
-    ],
+    ["[1]", "1", '{"a": NaN}', '{"a": Infinity}', '{"a": 01}', "{a: 1}", '{"a",}', '{"a": 1,,}', "{,}", '{"a" 1}'],
 )
 def test_what_is_no_object_is_broken(text: str) -> None:
     found, _ = read(text + " ")

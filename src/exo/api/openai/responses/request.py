@@ -81,11 +81,7 @@ class ReasoningConfig(RequestBody):
 class ResponsesRequest(RequestBody):
     """The body of ``POST /v1/responses``."""
 
-    unsupported: ClassVar[Unsupported] = {
-        "background": (False,),
-        "conversation": (),
-        "prompt": (),
-    }
+    unsupported: ClassVar[Unsupported] = {"background": (False,), "conversation": (), "prompt": ()}
     ignored: ClassVar[Unsupported] = {
         "client_metadata": ({},),
         "context_management": ([],),

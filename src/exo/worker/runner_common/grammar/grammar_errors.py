@@ -24,16 +24,10 @@ _REASONS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         r"lookarounds not supported.* in regex /(.*)/",
         lambda found: f"the pattern {found[1]!r} has a word boundary, which cannot be enforced",
     ),
-    (
-        r"Unimplemented keys: \[(.*)\]",
-        lambda found: f"{found[1].replace(chr(34), chr(39))} cannot be enforced here",
-    ),
+    (r"Unimplemented keys: \[(.*)\]", lambda found: f"{found[1].replace(chr(34), chr(39))} cannot be enforced here"),
     (r"oneOf constraints are not supported", lambda _: "oneOf is enforced only where its schemas exclude each other"),
     (r"Unknown format: (.*)", lambda found: f"the format {found[1]!r} cannot be enforced"),
-    (
-        r"(?:Pointer|Anchor) '(.*)' does not exist",
-        lambda found: f"$ref: '#{found[1]}' is not in the schema",
-    ),
+    (r"(?:Pointer|Anchor) '(.*)' does not exist", lambda found: f"$ref: '#{found[1]}' is not in the schema"),
     (
         r"Resource '(.*)' is not present",
         lambda found: f"$ref: {found[1]!r} is another document; references must stay within the schema",

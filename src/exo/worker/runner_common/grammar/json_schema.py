@@ -25,9 +25,7 @@ from exo.worker.runner_common.grammar.schema_keywords import (
 from exo.worker.runner_common.grammar.schema_overlap import Schema, disjoint, resolve, target_of, type_of
 from exo.worker.runner_common.grammar.schema_pattern import without_look_ahead
 
-FORMATS = frozenset(
-    {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"},
-)
+FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 """Formats that grammars enforce."""
 
 # Keywords by what they hold: schemas by name, one schema, schemas in a list, or values.

@@ -241,10 +241,7 @@ def _library() -> ctypes.CDLL:
         "mtmd_input_chunk_get_n_pos": (ctypes.c_int32, (pointer,)),
         "mtmd_input_chunk_get_tokens_image": (pointer, (pointer,)),
         "mtmd_image_tokens_get_decoder_pos": (_DecoderPosition, (pointer, ctypes.c_int32, size)),
-        "mtmd_input_chunk_get_tokens_text": (
-            ctypes.POINTER(ctypes.c_int32),
-            (pointer, ctypes.POINTER(size)),
-        ),
+        "mtmd_input_chunk_get_tokens_text": (ctypes.POINTER(ctypes.c_int32), (pointer, ctypes.POINTER(size))),
         "mtmd_tokenize": (
             ctypes.c_int32,
             (pointer, pointer, ctypes.POINTER(_InputText), ctypes.POINTER(pointer), size),

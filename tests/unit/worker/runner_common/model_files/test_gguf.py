@@ -72,10 +72,7 @@ def test_values_that_nobody_asked_for_are_skipped_whatever_they_are() -> None:
         (header(claimed=1 << 60), "claims 1152921504606846976 keys and 7 tensors, expected at most 65536"),
         (header(struct.pack("<Q", 1 << 63)), "a metadata key of 9,223,372,036,854,775,808 bytes"),
         (header(field(b"\xff", 4, b"\0" * 4)), "a metadata key that is not UTF-8"),
-        (
-            header(field("general.name", 8, struct.pack("<Q", 1 << 40))),
-            "in the value of 'general.name'",
-        ),
+        (header(field("general.name", 8, struct.pack("<Q", 1 << 40))), "in the value of 'general.name'"),
         (header(field("x", 9, struct.pack("<IQ", 8, 1 << 62))), "ends within its header"),
         (header(field("x", 9, struct.pack("<IQ", 12, 1 << 61))), "ends within its header"),
         (header(field("x", 8, struct.pack("<Q", (1 << 64) - 1))), "ends within its header"),

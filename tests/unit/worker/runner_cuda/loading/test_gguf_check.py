@@ -110,10 +110,7 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "negative offset": (after(NORM, "<q", 16, -32), "but the file has"),
     "crooked offset": (after(NORM, "<Q", 16, 33), "no multiple of 32"),
     "tensors on top of each other": (after(b"blk.1.attn_q.weight", "<Q", 24, 0), "within another tensor"),
-    "a tensor twice": (
-        lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"),
-        "twice",
-    ),
+    "a tensor twice": (lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "twice"),
     "a long name": (before(NORM, 64), "a tensor name of 64 bytes"),
 }
 
