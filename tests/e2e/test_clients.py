@@ -6,7 +6,7 @@ They run in an environment of their own, since they need other versions of some 
 import json
 import os
 import subprocess
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,30 +97,32 @@ def test_lm_evaluation_harness_scores_as_teacher_forcing_does(home: Home, tmp_pa
     run("with_lm_eval.py", home.server.url, "tiny", home.directory / "tokenizer", tmp_path, output, home=tmp_path)
     result = json.loads(output.read_text())
 
-    def of_pair(context: str, continuation: str) -> float:
-        return forced(home, tmp_path, context, continuation)
-
-    assert result["loglikelihoods"] == pytest.approx([of_pair(*pair) for pair in PAIRS], abs=1e-3)
-    guesses = [of_pair(text, " blue") > of_pair(text, " red") for text, _ in questions]
+    choices = [(text, colour) for text, _ in questions for colour in (" red", " blue")]
+    scores = forced(home, tmp_path, [*PAIRS, *choices])
+    assert result["loglikelihoods"] == pytest.approx(scores[: len(PAIRS)], abs=1e-3)
+    chosen = scores[len(PAIRS) :]
+    guesses = [blue > red for red, blue in zip(chosen[::2], chosen[1::2], strict=True)]
     right = sum(guess == answer for guess, (_, answer) in zip(guesses, questions, strict=True))
     assert result["accuracy"] == pytest.approx(right / len(questions))
 
 
-def forced(home: Home, directory: Path, context: str, continuation: str) -> float:
-    """The log-probability of a continuation, by the runner's own ``--score``, as ``exo compare`` has it."""
-    server = home.server
+def forced(home: Home, directory: Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """The log-probability of each context's continuation, by the runner's own ``--score``, as for ``exo compare``."""
 
     def tokens(text: str) -> list[int]:
-        return server.client.post("/tokenize", json={"model": "tiny", "content": text}).json()["tokens"]
+        return home.server.client.post("/tokenize", json={"model": "tiny", "content": text}).json()["tokens"]
 
     # As lm-evaluation-harness cuts texts: an empty context is the end-of-turn token, spaces go to the continuation.
-    whole = tokens(context + continuation) if context else tokens("<|im_end|>" + continuation)
-    n_context = len(tokens(context)) if context else 1
+    texts = tuple(tuple(tokens((context or "<|im_end|>") + continuation)) for context, continuation in pairs)
+    begins = [len(tokens(context)) if context else 1 for context, _ in pairs]
     table: dict[str, JsonValue] = {"path": str(home.directory / "tiny.gguf"), "n_ctx": 256, **FLOAT32}
     load = Load(model_id="test/tiny", backend="LlamaCppCpu", table=table)
-    request = Score(load=load, prompts=(tuple(whole),), directory=str(directory))
+    request = Score(load=load, prompts=texts, directory=str(directory))
     command = [*runner_command(RUNNERS["cuda"].module), "--score"]
     done = subprocess.run(command, input=request.model_dump_json().encode(), stdout=subprocess.PIPE, check=True)
-    assert Scored.model_validate_json(done.stdout).tokens == (tuple(whole),)
-    rows = np.load(directory / "0.npy")
-    return float(sum(rows[at - 1, whole[at]] for at in range(n_context, len(whole))))
+    assert Scored.model_validate_json(done.stdout).tokens == texts
+    scores: list[float] = []
+    for number, (whole, begin) in enumerate(zip(texts, begins, strict=True)):
+        rows = np.load(directory / f"{number}.npy")
+        scores.append(float(sum(rows[at - 1, whole[at]] for at in range(begin, len(whole)))))
+    return scores
