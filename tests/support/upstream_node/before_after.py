@@ -1,7 +1,8 @@
 """Measures upstream's node as it is and with the adapter: ``python -m tests.support.upstream_node.before_after``.
 
-EXO_UPSTREAM and EXO_UPSTREAM_PYTHON are as in ``tests/integrations/test_upstream_node.py``. The model is the demo model
-of ``exo setup demo``, as a GGUF file and as a folder for MLX. Each line of the output is one figure.
+EXO_UPSTREAM and EXO_UPSTREAM_PYTHON are as in ``tests/integrations/test_upstream_node.py``. A tiny model is there
+twice, with the same weights: as a GGUF file and as a folder for MLX. Each line of the output is one figure. The streams
+are of the first of both that the node can serve.
 """
 
 import json
@@ -19,26 +20,29 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.support.tiny import Shape, write_gguf, write_mlx
+from tests.support.tiny.tokenizer import CHAT_TEMPLATE
 from tests.support.upstream_node.edits import edited, unedited
 from tests.support.upstream_node.node import add_model, running, state
 
-DEMO = Path("~/.local/share/exo/models/google--gemma-3-270m").expanduser()
-FILE = "gemma-3-270m-q4_k_m.gguf"
-GGUF, MLX = "me/gemma-gguf", "me/gemma-mlx"
+FILE = "model.gguf"
+GGUF, MLX = "me/tiny-gguf", "me/tiny-mlx"
+SHAPE = Shape(context_length=8192)
 CARD = """model_id = "{model}"
-n_layers = 18
-hidden_size = 640
+n_layers = 2
+hidden_size = 64
 supports_tensor = false
 tasks = ["TextGeneration"]
 backends = {backends}
 {files}
 [storage_size]
-in_bytes = 253113024
+in_bytes = 1000000
 """
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+TEMPLATE = REFUSES + CHAT_TEMPLATE
 TABLE = {"n_ctx": 8192, "slots": 4, "chat_template": TEMPLATE}
-READY_SECONDS, ANSWER_SECONDS, STREAM_SECONDS = 60.0, 60.0, 240.0
-TOKENS = 150
+READY_SECONDS, ANSWER_SECONDS, STREAM_SECONDS = 30.0, 30.0, 240.0
+TOKENS = 300
 QUESTION = [{"role": "user", "content": "Name three rivers."}]
 
 
@@ -60,12 +64,11 @@ def _give_models(home: Path, *, with_adapter: bool) -> None:
     backends = ["LlamaCppCpu"] if with_adapter else ["MlxCpu"]
     files = f'files = ["{FILE}"]\n' if with_adapter else ""
     gguf = add_model(home, GGUF, CARD.format(model=GGUF, backends=json.dumps(backends), files=files))
-    (gguf / FILE).symlink_to(DEMO / FILE)
+    write_gguf(gguf / FILE, SHAPE)
     mlx = add_model(home, MLX, CARD.format(model=MLX, backends='["MlxCpu"]', files=""))
-    for each in (DEMO / "mlx-8bit").iterdir():
-        (mlx / each.name).symlink_to(each)
-    (mlx / "chat_template.jinja").unlink()
+    write_mlx(mlx, SHAPE)
     (mlx / "chat_template.jinja").write_text(TEMPLATE)
+    (mlx / "model.safetensors.index.json").write_text('{"weight_map": {"all": "model.safetensors"}}')
 
 
 def _measure(name: str, tree: Path, home: Path, python: str) -> None:
@@ -79,11 +82,14 @@ def _measure(name: str, tree: Path, home: Path, python: str) -> None:
         tell("back ends", next(iter(state(node, "nodeBackends").values())))
         listed = node.get("/v1/models", params={"status": "downloaded"}).json()["data"]
         tell("models on disk", [each["id"] for each in listed])
+        disturbed = False
         for model in (GGUF, MLX):
             tell(f"{model}: previews", _previews(node, model))
             tell(f"{model}: placed", _placed(node, model))
-            tell(f"{model}: answer", _answer(node, model))
-            if _is_ready(node):
+            answer = _answer(node, model)
+            tell(f"{model}: answer", answer)
+            if answer.startswith("200") and not disturbed:
+                disturbed = True
                 _disturb(node, model, tell)
             _delete_all(node)
 
@@ -164,9 +170,11 @@ def _disturb(node: httpx.Client, model: str, tell: Callable[[str, object], None]
     """What happens to a stream meanwhile."""
     events: dict[str, Callable[[], str]] = {
         "nothing": lambda: "",
-        "a request with temperature -1": lambda: _answer(node, model, temperature=-1, stream=True),
-        "a prompt of 1,000 words": lambda: _answer(node, model, messages=_words(1000), max_tokens=1, stream=True),
+        "a prompt of 1,500 words": lambda: _answer(node, model, messages=_words(1500), max_tokens=1, stream=True),
         "a prompt of 10,000 words": lambda: _answer(node, model, messages=_words(10_000), max_tokens=1, stream=True),
+        "a system message, which the chat template refuses": lambda: _answer(
+            node, model, messages=[{"role": "system", "content": "Be brief."}, *QUESTION], stream=True
+        ),
         "SIGKILL of the process with the model": _kill_the_largest,
     }
     for event, happen in events.items():
