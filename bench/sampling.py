@@ -16,8 +16,9 @@ import llama_cpp
 
 from bench.servers import demo_model
 from exo.worker.protocol.commands import SamplingParams
-from exo.worker.runner_cuda.bindings import Context, Logits, Model, Rows
+from exo.worker.runner_cuda.bindings import Context, Logits, Rows
 from exo.worker.runner_cuda.loading.llama_log import Log
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.sampling.sampler import Sampler, Turn, choose
 

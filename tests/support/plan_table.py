@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -14,6 +15,7 @@ from exo.worker.protocol.commands import Load
 from exo.worker.protocol.events import RAM, Estimated
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.estimate import plans
+from exo.worker.runner_cuda.loading.inputs import LoadInputs
 from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import chosen
@@ -57,12 +59,15 @@ def estimated(card: ModelCard, gpus: Sequence[int], **table: JsonValue) -> Estim
     given = {**card.engines["cuda"], "prefix_cache_bytes": PREFIXES, **table}
     load = Load(model_id=card.model_id, backend="LlamaCppCuda", table=given, tasks=card.tasks)
     options = CudaOptions.model_validate(given)
-    present = [_Free(f"CUDA{at}", size * GIB, splits_rows=False, copies_weights=True) for at, size in enumerate(gpus)]
+    present = tuple(
+        _Free(f"CUDA{at}", size * GIB, splits_rows=False, copies_weights=True) for at, size in enumerate(gpus)
+    )
     model = header(card.model_id)
     poolable = pool_obstacle(options, model) is None
     devices = chosen(options, load.backend, present)
     seeing = projector(card.model_id) if options.mmproj is not None else None
-    return plans(load, options, [model], None, devices, present, seeing, poolable=poolable)
+    inputs = LoadInputs(options, present, devices, Path(), [model], ())
+    return plans(load, inputs, None, seeing, poolable=poolable)
 
 
 @cache

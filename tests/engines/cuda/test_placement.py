@@ -16,12 +16,13 @@ from exo.worker.protocol.events import Estimated, Failed, LoadOption
 from exo.worker.protocol.runners import RUNNERS
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.model_files.gguf import GgufHeader
-from exo.worker.runner_cuda.bindings import Context, Logits, Model, Rows
+from exo.worker.runner_cuda.bindings import Context, Logits, Rows
 from exo.worker.runner_cuda.loading import estimate as estimates
 from exo.worker.runner_cuda.loading import peers
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.gguf_sizes import DEVICE_CONTEXT
 from exo.worker.runner_cuda.loading.llama_log import Log
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.loading.placement import WITHOUT_TENSOR, Placement, check_architecture, chosen
 from tests.support.gguf_bytes import field, header, read, text

@@ -20,8 +20,8 @@ from exo.worker.protocol.events import (
 from exo.worker.runner_common.commands import TextJob, answer
 from exo.worker.runner_common.load_error import LoadError
 from exo.worker.runner_common.memory_plan import LONGEST_TEXT
-from exo.worker.runner_cuda.bindings import Model
 from exo.worker.runner_cuda.loading.llama_log import Log
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
 from exo.worker.runner_cuda.pooled_context import POOLING, PooledContext, Vector
 

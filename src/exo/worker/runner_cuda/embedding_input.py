@@ -8,7 +8,7 @@ import re
 import llama_cpp
 
 from exo.worker.protocol.commands import Embed, Prompt, Rank, Text
-from exo.worker.runner_cuda.bindings import Model
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.tokenizer import GgufTokenizer
 
 

@@ -4,8 +4,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from exo.worker.runner_cuda.bindings import Batch, EngineError, Model, context_params
+from exo.worker.runner_cuda.bindings import Batch, EngineError, context_params
 from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions, Pooling
 
 Vector = npt.NDArray[np.float32]

@@ -8,7 +8,8 @@ from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.scoring import LogProbabilities, TextReader, log_softmax
 from exo.worker.runner_cuda.bindings import Context
 from exo.worker.runner_cuda.loading.estimate import with_choice
-from exo.worker.runner_cuda.loading.loader import Loaded, load, read_options
+from exo.worker.runner_cuda.loading.inputs import read_options
+from exo.worker.runner_cuda.loading.loader import Loaded, load
 
 
 def open_reader(command: Load) -> TextReader:

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.bindings import Context, EngineError, Logits, Model, Rows
+from exo.worker.runner_cuda.bindings import Context, EngineError, Logits, Rows
 from exo.worker.runner_cuda.loading.devices import CUDA, VULKAN, Gpu, gpus
 from exo.worker.runner_cuda.loading.llama_log import Log
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions
 
 BOUNDS = {CUDA: 0.05, VULKAN: 0.5}

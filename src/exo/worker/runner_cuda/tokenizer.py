@@ -8,7 +8,7 @@ import llama_cpp
 from exo.worker.protocol.commands import Prompt
 from exo.worker.protocol.events import FimTokens
 from exo.worker.runner_common.tokenizer import PromptEncoder
-from exo.worker.runner_cuda.bindings import Model
+from exo.worker.runner_cuda.loading.model import Model
 
 
 class GgufTokenizer:

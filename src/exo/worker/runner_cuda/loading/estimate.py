@@ -16,16 +16,13 @@ from exo.worker.runner_common.memory_plan import (
     most_cache_in_ram,
 )
 from exo.worker.runner_common.model_files.gguf import GgufHeader, quality_notes
-from exo.worker.runner_cuda.loading.adapters import find_adapters
-from exo.worker.runner_cuda.loading.devices import Gpu
-from exo.worker.runner_cuda.loading.gguf_check import check_header, read_headers
+from exo.worker.runner_cuda.loading.gguf_check import read_headers
 from exo.worker.runner_cuda.loading.gguf_sizes import GgufSizes, cache_bytes
-from exo.worker.runner_cuda.loading.heads import with_head
-from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle, with_layout
-from exo.worker.runner_cuda.loading.loader import draft_file, draft_options, projector_file, read_options
-from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions, find_model
+from exo.worker.runner_cuda.loading.inputs import LoadInputs, draft_file, draft_options, projector_file, read_inputs
+from exo.worker.runner_cuda.loading.kv_layout import pool_obstacle
+from exo.worker.runner_cuda.loading.options import AUTO, SHORTEST_CONTEXT, CudaOptions
 from exo.worker.runner_cuda.loading.peers import all_gpus
-from exo.worker.runner_cuda.loading.placement import check_architecture, chosen, elsewhere, placements, tensor_splits
+from exo.worker.runner_cuda.loading.placement import elsewhere, placements, tensor_splits
 from exo.worker.runner_cuda.loading.projector_memory import projector_parts
 
 _SMALLER_CACHES = ("q8_0", "q4_0")
@@ -34,21 +31,12 @@ _SMALLER_CACHES = ("q8_0", "q4_0")
 def estimate(command: Estimate) -> Estimated:
     """Raises LoadError as loading would, for a missing or broken file or wrong settings."""
     load = command.load
-    options = read_options(load)
-    present = all_gpus(load)
-    devices = chosen(options, load.backend, present)
-    path = find_model(options, load.model_id, load.directories)
-    check_header(path)
-    headers = read_headers(path)
-    check_architecture(options, headers[0])
-    with_layout(options, headers[0])
-    options = with_head(options, headers)
-    poolable = pool_obstacle(options, headers[0]) is None
-    draft, projector = _draft(load, options), projector_file(options, path)
-    adapters = [each.header for each in find_adapters(load, options, headers)]
+    inputs = read_inputs(load)
+    poolable = pool_obstacle(inputs.options, inputs.headers[0]) is None
+    draft, projector = _draft(load, inputs.options), projector_file(inputs.options, inputs.path)
     seeing = None if projector is None else read_headers(projector)[0]
-    found = plans(load, options, headers, draft, devices, present, seeing, poolable=poolable, adapters=adapters)
-    return found.model_copy(update={"notes": quality_notes(headers[0].text)})
+    found = plans(load, inputs, draft, seeing, poolable=poolable)
+    return found.model_copy(update={"notes": quality_notes(inputs.headers[0].text)})
 
 
 def with_choice(command: Load) -> Load:
@@ -64,26 +52,16 @@ def with_choice(command: Load) -> Load:
 
 
 def plans(
-    load: Load,
-    options: CudaOptions,
-    headers: Sequence[GgufHeader],
-    draft: GgufSizes | None,
-    devices: Sequence[Gpu],
-    present: Sequence[Gpu],
-    projector: GgufHeader | None = None,
-    *,
-    poolable: bool,
-    adapters: Sequence[GgufHeader] = (),
+    load: Load, inputs: LoadInputs, draft: GgufSizes | None, projector: GgufHeader | None = None, *, poolable: bool
 ) -> Estimated:
     """Returns the ways to load a model, with the memory of each. Pure, apart from the devices' memory.
 
-    ``headers`` are those of the model's files. ``devices`` are those that the card allows out of those ``present``.
     ``projector`` is the header of its projector, if it has one. ``poolable``: the slots can share a pool.
     """
-    copies = any(each.copies_weights for each in devices)
-    model = replace(GgufSizes.of(headers, options, adapters), copies=copies)
-    on_gpu, table = bool(present), load.table
-    left = _open(load, options, model, devices, present, poolable=poolable)
+    options, devices, table = inputs.options, inputs.devices, load.table
+    sizes = GgufSizes.of(inputs.headers, options, [each.header for each in inputs.adapters])
+    model = replace(sizes, copies=any(each.copies_weights for each in devices))
+    left = _open(load, inputs, model, poolable=poolable)
     wanted = left.layers if options.n_gpu_layers < 0 else min(left.layers, options.n_gpu_layers)
     small = table.get("cache_type_k") == AUTO
     splits = tensor_splits(options, devices)
@@ -91,7 +69,7 @@ def plans(
         n_ctx=options.n_ctx or left.lengths[0],
         slots=options.slots,
         pool=options.kv == "pool",
-        n_gpu_layers=wanted if on_gpu else None,
+        n_gpu_layers=wanted if inputs.present else None,
         cpu_moe=options.cpu_moe,
         cache_type=options.cache_type_k if small else None,
         prefix_cache_bytes=options.prefix_caches[-1],
@@ -100,7 +78,7 @@ def plans(
         tensor_split=splits[-1] if splits else options.tensor_split,
     )
 
-    remote = [each.name for each in present if each.remote]
+    remote = [each.name for each in inputs.present if each.remote]
 
     def size(plan: Plan) -> list[Part]:
         parts = [*model.size(plan), *(draft.beside(plan) if draft is not None else ())]
@@ -109,16 +87,8 @@ def plans(
     return estimated(plan, left, size, _smaller_caches(options), model.layout)
 
 
-def _open(
-    load: Load,
-    options: CudaOptions,
-    model: GgufSizes,
-    devices: Sequence[Gpu],
-    present: Sequence[Gpu],
-    *,
-    poolable: bool,
-) -> Open:
-    table = load.table
+def _open(load: Load, inputs: LoadInputs, model: GgufSizes, *, poolable: bool) -> Open:
+    options, devices, table = inputs.options, inputs.devices, load.table
     n_ctx, slots = table.get("n_ctx") in (None, AUTO), table.get("slots") is None and options.cache_reuse is None
     longest, because = default_longest(load.tasks, in_ram=not devices) if table.get("n_ctx") is None else (None, "")
     by_tensor = options.split_mode == "tensor"
@@ -142,7 +112,7 @@ def _open(
         longest_divided=LONG if table.get("n_ctx") is None else None,
         prefix_caches=() if options.prefix_cache_bytes is not None else options.prefix_caches,
         most_cache=most_cache_in_ram(model.weights) if bounded else None,
-        devices=() if len(ways) > 1 else elsewhere(options, devices, present),
+        devices=() if len(ways) > 1 else elsewhere(options, devices, inputs.present),
     )
 
 

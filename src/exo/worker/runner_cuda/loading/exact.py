@@ -3,7 +3,7 @@
 llama.cpp chooses a kernel by the number of rows, which is that of all sequences of a step together, and each kernel
 adds in another order. On x86-64 these are:
 
-- repacked weights: Q4_K and Q2_K from four rows on, in groups of four (``use_extra_bufts`` in ``bindings``);
+- repacked weights: Q4_K and Q2_K from four rows on, in groups of four (``use_extra_bufts`` in ``model``);
 - other K-quants and i-quants: from eight rows on (``GGML_CPU_TILED_MM``);
 - F32, F16, BF16 and IQ4_NL weights: from two rows on, which no setting prevents;
 - flash attention over keys and values that are both F16 or both F32: for a single sequence with 512 cells or more,

@@ -6,8 +6,9 @@ from pydantic import JsonValue
 
 from exo.worker.protocol.commands import Load
 from exo.worker.runner_common.model_files.gguf import split_parts
-from exo.worker.runner_cuda.bindings import Context, Model, engine_version
+from exo.worker.runner_cuda.bindings import Context, engine_version
 from exo.worker.runner_cuda.loading.file_identity import identity
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.prefix.disk_tier import DiskTier
 from exo.worker.runner_cuda.step_time import Pace

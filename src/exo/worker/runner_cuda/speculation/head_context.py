@@ -11,7 +11,8 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp_ext
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.bindings import Batch, Context, EngineError, Logits, Model, context_params
+from exo.worker.runner_cuda.bindings import Batch, Context, EngineError, Logits, context_params
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions
 
 States = npt.NDArray[np.float32]

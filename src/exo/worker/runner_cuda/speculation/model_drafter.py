@@ -7,7 +7,8 @@ from itertools import islice
 import llama_cpp
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.bindings import Context, Logits, Model
+from exo.worker.runner_cuda.bindings import Context, Logits
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.threads import Threads
 from exo.worker.runner_cuda.prompt_cuts import MIN_CHUNK
 from exo.worker.runner_cuda.sampling.candidates import NotFinite

@@ -17,9 +17,10 @@ import llama_cpp
 import numpy as np
 
 from exo.worker.runner_common.load_error import LoadError
-from exo.worker.runner_cuda.bindings import FLASH_ATTENTION, Model
+from exo.worker.runner_cuda.bindings import FLASH_ATTENTION
 from exo.worker.runner_cuda.loading.devices import Gpu
 from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
+from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.vision.span import EncodedPart, Places
 
 
