@@ -15,6 +15,8 @@ from pydantic import JsonValue
 
 from exo.config import Settings
 from tests.conftest import fake_card
+from tests.server.test_failover import AS_MLX
+from tests.support import fake_runner
 from tests.support.api_server import CHAT_TEMPLATE, serve
 from tests.support.nvml import FakeDevice, fake_nvml
 
@@ -142,6 +144,21 @@ def test_a_benchmarks_reply_goes_on_to_its_limit_and_has_the_speed(http: httpx.C
     *_, told, end = http.post("/bench/chat/completions", json={**CHAT, "stream": True}).text.strip().split("\n\n")
     assert end == "data: [DONE]"
     assert json.loads(told.removeprefix(": generation_stats "))["generation_tokens"] == 8
+
+
+def test_a_benchmark_measures_the_instance_that_is_placed(tmp_path: Path) -> None:
+    """The router would choose llama.cpp, which comes first in the model card."""
+    card = fake_card(MODEL, chat_template=CHAT_TEMPLATE, n_ctx=256)
+    engines = {"cuda": card.engines["cuda"], "mlx": card.engines["cuda"]}
+    both = card.model_copy(update={"backends": ("LlamaCppCpu", "MlxCpu"), "engines": engines})
+    commands = {"cuda": fake_runner.COMMAND, "mlx": AS_MLX}
+    with (
+        serve(tmp_path, both, commands=commands) as url,
+        httpx.Client(base_url=url, timeout=DEADLINE_SECONDS) as http,
+    ):
+        _, mlx = http.get("/instance/previews", params={"model_id": MODEL}).json()["previews"]
+        assert http.post("/instance", json={"instance": mlx["instance"]}).status_code == 200
+        assert http.post("/bench/chat/completions", json=CHAT).headers["x-exo-runner"] == "mlx"
 
 
 def test_on_a_gpu_a_benchmark_learns_of_its_load_and_of_the_energy_of_a_reply(

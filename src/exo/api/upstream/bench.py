@@ -91,6 +91,9 @@ def bench_routes(services: Services) -> APIRouter:
         """Replies to a conversation and measures it."""
         body = await read_body(request, BenchChatRequest)
         model, reply_id, energy = services.routing.resolve(body.model), f"chatcmpl-{uuid4().hex}", GpuEnergy()
+        there = [each.now for each in services.pool.reports() if each.now.model_id == model.card.model_id]
+        if model.runner is None and len(placed := {each.runner for each in there if each.state != "Failed"}) == 1:
+            model = replace(model, runner=placed.pop())  # the only instance is the one that is to be measured
 
         def used_memory() -> int:
             mine = (each.measured for each in services.pool.reports() if each.now.model_id == model.card.model_id)
