@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 
 from exo.worker.runner_common.sequence import Phase, common_prefix
+from exo.worker.runner_cuda.burst import Burst, is_late
 from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.prefix.host_tier import Saved
@@ -29,7 +30,8 @@ class Scheduler:
 
     - Between two decode steps, prompts get at most ``budget`` tokens, and no more than ``pace`` allows without stalling
       the streams. One prompt gets at most ``chunk`` of them. A prefill step takes further prompts while it has fewer
-      than ``enough`` tokens.
+      than ``enough`` tokens. The first streams of a ``Burst`` may wait longer for their second tokens, and its last
+      prompts share a step.
     - The oldest prompt and the one with the fewest missing tokens come first in turn. A short prompt thus overtakes a
       long one, which still gets half of the time.
     - Prompts are cut as ``prompt_cuts`` says. A step has at most one chunk of a prompt with log-probabilities, because
@@ -64,7 +66,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []  # in order of arrival
         self._left = 0  # prompt tokens that may be computed before the next decode step
-        self._streaming = False  # whether a sequence was decoding when the last step was planned
         self._served: set[str] = set()  # prompts that have had a chunk since the last decode step
         self._oldest_first = True
         self._round: list[str] = []  # the adapters whose streams are still to have a step in this round
@@ -73,6 +74,7 @@ class Scheduler:
         self._beside, self._alone = min(chunk, budget), min(alone or chunk, budget)
         self._chunk = self._alone  # the most tokens of one prompt in the next step
         self._least = min(MIN_CHUNK, self._beside)
+        self._burst = Burst(pace, budget, self._beside)
         self._enough = min(enough, budget)
         self._pace = pace
         self._cache = cache
@@ -127,21 +129,27 @@ class Scheduler:
         due = [slot.sequence for slot in self.slots if slot.sequence is not None and slot.sequence.n_missing == 1]
         self._chunk = self._beside if due else self._pace.tokens_in(ALONE_SECONDS, self._beside, self._alone)
         if not due:
+            self._burst.begin()
+        missing = [sequence.n_missing for sequence in self._prefilling if sequence.n_missing > 1]
+        waits = self._burst.waits(missing) and all(sequence.phase is Phase.DECODE for sequence in due)
+        if waits or not due:
             self._left = self._budget
             self._served.clear()
-        elif not self._streaming:  # the first streams of a burst wait for their second token no longer than others
-            self._left = min(self._left, self._prompt_tokens(due))
-        self._streaming = bool(due)
+        else:
+            self._left = self._burst.left(self._left, self._prompt_tokens(due))
         self._round = [each for each in self._round if any(sequence.adapter == each for sequence in due)]
-        chunks = [] if self._round else self._with_room(self._prefill_chunks())
+        chunks = [] if self._round else self._with_room(self._prefill_chunks(len(due), waits=waits))
         if chunks:
-            self._left -= sum(chunk.n_rows for chunk in chunks)
+            n_rows = sum(chunk.n_rows for chunk in chunks)
+            self._left -= n_rows
+            if due:
+                self._burst.prefilled(n_rows)
             self._served.update(chunk.sequence.id for chunk in chunks)
-            # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else.
-            chunks.sort(key=lambda chunk: chunk.sequence.slot)
             return Step(chunks, started, prefills=True, diverged=diverged)
         due = [sequence for sequence in due if sequence.phase is not Phase.WAITING]
         self._left = self._prompt_tokens(due)
+        if due:
+            self._burst.end()
         due = self._next_of_round(due)
         drafts = [list[int]() for _ in due] if self._prefilling else self._speculation.drafts(due)
         chunks = [Chunk(s, s.n_computed, len(s.tokens), draft) for s, draft in zip(due, drafts, strict=True)]
@@ -395,11 +403,16 @@ class Scheduler:
 
         return min((slot for slot in self.slots if slot.sequence is None), key=cost)
 
-    def _prefill_chunks(self) -> list[Chunk]:
-        """Returns chunks of the prompts in turn, within the tokens left."""
+    def _prefill_chunks(self, n_begun: int, *, waits: bool) -> list[Chunk]:
+        """Returns chunks of the prompts in turn, within the tokens left.
+
+        ``n_begun`` sequences have had a token. ``waits``: none of them decodes before the prompts are computed.
+        """
         chunks: list[Chunk] = []
         n_rows, scored = 0, False
-        for sequence in self._in_turn():
+        prompts = self._in_turn()
+        most = self._alone if waits and is_late(n_begun, len(prompts)) else self._enough
+        for sequence in prompts:
             stop = chunk_end(sequence, self._left - n_rows, self._least, self._chunk)
             chunk = Chunk(sequence, sequence.n_computed, stop)
             is_picture = sequence.picture is not None
@@ -407,14 +420,19 @@ class Scheduler:
                 continue
             if chunks and sequence.adapter != chunks[0].sequence.adapter:
                 continue
+            if n_rows >= self._enough and n_rows + chunk.n_rows > most:
+                continue
             n_rows += chunk.n_rows
             scored = scored or chunk.n_scored > 0
             chunks.append(chunk)
-            if n_rows >= self._enough or is_picture:
+            if is_picture:
                 break
         if chunks:
             self._oldest_first = not self._oldest_first
-        return chunks
+        # llama.cpp computes consecutive, ascending sequence ids together and cuts the batch anywhere else. Prompts of
+        # ``enough`` tokens would gain little by that, and would be rounded otherwise, so each is computed by itself.
+        apart = n_rows >= self._enough * len(chunks)
+        return sorted(chunks, key=lambda chunk: chunk.sequence.slot, reverse=apart)
 
     def _sees(self, sight: Sight, sequence: Sequence) -> bool:
         """Whether a sequence's next tokens can be computed. Has its next picture encoded in any case."""

@@ -41,7 +41,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Step:
-    """One batch, with its chunks in ascending order of slot.
+    """One batch, with its chunks in the order of their rows.
 
     A step either decodes, with one row and perhaps a draft of every decoding sequence, or prefills chunks of prompts.
     A mixed batch would gain nothing: llama.cpp joins only as many rows of each sequence as all have, so it would

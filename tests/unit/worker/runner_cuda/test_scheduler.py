@@ -1,4 +1,6 @@
-from itertools import pairwise
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise, repeat
 
 import pytest
 
@@ -62,9 +64,9 @@ def test_a_prompt_takes_larger_steps_while_nothing_else_decodes() -> None:
     assert all(stop - start <= 4 for start, stop in rows(advance(target)).values())
 
 
-def test_the_first_stream_of_a_burst_waits_no_longer_for_its_second_token_than_others_do() -> None:
-    target = scheduler(n_slots=4, budget=64, chunk=8, enough=8, bound=0.2)
-    for name in "abcd":
+def test_the_first_stream_of_a_long_burst_waits_no_longer_for_its_second_token_than_others_do() -> None:
+    target = scheduler(n_slots=12, budget=128, chunk=8, enough=8, bound=0.2)
+    for name in "abcdefghijkl":
         target.add(sequence(name, [ord(name), *range(7)]))
     advance(target, seconds=0.1)
     steps = [advance(target, seconds=0.1) for _ in range(6)]
@@ -81,14 +83,98 @@ def test_the_oldest_prompt_and_the_one_nearest_its_end_take_turns() -> None:
 
 
 def test_prompts_end_one_after_another_and_the_first_goes_on_as_soon_as_it_can() -> None:
-    target = scheduler(n_slots=3, budget=96, chunk=96, enough=32)
+    target = scheduler(n_slots=3, budget=96, chunk=96, enough=32, bound=0.005)
     for name in "abc":
         target.add(sequence(name, [ord(name), *range(39)]))
-    assert rows(advance(target)) == {"a": (0, 40)}
-    assert rows(advance(target)) == {"b": (0, 40)}
+    assert rows(advance(target, seconds=0.02)) == {"a": (0, 40)}
+    assert rows(advance(target, seconds=0.02)) == {"b": (0, 40)}
     while len(target.slots[2].tokens) == 40:
-        step = rows(advance(target))
+        step = rows(advance(target, seconds=0.02))
         assert step == {"c": (0, 40)} or step.keys() == {"a", "b"}
+
+
+@dataclass
+class Clock:
+    """Steps that take as long as those of a 270M model on two cores, and the moments of every stream's tokens."""
+
+    target: Scheduler
+    slowdown: float = 1.0
+    now: float = 0.0
+    tokens: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+
+    def step(self) -> Step:
+        step = self.target.plan()
+        rows = 0.0011 * step.n_rows if step.prefills else 0.03 + 0.002 * step.n_rows
+        self.now += (seconds := self.slowdown * rows)
+        self.target.computed(step, seconds)
+        for due in sampling(step):
+            due.tokens.append(1)
+            self.tokens.setdefault(due.id, []).append(self.now)
+        return step
+
+    def pauses(self) -> list[float]:
+        """The gaps between two tokens of a stream that are longer than a decode step of 16 rows, in seconds."""
+        gaps = (later - earlier for times in self.tokens.values() for earlier, later in pairwise(times))
+        return sorted(gap for gap in gaps if gap > 0.07 * self.slowdown)
+
+
+def burst(names: str, lengths: Iterable[int], slowdown: float = 1.0) -> Clock:
+    """The first of these prompts arrives alone, the others during its step. Each stream then gets 20 tokens."""
+    clock = Clock(Scheduler(16, 768, 128, 32, Pace(0.26), PrefixCache(RecordedCells(16), 0), alone=512), slowdown)
+    for name, length in zip(names, lengths, strict=False):
+        clock.target.add(sequence(name, [ord(name), *range(length - 1)]))
+        if name == names[0]:
+            clock.step()
+    while any(len(clock.tokens.get(name, [])) < 20 for name in names):
+        clock.step()
+    return clock
+
+
+@pytest.mark.parametrize("names", ["abcd", "abcdefgh", "abcdefghijklmnop"])
+@pytest.mark.parametrize("spread", [0, 1, 3])
+def test_in_a_burst_about_half_of_the_streams_pause_once(names: str, spread: int) -> None:
+    clock = burst(names, [41 + spread * (number % 3) for number in range(16)])
+    assert len(clock.pauses()) <= 9 / 16 * len(names)
+    assert max(clock.pauses()) <= 4 * 0.26
+    firsts = sorted(times[0] for times in clock.tokens.values())
+    assert firsts[(len(names) - 1) // 2] < 0.75 * firsts[-1]
+
+
+@pytest.mark.parametrize(("length", "slowdown"), [(41, 3.0), (48, 3.0), (120, 1.0), (129, 1.0), (300, 1.0)])
+def test_the_first_streams_do_not_wait_for_a_burst_that_takes_long(length: int, slowdown: float) -> None:
+    clock = burst("abcdefghijklmnop", repeat(length), slowdown)
+    assert max(clock.pauses()) <= slowdown * (0.0011 * 128 + 0.062) + 0.26
+
+
+def test_streams_that_run_wait_for_a_burst_no_longer_than_for_other_prompts() -> None:
+    clock = burst("abcd", repeat(41))
+    for name in "efghijkl":
+        clock.target.add(sequence(name, [ord(name), *range(40)]))
+    while any(len(clock.tokens.get(name, [])) < 20 for name in "efghijkl"):
+        clock.step()
+    gaps = (later - earlier for name in "abcd" for earlier, later in pairwise(clock.tokens[name][1:]))
+    assert max(gaps) <= 0.26 + 0.0011 * 41
+
+
+def test_a_prompt_that_is_cached_does_not_wait_for_a_burst() -> None:
+    clock = burst("a", [41])
+    clock.target.remove("a")
+    for name in "bcdefgh":
+        clock.target.add(sequence(name, [ord(name), *range(40)]))
+    clock.step()
+    clock.target.add(sequence("again", [ord("a"), *range(40)]))
+    began = clock.now
+    while "again" not in clock.tokens:
+        clock.step()
+    assert clock.tokens["again"][0] - began <= 0.26 + 0.0011 * 41
+
+
+def test_the_last_prompts_of_a_burst_share_a_step_and_are_computed_one_after_another() -> None:
+    target = scheduler(n_slots=4, budget=768, chunk=128, enough=32)
+    for name in "abcd":
+        target.add(sequence(name, [ord(name), *range(40)]))
+    steps = [advance(target) for _ in range(4)]
+    assert [[chunk.sequence.slot for chunk in step.chunks] for step in steps] == [[0], [1], [3, 2], [0, 1, 2, 3]]
 
 
 def test_prompts_of_a_few_tokens_share_a_step() -> None:

@@ -110,8 +110,8 @@ class CudaOptions(ModelFile):
     """The most tokens of one prompt in a step. The default is 512, and on a CPU 128 beside running streams."""
     max_itl_ms: int | None = Field(default=None, ge=1, le=60_000)
     """The longest time between two tokens of a stream while prompts are computed, in milliseconds. The default is 100
-    on a GPU and 260 on a CPU. The smallest chunk of a prompt (64 tokens) may take longer. It holds from the first
-    stream's first token on."""
+    on a GPU and 260 on a CPU. The smallest chunk of a prompt (64 tokens) may take longer, and the first streams of a
+    burst of short prompts may wait four times as long for their second tokens."""
     prefix_cache_bytes: int | None = Field(default=None, ge=0)
     """RAM for prefixes that are no longer in a slot, and for checkpoints of layers that forget. 0 keeps none. The
     default is the largest of ``PREFIX_CACHE`` that fits the memory."""
