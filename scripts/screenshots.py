@@ -44,7 +44,7 @@ def compare(page: Page) -> None:
     for side, engine in (("left", "cuda"), ("right", "mlx")):
         page.get_by_label(f"Model {side}").select_option(MODEL)
         page.get_by_label(f"Engine {side}").select_option(engine)
-    page.get_by_label("Most tokens").fill(str(ANSWER_TOKENS))
+    page.get_by_label("Most tokens of each").fill(str(ANSWER_TOKENS))
     page.get_by_label("Prompt").fill(QUESTION)
     for _ in range(2):  # the models load for the first answers
         page.get_by_role("button", name="Ask both").click()
@@ -57,7 +57,7 @@ def chat(page: Page) -> None:
     page.get_by_label("Model", exact=True).select_option(MODEL)
     page.get_by_text("Settings").click()
     page.get_by_label("Temperature").fill("0")
-    page.get_by_label("Most tokens").fill(str(ANSWER_TOKENS))
+    page.get_by_label("Most tokens", exact=True).fill(str(ANSWER_TOKENS))
     page.get_by_text("Settings").click()
     page.get_by_label("Message", exact=True).fill(QUESTION)
     page.keyboard.press("Enter")
