@@ -123,6 +123,8 @@ def test_a_benchmark_learns_of_models_downloads_and_the_machine(http: httpx.Clie
     assert shards.keys() == models.keys()
     shard = shards[MODEL]["shardMetadata"]
     assert http.post("/download/start", json={"targetNodeId": node, "shardMetadata": shard}).status_code == 200
+    reply = http.post("/download/start", json={"targetNodeId": node, "shardMetadata": {}})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "shardMetadata")
     for path in (f"nodeMemory/{node}/ramTotal/inBytes", f"nodeDisk/{node}/available/inBytes"):
         assert http.get(f"/state/{path}").json() > 0
     assert http.get(f"/state/nodeIdentities/{node}/friendlyName").json()

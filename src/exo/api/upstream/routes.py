@@ -39,9 +39,9 @@ class PlaceInstanceRequest(RequestBody):
     """The body of ``POST /place_instance``. An instance has one node, whatever its runner."""
 
     model_id: str = Field(min_length=1, max_length=300, description=_MODEL)
-    sharding: Literal["Pipeline"] = "Pipeline"
-    instance_meta: Literal["MlxRing"] = "MlxRing"
-    min_nodes: Literal[1] = 1
+    sharding: Literal["Pipeline"] = Field(default="Pipeline", description="The only kind that one node has.")
+    instance_meta: Literal["MlxRing"] = Field(default="MlxRing", description="The only kind that one node has.")
+    min_nodes: Literal[1] = Field(default=1, description="This server is one node.")
 
 
 class CreateInstanceRequest(RequestBody):
@@ -53,7 +53,7 @@ class CreateInstanceRequest(RequestBody):
 class StartDownloadRequest(RequestBody):
     """The body of ``POST /download/start``."""
 
-    node: Literal["local"] = Field(default=NODE, alias="targetNodeId")
+    node: Literal["local"] = Field(default=NODE, alias="targetNodeId", description="This server, the only node.")
     shard: JsonObject = Field(alias="shardMetadata", description="A shard of the instance of a preview.")
 
 
@@ -111,7 +111,11 @@ def _add_commands(routes: APIRouter, services: Services) -> None:
     async def start_download(request: Request) -> JsonObject:
         """Downloads a model that is not on disk. The reply comes when it is."""
         body = await read_body(request, StartDownloadRequest)
-        model = services.routing.resolve(str(inside(body.shard, "PipelineShardMetadata", "modelCard", "modelId")))
+        model_id = inside(body.shard, "PipelineShardMetadata", "modelCard", "modelId")
+        if not isinstance(model_id, str):
+            message = "shardMetadata: it has no PipelineShardMetadata.modelCard.modelId"
+            raise ApiError(400, message, code="invalid_value", param="shardMetadata")
+        model = services.routing.resolve(model_id)
         chosen = await services.routing.choose(model)
         with services.queues.place(_DOWNLOAD, 1):
             async with aclosing(services.pulls.ensure(model.card, chosen.runner, allowed=True)) as steps:
