@@ -4,13 +4,16 @@ huggingface_hub makes every request: it builds the addresses and headers, finds 
 redirects without passing the token on to another host. Retries are counted here, because its own cannot be cancelled.
 """
 
+import os
 import re
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from time import time
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, ModelInfo, constants, get_session, hf_hub_url
@@ -38,6 +41,26 @@ _TIMEOUT_SECONDS = 30
 _MAX_RETRIES = 5
 _MAX_DOUBLED_SECONDS = 30
 _MAX_RETRY_AFTER_SECONDS = 300
+
+_http: Any = import_module("huggingface_hub.utils._http")
+_hidden_sessions: list[Any] = []
+
+
+def _hide_session() -> None:
+    """Keeps huggingface_hub from closing its session in a new process.
+
+    It would free OpenSSL objects there, and wait for ever for a lock that another thread held at the fork. The event
+    loop waits until the new process has begun its program.
+    """
+    _hidden_sessions.append(_http._GLOBAL_CLIENT)
+    _http._GLOBAL_CLIENT = None
+
+
+def _show_session() -> None:
+    _http._GLOBAL_CLIENT = _hidden_sessions.pop()
+
+
+os.register_at_fork(before=_hide_session, after_in_parent=_show_session)
 
 
 class Stopped(Exception):  # noqa: N818 - a cancellation, not an error
