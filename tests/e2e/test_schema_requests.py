@@ -60,7 +60,7 @@ def instances(server: ServeProgram) -> list[dict[str, Any]]:
 
 
 def check(status: int, content: bytes, *, whole: bool = True) -> None:
-    """Of any dialect: OpenAI's, Anthropic's, Ollama's or llama-server's. A stream that is not ``whole`` was left."""
+    """Checks a reply in any dialect. The client left a stream that is not ``whole`` before its end."""
     text = content.decode()
     event(f"status {status}")
     assert status < 500, text

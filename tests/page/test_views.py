@@ -16,6 +16,9 @@ from tests.page.conftest import DEADLINE_MILLISECONDS, Visitor
 from tests.server.test_failover import AS_MLX
 from tests.support.api_server import CHAT_TEMPLATE, serve
 from tests.support.fake_runner import COMMAND
+from tests.support.hosts import FakeHost, wait_until, write_hosts
+from tests.support.server import ServeProgram, write_card
+from tests.support.tiny import Shape, write_gguf
 
 expect.set_options(timeout=DEADLINE_MILLISECONDS)
 
@@ -57,6 +60,20 @@ def test_two_engines_answer_side_by_side(url: str, visitor: Visitor) -> None:
         expect(side.get_by_role("status")).to_have_text("Answer finished")
         expect(side.locator(".facts")).to_contain_text(f"{runner}: request asks for runner {runner}")
     assert sides.first.locator(".markdown").inner_text() == sides.last.locator(".markdown").inner_text() != ""
+
+
+def test_a_runner_on_another_host_is_shown_with_its_host(tmp_path: Path, visitor: Visitor) -> None:
+    host = FakeHost(tmp_path, "gpu2")
+    write_gguf(tmp_path / "tiny.gguf", Shape())
+    write_card(tmp_path / "home", "there", {"cuda": {"path": str(tmp_path / "tiny.gguf")}}, hosts=["gpu2"])
+    write_hosts(tmp_path / "home", host)
+    with ServeProgram(tmp_path / "home") as server:
+        wait_until(lambda: 'exo:host_up{host="gpu2"} 1.0' in server.client.get("/metrics").text)
+        page = visitor.open(f"{server.url}/#now")
+        assert server.complete("there", max_tokens=1).status_code == 200
+        expect(page.get_by_role("region", name="Runners")).to_contain_text("test/there@cuda@gpu2")
+        expect(page.get_by_role("region", name="Requests")).to_contain_text("cuda@gpu2: ")
+    wait_until(lambda: not [*host.processes()])
 
 
 def test_requests_deaths_and_replays_are_seen_as_they_happen(url: str, visitor: Visitor) -> None:

@@ -52,7 +52,7 @@ def test_every_built_in_card_for_llama_cpp_has_a_shape_of_its_files_size() -> No
 
 
 def test_a_model_that_sees_pictures_keeps_its_layers_on_the_gpu(plans: dict[tuple[str, str], PlacementPlan]) -> None:
-    """Whoever sends no picture has the context and the speed that there would be without the projector, or 32,768."""
+    """Text alone keeps its layers on the GPU, and the context that fits without the projector or 32,768 tokens."""
     seeing = [card for card in cards() if "mmproj" in card.engines["cuda"]]
     assert len(seeing) == 4
     places: set[object] = set()

@@ -29,10 +29,10 @@ class LoadInputs:
     options: CudaOptions
     present: tuple[Gpu, ...]
     devices: tuple[Gpu, ...]
-    """Those of ``present`` that the card allows; none for a model that stays on the CPU."""
+    """The GPUs in ``present`` that the model card allows; none for a model that stays on the CPU."""
     path: Path
     headers: Sequence[GgufHeader]
-    """Of all parts of the model's file."""
+    """The headers of the parts of the model's file."""
     adapters: Sequence[Adapter]
 
 
