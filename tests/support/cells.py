@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exo.worker.runner_cuda.prefix.host_tier import State
 from exo.worker.runner_cuda.prefix.moved import Move
+from exo.worker.runner_cuda.prefix.state import State
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.step import Step
 

@@ -11,7 +11,6 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from mmap import mmap
 
 import llama_cpp
 import numpy as np
@@ -22,10 +21,10 @@ from exo.worker.runner_cuda.loading.llama_log import Log, load_failure
 from exo.worker.runner_cuda.loading.model import Model
 from exo.worker.runner_cuda.loading.options import CudaOptions
 from exo.worker.runner_cuda.prefix.moved import Move, in_order
+from exo.worker.runner_cuda.prefix.state import State, new_state
 from exo.worker.runner_cuda.vision.span import Places, Vectors
 
 Logits = npt.NDArray[np.float32]
-State = npt.NDArray[np.uint8]
 
 CACHE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30,
@@ -321,9 +320,7 @@ class Context:
         size = llama_cpp.llama_state_seq_get_size_ext(self.handle, *part)
         if not 0 < size <= most:
             return np.empty(0, np.uint8)
-        # A mapping of its own has small pages. The allocator would ask for huge ones, and once the kernel has to move
-        # memory to make them, a state takes five times as long to write.
-        state = np.frombuffer(mmap(-1, size), np.uint8)
+        state = new_state(size)
         array = (ctypes.c_uint8 * size).from_buffer(state.data)
         return state[: llama_cpp.llama_state_seq_get_data_ext(self.handle, array, size, *part)]
 

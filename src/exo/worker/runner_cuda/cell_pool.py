@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exo.worker.runner_cuda.prefix.cells import Cells
-from exo.worker.runner_cuda.prefix.host_tier import State
+from exo.worker.runner_cuda.prefix.state import State
 
 IDLE_STEPS_ON_GPU = 128
 """See ``CellPool``. Moving a cell to RAM and back takes as long as reading it in about 200 steps: PCI Express has 10 to

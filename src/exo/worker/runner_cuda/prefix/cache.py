@@ -16,10 +16,11 @@ from exo.worker.runner_common.sequence import common_prefix
 from exo.worker.runner_cuda.prefix.cells import Cells
 from exo.worker.runner_cuda.prefix.disk_tier import DiskTier, FileReading
 from exo.worker.runner_cuda.prefix.divergence import Divergences
-from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, State, Usable, packed
+from exo.worker.runner_cuda.prefix.host_tier import Checkpoint, HostTier, Saved, Usable, packed
 from exo.worker.runner_cuda.prefix.moved_cells import MovedCells
 from exo.worker.runner_cuda.prefix.radix_tree import BLOCK, PrefixTree
 from exo.worker.runner_cuda.prefix.search import CachedPrefix, Holder, PrefixSearch, Reach
+from exo.worker.runner_cuda.prefix.state import State
 from exo.worker.runner_cuda.sequence import Sequence
 from exo.worker.runner_cuda.slot import Slot
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from exo.worker.runner_cuda.prefix.host_tier import State
 from exo.worker.runner_cuda.prefix.moved import Move
+from exo.worker.runner_cuda.prefix.state import State
 
 
 class Cells(Protocol):

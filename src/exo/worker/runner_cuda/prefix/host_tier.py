@@ -10,7 +10,8 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-State = npt.NDArray[np.uint8]
+from exo.worker.runner_cuda.prefix.state import State
+
 Packed = npt.NDArray[np.int32]
 
 _CANDIDATES = 8

@@ -14,13 +14,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
-from mmap import mmap
 from pathlib import Path
 from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from exo.worker.runner_cuda.prefix.state import new_state
 
 MAGIC = b"exo prefix 1\n"
 PIECE = 16 << 20
@@ -121,7 +122,7 @@ def read(path: Path, expected: PrefixHead, given_up: threading.Event) -> list[By
         head, at = _head(number)
         if head != expected:
             raise DamagedError("has changed")
-        parts = [_empty(size) for size in (at, *head.sizes)]
+        parts = [new_state(size) for size in (at, *head.sizes)]
         pieces = [piece for part in parts for piece in _pieces(part)]
         starts = [0, *np.cumsum([piece.size for piece in pieces]).tolist()]
 
@@ -170,11 +171,6 @@ def _head(number: int) -> tuple[PrefixHead, int]:
     if size != at + sum(head.sizes) + n_pieces * _DIGEST:
         raise DamagedError(f"has {size} bytes, which is not the size in its head")
     return head, at
-
-
-def _empty(size: int) -> Bytes:
-    """Returns memory in pages of its own, which are small; see ``Context.save``."""
-    return np.frombuffer(mmap(-1, size), np.uint8) if size else np.empty(0, np.uint8)
 
 
 def _pieces(part: Bytes) -> Iterator[Bytes]:
