@@ -3,6 +3,7 @@
 ``--rank TRANSPORT ADDRESS`` computes a part of a model whose runner is on another host.
 """
 
+import os
 import sys
 
 from exo.worker.runner_common.main import run
@@ -11,6 +12,8 @@ from exo.worker.runner_mlx.probe import probe
 
 def main() -> None:
     """Runs the program."""
+    if sys.argv[1:] != ["--probe"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a file that is not in the folder is an error and must not be downloaded
     if sys.argv[1:2] == ["--rank"]:
         from exo.worker.runner_mlx.ranks import rank_main
 

@@ -6,7 +6,6 @@ the caches of sliding-window models, so that these cannot reuse prefixes. Its mo
 ``kv_cache``.
 """
 
-import os
 import resource
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ def _limits_kept() -> Generator[None]:
         resource.setrlimit = set_limit
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a file that is not in the folder is an error and must not be downloaded
 with _limits_kept():
     mlx_lm = import_module("mlx_lm.utils")
 
