@@ -93,6 +93,14 @@ def test_refused_requests_and_no_monitors(tmp_path: Path) -> None:
         assert "correct-horse" not in log
 
 
+def test_a_line_names_the_api(tmp_path: Path) -> None:
+    paths = {"/": "exo", "/docs": "exo", "/api/tags": "ollama", "/v1/models": "openai", "/slots": "llama-server"}
+    with serving(tmp_path) as server:
+        for path, dialect in paths.items():
+            assert server.client.get(path).status_code == 200
+            line_with(server, f"GET {path} ({dialect}), 200")
+
+
 def test_a_path_forges_no_line(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         assert server.client.get("/x%0aINFO:%20forged%1b[2J").status_code == 404

@@ -16,7 +16,8 @@ from exo.worker.protocol.commands import Picture, Text
 from exo.worker.protocol.events import Usage
 from exo.worker.router import Route
 
-Dialect = Literal["openai", "anthropic", "ollama", "llama-server"]
+Dialect = Literal["openai", "anthropic", "ollama", "llama-server", "exo"]
+"""The API of a request; "exo" is the page."""
 Phase = Literal["queued", "loading", "prefill", "decode", "finished", "failed", "cancelled"]
 ENDED: tuple[Phase, ...] = ("finished", "failed", "cancelled")
 

@@ -81,6 +81,8 @@ def dialect_of(path: str) -> Dialect:
         return "anthropic"
     if path.startswith("/api/"):
         return "ollama"
+    if path in ("/", "/docs") or path.startswith("/page/"):
+        return "exo"
     own = path.startswith("/v1/") and not path.startswith("/v1/rerank")
     return "openai" if own else "llama-server"
 
