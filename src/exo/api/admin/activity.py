@@ -247,7 +247,7 @@ class _ActivityStream(Response):
         yield b"".join((*changes.runners(), *changes.requests(progress=True)))
         ticked = wrote = anyio.current_time()
         while not (once or self._services.queues.closed):
-            await anyio.sleep(self._pause)
+            await anyio.sleep(max(_PAUSE_SECONDS, wrote + self._pause - anyio.current_time()))
             with anyio.move_on_after(max(0.0, ticked + self._tick - anyio.current_time())):
                 await self._services.activity.wait(changes.version)
             now = anyio.current_time()
@@ -259,5 +259,5 @@ class _ActivityStream(Response):
             if not parts and now >= wrote + sse.KEEP_ALIVE_SECONDS:
                 parts.append(sse.comment("keep-alive"))
             if parts:
-                wrote = now
                 yield b"".join(parts)
+                wrote = anyio.current_time()

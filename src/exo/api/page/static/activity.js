@@ -2,7 +2,7 @@
 
 import { getJson, stream } from "./api.js";
 
-const INTERVAL = 1; // seconds between two messages of the stream, however much happens
+const INTERVAL = 2; // seconds between two messages of the stream, however much happens
 const PAUSE = 2000; // milliseconds before the stream is asked for again
 
 /**

@@ -34,9 +34,10 @@ export function button(text, click, properties = {}) {
   return h("button", { type: "button", on: { click }, ...properties }, text);
 }
 
-/** Sets the text of an element. One that is there already is left alone, so that nothing is laid out or painted again. */
+/** Sets the text of an element that has nothing else. What is there already is not laid out or painted again. */
 export function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if (!element.firstChild) element.append(text);
+  else if (element.firstChild.data !== text) element.firstChild.data = text;
 }
 
 /** The same for an attribute. */

@@ -7,8 +7,8 @@ import { count, rounded, size } from "./format.js";
 import { Bar, Sparkline } from "./svg.js";
 
 const SECONDS = 60; // of a sparkline
-const QUIET = 2000; // milliseconds without a message after which the view is drawn anyway
-const SHOWN = 30; // requests and incidents
+const QUIET = 3000; // milliseconds without a message after which the view is drawn anyway
+const SHOWN = 20; // requests and incidents
 const ENDED = ["finished", "failed", "cancelled"];
 
 export class Now {
@@ -16,7 +16,7 @@ export class Now {
     this.requests = new Map(); // by id and start
     this.instances = [];
     this.notices = [];
-    this.speeds = new Map(); // by model and runner: tokens in each of the last seconds, the newest last
+    this.speeds = new Map(); // by model and runner: tokens in each of the last seconds, the newest last; made since then
     this.memory = {};
     this.state = h("p", { className: "status", role: "status" });
     const bars = h("div");
@@ -74,16 +74,13 @@ export class Now {
 
   request(request) {
     const made = request.completion_tokens - (this.requests.get(keyOf(request))?.completion_tokens ?? 0);
-    if (made > 0) {
-      const speed = this.speed(request.model, request.runner);
-      speed[speed.length - 1] += made;
-    }
+    if (made > 0) this.speed(request.model, request.runner).made += made;
     this.keep(request);
   }
 
   speed(model, runner) {
     const name = `${model} ${runner}`;
-    if (!this.speeds.has(name)) this.speeds.set(name, new Array(SECONDS).fill(0));
+    if (!this.speeds.has(name)) this.speeds.set(name, { made: 0, seconds: new Array(SECONDS).fill(0) });
     return this.speeds.get(name);
   }
 
@@ -96,12 +93,12 @@ export class Now {
   draw(after) {
     clearTimeout(this.drawing);
     this.drawing = setTimeout(() => {
-      const now = performance.now();
-      const seconds = Math.round((now - this.drawn) / 1000);
-      if (seconds) this.drawn = now;
-      for (const speed of this.speeds.values()) {
-        speed.push(...new Array(Math.min(seconds, SECONDS)).fill(0));
-        speed.splice(0, speed.length - SECONDS);
+      const seconds = Math.round((performance.now() - this.drawn) / 1000);
+      this.drawn += 1000 * seconds;
+      for (const speed of seconds ? this.speeds.values() : []) {
+        speed.seconds.push(...new Array(Math.min(seconds, SECONDS)).fill(speed.made / seconds));
+        speed.seconds.splice(0, speed.seconds.length - SECONDS);
+        speed.made = 0;
       }
       this.show();
       this.draw(QUIET);
@@ -128,7 +125,7 @@ export class Now {
     rows.forEach((row, at) => {
       const { model, runner } = this.instances[at];
       const own = running.filter(([, each]) => each.model === model && each.runner === runner).map(([, each]) => each);
-      row.show(this.instances[at], own, this.speed(model, runner).slice(0, -1)); // the last second is not over
+      row.show(this.instances[at], own, this.speed(model, runner).seconds);
     });
     if (!this.state.textContent) this.state.textContent = this.notices.join("; ");
   }
