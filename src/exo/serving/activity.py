@@ -215,8 +215,9 @@ class RequestRecord:
         """Adds its tokens to the totals. A scrape does this, too, so that a token itself costs next to nothing."""
         self._totals.generation_tokens += max(0, self.completion_tokens - self._counted_tokens)
         self._counted_tokens = self.completion_tokens
-        self._totals.inter_token.observe_all([after - before for before, after in pairwise(self._token_times)])
-        del self._token_times[:-1]
+        if len(self._token_times) > 1:
+            self._totals.inter_token.observe_all([after - before for before, after in pairwise(self._token_times)])
+            del self._token_times[:-1]
 
     def end(self) -> None:
         """Its reply is over, whole or not."""
