@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 
 from exo.worker.runner_common.sequence import Phase, common_prefix
-from exo.worker.runner_cuda.burst import Burst
+from exo.worker.runner_cuda.burst import Burst, is_late
 from exo.worker.runner_cuda.cell_pool import CellPool
 from exo.worker.runner_cuda.prefix.cache import PrefixCache
 from exo.worker.runner_cuda.prefix.host_tier import Saved
@@ -30,8 +30,8 @@ class Scheduler:
 
     - Between two decode steps, prompts get at most ``budget`` tokens, and no more than ``pace`` allows without stalling
       the streams. One prompt gets at most ``chunk`` of them. A prefill step takes further prompts while it has fewer
-      than ``enough`` tokens. The first streams of a ``Burst`` may wait longer for a token, and most of its prompts
-      share a step.
+      than ``enough`` tokens. The first streams of a ``Burst`` may wait longer for their second tokens, and its last
+      prompts share a step.
     - The oldest prompt and the one with the fewest missing tokens come first in turn. A short prompt thus overtakes a
       long one, which still gets half of the time.
     - Prompts are cut as ``prompt_cuts`` says. A step has at most one chunk of a prompt with log-probabilities, because
@@ -128,18 +128,17 @@ class Scheduler:
         started = self._admit(diverged)
         due = [slot.sequence for slot in self.slots if slot.sequence is not None and slot.sequence.n_missing == 1]
         self._chunk = self._beside if due else self._pace.tokens_in(ALONE_SECONDS, self._beside, self._alone)
-        can_wait = all(sequence.phase is Phase.DECODE for sequence in due)
         if not due:
             self._burst.begin()
+        missing = [sequence.n_missing for sequence in self._prefilling if sequence.n_missing > 1]
+        waits = self._burst.waits(missing) and all(sequence.phase is Phase.DECODE for sequence in due)
+        if waits or not due:
             self._left = self._budget
             self._served.clear()
-        elif can_wait and (granted := self._burst.grant(self._missing(), len(due))):
-            self._left = granted
-            self._served.clear()
-        elif not (can_wait and self._burst.has_granted):
+        else:
             self._left = self._burst.left(self._left, self._prompt_tokens(due))
         self._round = [each for each in self._round if any(sequence.adapter == each for sequence in due)]
-        chunks = [] if self._round else self._with_room(self._prefill_chunks(len(due)))
+        chunks = [] if self._round else self._with_room(self._prefill_chunks(len(due), waits=waits))
         if chunks:
             n_rows = sum(chunk.n_rows for chunk in chunks)
             self._left -= n_rows
@@ -150,7 +149,7 @@ class Scheduler:
         due = [sequence for sequence in due if sequence.phase is not Phase.WAITING]
         self._left = self._prompt_tokens(due)
         if due:
-            self._burst.decoded(len(self._missing()))
+            self._burst.end()
         due = self._next_of_round(due)
         drafts = [list[int]() for _ in due] if self._prefilling else self._speculation.drafts(due)
         chunks = [Chunk(s, s.n_computed, len(s.tokens), draft) for s, draft in zip(due, drafts, strict=True)]
@@ -404,16 +403,15 @@ class Scheduler:
 
         return min((slot for slot in self.slots if slot.sequence is None), key=cost)
 
-    def _missing(self) -> list[int]:
-        """The missing tokens of each prompt."""
-        return [sequence.n_missing for sequence in self._prefilling if sequence.n_missing > 1]
+    def _prefill_chunks(self, n_begun: int, *, waits: bool) -> list[Chunk]:
+        """Returns chunks of the prompts in turn, within the tokens left.
 
-    def _prefill_chunks(self, n_begun: int) -> list[Chunk]:
-        """Returns chunks of the prompts in turn, within the tokens left. ``n_begun`` sequences have had a token."""
+        ``n_begun`` sequences have had a token. ``waits``: none of them decodes before the prompts are computed.
+        """
         chunks: list[Chunk] = []
         n_rows, scored = 0, False
         prompts = self._in_turn()
-        most = self._alone if self._burst.share_a_step(n_begun, len(prompts)) else self._enough
+        most = self._alone if waits and is_late(n_begun, len(prompts)) else self._enough
         for sequence in prompts:
             stop = chunk_end(sequence, self._left - n_rows, self._least, self._chunk)
             chunk = Chunk(sequence, sequence.n_computed, stop)

@@ -132,11 +132,10 @@ def burst(names: str, lengths: Iterable[int], slowdown: float = 1.0) -> Clock:
 
 @pytest.mark.parametrize("names", ["abcd", "abcdefgh", "abcdefghijklmnop"])
 @pytest.mark.parametrize("spread", [0, 1, 3])
-def test_in_a_burst_about_half_of_the_streams_pause_once_and_the_first_one_twice(names: str, spread: int) -> None:
+def test_in_a_burst_about_half_of_the_streams_pause_once(names: str, spread: int) -> None:
     clock = burst(names, [41 + spread * (number % 3) for number in range(16)])
-    assert len(clock.pauses()) <= 9 / 16 * len(names) + 1
-    assert max(clock.pauses()) <= 2 * 0.26
-    assert max(times[1] - times[0] for times in clock.tokens.values()) <= 2 * 0.26
+    assert len(clock.pauses()) <= 9 / 16 * len(names)
+    assert max(clock.pauses()) <= 4 * 0.26
     firsts = sorted(times[0] for times in clock.tokens.values())
     assert firsts[(len(names) - 1) // 2] < 0.75 * firsts[-1]
 
