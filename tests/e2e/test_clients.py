@@ -106,6 +106,10 @@ def test_lm_evaluation_harness_scores_as_teacher_forcing_does(home: Home, tmp_pa
     assert result["accuracy"] == pytest.approx(right / len(questions))
 
 
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    run("with_grafana.py", ROOT / "docs" / "grafana.json")
+
+
 def forced(home: Home, directory: Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """The log-probability of each context's continuation, by the runner's own ``--score``, as for ``exo compare``."""
 
