@@ -101,53 +101,6 @@ def test_a_browser_keeps_the_files_and_asks_for_the_page_again(http: httpx.Clien
         assert changed.content == reply.content
 
 
-def test_errors_are_protected_as_well(http: httpx.Client) -> None:
-    paths = ("/", "/docs", next(iter(Page.read().files)))
-    raised = [
-        (401, http.get("/page/nothing")),
-        (404, http.get("/page/nothing", headers={"x-api-key": "secret"})),
-        (401, http.get("/v1/models", headers=BROWSER)),
-        *((403, http.get(each, headers={**BROWSER, "host": "evil.example"})) for each in paths),
-        *((403, http.get(each, headers={**BROWSER, "origin": "https://evil.example"})) for each in paths),
-        *((405, http.request(method, each)) for each in paths for method in ("POST", "PUT", "DELETE", "PATCH")),
-        *((431, http.get(each, headers={"x-long": "x" * 100_000})) for each in paths),
-        *((431, http.get(each, headers=[(f"x-{n}", "1") for n in range(1000)])) for each in paths),
-    ]
-    for status, reply in raised:
-        assert reply.status_code == status, reply.url
-        assert reply.headers["content-type"] == "application/json"
-        assert reply.headers["x-content-type-options"] == "nosniff"
-        assert reply.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
-
-
-def test_requests_for_the_page_take_no_body_and_forge_no_line_of_the_log(http: httpx.Client) -> None:
-    for path in ("/", "/docs", next(iter(Page.read().files))):
-        whole = http.get(path, headers=BROWSER)
-        for content in (b"x" * 1000, b"\x1f\x8b" + bytes(1000)):
-            reply = http.request("GET", path, headers={**BROWSER, "content-encoding": "gzip"}, content=content)
-            assert (reply.status_code, reply.content) == (200, whole.content)
-        part = http.get(path, headers={**BROWSER, "range": "bytes=0-0,0-0,1-2"})
-        assert (part.status_code, part.content) == (200, whole.content)
-        assert http.get(f"{path}?{'x=%0d%0aERROR' * 100}", headers=BROWSER).content == whole.content
-
-
-def test_only_files_of_the_page_are_found_below_its_folder(http: httpx.Client) -> None:
-    folder = next(iter(Page.read().files)).rpartition("/")[0].removesuffix("/vendor")
-    for name in (
-        "",
-        "/",
-        "/../../routes.py",
-        "/%2e%2e/%2e%2e/routes.py",
-        "/vendor/manifest.json",
-        "/index.html",
-        "/..",
-    ):
-        reply = http.get(folder + name, headers={"x-api-key": "secret"})
-        assert reply.status_code in (200, 404), name
-        assert "import" not in reply.text
-        assert "sha512" not in reply.text
-
-
 def test_vendored_files_are_those_of_their_packages() -> None:
     folder = STATIC / "vendor"
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -182,9 +182,9 @@ class BoundedConnection(HttpToolsProtocol):
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or self.parser.get_http_version() != "1.1"):
             raise _RefusedError(_UNKNOWN_CODING)
+        super().on_headers_complete()  # raises an error if the target has no path
         self._reading = "body"
         self._give_time(BODY_SECONDS)
-        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from exo.api.http.errors import PROTECTION
@@ -116,12 +116,20 @@ def page_routes(page: Page) -> APIRouter:
             return page.index.response(request)
         return PlainTextResponse(_TEXT, headers={**PROTECTION, "vary": "accept"})
 
+    reference: PageFile | None = None
+
     @routes.get("/docs")
     async def docs(request: Request) -> Response:
-        return page.reference(request.app.openapi()).response(request)
+        nonlocal reference
+        if reference is None:  # made once: it takes milliseconds of the event loop, and anyone may ask for it
+            reference = page.reference(request.app.openapi())
+        return reference.response(request)
 
     async def file(request: Request) -> Response:
-        return page.files[request.scope["path"]].response(request)
+        found = page.files.get(request.scope["path"])
+        if found is None:  # the router also matches a path with a line end after it
+            raise HTTPException(404)
+        return found.response(request)
 
     for path in page.files:
         routes.add_api_route(path, file, methods=["GET"])
