@@ -24,6 +24,7 @@ expect.set_options(timeout=DEADLINE_MILLISECONDS)
 
 VIEWS = ("chat", "models", "now", "compare")
 AXE = Path(str(distribution("axe-playwright-python").locate_file("axe_playwright_python/axe.min.js")))
+HOSTILE = "<img/src=x/onerror=document.title='taken'><script>document.title='taken'</script>"
 ENDLESS = {"model": "fake/slow", "prompt": "hi", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
 WIDE = "a" * 300 + "\n\n```\n" + "b" * 300 + "\n```\n\n|" + "c" * 80 + "|" + "d" * 80 + "|\n|---|---|\n|1|2|\n"
 
@@ -36,6 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
         fake_card("fake/both").model_copy(update=both),
         fake_card("fake/wide", chat_template=CHAT_TEMPLATE, answer=WIDE),
         fake_card("fake/slow", step_seconds=0.02, slots=1),
+        fake_card("fake/hostile", chat_template=CHAT_TEMPLATE, fail_load=HOSTILE),
     ]
     commands = {"cuda": COMMAND, "mlx": AS_MLX}
     with serve(tmp_path_factory.mktemp("server"), *cards, commands=commands) as url:
@@ -100,9 +102,6 @@ def test_requests_deaths_and_replays_are_seen_as_they_happen(url: str, visitor: 
     expect(requests.filter(has_text="cancelled")).to_have_count(2)
 
 
-HOSTILE = "<img/src=x/onerror=document.title='taken'><script>document.title='taken'</script>"
-
-
 def test_what_a_client_says_of_itself_is_only_shown(url: str, visitor: Visitor) -> None:
     page = visitor.open(f"{url}/#now")
     title = page.title()
@@ -113,6 +112,29 @@ def test_what_a_client_says_of_itself_is_only_shown(url: str, visitor: Visitor) 
         expect(page.get_by_role("region", name="Requests")).to_contain_text("document.title='taken'")
     assert page.locator("main img, main script").count() == 0
     assert page.title() == title
+
+
+def test_what_a_failed_load_and_a_plan_say_is_only_shown(url: str, visitor: Visitor) -> None:
+    """A runner's error may quote a model's file, and a plan names devices and hosts."""
+    visitor.expected = ("status of 503",)
+    plan = {"problem": HOSTILE, "slots": 1, "layers": {HOSTILE: 1}, "memory": {HOSTILE: 1}, "notes": [HOSTILE]}
+    page = visitor.open(f"{url}/#models")
+    engines = {"engines": [{"runner": HOSTILE, "available": True, "reason": HOSTILE}]}
+    page.route("**/v1/engines?*", lambda route: route.fulfill(json=engines))
+    page.route("**/v1/route?*", lambda route: route.fulfill(json={"runner": "cuda", "reason": HOSTILE, "plan": plan}))
+    model = page.locator("details.model", has_text="fake/hostile")
+    model.locator("summary").click()
+    model.get_by_role("button", name="Load", exact=True).click()
+    expect(model.get_by_role("status")).to_contain_text(HOSTILE)
+    expect(model.get_by_role("listitem")).to_contain_text(HOSTILE)
+    expect(model.locator("dl").get_by_text(HOSTILE)).to_have_count(5)
+    visit(page, "chat")
+    page.get_by_label("Model", exact=True).select_option("fake/hostile")
+    page.get_by_label("Message", exact=True).fill("hello")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text(HOSTILE)
+    assert page.locator("main img, main script").count() == 0
+    assert page.title() == "Chat \u00b7 exo"
 
 
 def test_text_stays_selected_while_requests_come(url: str, visitor: Visitor) -> None:
