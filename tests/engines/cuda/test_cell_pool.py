@@ -174,7 +174,8 @@ def test_a_prefix_is_shared_and_not_copied(start: Callable[..., Program]) -> Non
     assert all(program.results[each.id].tokens for each in requests)
     program.until(program.ended(*(each.id for each in requests)))
     results = [program.results[each.id] for each in requests]
-    assert [each.finished.usage.cached_tokens for each in results] == [600] * 4
+    # The last two prompts have the next token in common, which counts if one of them is ahead.
+    assert all(each.finished.usage.cached_tokens in (600, 601) for each in results)
     assert tokens(results) == undisturbed(cold, *requests)
 
 
