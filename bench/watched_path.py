@@ -75,7 +75,7 @@ class Pages:
     def shown(self, url: str, title: str, cpu: Cpu) -> Generator[None]:
         """Shows ``url`` in Chromium, whose CPU time goes to ``cpu``."""
         command = shutil.which("chromium") or shutil.which("google-chrome")
-        assert command is not None, "Chromium is not installed; Debian's package is called chromium"
+        command = command or sys.exit("Chromium is not installed; Debian's package is called chromium")
         with chromium(command, [url] * self.count, windows=self.windows, title=title) as browser:
             before, began = cpu_seconds(browser), time.monotonic()
             yield

@@ -16,7 +16,7 @@ export class Now {
     this.requests = new Map(); // by id and start
     this.instances = [];
     this.notices = [];
-    this.speeds = new Map(); // by model and runner: tokens in each of the last seconds, the newest last; made since then
+    this.speeds = new Map(); // by model and runner: tokens of each of the last seconds, the newest last, and those made since
     this.memory = {};
     this.state = h("p", { className: "status", role: "status" });
     const bars = h("div");
